@@ -1,0 +1,230 @@
+"""Checkpoints: everything that an exact resume needs, complete or not there at all.
+
+    <run>/checkpoints/step_00000100/
+        *.distcp, .metadata       weights and optimizer state (torch.distributed.checkpoint: any layout can load them)
+        rank_00000.safetensors    torch's random state of that rank (CPU, and the GPU's when there is one)
+        rank_00000.json           its loader state, python's and numpy's random state
+        complete                  marker, written last: step, stage and step within the stage, as JSON
+    <run>/checkpoints/latest      name of the newest complete one
+
+A checkpoint folder is trusted like code; to share a model, export it (``python -m avlm.weights export``).
+"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+from avlm import config as configuration
+from avlm.config import CheckpointConfig, Config
+from avlm.models.avlm import AVLM
+from avlm.parallel.mesh import World
+
+MARKER = "complete"
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands: steps done over all stages, the stage it is in, steps done within it."""
+
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    read: float = 0.0  # samples
+    skipped: float = 0.0  # bad ones among them
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(marker.parent for marker in run.glob(f"checkpoints/step_*/{MARKER}"))
+
+
+def find(config: Config) -> tuple[Path | None, str]:
+    """The checkpoint that ``resume`` asks for, and a line about half-written ones that were passed over."""
+    if config.resume == "never":
+        return None, ""
+    if config.resume != "auto":
+        path = Path(config.resume)
+        if not (path / MARKER).is_file():
+            raise FileNotFoundError(f"resume={path} is not a complete checkpoint (it has no file named {MARKER!r})")
+        return path, ""
+    run = Path(config.output_dir)
+    done = complete_checkpoints(run)
+    newest = done[-1] if done else None
+    broken = [
+        p.name for p in sorted(run.glob("checkpoints/step_*")) if p not in done and (not done or p.name > newest.name)
+    ]
+    note = f"{', '.join(broken)} was not written to its end; " if broken else ""
+    return newest, note
+
+
+def read_progress(path: Path) -> Progress:
+    return Progress(**json.loads((path / MARKER).read_text()))
+
+
+class Saver:
+    """Writes the checkpoints of a run; at most one is being written at a time."""
+
+    def __init__(self, run: Path, config: CheckpointConfig, world: World):
+        self.run, self.config, self.world = run, config, world
+        self.pending: tuple[Future, Path, Progress] | None = None
+
+    def save(self, progress: Progress, model: AVLM, optimizer: torch.optim.Optimizer, loader_state: dict) -> None:
+        """Write a checkpoint, in the background if so configured. On any failure the ones before stay as they are."""
+        self.wait()
+        path = folder_of(self.run, progress.step)
+        if self.world.is_first:
+            shutil.rmtree(path, ignore_errors=True)  # what an interrupted run left there
+            path.mkdir(parents=True)
+        self.world.barrier()
+        failure = None
+        try:
+            _write_rank_state(path, self.world, loader_state)
+            tensors = state_tensors(model, optimizer)
+            if self.config.asynchronous:
+                self.pending = (dcp.async_save(tensors, checkpoint_id=path), path, progress)
+            else:
+                dcp.save(tensors, checkpoint_id=path)
+        except Exception as error:  # whatever failed (a full disk, most often), every rank must hear of it
+            failure = error
+        self._agree(failure, path)
+        if self.pending is None:
+            self._finish(path, progress)
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written, and mark it complete."""
+        if self.pending is None:
+            return
+        future, path, progress = self.pending
+        self.pending = None
+        failure = future.exception()
+        self._agree(failure, path)
+        self._finish(path, progress)
+
+    def _agree(self, failure: BaseException | None, path: Path) -> None:
+        if self.world.sum([float(failure is not None)])[0] == 0:
+            return
+        if self.world.is_first:
+            shutil.rmtree(path, ignore_errors=True)
+        done = complete_checkpoints(self.run)
+        kept = f"the newest complete checkpoint is {done[-1]}" if done else "there is no earlier checkpoint"
+        cause = " ".join(str(failure).split())[-300:] if failure else "another rank failed"
+        raise OSError(f"could not write checkpoint {path}: {cause}; {kept}")
+
+    def _finish(self, path: Path, progress: Progress) -> None:
+        if self.world.is_first:
+            _write_durably(path / MARKER, json.dumps(dataclasses.asdict(progress)))
+            _write_durably(path.parent / "latest", path.name)
+            for old in complete_checkpoints(self.run)[: -self.config.keep]:
+                (old / MARKER).unlink()  # first, so that a half-removed one is not taken for complete
+                shutil.rmtree(old)
+        self.world.barrier()
+
+
+def load(path: Path, model: AVLM, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Read the weights, and with them the state of an optimizer, in place."""
+    dcp.load(state_tensors(model, optimizer), checkpoint_id=path)
+
+
+def load_rank_state(path: Path, world: World) -> dict[str, Any]:
+    """Restore the random state of this rank; returns its loader state."""
+    count = len(list(path.glob("rank_*.json")))
+    if count != world.size:
+        raise ValueError(f"{path} was written by {count} ranks, this run has {world.size}: start it with {count}")
+    tensors = load_file(path / f"rank_{world.rank:05d}.safetensors")
+    torch.set_rng_state(tensors["cpu"])
+    if world.device.type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], world.device)
+    state = json.loads((path / f"rank_{world.rank:05d}.json").read_text())
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    return state["loader"]
+
+
+def read_run(run: Path | str) -> tuple[Config, Path]:
+    """(config, newest complete checkpoint) of a run folder."""
+    run = Path(run)
+    done = complete_checkpoints(run)
+    if not done:
+        raise FileNotFoundError(f"{run} holds no complete checkpoint")
+    return configuration.load(run / "config.yaml"), done[-1]
+
+
+def read_model(run: Path | str) -> tuple[Config, dict[str, Tensor]]:
+    """(config, whole weights on the CPU by name) of the newest complete checkpoint of a run."""
+    config, path = read_run(run)
+    return config, _load_state_dict_from_keys({"model"}, checkpoint_id=path)["model"]
+
+
+def load_rank_state(path: Path, world: World) -> dict[str, Any]:
+    """Restore the random state of this rank; returns its loader state."""
+    count = len(list(path.glob("rank_*.json")))
+    if count != world.size:
+        raise ValueError(f"{path} was written by {count} ranks, this run has {world.size}: start it with {count}")
+    tensors = load_file(path / f"rank_{world.rank:05d}.safetensors")
+    torch.set_rng_state(tensors["cpu"])
+    if world.device.type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], world.device)
+    state = json.loads((path / f"rank_{world.rank:05d}.json").read_text())
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    return state["loader"]
+
+
+def read_model(run: Path | str, step: int | None = None) -> tuple[Config, dict[str, Tensor]]:
+    """(config, whole weights on the CPU by name) of the newest complete checkpoint of a run, or of a given step."""
+    run = Path(run)
+    done = complete_checkpoints(run) if step is None else [folder_of(run, step)]
+    if not done or not (done[-1] / MARKER).is_file():
+        raise FileNotFoundError(f"{run} holds no complete checkpoint" + ("" if step is None else f" of step {step}"))
+    config = configuration.load(run / "config.yaml")
+    state = _load_state_dict_from_keys({"model"}, checkpoint_id=done[-1])
+    return config, {name: tensor for name, tensor in state["model"].items()}
+
+
+def state_tensors(model: AVLM, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """Weights and optimizer state by parameter name: the live tensors, which a load writes into."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors: dict[str, Any] = {"model": {name: parameter.detach() for parameter, name in names.items()}}
+    if optimizer is not None:
+        tensors["optimizer"] = {names[parameter]: state for parameter, state in optimizer.state.items()}
+    return tensors
+
+
+def _write_rank_state(path: Path, world: World, loader_state: dict) -> None:
+    tensors = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(world.device)
+    save_file(tensors, path / f"rank_{world.rank:05d}.safetensors")
+    name, keys, *rest = np.random.get_state()
+    state = {"loader": loader_state, "python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+    _write_durably(path / f"rank_{world.rank:05d}.json", json.dumps(state))
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Replace a file in one step, on disk before it takes the name."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)

@@ -1,0 +1,393 @@
+"""Every knob of a run: nested dataclasses read from one YAML file, with ``section.key=value`` overrides.
+
+A key that does not exist, is missing or has the wrong type is an error that names it. Fields stand in the order of
+their importance; sizes are whole-model sizes, never per-rank sizes.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+import typing
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+MODULES = ("decoder", "vision", "audio", "vision_projector", "audio_projector")
+Module = Literal["decoder", "vision", "audio", "vision_projector", "audio_projector"]
+
+config = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+
+
+@config
+class RopeScaling:
+    """Llama-3 frequency scaling (rope_type "llama3")."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int  # tokens
+
+
+@config
+class DecoderConfig:
+    """Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int = 0  # 0: hidden_size / num_heads
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embedding: bool = False  # the head is the embedding
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: RMSNorm on every query and key head
+    max_position: int = 8192  # tokens the checkpoint was made for; data.seq_length must not exceed it
+
+    def __post_init__(self) -> None:
+        if not self.head_dim:
+            _require(
+                self.hidden_size % self.num_heads == 0,
+                f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}",
+            )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}",
+        )
+        _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary positions")
+
+
+@config
+class VisionConfig:
+    """CLIP ViT; SigLIP is the same tower without class token and pre-norm, with a patch bias and another GELU."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    image_size: int  # pixels, square
+    patch_size: int  # pixels, square
+    feature_layer: int = -2  # -1: output of the last layer, -2: of the one before; later layers are not built
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
+    norm_eps: float = 1e-5
+    class_token: bool = True  # dropped from the features
+    pre_norm: bool = True
+    patch_bias: bool = False
+    post_norm: bool = False  # normalise the features; SigLIP does where feature_layer is -1
+    mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])  # of RGB in 0..1
+    std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    resize: Literal["crop", "stretch"] = "crop"  # shortest side then centre crop (CLIP), or both sides (SigLIP)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}",
+        )
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}",
+        )
+        _require(
+            -self.num_layers <= self.feature_layer <= -1,
+            f"feature_layer={self.feature_layer} must lie in -{self.num_layers}..-1",
+        )
+
+
+@config
+class AudioConfig:
+    """Whisper encoder."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_mels: int = 80
+    max_positions: int = 1500  # rows of a full window: 20 ms each
+    window: Literal["true", "fixed"] = "true"  # rows of the clip only, or of the whole window whatever the clip holds
+
+    def __post_init__(self) -> None:
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}",
+        )
+
+
+@config
+class ProjectorConfig:
+    type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+    downsample: int = 1  # vision: pixel shuffle of n x n patches; audio: n frames stacked; before the projection
+    hidden_size: int = 0  # of mlp2x_gelu; 0: the decoder's width
+
+
+@config
+class ModelConfig:
+    decoder: DecoderConfig
+    vision: VisionConfig | None = None
+    audio: AudioConfig | None = None
+    vision_projector: ProjectorConfig | None = None
+    audio_projector: ProjectorConfig | None = None
+
+    def __post_init__(self) -> None:
+        for tower in ("vision", "audio"):
+            if (getattr(self, tower) is None) != (getattr(self, f"{tower}_projector") is None):
+                raise ValueError(f"{tower} and {tower}_projector come together: give both or neither")
+        if self.vision:
+            side = self.vision.image_size // self.vision.patch_size
+            _require(
+                side % self.vision_projector.downsample == 0,
+                f"vision_projector.downsample={self.vision_projector.downsample} does not divide the {side} patches of a side",
+            )
+
+    @property
+    def modules(self) -> list[str]:
+        return [name for name in MODULES if getattr(self, name) is not None]
+
+
+@config
+class InitFrom:
+    """Hugging Face folders or Hub names to start from; what is not named here starts from random weights."""
+
+    decoder: str | None = None
+    vision: str | None = None
+    audio: str | None = None
+    all: str | None = None  # a whole LLaVA, or an exported AVLM folder
+
+
+@config
+class VideoConfig:
+    num_frames: int | None = 8  # frames spread evenly over the clip; give this or fps
+    fps: float | None = None  # frames per second of video
+    max_frames: int = 64  # bound for fps
+    sound: bool = False  # encode the clip's own sound track after its frames
+
+    def __post_init__(self) -> None:
+        _require((self.num_frames is None) != (self.fps is None), "give num_frames or fps, and set the other to null")
+
+
+@config
+class DataConfig:
+    train: str  # Energon folder or metadataset YAML, .json or .jsonl file, or "synthetic"
+    validation: dict[str, str] = field(default_factory=dict)  # name -> source
+    tokenizer: str = ""  # folder with tokenizer.json, or the file
+    template: Literal["plain", "llava", "llama3", "chatml", "tokenizer"] = "llama3"  # tokenizer: its own Jinja template
+    seq_length: int = 8192  # tokens of a packed row
+    system: str | None = None  # system prompt of samples that have none
+    media_root: str | None = None  # folder that media names of a JSON file are relative to; null: the file's own
+    num_workers: int = 2
+    packing: Literal["knapsack", "first_fit"] = "knapsack"
+    packing_buffer: int = 200  # samples that a packer chooses from
+    shuffle_buffer: int = 1000  # samples
+    max_bad_fraction: float = 0.01  # of the samples read; above it the run stops
+    max_media_bytes: int = 256 * 2**20  # of one picture, clip or film, before it is decoded
+    max_image_pixels: int = 100_000_000
+    max_audio_seconds: float = 600.0
+    video: VideoConfig = field(default_factory=VideoConfig)
+
+
+@config
+class OptimizerConfig:
+    """AdamW with linear warmup and a cosine to min_lr."""
+
+    lr: float
+    min_lr: float | None = None  # null: lr / 10
+    warmup_steps: int = 150
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-5
+    weight_decay: float = 0.1  # not on biases, norms and embeddings of positions
+    clip_norm: float = 1.0
+    lr_scale: dict[Module, float] = field(default_factory=dict)  # factor on lr and min_lr of a module
+
+
+@config
+class StageConfig:
+    """A stretch of training. ``optimizer`` and ``data`` hold the keys that differ from the run's own."""
+
+    name: str
+    steps: int
+    train: list[Module]
+    optimizer: OptimizerConfig
+    data: DataConfig
+
+
+@config
+class TrainConfig:
+    accumulate: int = 1  # micro-batches (packed rows) of each rank in a step
+    precision: Literal["auto", "bf16", "fp32"] = (
+        "auto"  # of compute; weights and reductions stay fp32; auto: bf16 on GPUs
+    )
+    compile: bool = False  # torch.compile every block
+    log_every: int = 10  # steps between console lines; metrics.jsonl has every step
+    validate_every: int = 500  # steps
+    validate_batches: int = 20  # packed rows of each set and rank
+    stop_after: int | None = None  # end cleanly after so many steps in all
+
+
+@config
+class ParallelConfig:
+    """Mesh of ranks: replicate x shard; the loader's data ranks are their product."""
+
+    shard: int = -1  # ranks that share one copy of weights, gradients and optimizer state; -1: what is left
+    replicate: int = 1  # copies
+
+
+@config
+class CheckpointConfig:
+    every: int = 500  # steps; the end of every stage is saved as well
+    keep: int = 3
+    asynchronous: bool = False  # write while training goes on
+
+
+@config
+class WandbConfig:
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    project: str = "avlm"
+
+
+@config
+class Config:
+    output_dir: str
+    model: ModelConfig
+    stages: list[StageConfig]
+    resume: str = "auto"  # auto: the newest complete checkpoint of output_dir; never; or a checkpoint folder
+    seed: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False  # deterministic kernels: bit-exact resume on a GPU too
+    init_from: InitFrom = field(default_factory=InitFrom)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        _require(bool(names), "stages is empty: give at least one")
+        _require(len(set(names)) == len(names), f"stages have the same name twice: {names}")
+        for stage in self.stages:
+            for name in (*stage.train, *stage.optimizer.lr_scale):
+                _require(name in self.model.modules, f"stage {stage.name} names {name}, which this model does not have")
+            _require(
+                stage.data.seq_length <= self.model.decoder.max_position,
+                f"data.seq_length={stage.data.seq_length} exceeds model.decoder.max_position={self.model.decoder.max_position}",
+            )
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Config:
+    """The checked config of a YAML file. Raises ValueError or FileNotFoundError with one line for the user."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no config file {path}")
+    tree = _parse(path.read_text(), str(path))
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold keys and values, not {type(tree).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r} is not of the form section.key=value")
+        _set(tree, key.split("."), _parse(text, override))
+    return resolve(tree, str(path))
+
+
+def resolve(tree: dict[str, Any], origin: str) -> Config:
+    """Check a parsed tree. The run's ``optimizer`` and ``data`` are the defaults of every stage's own."""
+    tree = dict(tree)
+    shared = {"optimizer": tree.pop("optimizer", {}), "data": tree.pop("data", {})}
+    if isinstance(tree.get("stages"), list):
+        tree["stages"] = [
+            {**stage, **{key: _merge(shared[key], stage.get(key, {})) for key in shared}}
+            if isinstance(stage, dict)
+            else stage
+            for stage in tree["stages"]
+        ]
+    try:
+        return TypeAdapter(Config).validate_json(json.dumps(tree))  # strict types, as JSON has them
+    except ValidationError as error:
+        raise ValueError(f"{origin}: {_explain(error.errors()[0])}") from None
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """The config as plain data; ``resolve(to_dict(config))`` gives it back."""
+    return dataclasses.asdict(value)
+
+
+def dump(value: Any) -> str:
+    return yaml.safe_dump(to_dict(value), sort_keys=False, width=120)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: 1e-3 is a number."""
+
+
+_FLOAT = re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d+)([eE][-+]?\d+)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def _parse(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Override one value; ``stages.NAME.key`` reaches into the stage of that name."""
+    for i, key in enumerate(keys[:-1]):
+        if isinstance(tree, list):
+            named = [item for item in tree if item.get("name") == key]
+            if not named:
+                raise ValueError(f"there is no stage {key!r}: {[item.get('name') for item in tree]}")
+            tree = named[0]
+        else:
+            tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict | list):
+            raise ValueError(f"{'.'.join(keys[: i + 1])} is a value, it has no key {keys[i + 1]!r}")
+    tree[keys[-1]] = value
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One line for the first thing that pydantic found, with the full key and the nearest known one."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        return f"unknown key {where}" + (f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(known)})")
+    if error["type"] in ("missing", "missing_argument"):
+        return f"missing key {where}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" + ("" if error["type"] == "value_error" else f", got {error['input']!r}")
+
+
+def _known_keys(loc: tuple) -> list[str]:
+    cls: Any = Config
+    for part in loc:
+        if isinstance(part, str) and dataclasses.is_dataclass(cls):
+            hints = typing.get_type_hints(cls)
+            if part in hints:
+                options = [a for a in (hints[part], *typing.get_args(hints[part])) if dataclasses.is_dataclass(a)]
+                cls = options[0] if options else hints[part]
+        elif isinstance(part, int):
+            cls = typing.get_args(cls)[0] if typing.get_args(cls) else cls
+    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,59 @@
+"""Samples in, packed rows out."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from avlm.config import DataConfig, ModelConfig
+
+
+def open_loader(
+    source: str,
+    data: DataConfig,
+    model: ModelConfig,
+    *,
+    rank: int,
+    world: int,
+    seed: int,
+    train: bool,
+    state: dict[str, Any] | None = None,
+) -> Any:
+    """A loader of packed rows for one of ``world`` data ranks: iterate it for Batch, ``state()`` is plain JSON.
+
+    ``source``: an Energon folder or .yaml blend, a .json or .jsonl file, or "synthetic". Training never ends;
+    validation ends when the rank's share does (go on with ``packing.empty_batch``) and starts anew with each iteration.
+    ``state`` is what ``state()`` gave after the last row that was used. ValueError if it is of another rank, world,
+    number of workers, seed or config, or if the source has no usable sample.
+    """
+    # Models import avlm.data.batch, and with it this file: decoders and tokenizers are imported where they are used.
+    from avlm.data.sample import fingerprint
+
+    config = fingerprint(data, model)
+    identity = {"rank": rank, "world": world, "workers": data.num_workers, "seed": seed, "config": config}
+    for key, value in identity.items() if state is not None else ():
+        if state.get(key) != value:
+            raise ValueError(
+                f"the loader state was written with {key}={state.get(key)}, this run has {key}={value}: "
+                "resume with the same ranks, data.num_workers, seed and data, or start anew with resume=never"
+            )
+    if source.partition(":")[0] == "synthetic":
+        from avlm.data.synthetic import SyntheticLoader as Loader
+    elif Path(source).suffix in (".json", ".jsonl"):
+        from avlm.data.jsonl import JsonlLoader as Loader
+    elif Path(source).suffix == ".yaml" or Path(source).is_dir():
+        from avlm.data.energon import EnergonLoader as Loader
+    else:
+        raise ValueError(f"data source {source!r} is no Energon folder or .yaml blend, .json or .jsonl, or synthetic")
+    return Loader(source, data, model, rank=rank, identity=identity, seed=seed, train=train, state=state)
+
+
+def open_samples(source: str, data: DataConfig) -> Iterator[Any]:
+    """Every ``sample.Sample`` of a validation source (Energon or .json, .jsonl), in its order, media still encoded.
+
+    ValueError for the first that cannot be read: an evaluation leaves nothing out.
+    """
+    if Path(source).suffix in (".json", ".jsonl"):
+        from avlm.data.jsonl import read_samples
+    else:
+        from avlm.data.energon import read_samples
+    return read_samples(source, data)

@@ -1,0 +1,109 @@
+"""Sound: bytes of any container -> log-mel windows, equal to Whisper's feature extractor.
+
+decode  bytes -> float32 (samples,), mono, 16 kHz
+mels    -> a list of windows (M, frames): M mel bins, one frame each 10 ms
+
+A window is 2 * max_positions frames (30 s). A longer clip becomes several windows and nothing is cut. With
+``audio.window: true`` a window ends with its clip, at an even number of frames (the tower's second convolution halves
+them); frames past the clip are exactly 0 after normalisation, which is also what the convolution pads with: so no row
+of a clip depends on what stands beside it in a batch.
+"""
+
+import io
+import math
+from functools import lru_cache
+
+import av
+import torch
+from torch import Tensor
+from torchaudio.functional import melscale_fbanks
+from torchaudio.transforms import Resample
+
+from avlm.config import AudioConfig
+
+SAMPLE_RATE = 16_000  # Hz
+FFT = 400  # samples: 25 ms
+HOP = 160  # samples: 10 ms
+SAMPLES_PER_ROW = 2 * HOP  # the tower's convolutions halve the frames
+MAX_RESAMPLE_KERNEL = 2**24  # floats; rates without a small ratio to 16 kHz would need gigabytes
+
+
+def decode(data: bytes, max_seconds: float) -> Tensor:
+    """Mean over the channels of the first audio stream. ValueError if it is missing, empty, broken or too long."""
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            if not container.streams.audio:
+                raise ValueError("file has no audio stream")
+            rate, waveform = _read(container, max_seconds)
+    except av.FFmpegError as error:
+        raise ValueError(f"audio cannot be decoded: {error.strerror}") from None
+    return _resampler(rate)(waveform) if rate != SAMPLE_RATE else waveform
+
+
+def mels(waveform: Tensor, audio: AudioConfig) -> list[Tensor]:
+    """float32 (M, frames) of every window, in order."""
+    return [_log_mel(window, audio) for window in waveform.split(audio.max_positions * SAMPLES_PER_ROW)]
+
+
+def rows(mel: Tensor) -> int:
+    """Rows that the tower keeps of a window."""
+    return mel.shape[1] // 2
+
+
+def _read(container: av.container.InputContainer, max_seconds: float) -> tuple[int, Tensor]:
+    """(sample rate, mono waveform). The channels are averaged frame by frame, which bounds the memory."""
+    stream = container.streams.audio[0]
+    rate = stream.codec_context.sample_rate
+    to_float = av.AudioResampler(format="fltp")  # every sample format -> float32 in -1..1; rate and channels stay
+    chunks, total = [], 0
+    for frame in container.decode(stream):
+        for part in to_float.resample(frame):
+            chunks.append(torch.from_numpy(part.to_ndarray()).mean(0))
+            total += part.samples
+        if total > max_seconds * rate:
+            raise ValueError(f"audio is longer than data.max_audio_seconds={max_seconds:g}")
+    if total == 0:
+        raise ValueError("audio is empty")
+    return rate, torch.cat(chunks)
+
+
+def _log_mel(clip: Tensor, audio: AudioConfig) -> Tensor:
+    """log10 of the mel power, floored at 8 below the window's maximum, then (x + 4) / 4 (Whisper).
+
+    The extractor pads the waveform with zeros to the whole window. Frames that touch padding alone have power 0, the
+    floor of the logarithm, and cannot be the maximum: they need no Fourier transform.
+    """
+    frames_of_window = 2 * audio.max_positions
+    frames = min(frames_of_window, math.ceil((clip.shape[0] + FFT) / HOP))
+    waveform = torch.nn.functional.pad(clip, (0, frames * HOP - clip.shape[0]))
+    spectrum = torch.stft(waveform, FFT, HOP, window=_hann(), return_complex=True)
+    power = spectrum[:, :-1].abs().square()
+    log_mel = (_mel_filters(audio.num_mels) @ power).clamp(min=1e-10).log10()
+    floor = log_mel.max() - 8.0
+    log_mel = (log_mel.maximum(floor) + 4.0) / 4.0
+    if audio.window == "true":
+        covered = math.ceil(clip.shape[0] / HOP)  # frames whose centre lies in the clip
+        return torch.nn.functional.pad(log_mel[:, :covered], (0, covered % 2))
+    silence = (max(-10.0, floor.item()) + 4.0) / 4.0
+    return torch.nn.functional.pad(log_mel, (0, frames_of_window - frames), value=silence)
+
+
+@lru_cache
+def _hann() -> Tensor:
+    return torch.hann_window(FFT)
+
+
+@lru_cache
+def _mel_filters(num_mels: int) -> Tensor:
+    """float32 (M, FFT / 2 + 1)."""
+    return melscale_fbanks(
+        FFT // 2 + 1, 0.0, 8000.0, num_mels, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+    ).T.contiguous()
+
+
+@lru_cache
+def _resampler(rate: int) -> Resample:
+    divisor = math.gcd(rate, SAMPLE_RATE)
+    if (rate // divisor) * (SAMPLE_RATE // divisor) > MAX_RESAMPLE_KERNEL:
+        raise ValueError(f"sample rate of {rate} Hz has no small ratio to {SAMPLE_RATE} Hz: convert the file")
+    return Resample(rate, SAMPLE_RATE)

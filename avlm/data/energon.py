@@ -1,0 +1,303 @@
+"""Megatron-Energon: sharded WebDatasets and blends of them, with the same encoding and packing as everywhere.
+
+A dataset is a folder that ``energon prepare`` went over, of class CrudeWebdataset: a sample is KEY.json, a record of
+one of the forms of ``sample.parse``, and the parts KEY.NAME that it names. A blend is a MetadatasetV2 YAML of them.
+Samples reach us as bytes, no Python of a dataset folder is run, and state travels as JSON, never as pickle.
+
+A sample that cannot be used is not dropped where that is found out: it goes through the packing buffer as a note and is
+counted in the row that it lands in. So the counts survive a resume like the samples do.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import yaml
+from megatron.energon import (
+    Cooker,
+    DefaultTaskEncoder,
+    SavableDataLoader,
+    WorkerConfig,
+    basic_sample_keys,
+    edataclass,
+    get_savable_loader,
+    get_train_dataset,
+    get_val_dataset,
+    stateless,
+)
+from megatron.energon import Sample as EnergonSample
+from megatron.energon.errors import FatalSampleError, reraise_exception
+from megatron.energon.flavors import EmptyDatasetError
+from megatron.energon.flavors.webdataset.sample_loader import SliceState
+from megatron.energon.rng import SystemRngState
+from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState
+from megatron.energon.state import FlexState
+
+from avlm.config import DataConfig, ModelConfig
+from avlm.data.batch import Batch
+from avlm.data.chat import Tokenizer
+from avlm.data.packing import pack, select
+from avlm.data.sample import EncodedSample, Sample, SampleEncoder, parse
+
+SAMPLES_PER_SLICE = 100  # samples read one after the other before the reader jumps to another place of the shards
+EMPTY = ("empty dataset", "all empty datasets", "no samples in any")  # what Energon says of a worker without samples
+STATES = {
+    state.__name__: state
+    for state in (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SystemRngState, SliceState)
+}
+
+
+@edataclass
+class Raw(EnergonSample):
+    parts: dict[str, bytes]
+
+
+@edataclass
+class Encoded(EnergonSample):
+    """A sample, or the reason why there is none."""
+
+    sample: EncodedSample | None
+    reason: str
+
+
+@edataclass
+class Packed(EnergonSample):
+    batch: Batch
+
+
+@stateless
+def cook(crude: dict) -> Raw:
+    parts = {name: part for name, part in crude.items() if isinstance(part, bytes)}
+    return Raw(**basic_sample_keys(crude), parts=parts)
+
+
+def to_sample(raw: Raw) -> Sample:
+    """ValueError if the record is broken or names a part that is not there."""
+    return parse(json.loads(_part(raw.parts, "json")), lambda name: _part(raw.parts, name), raw.__key__)
+
+
+class RawEncoder(DefaultTaskEncoder):
+    """Samples as they lie in the shards."""
+
+    decoder = None  # raw bytes: Energon decodes nothing
+    cookers = [Cooker(cook)]
+
+
+def read_samples(source: str, data: DataConfig) -> Iterator[Sample]:
+    check_source(Path(source))
+    alone = WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler=reraise_exception)
+    for raw in _loader(source, train=False, worker_config=alone, task_encoder=RawEncoder()):
+        try:
+            yield to_sample(raw)
+        except ValueError as error:
+            raise ValueError(f"{source}, {raw.__key__}: {error}") from None
+
+
+class TaskEncoder(RawEncoder):
+    """Energon's hooks, in the order in which it calls them."""
+
+    def __init__(self, encoder: SampleEncoder, train: bool) -> None:
+        super().__init__()
+        self.encoder, self.train = encoder, train
+
+    @stateless
+    def encode_sample(self, raw: Raw) -> Encoded:
+        sample, reason = None, ""
+        try:
+            sample = self.encoder.encode(to_sample(raw))
+        except ValueError as error:
+            reason = str(error)
+        return Encoded.derive_from(raw, sample=sample, reason=reason)
+
+    def select_samples_to_pack(self, samples: list[Encoded]) -> list[list[Encoded]]:
+        good, bad = ([s for s in samples if (s.sample is None) == is_bad] for is_bad in (False, True))
+        if self.train and not good:
+            raise ValueError(f"none of {len(bad)} samples can be used; {bad[0].__key__}: {bad[0].reason}")
+        lengths = [len(entry.sample) for entry in good]
+        rows = select(lengths, self.encoder.data.seq_length, self.encoder.data.packing)
+        rows = [[good[i] for i in row] for row in rows] or [[]]
+        return [bad + rows[0], *rows[1:]]
+
+    @stateless
+    def pack_selected_samples(self, samples: list[Encoded]) -> Packed:
+        skipped = [(entry.__key__, entry.reason) for entry in samples if entry.sample is None]
+        good = [entry.sample for entry in samples if entry.sample is not None]
+        batch = pack(good, self.encoder.data.seq_length, self.encoder.model, skipped, read=len(samples))
+        return Packed(__key__=batch.keys[0] if batch.keys else "", __restore_key__=(), batch=batch)
+
+    def build_batch(self, dataset: Any, **options: Any) -> Any:
+        # With batch_size=None this is Energon's PackingDataset.
+        packing = super().build_batch(dataset, **options)
+        fill = packing._fill_reading_buffer  # it draws a progress bar from every worker
+        packing._fill_reading_buffer = lambda source, log_progress=False: fill(source)
+        return packing
+
+
+class EnergonLoader:
+    """Packed rows of a prepared folder or a blend. Training is endless; validation starts anew with each iteration."""
+
+    def __init__(
+        self,
+        source: str,
+        data: DataConfig,
+        model: ModelConfig,
+        *,
+        rank: int,
+        identity: dict[str, Any],
+        seed: int,
+        train: bool,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        check_source(Path(source))
+        self.source, self.data, self.train, self.identity = source, data, train, identity
+        self._encoder = TaskEncoder(SampleEncoder(model, data, Tokenizer(data.tokenizer)), train)
+        self._workers = WorkerConfig(
+            rank=rank,
+            world_size=identity["world"],
+            num_workers=data.num_workers,
+            seed_offset=seed,
+            global_error_handler=reraise_exception,
+        )
+        self._loader = self._open()
+        if state is not None:
+            self._loader.restore_state_rank(from_json(state["energon"]))
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self.train:
+            self._loader = self._open()
+        try:
+            for packed in self._loader:
+                yield packed.batch
+        except FatalSampleError:  # a fault of the code, not of the data
+            raise
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {_last_line(error)}") from error
+        except (AssertionError, RuntimeError) as error:
+            if not any(words in str(error) for words in EMPTY):
+                raise
+            workers = self._workers.world_size * max(1, self._workers.num_workers)
+            raise ValueError(
+                f"{self.source} has too few samples: one of {workers} workers (ranks x data.num_workers) has none"
+            ) from error
+
+    def state(self) -> dict[str, Any]:
+        """Plain JSON: where the stream stands after the last row that was handed out."""
+        return {**self.identity, "energon": to_json(self._loader.save_state_rank())}
+
+    def _open(self) -> SavableDataLoader:
+        options = {"packing_buffer_size": self.data.packing_buffer}
+        if self.train:
+            options |= {"shuffle_buffer_size": self.data.shuffle_buffer, "max_samples_per_sequence": SAMPLES_PER_SLICE}
+        return _loader(
+            self.source, train=self.train, worker_config=self._workers, task_encoder=self._encoder, **options
+        )
+
+
+def _loader(source: str, *, train: bool, **options: Any) -> SavableDataLoader:
+    try:
+        dataset = (get_train_dataset if train else get_val_dataset)(source, batch_size=None, **options)
+    except (AssertionError, KeyError, EmptyDatasetError) as error:
+        split = "train" if train else "val"
+        raise ValueError(f"{source} has no split {split!r} that Energon can read: {error}") from error
+    loader = get_savable_loader(
+        dataset,
+        # A state after every row: a resume then computes no row twice.
+        checkpoint_every_sec=0,
+        checkpoint_every_min_n_samples=1,
+        watchdog_timeout_seconds=None,
+    )
+    loader.generator = torch.Generator()  # iter(DataLoader) would draw from the global one
+    loader.pin_memory = torch.cuda.is_available()
+    return loader
+
+
+def check_source(path: Path) -> None:
+    """Refuse what is no prepared crude dataset or blend of them, and whatever would make Energon run foreign code."""
+    if path.is_dir():
+        config = path / ".nv-meta" / "dataset.yaml"
+        if not config.is_file():
+            raise ValueError(f"{path} is no Energon dataset: run `energon prepare {path}` (crude)")
+        found = yaml.safe_load(config.read_text())
+        kind = (found.get("__module__"), found.get("__class__"))
+        if kind != ("megatron.energon", "CrudeWebdataset") or set(found) - {"__module__", "__class__", "subflavors"}:
+            raise ValueError(f"{config} must name megatron.energon's CrudeWebdataset and nothing else, not {found}")
+    elif path.suffix == ".yaml" and path.is_file():
+        found = yaml.safe_load(path.read_text())
+        kind = (found.pop("__module__", None), found.pop("__class__", None))
+        if kind not in (("megatron.energon", "Metadataset"), ("megatron.energon", "MetadatasetV2")):
+            raise ValueError(f"{path} must be of megatron.energon's class MetadatasetV2, not {kind}")
+        for inner in _paths(found, path):
+            check_source(path.parent / inner)
+    else:
+        raise FileNotFoundError(f"no Energon dataset {path}: give a prepared folder or a .yaml blend")
+
+
+def _paths(tree: Any, origin: Path) -> Iterator[str]:
+    """Every dataset that a blend names."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        if key in ("joiner", "aux", "dataset_config") or str(key).startswith("__"):
+            raise ValueError(f"{origin}: {key!r} is not supported")
+        if key == "path":
+            yield value
+        else:
+            yield from _paths(value, origin)
+
+
+def to_json(value: Any) -> Any:
+    """Energon's state as plain JSON: each container that JSON lacks becomes an object with its kind as the one key."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list):
+        return [to_json(item) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": [to_json(item) for item in value]}
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}
+    if isinstance(value, torch.Tensor):
+        assert value.dtype == torch.uint8  # the state of a generator
+        return {"tensor": value.numpy().tobytes().hex()}
+    if isinstance(value, numpy.ndarray):
+        return {"array": [str(value.dtype), value.tolist()]}
+    if isinstance(value, dict):
+        return {
+            "flex" if isinstance(value, FlexState) else "dict": [[to_json(k), to_json(v)] for k, v in value.items()]
+        }
+    fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return {"state": [STATES[type(value).__name__].__name__, fields]}
+
+
+def from_json(value: Any) -> Any:
+    """The inverse of ``to_json``."""
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    [(kind, content)] = value.items()
+    if kind == "tuple":
+        return tuple(from_json(item) for item in content)
+    if kind == "bytes":
+        return bytes.fromhex(content)
+    if kind == "tensor":
+        return torch.frombuffer(bytearray.fromhex(content), dtype=torch.uint8)
+    if kind == "array":
+        return numpy.array(content[1], dtype=content[0])
+    if kind in ("dict", "flex"):
+        return (FlexState if kind == "flex" else dict)((from_json(k), from_json(v)) for k, v in content)
+    name, fields = content
+    return STATES[name](**{key: from_json(item) for key, item in fields.items()})
+
+
+def _part(parts: dict[str, bytes], name: str) -> bytes:
+    if name not in parts:
+        raise ValueError(f"sample has no part {name!r}, only {', '.join(sorted(parts))}")
+    return parts[name]
+
+
+def _last_line(error: Exception) -> str:
+    """What went wrong; an error of a worker process comes with that process's traceback in its text."""
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text

@@ -1,0 +1,129 @@
+"""Shows samples as the model sees them:  python -m avlm.data.inspect CONFIG [--stage NAME] [--count N] [--out DIR]
+
+Text is decoded from the token ids of packed rows; <image x576> stands for 576 placeholders, [what is learned] for
+targets. Below: how full the rows are and what they hold. --out saves the pictures and sounds of the shown rows.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from avlm.config import Config, DataConfig, ModelConfig, VisionConfig, load
+from avlm.data import open_loader
+from avlm.data.batch import AUDIO, IMAGE, KINDS, Batch
+from avlm.data.chat import Tokenizer
+from avlm.data.image import denormalise
+
+STATISTICS_ROWS = 16
+MAX_PICTURES = 64  # of a sheet
+PLACEHOLDERS = {IMAGE: "image", AUDIO: "audio"}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    parser.add_argument("--stage", help="name of a stage; the first by default")
+    parser.add_argument("--count", type=int, default=4, help="samples to show")
+    parser.add_argument("--out", type=Path, help="folder for sheets of pictures and sounds")
+    options = parser.parse_args(arguments)
+    try:
+        config = load(options.config, options.overrides)
+        show(config, stage_data(config, options.stage), options.count, options.out)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def stage_data(config: Config, name: str | None) -> DataConfig:
+    stages = {stage.name: stage.data for stage in config.stages}
+    if name is not None and name not in stages:
+        raise ValueError(f"there is no stage {name!r}: {', '.join(stages)}")
+    return stages[name] if name is not None else config.stages[0].data
+
+
+def show(config: Config, data: DataConfig, count: int, out: Path | None = None) -> None:
+    tokenizer = Tokenizer(data.tokenizer) if data.tokenizer else None
+    loader = open_loader(data.train, data, config.model, rank=0, world=1, seed=config.seed, train=True)
+    batches: list[Batch] = []
+    left = count
+    for batch in itertools.islice(loader, STATISTICS_ROWS):
+        for i in range(min(len(batch.keys), left)):
+            print(describe(batch, i, tokenizer), end="\n\n")
+        if out is not None and left > 0:
+            save_sheet(batch, config.model, out / f"row_{len(batches):03d}.png")
+        left -= min(len(batch.keys), left)
+        batches.append(batch)
+    print(statistics(batches))
+
+
+def describe(batch: Batch, index: int, tokenizer: Tokenizer | None) -> str:
+    """One sample of a row: its key, what it holds, and its tokens."""
+    start, length = batch.segments.spans[index]
+    token_ids = batch.token_T[start : start + length].tolist()
+    learned = set((batch.target_rows_R + 1).tolist())  # the target at row t is the token at row t + 1
+    text = ""
+    runs = itertools.groupby(range(length), key=lambda i: (min(token_ids[i], 0), start + i in learned))
+    for (placeholder, is_learned), rows in runs:
+        ids = [token_ids[i] for i in rows]
+        if placeholder:
+            text += f"<{PLACEHOLDERS[placeholder]} x{len(ids)}>"
+        else:
+            decoded = tokenizer.decode(ids) if tokenizer else f"{len(ids)} ids"
+            text += f"[{decoded}]" if is_learned else decoded
+    num_learned = sum(start <= row - 1 < start + length for row in learned)
+    return f"{batch.keys[index]}: {length} tokens, {num_learned} learned\n{text}"
+
+
+def statistics(batches: list[Batch]) -> str:
+    """How full rows are, what they hold, what was skipped."""
+    rows = len(batches)
+    tokens = sum(len(batch.token_T) for batch in batches)
+    used = sum(sum(length for _, length in batch.segments.spans[: len(batch.keys)]) for batch in batches)
+    share = lambda count: f"{100 * count / tokens:.1f} %"
+    kinds = torch.cat([batch.kind_R for batch in batches]).bincount(minlength=len(KINDS)).tolist()
+    lines = [
+        f"{rows} rows of {tokens // rows} tokens: fill {share(used)}",
+        f"samples per row {sum(len(batch.keys) for batch in batches) / rows:.1f}",
+        f"image rows {share(sum(len(batch.image_rows_F) for batch in batches))}"
+        f" ({sum(len(batch.pixels) for batch in batches)} images)",
+        f"audio rows {share(sum(len(batch.audio_rows_G) for batch in batches))}"
+        f" ({sum(len(batch.mel) for batch in batches)} windows)",
+        f"targets {share(sum(len(batch.target_R) for batch in batches))}: "
+        + ", ".join(f"{kind} {count}" for kind, count in zip(KINDS, kinds) if count),
+        f"samples read {sum(batch.read for batch in batches)}, skipped {sum(len(batch.skipped) for batch in batches)}",
+    ]
+    reasons = [f"  {key}: {reason}" for batch in batches for key, reason in batch.skipped]
+    return "\n".join(lines + reasons[:10])
+
+
+def save_sheet(batch: Batch, model: ModelConfig, path: Path) -> None:
+    """One PNG with the pictures (as they were before normalisation) and the mel windows of a row."""
+    panels = [*batch.pixels[:MAX_PICTURES], *batch.mel[:MAX_PICTURES]]
+    if not panels:
+        return
+    columns = min(8, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(2 * columns, 2 * lines))
+    for axes, panel in zip(figure.subplots(lines, columns, squeeze=False).flat, panels):
+        _draw(axes, panel, model.vision)
+    for axes in figure.axes:
+        axes.set_axis_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight")
+    print(f"wrote {path}")
+
+
+def _draw(axes: object, panel: torch.Tensor, vision: VisionConfig | None) -> None:
+    if panel.ndim == 3:
+        axes.imshow(denormalise(panel, vision).permute(1, 2, 0).numpy())
+    else:
+        axes.imshow(panel.numpy(), origin="lower", aspect="auto")
+
+
+if __name__ == "__main__":
+    main()

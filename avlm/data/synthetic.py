@@ -1,0 +1,94 @@
+"""Random batches without files, for throughput work:  data.train: synthetic  or, for another mix,
+synthetic:documents=4,images=2,clips=1,seconds=30
+
+A row holds ``documents`` of equal length, with ``images`` and ``clips`` (each of ``seconds``) dealt out to them in
+turn. Every token that is no placeholder and follows another is a target. Row n of a rank depends on (seed, rank, n).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from avlm.config import DataConfig, ModelConfig
+from avlm.data import audio
+from avlm.data.batch import AUDIO, IGNORE, IMAGE, Batch
+from avlm.data.packing import pack
+from avlm.data.sample import EncodedSample, audio_features, image_features
+
+MIX = {"documents": 4, "images": 2, "clips": 1, "seconds": 10}
+VALIDATION_ROWS = 8
+
+
+class SyntheticLoader:
+    def __init__(
+        self,
+        source: str,
+        data: DataConfig,
+        model: ModelConfig,
+        *,
+        rank: int,
+        identity: dict[str, Any],
+        seed: int,
+        train: bool,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.mix = parse_mix(source, model)
+        self.data, self.model, self.train, self.identity = data, model, train, identity
+        self._seed = (seed << 20 | rank) << 1 | train
+        self._row = state["row"] if state else 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self.train:
+            self._row = 0
+        while self.train or self._row < VALIDATION_ROWS:
+            self._row += 1
+            yield self._batch(self._row - 1)
+
+    def state(self) -> dict[str, Any]:
+        return {**self.identity, "row": self._row}
+
+    def _batch(self, row: int) -> Batch:
+        generator = torch.Generator().manual_seed(self._seed << 24 ^ row)
+        documents = self.mix["documents"]
+        samples = []
+        for i in range(documents):
+            images, clips = (len(range(i, self.mix[kind], documents)) for kind in ("images", "clips"))
+            samples.append(self._sample(f"synthetic:{row}:{i}", images, clips, generator))
+        return pack(samples, self.data.seq_length, self.model, read=documents)
+
+    def _sample(self, key: str, images: int, clips: int, generator: torch.Generator) -> EncodedSample:
+        model, length = self.model, self.data.seq_length // self.mix["documents"]
+        side = model.vision.image_size if model.vision else 1
+        pixels = torch.randint(0, 256, (images, 3, side, side), generator=generator, dtype=torch.uint8)
+        mels = []
+        for _ in range(clips):
+            noise = torch.randn(self.mix["seconds"] * audio.SAMPLE_RATE, generator=generator)
+            mels += audio.mels(noise, model.audio)
+        media = [IMAGE] * (images * image_features(model) if images else 0)
+        media += [AUDIO] * sum(audio_features(model, mel) for mel in mels)
+        if len(media) >= length:
+            raise ValueError(
+                f"{len(media)} media rows do not fit into a synthetic document of {length} tokens: lower the mix"
+            )
+        text_T = torch.randint(0, model.decoder.vocab_size, (length - len(media),), generator=generator)
+        token_T = torch.cat([torch.tensor(media, dtype=torch.int64), text_T])
+        target_T = torch.cat([token_T[1:], token_T.new_full((1,), IGNORE)])
+        target_T = torch.where(target_T >= 0, target_T, IGNORE)
+        kind = "mixed" if images and clips else "image" if images else "audio" if clips else "text"
+        return EncodedSample(key, kind, token_T, target_T, pixels, mels)
+
+
+def parse_mix(source: str, model: ModelConfig) -> dict[str, int]:
+    """The mix of a source; by default without the media that the model has no tower for."""
+    mix = MIX | ({} if model.vision else {"images": 0}) | ({} if model.audio else {"clips": 0})
+    for part in filter(None, source.partition(":")[2].split(",")):
+        name, _, number = part.partition("=")
+        if name not in MIX or not number.isdigit():
+            raise ValueError(f"{source!r}: {part!r} is none of {', '.join(f'{key}=N' for key in MIX)}")
+        mix[name] = int(number)
+    if mix["documents"] < 1 or mix["seconds"] < 1:
+        raise ValueError(f"{source!r}: documents and seconds must be at least 1")
+    if (mix["images"] and not model.vision) or (mix["clips"] and not model.audio):
+        raise ValueError(f"{source!r} asks for media that the model has no tower for")
+    return mix

@@ -1,0 +1,179 @@
+"""What a run reports: metrics.jsonl, console lines, wandb, and the loss plot of ``python -m avlm.metrics RUN``."""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from avlm.config import Config
+from avlm.data.batch import KINDS
+from avlm.models.avlm import AVLM
+from avlm.parallel.mesh import World
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient norm became NaN or infinite."""
+
+
+class Log:
+    """Rows of a run. Values of a step stay on the device until ``flush``, which fetches all of them together."""
+
+    def __init__(self, config: Config, world: World, first_step: int):
+        self.config, self.world = config, world
+        self.path = Path(config.output_dir) / "metrics.jsonl"
+        self.rows: list[dict[str, Any]] = []  # of steps not fetched yet
+        self.values: list[Tensor] = []  # (loss of each kind, gradient norm, local loss), per row
+        self.keys: list[list[str]] = []  # sample keys of this rank, per row
+        self.clock = time.perf_counter()
+        self.run = None
+        if world.is_first:
+            _cut(self.path, first_step)
+            self.bar = tqdm(total=config.total_steps, initial=first_step, disable=not sys.stderr.isatty(), unit="step")
+            if config.wandb.mode != "disabled":
+                import wandb  # half a second, and a process of its own: only for those who use it
+
+                self.run = wandb.init(project=config.wandb.project, mode=config.wandb.mode, dir=config.output_dir)
+
+    def step(self, row: dict[str, Any], values: Tensor, keys: list[str]) -> None:
+        """Note one optimizer step; ``values`` float32 (len(KINDS) + 2,): loss sum of each kind, gradient norm, own loss."""
+        self.rows.append(row)
+        self.values.append(values)
+        self.keys.append(keys)
+        if self.world.is_first:
+            self.bar.update()
+        if row["step"] % self.config.train.log_every == 0 or values.device.type == "cpu":
+            self.flush()
+
+    def flush(self) -> None:
+        """Fetch, check and write the rows so far. Raises NonFiniteLoss, on every rank, at the first bad step."""
+        if not self.rows:
+            return
+        fetched = torch.stack(self.values).tolist()
+        seconds = (time.perf_counter() - self.clock) / len(self.rows)
+        self.clock = time.perf_counter()
+        for row, values, keys in zip(self.rows, fetched, self.keys):
+            *losses, norm, own_loss = values
+            counts = row.pop("targets_of_kind")
+            row["loss"] = sum(losses) / max(sum(counts), 1)
+            row |= {f"loss/{kind}": x / n for kind, x, n in zip(KINDS, losses, counts) if n}
+            row |= {"grad_norm": norm, "step_seconds": seconds, "tokens_per_second": row["tokens"] / seconds}
+            if not math.isfinite(row["loss"]) or not math.isfinite(norm):
+                own = f"; samples of this rank: {', '.join(keys)}" if not math.isfinite(own_loss) else ""
+                raise NonFiniteLoss(f"loss {row['loss']}, gradient norm {norm} at step {row['step']}{own}")
+            if self.world.device.type == "cuda":
+                row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            if row["step"] % self.config.train.log_every == 0 or row["step"] == 1:
+                self.say(
+                    f"step {row['step']}/{self.config.total_steps} {row['stage']}  loss {row['loss']:.4f}  grad {norm:.3f}  "
+                    f"lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s"
+                )
+        self.write(self.rows)
+        self.rows, self.values, self.keys = [], [], []
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows and put them on disk."""
+        if not self.world.is_first:
+            return
+        with open(self.path, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        if self.run is not None:
+            for row in rows:
+                self.run.log(row, step=row["step"])
+
+    def say(self, line: str) -> None:
+        """One line for the person at the terminal, from the first rank."""
+        if self.world.is_first:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        if self.world.is_first:
+            self.bar.close()
+            if self.run is not None:
+                self.run.finish()
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drop the rows after ``step``: a resumed run writes them again. A line that a crash cut in two goes as well."""
+    rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.rename(path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def describe(model: AVLM) -> str:
+    """One line with the parameters of every module."""
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    parts = ", ".join(f"{name} {count(module):,}" for name, module in model.named_children())
+    return f"{count(model):,} parameters: {parts}"
+
+
+def plot(run: Path) -> Path:
+    """Loss over steps, of all targets and of each modality, with the stages marked; writes <run>/loss.png."""
+    import matplotlib  # slow to import, and only for this
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_rows(run / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    if not steps:
+        raise ValueError(f"{run / 'metrics.jsonl'} holds no steps yet")
+    curves = defaultdict(list)
+    for row in steps:
+        for key, value in row.items():
+            if key == "loss" or key.startswith("loss/"):
+                curves[key].append((row["step"], value))
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    for key, points in sorted(curves.items()):
+        x, y = zip(*points)
+        axes.plot(
+            x, _smooth(y), label=key.removeprefix("loss/") if "/" in key else "all", lw=2.2 if key == "loss" else 1.1
+        )
+    validation = [
+        (row["step"], row[key]) for row in rows for key in row if key.startswith("val/") and key.endswith("loss")
+    ]
+    if validation:
+        axes.plot(*zip(*validation), "k.", label="validation")
+    for before, row in zip(steps, steps[1:]):
+        if before["stage"] != row["stage"]:
+            axes.axvline(row["step"], color="0.6", lw=0.8, ls="--")
+    for name in dict.fromkeys(row["stage"] for row in steps):
+        axes.text(
+            next(r["step"] for r in steps if r["stage"] == name), axes.get_ylim()[1], f" {name}", va="top", fontsize=8
+        )
+    axes.set(xlabel="step", ylabel="loss per target token (nats)", yscale="log")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(run / "loss.png", dpi=120)
+    pyplot.close(figure)
+    return run / "loss.png"
+
+
+def _smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
+    smoothed, mean = [], values[0]
+    for value in values:
+        mean = weight * mean + (1 - weight) * value
+        smoothed.append(mean)
+    return smoothed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Plot the loss of a run.")
+    parser.add_argument("run", type=Path)
+    print(plot(parser.parse_args().run))

@@ -1,0 +1,157 @@
+"""Llama-family decoder (Llama 2/3, Mistral, Qwen2, Qwen3, SmolLM2): token features in, hidden states out.
+
+It is written for one device and one packed row. Position and segments are inputs, so that packing, caches and context
+parallelism are the same code; head counts are inferred from the tensors, which a tensor-parallel rank holds a share of.
+
+T tokens   D hidden   F intermediate   H query heads   K key/value heads   E head dim   R rows with a target   V vocabulary
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from avlm.config import DecoderConfig
+from avlm.models.attention import AttentionCore
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.segments import Segments
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight"""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # float32 inside: the mean of squares of bf16 values loses three digits. Rounded before the scale, as Llama does.
+        x_float = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def rope_frequencies(config: DecoderConfig) -> Tensor:
+    """Angle per position of each pair of dimensions, radians, float64 (E / 2,).
+
+    theta^(-2i / E); with Llama-3 scaling wavelengths longer than original / low are stretched by ``factor``, those
+    shorter than original / high are kept, and those between are blended (Llama 3.1, reference implementation).
+    """
+    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    turns = scaling.original_max_position * frequency / (2 * math.pi)  # full turns within the original context
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0, 1)
+    return blend * frequency + (1 - blend) * frequency / scaling.factor
+
+
+def rope_table(frequency: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, float32 (T, E): both halves of a head share the angles."""
+    angle_TE = (position_T[:, None].double() * frequency.to(position_T.device)).repeat(1, 2)
+    return angle_TE.cos().float(), angle_TE.sin().float()
+
+
+def rotate(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Rotary positions, "rotate half" layout of Hugging Face checkpoints; float32 inside."""
+    a, b = x_THE.to(cos_TE.dtype).chunk(2, dim=-1)
+    rotated = torch.cat([a, b], -1) * cos_TE[:, None] + torch.cat([-b, a], -1) * sin_TE[:, None]
+    return rotated.to(x_THE.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=config.qkv_bias)
+        self.k = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.v = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.o = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.core = AttentionCore(causal=True)
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, cache=None) -> Tensor:
+        q_THE, k_TKE, v_TKE = (linear(x_TD).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v))
+        q_THE, k_TKE = rotate(self.q_norm(q_THE), *rope), rotate(self.k_norm(k_TKE), *rope)
+        if cache is None:
+            out_THE = self.core(q_THE, k_TKE, v_TKE, segments)
+        else:
+            out_THE = cache.attend(q_THE, k_TKE, v_TKE, segments)
+        return self.o(out_THE.flatten(1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))"""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x_TD)) * self.up(x_TD))
+
+
+class Block(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, cache=None) -> Tensor:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, segments, cache)
+        return x_TD + self.ffn(self.ffn_norm(x_TD))
+
+
+class Head(nn.Module):
+    """Hidden rows and their targets in, losses out. A module of its own, so that sharding hooks see its weight used."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, hidden_RD: Tensor, target_R: Tensor | None) -> Tensor:
+        """Loss per row, float32 (R,); without targets the logits, float32 (R, V), for generation."""
+        if target_R is None:
+            return F.linear(hidden_RD, self.weight).float()
+        return linear_cross_entropy(hidden_RD, self.weight, target_R)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = Head(config)
+        if config.tie_embedding:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, x_TD: Tensor, position_T: Tensor, segments: Segments, caches: list | None = None) -> Tensor:
+        """Hidden states before the final norm, (T, D). ``caches`` holds one key/value cache per block (generation)."""
+        rope = rope_table(rope_frequencies(self.config), position_T)
+        for i, block in enumerate(self.blocks):
+            x_TD = block(x_TD, rope, segments, None if caches is None else caches[i])
+        return x_TD
+
+
+def decoder_start(decoder: Decoder) -> dict[str, tuple[float, float]]:
+    """Random start, (mean, std) of a normal by parameter name: 0.02, and 0.02 / sqrt(2 * layers) for what writes into
+    the residual stream (GPT-2); norms are 1, biases 0."""
+    residual = 0.02 / math.sqrt(2 * decoder.config.num_layers)
+    start = {}
+    for name, _ in decoder.named_parameters():
+        if name.endswith("norm.weight"):
+            start[name] = (1.0, 0.0)
+        elif name.endswith("bias"):
+            start[name] = (0.0, 0.0)
+        else:
+            start[name] = (0.0, residual if name.endswith(("attention.o.weight", "ffn.down.weight")) else 0.02)
+    return start

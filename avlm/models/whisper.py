@@ -1,0 +1,51 @@
+"""Audio tower: the Whisper encoder (Radford et al. 2022), all windows in one packed row of true length.
+
+C windows   M mel bins   W frames of 10 ms   W / 2 rows after the stride-2 convolution   K rows kept   D width
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from avlm.config import AudioConfig
+from avlm.models.vit import EncoderBlock, encoder_start
+from kernels.segments import Segments
+
+
+class AudioTower(nn.Module):
+    def __init__(self, config: AudioConfig):
+        super().__init__()
+        self.config = config
+        self.conv1 = nn.Conv1d(config.num_mels, config.hidden_size, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(config.hidden_size, config.hidden_size, kernel_size=3, stride=2, padding=1)
+        self.blocks = nn.ModuleList(EncoderBlock(config, "gelu", key_bias=False) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, mel_CMW: Tensor, kept_rows_K: Tensor, segments: Segments) -> Tensor:
+        """Features of the kept rows, (K, D) in the dtype of the weights.
+
+        ``kept_rows`` index the flattened (C, W / 2) rows; rows past a clip are dropped before any attention.
+        Zero windows are legal.
+        """
+        mel_CMW = mel_CMW.to(self.conv1.weight.dtype)
+        x_CDW = F.gelu(self.conv2(F.gelu(self.conv1(mel_CMW))))
+        x_KD = x_CDW.transpose(1, 2).flatten(0, 1)[kept_rows_K]
+        x_KD = x_KD + sinusoids(kept_rows_K % max(x_CDW.shape[2], 1), self.config.hidden_size).to(x_KD.dtype)
+        for block in self.blocks:
+            x_KD = block(x_KD, segments)
+        return self.norm(x_KD)
+
+
+def sinusoids(position_K: Tensor, width: int) -> Tensor:
+    """Whisper's fixed positions, float32 (K, width): sin then cos of position * 10000^(-i / (width / 2 - 1))."""
+    step = math.log(10_000) / (width // 2 - 1)
+    frequency = torch.exp(-step * torch.arange(width // 2, device=position_K.device, dtype=torch.float32))
+    angle = position_K[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def audio_start(tower: AudioTower) -> dict[str, tuple[float, float]]:
+    """Random start, (mean, std) of a normal by parameter name."""
+    return encoder_start(tower, tower.config.num_layers)

@@ -1,0 +1,88 @@
+"""AdamW over the modules that a stage trains, its schedule, and gradient clipping."""
+
+import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from avlm.config import OptimizerConfig, StageConfig
+from avlm.models.avlm import AVLM
+
+
+def freeze(model: AVLM, stage: StageConfig) -> None:
+    """Train the modules that the stage names, and nothing else."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] in stage.train)
+
+
+def build(model: AVLM, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over what is trained, one group per module and kind of weight; ``lr`` is set by ``schedule`` before a step.
+
+    Its state is allocated here: a parameter without state could not be loaded from a checkpoint.
+    """
+    groups = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith(("position", "class_token"))
+            groups[name.split(".")[0], decays].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": config.weight_decay * decays,
+                "scale": config.lr_scale.get(module, 1.0),
+            }
+            for (module, decays), parameters in groups.items()
+        ],
+        lr=config.lr,
+        betas=tuple(config.betas),
+        eps=config.eps,
+        fused=next(model.parameters()).device.type == "cuda",
+    )
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            step_device = parameter.device if group["fused"] else "cpu"
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=step_device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer
+
+
+def schedule(optimizer: torch.optim.AdamW, config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """Set the learning rates of step ``step`` (from 0) of a stage; returns the unscaled one.
+
+    Linear warmup, then a cosine from ``lr`` to ``min_lr`` which ends with the stage.
+    """
+    min_lr = config.lr / 10 if config.min_lr is None else config.min_lr
+    warmup = min(config.warmup_steps, num_steps)
+    if step < warmup:
+        lr = config.lr * (step + 1) / warmup
+    else:
+        progress = (step - warmup) / max(num_steps - warmup, 1)
+        lr = min_lr + (config.lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+    return lr
+
+
+@torch.no_grad()
+def clip_gradients(model: AVLM, max_norm: float) -> Tensor:
+    """Scale all gradients to a global norm of at most ``max_norm``; returns the norm before, a scalar on the device.
+
+    Parameters may live on different meshes, which no stacked norm accepts: one norm per mesh, then their root of squares.
+    """
+    groups = defaultdict(list)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            groups[parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None].append(parameter.grad)
+    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in groups.values()]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for gradients in groups.values():
+        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], scale)
+    return total

@@ -1,0 +1,309 @@
+"""What a model folder says about itself: Hugging Face's ``config.json`` in both dialects, and our own, read strictly.
+
+transformers 5 writes ``rope_parameters``; most folders of the Hub hold ``rope_theta`` and ``rope_scaling``. Keys equal
+to a class default may be left out, so the defaults that matter stand here. What our models do not compute is refused by
+name: a folder that loads gives the numbers that it was trained for.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from avlm.config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, RopeScaling, VisionConfig
+
+DECODER_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+DECODER_KEYS += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
+VISION_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+VISION_KEYS += ("image_size", "patch_size", "hidden_act", "layer_norm_eps")
+AUDIO_KEYS = (
+    "d_model",
+    "encoder_ffn_dim",
+    "encoder_layers",
+    "encoder_attention_heads",
+    "num_mel_bins",
+    "max_source_positions",
+)
+QWEN = dict(zip(DECODER_KEYS, (151936, 4096, 22016, 32, 32, 32, 32768, 1e-6)), use_sliding_window=False)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": dict(zip(DECODER_KEYS, (32000, 4096, 11008, 32, 32, None, 2048, 1e-6))),
+    "mistral": dict(zip(DECODER_KEYS, (32000, 4096, 14336, 32, 32, 8, 131072, 1e-6)), sliding_window=4096),
+    "qwen2": QWEN,
+    "qwen3": {**QWEN, "head_dim": 128},
+    "clip_vision_model": dict(zip(VISION_KEYS, (768, 3072, 12, 12, 224, 32, "quick_gelu", 1e-5))),
+    "siglip_vision_model": dict(zip(VISION_KEYS, (768, 3072, 12, 12, 224, 16, "gelu_pytorch_tanh", 1e-6))),
+    "whisper": dict(zip(AUDIO_KEYS, (384, 1536, 4, 6, 80, 1500))),
+}
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # two-tower models and the tower that we take
+SUPPORTED = (*DEFAULTS, *WHOLE, "llava")
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+# Key -> the values under which our modules compute the same function; a key that is absent has the first of them.
+ACCEPTED = {
+    "decoder": {
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "partial_rotary_factor": (1.0,),
+        "attn_logit_softcapping": (None,),
+        "final_logit_softcapping": (None,),
+        "num_experts": (None, 0),
+        "num_local_experts": (None, 0),
+        "quantization_config": (None,),
+    },
+    "vision": {"hidden_act": tuple(ACTIVATIONS), "num_channels": (3,), "quantization_config": (None,)},
+    "audio": {"activation_function": ("gelu",), "quantization_config": (None,)},
+    "llava": {"projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,), "quantization_config": (None,)},
+}
+
+
+def resolve(name_or_folder: str | Path) -> Path:
+    """The local folder, or the downloaded snapshot of a Hub name; only files that we read are fetched."""
+    folder = Path(name_or_folder).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(name_or_folder)
+    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise FileNotFoundError(f"no model folder {name} (a name of the Hub has the form owner/model)")
+    import huggingface_hub  # slow to import, and of use only here
+    from huggingface_hub import errors
+
+    small = ["*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        for weights in ("*.safetensors", "pytorch_model*.bin"):
+            path = Path(
+                huggingface_hub.snapshot_download(
+                    name, allow_patterns=[*small, weights], ignore_patterns=["*/*", "consolidated*"]
+                )
+            )
+            if any(path.glob(weights)):
+                break
+        return path
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name} is no folder here and could not be fetched from the Hub ({reason}); "
+            "download it elsewhere and give the folder"
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_config(folder: str | Path) -> DecoderConfig | VisionConfig | AudioConfig | ModelConfig:
+    """The config of a supported decoder, tower, LLaVA or of our own export."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no config.json in {folder}")
+    keys = read_json(path)
+    try:
+        if keys.get("architecture") == "AVLM":
+            return TypeAdapter(ModelConfig).validate_json(json.dumps(keys["model"]))  # a dict would have to be strict
+        model_type = keys.get("model_type")
+        if model_type in DECODERS:
+            return _decoder(keys)
+        if model_type in ("clip_vision_model", "siglip_vision_model"):
+            return _vision(keys, Path(folder))
+        if model_type in WHOLE:
+            return _vision({"model_type": WHOLE[model_type], **(keys.get("vision_config") or {})}, Path(folder))
+        if model_type == "whisper":
+            return _audio(keys)
+        if model_type == "llava":
+            return _llava(keys, Path(folder))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(
+            f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    raise ValueError(f"{path}: model_type {model_type!r} is not supported (supported: {', '.join(SUPPORTED)})")
+
+
+def check_config(ours: DecoderConfig | VisionConfig | AudioConfig | ModelConfig, folder: str | Path) -> None:
+    """Raise ValueError with the key where our config describes another model than the folder holds.
+
+    Not compared: ``max_position`` (ours may be shorter), ``window``, ``resize``, and for a plain tower ``feature_layer``
+    and ``post_norm``, which choose what is taken from it. In a whole model the number of built vision layers counts.
+    """
+    theirs = read_config(folder)
+    if isinstance(theirs, ModelConfig) and not isinstance(ours, ModelConfig):
+        part = {DecoderConfig: "decoder", VisionConfig: "vision", AudioConfig: "audio"}[type(ours)]
+        theirs = getattr(theirs, part)
+    if type(ours) is not type(theirs):
+        raise ValueError(f"{folder} holds a {type(theirs).__name__}, and a {type(ours).__name__} is asked for")
+    if isinstance(ours, ModelConfig):
+        pairs = [(name, getattr(ours, name), getattr(theirs, name)) for name in theirs.modules]
+    else:
+        pairs = [({DecoderConfig: "decoder", VisionConfig: "vision", AudioConfig: "audio"}[type(ours)], ours, theirs)]
+    for module, mine, other in pairs:
+        if mine is None:
+            raise ValueError(
+                f"model.{module} is null, and {folder} holds one (name its parts in init_from instead of all)"
+            )
+        a, b = (_comparable(x, ours if x is mine else theirs, isinstance(ours, ModelConfig)) for x in (mine, other))
+        for key in a:
+            if a[key] != b[key]:
+                raise ValueError(f"model.{module}.{key} is {a[key]!r}, and {folder} was made with {b[key]!r}")
+        if isinstance(mine, DecoderConfig) and mine.max_position > other.max_position:
+            raise ValueError(
+                f"model.decoder.max_position is {mine.max_position}, and {folder} was made for {other.max_position}"
+            )
+
+
+def _comparable(config: Any, owner: Any, whole: bool) -> dict[str, Any]:
+    values = dict(vars(config))
+    for key in ("max_position", "window", "resize"):
+        values.pop(key, None)
+    if isinstance(config, VisionConfig):
+        feature_layer, post_norm = values.pop("feature_layer"), values.pop("post_norm")
+        if whole:
+            values["num_layers"] += 1 + feature_layer
+            values["post_norm"] = post_norm
+    if isinstance(config, ProjectorConfig):
+        values["hidden_size"] = config.hidden_size or owner.decoder.hidden_size
+        if config.type == "linear":
+            del values["hidden_size"]
+    return {key: value for key, value in values.items() if not key.startswith("_")}
+
+
+def stop_ids(folder: str | Path) -> list[int]:
+    """Ids that end an answer: of generation_config.json, else of config.json, else none."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        keys = read_json(path) if path.is_file() else {}
+        for tree in (keys, keys.get("text_config") or {}):
+            ids = tree.get("eos_token_id")
+            if ids is not None:
+                return [ids] if isinstance(ids, int) else list(ids)
+    return []
+
+
+def _require_accepted(kind: str, keys: dict[str, Any]) -> None:
+    for key, values in ACCEPTED[kind].items():
+        if keys.get(key, values[0]) not in values:
+            raise ValueError(f"{key}={keys[key]!r} is not implemented (accepted: {', '.join(map(repr, values))})")
+
+
+def _decoder(given: dict[str, Any]) -> DecoderConfig:
+    model_type = given["model_type"]
+    keys = {**DEFAULTS[model_type], **given}
+    _require_accepted("decoder", keys)
+    window = keys.get("sliding_window") if keys.get("use_sliding_window", model_type in ("mistral", "llama")) else None
+    if model_type.startswith("qwen") and keys.get("max_window_layers", 28) >= keys["num_hidden_layers"]:
+        window = None  # the window is used by the layers from max_window_layers on
+    if (
+        window is not None
+        and window < keys["max_position_embeddings"]
+        or "sliding_attention" in (keys.get("layer_types") or ())
+    ):
+        raise ValueError(
+            f"sliding_window={keys.get('sliding_window')} is in use, and sliding windows are not implemented"
+        )
+    theta, scaling = _rope(keys)
+    return DecoderConfig(
+        vocab_size=keys["vocab_size"],
+        hidden_size=keys["hidden_size"],
+        intermediate_size=keys["intermediate_size"],
+        num_layers=keys["num_hidden_layers"],
+        num_heads=keys["num_attention_heads"],
+        num_kv_heads=keys.get("num_key_value_heads") or keys["num_attention_heads"],
+        head_dim=keys.get("head_dim") or 0,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=keys["rms_norm_eps"],
+        tie_embedding=bool(keys.get("tie_word_embeddings", False)),
+        qkv_bias=model_type == "qwen2",
+        qk_norm=model_type == "qwen3",
+        max_position=keys["max_position_embeddings"],
+    )
+
+
+def _rope(keys: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    rope = {**(keys.get("rope_scaling") or {}), **(keys.get("rope_parameters") or {})}
+    theta = float(rope.pop("rope_theta", keys.get("rope_theta") or 10_000.0))
+    old_name = rope.pop("type", "default")
+    rope_type = rope.pop("rope_type", old_name)
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor below 1 is not implemented")
+    if rope_type == "default" and not any(isinstance(value, dict) for value in rope.values()):
+        return theta, None
+    if rope_type != "llama3":
+        raise ValueError(f"rope_type {rope_type!r} is not implemented (accepted: default, llama3)")
+    names = {"original_max_position_embeddings": "original_max_position"}
+    if set(rope) != {"factor", "low_freq_factor", "high_freq_factor", *names}:
+        raise ValueError(f"rope_type 'llama3' with the keys {sorted(rope)} is not implemented")
+    return theta, RopeScaling(**{names.get(key, key): value for key, value in rope.items()})
+
+
+def _vision(given: dict[str, Any], folder: Path, feature_layer: int = -2) -> VisionConfig:
+    model_type = given["model_type"]
+    keys = {**DEFAULTS[model_type], **given}
+    _require_accepted("vision", keys)
+    clip = model_type == "clip_vision_model"
+    seen = {} if clip else {"mean": [0.5] * 3, "std": [0.5] * 3, "resize": "stretch"}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            processor = read_json(folder / name)
+            processor = processor.get("image_processor", processor)
+            for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+                if theirs in processor:
+                    seen[ours] = processor[theirs]
+            if "do_center_crop" in processor:
+                seen["resize"] = "crop" if processor["do_center_crop"] else "stretch"
+            break
+    return VisionConfig(
+        hidden_size=keys["hidden_size"],
+        intermediate_size=keys["intermediate_size"],
+        num_layers=keys["num_hidden_layers"],
+        num_heads=keys["num_attention_heads"],
+        image_size=keys["image_size"],
+        patch_size=keys["patch_size"],
+        feature_layer=feature_layer,
+        activation=ACTIVATIONS[keys["hidden_act"]],
+        norm_eps=keys["layer_norm_eps"],
+        class_token=clip,
+        pre_norm=clip,
+        patch_bias=not clip,
+        **seen,
+    )
+
+
+def _audio(given: dict[str, Any]) -> AudioConfig:
+    keys = {**DEFAULTS["whisper"], **given}
+    _require_accepted("audio", keys)
+    return AudioConfig(
+        hidden_size=keys["d_model"],
+        intermediate_size=keys["encoder_ffn_dim"],
+        num_layers=keys["encoder_layers"],
+        num_heads=keys["encoder_attention_heads"],
+        num_mels=keys["num_mel_bins"],
+        max_positions=keys["max_source_positions"],
+    )
+
+
+def _llava(keys: dict[str, Any], folder: Path) -> ModelConfig:
+    _require_accepted("llava", keys)
+    text = {"model_type": "llama", **(keys.get("text_config") or {})}
+    large_336 = dict(zip(VISION_KEYS, (1024, 4096, 24, 16, 336, 14)))
+    vision = keys.get("vision_config") or large_336
+    vision = {"model_type": "clip_vision_model", **vision}
+    if text["model_type"] not in DECODERS or vision["model_type"] not in WHOLE.values():
+        raise ValueError(f"a LLaVA of {text['model_type']} and {vision['model_type']} is not implemented")
+    text["tie_word_embeddings"] = keys.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
+    layer = keys.get("vision_feature_layer", -2)
+    if not isinstance(layer, int):
+        raise ValueError(f"vision_feature_layer={layer!r}: features of several layers are not implemented")
+    if layer >= 0:  # hidden_states[0] is the input of the first layer
+        layer -= 1 + {**DEFAULTS[vision["model_type"]], **vision}["num_hidden_layers"]
+    tower = _vision(vision, folder, layer)
+    strategy = keys.get("vision_feature_select_strategy", "default")
+    if (strategy == "default") != tower.class_token:
+        raise ValueError(f"vision_feature_select_strategy={strategy!r} of a {vision['model_type']} is not implemented")
+    return ModelConfig(decoder=_decoder(text), vision=tower, vision_projector=ProjectorConfig())

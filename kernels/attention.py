@@ -1,0 +1,113 @@
+"""Attention over a packed row of tokens: the one attention of decoder, vision tower and audio tower.
+
+    s_ij = scale * q_i . k_j        p_ij = softmax over the visible j of s_ij        out_i = sum_j p_ij v_j
+    lse_i = ln sum_j exp s_ij
+
+A query sees the keys of its own segment only; with ``causal`` query i of a segment with Q queries and S keys sees
+keys j <= i + S - Q (bottom-right aligned: the last query sees every key). A query without any key gives out 0, lse -inf.
+
+T query rows   S key rows   H query heads   K key/value heads (H a multiple of K)   E head dim
+N segments of one group   Q, L rows of each (queries, keys)
+"""
+
+from collections import defaultdict
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.segments import Segments
+
+
+def attention(
+    q_THE: Tensor,
+    k_SKE: Tensor,
+    v_SKE: Tensor,
+    segments: Segments,
+    *,
+    causal: bool,
+    segments_k: Segments | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention within segments.
+
+    q_THE, k_SKE, v_SKE share one floating dtype; ``segments`` cuts T and, unless ``segments_k`` is given, S as well.
+    ``scale`` is 1 / sqrt(E) by default. Returns out_THE in the dtype of q and, with ``return_lse``, lse_HT in float32
+    (natural logarithm). Rows outside the used part of a slot are 0 and -inf.
+    """
+    return attention_reference(
+        q_THE, k_SKE, v_SKE, segments, causal=causal, segments_k=segments_k, scale=scale, return_lse=return_lse
+    )
+
+
+def attention_reference(q_THE, k_SKE, v_SKE, segments, *, causal, segments_k=None, scale=None, return_lse=False):
+    """The specification in plain PyTorch: segments of like length share one batched call, which gathers their rows."""
+    scale = q_THE.shape[-1] ** -0.5 if scale is None else scale
+    groups = _groups(segments, segments_k or segments, causal)
+    rows, outs, lses = [q_THE.new_zeros(0, dtype=torch.long)], [q_THE[:0]], [q_THE.new_zeros(0, q_THE.shape[1]).float()]
+    for q_rows_NQ, k_rows_NL, kept_NQ in groups:
+        q, k, v = (
+            x[index].transpose(1, 2) for x, index in ((q_THE, q_rows_NQ), (k_SKE, k_rows_NL), (v_SKE, k_rows_NL))
+        )
+        if return_lse or q.shape[2] != k.shape[2]:
+            out, lse = _softmax_attention(q, k, v, scale, causal)
+            lses.append(lse.transpose(1, 2)[kept_NQ])
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        outs.append(out.transpose(1, 2)[kept_NQ])
+        rows.append(q_rows_NQ[kept_NQ])
+    if not groups:  # k and v stay in the graph: a rank without images owes its peers zero gradients, not none
+        outs.append(q_THE[:0] * (k_SKE[:0].sum() + v_SKE[:0].sum()))
+    out_THE = torch.zeros_like(q_THE).index_copy(0, torch.cat(rows), torch.cat(outs))
+    if not return_lse:
+        return out_THE
+    lse_TH = torch.full(q_THE.shape[:2], -torch.inf, device=q_THE.device).index_copy(
+        0, torch.cat(rows), torch.cat(lses)
+    )
+    return out_THE, lse_TH.T
+
+
+@lru_cache(maxsize=32)  # every layer asks with the same segments
+def _groups(segments: Segments, segments_k: Segments, causal: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Segments that can share a call: (q_rows_NQ, k_rows_NL, kept_NQ), rows into T and S and which query rows are real.
+
+    Causal self-attention may pad segments at their end (no real query sees a later key), so lengths are rounded up.
+    """
+    padded = causal and segments is segments_k and segments.lengths is None
+    spans = defaultdict(list)
+    for (q_start, q_length), (k_start, k_length) in zip(segments.spans, segments_k.spans, strict=True):
+        if q_length and k_length:
+            size = -(-q_length // 16) * 16
+            spans[(size, size) if padded else (q_length, k_length)].append((q_start, k_start, q_length))
+    device = segments.cu_seqlens.device
+    groups = []
+    for (q_size, k_size), members in spans.items():
+        q_start_N1, k_start_N1, length_N1 = torch.tensor(members, device=device).T.unsqueeze(-1)
+        step_Q, step_L = torch.arange(q_size, device=device), torch.arange(k_size, device=device)
+        kept_NQ = step_Q < length_N1
+        if padded:
+            rows_NQ = q_start_N1 + torch.minimum(step_Q, length_N1 - 1)
+            groups.append((rows_NQ, rows_NQ, kept_NQ))
+        else:
+            groups.append((q_start_N1 + step_Q, k_start_N1 + step_L, kept_NQ))
+    return groups
+
+
+def _softmax_attention(q_NHQE, k_NKLE, v_NKLE, scale, causal):
+    """The formula itself, in float32 (float64 stays): out_NHQE and lse_NHQ."""
+    dtype = torch.promote_types(q_NHQE.dtype, torch.float32)
+    heads_per_key = q_NHQE.shape[1] // k_NKLE.shape[1]
+    k_NHLE, v_NHLE = (x.to(dtype).repeat_interleave(heads_per_key, dim=1) for x in (k_NKLE, v_NKLE))
+    s_NHQL = scale * (q_NHQE.to(dtype) @ k_NHLE.mT)
+    if causal:
+        Q, L = s_NHQL.shape[-2:]
+        hidden_QL = torch.ones(Q, L, dtype=torch.bool, device=s_NHQL.device).triu(L - Q + 1)
+        s_NHQL = s_NHQL.masked_fill(hidden_QL, -torch.inf)
+    lse_NHQ = s_NHQL.logsumexp(-1)
+    # A row without keys has lse -inf; exp(-inf - -inf) is NaN, so such rows are exponentiated against 0.
+    p_NHQL = torch.exp(s_NHQL - lse_NHQ.masked_fill(lse_NHQ == -torch.inf, 0.0).unsqueeze(-1))
+    return (p_NHQL @ v_NHLE).to(q_NHQE.dtype), lse_NHQ.float()

@@ -1,0 +1,41 @@
+"""How a packed row of tokens is cut into sequences that must not see each other."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: the row index of a batch is made once
+class Segments:
+    """Boundaries of N segments (documents, images, audio clips) in a packed row of tokens.
+
+    cu_seqlens   int32 (N + 1,): segment n holds rows cu_seqlens[n] to cu_seqlens[n + 1]; zero-length segments are legal
+    max_length   the longest segment, a Python int so that no kernel launch has to ask the device
+    lengths      int32 (N,) or None: the used part of each slot, for caches with spare room at the end of a slot
+    """
+
+    cu_seqlens: Tensor
+    max_length: int
+    lengths: Tensor | None = None
+
+    @staticmethod
+    def of(lengths: list[int], device: torch.device | str | None = None) -> "Segments":
+        """Segments of these lengths, one after the other."""
+        cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return Segments(cu_seqlens.to(device) if device is not None else cu_seqlens, max(lengths, default=0))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Segments":
+        move = lambda t: None if t is None else t.to(device, non_blocking=non_blocking)  # noqa: E731
+        return Segments(move(self.cu_seqlens), self.max_length, move(self.lengths))
+
+    def __len__(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """(first row, used length) of every segment, on the host. Waits for the device: for the reference path only."""
+        starts = self.cu_seqlens.tolist()
+        used = self.lengths.tolist() if self.lengths is not None else [b - a for a, b in zip(starts, starts[1:])]
+        return list(zip(starts, used))

@@ -1,0 +1,146 @@
+"""The decoder against transformers, and what packing promises."""
+
+import dataclasses
+
+import pytest
+import torch
+import transformers
+from tests.models.handmade import assert_gradients_close, build, loaded, make_batch, save
+
+from avlm.config import DecoderConfig, ModelConfig, RopeScaling
+from avlm.data.batch import Batch
+from avlm.models.decoder import rope_frequencies
+from avlm.pretrained import read_config
+from avlm.weights_tables import hugging_face_name
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+MODELS = {
+    "llama2": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
+    "llama3": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE)),
+    "smollm2": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "mistral": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**SIZES, sliding_window=None, head_dim=16)
+    ),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, head_dim=16)),
+}
+
+
+def all_logits(model, batch: Batch) -> torch.Tensor:
+    """Logits of every row, through the model's own parts."""
+    x_TD = model.decoder(model.embed(batch), batch.position_T, batch.segments)
+    return model.decoder.head(model.decoder.norm(x_TD), None)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_those_of_transformers(name, tmp_path):
+    theirs = MODELS[name]()
+    save(theirs, tmp_path)
+    config = ModelConfig(decoder=read_config(tmp_path))
+    ours = loaded(config, decoder=tmp_path)
+    documents = [torch.randint(97, (length,)).tolist() for length in (200, 7)]
+    with torch.no_grad():
+        logits = all_logits(ours, make_batch(config, documents))
+        expected = torch.cat([theirs(torch.tensor([document])).logits[0] for document in documents])
+    error = (logits - expected).abs().max().item()
+    print(f"parity {name}: {error:.2e} of {expected.abs().max():.2f}")
+    assert error <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3"])
+def test_gradients_equal_those_of_transformers(name, tmp_path):
+    theirs = MODELS[name]()
+    save(theirs, tmp_path)
+    config = ModelConfig(decoder=read_config(tmp_path))
+    ours = loaded(config, decoder=tmp_path)
+    document = torch.randint(97, (60,)).tolist()
+    ours(make_batch(config, [document])).sum().backward()
+    logits = theirs(torch.tensor([document])).logits[0, :-1]
+    torch.nn.functional.cross_entropy(logits, torch.tensor(document[1:]), reduction="sum").backward()
+    expected = {key: p.grad for key, p in theirs.named_parameters()}
+    prefix = lambda rest: "" if rest == "head.weight" else "model."
+    gradients = {}
+    for key, parameter in ours.named_parameters():
+        rest = key.removeprefix("decoder.")
+        gradients[prefix(rest) + hugging_face_name("decoder", rest)] = parameter.grad
+    assert_gradients_close(gradients, expected)
+
+
+DECODER = DecoderConfig(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, max_position=128
+)
+
+
+def test_packed_documents_equal_separate_ones():
+    config = ModelConfig(decoder=DECODER)
+    model = build(config)
+    documents = [torch.randint(61, (length,)).tolist() for length in (17, 1, 33, 2)]
+    packed = model(make_batch(config, documents))
+    separate = torch.cat([model(make_batch(config, [document])) for document in documents])
+    assert (packed - separate).abs().max() <= 1e-5
+
+
+def test_no_row_sees_a_later_one():
+    config = ModelConfig(decoder=DECODER)
+    model = build(config)
+    batch = make_batch(config, [torch.randint(61, (20,)).tolist()])
+    changed = dataclasses.replace(batch, token_T=torch.cat([batch.token_T[:12], (batch.token_T[12:] + 1) % 61]))
+    with torch.no_grad():
+        a, b = all_logits(model, batch), all_logits(model, changed)
+    assert torch.equal(a[:12], b[:12])
+    assert (a[12:] - b[12:]).abs().amax(-1).min() > 1e-3
+
+
+def test_tied_embedding_is_one_tensor_with_both_gradients():
+    config = ModelConfig(decoder=dataclasses.replace(DECODER, tie_embedding=True))
+    model = build(config)
+    assert model.decoder.head.weight is model.decoder.embedding.weight
+    assert "decoder.head.weight" not in dict(model.named_parameters())
+    document = [1, 2, 3, 4, 5]
+    model(make_batch(config, [document])).sum().backward()
+    gradient = model.decoder.embedding.weight.grad
+    assert (gradient.abs().sum(1) > 0).all()  # as head every row takes part in the softmax
+
+
+def test_a_batch_without_targets_gives_exactly_zero_gradients():
+    config = ModelConfig(decoder=DECODER)
+    model = build(config)
+    loss = model(make_batch(config, [[1, 2, 3]], num_targets=0))
+    assert loss.shape == (0,)
+    loss.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_bf16_stays_close_to_fp32():
+    config = ModelConfig(decoder=DECODER)
+    model = build(config)
+    batch = make_batch(config, [torch.randint(61, (40,)).tolist()])
+    with torch.no_grad():
+        exact, rounded = model(batch), model.bfloat16()(batch)
+    assert rounded.dtype == torch.float32
+    assert (exact - rounded).abs().max() < 0.1
+
+
+def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
+    plain = rope_frequencies(DECODER)
+    stretched = rope_frequencies(dataclasses.replace(DECODER, rope_scaling=scaling))
+    assert torch.equal(plain[:1], stretched[:1])
+    assert torch.allclose(plain[-1:] / 8, stretched[-1:])

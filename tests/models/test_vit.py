@@ -1,0 +1,117 @@
+"""The vision tower against transformers' CLIP and SigLIP."""
+
+import dataclasses
+
+import pytest
+import torch
+import transformers
+
+from avlm.config import VisionConfig
+from avlm.pretrained import read_config
+from avlm.weights_tables import hugging_face_name
+from kernels.segments import Segments
+from tests.models.handmade import assert_gradients_close, build_tower, load_tower, save
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 24,
+    "patch_size": 8,
+}
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+
+
+def clip():
+    return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES))
+
+
+def siglip():
+    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIZES))
+
+
+def segments(config: VisionConfig, num_images: int) -> Segments:
+    return Segments.of([(config.image_size // config.patch_size) ** 2 + config.class_token] * num_images)
+
+
+@pytest.mark.parametrize("make", [clip, siglip])
+@pytest.mark.parametrize("layer", [-1, -2, -3])
+def test_features_of_a_layer_equal_those_of_transformers(make, layer, tmp_path):
+    theirs = make()
+    save(theirs, tmp_path)
+    config = dataclasses.replace(read_config(tmp_path), feature_layer=layer)
+    tower, report = load_tower(config, tmp_path)
+    pixels = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        features = tower(pixels, segments(config, 2))
+        expected = theirs(pixels, output_hidden_states=True).hidden_states[layer][:, int(config.class_token) :]
+    error = (features - expected).abs().max().item()
+    print(f"parity {make.__name__} {layer}: {error:.2e} of {expected.abs().max():.2f}")
+    assert features.shape == (2, 9, 32) and error <= 1e-4
+    assert len(tower.blocks) == 4 + layer
+    above = report.skipped.get("layers above feature_layer", 0)
+    assert above == 16 * (-1 - layer) and len(report.names) + sum(report.skipped.values()) == report.total
+
+
+def test_the_last_features_of_siglip_can_be_normalised(tmp_path):
+    theirs = siglip()
+    save(theirs, tmp_path)
+    config = dataclasses.replace(read_config(tmp_path), feature_layer=-1, post_norm=True)
+    tower, report = load_tower(config, tmp_path)
+    pixels = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        error = (tower(pixels, segments(config, 2)) - theirs(pixels).last_hidden_state).abs().max().item()
+    print(f"parity siglip post-norm: {error:.2e}")
+    assert error <= 1e-4
+    assert set(report.skipped) == {"attention-pooling head"}
+
+
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_the_tower_of_a_whole_two_tower_model_is_found(family, tmp_path):
+    config_class, model_class = (getattr(transformers, f"{family}{part}") for part in ("Config", "Model"))
+    text = dict(TEXT, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    theirs = model_class(config_class(vision_config=SIZES, text_config=text))
+    save(theirs, tmp_path)
+    config = read_config(tmp_path)
+    tower, report = load_tower(config, tmp_path)
+    pixels = torch.randn(1, 3, 24, 24)
+    with torch.no_grad():
+        hidden = theirs.vision_model(pixels, output_hidden_states=True).hidden_states[-2]
+        assert (tower(pixels, segments(config, 1)) - hidden[:, int(config.class_token) :]).abs().max() <= 1e-4
+    assert report.skipped["text tower and its projections"] > 10
+
+
+@pytest.mark.parametrize("make", [clip, siglip])
+def test_gradients_equal_those_of_transformers(make, tmp_path):
+    theirs = make()
+    save(theirs, tmp_path)
+    config = read_config(tmp_path)
+    tower, _ = load_tower(config, tmp_path)
+    pixels, weights = torch.randn(2, 3, 24, 24), torch.randn(2, 9, 32)
+    (tower(pixels, segments(config, 2)) * weights).sum().backward()
+    hidden = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, int(config.class_token) :]
+    (hidden * weights).sum().backward()
+    theirs_by_name = {key.removeprefix("vision_model."): p.grad for key, p in theirs.named_parameters()}
+    ours = {hugging_face_name("vision", key): p.grad for key, p in tower.named_parameters()}
+    assert_gradients_close(ours, {key: theirs_by_name[key] for key in ours})
+
+
+CONFIG = VisionConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, image_size=16, patch_size=8)
+
+
+def test_images_do_not_see_each_other():
+    tower = build_tower(CONFIG)
+    pixels = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        together = tower(pixels, segments(CONFIG, 3))
+        alone = torch.cat([tower(image[None], segments(CONFIG, 1)) for image in pixels])
+    assert (together - alone).abs().max() <= 1e-5
+
+
+def test_zero_images_give_exactly_zero_gradients():
+    tower = build_tower(CONFIG)
+    features = tower(torch.empty(0, 3, 16, 16), segments(CONFIG, 0))
+    assert features.shape == (0, 4, 32)
+    features.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in tower.parameters())

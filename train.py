@@ -1,0 +1,210 @@
+"""Train an audio-vision language model.
+
+    torchrun --nproc-per-node 8 train.py configs/demo.yaml [section.key=value ...]
+    python train.py configs/demo.yaml --print
+
+Read from the bottom: main() builds the parts in order, then runs the stages.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from avlm import checkpoint, config, metrics, optimizer, parallel, preflight, weights
+from avlm.config import Config, StageConfig
+from avlm.data import demo, open_loader
+from avlm.data.batch import KINDS, Batch
+from avlm.data.packing import empty_batch
+from avlm.models.avlm import AVLM
+from avlm.parallel import mesh
+from avlm.parallel.mesh import World
+
+
+def train_step(
+    model: AVLM, batches: list[Batch], num_targets: float, adam: torch.optim.AdamW, clip_norm: float, world: World
+) -> Tensor:
+    """One optimizer step. ``num_targets`` counts over all ranks and batches, so that every layout gives the same step.
+
+    Returns, on the device, float32 (len(KINDS) + 2,): the global loss sum of each kind, the gradient norm, the own loss
+    sum. Nothing here waits for the device.
+    """
+    losses = torch.zeros(len(KINDS), device=world.device)
+    for batch in batches:
+        batch = batch.to(world.device)
+        loss_R = model(batch)
+        (loss_R.sum() / num_targets).backward()
+        losses.index_add_(0, batch.kind_R, loss_R.detach())
+    norm = optimizer.clip_gradients(model, clip_norm)
+    adam.step()
+    adam.zero_grad()
+    own = losses.sum()
+    dist.all_reduce(losses)
+    return torch.cat([losses, norm.reshape(1), own.reshape(1)])
+
+
+@torch.no_grad()
+def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World) -> dict[str, float]:
+    """Mean loss per target of each validation set. Every rank runs as many forwards as the rank with most rows."""
+    results = {}
+    for name, source in stage.data.validation.items():
+        rows = iter(
+            open_loader(source, stage.data, cfg.model, rank=world.rank, world=world.size, seed=cfg.seed, train=False)
+        )
+        loss, count = torch.zeros((), device=world.device), 0
+        for _ in range(cfg.train.validate_batches):
+            batch = next(rows, None)
+            if world.sum([batch is not None])[0] == 0:
+                break
+            batch = batch or empty_batch(stage.data.seq_length, cfg.model)
+            loss += model(batch.to(world.device)).sum()
+            count += len(batch.target_R)
+        total, num_targets = world.sum([loss.item(), count])
+        if num_targets:
+            results[f"val/{name}/loss"] = total / num_targets
+    return results
+
+
+def count(batches: list[Batch], stop: bool) -> list[float]:
+    """What the ranks must agree on before a step: targets of each kind, tokens, samples read and skipped, a stop signal."""
+    targets = sum(torch.bincount(batch.kind_R, minlength=len(KINDS)) for batch in batches)
+    tokens = sum(batch.segments.cu_seqlens[len(batch.keys)].item() for batch in batches)
+    return [*targets.tolist(), tokens, sum(b.read for b in batches), sum(len(b.skipped) for b in batches), float(stop)]
+
+
+def run_stage(
+    model: AVLM,
+    cfg: Config,
+    world: World,
+    log: metrics.Log,
+    at: checkpoint.Progress,
+    resume_from: Path | None,
+    stopping: list,
+) -> checkpoint.Progress:
+    """Train one stage from ``at`` to its end, or to where the run has to stop."""
+    # 1. What trains, with optimizer state of its own; where the data goes on.
+    stage = cfg.stages[at.stage]
+    optimizer.freeze(model, stage)
+    adam = optimizer.build(model, stage.optimizer)
+    loader_state = None
+    if resume_from:
+        checkpoint.load(resume_from, model, adam)
+        loader_state = checkpoint.load_rank_state(resume_from, world)
+    loader = open_loader(
+        stage.data.train,
+        stage.data,
+        cfg.model,
+        rank=world.rank,
+        world=world.size,
+        seed=cfg.seed + at.stage,
+        train=True,
+        state=loader_state,
+    )
+    saver = checkpoint.Saver(Path(cfg.output_dir), cfg.checkpoint, world)
+    log.say(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(stage.train) or 'nothing'}")
+
+    # 2. Steps.
+    rows = iter(loader)
+    last = min(stage.steps, at.stage_step + (cfg.train.stop_after or cfg.total_steps) - at.step)
+    while at.stage_step < last:
+        started = time.perf_counter()
+        batches = [next(rows) for _ in range(cfg.train.accumulate)]
+        waited = time.perf_counter() - started
+        *targets, tokens, read, skipped, stop = world.sum(count(batches, bool(stopping)))
+        for key, reason in (bad for batch in batches for bad in batch.skipped):
+            print(f"skipped sample {key}: {reason}", file=sys.stderr)
+        lr = optimizer.schedule(adam, stage.optimizer, at.stage_step, stage.steps)
+        values = train_step(model, batches, max(sum(targets), 1.0), adam, stage.optimizer.clip_norm, world)
+        at = replace(
+            at, step=at.step + 1, stage_step=at.stage_step + 1, read=at.read + read, skipped=at.skipped + skipped
+        )
+        row = {"step": at.step, "stage": stage.name, "lr": lr, "tokens": tokens, "target_tokens": sum(targets)}
+        row |= {"data_seconds": waited, "skipped_samples": at.skipped, "targets_of_kind": targets}
+        log.step(row, values, [key for batch in batches for key in batch.keys])
+        preflight.check_skipped(at.read, at.skipped, stage.data.max_bad_fraction)
+
+        # 3. Validation and checkpoints, at their steps and at the end.
+        ends = bool(stop) or at.stage_step == last
+        if at.step % cfg.train.validate_every == 0 or at.stage_step == stage.steps:
+            log.flush()
+            results = validate(model, stage, cfg, world)
+            log.write([{"step": at.step, "stage": stage.name, **results}] if results else [])
+            log.say("  ".join(f"{key} {value:.4f}" for key, value in results.items()))
+        if at.step % cfg.checkpoint.every == 0 or ends:
+            log.flush()
+            saver.save(at, model, adam, loader.state())
+        if stop:
+            log.say(f"stopped by a signal after step {at.step}; the same command goes on from there")
+            break
+    saver.wait()
+    return at
+
+
+def main(cfg: Config) -> None:
+    # 1. Everything that can be wrong is found before any process group starts. The run folder belongs to one run.
+    demo.ensure(cfg)
+    preflight.check(cfg, world_size=mesh.ranks()[1])
+    device = mesh.choose_device(cfg)
+    world = mesh.start(cfg, device)
+    lock = preflight.claim(cfg, world)
+    resume_from, note = checkpoint.find(cfg)
+    preflight.check_resume(cfg, resume_from)
+    if world.is_first:
+        (Path(cfg.output_dir) / "config.yaml").write_text(config.dump(cfg))
+    stopping: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
+
+    # 2. Model: shapes first (meta), then layout and memory, then values: a checkpoint's, or the start's.
+    torch.manual_seed(cfg.seed)
+    torch.use_deterministic_algorithms(cfg.deterministic)
+    with torch.device("meta"):
+        model = AVLM(cfg.model)
+    parallel.apply(model, world, cfg)
+    at = checkpoint.read_progress(resume_from) if resume_from else checkpoint.Progress()
+    log = metrics.Log(cfg, world, at.step)
+    log.say(f"{metrics.describe(model)}; {world.size} x {device.type}")
+    if resume_from:
+        checkpoint.load(resume_from, model)
+        log.say(f"{note}resuming {resume_from.name} at step {at.step} of {cfg.total_steps}")
+    else:
+        for report in weights.start(model, cfg.init_from, cfg.seed):
+            log.say(str(report))
+    parallel.warm_up(model, cfg, world)
+    if resume_from:
+        checkpoint.load_rank_state(resume_from, world)
+
+    # 3. Stages.
+    while at.stage < len(cfg.stages):
+        if at.stage_step < cfg.stages[at.stage].steps:
+            at = run_stage(model, cfg, world, log, at, resume_from, stopping)
+        if at.stage_step < cfg.stages[at.stage].steps or stopping or at.step == cfg.train.stop_after:
+            break
+        at, resume_from = replace(at, stage=at.stage + 1, stage_step=0), None
+    log.close()
+    mesh.stop()
+    if lock is not None:
+        lock.close()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Train an audio-vision language model.")
+    parser.add_argument("config", help="a YAML file of configs/")
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    parser.add_argument("--print", action="store_true", help="show the resolved config and stop")
+    parser.add_argument("--preflight", action="store_true", help="check and estimate, then stop")
+    parser.add_argument("--world-size", type=int, default=1, help="ranks that --preflight assumes")
+    arguments = parser.parse_args()
+    with preflight.one_line_errors():
+        loaded = config.load(arguments.config, arguments.overrides)
+        if arguments.print:
+            print(config.dump(loaded))
+        elif arguments.preflight:
+            print(preflight.report(loaded, arguments.world_size))
+        else:
+            main(loaded)
