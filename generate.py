@@ -2,17 +2,14 @@
 
     python generate.py RUN_OR_EXPORT_OR_HF_FOLDER --image a.jpg --prompt "What is this?"
 
-The model is a run folder of train.py (its newest complete checkpoint), an exported AVLM folder, or a Hugging Face
-folder (or Hub name) of a supported decoder or of LLaVA. ``--image``, ``--audio``, ``--video`` and ``--prompt`` may be
-repeated. A prompt gets the media that its tags <image>, <audio> and <video> name; one without tags gets all of them in
-front.
+The model is a run of train.py (its newest complete checkpoint), an exported AVLM, or a Hugging Face folder (or Hub
+name) of a supported decoder or of LLaVA. Media and prompts may be repeated. A prompt gets the media that its tags
+<image>, <audio> and <video> name; one without tags gets all of them in front.
 """
 
 import argparse
 import dataclasses
 import json
-import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +17,13 @@ import tokenizers
 import torch
 
 from avlm import weights
+from avlm.checkpoint import read_model
 from avlm.config import DataConfig, DecoderConfig, InitFrom, ModelConfig, VideoConfig
 from avlm.data.chat import MEDIA, TAG, Messages, Piece, Tokenizer
 from avlm.data.sample import EncodedSample, SampleEncoder
 from avlm.generation import Completion, generate
 from avlm.models.avlm import AVLM
+from avlm.preflight import one_line_errors
 from avlm.pretrained import read_config, read_json, resolve, stop_ids
 
 
@@ -33,10 +32,10 @@ class RawChat:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer.file))
+        self.tokenizer.no_truncation()
 
     def pieces(self, messages: Messages, *, prompt: bool) -> list[Piece]:
-        parts = TAG.split(messages[-1]["content"])
-        return [Piece(part if i % 2 else "text", part) for i, part in enumerate(parts)]
+        return [Piece(p if i % 2 else "text", p) for i, p in enumerate(TAG.split(messages[-1]["content"]))]
 
     def encode(self, pieces: list[Piece]) -> Iterator[tuple[Piece, list[int]]]:
         for i, piece in enumerate(pieces):
@@ -46,23 +45,16 @@ class RawChat:
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype, raw: bool) -> tuple[AVLM, SampleEncoder, list[int]]:
     """Model, prompt encoder and the ids that end an answer."""
-    folder = Path(name)
-    if (folder / "config.yaml").is_file():
-        from avlm.checkpoint import read_model  # an export needs none of the checkpoint machinery
-
-        config, state = read_model(folder)
+    if (Path(name) / "config.yaml").is_file():
+        config, state = read_model(name)
         model_config, data, stops = config.model, config.stages[-1].data, []
     else:
         folder, state = resolve(name), None
-        model_config, data = _folder_config(folder)
-        stops = stop_ids(folder)
-    if raw:
-        data = dataclasses.replace(data, template="plain")
+        (model_config, data), stops = folder_config(folder), stop_ids(folder)
+    data = dataclasses.replace(data, template="plain") if raw else data
     encoder = SampleEncoder(model_config, data, Tokenizer(data.tokenizer))
-    if not raw:
+    if not raw or not stops:
         stops = sorted({*stops, *encoder.chat.stop_ids})
-    elif not stops:
-        stops = encoder.chat.stop_ids
     if raw:
         encoder.chat = RawChat(encoder.tokenizer)
     with torch.device("meta"):
@@ -70,33 +62,32 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, raw: bool) -
     model.to(dtype).to_empty(device=device).requires_grad_(False)
     if state is not None:
         weights.fill(model, state)
-    elif isinstance(read_config(folder), DecoderConfig):
-        weights.load(model, InitFrom(decoder=str(folder)))
     else:
-        weights.load(model, InitFrom(all=str(folder)))
+        entry = "decoder" if isinstance(read_config(folder), DecoderConfig) else "all"
+        weights.load(model, InitFrom(**{entry: str(folder)}))
     return model, encoder, stops
 
 
-def _folder_config(folder: Path) -> tuple[ModelConfig, DataConfig]:
-    keys, config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}, read_config(folder)
+def folder_config(folder: Path) -> tuple[ModelConfig, DataConfig]:
+    config = read_config(folder)
     if isinstance(config, DecoderConfig):
         config = ModelConfig(decoder=config)
     if not isinstance(config, ModelConfig):
         raise ValueError(f"{folder} holds a tower, which cannot answer: give a decoder, a LLaVA, an export or a run")
+    keys = read_json(folder / "config.json")
     if keys.get("architecture") == "AVLM":
-        video = VideoConfig(**keys["data"].pop("video", {}))
-        return config, DataConfig(train="", tokenizer=str(folder), video=video, **keys["data"])
-    # The chat template of LLaVA's folders wants a processor; these two are what they say.
-    control = Tokenizer(folder).control_tokens
-    template = "tokenizer" if config.vision is None else "chatml" if "<|im_start|>" in control else "llava"
-    return config, DataConfig(train="", tokenizer=str(folder), template=template)
+        data = keys["data"] | {"video": VideoConfig(**keys["data"].get("video", {}))}
+    else:  # the chat template of LLaVA's folders wants a processor; these two are what they say
+        control = Tokenizer(folder).control_tokens
+        template = "tokenizer" if config.vision is None else "chatml" if "<|im_start|>" in control else "llava"
+        data = {"template": template}
+    return config, DataConfig(train="", tokenizer=str(folder), **data)
 
 
 def encode(prompt: str, media: dict[str, list[bytes]], encoder: SampleEncoder) -> EncodedSample:
-    tags = set(re.findall(TAG, prompt))
+    tags = set(TAG.findall(prompt))
     if not tags and any(media.values()):
-        front = "".join(f"<{kind}>" * len(media[kind]) for kind in MEDIA)
-        tags, prompt = set(MEDIA), f"{front}\n{prompt}"
+        tags, prompt = set(MEDIA), "".join(f"<{kind}>" * len(media[kind]) for kind in MEDIA) + "\n" + prompt
     chosen = {f"{kind}s": files for kind, files in media.items() if kind in tags}
     return encoder.prompt([{"role": "user", "content": prompt}], **chosen)
 
@@ -135,25 +126,22 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens with this probability")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    parser.add_argument("--raw", action="store_true", help="no chat template, the tokenizer's own post-processing only")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--raw", action="store_true", help="no chat template, only what the tokenizer itself adds")
     parser.add_argument("--json", action="store_true", help="one object per prompt: text, token_ids, logprobs")
     arguments = parser.parse_args()
-    try:
-        on_gpu = torch.cuda.is_available() if arguments.device == "auto" else arguments.device != "cpu"
-        device = torch.device(("cuda" if on_gpu else "cpu") if arguments.device == "auto" else arguments.device)
-        dtype = ("bfloat16" if on_gpu else "float32") if arguments.dtype == "auto" else arguments.dtype
+    with one_line_errors():
+        device = arguments.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: this machine has no GPU that PyTorch can use")
+        dtype = arguments.dtype.replace("auto", "float32" if device == "cpu" else "bfloat16")
         media = {kind: [Path(file).read_bytes() for file in getattr(arguments, kind)] for kind in MEDIA}
-        model, encoder, stops = load_model(arguments.model, device, getattr(torch, dtype), arguments.raw)
+        model, encoder, stops = load_model(arguments.model, torch.device(device), getattr(torch, dtype), arguments.raw)
         prompts = [encode(prompt, media, encoder) for prompt in arguments.prompt]
-        streams = not arguments.json and len(prompts) == 1
+        stream = Stream(encoder.tokenizer) if len(prompts) == 1 and not arguments.json else None
         settings = {key: getattr(arguments, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
-        on_token = Stream(encoder.tokenizer) if streams else None
-        completions = generate(model, prompts, stop_ids=stops, on_token=on_token, **settings)
-        print() if streams else show(arguments, encoder.tokenizer, completions)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        completions = generate(model, prompts, stop_ids=stops, on_token=stream, **settings)
+        print() if stream else show(arguments, encoder.tokenizer, completions)
 
 
 if __name__ == "__main__":

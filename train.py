@@ -199,7 +199,7 @@ if __name__ == "__main__":
     parser.add_argument("--print", action="store_true", help="show the resolved config and stop")
     parser.add_argument("--preflight", action="store_true", help="check and estimate, then stop")
     parser.add_argument("--world-size", type=int, default=1, help="ranks that --preflight assumes")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     with preflight.one_line_errors():
         loaded = config.load(arguments.config, arguments.overrides)
         if arguments.print:

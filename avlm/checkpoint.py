@@ -24,6 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from avlm import config as configuration
@@ -100,7 +101,7 @@ class Saver:
                 self.pending = (dcp.async_save(tensors, checkpoint_id=path), path, progress)
             else:
                 dcp.save(tensors, checkpoint_id=path)
-        except Exception as error:  # whatever failed (a full disk, most often), every rank must hear of it
+        except (Exception, CheckpointException) as error:  # a full disk, most often: every rank must hear of it
             failure = error
         self._agree(failure, path)
         if self.pending is None:

@@ -40,12 +40,9 @@ def export(
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty")
-    state = dict(state)
     if config.decoder.tie_embedding:
-        state.pop("decoder.head.weight", None)
-    tokenizer = Path(data.tokenizer) if data is not None and data.tokenizer else None
-    if tokenizer is not None and tokenizer.is_file():
-        tokenizer = tokenizer.parent
+        state = {name: tensor for name, tensor in state.items() if name != "decoder.head.weight"}
+    tokenizer = Tokenizer(data.tokenizer) if data is not None and data.tokenizer else None
     image_token = None
     if format == "avlm":
         prompt = {key: value for key, value in to_dict(data).items() if key in PROMPT_KEYS} if data is not None else {}
@@ -64,13 +61,8 @@ def export(
     keys["torch_dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(state, folder)
-    for name in TOKENIZER_FILES if tokenizer is not None else []:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
-    if image_token is not None and (folder / "tokenizer.json").is_file():
-        _add_image_token(folder / "tokenizer.json", image_token)
-    stops = sorted({*stop_ids(tokenizer), *Chat(Tokenizer(tokenizer), data.template).stop_ids}) if tokenizer else []
-    _write_json(folder / "generation_config.json", {"eos_token_id": stops or None})
+    if tokenizer is not None:
+        _copy_tokenizer(tokenizer, data.template, folder, image_token)
     if format == "llava":
         _write_json(folder / "preprocessor_config.json", _preprocessor_keys(config.vision))
     _write_json(folder / "config.json", keys)  # last: a folder with it is whole
@@ -109,23 +101,28 @@ def _llava_state(config: ModelConfig, state: dict[str, Tensor], image_token: int
     return state
 
 
-def _image_token(tokenizer: Path | None, vocab_size: int) -> int:
+def _image_token(tokenizer: Tokenizer | None, vocab_size: int) -> int:
     """The id of "<image>", or the first that the tokenizer leaves free."""
-    if tokenizer is None or not (tokenizer / "tokenizer.json").is_file():
+    if tokenizer is None:
         return vocab_size
-    tree = read_json(tokenizer / "tokenizer.json")
-    added = {token["content"]: token["id"] for token in tree.get("added_tokens") or []}
-    vocabulary = tree["model"]["vocab"]
-    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-    return added.get("<image>", max([*ids, *added.values()]) + 1)
+    added = read_json(tokenizer.file).get("added_tokens") or []
+    return {token["content"]: token["id"] for token in added}.get("<image>", tokenizer.size)
 
 
-def _add_image_token(path: Path, image_token: int) -> None:
-    tree = read_json(path)
-    if all(token["content"] != "<image>" for token in tree["added_tokens"]):
+def _copy_tokenizer(tokenizer: Tokenizer, template: str, folder: Path, image_token: int | None) -> None:
+    """The tokenizer's files, with "<image>" among its tokens where LLaVA needs it, and the ids that end an answer."""
+    for name in TOKENIZER_FILES:
+        if tokenizer.file.with_name(name).is_file():
+            shutil.copyfile(tokenizer.file.with_name(name), folder / name)
+    shutil.copyfile(tokenizer.file, folder / "tokenizer.json")
+    tree = read_json(tokenizer.file)
+    added = tree.get("added_tokens") or []
+    if image_token is not None and all(token["content"] != "<image>" for token in added):
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        tree["added_tokens"].append({"id": image_token, "content": "<image>", **flags, "special": True})
-        _write_json(path, tree)
+        tree["added_tokens"] = [*added, {"id": image_token, "content": "<image>", **flags, "special": True}]
+        _write_json(folder / "tokenizer.json", tree)
+    stops = {*stop_ids(tokenizer.file.parent), *Chat(tokenizer, template).stop_ids}
+    _write_json(folder / "generation_config.json", {"eos_token_id": sorted(stops)})
 
 
 def _preprocessor_keys(vision: VisionConfig) -> dict:

@@ -49,6 +49,10 @@ class KeyValueCache:
         self.slots = slots
         self.k_BSKE = self.v_BSKE = torch.empty(0)
 
+    @property
+    def is_prompt(self) -> bool:
+        return self.slots.is_prompt
+
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, segments: Segments) -> Tensor:
         """Store keys and values, and attend: within the packed prompts, or each new token to its whole sequence."""
         slots = self.slots
@@ -148,7 +152,7 @@ def _check(model: AVLM, prompts: list[EncodedSample], max_new_tokens, temperatur
     longest, limit = max(map(len, prompts), default=0), model.config.decoder.max_position
     if longest + max_new_tokens > limit:
         raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the {limit} of model.decoder.max_position"
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed model.decoder.max_position={limit}"
         )
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt without any token cannot be continued")

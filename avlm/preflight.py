@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -28,9 +29,9 @@ def check(config: Config, world_size: int) -> None:
     mesh.sizes(config.parallel, world_size)
     for stage in config.stages:
         for source in (stage.data.train, *stage.data.validation.values()):
-            if source != "synthetic" and not Path(source).exists():
+            if not source.startswith("synthetic") and not Path(source).exists():
                 raise FileNotFoundError(f"stage {stage.name}: no data at {source}")
-        if stage.data.train != "synthetic":
+        if not stage.data.train.startswith("synthetic"):
             check_vocabulary(Tokenizer(stage.data.tokenizer), config.model.decoder.vocab_size)
 
 
@@ -127,4 +128,6 @@ def one_line_errors() -> Iterator[None]:
         if started or mesh.ranks()[0] == 0:
             rank = f" (rank {mesh.ranks()[0]})" if started and mesh.ranks()[1] > 1 else ""
             print(f"error{rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # the first rank says it; a launcher ends all ranks as soon as one has failed
         os._exit(2) if started else sys.exit(2)  # other ranks may wait in a collective: nothing to shut down in order

@@ -129,8 +129,9 @@ def read_config(folder: str | Path) -> DecoderConfig | VisionConfig | AudioConfi
 def check_config(ours: DecoderConfig | VisionConfig | AudioConfig | ModelConfig, folder: str | Path) -> None:
     """Raise ValueError with the key where our config describes another model than the folder holds.
 
-    Not compared: ``max_position`` (ours may be shorter), ``window``, ``resize``, and for a plain tower ``feature_layer``
-    and ``post_norm``, which choose what is taken from it. In a whole model the number of built vision layers counts.
+    Not compared: ``max_position`` (ours may be shorter), ``window``, ``resize``, and for a plain tower
+    ``feature_layer`` and ``post_norm``, which choose what is taken from it. In a whole model the number of vision
+    layers that are built counts.
     """
     theirs = read_config(folder)
     if isinstance(theirs, ModelConfig) and not isinstance(ours, ModelConfig):
@@ -144,9 +145,7 @@ def check_config(ours: DecoderConfig | VisionConfig | AudioConfig | ModelConfig,
         pairs = [({DecoderConfig: "decoder", VisionConfig: "vision", AudioConfig: "audio"}[type(ours)], ours, theirs)]
     for module, mine, other in pairs:
         if mine is None:
-            raise ValueError(
-                f"model.{module} is null, and {folder} holds one (name its parts in init_from instead of all)"
-            )
+            raise ValueError(f"model.{module} is null, and {folder} holds one (use init_from.decoder)")
         a, b = (_comparable(x, ours if x is mine else theirs, isinstance(ours, ModelConfig)) for x in (mine, other))
         for key in a:
             if a[key] != b[key]:
@@ -198,11 +197,8 @@ def _decoder(given: dict[str, Any]) -> DecoderConfig:
     window = keys.get("sliding_window") if keys.get("use_sliding_window", model_type in ("mistral", "llama")) else None
     if model_type.startswith("qwen") and keys.get("max_window_layers", 28) >= keys["num_hidden_layers"]:
         window = None  # the window is used by the layers from max_window_layers on
-    if (
-        window is not None
-        and window < keys["max_position_embeddings"]
-        or "sliding_attention" in (keys.get("layer_types") or ())
-    ):
+    window_cuts = window is not None and window < keys["max_position_embeddings"]
+    if window_cuts or "sliding_attention" in (keys.get("layer_types") or ()):
         raise ValueError(
             f"sliding_window={keys.get('sliding_window')} is in use, and sliding windows are not implemented"
         )

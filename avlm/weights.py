@@ -208,7 +208,7 @@ def _check_sinusoids(tensors: dict, prefix: str, folder: Path) -> None:
     if name in tensors:
         table = tensors[name][:].float()
         distance = (table - sinusoids(torch.arange(table.shape[0]), table.shape[1])).abs().max().item()
-        if distance > 2e-3:  # half precision rounds by 5e-4
+        if distance > 4e-3:  # bf16 rounds by 2e-3
             raise ValueError(f"{folder}: {name} is {distance:.2g} away from Whisper's sinusoids, which we compute")
 
 

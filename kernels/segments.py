@@ -27,7 +27,7 @@ class Segments:
         return Segments(cu_seqlens.to(device) if device is not None else cu_seqlens, max(lengths, default=0))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Segments":
-        move = lambda t: None if t is None else t.to(device, non_blocking=non_blocking)  # noqa: E731
+        move = lambda t: None if t is None else t.to(device, non_blocking=non_blocking)
         return Segments(move(self.cu_seqlens), self.max_length, move(self.lengths))
 
     def __len__(self) -> int:

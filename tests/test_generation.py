@@ -20,7 +20,9 @@ from avlm.generation import choose, generate
 from avlm.models.avlm import AVLM
 from avlm.pretrained import read_config
 from avlm.weights import load
+from tests.data.media import film, image_file, picture, tone
 from tests.models.handmade import build, save
+from tests.models.sharded_load import text_prompt
 from tests.models.test_avlm import DECODER, WHOLE, llava
 
 TEXT = ModelConfig(decoder=DECODER)
@@ -148,6 +150,14 @@ def test_sampling_follows_temperature_top_k_and_top_p():
     assert torch.allclose(logprob, probability.log()[token])  # before temperature
 
 
+def test_towers_run_for_the_prompt_only():
+    model = build(WHOLE)
+    calls = []
+    model.vision.register_forward_hook(lambda *_: calls.append(1))
+    generate(model, [text_prompt([1, 2])], stop_ids=[], max_new_tokens=5)
+    assert len(calls) == 1
+
+
 def test_bad_settings_are_refused():
     model = build(TEXT)
     with pytest.raises(ValueError, match="max_position"):
@@ -210,6 +220,21 @@ def test_the_command_line_prints_one_json_object_per_prompt(exported, tmp_path, 
     assert all(1 <= len(row["token_ids"]) == len(row["logprobs"]) <= 5 for row in rows)
     again, _, _ = run(monkeypatch, capsys, exported, *media, *prompts)
     assert again == out
+
+
+def test_a_prompt_without_tags_gets_every_medium_in_front(exported, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.wav").write_bytes(tone(0.4))
+    (tmp_path / "c.mkv").write_bytes(film(1.0))
+    (tmp_path / "b.png").write_bytes(image_file(picture(30, 20)))
+    media = ["--audio", tmp_path / "a.wav", "--image", tmp_path / "b.png", "--video", tmp_path / "c.mkv"]
+    arguments = [exported, *media, "--json", "--max-new-tokens", "4"]
+    plain, err, code = run(monkeypatch, capsys, *arguments, "--prompt", "well?")
+    assert code == 0, err
+    tagged, _, _ = run(monkeypatch, capsys, *arguments, "--prompt", "<image><audio><video>\nwell?")
+    swapped, _, _ = run(monkeypatch, capsys, *arguments, "--prompt", "<audio><image><video>\nwell?")
+    raw, err, code = run(monkeypatch, capsys, *arguments, "--prompt", "<audio>well?", "--raw")
+    assert plain == tagged != swapped and code == 0, err
+    assert json.loads(raw)["token_ids"]
 
 
 def test_the_command_line_streams_one_prompt(exported, monkeypatch, capsys):

@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import transformers
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,12 +14,14 @@ from torch.distributed.fsdp import fully_shard
 from avlm.config import DataConfig, DecoderConfig, InitFrom, ModelConfig, RopeScaling
 from avlm.data.batch import IMAGE
 from avlm.export import export
+from avlm.generation import generate
 from avlm.models.avlm import AVLM
 from avlm.pretrained import check_config, read_config, resolve, stop_ids
 from avlm.weights import fill, load, start
 from tests.models.handmade import build, loaded, make_batch, save
-from tests.models.sharded_load import load_sharded
+from tests.models.sharded_load import load_and_answer, text_prompt
 from tests.models.test_avlm import DECODER, WHOLE, llava
+from tests.parallel.spawn import run_ranks
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -136,7 +136,7 @@ def test_a_name_that_is_neither_folder_nor_reachable_is_one_line(monkeypatch):
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no route\nx"))
     )
-    with pytest.raises(ValueError, match="owner/model is no folder here .*no route") as caught:
+    with pytest.raises(ValueError, match=r"owner/model is no folder here .*no route") as caught:
         resolve("owner/model")
     assert "\n" not in str(caught.value)
 
@@ -309,22 +309,21 @@ def test_a_checkpoint_with_other_tensors_is_refused():
     model = build(WHOLE)
     state = model.state_dict()
     state.pop("vision.position")
-    with pytest.raises(ValueError, match="disagree about 1 tensors: vision.position"):
+    with pytest.raises(ValueError, match=r"disagree about 1 tensors: vision.position"):
         fill(build(WHOLE), state)
 
 
-def test_sharded_ranks_read_their_slices(tmp_path):
-    """Odd sizes: 61 vocabulary rows and a class token of one row on two ranks."""
+def test_sharded_ranks_read_their_slices_and_answer_alike(tmp_path):
+    """Odd sizes: 61 vocabulary rows and a class token of one row on two ranks, which have different prompts."""
     model = build(WHOLE)
     export(WHOLE, model.state_dict(), tmp_path / "avlm")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (port, WHOLE, str(tmp_path / "avlm"), str(tmp_path / "whole.pt"))
-    torch.multiprocessing.spawn(load_sharded, arguments, nprocs=2)
-    whole = torch.load(tmp_path / "whole.pt")
+    prompts = [[1, 2, 3], [4] * 9, [7, 6]]
+    (whole, first), (_, second) = run_ranks(load_and_answer, 2, WHOLE, str(tmp_path / "avlm"), prompts)
     for name, parameter in model.named_parameters():
-        assert whole[name].equal(parameter), name
+        assert torch.tensor(whole[name]).equal(parameter), name
+    samples = [text_prompt(ids) for ids in prompts]
+    answers = generate(model, samples, stop_ids=[], max_new_tokens=6)
+    assert first + second == [answer.token_ids for answer in answers]
 
 
 def test_a_sharded_tower_reads_its_slice_of_a_convolution(tmp_path):

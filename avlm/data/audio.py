@@ -14,6 +14,7 @@ import math
 from functools import lru_cache
 
 import av
+import numpy
 import torch
 from torch import Tensor
 from torchaudio.functional import melscale_fbanks
@@ -54,17 +55,27 @@ def _read(container: av.container.InputContainer, max_seconds: float) -> tuple[i
     """(sample rate, mono waveform). The channels are averaged frame by frame, which bounds the memory."""
     stream = container.streams.audio[0]
     rate = stream.codec_context.sample_rate
-    to_float = av.AudioResampler(format="fltp")  # every sample format -> float32 in -1..1; rate and channels stay
     chunks, total = [], 0
     for frame in container.decode(stream):
-        for part in to_float.resample(frame):
-            chunks.append(torch.from_numpy(part.to_ndarray()).mean(0))
-            total += part.samples
+        chunks.append(_mono(frame))
+        total += frame.samples
         if total > max_seconds * rate:
             raise ValueError(f"audio is longer than data.max_audio_seconds={max_seconds:g}")
     if total == 0:
         raise ValueError("audio is empty")
-    return rate, torch.cat(chunks)
+    return rate, torch.from_numpy(numpy.concatenate(chunks))
+
+
+def _mono(frame: av.AudioFrame) -> numpy.ndarray:
+    """float32 (samples,) in -1..1 from any sample format; planar frames are (channels, samples), others interleaved."""
+    samples = frame.to_ndarray()
+    if not frame.format.is_planar:
+        samples = samples.reshape(-1, frame.layout.nb_channels).T
+    if samples.dtype == numpy.uint8:
+        samples = (samples.astype(numpy.float32) - 128) / 128
+    elif samples.dtype.kind == "i":
+        samples = samples.astype(numpy.float32) / -float(numpy.iinfo(samples.dtype).min)
+    return samples.mean(0, dtype=numpy.float32)
 
 
 def _log_mel(clip: Tensor, audio: AudioConfig) -> Tensor:

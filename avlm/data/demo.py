@@ -55,17 +55,17 @@ SETS = {
     "two_sounds": {"train": 800, "test": 100},
     "joint": {"train": 3000, "test_same": 180, "test_sum": 200},
     "mixed": {"train": 1000, "test": 200},
-    "text": {"train": 4000, "test": 200},
+    "text": {"train": 10000, "test": 200},
 }
 
 # Shares of the tasks in each stage.
 BLENDS = {
-    "language": {"text": 1.0},
-    "vision": {"caption": 4, "numeral": 2, "video": 4, "two_pictures": 1.5, "text": 0.5},
-    "audio": {"transcribe": 6, "two_sounds": 1.5, "caption": 0.5, "numeral": 0.5, "video": 0.5, "text": 0.5},
+    "language": {"text": 1},
+    "vision": {"caption": 5, "numeral": 2, "two_pictures": 1},
+    "audio": {"transcribe": 6, "two_sounds": 1},
     "finetune": {
-        **{"caption": 2, "numeral": 1, "video": 3, "two_pictures": 1, "transcribe": 3, "two_sounds": 1},
-        **{"joint": 4, "mixed": 1.5, "text": 0.5},
+        **{"caption": 2, "numeral": 0.5, "video": 5, "two_pictures": 0.5, "transcribe": 2.5, "two_sounds": 0.5},
+        **{"joint": 3, "mixed": 0.5},
     },
 }
 

@@ -10,6 +10,7 @@ counted in the row that it lands in. So the counts survive a resume like the sam
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -203,13 +204,16 @@ def _loader(source: str, *, train: bool, **options: Any) -> SavableDataLoader:
     except (AssertionError, KeyError, EmptyDatasetError) as error:
         split = "train" if train else "val"
         raise ValueError(f"{source} has no split {split!r} that Energon can read: {error}") from error
-    loader = get_savable_loader(
-        dataset,
-        # A state after every row: a resume then computes no row twice.
-        checkpoint_every_sec=0,
-        checkpoint_every_min_n_samples=1,
-        watchdog_timeout_seconds=None,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'pin_memory' argument")  # Energon always asks for it, we decide below
+        loader = get_savable_loader(
+            dataset,
+            # A state after every row: a resume then computes no row twice.
+            checkpoint_every_sec=0,
+            checkpoint_every_min_n_samples=1,
+            watchdog_timeout_seconds=None,
+            gc_collect_every_n_steps=0,  # Python collects when it needs to
+        )
     loader.generator = torch.Generator()  # iter(DataLoader) would draw from the global one
     loader.pin_memory = torch.cuda.is_available()
     return loader

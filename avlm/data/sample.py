@@ -136,7 +136,7 @@ class SampleEncoder:
         for piece, piece_ids in self.chat.encode(pieces):
             if piece.kind in MEDIA:
                 new_frames, new_mels = self._read(piece.kind, next(unread[piece.kind]))
-                piece_ids = [IMAGE] * (len(new_frames) * image_features(self.model))
+                piece_ids = [IMAGE] * sum(image_features(self.model) for _ in new_frames)
                 piece_ids += [AUDIO] * sum(audio_features(self.model, mel) for mel in new_mels)
                 frames += new_frames
                 mels += new_mels

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import av
 import torch
+from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from avlm.config import VideoConfig
@@ -28,9 +29,10 @@ def decode(data: bytes, video: VideoConfig, max_pixels: int) -> Iterator[tuple[T
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > max_pixels:
                 raise ValueError(f"film of {width} x {height} pixels exceeds data.max_image_pixels={max_pixels}")
+            convert = VideoReformatter()  # one for all frames: it keeps its tables
             for frame in _frames_at(container, stream, times(_seconds(container, stream), video)):
                 count += 1
-                yield _rgb(frame), _time(frame, stream)
+                yield _rgb(frame, convert), _time(frame, stream)
     except av.FFmpegError as error:
         raise ValueError(f"film cannot be decoded: {error.strerror}") from None
     if count == 0:
@@ -87,7 +89,7 @@ def _time(frame: av.VideoFrame, stream: av.VideoStream) -> float:
     return float(((frame.pts or 0) - (stream.start_time or 0)) * stream.time_base)
 
 
-def _rgb(frame: av.VideoFrame) -> Tensor:
+def _rgb(frame: av.VideoFrame, convert: VideoReformatter) -> Tensor:
     """uint8 (3, H, W), upright: telephones film sideways and say so in the metadata."""
-    image = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+    image = torch.from_numpy(convert.reformat(frame, format="rgb24").to_ndarray()).permute(2, 0, 1)
     return torch.rot90(image, k=round(frame.rotation / 90), dims=(1, 2)).contiguous()

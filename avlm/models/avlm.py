@@ -36,21 +36,22 @@ class AVLM(nn.Module):
 
     def forward(self, batch: Batch, caches: list | None = None) -> Tensor:
         """Loss of every target row, float32 (R,). With ``caches`` the logits of the target rows, float32 (R, V)."""
-        x_TD = self.decoder(self.embed(batch), batch.position_T, batch.segments, caches)
+        with_media = caches is None or caches[0].is_prompt  # after the prompt no rank has any
+        x_TD = self.decoder(self.embed(batch, with_media), batch.position_T, batch.segments, caches)
         hidden_RD = self.decoder.norm(x_TD[batch.target_rows_R])
         return self.decoder.head(hidden_RD, batch.target_R if caches is None else None)
 
-    def embed(self, batch: Batch) -> Tensor:
-        """Token features with every media feature at its row, (T, D)."""
+    def embed(self, batch: Batch, with_media: bool = True) -> Tensor:
+        """Token features with every media feature at its row, (T, D). ``with_media`` must be the same on all ranks."""
         x_TD = self.decoder.embedding(batch.token_T.clamp(min=0))
         # Placeholders (ids below 0) embed to zero: their rows are overwritten, and row 0 of the table learns nothing.
         x_TD = x_TD * (batch.token_T >= 0).unsqueeze(-1).to(x_TD.dtype)
-        if self.vision is not None:
+        if with_media and self.vision is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.vision)):
                 features = self.vision(batch.pixels, batch.image_segments)
             features = shuffle_pixels(features, self.config.vision_projector.downsample)
             x_TD = self.vision_projector(x_TD, batch.image_rows_F, features)
-        if self.audio is not None:
+        if with_media and self.audio is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.audio)):
                 features = self.audio(batch.mel, batch.mel_rows_K, batch.audio_segments)
             x_TD = self.audio_projector(x_TD, batch.audio_rows_G, stack_frames(features, batch.frame_rows_G))

@@ -1,4 +1,4 @@
-"""What each of two ranks runs in tests/test_weights.py; a module of its own, so that they import no transformers."""
+"""What each of two ranks runs in test_weights.py and test_generation.py; here, so that they import no transformers."""
 
 import torch
 import torch.distributed as dist
@@ -6,21 +6,46 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from avlm.config import InitFrom, ModelConfig
+from avlm.data.batch import IGNORE
+from avlm.data.sample import EncodedSample
+from avlm.generation import generate
 from avlm.models.avlm import AVLM
 from avlm.weights import load
 
 
-def load_sharded(rank: int, port: int, config: ModelConfig, folder: str, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
+def sharded(config: ModelConfig, folder: str) -> AVLM:
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     with torch.device("meta"):
         model = AVLM(config)
     for unit in (*model.decoder.blocks, model.vision, model.audio, model):
         fully_shard(unit, mesh=mesh)
     model.to_empty(device="cpu")
     load(model, InitFrom(all=folder))
-    whole = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
-    if rank == 0:
-        torch.save(whole, out)
+    return model
+
+
+def text_prompt(token_ids: list[int], side: int = 16) -> EncodedSample:
+    token_T = torch.tensor(token_ids)
+    pixels = torch.empty(0, 3, side, side, dtype=torch.uint8)
+    return EncodedSample("prompt", "text", token_T, torch.full_like(token_T, IGNORE), pixels, [])
+
+
+def load_and_answer(config: ModelConfig, folder: str, prompts: list[list[int]]) -> tuple[dict, list[list[int]]]:
+    """The whole of every parameter after each rank has loaded its part; answers of rank 0 to all prompts but the last.
+
+    Rank 1 answers the last one, and stops when rank 0 does.
+    """
+    model = sharded(config, folder)
+    whole = {name: parameter.full_tensor().tolist() for name, parameter in model.named_parameters()}
+
+    def everyone_done(mine: bool) -> bool:
+        waiting = torch.tensor(float(not mine))
+        dist.all_reduce(waiting)
+        return waiting.item() == 0
+
+    own = prompts[:-1] if dist.get_rank() == 0 else prompts[-1:]
+    samples = [text_prompt(ids, config.vision.image_size) for ids in own]
+    answers = generate(model, samples, stop_ids=[], max_new_tokens=6, everyone_done=everyone_done)
     dist.destroy_process_group()
+    return whole, [answer.token_ids for answer in answers]

@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 import transformers
-from tests.models.handmade import assert_gradients_close, build, loaded, make_batch, save
 
 from avlm.config import DecoderConfig, ModelConfig, RopeScaling
 from avlm.data.batch import Batch
 from avlm.models.decoder import rope_frequencies
 from avlm.pretrained import read_config
 from avlm.weights_tables import hugging_face_name
+from tests.models.handmade import assert_gradients_close, build, loaded, make_batch, save
 
 SIZES = {
     "vocab_size": 97,

@@ -65,6 +65,12 @@ class Draw:
     def shift(self) -> tuple[int, int]:
         return tuple(self.rng.integers(-2, 3, 2)) if self.training else (0, 0)
 
+    def framed(self, photo_HW: np.ndarray) -> np.ndarray:
+        """The photo as a picture; in training every other one is as small and as far off the middle as in a video."""
+        if self.training and self.rng.random() < 0.5:
+            return place(photo_HW, self.rng.integers(16, 27), *self.rng.integers(-5, 6, 2))
+        return place(photo_HW, CANVAS, *self.shift())
+
     def voice(self) -> str:
         """Training hears people, undocumented voices and engines 1 : 1 : 2, though engines are twelve of fifteen."""
         group = self.split.removeprefix("test_")
@@ -90,11 +96,11 @@ class Draw:
 
 
 def move(photo_HW: np.ndarray, motion: int, rng: np.random.Generator) -> np.ndarray:
-    """Eight frames in which the photo goes 8 to 10 pixels across the canvas, or grows or shrinks between 14 and 26."""
+    """Eight frames in which the photo goes 8 to 10 pixels across the canvas, or grows or shrinks between 16 and 28."""
     travel = np.linspace(-0.5, 0.5, NUM_FRAMES) * rng.uniform(8, 10)
     travel = travel if MOTIONS[motion] in ("right", "down", "nearer") else -travel
     down, right = rng.uniform(-1.5, 1.5, 2)
-    size = rng.uniform(20, 22)
+    size = rng.uniform(22, 24)
     frames = []
     for step in travel:
         match motion // 2:

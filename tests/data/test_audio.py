@@ -1,0 +1,152 @@
+import dataclasses
+import io
+import wave
+
+import av
+import numpy as np
+import pytest
+import torch
+from media import AUDIO, film, tone
+from transformers import WhisperFeatureExtractor
+
+from avlm.data import audio
+
+RATE = audio.SAMPLE_RATE
+SECONDS = [0.1, 0.32, 1.0, 2.505, 9.999, 29.99, 30.0, 30.02, 65.0]
+
+
+def whisper(clip: torch.Tensor, num_mels: int) -> torch.Tensor:
+    extractor = WhisperFeatureExtractor(feature_size=num_mels)
+    return torch.tensor(extractor(clip.numpy(), sampling_rate=RATE, return_tensors="np")["input_features"][0])
+
+
+@pytest.mark.parametrize("num_mels", [80, 128])
+@pytest.mark.parametrize("samples", [1, 399, 16_000, 16_001, 479_900, 480_000])
+def test_a_fixed_window_equals_whispers_extractor(num_mels, samples):
+    clip = torch.randn(samples) * 0.1
+    [mel] = audio.mels(clip, dataclasses.replace(AUDIO, num_mels=num_mels, window="fixed"))
+    assert mel.shape == (num_mels, 3000)
+    torch.testing.assert_close(mel, whisper(clip, num_mels), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("samples", [1, 399, 16_000, 16_001, 40_079, 479_900, 480_000])
+def test_a_true_window_is_the_start_of_the_extractors_and_ends_in_exact_zeros(samples):
+    clip = torch.randn(samples) * 0.1
+    [mel] = audio.mels(clip, AUDIO)
+    covered = -(-samples // 160)
+    assert mel.shape[1] == covered + covered % 2
+    torch.testing.assert_close(mel[:, :covered], whisper(clip, 80)[:, :covered], atol=1e-4, rtol=0)
+    assert (mel[:, covered:] == 0).all()
+
+
+@pytest.mark.parametrize("window", ["true", "fixed"])
+def test_nothing_of_a_long_clip_is_cut(window):
+    clip = torch.randn(65 * RATE) * torch.linspace(0.01, 0.2, 65 * RATE)
+    config = dataclasses.replace(AUDIO, window=window)
+    windows = audio.mels(clip, config)
+    assert [audio.rows(mel) for mel in windows] == ([1500, 1500, 250] if window == "true" else [1500] * 3)
+    for mel, part in zip(windows, clip.split(30 * RATE)):
+        torch.testing.assert_close(mel, audio.mels(part, config)[0])
+
+
+@pytest.mark.parametrize("seconds", SECONDS)
+def test_rows_cover_the_clip_and_no_more(seconds):
+    clip = torch.zeros(round(seconds * RATE))
+    rows = sum(audio.rows(mel) for mel in audio.mels(clip, AUDIO))
+    assert 0 <= rows * 320 - len(clip) < 320
+
+
+def test_smaller_windows_and_other_mel_counts_work():
+    small = dataclasses.replace(AUDIO, max_positions=250, num_mels=40)
+    windows = audio.mels(torch.randn(6 * RATE), small)
+    assert [mel.shape for mel in windows] == [(40, 500), (40, 100)]
+
+
+def test_silence_is_a_clip():
+    [mel] = audio.mels(torch.zeros(RATE), AUDIO)
+    assert torch.isfinite(mel).all() and mel.shape == (80, 100)
+
+
+def test_channels_are_averaged():
+    mono = audio.decode(tone(0.5, channels=1), 10)
+    many = audio.decode(tone(0.5, channels=4), 10)
+    mean_gain = np.mean([1 / (c + 1) for c in range(4)])
+    torch.testing.assert_close(many, mono * mean_gain, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
+def test_every_rate_becomes_16_khz_with_its_pitch_and_length(rate):
+    clip = audio.decode(tone(1.0, rate=rate, channels=2), 10)
+    assert abs(len(clip) - RATE) <= 1
+    spectrum = torch.fft.rfft(clip[:RATE]).abs()
+    assert abs(spectrum.argmax().item() - 440) <= 1
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_every_sample_format_has_the_same_loudness(width):
+    wave_form = np.sin(np.arange(8000) / 10) * 0.5
+    integers = (wave_form * 2 ** (8 * width - 1)).astype({1: np.int16, 2: "<i2", 4: "<i4"}[width])
+    raw = (integers + 128).astype(np.uint8) if width == 1 else integers
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(width)
+        file.setframerate(RATE)
+        file.writeframes(raw.tobytes())
+    expected = torch.tensor(wave_form, dtype=torch.float32)
+    torch.testing.assert_close(
+        audio.decode(buffer.getvalue(), 10), expected, atol=max(1e-7, 2.0 ** -(8 * width - 2)), rtol=0
+    )
+
+
+def encode(codec: str, container: str, layout: str, sample_format: str, rate: int) -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", container) as file:
+        stream = file.add_stream(codec, rate=rate, layout=layout)
+        t = np.arange(rate) / rate
+        samples = np.tile((0.3 * np.sin(2 * np.pi * 440 * t)).astype(np.float32), (stream.layout.nb_channels, 1))
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
+        frame.sample_rate = rate
+        for part in av.AudioResampler(sample_format, layout, rate).resample(frame):
+            file.mux(stream.encode(part))
+        file.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        ("flac", "flac", "mono", "s16", 16_000),
+        ("aac", "mp4", "stereo", "fltp", 44_100),
+        ("ac3", "matroska", "5.1", "fltp", 48_000),
+    ],
+    ids=lambda form: form[1],
+)
+def test_containers_and_codecs_are_decoded(form):
+    clip = audio.decode(encode(*form), 10)
+    assert abs(len(clip) - RATE) < 0.2 * RATE
+    assert abs(torch.fft.rfft(clip[: len(clip)]).abs().argmax().item() * RATE / len(clip) - 440) < 3
+
+
+def test_eight_channels_work():
+    assert len(audio.decode(tone(0.2, channels=8, rate=8000), 10)) == 3200
+
+
+def test_what_holds_no_sound_is_refused():
+    with pytest.raises(ValueError, match="audio is empty"):
+        audio.decode(tone(0), 10)
+    with pytest.raises(ValueError, match="no audio stream"):
+        audio.decode(film(0.5), 10)
+    for data in (b"", b"RIFF nonsense that no decoder takes"):
+        with pytest.raises(ValueError, match="cannot be decoded"):
+            audio.decode(data, 10)
+
+
+def test_a_clip_above_the_bound_is_refused_and_not_cut():
+    with pytest.raises(ValueError, match=r"longer than data\.max_audio_seconds=1"):
+        audio.decode(tone(1.5), 1)
+
+
+def test_an_odd_rate_is_refused_before_it_costs_gigabytes():
+    with pytest.raises(ValueError, match="44101 Hz has no small ratio"):
+        audio.decode(tone(0.1, rate=44_101), 10)

@@ -1,0 +1,191 @@
+import itertools
+import json
+from itertools import islice
+
+import pytest
+import torch
+from media import data, image_file, model, picture, tone
+
+from avlm.data import open_loader, open_samples
+from avlm.data.batch import Batch
+
+RECORDS = 23
+BAD = {3: "2 <image> tags but 1 images", 11: "no media file"}
+
+
+def record(number: int) -> dict:
+    question = "<image><image>" if number == 3 else "<image><audio>" if number % 5 == 0 else "<image>"
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "one " * (number + 1)}]
+    image = "nowhere.png" if number == 11 else f"pictures/{number % 4}.png"
+    return {"messages": messages, "images": [image], "audios": ["a.wav"] if number % 5 == 0 else []}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("set")
+    (folder / "pictures").mkdir()
+    for number in range(4):
+        (folder / f"pictures/{number}.png").write_bytes(image_file(picture(30, 20, number)))
+    (folder / "a.wav").write_bytes(tone(0.3))
+    records = [record(number) for number in range(RECORDS)]
+    (folder / "set.jsonl").write_text("\n".join(json.dumps(r) for r in records))
+    (folder / "set.json").write_text(json.dumps(records))
+    (folder / "good.jsonl").write_text("".join(json.dumps(r) + "\n" for i, r in enumerate(records) if i not in BAD))
+    (folder / "bad.jsonl").write_text("\n".join([json.dumps(records[3]), "", "{broken", ""]))
+    return folder
+
+
+@pytest.fixture
+def loader(folder, tokenizer_folder):
+    def make(file="set.jsonl", *, rank=0, world=1, seed=1, train=True, state=None, towers=None, **changes):
+        settings = data(tokenizer_folder, **changes)
+        where = {"rank": rank, "world": world, "seed": seed, "train": train, "state": state}
+        return open_loader(str(folder / file), settings, towers or model(), **where)
+
+    return make
+
+
+def content(batch: Batch) -> tuple:
+    sums = tuple(tensor.sum().item() for tensor in (batch.token_T, batch.target_R, batch.pixels, batch.mel))
+    return batch.keys, sums, batch.skipped, batch.read
+
+
+def keys(batches) -> list[str]:
+    return [key for batch in batches for key in batch.keys]
+
+
+def test_every_sample_is_read_once_an_epoch_over_all_ranks(loader):
+    ranks = [keys(islice(loader("good.jsonl", rank=r, world=3, packing_buffer=1), 14)) for r in range(3)]
+    epochs = [{key for rank in ranks for key in rank[i * 7 : i * 7 + 7]} for i in range(2)]
+    assert [len(epoch) for epoch in epochs] == [21, 21]
+    assert ranks[0][:7] != ranks[0][7:]
+
+
+def test_the_order_follows_the_seed(loader):
+    order = lambda seed: keys(islice(loader("good.jsonl", seed=seed, packing_buffer=1), 8))
+    assert order(1) == order(1) != order(2)
+
+
+def test_more_workers_than_samples_work(loader, folder):
+    (folder / "one.jsonl").write_text(json.dumps(record(1)))
+    batches = list(islice(loader("one.jsonl", rank=1, world=2, num_workers=2), 3))
+    assert [batch.read for batch in batches] == [6, 0, 0] or sum(batch.read for batch in batches) >= 6
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_loader_goes_on_with_the_very_same_rows(loader, workers):
+    first = loader(num_workers=workers)
+    rows = iter(first)
+    for _ in range(5):
+        next(rows)
+    state = json.loads(json.dumps(first.state()))
+    expected = [content(next(rows)) for _ in range(11)]
+    resumed = loader(num_workers=workers, state=state)
+    assert resumed.state() == state
+    assert [content(batch) for batch in islice(resumed, 11)] == expected
+    assert any(skipped for _, _, skipped, _ in expected)
+
+
+def test_iterating_again_goes_on_after_the_last_row_used(loader):
+    whole = [content(batch) for batch in islice(loader(num_workers=2), 6)]
+    twice = loader(num_workers=2)
+    assert [content(batch) for batch in [*islice(twice, 3), *islice(twice, 3)]] == whole
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_random_state_is_left_alone(loader, workers):
+    before = torch.get_rng_state()
+    list(islice(loader(num_workers=workers), 2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"world": 2}, "written with world=1, this run has world=2"),
+        ({"num_workers": 3}, "written with workers=0, this run has workers=3"),
+        ({"seed": 2}, "written with seed=1"),
+        ({"seq_length": 128}, "written with config="),
+        ({"towers": model(stack=2)}, "written with config="),
+        ({"file": "good.jsonl"}, "holds 21 records, but 23 when"),
+    ],
+)
+def test_the_state_of_another_run_is_refused(loader, change, message):
+    with pytest.raises(ValueError, match=message):
+        loader(**change, state=loader().state())
+
+
+def test_the_state_of_another_rank_is_refused(loader):
+    with pytest.raises(ValueError, match="written with rank=0, this run has rank=1"):
+        loader(rank=1, world=2, state=loader(world=2).state())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_skipped_named_and_counted(loader, workers):
+    batches = list(loader(train=False, num_workers=workers))
+    skipped = dict(pair for batch in batches for pair in batch.skipped)
+    assert sorted(skipped) == ["set.jsonl:11", "set.jsonl:3"]
+    assert all(BAD[int(key.partition(":")[2])] in reason for key, reason in skipped.items())
+    assert sum(batch.read for batch in batches) == RECORDS
+    assert len(keys(batches)) == RECORDS - 2
+
+
+def test_validation_is_finite_and_the_same_each_time_and_split_over_ranks(loader):
+    ranks = [loader(rank=r, world=3, train=False, num_workers=1) for r in range(3)]
+    once, again = ([keys(rank) for rank in ranks] for _ in range(2))
+    assert once == again
+    assert sorted(itertools.chain(*once)) == sorted(f"set.jsonl:{i}" for i in range(RECORDS) if i not in BAD)
+
+
+def test_a_rank_without_validation_samples_ends_at_once(loader):
+    assert list(loader(rank=30, world=31, train=False)) == []
+
+
+def test_json_and_jsonl_give_the_same_rows(loader):
+    rows = lambda file: [content(batch)[1] for batch in islice(loader(file), 4)]
+    assert rows("set.json") == rows("set.jsonl")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_without_one_good_sample_ends_the_run_with_one_line(loader, workers):
+    with pytest.raises(ValueError, match=r"^no sample of .*bad\.jsonl can be used; bad\.jsonl:\d: .*$"):
+        list(islice(loader("bad.jsonl", num_workers=workers), 1))
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "pictures/../../secret.png"])
+def test_names_that_lead_out_of_the_media_folder_are_refused(folder, tokenizer_folder, name):
+    (folder.parent / "secret.png").write_bytes(image_file(picture(8, 8)))
+    (folder / "evil.jsonl").write_text(json.dumps(record(1) | {"images": [name]}))
+    with pytest.raises(ValueError, match="leads out of"):
+        list(open_samples(str(folder / "evil.jsonl"), data(tokenizer_folder)))
+
+
+def test_media_are_looked_up_in_media_root_and_bounded(loader, folder, tmp_path):
+    (tmp_path / "moved.jsonl").write_text(json.dumps(record(1)))
+    load = lambda **changes: list(loader(tmp_path / "moved.jsonl", train=False, media_root=str(folder), **changes))
+    assert load()[0].keys == ["moved.jsonl:0"]
+    assert "more than data.max_media_bytes=10" in load(max_media_bytes=10)[0].skipped[0][1]
+
+
+def test_samples_of_an_evaluation_come_in_order_and_whole(folder, tokenizer_folder):
+    samples = list(open_samples(str(folder / "good.jsonl"), data(tokenizer_folder)))
+    assert [sample.key for sample in samples] == [f"good.jsonl:{i}" for i in range(21)]
+    assert samples[1].images == [(folder / "pictures/1.png").read_bytes()]
+    with pytest.raises(ValueError, match=r"set\.jsonl:11: no media file"):
+        list(open_samples(str(folder / "set.jsonl"), data(tokenizer_folder)))
+
+
+def test_files_that_hold_no_records_are_refused(loader, tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "b.jsonl").write_text("\n")
+    (tmp_path / "c.json").write_text("[")
+    with pytest.raises(ValueError, match="must hold a list of records"):
+        loader(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="holds no records"):
+        loader(tmp_path / "b.jsonl")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        loader(tmp_path / "c.json")
+    with pytest.raises(FileNotFoundError, match="no data file"):
+        loader(tmp_path / "d.json")
+    with pytest.raises(ValueError, match="is no Energon folder"):
+        loader(tmp_path / "e.csv")

@@ -1,0 +1,143 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from media import AUDIO, VISION, model
+
+from avlm.data.batch import AUDIO as AUDIO_ID
+from avlm.data.batch import IGNORE, IMAGE, KINDS
+from avlm.data.image import normalise
+from avlm.data.packing import empty_batch, pack, select
+from avlm.data.sample import EncodedSample
+
+METHODS = ["knapsack", "first_fit"]
+STACK = 4
+MODEL = model(stack=STACK)
+IMAGE_ROWS = 16  # (28 / 7)^2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(lengths=st.lists(st.integers(0, 50), max_size=60), seq_length=st.integers(50, 120))
+def test_every_sample_is_in_one_row_and_no_row_is_too_long(method, lengths, seq_length):
+    rows = select(lengths, seq_length, method)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(row and sum(lengths[i] for i in row) <= seq_length for row in rows)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(lengths=st.lists(st.integers(1, 50), min_size=2, max_size=60))
+def test_no_two_rows_would_fit_into_one(method, lengths):
+    sums = sorted(sum(lengths[i] for i in row) for row in select(lengths, 50, method))
+    assert len(sums) < 2 or sums[0] + sums[1] > 50
+
+
+def test_the_knapsack_takes_the_largest_that_still_fits():
+    assert select([3, 9, 5, 2, 1], 10, "knapsack") == [[1, 4], [2, 0, 3]]
+    assert select([3, 9, 5, 2, 1], 10, "first_fit") == [[0, 2, 3], [1, 4]]
+
+
+def test_a_sample_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="11 tokens does not fit into seq_length=10"):
+        select([3, 11], 10, "knapsack")
+
+
+@st.composite
+def samples(draw):
+    """Samples whose media carry their own number, so that mixing them up shows."""
+    made = []
+    for number in range(draw(st.integers(0, 5))):
+        images = draw(st.integers(0, 2))
+        frames = draw(st.lists(st.sampled_from([2, 4, 10, 22]), max_size=3))
+        rows = [-(-(count // 2) // STACK) for count in frames]
+        tokens = [IMAGE] * (IMAGE_ROWS * images) + [AUDIO_ID] * sum(rows)
+        tokens += [draw(st.integers(0, 99)) for _ in range(draw(st.integers(1, 6)))]
+        token_T = torch.tensor(tokens)
+        target_T = torch.cat([token_T[1:], torch.tensor([IGNORE])])
+        pixels = torch.full((images, 3, 28, 28), number, dtype=torch.uint8)
+        mels = [torch.full((AUDIO.num_mels, count), float(number + 1)) for count in frames]
+        kind = KINDS[number % len(KINDS)]
+        target_T = torch.where(target_T >= 0, target_T, IGNORE)
+        made.append(EncodedSample(f"s{number}", kind, token_T, target_T, pixels, mels))
+    return made
+
+
+@settings(max_examples=60, deadline=None)
+@given(samples=samples(), spare=st.integers(0, 7))
+def test_a_row_holds_its_samples_whole_and_in_order(samples, spare):
+    length = sum(map(len, samples)) + spare
+    batch = pack(samples, length, MODEL)
+    assert batch.token_T.shape == (length,) and batch.token_T.dtype == batch.position_T.dtype == torch.int64
+    spans = batch.segments.spans
+    assert len(spans) == len(samples) + (spare > 0)
+    targets = torch.full((length,), IGNORE)
+    targets[batch.target_rows_R] = batch.target_R
+    for sample, (start, count) in zip(samples, spans):
+        assert torch.equal(batch.token_T[start : start + count], sample.token_T)
+        assert torch.equal(targets[start : start + count], sample.target_T)
+        rows = (batch.target_rows_R >= start) & (batch.target_rows_R < start + count)
+        assert (batch.kind_R[rows] == KINDS.index(sample.kind)).all()
+    for start, count in spans:
+        assert torch.equal(batch.position_T[start : start + count], torch.arange(count))
+    assert (targets[length - spare :] == IGNORE).all()
+    assert batch.keys == [sample.key for sample in samples]
+
+
+@settings(max_examples=60, deadline=None)
+@given(samples=samples())
+def test_each_feature_goes_to_a_row_of_its_own_sample(samples):
+    batch = pack(samples, sum(map(len, samples)) + 3, MODEL)
+    owner_T = torch.cat([torch.full((len(s),), n) for n, s in enumerate(samples)] + [torch.full((3,), -1)])
+    # Images: the features of image i are rows i * 16 to (i + 1) * 16, and its pixels hold the sample's number.
+    assert len(batch.image_rows_F) == IMAGE_ROWS * len(batch.pixels)
+    pixel_owner = torch.tensor([n for n, s in enumerate(samples) for _ in s.pixels]).repeat_interleave(IMAGE_ROWS)
+    assert torch.equal(owner_T[batch.image_rows_F], pixel_owner.long())
+    assert batch.image_segments.spans == [(i * 17, 17) for i in range(len(batch.pixels))]
+    # Sound: flatten the windows as the tower's convolutions do, keep rows, stack them, and see whose they are.
+    flat = batch.mel[:, 0, ::2].flatten()
+    kept = torch.cat([flat[batch.mel_rows_K], torch.zeros(1)])  # index -1: the padding of a stack
+    stacked = kept[batch.frame_rows_G]
+    for feature, row in zip(stacked, batch.audio_rows_G):
+        assert feature[0] == owner_T[row] + 1
+        assert ((feature == feature[0]) | (feature == 0)).all()
+    assert len(batch.audio_rows_G) == len(batch.frame_rows_G) == (batch.token_T == AUDIO_ID).sum()
+    assert batch.audio_segments.cu_seqlens[-1] == len(batch.mel_rows_K)
+
+
+def test_frames_past_a_clip_are_exact_zeros():
+    samples = []
+    for frames in (2, 12):
+        ids = torch.tensor([AUDIO_ID] * (frames // 2))
+        mel = torch.ones(AUDIO.num_mels, frames)
+        samples.append(EncodedSample("a", "audio", ids, torch.full_like(ids, IGNORE), torch.empty(0, 3, 28, 28), [mel]))
+    batch = pack(samples, 10, model())
+    assert batch.mel.shape == (2, AUDIO.num_mels, 12)
+    assert (batch.mel[0, :, 2:] == 0).all() and (batch.mel[1] == 1).all()
+    assert batch.mel_rows_K.tolist() == [0, 6, 7, 8, 9, 10, 11]
+
+
+def test_pixels_are_normalised_when_they_are_packed():
+    pixels = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8)
+    sample = EncodedSample("a", "image", torch.tensor([IMAGE] * 16), torch.tensor([IGNORE] * 16), pixels, [])
+    torch.testing.assert_close(pack([sample], 20, MODEL).pixels, normalise(pixels, VISION))
+
+
+@pytest.mark.parametrize("towers", [{}, {"vision": None}, {"audio": None}, {"vision": None, "audio": None}])
+def test_a_row_without_media_has_zero_rows_of_each(towers):
+    batch = empty_batch(12, model(**towers))
+    assert batch.token_T.tolist() == [0] * 12 and batch.segments.spans == [(0, 12)]
+    assert len(batch.target_R) == len(batch.image_rows_F) == len(batch.audio_rows_G) == len(batch.mel_rows_K) == 0
+    assert len(batch.pixels) == len(batch.mel) == 0 and batch.mel.shape[2] == 2
+    assert len(batch.image_segments) == len(batch.audio_segments) == 0
+
+
+def test_a_full_row_has_no_padding_and_a_row_of_nothing_is_legal():
+    sample = EncodedSample("a", "text", torch.arange(4), torch.arange(4), torch.empty(0, 3, 28, 28), [])
+    assert pack([sample, sample], 8, MODEL).segments.spans == [(0, 4), (4, 4)]
+    assert len(pack([], 0, MODEL).segments) == 0
+
+
+def test_a_batch_moves_as_a_whole():
+    batch = empty_batch(4, MODEL)
+    moved = batch.to("meta")
+    assert moved.token_T.device.type == moved.segments.cu_seqlens.device.type == moved.mel.device.type == "meta"
+    assert moved.segments.max_length == 4

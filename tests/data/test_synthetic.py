@@ -1,0 +1,61 @@
+from itertools import islice
+
+import pytest
+import torch
+from media import data, model
+
+from avlm.data import open_loader
+from avlm.data.batch import AUDIO, IMAGE
+
+
+def loader(folder, source="synthetic:seconds=1", towers=None, rank=0, state=None, train=True, **changes):
+    settings = data(folder, seq_length=512, **changes)
+    return open_loader(source, settings, towers or model(), rank=rank, world=2, seed=1, train=train, state=state)
+
+
+def test_rows_hold_the_mix_that_was_asked_for(tmp_path):
+    batch = next(iter(loader(tmp_path, "synthetic:documents=2,images=3,clips=2,seconds=1")))
+    assert batch.segments.spans == [(0, 256), (256, 256)] and len(batch.keys) == batch.read == 2
+    assert len(batch.pixels) == 3 and (batch.token_T == IMAGE).sum() == len(batch.image_rows_F) == 48
+    assert len(batch.mel) == 2 and (batch.token_T == AUDIO).sum() == len(batch.audio_rows_G) == 100
+    assert (batch.target_R >= 0).all() and len(batch.target_R) == 512 - 148
+
+
+def test_rows_repeat_for_a_seed_and_differ_between_ranks_and_steps(tmp_path):
+    tokens = lambda rank: [batch.token_T for batch in islice(loader(tmp_path, rank=rank), 2)]
+    first, again, other = tokens(0), tokens(0), tokens(1)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], other[0])
+
+
+def test_a_resumed_loader_goes_on(tmp_path):
+    rows = loader(tmp_path)
+    next(iter(rows))
+    expected = next(iter(rows)).token_T
+    state = loader(tmp_path).state() | {"row": 1}
+    assert torch.equal(next(iter(loader(tmp_path, state=state))).token_T, expected)
+
+
+def test_validation_ends(tmp_path):
+    rows = loader(tmp_path, train=False)
+    assert len(list(rows)) == len(list(rows)) == 8
+
+
+def test_models_without_towers_get_text(tmp_path):
+    batch = next(iter(loader(tmp_path, towers=model(vision=None, audio=None))))
+    assert len(batch.pixels) == len(batch.mel) == 0 and len(batch.target_R) == 512 - 4
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("synthetic:pictures=2", "'pictures=2' is none of documents=N"),
+        ("synthetic:documents=0", "must be at least 1"),
+        ("synthetic:images=99", "do not fit into a synthetic document of 128 tokens"),
+    ],
+)
+def test_a_mix_that_cannot_be_is_refused(tmp_path, source, message):
+    with pytest.raises(ValueError, match=message):
+        next(iter(loader(tmp_path, source)))
+    with pytest.raises(ValueError, match="no tower for"):
+        loader(tmp_path, "synthetic:images=1", model(vision=None))

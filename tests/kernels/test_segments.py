@@ -1,0 +1,29 @@
+"""Segments: boundaries on the device, spans on the host."""
+
+import torch
+
+from kernels.segments import Segments
+
+
+def test_lengths_become_boundaries_with_empty_segments_kept():
+    segments = Segments.of([3, 0, 5])
+    assert segments.cu_seqlens.tolist() == [0, 3, 3, 8] and segments.cu_seqlens.dtype == torch.int32
+    assert (len(segments), segments.max_length) == (3, 5)
+    assert segments.spans == [(0, 3), (3, 0), (3, 5)]
+
+
+def test_no_segments_are_legal():
+    segments = Segments.of([])
+    assert (len(segments), segments.max_length, segments.spans) == (0, 0, [])
+
+
+def test_slots_tell_what_is_used_of_them():
+    segments = Segments(torch.tensor([0, 4, 8], dtype=torch.int32), 4, torch.tensor([1, 3], dtype=torch.int32))
+    assert segments.spans == [(0, 1), (4, 3)]
+    moved = segments.to("cpu")
+    assert moved.spans == segments.spans and moved.lengths.tolist() == [1, 3]
+
+
+def test_equal_boundaries_are_still_different_keys():
+    a, b = Segments.of([2, 2]), Segments.of([2, 2])
+    assert a != b and len({a, b}) == 2

@@ -1,0 +1,189 @@
+"""train.py as its users run it: stages, exact resume after a kill, signals, and what is refused."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from avlm import checkpoint, metrics
+from tests.parallel.test_fsdp import TREE
+
+ROOT = Path(__file__).parent.parent
+STAGES = [
+    {"name": "first", "steps": 6, "train": ["vision", "vision_projector"]},
+    {"name": "second", "steps": 6, "train": ["decoder", "audio", "audio_projector"]},
+]
+
+
+def write_config(folder: Path, **changes) -> Path:
+    tree = {
+        **TREE,
+        "output_dir": str(folder / "run"),
+        "data": {"train": "synthetic:documents=2,images=2,clips=1,seconds=1", "seq_length": 128},
+        "stages": STAGES,
+        "train": {"precision": "fp32"},
+        "checkpoint": {"every": 4, "keep": 2},
+        "device": "cpu",
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree | changes))
+    return path
+
+
+def command(path: Path, *overrides: str, ranks: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *launcher, "train.py", str(path), *overrides]
+
+
+def run(path: Path, *overrides: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(path, *overrides, ranks=ranks), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, **options
+    )
+
+
+def losses(folder: Path) -> dict[int, float]:
+    rows = [row for row in metrics.read_rows(folder / "run" / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "every step stands once"
+    return {row["step"]: row["loss"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> Path:
+    """Two ranks, two stages, never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = run(write_config(folder), ranks=2)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_a_killed_run_goes_on_bit_for_bit(whole_run, tmp_path):
+    path = write_config(tmp_path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(path, ranks=2), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while len(metrics.read_rows(log)) < 9:  # past a stage change, and past the checkpoint of step 8
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        alive = [pid for pid in workers if Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]]
+        if not alive:
+            break
+        time.sleep(0.1)
+    assert workers and not alive, "workers die with their launcher"
+
+    again = run(path, ranks=2)
+    assert again.returncode == 0, again.stderr
+    assert "resuming step_" in again.stdout
+    assert losses(tmp_path) == losses(whole_run)
+
+
+def test_stages_follow_each_other_and_leave_checkpoints(whole_run):
+    rows = [row for row in metrics.read_rows(whole_run / "run" / "metrics.jsonl") if "loss" in row]
+    assert [row["stage"] for row in rows] == ["first"] * 6 + ["second"] * 6
+    assert rows[6]["lr"] < rows[8]["lr"], "a stage warms up anew"
+    assert {"loss/image", "loss/mixed"} & rows[0].keys()
+    assert [path.name for path in checkpoint.complete_checkpoints(whole_run / "run")] == ["step_00000008", "step_00000012"]
+    assert (whole_run / "run" / "checkpoints" / "latest").read_text() == "step_00000012"
+
+
+def test_a_finished_run_has_nothing_left_to_do(whole_run):
+    before = losses(whole_run)
+    result = run(whole_run / "config.yaml", ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert losses(whole_run) == before
+
+
+def test_what_a_run_began_with_may_not_change(whole_run):
+    result = run(whole_run / "config.yaml", "model.decoder.rope_theta=1e4", ranks=2)
+    assert result.returncode != 0
+    line = next(line for line in result.stderr.splitlines() if line.startswith("error"))
+    assert "model.decoder.rope_theta is 10000.0, but" in line and "was made with 500000.0" in line
+
+
+def test_a_short_loss_curve_is_pinned(whole_run):
+    """A refactor changes no loss: a commit that moves these says why."""
+    found = losses(whole_run)
+    expected = json.loads((ROOT / "tests" / "pinned_losses.json").read_text())
+    assert {int(step): loss for step, loss in expected.items()} == pytest.approx(found, rel=1e-4)
+
+
+def test_sigterm_saves_and_ends_cleanly(tmp_path):
+    path = write_config(tmp_path, stages=[{**STAGES[0], "steps": 100000}])
+    process = subprocess.Popen(command(path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(metrics.read_rows(tmp_path / "run" / "metrics.jsonl")) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    refused = run(path)
+    assert refused.returncode == 2 and "belongs to a run that is live" in refused.stderr
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    newest = checkpoint.complete_checkpoints(tmp_path / "run")[-1]
+    assert checkpoint.read_progress(newest).step == max(losses(tmp_path))
+    assert "stopped by a signal after step" in out
+
+
+def test_a_half_written_checkpoint_is_passed_over_and_said(tmp_path):
+    path = write_config(tmp_path)
+    assert run(path, "train.stop_after=9").returncode == 0
+    newest = checkpoint.complete_checkpoints(tmp_path / "run")[-1]
+    assert newest.name == "step_00000009"
+    (newest / checkpoint.MARKER).unlink()
+    result = run(path)
+    assert result.returncode == 0, result.stderr
+    assert "step_00000009 was not written to its end; resuming step_00000008 at step 8 of 12" in result.stdout
+    assert max(losses(tmp_path)) == 12
+
+
+def test_a_disk_that_fills_leaves_the_previous_checkpoint(tmp_path):
+    """A limit on the size of a file stands for the full disk: the write fails in the middle, with an error of the system."""
+    path = write_config(tmp_path)
+    assert run(path, "train.stop_after=4").returncode == 0
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    result = run(path, preexec_fn=limit)
+    assert result.returncode == 2
+    assert "could not write checkpoint" in result.stderr and "step_00000004" in result.stderr.splitlines()[-1]
+    assert [p.name for p in checkpoint.complete_checkpoints(tmp_path / "run")] == ["step_00000004"]
+    assert run(path).returncode == 0
+    assert max(losses(tmp_path)) == 12
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    result = run(write_config(tmp_path), "optimizer.lr=1e30", "optimizer.clip_norm=1e30")
+    assert result.returncode == 2
+    line = result.stderr.splitlines()[-1]
+    assert "gradient norm" in line and "at step" in line and "synthetic:" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train=absent.jsonl", "no data at absent.jsonl"),
+        ("parallel.replicate=2", "does not make 1 ranks"),
+        ("trian.log_every=1", "unknown key trian (did you mean train?)"),
+        ("resume=runs/none", "resume=runs/none is not a complete checkpoint"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, override, message):
+    result = run(write_config(tmp_path), override)
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+
+
+def test_print_shows_the_resolved_config_and_stops(tmp_path):
+    result = run(write_config(tmp_path), "--print", "seed=5")
+    assert yaml.safe_load(result.stdout)["seed"] == 5
+    assert not (tmp_path / "run").exists()
