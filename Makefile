@@ -14,9 +14,9 @@ endif
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/torchrun --nproc-per-node $(RANKS) train.py configs/demo.yaml
-	$(VENV)/bin/torchrun --nproc-per-node $(RANKS) -m avlm.evaluation $(RUN) --demo
+	$(VENV)/bin/torchrun --nproc-per-node $(RANKS) -m avlm.evaluation $(RUN) --data data/demo
 	$(VENV)/bin/python -m avlm.metrics $(RUN)
-	$(VENV)/bin/python -m avlm.data.demo_talk $(RUN)
+	$(VENV)/bin/python -m avlm.data.demo_bank.ask $(RUN)
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest

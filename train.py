@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from avlm import checkpoint, config, metrics, optimizer, parallel, preflight, weights
+from avlm import checkpoint, config, evaluation, metrics, optimizer, parallel, preflight, weights
 from avlm.config import Config, StageConfig
 from avlm.data import demo, open_loader
 from avlm.data.batch import KINDS, Batch
@@ -51,7 +51,10 @@ def train_step(
 
 @torch.no_grad()
 def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World) -> dict[str, float]:
-    """Mean loss per target of each validation set. Every rank runs as many forwards as the rank with most rows."""
+    """Mean loss per target of each validation set, and the share of right answers if asked for.
+
+    Every rank runs as many forwards as the rank with most rows.
+    """
     results = {}
     for name, source in stage.data.validation.items():
         rows = iter(
@@ -68,11 +71,13 @@ def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World) -> dict
         total, num_targets = world.sum([loss.item(), count])
         if num_targets:
             results[f"val/{name}/loss"] = total / num_targets
+        if limit := cfg.train.validate_answers:
+            results[f"val/{name}/exact_match"] = evaluation.exact_match(model, source, stage.data, world, limit)
     return results
 
 
 def count(batches: list[Batch], stop: bool) -> list[float]:
-    """What the ranks must agree on before a step: targets of each kind, tokens, samples read and skipped, a stop signal."""
+    """What ranks agree on before a step: targets of each kind, tokens, samples read and skipped, a stop signal."""
     targets = sum(torch.bincount(batch.kind_R, minlength=len(KINDS)) for batch in batches)
     tokens = sum(batch.segments.cu_seqlens[len(batch.keys)].item() for batch in batches)
     return [*targets.tolist(), tokens, sum(b.read for b in batches), sum(len(b.skipped) for b in batches), float(stop)]

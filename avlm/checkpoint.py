@@ -174,34 +174,6 @@ def read_model(run: Path | str) -> tuple[Config, dict[str, Tensor]]:
     return config, _load_state_dict_from_keys({"model"}, checkpoint_id=path)["model"]
 
 
-def load_rank_state(path: Path, world: World) -> dict[str, Any]:
-    """Restore the random state of this rank; returns its loader state."""
-    count = len(list(path.glob("rank_*.json")))
-    if count != world.size:
-        raise ValueError(f"{path} was written by {count} ranks, this run has {world.size}: start it with {count}")
-    tensors = load_file(path / f"rank_{world.rank:05d}.safetensors")
-    torch.set_rng_state(tensors["cpu"])
-    if world.device.type == "cuda" and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"], world.device)
-    state = json.loads((path / f"rank_{world.rank:05d}.json").read_text())
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    return state["loader"]
-
-
-def read_model(run: Path | str, step: int | None = None) -> tuple[Config, dict[str, Tensor]]:
-    """(config, whole weights on the CPU by name) of the newest complete checkpoint of a run, or of a given step."""
-    run = Path(run)
-    done = complete_checkpoints(run) if step is None else [folder_of(run, step)]
-    if not done or not (done[-1] / MARKER).is_file():
-        raise FileNotFoundError(f"{run} holds no complete checkpoint" + ("" if step is None else f" of step {step}"))
-    config = configuration.load(run / "config.yaml")
-    state = _load_state_dict_from_keys({"model"}, checkpoint_id=done[-1])
-    return config, {name: tensor for name, tensor in state["model"].items()}
-
-
 def state_tensors(model: AVLM, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
     """Weights and optimizer state by parameter name: the live tensors, which a load writes into."""
     names = {parameter: name for name, parameter in model.named_parameters()}

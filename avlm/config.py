@@ -144,7 +144,7 @@ class ModelConfig:
             side = self.vision.image_size // self.vision.patch_size
             _require(
                 side % self.vision_projector.downsample == 0,
-                f"vision_projector.downsample={self.vision_projector.downsample} does not divide the {side} patches of a side",
+                f"vision_projector.downsample={self.vision_projector.downsample} does not divide {side} patches a side",
             )
 
     @property
@@ -228,6 +228,7 @@ class TrainConfig:
     log_every: int = 10  # steps between console lines; metrics.jsonl has every step
     validate_every: int = 500  # steps
     validate_batches: int = 20  # packed rows of each set and rank
+    validate_answers: int = 0  # samples of each set that are answered by generation, for exact match
     stop_after: int | None = None  # end cleanly after so many steps in all
 
 
@@ -274,10 +275,8 @@ class Config:
         for stage in self.stages:
             for name in (*stage.train, *stage.optimizer.lr_scale):
                 _require(name in self.model.modules, f"stage {stage.name} names {name}, which this model does not have")
-            _require(
-                stage.data.seq_length <= self.model.decoder.max_position,
-                f"data.seq_length={stage.data.seq_length} exceeds model.decoder.max_position={self.model.decoder.max_position}",
-            )
+            length, bound = stage.data.seq_length, self.model.decoder.max_position
+            _require(length <= bound, f"data.seq_length={length} exceeds model.decoder.max_position={bound}")
 
     @property
     def total_steps(self) -> int:

@@ -2,14 +2,15 @@
 
     torchrun --nproc-per-node 2 -m avlm.evaluation runs/demo --data data/demo
 
-An answer counts when it equals the reference. Chance is the best anyone could do with what an ablation leaves; it is read
-from ``chance.json`` beside a set, when there is one. With the needed modality gone accuracy must stay within the
+An answer counts when it equals the reference. Chance is the best anyone could do with what an ablation leaves; it is
+read from ``chance.json`` beside a set, when there is one. With the needed modality gone accuracy must stay within the
 one-sided 95 % bound of chance: otherwise the set can be answered without looking or listening.
 Writes report.json and report.md into the run folder.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -19,7 +20,7 @@ import jiwer
 import torch
 
 from avlm import checkpoint, parallel, preflight
-from avlm.config import Config
+from avlm.config import DataConfig
 from avlm.data import open_samples
 from avlm.data.chat import Tokenizer
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder
@@ -75,35 +76,41 @@ def ablate(prompt: EncodedSample, ablation: str, seed: int) -> EncodedSample:
     return prompt
 
 
+def exact_match(model: AVLM, source: str, data: DataConfig, world: World, limit: int) -> float:
+    """Share of right answers to the first ``limit`` samples of a set; what validation during training reports."""
+    encoder = SampleEncoder(model.config, data, Tokenizer(data.tokenizer))
+    samples = list(itertools.islice(open_samples(source, data), limit))
+    return _score(answers(model, samples, encoder, world), samples)
+
+
 def evaluate(
-    model: AVLM, name: str, source: str, config: Config, world: World, limit: int | None = None
+    model: AVLM, name: str, source: str, data: DataConfig, world: World, limit: int | None = None
 ) -> dict[str, Any]:
     """One entry of report.json: exact match of a set, whole and under every ablation that it has media for."""
-    data = config.stages[-1].data
-    encoder = SampleEncoder(config.model, data, Tokenizer(data.tokenizer))
-    samples = list(open_samples(source, data))[:limit]
-    references = [sample.messages[-1]["content"].strip() for sample in samples]
-    score = lambda given: sum(a == b for a, b in zip(given, references)) / len(references)
+    encoder = SampleEncoder(model.config, data, Tokenizer(data.tokenizer))
+    samples = list(itertools.islice(open_samples(source, data), limit))
     given = answers(model, samples, encoder, world)
     has_images, has_videos = any(s.images or s.videos for s in samples), any(s.videos for s in samples)
     has_audio = any(len(_prompt(encoder, s).mels) for s in samples[:20])
     wanted = {"no_image": has_images, "no_audio": has_audio, "shuffled": has_videos}
-    scores = {key: score(answers(model, samples, encoder, world, key)) for key, wants in wanted.items() if wants}
+    scores = {key: _score(answers(model, samples, encoder, world, key), samples) for key in wanted if wanted[key]}
     chances = _chances(Path(source))
     task, _, part = name.partition("/")
-    result = {
-        "task": task,
-        "set": part or "test",
-        "metric": "exact_match",
-        "value": score(given),
-        "count": len(samples),
-    }
-    result |= {"chance": chances.get("blind"), "ablations": scores}
+    result = {"task": task, "set": part or "test", "metric": "exact_match", "value": _score(given, samples)}
+    result |= {"count": len(samples), "chance": chances.get("blind"), "ablations": scores}
     result["ablation_chances"] = {key: _first(chances, ABLATIONS[key]) for key in scores}
     if has_audio and not has_images:
-        result["word_error_rate"] = jiwer.wer(references, given)
-    result["examples"] = [{"key": s.key, "truth": t, "answer": g} for s, t, g in zip(samples, references, given)][:8]
+        result["word_error_rate"] = jiwer.wer([_truth(sample) for sample in samples], given)
+    result["examples"] = [{"key": s.key, "truth": _truth(s), "answer": text} for s, text in zip(samples[:8], given)]
     return result
+
+
+def _truth(sample: Sample) -> str:
+    return sample.messages[-1]["content"].strip()
+
+
+def _score(given: list[str], samples: list[Sample]) -> float:
+    return sum(answer == _truth(sample) for answer, sample in zip(given, samples, strict=True)) / len(samples)
 
 
 def bound(chance: float, count: int) -> float:
@@ -180,7 +187,7 @@ def main() -> None:
     results = []
     with torch.no_grad():
         for name, source in sets.items():
-            results.append(evaluate(model, name, source, config, world, arguments.limit))
+            results.append(evaluate(model, name, source, config.stages[-1].data, world, arguments.limit))
             if world.is_first:
                 print(f"{name}: {100 * results[-1]['value']:.1f} % of {results[-1]['count']}", flush=True)
     if world.is_first:

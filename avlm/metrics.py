@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl, console lines, wandb, and the loss plot of ``python -m avlm.metrics RUN``."""
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -43,7 +44,7 @@ class Log:
                 self.run = wandb.init(project=config.wandb.project, mode=config.wandb.mode, dir=config.output_dir)
 
     def step(self, row: dict[str, Any], values: Tensor, keys: list[str]) -> None:
-        """Note one optimizer step; ``values`` float32 (len(KINDS) + 2,): loss sum of each kind, gradient norm, own loss."""
+        """Note a step; ``values`` float32 (len(KINDS) + 2,): loss sum of each kind, gradient norm, own loss sum."""
         self.rows.append(row)
         self.values.append(values)
         self.keys.append(keys)
@@ -72,8 +73,8 @@ class Log:
                 row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if row["step"] % self.config.train.log_every == 0 or row["step"] == 1:
                 self.say(
-                    f"step {row['step']}/{self.config.total_steps} {row['stage']}  loss {row['loss']:.4f}  grad {norm:.3f}  "
-                    f"lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s"
+                    f"step {row['step']}/{self.config.total_steps} {row['stage']}  loss {row['loss']:.4f}  "
+                    f"grad {norm:.3f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s"
                 )
         self.write(self.rows)
         self.rows, self.values, self.keys = [], [], []
@@ -150,7 +151,7 @@ def plot(run: Path) -> Path:
     ]
     if validation:
         axes.plot(*zip(*validation), "k.", label="validation")
-    for before, row in zip(steps, steps[1:]):
+    for before, row in itertools.pairwise(steps):
         if before["stage"] != row["stage"]:
             axes.axvline(row["step"], color="0.6", lw=0.8, ls="--")
     for name in dict.fromkeys(row["stage"] for row in steps):

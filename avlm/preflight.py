@@ -21,7 +21,7 @@ from avlm.parallel import mesh
 from avlm.parallel.mesh import World
 
 MAY_CHANGE = ("output_dir", "resume", "checkpoint", "parallel", "wandb", "device")  # between a run and its resume
-MAY_CHANGE_IN_TRAIN = ("log_every", "validate_every", "validate_batches", "stop_after")
+MAY_CHANGE_IN_TRAIN = ("log_every", "validate_every", "validate_batches", "validate_answers", "stop_after")
 
 
 def check(config: Config, world_size: int) -> None:
@@ -112,8 +112,8 @@ def report(config: Config, world_size: int) -> str:
         gib = (4 * total + 12 * trained) / shard / 2**30
         tokens = world_size * config.train.accumulate * stage.data.seq_length
         lines.append(
-            f"{stage.name}: {stage.steps} steps of up to {tokens:,} tokens; trains {trained:,} of {total:,} parameters; "
-            f"{gib:.2f} GiB a rank for weights, gradients and optimizer state (activations come on top)"
+            f"{stage.name}: {stage.steps} steps of up to {tokens:,} tokens; "
+            f"trains {trained:,} of {total:,} parameters; {gib:.2f} GiB a rank for weights, gradients and optimizer state (activations come on top)"
         )
     return "\n".join(lines)
 

@@ -117,8 +117,10 @@ class Chat:
 
     def __init__(self, tokenizer: Tokenizer, template: str, system: str | None = None) -> None:
         self.tokenizer, self.template, self.system = tokenizer, template, system
-        needed = CONTROL_TOKENS.get(template, () if template == "tokenizer" else (tokenizer.eos or "eos_token",))
-        missing = [token for token in needed if token not in tokenizer.control_tokens]
+        # llava and plain end a turn with the tokenizer's eos, and open with its bos if it has one.
+        own = () if template == "tokenizer" else (tokenizer.eos or "eos_token", tokenizer.bos)
+        needed = CONTROL_TOKENS.get(template, own)
+        missing = [token for token in needed if token and token not in tokenizer.control_tokens]
         if missing:
             raise ValueError(
                 f"template {template} needs control tokens that {tokenizer.file} lacks: {', '.join(missing)}"

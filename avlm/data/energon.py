@@ -9,6 +9,7 @@ counted in the row that it lands in. So the counts survive a resume like the sam
 """
 
 import dataclasses
+import gc
 import json
 import warnings
 from collections.abc import Iterator
@@ -153,6 +154,7 @@ class EnergonLoader:
         train: bool,
         state: dict[str, Any] | None = None,
     ) -> None:
+        self._loader: SavableDataLoader | None = None
         check_source(Path(source))
         self.source, self.data, self.train, self.identity = source, data, train, identity
         self._encoder = TaskEncoder(SampleEncoder(model, data, Tokenizer(data.tokenizer)), train)
@@ -173,17 +175,31 @@ class EnergonLoader:
         try:
             for packed in self._loader:
                 yield packed.batch
-        except FatalSampleError:  # a fault of the code, not of the data
-            raise
-        except ValueError as error:
-            raise ValueError(f"{self.source}: {_last_line(error)}") from error
-        except (AssertionError, RuntimeError) as error:
-            if not any(words in str(error) for words in EMPTY):
-                raise
+        except (ValueError, AssertionError, RuntimeError) as error:
+            self._end_workers()
+            raise self._explained(error) from error
+        finally:
+            if not self.train:
+                self._end_workers()
+
+    def __del__(self) -> None:
+        self._end_workers()
+
+    def _end_workers(self) -> None:
+        """Energon's loader refers to itself, and torch needs 5 seconds a worker for what the garbage collector ends."""
+        if self._loader is not None and self._loader._iterator is not None:
+            self._loader._iterator._shutdown_workers()
+
+    def _explained(self, error: Exception) -> Exception:
+        """One line for a fault of the data; a fault of the code (Energon calls it fatal) stays what it is."""
+        if any(words in str(error) for words in EMPTY):
             workers = self._workers.world_size * max(1, self._workers.num_workers)
-            raise ValueError(
+            return ValueError(
                 f"{self.source} has too few samples: one of {workers} workers (ranks x data.num_workers) has none"
-            ) from error
+            )
+        if isinstance(error, ValueError) and not isinstance(error, FatalSampleError):
+            return ValueError(f"{self.source}: {_last_line(error)}")
+        return error
 
     def state(self) -> dict[str, Any]:
         """Plain JSON: where the stream stands after the last row that was handed out."""
@@ -204,6 +220,9 @@ def _loader(source: str, *, train: bool, **options: Any) -> SavableDataLoader:
     except (AssertionError, KeyError, EmptyDatasetError) as error:
         split = "train" if train else "val"
         raise ValueError(f"{source} has no split {split!r} that Energon can read: {error}") from error
+    # Energon has caught an exception whose traceback holds the frames of our callers in a cycle: without this, dropping
+    # an EnergonLoader would not call __del__.
+    gc.collect()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'pin_memory' argument")  # Energon always asks for it, we decide below
         loader = get_savable_loader(

@@ -8,6 +8,7 @@ but not yet handed out. Validation reads once, in the order of the file.
 
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -211,7 +212,8 @@ class RowStream(IterableDataset):
         if not self.train:
             return offset if epoch == 0 else None
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed << 32 | epoch)
+            # torch seeds with 32 bits and drops the rest: a checksum mixes both numbers into them.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
             self._epoch, self._order = epoch, torch.randperm(len(self.records), generator=generator)
         return self._order[offset].item()
 

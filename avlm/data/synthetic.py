@@ -5,6 +5,7 @@ A row holds ``documents`` of equal length, with ``images`` and ``clips`` (each o
 turn. Every token that is no placeholder and follows another is a target. Row n of a rank depends on (seed, rank, n).
 """
 
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,7 +36,7 @@ class SyntheticLoader:
     ) -> None:
         self.mix = parse_mix(source, model)
         self.data, self.model, self.train, self.identity = data, model, train, identity
-        self._seed = (seed << 20 | rank) << 1 | train
+        self._stream = f"{seed} {rank} {train}"
         self._row = state["row"] if state else 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -49,7 +50,8 @@ class SyntheticLoader:
         return {**self.identity, "row": self._row}
 
     def _batch(self, row: int) -> Batch:
-        generator = torch.Generator().manual_seed(self._seed << 24 ^ row)
+        # torch seeds with 32 bits and drops the rest: a checksum mixes all numbers into them.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._stream} {row}".encode()))
         documents = self.mix["documents"]
         samples = []
         for i in range(documents):

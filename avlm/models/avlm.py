@@ -77,7 +77,7 @@ def initial_values(model: AVLM, seed: int, skip: Collection[str] = ()) -> Iterat
         if name in skip:
             continue
         part, _, inner = name.partition(".")
-        generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it takes 32 bits
         mean, std = parts[part][inner]
         yield name, torch.empty(parameter.shape).normal_(mean, std, generator=generator)
 

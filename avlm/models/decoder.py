@@ -1,9 +1,10 @@
 """Llama-family decoder (Llama 2/3, Mistral, Qwen2, Qwen3, SmolLM2): token features in, hidden states out.
 
 It is written for one device and one packed row. Position and segments are inputs, so that packing, caches and context
-parallelism are the same code; head counts are inferred from the tensors, which a tensor-parallel rank holds a share of.
+parallelism are the same code; head counts are inferred from the tensors (a tensor-parallel rank holds a share).
 
-T tokens   D hidden   F intermediate   H query heads   K key/value heads   E head dim   R rows with a target   V vocabulary
+T tokens   D hidden   F intermediate   H query heads   K key/value heads   E head dim
+R rows with a target   V vocabulary
 """
 
 import math
@@ -27,18 +28,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # float32 inside: the mean of squares of bf16 values loses three digits. Rounded before the scale, as Llama does.
+        # float32 inside: a mean of bf16 squares loses three digits. Rounded before the scale, as Llama does.
         x_float = x.to(torch.promote_types(x.dtype, torch.float32))
         return (x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
-def rope_frequencies(config: DecoderConfig) -> Tensor:
+def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) -> Tensor:
     """Angle per position of each pair of dimensions, radians, float64 (E / 2,).
 
     theta^(-2i / E); with Llama-3 scaling wavelengths longer than original / low are stretched by ``factor``, those
     shorter than original / high are kept, and those between are blended (Llama 3.1, reference implementation).
     """
-    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device) / config.head_dim
+    frequency = config.rope_theta**-exponent
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
@@ -50,7 +52,7 @@ def rope_frequencies(config: DecoderConfig) -> Tensor:
 
 def rope_table(frequency: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, float32 (T, E): both halves of a head share the angles."""
-    angle_TE = (position_T[:, None].double() * frequency.to(position_T.device)).repeat(1, 2)
+    angle_TE = (position_T[:, None].double() * frequency).repeat(1, 2)
     return angle_TE.cos().float(), angle_TE.sin().float()
 
 
@@ -136,7 +138,7 @@ class Decoder(nn.Module):
 
     def forward(self, x_TD: Tensor, position_T: Tensor, segments: Segments, caches: list | None = None) -> Tensor:
         """Hidden states before the final norm, (T, D). ``caches`` holds one key/value cache per block (generation)."""
-        rope = rope_table(rope_frequencies(self.config), position_T)
+        rope = rope_table(rope_frequencies(self.config, position_T.device), position_T)
         for i, block in enumerate(self.blocks):
             x_TD = block(x_TD, rope, segments, None if caches is None else caches[i])
         return x_TD
@@ -147,8 +149,16 @@ def decoder_start(decoder: Decoder) -> dict[str, tuple[float, float]]:
     the residual stream (GPT-2); norms are 1, biases 0."""
     residual = 0.02 / math.sqrt(2 * decoder.config.num_layers)
     start = {}
-    for name, _ in decoder.named_parameters():
-        if name.endswith("norm.weight"):
+    for name, parameter in decoder.named_parameters():
+        if name.startswith("blocks") and parameter.ndim == 2:
+            std = parameter.shape[1] ** -0.5
+            start[name] = (
+                0.0,
+                std / math.sqrt(2 * decoder.config.num_layers)
+                if name.endswith(("attention.o.weight", "ffn.down.weight"))
+                else std,
+            )
+        elif name.endswith("norm.weight"):
             start[name] = (1.0, 0.0)
         elif name.endswith("bias"):
             start[name] = (0.0, 0.0)

@@ -72,7 +72,7 @@ class VisionTower(nn.Module):
         self.post_norm = nn.LayerNorm(D, config.norm_eps) if config.post_norm else nn.Identity()
 
     def forward(self, pixels_I3SS: Tensor, segments: Segments) -> Tensor:
-        """Features of every patch, class token dropped: (I, N, D) in the dtype of the weights. Zero images are legal."""
+        """Features of every patch, without the class token: (I, N, D) in the weights' dtype. Zero images are legal."""
         P, side = self.config.patch_size, self.config.image_size // self.config.patch_size
         patches = pixels_I3SS.to(self.patch.weight.dtype).unflatten(3, (side, P)).unflatten(2, (side, P))
         x_IND = self.patch(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))

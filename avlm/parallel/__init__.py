@@ -29,7 +29,7 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 def warm_up(model: AVLM, config: Config, world: World) -> None:
     """One forward over nothing while all parameters require a gradient.
 
-    FSDP2 notes dtypes at a unit's first forward: one that is frozen then and trained by a later stage would fail in bf16.
+    FSDP2 notes dtypes at a unit's first forward: one that is frozen then and trained later would fail in bf16.
     """
     model.requires_grad_(True)
     model(empty_batch(16, config.model).to(world.device))

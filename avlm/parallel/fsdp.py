@@ -9,10 +9,10 @@ from avlm.models.avlm import AVLM
 
 
 def apply_fsdp(model: AVLM, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Shard every decoder block and every tower as a unit of its own; embedding, projectors, norm and head are the root.
+    """Shard every decoder block and every tower as a unit; embedding, projectors, norm and head are the root's.
 
-    Weights, gradients and their sums are float32; compute is in ``dtype``. A gradient is a plain sum over all ranks: the
-    loss is divided by the global number of targets where it is made.
+    Weights, gradients and their sums are float32; compute is in ``dtype``. A gradient is a plain sum over all ranks:
+    the loss is divided by the global number of targets where it is made.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     sharded = mesh["shard"] if mesh["replicate"].size() == 1 else mesh

@@ -54,8 +54,8 @@ def sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int]:
     shard = world_size // parallel.replicate if parallel.shard == -1 else parallel.shard
     if parallel.replicate * shard != world_size:
         raise ValueError(
-            f"parallel.replicate={parallel.replicate} x parallel.shard={parallel.shard} does not make {world_size} ranks: "
-            f"start torchrun with another --nproc-per-node, or set parallel.shard=-1"
+            f"parallel.replicate={parallel.replicate} x parallel.shard={parallel.shard} does not make "
+            f"{world_size} ranks: start torchrun with another --nproc-per-node, or set parallel.shard=-1"
         )
     return parallel.replicate, shard
 

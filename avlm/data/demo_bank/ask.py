@@ -1,9 +1,10 @@
 """Has generate.py answer questions about held-out samples:  python -m avlm.data.demo_bank.ask runs/demo
 
-The samples' pictures, sounds and films are written to <run>/samples, so that one can look, listen and ask something else.
+The samples' pictures, sounds and films are written to <run>/samples: look, listen and ask something else.
 """
 
 import argparse
+import re
 import shlex
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def main() -> None:
         for name, content in media.items():
             path = folder / f"{task}_{name}"
             path.write_bytes(encode(content))
-            arguments += [f"--{name.rstrip('.pngwavmk0123456789')}", str(path)]
+            arguments += ["--" + re.match("[a-z]+", name)[0], str(path)]  # image0.png -> --image
         arguments += ["--prompt", question.splitlines()[-1]]
         print(f"$ python {shlex.join(arguments)}", flush=True)
         subprocess.run([sys.executable, *arguments], check=True)
