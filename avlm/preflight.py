@@ -112,8 +112,8 @@ def report(config: Config, world_size: int) -> str:
         gib = (4 * total + 12 * trained) / shard / 2**30
         tokens = world_size * config.train.accumulate * stage.data.seq_length
         lines.append(
-            f"{stage.name}: {stage.steps} steps of up to {tokens:,} tokens; "
-            f"trains {trained:,} of {total:,} parameters; {gib:.2f} GiB a rank for weights, gradients and optimizer state (activations come on top)"
+            f"{stage.name}: {stage.steps} steps of up to {tokens:,} tokens; trains {trained:,} of {total:,} "
+            f"parameters; {gib:.2f} GiB a rank for weights, gradients and optimizer state (activations come on top)"
         )
     return "\n".join(lines)
 

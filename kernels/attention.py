@@ -4,7 +4,7 @@
     lse_i = ln sum_j exp s_ij
 
 A query sees the keys of its own segment only; with ``causal`` query i of a segment with Q queries and S keys sees
-keys j <= i + S - Q (bottom-right aligned: the last query sees every key). A query without any key gives out 0, lse -inf.
+keys j <= i + S - Q (bottom-right aligned: the last query sees every key). A query without keys gives out 0, lse -inf.
 
 T query rows   S key rows   H query heads   K key/value heads (H a multiple of K)   E head dim
 N segments of one group   Q, L rows of each (queries, keys)

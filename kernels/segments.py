@@ -1,5 +1,6 @@
 """How a packed row of tokens is cut into sequences that must not see each other."""
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,5 +38,5 @@ class Segments:
     def spans(self) -> list[tuple[int, int]]:
         """(first row, used length) of every segment, on the host. Waits for the device: for the reference path only."""
         starts = self.cu_seqlens.tolist()
-        used = self.lengths.tolist() if self.lengths is not None else [b - a for a, b in zip(starts, starts[1:])]
+        used = self.lengths.tolist() if self.lengths is not None else [b - a for a, b in itertools.pairwise(starts)]
         return list(zip(starts, used))

@@ -16,6 +16,7 @@ from avlm import checkpoint, metrics
 from tests.parallel.test_fsdp import TREE
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 STAGES = [
     {"name": "first", "steps": 6, "train": ["vision", "vision_projector"]},
     {"name": "second", "steps": 6, "train": ["decoder", "audio", "audio_projector"]},
@@ -43,10 +44,8 @@ def command(path: Path, *overrides: str, ranks: int = 1) -> list[str]:
 
 
 def run(path: Path, *overrides: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(path, *overrides, ranks=ranks), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, **options
-    )
+    options |= {"cwd": ROOT, "env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 240}
+    return subprocess.run(command(path, *overrides, ranks=ranks), **options)
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -64,24 +63,29 @@ def whole_run(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_killed_run_goes_on_bit_for_bit(whole_run, tmp_path):
-    path = write_config(tmp_path)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command(path, ranks=2), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while len(metrics.read_rows(log)) < 9:  # past a stage change, and past the checkpoint of step 8
-        assert process.poll() is None and time.monotonic() < deadline
+def is_alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def wait_until(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
-    workers = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(whole_run, tmp_path):
+    path, log = write_config(tmp_path), tmp_path / "run" / "metrics.jsonl"
+    process = subprocess.Popen(command(path, ranks=2), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    # Past a stage change, and past the checkpoint of step 8.
+    wait_until(lambda: len(metrics.read_rows(log)) >= 9 or process.poll() is not None)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    workers = [int(pid) for pid in children.split()]
     process.kill()
     process.wait()
-    for _ in range(100):
-        alive = [pid for pid in workers if Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]]
-        if not alive:
-            break
-        time.sleep(0.1)
-    assert workers and not alive, "workers die with their launcher"
+    assert workers
+    wait_until(lambda: not any(is_alive(pid) for pid in workers), seconds=10)  # workers die with their launcher
 
     again = run(path, ranks=2)
     assert again.returncode == 0, again.stderr
@@ -94,7 +98,8 @@ def test_stages_follow_each_other_and_leave_checkpoints(whole_run):
     assert [row["stage"] for row in rows] == ["first"] * 6 + ["second"] * 6
     assert rows[6]["lr"] < rows[8]["lr"], "a stage warms up anew"
     assert {"loss/image", "loss/mixed"} & rows[0].keys()
-    assert [path.name for path in checkpoint.complete_checkpoints(whole_run / "run")] == ["step_00000008", "step_00000012"]
+    kept = [path.name for path in checkpoint.complete_checkpoints(whole_run / "run")]
+    assert kept == ["step_00000008", "step_00000012"]
     assert (whole_run / "run" / "checkpoints" / "latest").read_text() == "step_00000012"
 
 
@@ -122,10 +127,7 @@ def test_a_short_loss_curve_is_pinned(whole_run):
 def test_sigterm_saves_and_ends_cleanly(tmp_path):
     path = write_config(tmp_path, stages=[{**STAGES[0], "steps": 100000}])
     process = subprocess.Popen(command(path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while len(metrics.read_rows(tmp_path / "run" / "metrics.jsonl")) < 3:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: len(metrics.read_rows(tmp_path / "run" / "metrics.jsonl")) >= 3 or process.poll() is not None)
     refused = run(path)
     assert refused.returncode == 2 and "belongs to a run that is live" in refused.stderr
     process.send_signal(signal.SIGTERM)
@@ -149,7 +151,7 @@ def test_a_half_written_checkpoint_is_passed_over_and_said(tmp_path):
 
 
 def test_a_disk_that_fills_leaves_the_previous_checkpoint(tmp_path):
-    """A limit on the size of a file stands for the full disk: the write fails in the middle, with an error of the system."""
+    """A limit on the size of a file stands for the full disk: a write fails in the middle, with the system's error."""
     path = write_config(tmp_path)
     assert run(path, "train.stop_after=4").returncode == 0
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

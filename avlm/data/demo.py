@@ -29,7 +29,6 @@ import uuid
 from pathlib import Path
 
 import yaml
-from megatron.energon.flavors import BaseWebdatasetFactory
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from avlm.config import Config
@@ -40,12 +39,12 @@ SHARD_SIZE = 500  # samples
 VOCABULARY_SIZE = 512  # at most; every word of every answer becomes a token of its own
 
 # Samples of each task and split.  A test set whose size is a multiple of its cases is exactly balanced: 10 classes of
-# photos, 100 strings, 10 or 50 pairs of thing and motion (times 10 digits), 10 pairs of digits, 180 and 100 cases of
+# photos, 100 strings, 6 or 54 pairs of thing and motion (times 10 digits), 10 pairs of digits, 180 and 100 cases of
 # written and spoken digit.
 SETS = {
     "caption": {"train": 6000, "test": 400},
     "numeral": {"train": 2500, "test": 390},
-    "video": {"train": 3600, "test": 200, "test_seen": 200, "test_sound": 400},
+    "video": {"train": 3600, "test": 240, "test_seen": 216, "test_sound": 540},
     "two_pictures": {"train": 1500, "test": 200},
     "transcribe": {
         "train": 4000,
@@ -166,6 +165,8 @@ def die_with_parent() -> None:
 
 def prepare(folder: Path) -> None:
     """What `energon prepare` and its questions do.  A test folder is Energon's `val` and `test` at once."""
+    from megatron.energon.flavors import BaseWebdatasetFactory  # a second to import, and only for a build
+
     tars = sorted(folder.glob("*.tar"))
     parts = [("train", ".*")] if folder.name == "train" else [("val", ".*"), ("test", ".*")]
     with contextlib.redirect_stdout(io.StringIO()):

@@ -1,5 +1,5 @@
 import pytest
-from media import write_tokenizer
+from tests.data.media import write_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from media import AUDIO, film, tone
+from tests.data.media import AUDIO, film, tone
 from transformers import WhisperFeatureExtractor
 
 from avlm.data import audio

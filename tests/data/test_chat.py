@@ -3,7 +3,7 @@ import json
 import pytest
 import tokenizers
 import transformers
-from media import CONTROL, write_tokenizer
+from tests.data.media import CONTROL, write_tokenizer
 from tokenizers import decoders, models, normalizers, trainers
 
 from avlm.data.chat import Chat, Tokenizer, check_vocabulary

@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from media import VISION, image_file, picture
+from tests.data.media import VISION, image_file, picture
 from PIL import Image, ImageOps
 from transformers import CLIPImageProcessor, SiglipImageProcessor
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import yaml
-from media import data, image_file, model, picture, tone
+from tests.data.media import data, image_file, model, picture, tone
 
 from avlm.data.inspect import main
 

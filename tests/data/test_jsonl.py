@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 import torch
-from media import data, image_file, model, picture, tone
+from tests.data.media import data, image_file, model, picture, tone
 
 from avlm.data import open_loader, open_samples
 from avlm.data.batch import Batch

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from media import AUDIO, VISION, data, film, image_file, model, picture, tone
+from tests.data.media import AUDIO, VISION, data, film, image_file, model, picture, tone
 
 from avlm.config import VideoConfig
 from avlm.data import audio, image

@@ -2,7 +2,7 @@ from itertools import islice
 
 import pytest
 import torch
-from media import data, model
+from tests.data.media import data, model
 
 from avlm.data import open_loader
 from avlm.data.batch import AUDIO, IMAGE

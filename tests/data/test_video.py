@@ -3,7 +3,7 @@ import io
 import av
 import numpy as np
 import pytest
-from media import film
+from tests.data.media import film
 
 from avlm.config import VideoConfig
 from avlm.data import video

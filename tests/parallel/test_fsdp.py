@@ -82,7 +82,7 @@ def whole(tensor):
 
 
 def twenty_steps(cfg, rows_of_step=4, steps=20):
-    """Losses and gradient norms of steps over a fixed list of rows, row i to rank i mod n; and the final weights' sums."""
+    """Losses and gradient norms over a fixed list of rows, row i to rank i mod n; and whether the head is tied."""
     world, model, adam = build(cfg)
     rows = make_rows(cfg, 2 * rows_of_step)
     history = []
