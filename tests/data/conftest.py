@@ -1,4 +1,5 @@
 import pytest
+
 from tests.data.media import write_tokenizer
 
 

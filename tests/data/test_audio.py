@@ -6,10 +6,10 @@ import av
 import numpy as np
 import pytest
 import torch
-from tests.data.media import AUDIO, film, tone
 from transformers import WhisperFeatureExtractor
 
 from avlm.data import audio
+from tests.data.media import AUDIO, film, tone
 
 RATE = audio.SAMPLE_RATE
 SECONDS = [0.1, 0.32, 1.0, 2.505, 9.999, 29.99, 30.0, 30.02, 65.0]

@@ -3,10 +3,10 @@ import json
 import pytest
 import tokenizers
 import transformers
-from tests.data.media import CONTROL, write_tokenizer
 from tokenizers import decoders, models, normalizers, trainers
 
 from avlm.data.chat import Chat, Tokenizer, check_vocabulary
+from tests.data.media import CONTROL, write_tokenizer
 
 # The templates that the model families publish.
 LLAMA3 = (

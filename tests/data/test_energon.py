@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tests.data.media import data, image_file, model, picture, tone
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors import BaseWebdatasetFactory
 
 from avlm.data import open_loader, open_samples
 from avlm.data.energon import from_json, to_json
+from tests.data.media import data, image_file, model, picture, tone
 
 CRUDE = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
 

@@ -6,11 +6,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from tests.data.media import VISION, image_file, picture
 from PIL import Image, ImageOps
 from transformers import CLIPImageProcessor, SiglipImageProcessor
 
 from avlm.data import image
+from tests.data.media import VISION, image_file, picture
 
 CLIP = dataclasses.replace(VISION, image_size=224, patch_size=14)
 LIMIT = 100_000_000

@@ -3,9 +3,9 @@ import json
 
 import pytest
 import yaml
-from tests.data.media import data, image_file, model, picture, tone
 
 from avlm.data.inspect import main
+from tests.data.media import data, image_file, model, picture, tone
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.media import AUDIO, VISION, model
 
 from avlm.data.batch import AUDIO as AUDIO_ID
 from avlm.data.batch import IGNORE, IMAGE, KINDS
 from avlm.data.image import normalise
 from avlm.data.packing import empty_batch, pack, select
 from avlm.data.sample import EncodedSample
+from tests.data.media import AUDIO, VISION, model
 
 METHODS = ["knapsack", "first_fit"]
 STACK = 4

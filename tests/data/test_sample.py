@@ -3,7 +3,6 @@ import json
 
 import pytest
 import torch
-from tests.data.media import AUDIO, VISION, data, film, image_file, model, picture, tone
 
 from avlm.config import VideoConfig
 from avlm.data import audio, image
@@ -11,6 +10,7 @@ from avlm.data.batch import AUDIO as AUDIO_ID
 from avlm.data.batch import IGNORE, IMAGE
 from avlm.data.chat import Tokenizer
 from avlm.data.sample import Sample, SampleEncoder, audio_features, fingerprint, parse
+from tests.data.media import AUDIO, VISION, data, film, image_file, model, picture, tone
 
 SECONDS = [0.1, 0.5, 1.0, 1.007, 2.51, 9.99, 29.99, 30.0, 30.01, 65.0]
 

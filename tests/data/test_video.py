@@ -3,10 +3,10 @@ import io
 import av
 import numpy as np
 import pytest
-from tests.data.media import film
 
 from avlm.config import VideoConfig
 from avlm.data import video
+from tests.data.media import film
 
 LIMIT = 1_000_000
 
