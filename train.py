@@ -60,26 +60,27 @@ def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World) -> dict
         rows = iter(
             open_loader(source, stage.data, cfg.model, rank=world.rank, world=world.size, seed=cfg.seed, train=False)
         )
-        loss, count = torch.zeros((), device=world.device), 0
+        loss, num_targets = torch.zeros((), device=world.device), 0
         for _ in range(cfg.train.validate_batches):
             batch = next(rows, None)
             if world.sum([batch is not None])[0] == 0:
                 break
             batch = batch or empty_batch(stage.data.seq_length, cfg.model)
             loss += model(batch.to(world.device)).sum()
-            count += len(batch.target_R)
-        total, num_targets = world.sum([loss.item(), count])
+            num_targets += len(batch.target_R)
+        total, num_targets = world.sum([loss.item(), num_targets])
         if num_targets:
             results[f"val/{name}/loss"] = total / num_targets
         if limit := cfg.train.validate_answers:
             results[f"val/{name}/exact_match"] = evaluation.exact_match(model, source, stage.data, world, limit)
+    model.reshard()  # FSDP2 keeps the root gathered after a forward without grad; what follows wants the shards
     return results
 
 
-def count(batches: list[Batch], stop: bool) -> list[float]:
+def tally(batches: list[Batch], stop: bool) -> list[float]:
     """What ranks agree on before a step: targets of each kind, tokens, samples read and skipped, a stop signal."""
     targets = sum(torch.bincount(batch.kind_R, minlength=len(KINDS)) for batch in batches)
-    tokens = sum(batch.segments.cu_seqlens[len(batch.keys)].item() for batch in batches)
+    tokens = sum(batch.num_tokens for batch in batches)
     return [*targets.tolist(), tokens, sum(b.read for b in batches), sum(len(b.skipped) for b in batches), float(stop)]
 
 
@@ -90,29 +91,20 @@ def run_stage(
     log: metrics.Log,
     at: checkpoint.Progress,
     resume_from: Path | None,
-    stopping: list,
+    loader_state: dict | None,
+    stopping: list[int],
 ) -> checkpoint.Progress:
     """Train one stage from ``at`` to its end, or to where the run has to stop."""
     # 1. What trains, with optimizer state of its own; where the data goes on.
     stage = cfg.stages[at.stage]
     optimizer.freeze(model, stage)
     adam = optimizer.build(model, stage.optimizer)
-    loader_state = None
     if resume_from:
         checkpoint.load(resume_from, model, adam)
-        loader_state = checkpoint.load_rank_state(resume_from, world)
-    loader = open_loader(
-        stage.data.train,
-        stage.data,
-        cfg.model,
-        rank=world.rank,
-        world=world.size,
-        seed=cfg.seed + at.stage,
-        train=True,
-        state=loader_state,
-    )
+    who = {"rank": world.rank, "world": world.size, "seed": cfg.seed + at.stage}
+    loader = open_loader(stage.data.train, stage.data, cfg.model, **who, train=True, state=loader_state)
     saver = checkpoint.Saver(Path(cfg.output_dir), cfg.checkpoint, world)
-    log.say(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(stage.train) or 'nothing'}")
+    log.say(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(stage.train)}")
 
     # 2. Steps.
     rows = iter(loader)
@@ -121,7 +113,7 @@ def run_stage(
         started = time.perf_counter()
         batches = [next(rows) for _ in range(cfg.train.accumulate)]
         waited = time.perf_counter() - started
-        *targets, tokens, read, skipped, stop = world.sum(count(batches, bool(stopping)))
+        *targets, tokens, read, skipped, stop = world.sum(tally(batches, bool(stopping)))
         for key, reason in (bad for batch in batches for bad in batch.skipped):
             print(f"skipped sample {key}: {reason}", file=sys.stderr)
         lr = optimizer.schedule(adam, stage.optimizer, at.stage_step, stage.steps)
@@ -136,18 +128,20 @@ def run_stage(
 
         # 3. Validation and checkpoints, at their steps and at the end.
         ends = bool(stop) or at.stage_step == last
-        if at.step % cfg.train.validate_every == 0 or at.stage_step == stage.steps:
+        every = cfg.train.validate_every
+        if stage.data.validation and every and (at.step % every == 0 or at.stage_step == stage.steps):
             log.flush()
             results = validate(model, stage, cfg, world)
-            log.write([{"step": at.step, "stage": stage.name, **results}] if results else [])
+            log.write([{"step": at.step, "stage": stage.name, **results}])
             log.say("  ".join(f"{key} {value:.4f}" for key, value in results.items()))
+            log.restart_clock()
         if at.step % cfg.checkpoint.every == 0 or ends:
             log.flush()
             saver.save(at, model, adam, loader.state())
+            log.restart_clock()
         if stop:
             log.say(f"stopped by a signal after step {at.step}; the same command goes on from there")
             break
-    saver.wait()
     return at
 
 
@@ -158,10 +152,11 @@ def main(cfg: Config) -> None:
     device = mesh.choose_device(cfg)
     world = mesh.start(cfg, device)
     lock = preflight.claim(cfg, world)
-    resume_from, note = checkpoint.find(cfg)
+    resume_from, note = world.gather(checkpoint.find(cfg))[0]
     preflight.check_resume(cfg, resume_from)
+    world.barrier()
     if world.is_first:
-        (Path(cfg.output_dir) / "config.yaml").write_text(config.dump(cfg))
+        checkpoint.write_durably(Path(cfg.output_dir) / "config.yaml", config.dump(cfg))
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
 
@@ -181,16 +176,15 @@ def main(cfg: Config) -> None:
         for report in weights.start(model, cfg.init_from, cfg.seed):
             log.say(str(report))
     parallel.warm_up(model, cfg, world)
-    if resume_from:
-        checkpoint.load_rank_state(resume_from, world)
+    loader_state = checkpoint.load_rank_state(resume_from, world) if resume_from else None
 
     # 3. Stages.
     while at.stage < len(cfg.stages):
         if at.stage_step < cfg.stages[at.stage].steps:
-            at = run_stage(model, cfg, world, log, at, resume_from, stopping)
-        if at.stage_step < cfg.stages[at.stage].steps or stopping or at.step == cfg.train.stop_after:
+            at = run_stage(model, cfg, world, log, at, resume_from, loader_state, stopping)
+        if at.stage_step < cfg.stages[at.stage].steps or at.step == cfg.train.stop_after:
             break
-        at, resume_from = replace(at, stage=at.stage + 1, stage_step=0), None
+        at, resume_from, loader_state = replace(at, stage=at.stage + 1, stage_step=0), None, None
     log.close()
     mesh.stop()
     if lock is not None:
@@ -210,6 +204,7 @@ if __name__ == "__main__":
         if arguments.print:
             print(config.dump(loaded))
         elif arguments.preflight:
+            demo.ensure(loaded)
             print(preflight.report(loaded, arguments.world_size))
         else:
             main(loaded)

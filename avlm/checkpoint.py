@@ -15,7 +15,7 @@ import json
 import os
 import random
 import shutil
-from concurrent.futures import Future
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,9 @@ def find(config: Config) -> tuple[Path | None, str]:
         path = Path(config.resume)
         if not (path / MARKER).is_file():
             raise FileNotFoundError(f"resume={path} is not a complete checkpoint (it has no file named {MARKER!r})")
+        later = [p.name for p in complete_checkpoints(Path(config.output_dir)) if p.name > path.name]
+        if later:  # they would be taken for this run's newest
+            raise ValueError(f"{config.output_dir} holds later checkpoints ({', '.join(later)}): remove them first")
         return path, ""
     run = Path(config.output_dir)
     done = complete_checkpoints(run)
@@ -79,45 +82,35 @@ def read_progress(path: Path) -> Progress:
 
 
 class Saver:
-    """Writes the checkpoints of a run; at most one is being written at a time."""
+    """Writes the checkpoints of a run."""
 
     def __init__(self, run: Path, config: CheckpointConfig, world: World):
         self.run, self.config, self.world = run, config, world
-        self.pending: tuple[Future, Path, Progress] | None = None
 
     def save(self, progress: Progress, model: AVLM, optimizer: torch.optim.Optimizer, loader_state: dict) -> None:
-        """Write a checkpoint, in the background if so configured. On any failure the ones before stay as they are."""
-        self.wait()
+        """Write a checkpoint. On any failure, of any rank, the ones before stay as they are and OSError is raised."""
         path = folder_of(self.run, progress.step)
         if self.world.is_first:
             shutil.rmtree(path, ignore_errors=True)  # what an interrupted run left there
             path.mkdir(parents=True)
         self.world.barrier()
+        self._attempt(path, lambda: _write_rank_state(path, self.world, loader_state))
+        self._attempt(path, lambda: dcp.save(state_tensors(model, optimizer), checkpoint_id=path))
+        if self.world.is_first:
+            write_durably(path / MARKER, json.dumps(dataclasses.asdict(progress)))
+            write_durably(path.parent / "latest", path.name)
+            for old in complete_checkpoints(self.run)[: -self.config.keep]:
+                (old / MARKER).unlink()  # first, so that a half-removed one is not taken for complete
+                shutil.rmtree(old)
+        self.world.barrier()
+
+    def _attempt(self, path: Path, write: Callable[[], Any]) -> None:
+        """Write, and find out whether every rank could (a full disk, most often)."""
         failure = None
         try:
-            _write_rank_state(path, self.world, loader_state)
-            tensors = state_tensors(model, optimizer)
-            if self.config.asynchronous:
-                self.pending = (dcp.async_save(tensors, checkpoint_id=path), path, progress)
-            else:
-                dcp.save(tensors, checkpoint_id=path)
-        except (Exception, CheckpointException) as error:  # a full disk, most often: every rank must hear of it
+            write()
+        except (Exception, CheckpointException) as error:
             failure = error
-        self._agree(failure, path)
-        if self.pending is None:
-            self._finish(path, progress)
-
-    def wait(self) -> None:
-        """Wait for the checkpoint that is being written, and mark it complete."""
-        if self.pending is None:
-            return
-        future, path, progress = self.pending
-        self.pending = None
-        failure = future.exception()
-        self._agree(failure, path)
-        self._finish(path, progress)
-
-    def _agree(self, failure: BaseException | None, path: Path) -> None:
         if self.world.sum([float(failure is not None)])[0] == 0:
             return
         if self.world.is_first:
@@ -127,19 +120,20 @@ class Saver:
         cause = " ".join(str(failure).split())[-300:] if failure else "another rank failed"
         raise OSError(f"could not write checkpoint {path}: {cause}; {kept}")
 
-    def _finish(self, path: Path, progress: Progress) -> None:
-        if self.world.is_first:
-            _write_durably(path / MARKER, json.dumps(dataclasses.asdict(progress)))
-            _write_durably(path.parent / "latest", path.name)
-            for old in complete_checkpoints(self.run)[: -self.config.keep]:
-                (old / MARKER).unlink()  # first, so that a half-removed one is not taken for complete
-                shutil.rmtree(old)
-        self.world.barrier()
-
 
 def load(path: Path, model: AVLM, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Read the weights, and with them the state of an optimizer, in place."""
-    dcp.load(state_tensors(model, optimizer), checkpoint_id=path)
+    """Read the weights, and with them the state of an optimizer, in place; strict about what weights there are."""
+    tensors = state_tensors(model, optimizer)
+    try:
+        stored = {
+            name for name in dcp.FileSystemReader(path).read_metadata().state_dict_metadata if name[:6] == "model."
+        }
+        ours = {f"model.{name}" for name in tensors["model"]}
+        if stored != ours:
+            raise ValueError(f"it and the model differ in {', '.join(sorted(stored ^ ours)[:5])}")
+        dcp.load(tensors, checkpoint_id=path)
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())[-300:]}") from error
 
 
 def load_rank_state(path: Path, world: World) -> dict[str, Any]:
@@ -190,10 +184,10 @@ def _write_rank_state(path: Path, world: World, loader_state: dict) -> None:
     save_file(tensors, path / f"rank_{world.rank:05d}.safetensors")
     name, keys, *rest = np.random.get_state()
     state = {"loader": loader_state, "python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
-    _write_durably(path / f"rank_{world.rank:05d}.json", json.dumps(state))
+    write_durably(path / f"rank_{world.rank:05d}.json", json.dumps(state))
 
 
-def _write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, text: str) -> None:
     """Replace a file in one step, on disk before it takes the name."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w") as file:

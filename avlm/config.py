@@ -11,16 +11,17 @@ import re
 import typing
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 MODULES = ("decoder", "vision", "audio", "vision_projector", "audio_projector")
 Module = Literal["decoder", "vision", "audio", "vision_projector", "audio_projector"]
 
-config = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+config = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+Count = Annotated[int, Field(gt=0)]
 
 
 @config
@@ -37,12 +38,12 @@ class RopeScaling:
 class DecoderConfig:
     """Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
     head_dim: int = 0  # 0: hidden_size / num_heads
     rope_theta: float = 500_000.0
     rope_scaling: RopeScaling | None = None
@@ -70,12 +71,12 @@ class DecoderConfig:
 class VisionConfig:
     """CLIP ViT; SigLIP is the same tower without class token and pre-norm, with a patch bias and another GELU."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    image_size: int  # pixels, square
-    patch_size: int  # pixels, square
+    hidden_size: Count
+    intermediate_size: Count
+    num_layers: Count
+    num_heads: Count
+    image_size: Count  # pixels, square
+    patch_size: Count  # pixels, square
     feature_layer: int = -2  # -1: output of the last layer, -2: of the one before; later layers are not built
     activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
     norm_eps: float = 1e-5
@@ -106,12 +107,12 @@ class VisionConfig:
 class AudioConfig:
     """Whisper encoder."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_mels: int = 80
-    max_positions: int = 1500  # rows of a full window: 20 ms each
+    hidden_size: Count
+    intermediate_size: Count
+    num_layers: Count
+    num_heads: Count
+    num_mels: Count = 80
+    max_positions: Count = 1500  # rows of a full window: 20 ms each
     window: Literal["true", "fixed"] = "true"  # rows of the clip only, or of the whole window whatever the clip holds
 
     def __post_init__(self) -> None:
@@ -124,7 +125,7 @@ class AudioConfig:
 @config
 class ProjectorConfig:
     type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
-    downsample: int = 1  # vision: pixel shuffle of n x n patches; audio: n frames stacked; before the projection
+    downsample: Count = 1  # vision: pixel shuffle of n x n patches; audio: n frames stacked; before the projection
     hidden_size: int = 0  # of mlp2x_gelu; 0: the decoder's width
 
 
@@ -179,12 +180,12 @@ class DataConfig:
     validation: dict[str, str] = field(default_factory=dict)  # name -> source
     tokenizer: str = ""  # folder with tokenizer.json, or the file
     template: Literal["plain", "llava", "llama3", "chatml", "tokenizer"] = "llama3"  # tokenizer: its own Jinja template
-    seq_length: int = 8192  # tokens of a packed row
+    seq_length: Count = 8192  # tokens of a packed row
     system: str | None = None  # system prompt of samples that have none
     media_root: str | None = None  # folder that media names of a JSON file are relative to; null: the file's own
     num_workers: int = 2
     packing: Literal["knapsack", "first_fit"] = "knapsack"
-    packing_buffer: int = 200  # samples that a packer chooses from
+    packing_buffer: Count = 200  # samples that a packer chooses from
     shuffle_buffer: int = 1000  # samples
     max_bad_fraction: float = 0.01  # of the samples read; above it the run stops
     max_media_bytes: int = 256 * 2**20  # of one picture, clip or film, before it is decoded
@@ -200,7 +201,7 @@ class OptimizerConfig:
     lr: float
     min_lr: float | None = None  # null: lr / 10
     warmup_steps: int = 150
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-5
     weight_decay: float = 0.1  # not on biases, norms and embeddings of positions
     clip_norm: float = 1.0
@@ -212,24 +213,21 @@ class StageConfig:
     """A stretch of training. ``optimizer`` and ``data`` hold the keys that differ from the run's own."""
 
     name: str
-    steps: int
-    train: list[Module]
+    steps: Count
+    train: Annotated[list[Module], Field(min_length=1)]
     optimizer: OptimizerConfig
     data: DataConfig
 
 
 @config
 class TrainConfig:
-    accumulate: int = 1  # micro-batches (packed rows) of each rank in a step
-    precision: Literal["auto", "bf16", "fp32"] = (
-        "auto"  # of compute; weights and reductions stay fp32; auto: bf16 on GPUs
-    )
-    compile: bool = False  # torch.compile every block
-    log_every: int = 10  # steps between console lines; metrics.jsonl has every step
-    validate_every: int = 500  # steps
-    validate_batches: int = 20  # packed rows of each set and rank
+    accumulate: Count = 1  # micro-batches (packed rows) of each rank in a step
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of compute, weights stay fp32; auto: bf16 on GPUs
+    log_every: Count = 10  # steps between console lines; metrics.jsonl has every step
+    validate_every: int = 500  # steps; 0: never
+    validate_batches: Count = 20  # packed rows of each set and rank
     validate_answers: int = 0  # samples of each set that are answered by generation, for exact match
-    stop_after: int | None = None  # end cleanly after so many steps in all
+    stop_after: Count | None = None  # end cleanly after so many steps in all
 
 
 @config
@@ -242,9 +240,8 @@ class ParallelConfig:
 
 @config
 class CheckpointConfig:
-    every: int = 500  # steps; the end of every stage is saved as well
-    keep: int = 3
-    asynchronous: bool = False  # write while training goes on
+    every: Count = 500  # steps; the end of every stage is saved as well
+    keep: Count = 3
 
 
 @config
@@ -311,7 +308,7 @@ def resolve(tree: dict[str, Any], origin: str) -> Config:
             for stage in tree["stages"]
         ]
     try:
-        return TypeAdapter(Config).validate_json(json.dumps(tree))  # strict types, as JSON has them
+        return TypeAdapter(Config).validate_json(json.dumps(tree, default=str))  # strict types, as JSON has them
     except ValidationError as error:
         raise ValueError(f"{origin}: {_explain(error.errors()[0])}") from None
 

@@ -20,7 +20,7 @@ import jiwer
 import torch
 
 from avlm import checkpoint, parallel, preflight
-from avlm.config import DataConfig
+from avlm.config import DataConfig, ParallelConfig
 from avlm.data import open_samples
 from avlm.data.chat import Tokenizer
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder
@@ -61,6 +61,7 @@ def answers(model: AVLM, samples: list[Sample], encoder: SampleEncoder, world: W
     gathered: dict[int, str] = {}
     for part in world.gather(texts):
         gathered |= part
+    model.reshard()  # FSDP2 keeps the root gathered after a forward without grad
     return [gathered[i] for i in range(len(samples))]
 
 
@@ -198,6 +199,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sets = find_sets(arguments.data)
     config, path = checkpoint.read_run(arguments.run)
+    config = dataclasses.replace(config, parallel=ParallelConfig())  # on however many ranks there are
     world = mesh.start(config, mesh.choose_device(config))
     with torch.device("meta"):
         model = AVLM(config.model)

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections import defaultdict
@@ -67,6 +68,7 @@ class Log:
             row |= {f"loss/{kind}": x / n for kind, x, n in zip(KINDS, losses, counts) if n}
             row |= {"grad_norm": norm, "step_seconds": seconds, "tokens_per_second": row["tokens"] / seconds}
             if not math.isfinite(row["loss"]) or not math.isfinite(norm):
+                self.write(self.rows[: self.rows.index(row)])
                 own = f"; samples of this rank: {', '.join(keys)}" if not math.isfinite(own_loss) else ""
                 raise NonFiniteLoss(f"loss {row['loss']}, gradient norm {norm} at step {row['step']}{own}")
             if self.world.device.type == "cuda":
@@ -79,12 +81,18 @@ class Log:
         self.write(self.rows)
         self.rows, self.values, self.keys = [], [], []
 
+    def restart_clock(self) -> None:
+        """Leave what happened since the last flush (validation, saving) out of the next steps' time."""
+        self.clock = time.perf_counter()
+
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Append rows and put them on disk."""
         if not self.world.is_first:
             return
         with open(self.path, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
         if self.run is not None:
             for row in rows:
                 self.run.log(row, step=row["step"])

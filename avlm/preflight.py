@@ -19,14 +19,19 @@ from avlm.metrics import NonFiniteLoss
 from avlm.models.avlm import AVLM
 from avlm.parallel import mesh
 from avlm.parallel.mesh import World
+from avlm.pretrained import check_config
 
+MAY_CHANGE_IN_DATA = ("validation", "max_bad_fraction", "num_workers", "media_root")
 MAY_CHANGE = ("output_dir", "resume", "checkpoint", "parallel", "wandb", "device")  # between a run and its resume
 MAY_CHANGE_IN_TRAIN = ("log_every", "validate_every", "validate_batches", "validate_answers", "stop_after")
 
 
 def check(config: Config, world_size: int) -> None:
-    """Raise ValueError or FileNotFoundError for what would fail later: mesh, data sources, tokenizer, start weights."""
+    """Raise ValueError or FileNotFoundError for what would fail later: mesh, start weights, data sources, tokenizer."""
     mesh.sizes(config.parallel, world_size)
+    for entry, source in configuration.to_dict(config.init_from).items():
+        if source and Path(source).is_dir():  # a name of the Hub is looked at when its files are there
+            check_config(config.model if entry == "all" else getattr(config.model, entry), Path(source))
     for stage in config.stages:
         for source in (stage.data.train, *stage.data.validation.values()):
             if not source.startswith("synthetic") and not Path(source).exists():
@@ -49,6 +54,8 @@ def check_resume(config: Config, checkpoint: Path | None) -> None:
         section, _, name = key.partition(".")
         if section in MAY_CHANGE or (section == "train" and name in MAY_CHANGE_IN_TRAIN):
             continue
+        if ".data." in key and key.split(".data.")[1].split(".")[0] in MAY_CHANGE_IN_DATA:
+            continue
         raise ValueError(
             f"{key} is {wanted!r}, but {checkpoint} was made with {was!r}: set it back, or choose another output_dir"
         )
@@ -69,8 +76,8 @@ def _differences(a: Any, b: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
 
 
 def check_skipped(read: float, skipped: float, max_fraction: float) -> None:
-    """Stop a run whose data is mostly broken; one bad sample is always forgiven."""
-    if skipped > max(1.0, max_fraction * read):
+    """Stop a run whose data is mostly broken; ten bad samples are forgiven, however early they come."""
+    if skipped > max(10.0, max_fraction * read):
         raise ValueError(
             f"{skipped:.0f} of {read:.0f} samples were bad and skipped (named above), more than "
             f"data.max_bad_fraction={max_fraction}: mend the data, or raise it"
@@ -85,8 +92,8 @@ def claim(config: Config, world: World) -> IO[str] | None:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+")  # noqa: SIM115  (held until the run ends)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would live on in forked loader workers
+        except (BlockingIOError, PermissionError):
             lock.seek(0)
             failure = f"{folder} belongs to a run that is live ({lock.read().strip()}): wait for it, or set output_dir"
     if world.sum([float(bool(failure))])[0]:

@@ -53,7 +53,7 @@ def load(model: AVLM, init_from: InitFrom) -> list[Report]:
 
     Parameters are plain tensors or DTensors of any dtype and device. Raises ValueError or FileNotFoundError.
     """
-    parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     reports = []
     for entry in ("all", "decoder", "vision", "audio"):  # a tower's own folder wins over the whole model's
         source = getattr(init_from, entry)
@@ -80,8 +80,9 @@ def start(model: AVLM, init_from: InitFrom, seed: int) -> list[Report]:
 
 def fill(model: AVLM, state: dict[str, Tensor]) -> None:
     """Copy whole tensors under our names, as ``avlm.checkpoint.read_model`` gives them; strict."""
-    parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
-    odd = parameters.keys() ^ (state.keys() - {"decoder.head.weight"} | parameters.keys() & {"decoder.head.weight"})
+    parameters = dict(model.named_parameters())
+    tied = {"decoder.head.weight"} if model.config.decoder.tie_embedding else set()
+    odd = parameters.keys() ^ (state.keys() - tied)
     if odd:
         raise ValueError(
             f"the checkpoint and its config.yaml disagree about {len(odd)} tensors: {', '.join(sorted(odd)[:5])}"
@@ -131,6 +132,8 @@ def open_tensors(folder: Path) -> dict:
         raise FileNotFoundError(f"no model.safetensors, pytorch_model.bin or index of shards in {folder}")
     tensors = {}
     for name in files:
+        if Path(name).name != name:
+            raise ValueError(f"{folder}: the index names {name!r}, which lies outside the folder")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing")
         try:
@@ -158,11 +161,6 @@ class _Loaded:
 
     def __getitem__(self, index) -> Tensor:
         return self.tensor[index]
-
-
-def _plain(name: str) -> str:
-    """Parameter names without what activation checkpointing and torch.compile put between."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def _prefix(module: str, tensors: dict, folder: Path) -> str:

@@ -45,56 +45,54 @@ def attention(
 def attention_reference(q_THE, k_SKE, v_SKE, segments, *, causal, segments_k=None, scale=None, return_lse=False):
     """The specification in plain PyTorch: segments of like length share one batched call, which gathers their rows."""
     scale = q_THE.shape[-1] ** -0.5 if scale is None else scale
-    groups = _groups(segments, segments_k or segments, causal)
-    rows, outs, lses = [q_THE.new_zeros(0, dtype=torch.long)], [q_THE[:0]], [q_THE.new_zeros(0, q_THE.shape[1]).float()]
-    for q_rows_NQ, k_rows_NL, kept_NQ in groups:
-        q, k, v = (
-            x[index].transpose(1, 2) for x, index in ((q_THE, q_rows_NQ), (k_SKE, k_rows_NL), (v_SKE, k_rows_NL))
-        )
+    groups, source_T = _groups(segments, segments if segments_k is None else segments_k, causal, q_THE.shape[0])
+    # Row 0 is for queries without keys. It keeps q, k and v in the graph: a rank without images owes its peers zero
+    # gradients, not none.
+    empty = q_THE[:0].sum() + k_SKE[:0].sum() + v_SKE[:0].sum()
+    outs, lses = (
+        [q_THE.new_zeros(1, *q_THE.shape[1:]) + empty],
+        [q_THE.new_full((1, q_THE.shape[1]), -torch.inf).float()],
+    )
+    for q_rows_NQ, k_rows_NL in groups:
+        q, k, v = q_THE[q_rows_NQ].transpose(1, 2), k_SKE[k_rows_NL].transpose(1, 2), v_SKE[k_rows_NL].transpose(1, 2)
         if return_lse or q.shape[2] != k.shape[2]:
             out, lse = _softmax_attention(q, k, v, scale, causal)
-            lses.append(lse.transpose(1, 2)[kept_NQ])
+            lses.append(lse.transpose(1, 2).flatten(0, 1))
         else:
-            out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        outs.append(out.transpose(1, 2)[kept_NQ])
-        rows.append(q_rows_NQ[kept_NQ])
-    if not groups:  # k and v stay in the graph: a rank without images owes its peers zero gradients, not none
-        outs.append(q_THE[:0] * (k_SKE[:0].sum() + v_SKE[:0].sum()))
-    out_THE = torch.zeros_like(q_THE).index_copy(0, torch.cat(rows), torch.cat(outs))
-    if not return_lse:
-        return out_THE
-    lse_TH = torch.full(q_THE.shape[:2], -torch.inf, device=q_THE.device).index_copy(
-        0, torch.cat(rows), torch.cat(lses)
-    )
-    return out_THE, lse_TH.T
+            shared = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=shared)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    out_THE = torch.cat(outs)[source_T]
+    return (out_THE, torch.cat(lses)[source_T].T) if return_lse else out_THE
 
 
 @lru_cache(maxsize=32)  # every layer asks with the same segments
-def _groups(segments: Segments, segments_k: Segments, causal: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Segments that can share a call: (q_rows_NQ, k_rows_NL, kept_NQ), rows into T and S and which query rows are real.
+def _groups(
+    segments: Segments, segments_k: Segments, causal: bool, T: int
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Segments that can share a call, as rows into q and k: (q_rows_NQ, k_rows_NL); and for each query row where its
+    result lies among those of all groups, from 1 (0: it has no key).
 
     Causal self-attention may pad segments at their end (no real query sees a later key), so lengths are rounded up.
     """
     padded = causal and segments is segments_k and segments.lengths is None
-    spans = defaultdict(list)
+    members = defaultdict(list)
     for (q_start, q_length), (k_start, k_length) in zip(segments.spans, segments_k.spans, strict=True):
         if q_length and k_length:
             size = -(-q_length // 16) * 16
-            spans[(size, size) if padded else (q_length, k_length)].append((q_start, k_start, q_length))
+            members[(size, size) if padded else (q_length, k_length)].append((q_start, k_start, q_length))
+    groups, source_T, offset = [], torch.zeros(T, dtype=torch.int64), 1
+    for (q_size, k_size), starts in members.items():
+        q_start_N1, k_start_N1, q_length_N1 = torch.tensor(starts).T.unsqueeze(-1)
+        step_Q, step_L = torch.arange(q_size), torch.arange(k_size)
+        q_rows_NQ = q_start_N1 + torch.minimum(step_Q, q_length_N1 - 1)  # what pads repeats the last row
+        k_rows_NL = q_rows_NQ if padded else k_start_N1 + step_L
+        real_NQ = step_Q < q_length_N1
+        source_T[q_rows_NQ[real_NQ]] = offset + real_NQ.flatten().nonzero().flatten()
+        offset += q_rows_NQ.numel()
+        groups.append((q_rows_NQ, k_rows_NL))
     device = segments.cu_seqlens.device
-    groups = []
-    for (q_size, k_size), members in spans.items():
-        q_start_N1, k_start_N1, length_N1 = torch.tensor(members, device=device).T.unsqueeze(-1)
-        step_Q, step_L = torch.arange(q_size, device=device), torch.arange(k_size, device=device)
-        kept_NQ = step_Q < length_N1
-        if padded:
-            rows_NQ = q_start_N1 + torch.minimum(step_Q, length_N1 - 1)
-            groups.append((rows_NQ, rows_NQ, kept_NQ))
-        else:
-            groups.append((q_start_N1 + step_Q, k_start_N1 + step_L, kept_NQ))
-    return groups
+    return [(q_rows.to(device), k_rows.to(device)) for q_rows, k_rows in groups], source_T.to(device)
 
 
 def _softmax_attention(q_NHQE, k_NKLE, v_NKLE, scale, causal):

@@ -29,7 +29,10 @@ class Segments:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Segments":
         move = lambda t: None if t is None else t.to(device, non_blocking=non_blocking)
-        return Segments(move(self.cu_seqlens), self.max_length, move(self.lengths))
+        moved = Segments(move(self.cu_seqlens), self.max_length, move(self.lengths))
+        if self.cu_seqlens.device.type == "cpu":
+            moved.__dict__["spans"] = self.spans  # known here, so that nobody has to ask the device
+        return moved
 
     def __len__(self) -> int:
         return self.cu_seqlens.shape[0] - 1

@@ -32,13 +32,18 @@ MAX_RESAMPLE_KERNEL = 2**24  # floats; rates without a small ratio to 16 kHz wou
 def decode(data: bytes, max_seconds: float) -> Tensor:
     """Mean over the channels of the first audio stream. ValueError if it is missing, empty, broken or too long."""
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with open_container(data) as container:
             if not container.streams.audio:
                 raise ValueError("file has no audio stream")
             rate, waveform = _read(container, max_seconds)
     except av.FFmpegError as error:
         raise ValueError(f"audio cannot be decoded: {error.strerror}") from None
     return _resampler(rate)(waveform) if rate != SAMPLE_RATE else waveform
+
+
+def open_container(data: bytes) -> av.container.InputContainer:
+    """A file in memory. FFmpeg may open nothing beside it: playlists name other files, and a sample is not trusted."""
+    return av.open(io.BytesIO(data), options={"protocol_whitelist": "pipe"})
 
 
 def mels(waveform: Tensor, audio: AudioConfig) -> list[Tensor]:
@@ -112,7 +117,7 @@ def _mel_filters(num_mels: int) -> Tensor:
     ).T.contiguous()
 
 
-@lru_cache
+@lru_cache(maxsize=8)  # rates come from the data, and a kernel may have 64 MB
 def _resampler(rate: int) -> Resample:
     divisor = math.gcd(rate, SAMPLE_RATE)
     if (rate // divisor) * (SAMPLE_RATE // divisor) > MAX_RESAMPLE_KERNEL:

@@ -67,6 +67,11 @@ class Batch:
         assert self.mel.ndim == 3 and len(self.audio_segments) == self.mel.shape[0] and self.mel.shape[2] % 2 == 0
         assert self.frame_rows_G.shape[0] == self.audio_rows_G.shape[0]
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the samples, without what fills the end of the row."""
+        return self.segments.cu_seqlens[len(self.keys)].item()
+
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, copied without waiting when its memory is pinned."""
         moved = {

@@ -58,7 +58,10 @@ class Tokenizer:
             raise FileNotFoundError(
                 f"no tokenizer {self.file}: data.tokenizer is a folder with tokenizer.json, or the file"
             )
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(self.file))
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(self.file))
+        except Exception as error:  # the library raises nothing more specific
+            raise ValueError(f"{self.file} is no tokenizer: {error}") from None
         self._tokenizer.no_truncation()  # the file may ask for either
         self._tokenizer.no_padding()
         config_file, template_file = (self.file.with_name(n) for n in ("tokenizer_config.json", "chat_template.jinja"))

@@ -59,11 +59,11 @@ SETS = {
 # Shares of the tasks in each stage.
 BLENDS = {
     "language": {"text": 1},
-    "vision": {"caption": 5, "numeral": 2, "two_pictures": 1},
-    "audio": {"transcribe": 6, "two_sounds": 1},
+    "vision": {"caption": 4, "numeral": 3, "two_pictures": 0.5},
+    "audio": {"transcribe": 6, "two_sounds": 0.5},
     "finetune": {
-        **{"caption": 2, "numeral": 0.5, "video": 5, "two_pictures": 0.5, "transcribe": 2.5, "two_sounds": 0.5},
-        **{"joint": 3, "mixed": 0.5},
+        **{"caption": 1.5, "numeral": 0.5, "video": 3.5, "two_pictures": 0.3, "transcribe": 3, "two_sounds": 0.3},
+        **{"joint": 3, "mixed": 0.4},
     },
 }
 

@@ -122,7 +122,9 @@ class TaskEncoder(RawEncoder):
         lengths = [len(entry.sample) for entry in good]
         rows = select(lengths, self.encoder.data.seq_length, self.encoder.data.packing)
         rows = [[good[i] for i in row] for row in rows] or [[]]
-        return [bad + rows[0], *rows[1:]]
+        for i, entry in enumerate(bad):  # spread, so that no single row looks as if it were mostly bad
+            rows[i % len(rows)].append(entry)
+        return rows
 
     @stateless
     def pack_selected_samples(self, samples: list[Encoded]) -> Packed:

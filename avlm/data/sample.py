@@ -77,7 +77,10 @@ def _messages(record: dict) -> Messages:
             turns = record["conversations"]
             return [{"role": LLAVA_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in turns]
         if "context" in record and "answers" in record:
-            turns = zip(record["context"], record["answers"])
+            context, answers = record["context"], record["answers"]
+            if not (isinstance(context, list) and isinstance(answers, list) and len(context) == len(answers)):
+                raise ValueError("context and answers must be lists of the same length")
+            turns = zip(context, answers)
             pairs = ((("user", question), ("assistant", answer)) for question, answer in turns)
             return [{"role": role, "content": text} for pair in pairs for role, text in pair]
     except (TypeError, KeyError) as error:

@@ -4,7 +4,6 @@ Frames are looked up by time: those that ``num_frames`` or ``fps`` ask for, neve
 distant times the film is seeked, so that an hour costs little more than a minute.
 """
 
-import io
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -14,6 +13,7 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from avlm.config import VideoConfig
+from avlm.data.audio import open_container
 
 SEEK_SECONDS = 4.0  # a gap that is worth a seek: nearer frames are decoded on the way
 
@@ -22,7 +22,7 @@ def decode(data: bytes, video: VideoConfig, max_pixels: int) -> Iterator[tuple[T
     """Frames uint8 (3, H, W) with their times in seconds, one at a time. ValueError without a readable video stream."""
     count = 0
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with open_container(data) as container:
             if not container.streams.video:
                 raise ValueError("file has no video stream")
             stream = container.streams.video[0]
@@ -40,7 +40,7 @@ def decode(data: bytes, video: VideoConfig, max_pixels: int) -> Iterator[tuple[T
 
 
 def has_sound(data: bytes) -> bool:
-    with av.open(io.BytesIO(data)) as container:
+    with open_container(data) as container:
         return bool(container.streams.audio)
 
 

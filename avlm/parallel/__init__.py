@@ -10,10 +10,7 @@ from avlm.parallel.mesh import World
 
 
 def apply(model: AVLM, world: World, config: Config) -> None:
-    """Compile and shard a model on the meta device, then give it memory (not values) on the rank's device."""
-    if config.train.compile:
-        for block in model.decoder.blocks:
-            block.compile(fullgraph=True)
+    """Shard a model on the meta device, then give it memory (not values) on the rank's device."""
     apply_fsdp(model, world.mesh, compute_dtype(config, world.device))
     model.to_empty(device=world.device)
 

@@ -88,21 +88,21 @@ def compose(task: str, split: str, index: int, bank: Bank, seed: int = 1) -> tup
 
 def caption(draw: Draw) -> Sample:
     thing = draw.pick(range(10))
-    question = draw.any_of("What does the picture show?", "What is this?", "Name the thing in the picture.")
+    question = draw.any_of("What is this?", "What is shown?")
     photo = draw.framed(draw.photo(thing, draw.turn))
     return Sample("thing", f"<image>\n{question}", f"it shows {a(thing)}", [photo], [("image", THINGS[thing])])
 
 
 def numeral(draw: Draw) -> Sample:
     digit = draw.pick(range(10))
-    question = draw.any_of("Which digit is written here?", "Read the digit.", "Which number does the picture show?")
+    question = draw.any_of("Which digit?", "Read the digit.")
     picture = draw.numeral(digit, draw.turn)
     return Sample("digit", f"<image>\n{question}", f"it reads {UNITS[digit]}", [picture], [("image", UNITS[digit])])
 
 
 def two_pictures(draw: Draw) -> Sample:
     things = draw.pick(range(10)), draw.pick(range(10))
-    question = draw.any_of("What do the two pictures show?", "Name both things in order.")
+    question = draw.any_of("What are these?", "Name both.")
     photos = [place(draw.photo(thing), CANVAS, *draw.shift()) for thing in things]
     facts = [("image", THINGS[thing]) for thing in things]
     answer = f"first {a(things[0])}, then {a(things[1])}"
@@ -116,12 +116,12 @@ def video(draw: Draw) -> Sample:
     facts = [("video", THINGS[thing]), ("video", f"axis {motion // 2}"), ("order", MOTIONS[motion])]
     answer = sentence(thing, motion)
     if draw.split in ("test", "test_seen") or (draw.training and draw.rng.random() < 0.6):
-        question = draw.any_of("What moves where?", "Describe the video.", "What does the video show?")
+        question = draw.any_of("What moves where?", "Describe the video.")
         return Sample("silent", f"<video>\n{question}", answer, [Video(frames_FHW, None)], facts)
     digit = draw.pick(range(10))
     sound = draw.speech((digit,), draw.voice())
     sound = np.pad(sound, (0, max(0, NUM_FRAMES * SAMPLE_RATE // FRAME_RATE - len(sound))))
-    question = draw.any_of("What moves where, and which number is said?", "Describe the video and its sound.")
+    question = draw.any_of("What moves where, and which digit?", "Describe video and sound.")
     facts.append(("audio", UNITS[digit]))
     return Sample("sound", f"<video>\n{question}", f"{answer}, {UNITS[digit]}", [Video(frames_FHW, sound)], facts)
 
@@ -132,7 +132,7 @@ def transcribe(draw: Draw) -> Sample:
         digits = draw.pick(SEEN_STRINGS)[: draw.pick((1, 2, 3, 3))]
     else:
         digits = draw.pick(UNSEEN_STRINGS)
-    question = draw.any_of("Which digits are spoken?", "Write down the digits.", "What is said?")
+    question = draw.any_of("What is said?", "Which digits?")
     words = " ".join(UNITS[digit] for digit in digits)
     kind = ("one", "two", "three")[len(digits) - 1]
     return Sample(
@@ -142,7 +142,7 @@ def transcribe(draw: Draw) -> Sample:
 
 def two_sounds(draw: Draw) -> Sample:
     first, second = draw.pick(SEEN_PAIRS if draw.training else UNSEEN_PAIRS)
-    question = draw.any_of("What is said in the two sounds?", "Which number comes first, which second?")
+    question = draw.any_of("What is said?", "Name both.")
     sounds = [draw.speech((digit,), draw.voice()) for digit in (first, second)]
     facts = [("audio", UNITS[first]), ("audio", UNITS[second])]
     answer = f"first {UNITS[first]}, then {UNITS[second]}"
@@ -154,11 +154,11 @@ def joint(draw: Draw) -> Sample:
     seen = draw.pick(range(10))
     if kind == "same":
         heard = seen if draw.pick((True, False)) else (seen + draw.pick(range(1, 10))) % 10
-        question = draw.any_of("Are the written and the spoken number the same?", "Is it the same number?")
+        question = draw.any_of("The same number?", "Are they equal?")
         answer = "yes" if seen == heard else "no"
     else:
         heard = draw.pick(range(10))
-        question = draw.any_of("What is the sum of the two numbers?", "Add the written and the spoken number.")
+        question = draw.any_of("What is the sum?", "Add them.")
         answer = f"the sum is {NUMBERS[seen + heard]}"
     media = [draw.numeral(seen), draw.speech((heard,), draw.voice())]
     facts = [("image", UNITS[seen]), ("audio", UNITS[heard])]
@@ -172,7 +172,7 @@ def mixed(draw: Draw) -> Sample:
     media = {"image": photo, "audio": draw.speech((digit,), draw.voice())}
     words = {"image": a(thing), "audio": UNITS[digit]}
     tags = "\n".join(f"<{kind}>" for kind in order)
-    question = draw.any_of("Name both in order.", "What comes first, what second?")
+    question = draw.any_of("Name both.", "What comes first?")
     answer = f"first {words[order[0]]}, then {words[order[1]]}"
     facts = [("image", THINGS[thing]), ("audio", UNITS[digit])]
     return Sample(" ".join(order), f"{tags}\n{question}", answer, [media[kind] for kind in order], facts)
@@ -192,7 +192,7 @@ def describe(words: str, modality: str, rng: np.random.Generator) -> str:
     if modality == "image":
         before = rng.integers(1, 4)
         return " ".join([*"." * before, words, *"." * (3 - before)])
-    spoken = [[word, *"." * rng.integers(2, 7)] for word in words.split()]
+    spoken = [[word, *"." * rng.integers(1, 5)] for word in words.split()]
     return " ".join([*"." * rng.integers(1, 3), *itertools.chain(*spoken)])
 
 
