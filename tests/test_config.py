@@ -69,6 +69,12 @@ def test_overrides_reach_sections_and_named_stages(write):
     ("override", "message"),
     [
         ("model.decoder.hiden_size=32", "unknown key model.decoder.hiden_size (did you mean hidden_size?)"),
+        ("train.accumulate=0", "train.accumulate: Input should be greater than 0, got 0"),
+        ("stages.one.steps=-1", "stages.0.steps: Input should be greater than 0, got -1"),
+        ("stages.one.train=[]", "stages.0.train: List should have at least 1 item"),
+        ("optimizer.lr=.nan", "optimizer.lr"),
+        ("optimizer.betas=[0.9]", "optimizer.betas"),
+        ("model.decoder.num_heads=0", "model.decoder.num_heads: Input should be greater than 0"),
         ("trian.accumulate=2", "unknown key trian (did you mean train?)"),
         ("train.accumulate=two", "train.accumulate: Input should be a valid integer, got 'two'"),
         ("train.accumulate=true", "train.accumulate: Input should be a valid integer, got True"),

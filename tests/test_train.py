@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from avlm import checkpoint, metrics
+from tests.data.media import image_file, picture, write_tokenizer
 from tests.parallel.test_fsdp import TREE
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +123,33 @@ def test_a_short_loss_curve_is_pinned(whole_run):
     found = losses(whole_run)
     expected = json.loads((ROOT / "tests" / "pinned_losses.json").read_text())
     assert {int(step): loss for step, loss in expected.items()} == pytest.approx(found, rel=1e-4)
+
+
+def test_files_are_trained_validated_answered_and_resumed(tmp_path):
+    """JSONL from two ranks, with a bad sample, validation with answers at a checkpoint's step, and a resume."""
+    lines = []
+    for i in range(24):
+        (tmp_path / f"{i}.png").write_bytes(image_file(picture(16, 16, seed=i)) if i != 5 else b"no picture")
+        turns = [{"role": "user", "content": "<image> hello?"}, {"role": "assistant", "content": "one two"}]
+        lines.append(json.dumps({"messages": turns, "images": [f"{i}.png"]}) + "\n")
+    (tmp_path / "all.jsonl").write_text("".join(lines))
+    (tmp_path / "one.jsonl").write_text(lines[0])
+    data = {
+        **{"train": str(tmp_path / "all.jsonl"), "validation": {"one": str(tmp_path / "one.jsonl")}, "num_workers": 1},
+        **{"tokenizer": str(write_tokenizer(tmp_path / "tokenizer")), "template": "chatml", "seq_length": 64},
+    }
+    model = TREE["model"] | {"decoder": TREE["model"]["decoder"] | {"vocab_size": 400}}
+    path = write_config(tmp_path, data=data, model=model, train={"validate_every": 4, "validate_answers": 2})
+    assert run(path, "train.stop_after=5", ranks=2).returncode == 0
+    result = run(path, ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert "resuming step_00000005 at step 5 of 12" in result.stdout
+    assert "skipped sample all.jsonl:5: " in result.stderr
+    rows = metrics.read_rows(tmp_path / "run" / "metrics.jsonl")
+    validations = [row for row in rows if "val/one/loss" in row]
+    assert [row["step"] for row in validations] == [4, 6, 8, 12]
+    assert all(0 <= row["val/one/exact_match"] <= 1 for row in validations)
+    assert losses(tmp_path)[12] < losses(tmp_path)[1]
 
 
 def test_sigterm_saves_and_ends_cleanly(tmp_path):

@@ -150,3 +150,10 @@ def test_a_clip_above_the_bound_is_refused_and_not_cut():
 def test_an_odd_rate_is_refused_before_it_costs_gigabytes():
     with pytest.raises(ValueError, match="44101 Hz has no small ratio"):
         audio.decode(tone(0.1, rate=44_101), 10)
+
+
+def test_a_playlist_opens_no_file_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.wav").write_bytes(tone(0.2))
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        audio.decode(b"ffconcat version 1.0\nfile secret.wav\n", max_seconds=10)

@@ -1,0 +1,75 @@
+"""What is found before ranks start, and what a resume may change."""
+
+from dataclasses import replace
+
+import pytest
+
+from avlm import checkpoint, config, preflight
+from tests.parallel.test_fsdp import TREE, make_config
+
+
+def test_a_few_bad_samples_are_forgiven_and_many_stop_the_run():
+    preflight.check_skipped(read=20, skipped=10, max_fraction=0.01)
+    preflight.check_skipped(read=10_000, skipped=100, max_fraction=0.01)
+    with pytest.raises(ValueError, match=r"101 of 10000 samples were bad .* data.max_bad_fraction=0.01"):
+        preflight.check_skipped(read=10_000, skipped=101, max_fraction=0.01)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run folder with a checkpoint's marker and its config."""
+    cfg = replace(make_config(), output_dir=str(tmp_path))
+    path = checkpoint.folder_of(tmp_path, 3)
+    path.mkdir(parents=True)
+    (path / checkpoint.MARKER).write_text('{"step": 3, "stage": 0, "stage_step": 3}')
+    (tmp_path / "config.yaml").write_text(config.dump(cfg))
+    return cfg, path
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("seed", {"seed": 2}),
+        ("stages.all.optimizer.lr", {"optimizer": {"lr": 1.0}}),
+        ("stages.all.data.seq_length", {"data": TREE["data"] | {"seq_length": 32}}),
+        ("train.accumulate", {"train": {"accumulate": 2}}),
+    ],
+)
+def test_a_resume_names_the_key_that_may_not_change(saved, key, change):
+    cfg, path = saved
+    changed = config.resolve({**TREE, "output_dir": cfg.output_dir, **change}, "test")
+    with pytest.raises(ValueError, match=f"^{key} is "):
+        preflight.check_resume(changed, path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train": {"stop_after": 5, "log_every": 1}},
+        {"checkpoint": {"every": 7}},
+        {"parallel": {"shard": 1}},
+        {"data": TREE["data"] | {"max_bad_fraction": 0.5, "validation": {"x": "synthetic"}}},
+    ],
+)
+def test_a_resume_may_change_where_and_how_often(saved, change):
+    cfg, path = saved
+    preflight.check_resume(config.resolve({**TREE, "output_dir": cfg.output_dir, **change}, "test"), path)
+
+
+def test_a_new_run_is_not_begun_over_an_old_one(saved):
+    with pytest.raises(ValueError, match="holds an earlier run: set resume=auto"):
+        preflight.check_resume(saved[0], None)
+
+
+def test_an_older_checkpoint_is_not_resumed_beside_later_ones(saved, tmp_path):
+    cfg, path = saved
+    later = checkpoint.folder_of(tmp_path, 9)
+    later.mkdir()
+    (later / checkpoint.MARKER).touch()
+    with pytest.raises(ValueError, match=r"holds later checkpoints \(step_00000009\)"):
+        checkpoint.find(replace(cfg, resume=str(path)))
+
+
+def test_the_report_counts_parameters_tokens_and_memory():
+    text = preflight.report(make_config(stages=[{"name": "see", "steps": 3, "train": ["vision"]}]), world_size=2)
+    assert text.startswith("see: 3 steps of up to 128 tokens; trains ") and "GiB a rank" in text
