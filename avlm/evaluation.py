@@ -118,8 +118,12 @@ def _score(given: list[str], samples: list[Sample]) -> float:
 
 
 def bound(chance: float, count: int) -> float:
-    """What a guesser with this chance stays below in 95 of 100 sets of this size (normal approximation)."""
-    return chance + 1.645 * math.sqrt(chance * (1 - chance) / count)
+    """The share that a guesser with this chance does not exceed in 95 of 100 sets of this size (exact binomial)."""
+    below, right = 0.0, -1
+    while below < 0.95 and right < count:
+        right += 1
+        below += math.comb(count, right) * chance**right * (1 - chance) ** (count - right)
+    return right / count
 
 
 def table(results: list[dict[str, Any]]) -> str:

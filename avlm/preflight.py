@@ -130,6 +130,11 @@ def one_line_errors() -> Iterator[None]:
     """Print what a user got wrong as one line, without a traceback, and exit with 2."""
     try:
         yield
+        if mesh.ranks()[1] > 1:
+            # Threads of gloo may still be running; one that outlives the interpreter's own end aborts the process,
+            # and the launcher would call a finished run failed.
+            sys.stdout.flush()
+            os._exit(0)
     except (ValueError, OSError, NonFiniteLoss) as error:
         started = torch.distributed.is_initialized()
         if started or mesh.ranks()[0] == 0:

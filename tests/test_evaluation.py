@@ -88,7 +88,7 @@ def test_shuffling_changes_the_order_of_frames_from_sample_to_sample(encoder):
 def test_a_guesser_stays_below_the_bound_in_95_of_100_sets():
     hits = torch.rand(20_000, 200, generator=torch.Generator().manual_seed(0)) < 0.1
     below = (hits.float().mean(1) <= evaluation.bound(0.1, 200)).float().mean().item()
-    assert below == pytest.approx(0.95, abs=0.015)
+    assert 0.945 < below < 0.98
 
 
 def test_the_report_marks_an_ablation_above_its_bound():

@@ -42,7 +42,7 @@ VOCABULARY_SIZE = 512  # at most; every word of every answer becomes a token of 
 # photos, 100 strings, 6 or 54 pairs of thing and motion (times 10 digits), 10 pairs of digits, 180 and 100 cases of
 # written and spoken digit.
 SETS = {
-    "caption": {"train": 6000, "test": 400},
+    "caption": {"train": 9000, "test": 400},
     "numeral": {"train": 2500, "test": 390},
     "video": {"train": 3600, "test": 240, "test_seen": 216, "test_sound": 540},
     "two_pictures": {"train": 1500, "test": 200},
@@ -53,17 +53,17 @@ SETS = {
     "two_sounds": {"train": 800, "test": 100},
     "joint": {"train": 3000, "test_same": 180, "test_sum": 200},
     "mixed": {"train": 1000, "test": 200},
-    "text": {"train": 8000, "test": 200},
+    "text": {"train": 12000, "test": 200},
 }
 
 # Shares of the tasks in each stage.
 BLENDS = {
     "language": {"text": 1},
-    "vision": {"caption": 4, "numeral": 3, "two_pictures": 0.5},
+    "vision": {"caption": 4, "numeral": 4, "two_pictures": 0.5},
     "audio": {"transcribe": 6, "two_sounds": 0.5},
     "finetune": {
-        **{"caption": 1.5, "numeral": 0.5, "video": 3.5, "two_pictures": 0.3, "transcribe": 3, "two_sounds": 0.3},
-        **{"joint": 3, "mixed": 0.4},
+        **{"caption": 1.5, "numeral": 1, "video": 4, "two_pictures": 0.3, "transcribe": 2, "two_sounds": 0.3},
+        **{"joint": 3.5, "mixed": 0.4, "text": 0.6},
     },
 }
 

@@ -91,4 +91,6 @@ def start(config: Config, device: torch.device) -> World:
 
 
 def stop() -> None:
+    """Leave the group, all ranks together."""
+    dist.barrier()
     dist.destroy_process_group()

@@ -17,7 +17,7 @@ when its size is a multiple of their number (`SETS` in demo.py).
     two_sounds    two spoken digits -> "first three, then one"      the ordered pair of digits
     joint         numeral and spoken digit: same? which sum?        the picture, and so its pair with the sound
     mixed         photo and spoken digit, tags in either order      the photo
-    text          all but video, with words in place of media        the strings and pairs
+    text          these with words in place of their media          the strings and pairs
 
 Motion is composed: a real photo is moved over a black canvas.  Ten recordings of each voice are all there are: what a
 heard voice says in a test is put together from takes that were heard in training.  All 100 pairs of numbers occur in
@@ -115,7 +115,7 @@ def video(draw: Draw) -> Sample:
     frames_FHW = move(draw.photo(thing), motion, draw.rng)
     facts = [("video", THINGS[thing]), ("video", f"axis {motion // 2}"), ("order", MOTIONS[motion])]
     answer = sentence(thing, motion)
-    if draw.split in ("test", "test_seen") or (draw.training and draw.rng.random() < 0.6):
+    if draw.mute or draw.split in ("test", "test_seen") or (draw.training and draw.rng.random() < 0.6):
         question = draw.any_of("What moves where?", "Describe the video.")
         return Sample("silent", f"<video>\n{question}", answer, [Video(frames_FHW, None)], facts)
     digit = draw.pick(range(10))
@@ -150,12 +150,12 @@ def two_sounds(draw: Draw) -> Sample:
 
 
 def joint(draw: Draw) -> Sample:
-    kind = draw.pick(("same", "sum")) if draw.training else draw.split.removeprefix("test_")
+    kind = draw.pick(("same", "same", "sum")) if draw.training else draw.split.removeprefix("test_")
     seen = draw.pick(range(10))
     if kind == "same":
         heard = seen if draw.pick((True, False)) else (seen + draw.pick(range(1, 10))) % 10
         question = draw.any_of("The same number?", "Are they equal?")
-        answer = "yes" if seen == heard else "no"
+        answer = f"{UNITS[seen]} and {UNITS[heard]}, {'yes' if seen == heard else 'no'}"
     else:
         heard = draw.pick(range(10))
         question = draw.any_of("What is the sum?", "Add them.")
@@ -183,12 +183,16 @@ def text(draw: Draw) -> Sample:
     task, split = draw.pick(TEXT_TASKS)
     sample = TASKS[task](dataclasses.replace(draw, split=draw.split if draw.training else split, sources=[], mute=True))
     facts = {kind: iter([words for modality, words in sample.facts if modality == kind]) for kind in ("image", "audio")}
-    question = re.sub("<(image|audio)>", lambda tag: describe(next(facts[tag[1]]), tag[1], draw.rng), sample.question)
-    return Sample(task, question, sample.answer)
+    if task == "video":
+        facts["video"] = iter([f"{sample.facts[0][1]} {sample.facts[2][1]}"])  # thing and motion
+    words = lambda tag: describe(next(facts[tag[1]]), tag[1], draw.rng)
+    return Sample(task, re.sub("<(image|audio|video)>", words, sample.question), sample.answer)
 
 
 def describe(words: str, modality: str, rng: np.random.Generator) -> str:
     """Words among dots, which stand for features that say nothing: a picture has four in all, a spoken digit more."""
+    if modality == "video":
+        return " ".join([f". {words} ."] * 4)
     if modality == "image":
         before = rng.integers(1, 4)
         return " ".join([*"." * before, words, *"." * (3 - before)])
@@ -196,11 +200,11 @@ def describe(words: str, modality: str, rng: np.random.Generator) -> str:
     return " ".join([*"." * rng.integers(1, 3), *itertools.chain(*spoken)])
 
 
-# What `text` rehearses, and the test split that gives its held-out strings and pairs.
+# What `text` rehearses, arithmetic most, and the test split that gives its held-out strings and pairs.
 TEXT_TASKS = (
     *(("caption", "test"), ("numeral", "test"), ("two_pictures", "test"), ("mixed", "test"), ("two_sounds", "test")),
-    *(("transcribe", "test_synthetic"), ("transcribe", "test_synthetic")),
-    *(("joint", "test_same"), ("joint", "test_sum"), ("joint", "test_sum")),
+    *(("video", "test_seen"), *[("transcribe", "test_synthetic")] * 2),
+    *([("joint", "test_same")] * 3 + [("joint", "test_sum")] * 5),
 )
 
 TASKS: dict[str, Callable[[Draw], Sample]] = {
