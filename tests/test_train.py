@@ -137,9 +137,12 @@ def test_files_are_trained_validated_answered_and_resumed(tmp_path):
     data = {
         **{"train": str(tmp_path / "all.jsonl"), "validation": {"one": str(tmp_path / "one.jsonl")}, "num_workers": 1},
         **{"tokenizer": str(write_tokenizer(tmp_path / "tokenizer")), "template": "chatml", "seq_length": 64},
+        "max_bad_fraction": 0.1,
     }
     model = TREE["model"] | {"decoder": TREE["model"]["decoder"] | {"vocab_size": 400}}
     path = write_config(tmp_path, data=data, model=model, train={"validate_every": 4, "validate_answers": 2})
+    stopped = run(path, "data.max_bad_fraction=0.01", f"output_dir={tmp_path / 'strict'}", ranks=2)
+    assert stopped.returncode != 0 and "samples were bad and skipped (named above)" in stopped.stderr
     assert run(path, "train.stop_after=5", ranks=2).returncode == 0
     result = run(path, ranks=2)
     assert result.returncode == 0, result.stderr
