@@ -29,6 +29,9 @@ def decode(data: bytes, video: VideoConfig, max_pixels: int) -> Iterator[tuple[T
             width, height = stream.codec_context.width, stream.codec_context.height
             if width * height > max_pixels:
                 raise ValueError(f"film of {width} x {height} pixels exceeds data.max_image_pixels={max_pixels}")
+            stream.codec_context.thread_count = (
+                1  # the loader's workers are the parallelism; threads cost small films most
+            )
             convert = VideoReformatter()  # one for all frames: it keeps its tables
             for frame in _frames_at(container, stream, times(_seconds(container, stream), video)):
                 count += 1
@@ -91,5 +94,5 @@ def _time(frame: av.VideoFrame, stream: av.VideoStream) -> float:
 
 def _rgb(frame: av.VideoFrame, convert: VideoReformatter) -> Tensor:
     """uint8 (3, H, W), upright: telephones film sideways and say so in the metadata."""
-    image = torch.from_numpy(convert.reformat(frame, format="rgb24").to_ndarray()).permute(2, 0, 1)
+    image = torch.from_numpy(convert.reformat(frame, format="rgb24", threads=1).to_ndarray()).permute(2, 0, 1)
     return torch.rot90(image, k=round(frame.rotation / 90), dims=(1, 2)).contiguous()
