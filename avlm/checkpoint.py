@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,9 @@ def read_run(run: Path | str) -> tuple[Config, Path]:
 def read_model(run: Path | str) -> tuple[Config, dict[str, Tensor]]:
     """(config, whole weights on the CPU by name) of the newest complete checkpoint of a run."""
     config, path = read_run(run)
-    return config, _load_state_dict_from_keys({"model"}, checkpoint_id=path)["model"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is unavailable or uninitialized")  # as meant
+        return config, _load_state_dict_from_keys({"model"}, checkpoint_id=path)["model"]
 
 
 def state_tensors(model: AVLM, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:

@@ -62,7 +62,7 @@ BLENDS = {
     "vision": {"caption": 4, "numeral": 4, "two_pictures": 0.5},
     "audio": {"transcribe": 6, "two_sounds": 0.5},
     "finetune": {
-        **{"caption": 1.5, "numeral": 1, "video": 4, "two_pictures": 0.3, "transcribe": 2, "two_sounds": 0.3},
+        **{"caption": 1.5, "numeral": 1, "video": 4, "two_pictures": 0.3, "transcribe": 3, "two_sounds": 0.3},
         **{"joint": 3.5, "mixed": 0.4, "text": 0.6},
     },
 }
