@@ -143,17 +143,18 @@ def plot(run: Path) -> Path:
     steps = [row for row in rows if "loss" in row]
     if not steps:
         raise ValueError(f"{run / 'metrics.jsonl'} holds no steps yet")
-    curves = defaultdict(list)
+    curves = defaultdict(list)  # of each stage alone: a modality may be away for a stage
     for row in steps:
         for key, value in row.items():
             if key == "loss" or key.startswith("loss/"):
-                curves[key].append((row["step"], value))
+                curves[key, row["stage"]].append((row["step"], value))
     figure, axes = pyplot.subplots(figsize=(9, 5))
-    for key, points in sorted(curves.items()):
+    colours: dict[str, str] = {}
+    for (key, _), points in curves.items():
+        label = None if key in colours else "all" if key == "loss" else key.removeprefix("loss/")
+        colour = colours.setdefault(key, f"C{len(colours)}")
         x, y = zip(*points)
-        axes.plot(
-            x, _smooth(y), label=key.removeprefix("loss/") if "/" in key else "all", lw=2.2 if key == "loss" else 1.1
-        )
+        axes.plot(x, _smooth(y), color=colour, label=label, lw=2.2 if key == "loss" else 1.1)
     validation = [
         (row["step"], row[key]) for row in rows for key in row if key.startswith("val/") and key.endswith("loss")
     ]
