@@ -178,7 +178,7 @@ def test_three_forms_of_records_are_the_same_sample():
         {"messages": messages, "images": ["a.png"], "audios": ["b.wav"], "videos": [], "task": "x"},
         {"id": 7, "conversations": conversations, "image": "a.png", "audio": ["b.wav"]},
         {
-            "context": [*context, "unanswered"],
+            "context": context,
             "answers": answers,
             "images": ["a.png"],
             "audios": ["b.wav"],
@@ -196,6 +196,8 @@ def test_three_forms_of_records_are_the_same_sample():
         ({"text": "x"}, r"neither messages, conversations nor context and answers: \['text'\]"),
         ({"messages": ["x"]}, "not of the form"),
         ({"conversations": [{"role": "user"}]}, "not of the form"),
+        ({"context": ["a", "b"], "answers": ["c"]}, "must be lists of one length"),
+        ({"context": "hi", "answers": "yo"}, "must be lists of one length: hi, yo"),
         ({"messages": [], "images": [{"url": 1}]}, "images must be file names"),
     ],
 )
