@@ -79,9 +79,7 @@ def _messages(record: dict) -> Messages:
         if "context" in record and "answers" in record:
             context, answers = record["context"], record["answers"]
             if not (isinstance(context, list) and isinstance(answers, list) and len(context) == len(answers)):
-                raise ValueError(
-                    f"context and answers must be lists of one length: {str(context):.60}, {str(answers):.60}"
-                )
+                raise ValueError(f"context and answers must be lists of one length: {context!s:.60}, {answers!s:.60}")
             turns = zip(context, answers)
             pairs = ((("user", question), ("assistant", answer)) for question, answer in turns)
             return [{"role": role, "content": text} for pair in pairs for role, text in pair]
