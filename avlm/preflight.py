@@ -21,7 +21,7 @@ from avlm.parallel import mesh
 from avlm.parallel.mesh import World
 from avlm.pretrained import check_config
 
-MAY_CHANGE_IN_DATA = ("validation", "max_bad_fraction", "num_workers", "media_root")
+MAY_CHANGE_IN_DATA = ("validation", "max_bad_fraction", "media_root")
 MAY_CHANGE = ("output_dir", "resume", "checkpoint", "parallel", "wandb", "device")  # between a run and its resume
 MAY_CHANGE_IN_TRAIN = ("log_every", "validate_every", "validate_batches", "validate_answers", "stop_after")
 

@@ -1,7 +1,4 @@
-"""The attention core: the part of attention without parameters, and the place where another one can be put.
-
-Context parallelism replaces the decoder's cores by a ring; the towers keep theirs.
-"""
+"""The attention core: the part of attention without parameters, and the place where another one can be put."""
 
 from torch import Tensor, nn
 
