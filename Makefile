@@ -20,6 +20,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/kernels
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .

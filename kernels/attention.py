@@ -17,29 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import attention_backward, attention_forward, backend
 from kernels.segments import Segments
 
-
-def attention(
-    q_THE: Tensor,
-    k_SKE: Tensor,
-    v_SKE: Tensor,
-    segments: Segments,
-    *,
-    causal: bool,
-    segments_k: Segments | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention within segments.
-
-    q_THE, k_SKE, v_SKE share one floating dtype; ``segments`` cuts T and, unless ``segments_k`` is given, S as well.
-    ``scale`` is 1 / sqrt(E) by default. Returns out_THE in the dtype of q and, with ``return_lse``, lse_HT in float32
-    (natural logarithm). Rows outside the used part of a slot are 0 and -inf.
-    """
-    return attention_reference(
-        q_THE, k_SKE, v_SKE, segments, causal=causal, segments_k=segments_k, scale=scale, return_lse=return_lse
-    )
+MAX_HEAD_DIM = 256
 
 
 def attention_reference(q_THE, k_SKE, v_SKE, segments, *, causal, segments_k=None, scale=None, return_lse=False):
@@ -109,3 +90,133 @@ def _softmax_attention(q_NHQE, k_NKLE, v_NKLE, scale, causal):
     # A row without keys has lse -inf; exp(-inf - -inf) is NaN, so such rows are exponentiated against 0.
     p_NHQL = torch.exp(s_NHQL - lse_NHQ.masked_fill(lse_NHQ == -torch.inf, 0.0).unsqueeze(-1))
     return (p_NHQL @ v_NHLE).to(q_NHQE.dtype), lse_NHQ.float()
+
+
+@torch.library.custom_op("avlm::attention", mutates_args=())
+def _attention(
+    q_THE: Tensor,
+    k_SKE: Tensor,
+    v_SKE: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    used_q: Tensor | None,
+    used_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """out_THE and lse_HT by the Triton kernels. Segments come as their tensors, which is all that an op may take."""
+    segments, segments_k = Segments(cu_q, 0, used_q), Segments(cu_k, 0, used_k)
+    if backend.DEBUG:
+        segments.check(q_THE.shape[0])
+        segments_k.check(k_SKE.shape[0])
+    return attention_forward.forward(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale)
+
+
+@_attention.register_fake
+def _(q_THE, k_SKE, v_SKE, cu_q, cu_k, used_q, used_k, causal, scale, deterministic):
+    T, H, _ = q_THE.shape
+    return q_THE.new_empty(q_THE.shape), q_THE.new_empty((H, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("avlm::attention_backward", mutates_args=())
+def _attention_backward(
+    dout_THE: Tensor,
+    dlse_HT: Tensor | None,
+    q_THE: Tensor,
+    k_SKE: Tensor,
+    v_SKE: Tensor,
+    out_THE: Tensor,
+    lse_HT: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    used_q: Tensor | None,
+    used_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = attention_backward.statistics(out_THE, dout_THE, lse_HT, dlse_HT)
+    segments, segments_k = Segments(cu_q, 0, used_q), Segments(cu_k, 0, used_k)
+    return attention_backward.backward(
+        dout_THE, q_THE, k_SKE, v_SKE, *statistics, segments, segments_k, causal, scale, deterministic
+    )
+
+
+@_attention_backward.register_fake
+def _(dout_THE, dlse_HT, q_THE, k_SKE, v_SKE, *_):
+    return q_THE.new_empty(q_THE.shape), k_SKE.new_empty(k_SKE.shape), v_SKE.new_empty(v_SKE.shape)
+
+
+def _save_for_backward(ctx, inputs, output):
+    q_THE, k_SKE, v_SKE, cu_q, cu_k, used_q, used_k, *ctx.options = inputs
+    ctx.save_for_backward(q_THE, k_SKE, v_SKE, *output, cu_q, cu_k, used_q, used_k)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dout_THE, dlse_HT):
+    if dout_THE is None:  # only the log-sum-exp was used
+        dout_THE = torch.zeros_like(ctx.saved_tensors[3])
+    gradients = _attention_backward(dout_THE, dlse_HT, *ctx.saved_tensors, *ctx.options)
+    return *gradients, *[None] * 7
+
+
+_attention.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+def attention(
+    q_THE: Tensor,
+    k_SKE: Tensor,
+    v_SKE: Tensor,
+    segments: Segments,
+    *,
+    causal: bool,
+    segments_k: Segments | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention within segments.
+
+    q_THE, k_SKE, v_SKE share one floating dtype; ``segments`` cuts T and, unless ``segments_k`` is given, S as well.
+    ``scale`` is 1 / sqrt(E) by default. Returns out_THE in the dtype of q and, with ``return_lse``, lse_HT in float32
+    (natural logarithm); both are differentiable. Rows outside the used part of a slot are 0 and -inf.
+
+    Triton where ``backend.runs_triton`` says so, for head dims up to 256; the reference elsewhere. ``deterministic``
+    asks for gradients that repeat bit for bit, by default as torch.use_deterministic_algorithms does.
+    """
+    segments_k = segments if segments_k is None else segments_k
+    scale = q_THE.shape[-1] ** -0.5 if scale is None else scale
+    _check(q_THE, k_SKE, v_SKE, segments, segments_k, scale)
+    if not backend.runs_triton(q_THE):
+        return attention_reference(
+            q_THE, k_SKE, v_SKE, segments, causal=causal, segments_k=segments_k, scale=scale, return_lse=return_lse
+        )
+    if q_THE.shape[2] > MAX_HEAD_DIM:
+        raise ValueError(f"head dim {q_THE.shape[2]} is over {MAX_HEAD_DIM}, the most that the attention kernel holds")
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    layout = (segments.cu_seqlens, segments_k.cu_seqlens, segments.lengths, segments_k.lengths)
+    out_THE, lse_HT = _attention(q_THE, k_SKE, v_SKE, *layout, causal, scale, deterministic)
+    return (out_THE, lse_HT) if return_lse else out_THE
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments, segments_k: Segments, scale: float) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 3:
+        raise ValueError(f"attention takes packed rows (tokens, heads, head dim), not {shapes}")
+    if k.shape != v.shape or q.shape[2] != k.shape[2]:
+        raise ValueError(f"k and v must have one shape, with the head dim of q: {shapes}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly")
+    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
+        raise ValueError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device == segments.cu_seqlens.device == segments_k.cu_seqlens.device:
+        places = f"{q.device}, {k.device}, {v.device}, {segments.cu_seqlens.device}, {segments_k.cu_seqlens.device}"
+        raise ValueError(f"q, k, v and the segments of both must be on one device, not {places}")
+    if len(segments) != len(segments_k):
+        raise ValueError(f"{len(segments)} segments of queries cannot meet {len(segments_k)} segments of keys")
+    if len(segments) == 0 and q.shape[0]:
+        raise ValueError(f"{q.shape[0]} queries belong to no segment")
+    if not scale >= 0:
+        raise ValueError(f"scale {scale} must not be negative")

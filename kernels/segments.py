@@ -43,3 +43,16 @@ class Segments:
         starts = self.cu_seqlens.tolist()
         used = self.lengths.tolist() if self.lengths is not None else [b - a for a, b in itertools.pairwise(starts)]
         return list(zip(starts, used))
+
+    def check(self, num_rows: int) -> None:
+        """ValueError unless the boundaries cut exactly ``num_rows`` rows. Waits for the device: for debugging."""
+        starts = self.cu_seqlens.tolist()
+        ascending = all(a <= b for a, b in itertools.pairwise(starts))
+        if self.cu_seqlens.dtype != torch.int32 or starts[:1] != [0] or starts[-1] != num_rows or not ascending:
+            raise ValueError(
+                f"cu_seqlens must be int32 and ascend from 0 to {num_rows}, not {self.cu_seqlens.dtype} {starts}"
+            )
+        slots = [b - a for a, b in itertools.pairwise(starts)]
+        used = slots if self.lengths is None else self.lengths.tolist()
+        if len(used) != len(slots) or any(not 0 <= n <= slot for n, slot in zip(used, slots)):
+            raise ValueError(f"lengths {used} do not fit into slots of {slots} rows")

@@ -1,13 +1,20 @@
 import pytest
 import torch
+import triton
+
+INTERPRETED = triton.knobs.runtime.interpret
+SKIPPED = {  # marker -> why its tests cannot run here
+    "gpu": None if torch.cuda.is_available() else "needs a GPU",
+    "interpreter": None if INTERPRETED else "needs TRITON_INTERPRET=1, which make test sets for a second run",
+    "compiler": "the interpreter compiles nothing" if INTERPRETED else None,
+}
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        for marker, reason in SKIPPED.items():
+            if reason and marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

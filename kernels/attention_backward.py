@@ -1,0 +1,319 @@
+"""Backward of packed attention in Triton (FlashAttention-2, 2307.08691, section 3.2).
+
+With p_ij = exp(s_ij - lse_i) and delta_i = do_i . o_i - dlse_i:
+    dv_j = sum_i p_ij do_i        dp_ij = do_i . v_j        ds_ij = p_ij (dp_ij - delta_i)
+    dk_j = scale sum_i ds_ij q_i        dq_i = scale sum_j ds_ij k_j
+
+One pass: a program owns a block of keys, walks the queries that see it, and adds its share of dq to memory: five
+products for each pair of blocks, in an order that is not the same twice. Two passes: dk and dv as before, dq by a
+second kernel that owns queries: seven products, bit for bit repeatable.
+
+T query rows   S key rows   H query heads   K key/value heads   E head dim   N segments
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.attention_forward import descriptor, find_tile, hide, load_tile, loadable, num_tiles, precision, used_length
+from kernels.backend import INTERPRETED, LOG2_E
+from kernels.segments import Segments
+
+_LOG2_E = tl.constexpr(LOG2_E)
+_NOTHING = tl.constexpr(float("-inf"))
+_ROOM = 128  # rows that a tile may reach past the last one
+
+
+@triton.jit
+def _statistics_kernel(
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, T, ROWS, H: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    # One program owns 32 rows of one head: delta, and log2(e) lse with 0 for -inf, whose pairs are all hidden anyway.
+    row = (tl.program_id(0) * 32 + tl.arange(0, 32)).to(tl.int64)
+    h = tl.program_id(1)
+    e = tl.arange(0, BLOCK_E)
+    offset = row[:, None] * (H * E) + h * E + e[None, :]
+    inside = (row < T)[:, None] & (e < E)[None, :]
+    out = tl.load(out_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    delta = tl.sum(out * dout, 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + h * T + row, mask=row < T, other=0.0)
+    lse = tl.load(lse_ptr + h * T + row, mask=row < T, other=_NOTHING)
+    tl.store(lse2_ptr + h * ROWS + row, tl.where(lse == _NOTHING, 0.0, lse * _LOG2_E), mask=row < ROWS)
+    tl.store(delta_ptr + h * ROWS + row, delta, mask=row < ROWS)
+
+
+@triton.jit
+def _keys_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    dout_desc,
+    lse2_ptr,
+    delta_ptr,
+    dq_desc,
+    dk_ptr,
+    dv_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    used_q_ptr,
+    used_k_ptr,
+    N,
+    ROWS,
+    heads_per_key,
+    scale,
+    scale_log2,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ADD_DQ: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # One program owns BLOCK_N key rows of one key/value head in one segment, for all query heads that share it.
+    kh = tl.program_id(1)
+    n, k_begin, first = find_tile(cu_k_ptr, N, tl.program_id(0), BLOCK_N)
+    slot = tl.load(cu_k_ptr + n + 1) - k_begin
+    if first >= slot:
+        return
+    k_length = used_length(cu_k_ptr, used_k_ptr, n, k_begin)
+    q_begin = tl.load(cu_q_ptr + n)
+    q_length = used_length(cu_q_ptr, used_q_ptr, n, q_begin)
+    diagonal = k_length - q_length
+    # Queries before `start` see none of these keys, from `full` on they see all of them.
+    start = 0
+    full = 0
+    if CAUSAL:
+        start = tl.maximum(first - diagonal, 0) // BLOCK_M * BLOCK_M
+        full = first + BLOCK_N - 1 - diagonal
+    if first + BLOCK_N > k_length:  # some of these keys are hidden from everyone
+        full = q_length
+    num_blocks = tl.cdiv(tl.maximum(q_length - start, 0), BLOCK_M)
+
+    col = first + tl.arange(0, BLOCK_N)
+    k = load_tile(k_desc, k_begin + first, kh, BLOCK_E)
+    v = load_tile(v_desc, k_begin + first, kh, BLOCK_E)
+    dk = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    # Scores are transposed, keys by queries: p and ds are then left operands straight from registers.
+    for step in tl.range(0, num_blocks * heads_per_key):
+        h = kh * heads_per_key + step // num_blocks
+        i = start + step % num_blocks * BLOCK_M
+        q = load_tile(q_desc, q_begin + i, h, BLOCK_E)
+        s = tl.dot(k, q.T, input_precision=PRECISION)
+        row = i + tl.arange(0, BLOCK_M)
+        if (i < full) | (i + BLOCK_M > q_length):
+            s = hide(s, row[None, :], col[:, None], k_length, diagonal, CAUSAL)
+            s = tl.where((row < q_length)[None, :], s, _NOTHING)
+        statistic = h.to(tl.int64) * ROWS + q_begin + row
+        p = tl.exp2(s * scale_log2 - tl.load(lse2_ptr + statistic)[None, :])
+        dout = load_tile(dout_desc, q_begin + i, h, BLOCK_E)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dp = tl.dot(v, dout.T, input_precision=PRECISION)
+        ds = (p * (dp - tl.load(delta_ptr + statistic)[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        if ADD_DQ:
+            dq_desc.atomic_add([q_begin + i, h * BLOCK_E], tl.dot(ds.T, k, input_precision=PRECISION))
+    used = (col < k_length)[:, None]
+    rows = (k_begin + col).to(tl.int64)
+    e = tl.arange(0, BLOCK_E)
+    offset = rows[:, None] * (K * E) + kh * E + e[None, :]
+    inside = (col < slot)[:, None] & (e < E)[None, :]
+    tl.store(dk_ptr + offset, tl.where(used, dk * scale, 0.0).to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + offset, tl.where(used, dv, 0.0).to(dv_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _queries_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    dout_desc,
+    lse2_ptr,
+    delta_ptr,
+    dq_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    used_q_ptr,
+    used_k_ptr,
+    N,
+    ROWS,
+    heads_per_key,
+    scale,
+    scale_log2,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # One program owns BLOCK_M query rows of one head in one segment: dq of the two-pass form.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
+    h = tl.program_id(1)
+    n, q_begin, first = find_tile(cu_q_ptr, N, tile, BLOCK_M)
+    slot = tl.load(cu_q_ptr + n + 1) - q_begin
+    if first >= slot:
+        return
+    q_length = used_length(cu_q_ptr, used_q_ptr, n, q_begin)
+    k_begin = tl.load(cu_k_ptr + n)
+    k_length = used_length(cu_k_ptr, used_k_ptr, n, k_begin)
+    diagonal = k_length - q_length
+    end = k_length
+    full = k_length
+    if CAUSAL:
+        end = tl.minimum(end, first + BLOCK_M + diagonal)
+        full = tl.minimum(full, first + 1 + diagonal)
+
+    row = first + tl.arange(0, BLOCK_M)
+    kh = h // heads_per_key
+    q = load_tile(q_desc, q_begin + first, h, BLOCK_E)
+    dout = load_tile(dout_desc, q_begin + first, h, BLOCK_E)
+    statistic = h.to(tl.int64) * ROWS + q_begin + row
+    lse2 = tl.load(lse2_ptr + statistic)
+    delta = tl.load(delta_ptr + statistic)
+    dq = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    for j in tl.range(0, end, BLOCK_N):
+        k = load_tile(k_desc, k_begin + j, kh, BLOCK_E)
+        s = tl.dot(q, k.T, input_precision=PRECISION)
+        if j + BLOCK_N > full:
+            col = j + tl.arange(0, BLOCK_N)
+            s = hide(s, row[:, None], col[None, :], k_length, diagonal, CAUSAL)
+        p = tl.exp2(s * scale_log2 - lse2[:, None])
+        v = load_tile(v_desc, k_begin + j, kh, BLOCK_E)
+        dp = tl.dot(dout, v.T, input_precision=PRECISION)
+        dq = tl.dot((p * (dp - delta[:, None])).to(q.dtype), k, dq, input_precision=PRECISION)
+    rows = (q_begin + row).to(tl.int64)
+    e = tl.arange(0, BLOCK_E)
+    offset = rows[:, None] * (H * E) + h * E + e[None, :]
+    inside = (row < slot)[:, None] & (e < E)[None, :]
+    dq = tl.where((row < q_length)[:, None], dq * scale, 0.0)
+    tl.store(dq_ptr + offset, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+def backward(
+    dout_THE: Tensor,
+    q_THE: Tensor,
+    k_SKE: Tensor,
+    v_SKE: Tensor,
+    lse2_HR: Tensor,
+    delta_HR: Tensor,
+    segments: Segments,
+    segments_k: Segments,
+    causal: bool,
+    scale: float,
+    deterministic: bool,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq_THE, dk_SKE and dv_SKE in ``dtype`` (by default that of q), from the ``statistics`` of the whole softmax.
+
+    k and v may be some of the keys that the statistics are about: such shares add up, as ring attention needs.
+    A NaN in q or dout of one segment can reach its neighbours, as it can in every product of whole tiles.
+    """
+    (T, H, E), (S, K) = q_THE.shape, k_SKE.shape[:2]
+    dtype = dtype or q_THE.dtype
+    dq_THE, dk_SKE, dv_SKE = (x.new_empty(x.shape, dtype=dtype) for x in (q_THE, k_SKE, v_SKE))
+    if T == 0 or S == 0:
+        return dq_THE.zero_(), dk_SKE.zero_(), dv_SKE.zero_()
+    keys, queries = keys_config(E, q_THE.dtype), queries_config(E, q_THE.dtype)
+    block_e = keys["BLOCK_E"]
+    q_THE, dout_THE = (loadable(_without_spare_rows(x, segments), block_e) for x in (q_THE, dout_THE))
+    k_SKE, v_SKE = (loadable(_without_spare_rows(x, segments_k), block_e) for x in (k_SKE, v_SKE))
+    tensors = lambda m, n: [descriptor(x, rows) for x, rows in zip((q_THE, k_SKE, v_SKE, dout_THE), (m, n, n, m))]
+    layout = (segments.cu_seqlens, segments_k.cu_seqlens, segments.lengths, segments_k.lengths, len(segments))
+    numbers = (lse2_HR.shape[1], H // K, scale, scale * LOG2_E)
+    constants = dict(E=E, CAUSAL=causal, PRECISION=precision(q_THE.dtype))
+
+    add_dq = not deterministic and one_pass(E, q_THE.dtype)
+    dq32_THE = q_THE.new_zeros(q_THE.shape, dtype=torch.float32) if add_dq else None
+    _keys_kernel[(num_tiles(S, segments_k, keys["BLOCK_N"]), K)](
+        *tensors(keys["BLOCK_M"], keys["BLOCK_N"]),
+        lse2_HR,
+        delta_HR,
+        descriptor(dq32_THE, keys["BLOCK_M"]) if add_dq else None,
+        dk_SKE,
+        dv_SKE,
+        *layout,
+        *numbers,
+        K=K,
+        ADD_DQ=add_dq,
+        **constants,
+        **keys,
+    )
+    if add_dq:
+        torch.mul(dq32_THE[:, :, :E], scale, out=dq_THE)
+        return dq_THE, dk_SKE, dv_SKE
+    _queries_kernel[(num_tiles(T, segments, queries["BLOCK_M"]), H)](
+        *tensors(queries["BLOCK_M"], queries["BLOCK_N"]),
+        lse2_HR,
+        delta_HR,
+        dq_THE,
+        *layout,
+        *numbers,
+        H=H,
+        **constants,
+        **queries,
+    )
+    return dq_THE, dk_SKE, dv_SKE
+
+
+def statistics(out_THE: Tensor, dout_THE: Tensor, lse_HT: Tensor, dlse_HT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """lse2_HR = log2(e) lse and delta_HR, float32, with room for a last tile: R = T + 128, and 0 there."""
+    T, H, E = out_THE.shape
+    lse2_HR, delta_HR = (lse_HT.new_empty((H, T + _ROOM)) for _ in range(2))
+    dlse_HT = None if dlse_HT is None else dlse_HT.contiguous()
+    _statistics_kernel[(triton.cdiv(T + _ROOM, 32), H)](
+        out_THE.contiguous(),
+        dout_THE.contiguous(),
+        lse_HT,
+        dlse_HT,
+        lse2_HR,
+        delta_HR,
+        T,
+        T + _ROOM,
+        H=H,
+        E=E,
+        BLOCK_E=max(16, triton.next_power_of_2(E)),
+    )
+    return lse2_HR, delta_HR
+
+
+def _without_spare_rows(x_THE: Tensor, segments: Segments) -> Tensor:
+    """x with 0 in the unused part of slots, which may hold anything: 0 times a NaN is not 0."""
+    if segments.lengths is None:
+        return x_THE
+    row_T = torch.arange(x_THE.shape[0], device=x_THE.device, dtype=torch.int32)
+    slot_T = torch.searchsorted(segments.cu_seqlens[1:], row_T, right=True)
+    used_T = row_T - segments.cu_seqlens[slot_T] < segments.lengths[slot_T]
+    return torch.where(used_T[:, None, None], x_THE, 0.0)
+
+
+def one_pass(E: int, dtype: torch.dtype) -> bool:
+    """Whether dq is added up by the keys' kernel when nobody asks for repeatable bits: where that form compiles without
+    spills. The interpreter has no addition through descriptors."""
+    return E <= 64 and dtype != torch.float32 and not INTERPRETED
+
+
+def keys_config(E: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes and launch options of dk and dv; held by tests/kernels/test_compiled.py, like those below."""
+    block_e = max(16, triton.next_power_of_2(E))
+    if dtype == torch.float32:
+        return dict(BLOCK_M=16, BLOCK_N=32 if block_e <= 64 else 16, BLOCK_E=block_e, num_warps=8, num_stages=1)
+    if block_e == 256:
+        return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_E=block_e, num_warps=8, num_stages=1)
+    return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_E=block_e, num_warps=8, num_stages=2)
+
+
+def queries_config(E: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes and launch options of dq in the two-pass form."""
+    block_e = max(16, triton.next_power_of_2(E))
+    if dtype == torch.float32:
+        return dict(BLOCK_M=32 if block_e <= 64 else 16, BLOCK_N=16, BLOCK_E=block_e, num_warps=8, num_stages=1)
+    if block_e == 256:
+        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_E=block_e, num_warps=8, num_stages=1)
+    return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_E=block_e, num_warps=8, num_stages=2)

@@ -1,0 +1,21 @@
+"""Where a kernel may run: the one place that decides between Triton and plain PyTorch."""
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on CPU tensors, slowly
+DEBUG = triton.knobs.runtime.debug  # TRITON_DEBUG=1: indices are checked, which waits for the device
+
+LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E)
+LN_2 = 0.6931471805599453
+
+
+def runs_triton(x: Tensor) -> bool:
+    """True for half, bfloat16 and float32 on CUDA, and on the CPU in Triton's interpreter.
+
+    float64 is PyTorch's alone, and bfloat16 is so in the interpreter, whose products of it are wrong (Triton 3.6).
+    """
+    if INTERPRETED:
+        return x.dtype in (torch.float16, torch.float32)
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32)

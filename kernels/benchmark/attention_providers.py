@@ -1,0 +1,187 @@
+"""Who computes attention in the comparison: ours, PyTorch's, and the flash_attn packages where they are installed.
+
+A provider takes the inputs of a case and a direction and returns a function of (q_THE, k_SKE, v_SKE) to out_THE, or
+raises; everything that need not be timed (masks, compilation) happens there. Batched ones see views of the packed row.
+
+T query rows   S key rows   H query heads   K key/value heads   E head dim
+N sequences of equal length   Q, L rows of each (queries, keys)
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+
+from kernels.attention import attention
+from kernels.benchmark.measure import Unavailable
+from kernels.decode import decode_attention
+from kernels.segments import Segments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """The inputs of one shape on the device. q, k and v are leaves that want gradients; grad_THE is that of out."""
+
+    q_THE: Tensor
+    k_SKE: Tensor
+    v_SKE: Tensor
+    grad_THE: Tensor
+    segments: Segments
+    segments_k: Segments
+    causal: bool
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_THE, self.k_SKE, self.v_SKE
+
+    @property
+    def equal(self) -> bool:
+        """Whether all sequences have as many queries and as many keys as each other."""
+        return all(len({length for _, length in cut.spans}) == 1 for cut in (self.segments, self.segments_k))
+
+    def batched(self, x: Tensor) -> Tensor:
+        """(rows, heads, E) as (N, rows of one sequence, heads, E). Unavailable when lengths differ."""
+        if not self.equal:
+            raise Unavailable("no packed segments")
+        return x.unflatten(0, (len(self.segments), -1))
+
+
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+Provider = Callable[[Case, str], Run]
+
+
+def _ours(case: Case, mode: str) -> Run:
+    return lambda q, k, v: attention(q, k, v, case.segments, causal=case.causal)
+
+
+def _ours_deterministic(case: Case, mode: str) -> Run:
+    if mode == "fwd":
+        raise Unavailable("the forward is deterministic as it is")
+    return lambda q, k, v: attention(q, k, v, case.segments, causal=case.causal, deterministic=True)
+
+
+def _ours_hopper(case: Case, mode: str) -> Run:
+    if mode == "bwd":
+        raise Unavailable("forward only")
+    _needs_gpu(case)
+    hopper = importlib.import_module("kernels.attention_hopper")  # for one generation of GPUs: absent is a reason
+    scale = case.q_THE.shape[-1] ** -0.5
+    return lambda q, k, v: hopper.forward(q, k, v, case.segments, case.segments_k, case.causal, scale)[0]
+
+
+def _ours_decode(case: Case, mode: str) -> Run:
+    length_N = case.segments_k.cu_seqlens.diff()
+    return lambda q, k, v: decode_attention(q, case.batched(k), case.batched(v), length_N)
+
+
+def _sdpa(backend: SDPBackend, case: Case, mode: str) -> Run:
+    shared = case.q_THE.shape[1] != case.k_SKE.shape[1]
+
+    def run(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
+        q_NHQE, k_NKLE, v_NKLE = (case.batched(x).transpose(1, 2) for x in (q_THE, k_SKE, v_SKE))
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(q_NHQE, k_NKLE, v_NKLE, is_causal=case.causal, enable_gqa=shared)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return run
+
+
+def _varlen(case: Case, mode: str) -> Run:
+    _needs_gpu(case)
+    cut = (case.segments.cu_seqlens, case.segments_k.cu_seqlens, case.segments.max_length, case.segments_k.max_length)
+    window = (-1, 0) if case.causal else (-1, -1)
+    return lambda q, k, v: varlen_attn(q, k, v, *cut, window_size=window)
+
+
+def _flex(case: Case, mode: str) -> Run:
+    _needs_gpu(case)
+    torch.compiler.reset()  # dynamo counts recompilations over all shapes of a run and gives up after some
+    torch._functorch.config.donated_buffer = False  # one graph serves many backwards, so it may not eat its buffers
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    block_mask = _block_mask(case)
+    shared = case.q_THE.shape[1] != case.k_SKE.shape[1]
+    batched = case.batched if case.equal else lambda x: x.unsqueeze(0)
+
+    def run(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
+        q_NHQE, k_NKLE, v_NKLE = (batched(x).transpose(1, 2) for x in (q_THE, k_SKE, v_SKE))
+        out = compiled(q_NHQE, k_NKLE, v_NKLE, block_mask=block_mask, enable_gqa=shared)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return run
+
+
+def _block_mask(case: Case) -> BlockMask | None:
+    """What FlexAttention may skip: future keys, and the keys of other documents where lengths differ."""
+    T, device = case.q_THE.shape[0], case.q_THE.device
+    if case.equal and not case.causal:
+        return None
+    if case.equal:
+        Q = case.segments.max_length
+        return create_block_mask(lambda b, h, i, j: i >= j, None, None, Q, Q, device)
+    document_T = torch.arange(len(case.segments), device=device).repeat_interleave(case.segments.cu_seqlens.diff())
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        same_document = document_T[i] == document_T[j]
+        return same_document & (i >= j) if case.causal else same_document
+
+    return create_block_mask(visible, None, None, T, T, device)
+
+
+def _flash_attn(module_name: str, case: Case, mode: str) -> Run:
+    """flash_attn 2, flash_attn_interface (3) and flash_attn.cute (4) share the names and keywords used here."""
+    module = importlib.import_module(module_name)
+    _needs_gpu(case)
+    decodes = case.segments.max_length == 1 and hasattr(module, "flash_attn_with_kvcache")
+    cut = {
+        "cu_seqlens_q": case.segments.cu_seqlens,
+        "cu_seqlens_k": case.segments_k.cu_seqlens,
+        "max_seqlen_q": case.segments.max_length,
+        "max_seqlen_k": case.segments_k.max_length,
+    }
+    length_N = case.segments_k.cu_seqlens.diff()
+
+    def run(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
+        if not case.equal:
+            out = module.flash_attn_varlen_func(q_THE, k_SKE, v_SKE, **cut, causal=case.causal)
+        else:
+            batch = (case.batched(x) for x in (q_THE, k_SKE, v_SKE))
+            out = (
+                module.flash_attn_with_kvcache(*batch, cache_seqlens=length_N)
+                if decodes
+                else module.flash_attn_func(*batch, causal=case.causal)
+            )
+        return (out[0] if isinstance(out, tuple) else out).reshape(q_THE.shape)  # 4 also returns lse, some 3 do
+
+    return run
+
+
+def _needs_gpu(case: Case) -> None:
+    if not case.q_THE.is_cuda:
+        raise Unavailable("needs a GPU")
+
+
+OTHERS: dict[str, Provider] = {
+    "sdpa flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+    "sdpa cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+    "sdpa efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
+    "torch varlen": _varlen,
+    "flex": _flex,
+    "flash_attn 2": partial(_flash_attn, "flash_attn"),
+    "flash_attn 3": partial(_flash_attn, "flash_attn_interface"),
+    "flash_attn 4": partial(_flash_attn, "flash_attn.cute"),
+}
+PROVIDERS: dict[str, Provider] = {
+    "ours": _ours,
+    "ours deterministic": _ours_deterministic,
+    "ours hopper": _ours_hopper,
+    **OTHERS,
+}
+DECODE_PROVIDERS: dict[str, Provider] = {"ours": _ours_decode, **OTHERS}
