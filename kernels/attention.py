@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import attention_backward, attention_forward, backend
 from kernels.segments import Segments
@@ -92,8 +93,7 @@ def _softmax_attention(q_NHQE, k_NKLE, v_NKLE, scale, causal):
     return (p_NHQL @ v_NHLE).to(q_NHQE.dtype), lse_NHQ.float()
 
 
-@torch.library.custom_op("avlm::attention", mutates_args=())
-def _attention(
+def attention_forward_op(
     q_THE: Tensor,
     k_SKE: Tensor,
     v_SKE: Tensor,
@@ -103,7 +103,6 @@ def _attention(
     used_k: Tensor | None,
     causal: bool,
     scale: float,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """out_THE and lse_HT by the Triton kernels. Segments come as their tensors, which is all that an op may take."""
     segments, segments_k = Segments(cu_q, 0, used_q), Segments(cu_k, 0, used_k)
@@ -113,14 +112,12 @@ def _attention(
     return attention_forward.forward(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale)
 
 
-@_attention.register_fake
-def _(q_THE, k_SKE, v_SKE, cu_q, cu_k, used_q, used_k, causal, scale, deterministic):
+def _fake_forward(q_THE, k_SKE, v_SKE, *_):
     T, H, _ = q_THE.shape
     return q_THE.new_empty(q_THE.shape), q_THE.new_empty((H, T), dtype=torch.float32)
 
 
-@torch.library.custom_op("avlm::attention_backward", mutates_args=())
-def _attention_backward(
+def attention_backward_op(
     dout_THE: Tensor,
     dlse_HT: Tensor | None,
     q_THE: Tensor,
@@ -143,25 +140,34 @@ def _attention_backward(
     )
 
 
-@_attention_backward.register_fake
-def _(dout_THE, dlse_HT, q_THE, k_SKE, v_SKE, *_):
-    return q_THE.new_empty(q_THE.shape), k_SKE.new_empty(k_SKE.shape), v_SKE.new_empty(v_SKE.shape)
+def _fake_backward(dout_THE, dlse_HT, q_THE, k_SKE, v_SKE, *_):
+    return tuple(x.new_empty(x.shape) for x in (q_THE, k_SKE, v_SKE))
 
 
-def _save_for_backward(ctx, inputs, output):
-    q_THE, k_SKE, v_SKE, cu_q, cu_k, used_q, used_k, *ctx.options = inputs
-    ctx.save_for_backward(q_THE, k_SKE, v_SKE, *output, cu_q, cu_k, used_q, used_k)
-    ctx.set_materialize_grads(False)
+_forward_op = backend.define_op(attention_forward_op, _fake_forward)
+_backward_op = backend.define_op(attention_backward_op, _fake_backward)
 
 
-def _differentiate(ctx, dout_THE, dlse_HT):
-    if dout_THE is None:  # only the log-sum-exp was used
-        dout_THE = torch.zeros_like(ctx.saved_tensors[3])
-    gradients = _attention_backward(dout_THE, dlse_HT, *ctx.saved_tensors, *ctx.options)
-    return *gradients, *[None] * 7
+class _Attention(torch.autograd.Function):
+    """The two ops as one differentiable function."""
 
+    @staticmethod
+    def forward(q_THE, k_SKE, v_SKE, *arguments):
+        return _forward_op(q_THE, k_SKE, v_SKE, *arguments[:-1])
 
-_attention.register_autograd(_differentiate, setup_context=_save_for_backward)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q_THE, k_SKE, v_SKE, cu_q, cu_k, used_q, used_k, *ctx.options = inputs
+        ctx.save_for_backward(q_THE, k_SKE, v_SKE, *output, cu_q, cu_k, used_q, used_k)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout_THE, dlse_HT):
+        if dout_THE is None:  # only the log-sum-exp was used
+            dout_THE = torch.zeros_like(ctx.saved_tensors[3])
+        gradients = _backward_op(dout_THE, dlse_HT, *ctx.saved_tensors, *ctx.options)
+        return *gradients, *[None] * 7
 
 
 def attention(
@@ -197,7 +203,9 @@ def attention(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     layout = (segments.cu_seqlens, segments_k.cu_seqlens, segments.lengths, segments_k.lengths)
-    out_THE, lse_HT = _attention(q_THE, k_SKE, v_SKE, *layout, causal, scale, deterministic)
+    # Views: of a tensor that a Function gets twice, torch.compile (2.11) loses one of the gradients.
+    k_SKE, v_SKE = k_SKE.view_as(k_SKE), v_SKE.view_as(v_SKE)
+    out_THE, lse_HT = _Attention.apply(q_THE, k_SKE, v_SKE, *layout, causal, scale, deterministic)
     return (out_THE, lse_HT) if return_lse else out_THE
 
 

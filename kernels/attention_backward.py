@@ -16,20 +16,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_forward import descriptor, find_tile, hide, load_tile, loadable, num_tiles, precision, used_length
-from kernels.backend import INTERPRETED, LOG2_E
+from kernels.attention_tiles import (
+    NOTHING,
+    bits,
+    descriptor,
+    find_tile,
+    hide,
+    keys_config,
+    load_tile,
+    loadable,
+    num_tiles,
+    one_pass,
+    precision,
+    queries_config,
+    store_tile,
+    used_length,
+)
+from kernels.backend import LOG2_E
 from kernels.segments import Segments
 
 _LOG2_E = tl.constexpr(LOG2_E)
-_NOTHING = tl.constexpr(float("-inf"))
 _ROOM = 128  # rows that a tile may reach past the last one
 
 
 @triton.jit
 def _statistics_kernel(
-    out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, T, ROWS, H: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    dlse_ptr,
+    lse2_ptr,
+    delta_ptr,
+    T,
+    ROWS,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
-    # One program owns 32 rows of one head: delta, and log2(e) lse with 0 for -inf, whose pairs are all hidden anyway.
+    # One program owns 32 rows of one head: delta and log2(e) lse, both 0 for rows without keys.
     row = (tl.program_id(0) * 32 + tl.arange(0, 32)).to(tl.int64)
     h = tl.program_id(1)
     e = tl.arange(0, BLOCK_E)
@@ -40,9 +64,9 @@ def _statistics_kernel(
     delta = tl.sum(out * dout, 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + h * T + row, mask=row < T, other=0.0)
-    lse = tl.load(lse_ptr + h * T + row, mask=row < T, other=_NOTHING)
-    tl.store(lse2_ptr + h * ROWS + row, tl.where(lse == _NOTHING, 0.0, lse * _LOG2_E), mask=row < ROWS)
-    tl.store(delta_ptr + h * ROWS + row, delta, mask=row < ROWS)
+    lse = tl.load(lse_ptr + h * T + row, mask=row < T, other=NOTHING)
+    tl.store(lse2_ptr + h * ROWS + row, tl.where(lse == NOTHING, 0.0, lse * _LOG2_E), mask=row < ROWS)
+    tl.store(delta_ptr + h * ROWS + row, tl.where(lse == NOTHING, 0.0, delta), mask=row < ROWS)
 
 
 @triton.jit
@@ -69,6 +93,7 @@ def _keys_kernel(
     E: tl.constexpr,
     CAUSAL: tl.constexpr,
     ADD_DQ: tl.constexpr,
+    LATE_DK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -99,32 +124,41 @@ def _keys_kernel(
     v = load_tile(v_desc, k_begin + first, kh, BLOCK_E)
     dk = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    # Scores are transposed, keys by queries: p and ds are then left operands straight from registers.
+    # Scores are transposed, keys by queries: p and ds are then left operands straight from registers. With LATE_DK the
+    # product that adds a block to dk is issued in the next round, and runs during the exponentials there.
+    h = kh * heads_per_key
+    i = start
+    ds = tl.zeros((BLOCK_N, BLOCK_M), q_desc.dtype)
+    late = bits(ds, q_desc.dtype)
     for step in tl.range(0, num_blocks * heads_per_key):
+        q_before = load_tile(q_desc, q_begin + i, h, BLOCK_E) if LATE_DK else k
         h = kh * heads_per_key + step // num_blocks
         i = start + step % num_blocks * BLOCK_M
         q = load_tile(q_desc, q_begin + i, h, BLOCK_E)
         s = tl.dot(k, q.T, input_precision=PRECISION)
+        if LATE_DK:
+            dk = tl.dot(late.to(q.dtype, bitcast=True), q_before, dk, input_precision=PRECISION)
         row = i + tl.arange(0, BLOCK_M)
         if (i < full) | (i + BLOCK_M > q_length):
             s = hide(s, row[None, :], col[:, None], k_length, diagonal, CAUSAL)
-            s = tl.where((row < q_length)[None, :], s, _NOTHING)
+            s = tl.where((row < q_length)[None, :], s, NOTHING)
         statistic = h.to(tl.int64) * ROWS + q_begin + row
         p = tl.exp2(s * scale_log2 - tl.load(lse2_ptr + statistic)[None, :])
         dout = load_tile(dout_desc, q_begin + i, h, BLOCK_E)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, dout.T, input_precision=PRECISION)
         ds = (p * (dp - tl.load(delta_ptr + statistic)[None, :])).to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        if LATE_DK:
+            late = bits(ds, q.dtype)
+        else:
+            dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         if ADD_DQ:
             dq_desc.atomic_add([q_begin + i, h * BLOCK_E], tl.dot(ds.T, k, input_precision=PRECISION))
-    used = (col < k_length)[:, None]
-    rows = (k_begin + col).to(tl.int64)
-    e = tl.arange(0, BLOCK_E)
-    offset = rows[:, None] * (K * E) + kh * E + e[None, :]
-    inside = (col < slot)[:, None] & (e < E)[None, :]
-    tl.store(dk_ptr + offset, tl.where(used, dk * scale, 0.0).to(dk_ptr.dtype.element_ty), mask=inside)
-    tl.store(dv_ptr + offset, tl.where(used, dv, 0.0).to(dv_ptr.dtype.element_ty), mask=inside)
+    if LATE_DK:
+        q = load_tile(q_desc, q_begin + i, h, BLOCK_E)
+        dk = tl.dot(late.to(q.dtype, bitcast=True), q, dk, input_precision=PRECISION)
+    store_tile(dk_ptr, dk * scale, k_begin, col, k_length, slot, kh, K, E)
+    store_tile(dv_ptr, dv, k_begin, col, k_length, slot, kh, K, E)
 
 
 @triton.jit
@@ -188,12 +222,7 @@ def _queries_kernel(
         v = load_tile(v_desc, k_begin + j, kh, BLOCK_E)
         dp = tl.dot(dout, v.T, input_precision=PRECISION)
         dq = tl.dot((p * (dp - delta[:, None])).to(q.dtype), k, dq, input_precision=PRECISION)
-    rows = (q_begin + row).to(tl.int64)
-    e = tl.arange(0, BLOCK_E)
-    offset = rows[:, None] * (H * E) + h * E + e[None, :]
-    inside = (row < slot)[:, None] & (e < E)[None, :]
-    dq = tl.where((row < q_length)[:, None], dq * scale, 0.0)
-    tl.store(dq_ptr + offset, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+    store_tile(dq_ptr, dq * scale, q_begin, row, q_length, slot, h, H, E)
 
 
 def backward(
@@ -221,44 +250,41 @@ def backward(
     if T == 0 or S == 0:
         return dq_THE.zero_(), dk_SKE.zero_(), dv_SKE.zero_()
     keys, queries = keys_config(E, q_THE.dtype), queries_config(E, q_THE.dtype)
-    block_e = keys["BLOCK_E"]
-    q_THE, dout_THE = (loadable(_without_spare_rows(x, segments), block_e) for x in (q_THE, dout_THE))
-    k_SKE, v_SKE = (loadable(_without_spare_rows(x, segments_k), block_e) for x in (k_SKE, v_SKE))
-    tensors = lambda m, n: [descriptor(x, rows) for x, rows in zip((q_THE, k_SKE, v_SKE, dout_THE), (m, n, n, m))]
-    layout = (segments.cu_seqlens, segments_k.cu_seqlens, segments.lengths, segments_k.lengths, len(segments))
-    numbers = (lse2_HR.shape[1], H // K, scale, scale * LOG2_E)
-    constants = dict(E=E, CAUSAL=causal, PRECISION=precision(q_THE.dtype))
-
+    clean = lambda x, layout: loadable(_without_spare_rows(x, layout), keys["BLOCK_E"])
+    q_THE, dout_THE = (clean(x, segments) for x in (q_THE, dout_THE))
+    k_SKE, v_SKE = (clean(x, segments_k) for x in (k_SKE, v_SKE))
+    shared = dict(
+        lse2_ptr=lse2_HR,
+        delta_ptr=delta_HR,
+        cu_q_ptr=segments.cu_seqlens,
+        cu_k_ptr=segments_k.cu_seqlens,
+        used_q_ptr=segments.lengths,
+        used_k_ptr=segments_k.lengths,
+        N=len(segments),
+        ROWS=lse2_HR.shape[1],
+        heads_per_key=H // K,
+        scale=scale,
+        scale_log2=scale * LOG2_E,
+        E=dq_THE.shape[2],
+        CAUSAL=causal,
+        PRECISION=precision(q_THE.dtype),
+    )
+    tiles = lambda config: dict(
+        q_desc=descriptor(q_THE, config["BLOCK_M"]),
+        k_desc=descriptor(k_SKE, config["BLOCK_N"]),
+        v_desc=descriptor(v_SKE, config["BLOCK_N"]),
+        dout_desc=descriptor(dout_THE, config["BLOCK_M"]),
+    )
     add_dq = not deterministic and one_pass(E, q_THE.dtype)
     dq32_THE = q_THE.new_zeros(q_THE.shape, dtype=torch.float32) if add_dq else None
-    _keys_kernel[(num_tiles(S, segments_k, keys["BLOCK_N"]), K)](
-        *tensors(keys["BLOCK_M"], keys["BLOCK_N"]),
-        lse2_HR,
-        delta_HR,
-        descriptor(dq32_THE, keys["BLOCK_M"]) if add_dq else None,
-        dk_SKE,
-        dv_SKE,
-        *layout,
-        *numbers,
-        K=K,
-        ADD_DQ=add_dq,
-        **constants,
-        **keys,
-    )
+    outputs = dict(dk_ptr=dk_SKE, dv_ptr=dv_SKE, dq_desc=descriptor(dq32_THE, keys["BLOCK_M"]) if add_dq else None)
+    grid = (num_tiles(S, segments_k, keys["BLOCK_N"]), K)
+    _keys_kernel[grid](**tiles(keys), **shared, **keys, **outputs, K=K, ADD_DQ=add_dq)
     if add_dq:
         torch.mul(dq32_THE[:, :, :E], scale, out=dq_THE)
-        return dq_THE, dk_SKE, dv_SKE
-    _queries_kernel[(num_tiles(T, segments, queries["BLOCK_M"]), H)](
-        *tensors(queries["BLOCK_M"], queries["BLOCK_N"]),
-        lse2_HR,
-        delta_HR,
-        dq_THE,
-        *layout,
-        *numbers,
-        H=H,
-        **constants,
-        **queries,
-    )
+    else:
+        grid = (num_tiles(T, segments, queries["BLOCK_M"]), H)
+        _queries_kernel[grid](**tiles(queries), **shared, **queries, dq_ptr=dq_THE, H=H)
     return dq_THE, dk_SKE, dv_SKE
 
 
@@ -270,7 +296,7 @@ def statistics(out_THE: Tensor, dout_THE: Tensor, lse_HT: Tensor, dlse_HT: Tenso
     _statistics_kernel[(triton.cdiv(T + _ROOM, 32), H)](
         out_THE.contiguous(),
         dout_THE.contiguous(),
-        lse_HT,
+        lse_HT.contiguous(),
         dlse_HT,
         lse2_HR,
         delta_HR,
@@ -291,29 +317,3 @@ def _without_spare_rows(x_THE: Tensor, segments: Segments) -> Tensor:
     slot_T = torch.searchsorted(segments.cu_seqlens[1:], row_T, right=True)
     used_T = row_T - segments.cu_seqlens[slot_T] < segments.lengths[slot_T]
     return torch.where(used_T[:, None, None], x_THE, 0.0)
-
-
-def one_pass(E: int, dtype: torch.dtype) -> bool:
-    """Whether dq is added up by the keys' kernel when nobody asks for repeatable bits: where that form compiles without
-    spills. The interpreter has no addition through descriptors."""
-    return E <= 64 and dtype != torch.float32 and not INTERPRETED
-
-
-def keys_config(E: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch options of dk and dv; held by tests/kernels/test_compiled.py, like those below."""
-    block_e = max(16, triton.next_power_of_2(E))
-    if dtype == torch.float32:
-        return dict(BLOCK_M=16, BLOCK_N=32 if block_e <= 64 else 16, BLOCK_E=block_e, num_warps=8, num_stages=1)
-    if block_e == 256:
-        return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_E=block_e, num_warps=8, num_stages=1)
-    return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_E=block_e, num_warps=8, num_stages=2)
-
-
-def queries_config(E: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch options of dq in the two-pass form."""
-    block_e = max(16, triton.next_power_of_2(E))
-    if dtype == torch.float32:
-        return dict(BLOCK_M=32 if block_e <= 64 else 16, BLOCK_N=16, BLOCK_E=block_e, num_warps=8, num_stages=1)
-    if block_e == 256:
-        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_E=block_e, num_warps=8, num_stages=1)
-    return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_E=block_e, num_warps=8, num_stages=2)

@@ -2,25 +2,26 @@
 
     s_ij = scale * q_i . k_j        lse_i = ln sum_j exp s_ij        out_i = sum_j exp(s_ij - lse_i) v_j
 
-``kernels.attention.attention_reference`` is the specification. A program owns a tile of queries and splits its warps:
+``kernels.attention.attention_reference`` is the specification. Only the benchmark and the tests call this file until a
+GPU has measured it. A program owns a tile of queries and divides the work among its warps:
 
-    loader      one warp. It has TMA copy Q once and the blocks of K and V into rings of STAGES slots.
-    consumers   four warps and ROWS queries each. Consumer c issues QK(i) and PV(i - 1) in its turn, hands the turn to
-                consumer c + 1, and exponentiates QK(i) while the tensor cores work on PV(i - 1) and on its peers.
+    loader       one warp; has TMA copy Q, then the blocks of K and V into rings of STAGES slots
+    consumers    four warps and ROWS queries each; in its turn a consumer issues QK(i) and PV(i - 1) and hands the turn
+                 over, then exponentiates QK(i) while the tensor cores work on PV(i - 1) and on its peer's products
 
-mbarriers carry all of it. A barrier counts completed phases; a wait names the parity of the phase that it needs, and
-the phase before the first counts as complete with parity 1. Slots: full (the loader's bytes have landed), free (every
-consumer has read). Block i uses slot i % STAGES for the (i // STAGES)-th time, which gives the parity.
+mbarriers carry all of it. Each counts completed phases; a wait names the parity of the phase that it needs, and passes
+at once if that is the imagined odd phase before the first. Every slot has two: full (its bytes have landed) and free
+(every consumer has read it). Block i uses slot i % STAGES for the (i // STAGES)-th time, which gives the parity.
 
-TMA clips a copy at the end of its tensor, and a segment has to end before that. Two further dimensions move the end to
-any row (triton/tools/ragged_tma.py): with row stride s and dimensions of strides 2**34 - s, s, s
+TMA clips at the end of a tensor only, and a segment ends earlier. Two more dimensions move the end to any row, as in
+triton/tools/ragged_tma.py. With row stride s, dimensions of strides 2**34 - s, s, s place the coordinates
 
-    (2**30, end, 2**30 - length + row)  ->  2**64 - 2**30 s + end s + 2**30 s - length s + row s = (end - length + row) s
+    (2**30, end, 2**30 - length + row)    at    2**64 + (end - length + row) s    elements: addresses wrap there,
 
-where addresses wrap at 2**64, and where the third coordinate leaves its 2**30 rows exactly at row = length. So rows past
-a segment arrive as zeros, whatever the next segment holds, and are not written.
+and the third leaves its 2**30 rows just where row reaches length. So rows past a segment load as zeros, whatever the
+next one holds, and are not stored.
 
-T query rows   S key rows   H query heads   K key/value heads   E head dim   N segments
+T query rows   S key rows   H query heads   K key/value heads (H a multiple of K)   E head dim   N segments
 """
 
 import torch
@@ -28,57 +29,42 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels import backend
 from kernels.segments import Segments
 
 DTYPES = (torch.bfloat16, torch.float16)
-CONSUMERS_OF = {64: 3, 128: 2}  # head dim -> consumers, as FlashAttention-3 has them: registers allow no more
-REGISTERS_OF = {3: 128, 2: 168}  # consumers -> registers per thread at launch, which the warps then share out anew
+HEAD_DIMS = (64, 128)
+REGISTERS = 168  # per thread at launch: 12 warps (the loader's group counts four), which then share them out anew
+CONSUMERS = gl.constexpr(2)  # three, for head dim 64, spill or lose the overlap (ptxas 12.8)
 ROWS = gl.constexpr(64)  # queries of a consumer: the height of a warpgroup's product
+BLOCK_M = gl.constexpr(128)  # queries of a program
 BLOCK_N = gl.constexpr(128)  # keys of a block
 STAGES = gl.constexpr(2)  # blocks of K, and of V, in flight
 FAR = gl.constexpr(2**30)
 LN_2 = gl.constexpr(backend.LN_2)
-SHARED_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
-S_LAYOUT = gl.constexpr(
-    gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N.value, 16])
-)
+TILE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
+S_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
 ROW_LAYOUT = gl.constexpr(gl.SliceLayout(1, S_LAYOUT.value))
+COLUMN_LAYOUT = gl.constexpr(gl.SliceLayout(0, S_LAYOUT.value))
 
 
 @gluon.jit(do_not_specialize=["N", "T", "GROUP"])
 def forward_kernel(
-    q_desc,
-    k_desc,
-    v_desc,
-    out_desc,
-    lse_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    N,
-    T,
-    GROUP,
-    scale_log2,
-    CONSUMERS: gl.constexpr,
-    CAUSAL: gl.constexpr,
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, cu_q_ptr, cu_k_ptr, N, T, GROUP, scale_log2, CAUSAL: gl.constexpr
 ):
-    """One program owns CONSUMERS * ROWS queries of one segment and head. Segment n has the tiles from cu[n] // BLOCK_M + n
-    on: enough for its rows whatever their alignment. Tiles that find no row leave."""
-    BLOCK_M: gl.constexpr = CONSUMERS * ROWS
+    """One program owns BLOCK_M queries of one segment and one head.
+
+    Segment n has the tiles from cu[n] // BLOCK_M + n on: enough, however it lies. Tiles that find no row leave.
+    """
     tile = gl.program_id(0)
     if CAUSAL:
-        tile = gl.num_programs(0) - 1 - tile  # those with the most keys first
+        tile = gl.num_programs(0) - 1 - tile  # the longest rows first
     h = gl.program_id(1)
-    n = _find_segment(cu_q_ptr, N, tile, BLOCK_M)
+    n = _find_segment(cu_q_ptr, N, tile)
     q_begin = gl.load(cu_q_ptr + n)
     q_length = gl.load(cu_q_ptr + n + 1) - q_begin
     first = (tile - q_begin // BLOCK_M - n) * BLOCK_M
@@ -86,47 +72,34 @@ def forward_kernel(
         return
     k_begin = gl.load(cu_k_ptr + n)
     k_length = gl.load(cu_k_ptr + n + 1) - k_begin
-    # The query at ``row`` sees the keys before min(row + reach, k_length).
-    reach = k_length + 1
+    reach = k_length + 1  # the query at ``row`` sees the first min(row + reach, k_length) keys
     if CAUSAL:
         reach -= q_length
-    queries = (q_begin, q_length, first, h)
-    keys = (k_begin, k_length, h // GROUP, reach, _num_blocks(first + BLOCK_M - 1, reach, k_length))
+    num_blocks = _num_blocks(first + BLOCK_M - 1, reach, k_length)
+    queries, keys = (q_begin, q_length, first, h), (k_begin, k_length, h // GROUP)
     q = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     for c in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(c), count=1)
         mbarrier.init(turn.index(c), count=1)
-    shared = (q, q_full, turn, _ring(k_desc, CONSUMERS), _ring(v_desc, CONSUMERS))
-    fence_async_shared()  # TMA has to see the barriers initialised
-    lse_ptr += h * T
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (_consume, (out_desc, lse_ptr, shared, queries, keys, scale_log2, CONSUMERS, 0)),
-                (_consume, (out_desc, lse_ptr, shared, queries, keys, scale_log2, CONSUMERS, 1)),
-                (_load, (q_desc, k_desc, v_desc, shared, queries, keys, CONSUMERS)),
-            ],
-            [4, 1],
-            [240, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (out_desc, lse_ptr, shared, queries, keys, scale_log2, CONSUMERS, 0)),
-                (_consume, (out_desc, lse_ptr, shared, queries, keys, scale_log2, CONSUMERS, 1)),
-                (_consume, (out_desc, lse_ptr, shared, queries, keys, scale_log2, CONSUMERS, 2)),
-                (_load, (q_desc, k_desc, v_desc, shared, queries, keys, CONSUMERS)),
-            ],
-            [4, 4, 1],
-            [160, 160, 32],
-        )
+    shared = (q, q_full, _ring(k_desc), _ring(v_desc))
+    hopper.fence_async_shared()  # TMA completes these barriers and has to see them initialised
+    out = (out_desc, lse_ptr + h * T)
+    gl.warp_specialize(
+        [
+            (_consume, (out, shared, turn, queries, k_length, reach, num_blocks, scale_log2, 0)),
+            (_consume, (out, shared, turn, queries, k_length, reach, num_blocks, scale_log2, 1)),
+            (_load, (q_desc, k_desc, v_desc, shared, queries, keys, num_blocks)),
+        ],
+        worker_num_warps=[4, 1],
+        worker_num_regs=[240, 24],
+    )
 
 
 @gluon.jit
-def _find_segment(cu_ptr, N, tile, BLOCK_M: gl.constexpr):
-    """The last segment whose first tile is not behind ``tile``; every warp counts all segments, 128 at a time."""
+def _find_segment(cu_ptr, N, tile):
+    """The last segment whose first tile is not past ``tile``. Every warp counts all segments, 128 at a time."""
     n = gl.arange(0, 128, layout=gl.BlockedLayout([4], [32], [4], [0]))
     count = 0
     for start in range(0, N, 128):
@@ -138,166 +111,166 @@ def _find_segment(cu_ptr, N, tile, BLOCK_M: gl.constexpr):
 
 @gluon.jit
 def _num_blocks(row, reach, k_length):
-    """Blocks with a key that the query at ``row`` sees, and one (all masked) if there is none: nobody skips the protocol."""
+    """Blocks up to the last key that the query at ``row`` sees. One if it sees none, all masked: no case is empty."""
     return gl.maximum(gl.cdiv(gl.minimum(row + reach, k_length), BLOCK_N), 1)
 
 
 @gluon.jit
-def _ring(desc, CONSUMERS: gl.constexpr):
-    """Slots for blocks of K or V, with their barriers."""
-    memory = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)
+def _ring(desc):
+    """STAGES slots of shared memory for blocks of K or V, and their barriers."""
+    slots = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for b in gl.static_range(STAGES):
         mbarrier.init(full.index(b), count=1)
         mbarrier.init(free.index(b), count=CONSUMERS)
-    return memory, full, free
+    return slots, full, free
 
 
 @gluon.jit
 def _slot(ring, i):
-    """Memory, full and free barrier of block i, and the parity of the phase in which it uses them."""
-    memory, full, free = ring
-    matrix = memory.index(i % STAGES)
-    return matrix, full.index(i % STAGES), free.index(i % STAGES), (i // STAGES) & 1
+    """The slot of block i, its barriers, and the parity of their phase for it."""
+    slots, full, free = ring
+    b = i % STAGES
+    return slots.index(b), full.index(b), free.index(b), (i // STAGES) & 1
 
 
 @gluon.jit
-def _load(q_desc, k_desc, v_desc, shared, queries, keys, CONSUMERS: gl.constexpr):
-    """The loader's warp: Q of every consumer, then all blocks of K and V."""
-    q, q_full, turn, k_ring, v_ring = shared
+def _load(q_desc, k_desc, v_desc, shared, queries, keys, num_blocks):
+    """The loader: the queries of every consumer, then all blocks."""
+    q, q_full, k_ring, v_ring = shared
     q_begin, q_length, first, h = queries
-    k_begin, k_length, kv_head, reach, num_blocks = keys
+    k_begin, k_length, kv_head = keys
     for c in gl.static_range(CONSUMERS):
-        row = FAR - q_length + first + c * ROWS
+        at = [FAR, q_begin + q_length, FAR - q_length + first + c * ROWS, h, 0]
         mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            q_desc, [FAR, q_begin + q_length, row, h, 0], q_full.index(c), q.index(c)
-        )
+        tma.async_copy_global_to_shared(q_desc, at, q_full.index(c), q.index(c))
     for i in range(num_blocks):
-        coordinates = [FAR, k_begin + k_length, FAR - k_length + i * BLOCK_N, kv_head, 0]
-        _fill(k_desc, k_ring, i, coordinates)
-        _fill(v_desc, v_ring, i, coordinates)
+        at = [FAR, k_begin + k_length, FAR - k_length + i * BLOCK_N, kv_head, 0]
+        _fill(k_desc, at, k_ring, i)
+        _fill(v_desc, at, v_ring, i)
 
 
 @gluon.jit
-def _fill(desc, ring, i, coordinates):
-    memory, full, free, parity = _slot(ring, i)
-    mbarrier.wait(free, parity ^ 1)  # consumers are done with the block before; a slot's first block waits for nobody
+def _fill(desc, at, ring, i):
+    """Block i into its slot, as soon as the consumers have read what is there."""
+    slot, full, free, parity = _slot(ring, i)
+    mbarrier.wait(free, parity ^ 1)
     mbarrier.expect(full, desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, coordinates, full, memory)
+    tma.async_copy_global_to_shared(desc, at, full, slot)
 
 
 @gluon.jit
-def _consume(out_desc, lse_ptr, shared, queries, keys, scale_log2, CONSUMERS: gl.constexpr, c: gl.constexpr):
-    """Consumer c: ROWS queries against the blocks that one of them sees, then out and lse."""
+def _consume(out, shared, turn, queries, k_length, reach, num_blocks, scale_log2, c: gl.constexpr):
+    """Consumer c: ROWS queries against the blocks that any of them sees, then out and lse."""
+    out_desc, lse_ptr = out
+    q_tile, q_full, k_ring, v_ring = shared
+    q_begin, q_length, first, h = queries
     E: gl.constexpr = out_desc.block_type.shape[4]
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, E, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
-    q_shared, q_full, turn, k_ring, v_ring = shared
-    q_begin, q_length, first, h = queries
-    k_begin, k_length, kv_head, reach, num_blocks = keys
     top = first + c * ROWS
     row = top + gl.arange(0, ROWS, layout=ROW_LAYOUT)
     limit = gl.minimum(row + reach, k_length)
     num_own = _num_blocks(top + ROWS - 1, reach, k_length)
     if top >= q_length:
-        num_own = 1  # none of these rows exists
+        num_own = 1  # no row of these exists
     num_unmasked = gl.minimum(gl.minimum(top + reach, k_length) // BLOCK_N, num_own)
 
     mbarrier.wait(q_full.index(c), 0)
-    q = q_shared.index(c).reshape([ROWS, E])
+    q = q_tile.index(c).reshape([ROWS, E])
     k, k_full, k_free, parity = _slot(k_ring, 0)
     mbarrier.wait(k_full, parity)
-    s = warpgroup_mma(q, k.reshape([BLOCK_N, E]).permute((1, 0)), gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT), use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=(s,))
+    s = warpgroup_mma_wait(0, deps=(_scores(q, k),))
     mbarrier.arrive(k_free)
     m = gl.full([ROWS], float("-inf"), gl.float32, ROW_LAYOUT)
-    l = gl.zeros([ROWS], gl.float32, ROW_LAYOUT)
+    p, _, m, z = _softmax(s, m, gl.zeros_like(m), 0, limit, scale_log2, MASKED=True)
+    p = gl.convert_layout(p.to(out_desc.dtype), gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2))
     acc = gl.zeros([ROWS, E], gl.float32, O_LAYOUT)
-    p, alpha, m, l = _softmax(s, m, l, 0, limit, scale_log2, MASKED=True)
-    p = gl.convert_layout(p.to(out_desc.dtype), P_LAYOUT)
     for i in range(1, num_unmasked):
-        p, m, l, acc = _step(q, p, m, l, acc, k_ring, v_ring, turn, i, limit, scale_log2, CONSUMERS, c, MASKED=False)
+        p, m, z, acc = _step(q, p, m, z, acc, k_ring, v_ring, turn, i, limit, scale_log2, c, MASKED=False)
     for i in range(gl.maximum(num_unmasked, 1), num_own):
-        p, m, l, acc = _step(q, p, m, l, acc, k_ring, v_ring, turn, i, limit, scale_log2, CONSUMERS, c, MASKED=True)
+        p, m, z, acc = _step(q, p, m, z, acc, k_ring, v_ring, turn, i, limit, scale_log2, c, MASKED=True)
     v, v_full, v_free, parity = _slot(v_ring, num_own - 1)
     mbarrier.wait(v_full, parity)
     acc = warpgroup_mma(p, v.reshape([BLOCK_N, E]), acc, is_async=True)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     mbarrier.arrive(v_free)
     for i in range(num_own, num_blocks):
-        _pass(k_ring, v_ring, turn, i, CONSUMERS, c)
+        _pass(k_ring, v_ring, turn, i, c)
 
-    keyless = l == 0.0
-    l = gl.where(keyless, 1.0, l)
-    lse = gl.where(keyless, float("-inf"), (m + gl.log2(l)) * LN_2)
+    keyless = z == 0.0
+    z = gl.where(keyless, 1.0, z)
+    lse = gl.where(keyless, float("-inf"), (m + gl.log2(z)) * LN_2)
     gl.store(lse_ptr + q_begin + row, lse, mask=row < q_length)
-    out = acc * (1.0 / gl.convert_layout(l, gl.SliceLayout(1, O_LAYOUT)))[:, None]
-    q.store(out.to(out_desc.dtype))  # Q has been read
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [FAR, q_begin + q_length, FAR - q_length + top, h, 0], q_shared.index(c))
+    acc *= (1.0 / gl.convert_layout(z, gl.SliceLayout(1, O_LAYOUT)))[:, None]
+    q.store(acc.to(out_desc.dtype))  # over Q, which has been read
+    hopper.fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [FAR, q_begin + q_length, FAR - q_length + top, h, 0], q_tile.index(c))
     tma.store_wait(0)
 
 
 @gluon.jit
-def _step(
-    q, p, m, l, acc, k_ring, v_ring, turn, i, limit, scale_log2, CONSUMERS: gl.constexpr, c: gl.constexpr, MASKED: gl.constexpr
-):
-    """QK(i) and PV(i - 1) issued in this consumer's turn; probabilities of block i while PV(i - 1) runs."""
+def _step(q, p, m, z, acc, k_ring, v_ring, turn, i, limit, scale_log2, c: gl.constexpr, MASKED: gl.constexpr):
+    """QK(i) and PV(i - 1) issued in this consumer's turn, and the probabilities of block i while PV(i - 1) runs."""
     k, k_full, k_free, k_parity = _slot(k_ring, i)
     v, v_full, v_free, v_parity = _slot(v_ring, i - 1)
     mbarrier.wait(k_full, k_parity)
     _wait_for_turn(turn, i, c)
-    s = warpgroup_mma(q, k.reshape([BLOCK_N, q.shape[1]]).permute((1, 0)), gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT), use_acc=False, is_async=True)
+    s = _scores(q, k)
     mbarrier.wait(v_full, v_parity)
     acc = warpgroup_mma(p, v.reshape([BLOCK_N, q.shape[1]]), acc, is_async=True)
-    mbarrier.arrive(turn.index((c + 1) % CONSUMERS))
+    mbarrier.arrive(turn.index(1 - c))
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_free)
-    p_next, alpha, m, l = _softmax(s, m, l, i, limit, scale_log2, MASKED)
-    acc, p = warpgroup_mma_wait(0, deps=(acc, p))  # the product reads p from its registers until here
+    p_next, alpha, m, z = _softmax(s, m, z, i, limit, scale_log2, MASKED)
+    acc, p = warpgroup_mma_wait(0, deps=(acc, p))  # PV reads p from registers until here
     mbarrier.arrive(v_free)
     acc *= gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-    return gl.convert_layout(p_next.to(p.dtype), p.type.layout), m, l, acc
+    return gl.convert_layout(p_next.to(p.dtype), p.type.layout), m, z, acc
 
 
 @gluon.jit
-def _softmax(s, m, l, i, limit, scale_log2, MASKED: gl.constexpr):
-    """exp(s - m) of block i with the maximum m and the sum l brought up to date, and the factor alpha for what came before."""
+def _scores(q, k):
+    """q . k of a block, as a product in flight."""
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+    k = k.reshape([BLOCK_N, q.shape[1]]).permute((1, 0))
+    return warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _softmax(s, m, z, i, limit, scale_log2, MASKED: gl.constexpr):
+    """exp(s - m) of block i, the factor alpha for everything before it, the running maximum m and the running sum z."""
     if MASKED:
-        col = i * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
-        s = gl.where(col[None, :] < limit[:, None], s, float("-inf"))
+        column = i * BLOCK_N + gl.arange(0, BLOCK_N, layout=COLUMN_LAYOUT)
+        s = gl.where(column[None, :] < limit[:, None], s, float("-inf"))
     m_next = gl.maximum(m, gl.max(s, 1) * scale_log2)
     base = m_next
-    if MASKED:  # a row without keys so far: exp2(-inf - 0) is 0, exp2(-inf - -inf) is NaN
+    if MASKED:  # a row that has seen no key yet: exp2(-inf - 0) is 0, exp2(-inf - -inf) is NaN
         base = gl.where(m_next == float("-inf"), 0.0, m_next)
     p = gl.exp2(s * scale_log2 - base[:, None])
     alpha = gl.exp2(m - base)
-    l = l * alpha + gl.sum(p, 1)
-    # Left alone, ptxas sinks every exponential below the wait for PV, which undoes the overlap. It moves nothing across
-    # a barrier of the warp that the sum passes through.
-    l = gl.inline_asm_elementwise(
-        "{ bar.warp.sync 0xffffffff; mov.b32 $0, $1; }", "=r,r", [l], dtype=gl.float32, is_pure=False, pack=1
+    z = z * alpha + gl.sum(p, 1)
+    # Left alone, ptxas sinks every exponential below the wait for PV, which undoes the overlap. A barrier of the warp
+    # that takes their sum keeps them above it; the tests look at the SASS.
+    z = gl.inline_asm_elementwise(
+        "{ bar.warp.sync 0xffffffff; mov.b32 $0, $1; }", "=r,r", [z], dtype=gl.float32, is_pure=False, pack=1
     )
-    return p, alpha, m_next, l
+    return p, alpha, m_next, z
 
 
 @gluon.jit
 def _wait_for_turn(turn, i, c: gl.constexpr):
-    """The first turns are for block 1. Consumer 0's first counts as given (parity 1), its peers' come from before them."""
-    LATE: gl.constexpr = 1 if c > 0 else 0
-    mbarrier.wait(turn.index(c), (i + LATE) & 1)
+    """Turns begin with block 1. Consumer 0 finds its first given: it is the imagined phase. All others are arrivals."""
+    mbarrier.wait(turn.index(c), (i + c) & 1)
 
 
 @gluon.jit
-def _pass(k_ring, v_ring, turn, i, CONSUMERS: gl.constexpr, c: gl.constexpr):
-    """A block that only peers see: hand on the turn and free the slots. Not before they are full: the loader would take
-    an early arrival for one that it still lacks for the block before."""
-    k, k_full, k_free, parity = _slot(k_ring, i)
-    v, v_full, v_free, parity = _slot(v_ring, i)
+def _pass(k_ring, v_ring, turn, i, c: gl.constexpr):
+    """Block i, of which only the peer sees keys: the turn handed over, the slots freed once the block is in them."""
+    _, k_full, k_free, parity = _slot(k_ring, i)
+    _, v_full, v_free, parity = _slot(v_ring, i)
     _wait_for_turn(turn, i, c)
-    mbarrier.arrive(turn.index((c + 1) % CONSUMERS))
+    mbarrier.arrive(turn.index(1 - c))
     mbarrier.wait(k_full, parity)
     mbarrier.arrive(k_free)
     mbarrier.wait(v_full, parity)
@@ -305,9 +278,53 @@ def _pass(k_ring, v_ring, turn, i, CONSUMERS: gl.constexpr, c: gl.constexpr):
 
 
 def supports(q_THE: Tensor, segments: Segments, segments_k: Segments | None = None) -> bool:
-    """Whether this device and ``forward`` take such queries and segments; keys and values have to be alike."""
-    return q_THE.is_cuda and torch.cuda.get_device_capability(q_THE.device)[0] == 9 and not _objections(q_THE, segments, segments_k)
+    """Whether ``forward`` takes these, on this device. Keys and values have to be like the queries."""
+    on_hopper = q_THE.is_cuda and torch.cuda.get_device_capability(q_THE.device)[0] == 9
+    return on_hopper and _objection([q_THE], segments, segments_k) is None
 
 
-def forward(q_THE, k_SKE, v_SKE, segments, segments_k, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """out_THE in the dtype of q and lse_HT (float32, natural logarithm), of segments that cover all rows."""
+def forward(q_THE, k_SKE, v_SKE, segments: Segments, segments_k: Segments | None, causal: bool, scale: float):
+    """out_THE in the dtype of q and lse_HT in float32 (natural logarithm), without gradients.
+
+    q, k, v: bfloat16 or float16 on a Hopper GPU, E 64 or 128, rows and heads at multiples of 16 bytes, else ValueError.
+    ``segments`` covers all of T; ``segments_k`` (None: the same) cuts S into as many. ``scale`` is positive.
+    """
+    if objection := _objection([q_THE, k_SKE, v_SKE], segments, segments_k):
+        raise ValueError(objection)
+    segments_k = segments if segments_k is None else segments_k
+    T, H, _ = q_THE.shape
+    out_THE = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
+    lse_HT = q_THE.new_empty((H, T), dtype=torch.float32)
+    if T == 0 or k_SKE.shape[0] == 0:  # TMA takes no empty tensors
+        return out_THE.zero_(), lse_HT.fill_(-torch.inf)
+    blocks = ((q_THE, ROWS), (k_SKE, BLOCK_N), (v_SKE, BLOCK_N), (out_THE, ROWS))
+    forward_kernel[(triton.cdiv(T, BLOCK_M.value) + len(segments), H)](
+        *(_descriptor(x, rows.value) for x, rows in blocks),
+        *(lse_HT, segments.cu_seqlens, segments_k.cu_seqlens, len(segments), T, H // k_SKE.shape[1]),
+        scale_log2=scale * backend.LOG2_E,
+        CAUSAL=causal,
+        num_warps=4,
+        maxnreg=REGISTERS,
+    )
+    return out_THE, lse_HT
+
+
+def _objection(tensors: list[Tensor], segments: Segments, segments_k: Segments | None) -> str | None:
+    x = tensors[0]
+    if x.dtype not in DTYPES:
+        return f"attention on Hopper takes bfloat16 and float16, not {x.dtype}"
+    if x.shape[2] not in HEAD_DIMS:
+        return f"attention on Hopper takes head dims 64 and 128, not {x.shape[2]}"
+    if segments.lengths is not None or (segments_k is not None and segments_k.lengths is not None):
+        return "attention on Hopper takes packed segments, not slots with spare room (Segments.lengths)"
+    for x in tensors:
+        if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8 or x.data_ptr() % 16:
+            return f"attention on Hopper takes rows and heads at multiples of 16 bytes, not strides {x.stride()}"
+    return None
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """Blocks of so many rows of one head, which end with a segment (the arithmetic is above)."""
+    row = x.stride(0)
+    shape, strides = [0x7FFF0000, 0x7FFF0000, FAR.value, *x.shape[1:]], [2**34 - row, row, *x.stride()]
+    return TensorDescriptor(x, shape, strides, [1, 1, rows, 1, x.shape[2]], TILE_LAYOUT)

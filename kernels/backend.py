@@ -1,5 +1,7 @@
 """Where a kernel may run: the one place that decides between Triton and plain PyTorch."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 from torch import Tensor
@@ -19,3 +21,22 @@ def runs_triton(x: Tensor) -> bool:
     if INTERPRETED:
         return x.dtype in (torch.float16, torch.float32)
     return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
+def define_op(implementation: Callable, fake: Callable) -> Callable:
+    """Make ``name_op``, a function of tensors and numbers, the op ``avlm::name``: one opaque thing to torch.compile,
+    torch.func and checkpointing. ``fake`` gives results of the right shape and dtype. Results are new and contiguous.
+
+    The op has no derivative; an autograd.Function around it has. (torch.library.custom_op, in torch 2.11, adds an
+    autograd layer of its own that torch.func refuses.)
+    """
+    name = implementation.__name__.removesuffix("_op")
+
+    def on_its_device(first: Tensor, *arguments):
+        with torch.cuda.device_of(first):
+            return implementation(first, *arguments)
+
+    torch.library.define(f"avlm::{name}", torch.library.infer_schema(implementation, mutates_args=()))
+    torch.library.impl(f"avlm::{name}", ("CPU", "CUDA"), on_its_device)
+    torch.library.register_fake(f"avlm::{name}", fake)
+    return getattr(torch.ops.avlm, name).default

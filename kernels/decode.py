@@ -19,13 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import LOG2_E, runs_triton
+from kernels.backend import LOG2_E, define_op, runs_triton
 
 MAX_HEAD_DIM = 256
 TILE_BYTES = 16 * 1024  # of keys, and again of values, that a program asks for at a time
-PROGRAMS_PER_PROCESSOR = (
-    3  # that fit at a time; with two tiles on the way to each, a processor waits for 96 KiB or more
-)
+PROGRAMS_PER_PROCESSOR = 3  # that fit at a time: each waits for one or two tiles of both, together 96 KiB or more
 MIN_SPLIT = 128  # slots that are worth a program
 MAX_SPLIT = 2048  # slots after which the long sequences of a batch with short ones would end too late
 
@@ -79,25 +77,21 @@ def _split_kernel(
     MIN_SPLIT: tl.constexpr,
 ):
     # One program owns one split of one sequence's slots and one key head, for all GROUP query heads that read it.
-    # Key heads come first in the launch order: programs that run together read neighbouring bytes.
     k_head, split, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     length, split_size = _share(length_ptr, b, S, num_splits, MIN_SPLIT)
     start = split * split_size
     if (split > 0) & (start >= length):  # split 0 of an empty sequence goes on, to write zeros
         return
     end = tl.minimum(start + split_size, length)
-
     g, s, e = tl.arange(0, ROWS), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_E)
     inside_q = (g < GROUP)[:, None] & (e < E)[None, :]
     head = (b * tl.num_programs(0) + k_head) * GROUP + g
     q = tl.load(q_ptr + head[:, None] * E + e[None, :], mask=inside_q, other=0.0)
     k_ptr += b * k_stride_b + k_head * k_stride_k + start.to(tl.int64) * k_stride_s
     v_ptr += b * v_stride_b + k_head * v_stride_k + start.to(tl.int64) * v_stride_s
-    k_offset = s[:, None] * k_stride_s + e[None, :]
-    v_offset = s[:, None] * v_stride_s + e[None, :]
+    k_offset, v_offset = s[:, None] * k_stride_s + e[None, :], s[:, None] * v_stride_s + e[None, :]
 
-    m = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    m, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     out = tl.zeros((ROWS, BLOCK_E), tl.float32)
     for first in range(start, end, BLOCK_S):
         used = first + s < end
@@ -112,8 +106,7 @@ def _split_kernel(
         v = tl.load(v_ptr + v_offset, mask=inside, other=0.0)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
         m = m_next
-        k_ptr += BLOCK_S * k_stride_s
-        v_ptr += BLOCK_S * v_stride_s
+        k_ptr, v_ptr = k_ptr + BLOCK_S * k_stride_s, v_ptr + BLOCK_S * v_stride_s
 
     part = head * num_splits + split
     total = tl.where(total == 0.0, 1.0, total)
@@ -166,7 +159,7 @@ def _config(E: int, group: int, itemsize: int) -> dict[str, int]:
     tile = {"ROWS": rows, "BLOCK_S": min(128, TILE_BYTES // (block_e * itemsize)), "BLOCK_E": block_e, "num_stages": 3}
     if rows * block_e * itemsize > 4096:
         return {**tile, "num_warps": 8}
-    return {**tile, "num_warps": 4, "maxnreg": 65536 // PROGRAMS_PER_PROCESSOR // 128 // 8 * 8}
+    return {**tile, "num_warps": 4, "maxnreg": 168}  # of 65,536 registers, for three programs of 128 threads
 
 
 def _num_splits(B: int, S: int, K: int, processors: int) -> int:
@@ -175,8 +168,9 @@ def _num_splits(B: int, S: int, K: int, processors: int) -> int:
     return max(1, min(max(fill, triton.cdiv(S, MAX_SPLIT)), triton.cdiv(S, MIN_SPLIT)))
 
 
-@torch.library.custom_op("avlm::decode_attention", mutates_args=())
-def _decode(q_BHE: Tensor, k_cache_BSKE: Tensor, v_cache_BSKE: Tensor, length_B: Tensor, scale: float) -> Tensor:
+def decode_attention_op(
+    q_BHE: Tensor, k_cache_BSKE: Tensor, v_cache_BSKE: Tensor, length_B: Tensor, scale: float
+) -> Tensor:
     B, H, E = q_BHE.shape
     S, K = k_cache_BSKE.shape[1:3]
     q_BHE, length_B = q_BHE.contiguous(), length_B.contiguous()
@@ -184,39 +178,38 @@ def _decode(q_BHE: Tensor, k_cache_BSKE: Tensor, v_cache_BSKE: Tensor, length_B:
     if q_BHE.numel() == 0:
         return out_BHE
     config = _config(E, H // K, q_BHE.element_size())
-    on_device = q_BHE.is_cuda  # the interpreter has no processors to count; 16 give it splits to merge
-    processors = torch.cuda.get_device_properties(q_BHE.device).multi_processor_count if on_device else 16
+    processors = 16  # in the interpreter, to have splits to merge
+    if q_BHE.is_cuda:
+        processors = torch.cuda.get_device_properties(q_BHE.device).multi_processor_count
     N = _num_splits(B, S, K, processors)
     # One split is the whole sequence, and its (B, H, 1, E) is the result.
     part_BHNE = out_BHE if N == 1 else out_BHE.new_empty((B, H, N, E), dtype=torch.float32)
     lse_BHN = out_BHE.new_empty((B, H, N), dtype=torch.float32)
-    with torch.cuda.device_of(q_BHE):
-        _split_kernel[(K, N, B)](
-            q_BHE,
-            k_cache_BSKE,
-            v_cache_BSKE,
-            length_B,
-            part_BHNE,
-            lse_BHN,
-            *k_cache_BSKE.stride()[:3],
-            *v_cache_BSKE.stride()[:3],
-            S,
-            N,
-            scale * LOG2_E,
-            GROUP=H // K,
-            E=E,
-            MIN_SPLIT=MIN_SPLIT,
-            **config,
-        )
-        if N > 1:
-            constants = {"E": E, "BLOCK_E": config["BLOCK_E"], "MIN_SPLIT": MIN_SPLIT}
-            _merge_kernel[(H, B)](part_BHNE, lse_BHN, length_B, out_BHE, S, N, **constants)
+    # Key heads come first in the launch order: programs that run together read neighbouring bytes.
+    _split_kernel[(K, N, B)](
+        q_BHE,
+        k_cache_BSKE,
+        v_cache_BSKE,
+        length_B,
+        part_BHNE,
+        lse_BHN,
+        *k_cache_BSKE.stride()[:3],
+        *v_cache_BSKE.stride()[:3],
+        S,
+        N,
+        scale * LOG2_E,
+        GROUP=H // K,
+        E=E,
+        MIN_SPLIT=MIN_SPLIT,
+        **config,
+    )
+    if N > 1:
+        constants = {"E": E, "BLOCK_E": config["BLOCK_E"], "MIN_SPLIT": MIN_SPLIT}
+        _merge_kernel[(H, B)](part_BHNE, lse_BHN, length_B, out_BHE, S, N, **constants)
     return out_BHE
 
 
-@_decode.register_fake
-def _(q_BHE, k_cache_BSKE, v_cache_BSKE, length_B, scale):
-    return q_BHE.new_empty(q_BHE.shape)
+_decode = define_op(decode_attention_op, lambda q_BHE, *_: q_BHE.new_empty(q_BHE.shape))
 
 
 def decode_attention(

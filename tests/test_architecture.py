@@ -22,7 +22,7 @@ ALLOWED = {
     "generate": ("avlm",),
 }
 NO_PROCESSES = ("avlm/models", "avlm/data", "kernels")  # no torch.distributed, DTensor, environment
-MAX_LINES, MAX_FUNCTION = 330, 45
+MAX_LINES, MAX_FUNCTION, MAX_KERNEL = 330, 45, 60
 # file or file:function -> why it may be longer
 LONGER = {
     "avlm/config.py": "every knob in one file",
@@ -70,8 +70,11 @@ def test_a_file_is_read_in_one_sitting(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and f"{name}:{node.name}" not in LONGER:
             docstring = ast.get_docstring(node, clean=False) or ""
-            length = node.end_lineno - node.lineno + 1 - len(docstring.splitlines())
-            assert length <= MAX_FUNCTION, f"{name}: {node.name} has {length} lines"
+            # A kernel's signature is a list of pointers and sizes; what has to be understood is its body.
+            kernel = any("triton.jit" in ast.unparse(x) or "gluon.jit" in ast.unparse(x) for x in node.decorator_list)
+            start, most = (node.body[0].lineno, MAX_KERNEL) if kernel else (node.lineno, MAX_FUNCTION)
+            length = node.end_lineno - start + 1 - len(docstring.splitlines())
+            assert length <= most, f"{name}: {node.name} has {length} lines"
 
 
 def test_train_and_generate_stay_short():

@@ -75,10 +75,9 @@ def start_session(seconds: float) -> Session:
 
 
 def times_ms(function: Callable[[], object], seconds: float, device: str) -> list[float]:
-    """Milliseconds of single calls, made for about ``seconds``, after a warm-up of at most 25 ms or one call."""
+    """Milliseconds of single calls, made for about ``seconds``; on a GPU after a warm-up of at most 25 ms."""
     if device == "cuda":
         return triton.testing.do_bench(function, warmup=min(25, 250 * seconds), rep=1000 * seconds, return_mode="all")
-    function()
     times, end = [], time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
         start = time.perf_counter()

@@ -1,15 +1,29 @@
 import pytest
-from triton.runtime.interpreter import GridExecutor
+from triton.runtime import interpreter
 
 
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
     """Names of the Triton kernels that the interpreter ran, in order."""
-    names, launch = [], GridExecutor.__call__
+    names, launch = [], interpreter.GridExecutor.__call__
 
     def counted(self, *arguments, **options):
         names.append(self.fn.__name__)
         return launch(self, *arguments, **options)
 
-    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
     return names
+
+
+@pytest.fixture
+def descriptors_that_add(monkeypatch):
+    """The interpreter of Triton 3.6 lacks ``descriptor.atomic_add``; its programs run one after the other."""
+
+    def reduce(self, kind, descriptor, value, indices):
+        pointers, mask = descriptor.materialize_pointers(indices)
+        zero = interpreter.TensorHandle(value.data * 0, value.dtype)
+        old = self.create_masked_load(pointers, mask, zero, None, None, False)
+        new = interpreter.TensorHandle(old.data + value.data, value.dtype)
+        self.create_masked_store(pointers, new, mask, None, None)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_descriptor_reduce", reduce, raising=False)

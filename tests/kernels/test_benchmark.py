@@ -13,7 +13,7 @@ from kernels.benchmark.attention import CHUNK, Shape, packed_documents
 from kernels.segments import Segments
 
 UNEQUAL = Shape(name="documents", lengths=(1024, 512), heads=16, kv_heads=8, head_dim=64, causal=True)
-EQUAL = Shape(name="images", lengths=(512, 512), heads=16, kv_heads=16, head_dim=64)
+EQUAL = Shape(name="images", lengths=(512, 512), heads=8, kv_heads=8, head_dim=64)
 NEWEST = Shape(name="batch 2", lengths=(1024, 1024), heads=16, kv_heads=8, head_dim=64, decode=True)
 PROVIDERS = tuple(attention.PROVIDERS)
 
@@ -105,6 +105,7 @@ def test_a_wrong_provider_shows_a_large_error(few_shapes, monkeypatch):
         return lambda q, k, v: 1.1 * run(q, k, v)
 
     monkeypatch.setitem(attention.PROVIDERS, "wrong", wrong)
+    monkeypatch.setitem(attention.SHAPES, "packed", lambda: [UNEQUAL])
     rows = rows_of("packed", "fwd", "bwd")
     for mode in ("fwd", "bwd"):
         row = rows["documents", mode, "wrong"]

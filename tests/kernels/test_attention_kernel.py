@@ -1,0 +1,240 @@
+"""The Triton kernels of attention, run by the public function in Triton's interpreter, against float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from kernels import attention_backward, attention_forward, attention_tiles
+from kernels.attention import _backward_op, _forward_op, attention, attention_reference
+from kernels.segments import Segments
+from tests.kernels.exact import NAMES, assert_as_exact_as_pytorch, random_inputs, results, slots
+
+pytestmark = pytest.mark.interpreter
+LENGTHS = [130, 1, 0, 200, 65]  # around the edges of a tile
+
+
+def small_tiles(monkeypatch, late_dk: bool = False):
+    """Tiles of 16: many blocks for few rows."""
+    tile = lambda E, dtype: dict(BLOCK_M=16, BLOCK_N=16, BLOCK_E=max(16, 1 << (E - 1).bit_length()))
+    monkeypatch.setattr(attention_forward, "forward_config", tile)
+    monkeypatch.setattr(attention_backward, "keys_config", lambda E, dtype: tile(E, dtype) | dict(LATE_DK=late_dk))
+    monkeypatch.setattr(attention_backward, "queries_config", tile)
+
+
+def add_dq(monkeypatch):
+    monkeypatch.setattr(attention_backward, "one_pass", lambda E, dtype: True)
+
+
+def test_the_public_function_runs_the_kernels(launches):
+    q = torch.randn(5, 2, 16, requires_grad=True)
+    attention(q, q, q, Segments.of([5]), causal=True).sum().backward()
+    assert launches == ["_forward_kernel", "_statistics_kernel", "_keys_kernel", "_queries_kernel"]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads", "dtype"),
+    [
+        (64, 2, 2, torch.float16),
+        (80, 2, 1, torch.float16),
+        (96, 2, 1, torch.float32),
+        (128, 2, 1, torch.float16),
+        (256, 1, 1, torch.float16),
+        (20, 2, 1, torch.float32),
+        (64, 3, 1, torch.float32),
+    ],
+)
+def test_every_head_dim_with_the_tiles_that_ship(head_dim, heads, kv_heads, dtype, causal):
+    segments = Segments.of(LENGTHS if dtype == torch.float16 else [40, 0, 33])
+    inputs = random_inputs(segments, segments, heads, kv_heads, head_dim, dtype)
+    assert_as_exact_as_pytorch(inputs, dtype, segments, segments, causal=causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dq_added_up_by_the_keys_kernel(causal, monkeypatch, descriptors_that_add, launches):
+    add_dq(monkeypatch)
+    segments = Segments.of(LENGTHS)
+    inputs = random_inputs(segments, segments, 4, 2, 64, torch.float16)
+    assert_as_exact_as_pytorch(inputs, torch.float16, segments, segments, causal=causal)
+    assert "_queries_kernel" not in launches
+    assert_as_exact_as_pytorch(inputs, torch.float16, segments, segments, causal=causal, deterministic=True)
+    assert "_queries_kernel" in launches
+
+
+@st.composite
+def layouts(draw):
+    """Segments of queries and keys, each perhaps with slots that are partly used."""
+    count = draw(st.integers(1, 4))
+    numbers = st.lists(st.integers(0, 34), min_size=count, max_size=count)
+    q_lengths = draw(numbers)
+    k_lengths = q_lengths if draw(st.booleans()) else draw(numbers)
+    part = lambda lengths: [draw(st.integers(0, n)) for n in lengths] if draw(st.booleans()) else None
+    return (q_lengths, part(q_lengths)), (k_lengths, part(k_lengths))
+
+
+@given(layout=layouts(), causal=st.booleans(), group=st.integers(1, 3), data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_any_segments_slots_and_groups_of_heads(layout, causal, group, data):
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16]))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    segments, segments_k = (slots(*lengths) for lengths in layout)
+    with pytest.MonkeyPatch.context() as patch:
+        small_tiles(patch, late_dk=data.draw(st.booleans()))
+        inputs = random_inputs(segments, segments_k, group, 1, 16, dtype)
+        assert_as_exact_as_pytorch(inputs, dtype, segments, segments_k, causal=causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_of_ten_thousand_neither_overflow_nor_vanish(causal):
+    """A log-sum-exp of 1e4 in float32 is known to 1e-3, and so are the probabilities that the backward makes of it."""
+    segments = Segments.of([70, 3])
+    q, k, v, dout, dlse = random_inputs(segments, segments, 2, 2, 64, torch.float32)
+    inputs = [q * 100, k * 100, v, dout, dlse]
+    ours, exact = (
+        results(function, inputs, dtype, segments, segments, causal=causal, scale=0.1)
+        for function, dtype in ((attention, torch.float32), (attention_reference, torch.float64))
+    )
+    assert 1e4 < exact["lse"].abs().max() < 1e5
+    for name in NAMES:
+        off = (ours[name] - exact[name]).abs().max() / exact[name].abs().max()
+        assert off < (1e-4 if name == "out" else 1e-6 if name == "lse" else 0.02), f"{name}: {off:.2g}"
+
+
+def test_memory_that_nobody_wrote_does_not_show():
+    torch.use_deterministic_algorithms(True)
+    segments, segments_k = slots([20, 30], [11, 30]), slots([40, 17], [33, 0])
+    inputs = random_inputs(segments, segments_k, 2, 1, 16, torch.float32)
+    for causal in (False, True):
+        assert_as_exact_as_pytorch(inputs, torch.float32, segments, segments_k, causal=causal)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_a_document_has_exactly_no_influence_on_another(one_pass, monkeypatch, descriptors_that_add):
+    if one_pass:
+        add_dq(monkeypatch)
+    q, k, v = (torch.randn(150, 2, 64, requires_grad=True) for _ in range(3))
+    out = attention(q, k, v, Segments.of([70, 80]), causal=False)
+    gradients = torch.autograd.grad(out[:70].square().sum(), (q, k, v))
+    assert all(g[:70].any() and not g[70:].any() for g in gradients)
+    with torch.no_grad():
+        k[70:], v[70:] = torch.inf, torch.nan
+    assert attention(q, k, v, Segments.of([70, 80]), causal=False)[:70].equal(out[:70])
+
+
+@pytest.mark.parametrize("make", [lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), lambda x: x[..., ::2]])
+def test_strides_that_the_copy_engine_cannot_read_are_copied(make):
+    segments = Segments.of([20, 9])
+    q, k, v = (make(torch.randn(29, 2, 32)) for _ in range(3))
+    assert not q.is_contiguous()
+    out = attention(q, k, v, segments, causal=True)
+    assert torch.allclose(out, attention_reference(q, k, v, segments, causal=True), atol=1e-5)
+
+
+def test_parts_of_a_fused_projection_are_read_in_place():
+    qkv = torch.randn(29, 6, 64, dtype=torch.float16)
+    q, k, v = qkv.split(2, dim=1)
+    assert all(attention_tiles.loadable(x, 64) is x for x in (q, k, v))
+    out = attention(q, k, v, Segments.of([29]), causal=True)
+    expected = attention_reference(q, k, v, Segments.of([29]), causal=True)
+    assert torch.allclose(out.float(), expected.float(), atol=2e-3)
+
+
+@pytest.mark.parametrize("lengths", [[0], [], [0, 0]])
+def test_no_tokens_give_no_output_and_no_gradient(lengths):
+    q, k, v = (torch.randn(0, 2, 16, requires_grad=True) for _ in range(3))
+    out, lse = attention(q, k, v, Segments.of(lengths), causal=True, return_lse=True)
+    assert out.shape == (0, 2, 16) and lse.shape == (2, 0)
+    assert all(g.shape == (0, 2, 16) for g in torch.autograd.grad(out.sum() + lse.sum(), (q, k, v)))
+
+
+def test_keys_that_come_in_parts_give_the_whole(monkeypatch):
+    """What ring attention does: out and lse go on from part to part, gradients of the parts add up."""
+    small_tiles(monkeypatch)
+    segments, left, right = Segments.of([50, 7]), Segments.of([31, 0]), Segments.of([19, 7])
+    whole = Segments.of([50, 7])
+    q, k, v, dout, dlse = random_inputs(segments, whole, 4, 2, 16, torch.float32)
+    rows = [torch.arange(31), torch.cat([torch.arange(31, 50), torch.arange(50, 57)])]
+    parts = [(k[r], v[r], part) for r, part in zip(rows, (left, right))]
+    out, lse = None, None
+    for k_part, v_part, part in parts:
+        earlier = None if out is None else (out.float(), lse)
+        out, lse = attention_forward.forward(q, k_part, v_part, segments, part, False, 0.25, earlier=earlier)
+    expected, expected_lse = attention(q, k, v, segments, causal=False, scale=0.25, return_lse=True)
+    assert out.dtype == torch.float32
+    assert torch.allclose(out, expected, atol=1e-5) and torch.allclose(lse, expected_lse, atol=1e-5)
+
+    statistics = attention_backward.statistics(out, dout, lse, dlse)
+    backward = lambda k, v, part: attention_backward.backward(
+        dout, q, k, v, *statistics, segments, part, False, 0.25, True, torch.float32
+    )
+    dq, dk, dv = backward(k, v, whole)
+    shares = [backward(*part) for part in parts]
+    assert torch.allclose(sum(share[0] for share in shares), dq, atol=1e-5)
+    for i, gradient in ((1, dk), (2, dv)):
+        assert torch.allclose(torch.cat([share[i] for share in shares]), gradient, atol=1e-5)
+
+
+def test_earlier_results_of_queries_without_new_keys_stay():
+    segments, none = Segments.of([20, 20]), Segments.of([0, 20])
+    q, k, v = torch.randn(40, 2, 16), torch.randn(20, 2, 16), torch.randn(20, 2, 16)
+    earlier = (torch.randn(40, 2, 16), torch.randn(2, 40))
+    earlier[1][:, 25:] = -torch.inf
+    earlier[0][25:] = 0.0
+    out, lse = attention_forward.forward(q, k, v, segments, none, False, 0.25, earlier=earlier)
+    assert torch.allclose(out[:20], earlier[0][:20]) and torch.allclose(lse[:, :20], earlier[1][:, :20])
+    alone, alone_lse = attention(q, k, v, segments, causal=False, segments_k=none, return_lse=True)
+    assert torch.allclose(out[25:], alone[25:]) and torch.allclose(lse[:, 25:], alone_lse[:, 25:])
+
+
+def test_the_op_keeps_its_promises_to_torch():
+    segments = Segments.of([9, 4])
+    q, k, v = (torch.randn(13, h, 16) for h in (4, 2, 2))
+    layout = (segments.cu_seqlens, segments.cu_seqlens, None, None, True, 0.25)
+    torch.library.opcheck(_forward_op, (q, k, v, *layout))
+    out, lse = _forward_op(q, k, v, *layout)
+    torch.library.opcheck(_backward_op, (out, lse, q, k, v, out, lse, *layout, True))
+
+
+def test_a_compiled_block_has_no_graph_break():
+    weight = torch.randn(32, 32, requires_grad=True)
+
+    def block(x_TD, segments):
+        q_THE = (x_TD @ weight).unflatten(-1, (2, 16))
+        return attention(q_THE, q_THE, q_THE, segments, causal=True).flatten(1) @ weight
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for lengths in ([5, 3], [6, 3, 4]):
+        x, segments = torch.randn(sum(lengths), 32), Segments.of(lengths)
+        results = [f(x, segments) for f in (block, compiled)]
+        gradients = [torch.autograd.grad(y.square().sum(), weight)[0] for y in results]
+        assert torch.allclose(*results, atol=1e-4) and torch.allclose(*gradients, rtol=1e-4, atol=1e-3)
+
+
+def test_checkpointing_and_torch_func_see_one_op(launches):
+    q, k, v = (torch.randn(9, 2, 16, requires_grad=True) for _ in range(3))
+    run = lambda *qkv: attention(*qkv, Segments.of([9]), causal=True).square().sum()
+    expected = torch.autograd.grad(run(q, k, v), (q, k, v))
+    launches.clear()
+    kept = torch.autograd.grad(checkpoint(run, q, k, v, use_reentrant=False), (q, k, v))
+    assert launches.count("_forward_kernel") == 2
+    functional = torch.func.grad(run, argnums=(0, 1, 2))(q, k, v)
+    assert all(a.equal(b) and a.equal(c) for a, b, c in zip(expected, kept, functional))
+
+
+def test_a_second_derivative_is_refused():
+    q = torch.randn(5, 2, 16, requires_grad=True)
+    [gradient] = torch.autograd.grad(
+        attention(q, q, q, Segments.of([5]), causal=True).square().sum(), q, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_debug_mode_reads_the_boundaries(monkeypatch):
+    monkeypatch.setattr("kernels.backend.DEBUG", True)
+    q = torch.randn(5, 2, 16)
+    with pytest.raises(ValueError, match=r"ascend from 0 to 5, not torch.int32 \[0, 4\]"):
+        attention(q, q, q, Segments.of([4]), causal=True)
