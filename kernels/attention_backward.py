@@ -253,39 +253,45 @@ def backward(
     clean = lambda x, layout: loadable(_without_spare_rows(x, layout), keys["BLOCK_E"])
     q_THE, dout_THE = (clean(x, segments) for x in (q_THE, dout_THE))
     k_SKE, v_SKE = (clean(x, segments_k) for x in (k_SKE, v_SKE))
-    shared = dict(
-        lse2_ptr=lse2_HR,
-        delta_ptr=delta_HR,
-        cu_q_ptr=segments.cu_seqlens,
-        cu_k_ptr=segments_k.cu_seqlens,
-        used_q_ptr=segments.lengths,
-        used_k_ptr=segments_k.lengths,
-        N=len(segments),
-        ROWS=lse2_HR.shape[1],
-        heads_per_key=H // K,
-        scale=scale,
-        scale_log2=scale * LOG2_E,
-        E=dq_THE.shape[2],
-        CAUSAL=causal,
-        PRECISION=precision(q_THE.dtype),
-    )
-    tiles = lambda config: dict(
-        q_desc=descriptor(q_THE, config["BLOCK_M"]),
-        k_desc=descriptor(k_SKE, config["BLOCK_N"]),
-        v_desc=descriptor(v_SKE, config["BLOCK_N"]),
-        dout_desc=descriptor(dout_THE, config["BLOCK_M"]),
+    arguments = lambda config: (
+        config
+        | _arguments((q_THE, k_SKE, v_SKE, dout_THE), (lse2_HR, delta_HR), segments, segments_k, causal, scale, config)
     )
     add_dq = not deterministic and one_pass(E, q_THE.dtype)
     dq32_THE = q_THE.new_zeros(q_THE.shape, dtype=torch.float32) if add_dq else None
     outputs = dict(dk_ptr=dk_SKE, dv_ptr=dv_SKE, dq_desc=descriptor(dq32_THE, keys["BLOCK_M"]) if add_dq else None)
     grid = (num_tiles(S, segments_k, keys["BLOCK_N"]), K)
-    _keys_kernel[grid](**tiles(keys), **shared, **keys, **outputs, K=K, ADD_DQ=add_dq)
+    _keys_kernel[grid](**arguments(keys), **outputs, E=E, K=K, ADD_DQ=add_dq)
     if add_dq:
         torch.mul(dq32_THE[:, :, :E], scale, out=dq_THE)
     else:
         grid = (num_tiles(T, segments, queries["BLOCK_M"]), H)
-        _queries_kernel[grid](**tiles(queries), **shared, **queries, dq_ptr=dq_THE, H=H)
+        _queries_kernel[grid](**arguments(queries), dq_ptr=dq_THE, E=E, H=H)
     return dq_THE, dk_SKE, dv_SKE
+
+
+def _arguments(tensors, statistics, segments, segments_k, causal, scale, config) -> dict:
+    """What both kernels take, but for their results."""
+    q_THE, k_SKE, v_SKE, dout_THE = tensors
+    return dict(
+        q_desc=descriptor(q_THE, config["BLOCK_M"]),
+        k_desc=descriptor(k_SKE, config["BLOCK_N"]),
+        v_desc=descriptor(v_SKE, config["BLOCK_N"]),
+        dout_desc=descriptor(dout_THE, config["BLOCK_M"]),
+        lse2_ptr=statistics[0],
+        delta_ptr=statistics[1],
+        cu_q_ptr=segments.cu_seqlens,
+        cu_k_ptr=segments_k.cu_seqlens,
+        used_q_ptr=segments.lengths,
+        used_k_ptr=segments_k.lengths,
+        N=len(segments),
+        ROWS=statistics[0].shape[1],
+        heads_per_key=q_THE.shape[1] // k_SKE.shape[1],
+        scale=scale,
+        scale_log2=scale * LOG2_E,
+        CAUSAL=causal,
+        PRECISION=precision(q_THE.dtype),
+    )
 
 
 def statistics(out_THE: Tensor, dout_THE: Tensor, lse_HT: Tensor, dlse_HT: Tensor | None) -> tuple[Tensor, Tensor]:
