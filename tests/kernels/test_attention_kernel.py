@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from avlm.config import DecoderConfig
+from avlm.models.decoder import Decoder, rope_frequencies, rope_table
 from kernels import attention_backward, attention_forward, attention_tiles
 from kernels.attention import _backward_op, _forward_op, attention, attention_reference
 from kernels.segments import Segments
@@ -198,19 +200,28 @@ def test_the_op_keeps_its_promises_to_torch():
     torch.library.opcheck(_backward_op, (out, lse, q, k, v, out, lse, *layout, True))
 
 
-def test_a_compiled_block_has_no_graph_break():
-    weight = torch.randn(32, 32, requires_grad=True)
-
-    def block(x_TD, segments):
-        q_THE = (x_TD @ weight).unflatten(-1, (2, 16))
-        return attention(q_THE, q_THE, q_THE, segments, causal=True).flatten(1) @ weight
-
+def test_a_compiled_decoder_block_has_no_graph_break_and_the_same_gradients():
+    size = dict(vocab_size=8, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=1)
+    decoder = Decoder(DecoderConfig(**size))
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    [block] = decoder.blocks
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    for lengths in ([5, 3], [6, 3, 4]):
-        x, segments = torch.randn(sum(lengths), 32), Segments.of(lengths)
-        results = [f(x, segments) for f in (block, compiled)]
-        gradients = [torch.autograd.grad(y.square().sum(), weight)[0] for y in results]
-        assert torch.allclose(*results, atol=1e-4) and torch.allclose(*gradients, rtol=1e-4, atol=1e-3)
+    for lengths in ([5, 3], [6, 3, 4], [2, 2, 2, 1]):
+        x, position = torch.randn(sum(lengths), 32), torch.cat([torch.arange(n) for n in lengths])
+        rope = rope_table(rope_frequencies(decoder.config, "cpu"), position)
+        a, b = (f(x, rope, Segments.of(lengths)) for f in (block, compiled))
+        gradients = [torch.autograd.grad(y.square().sum(), list(block.parameters())) for y in (a, b)]
+        assert torch.allclose(a, b, atol=1e-5)
+        assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in zip(*gradients))
+
+
+def test_a_tensor_that_is_query_key_and_value_keeps_all_its_gradient_when_compiled():
+    function = lambda x: attention(x, x, x, Segments.of([5, 3]), causal=True).square().sum()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    x = torch.randn(8, 2, 16, requires_grad=True)
+    [a], [b] = (torch.autograd.grad(f(x), x) for f in (function, compiled))
+    assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_checkpointing_and_torch_func_see_one_op(launches):
