@@ -10,6 +10,7 @@ T query rows   S key rows   H query heads   K key/value heads (H a multiple of K
 N segments of one group   Q, L rows of each (queries, keys)
 """
 
+import math
 from collections import defaultdict
 from functools import lru_cache
 
@@ -20,8 +21,6 @@ from torch.autograd.function import once_differentiable
 
 from kernels import attention_backward, attention_forward, backend
 from kernels.segments import Segments
-
-MAX_HEAD_DIM = 256
 
 
 def attention_reference(q_THE, k_SKE, v_SKE, segments, *, causal, segments_k=None, scale=None, return_lse=False):
@@ -105,11 +104,8 @@ def attention_forward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out_THE and lse_HT by the Triton kernels. Segments come as their tensors, which is all that an op may take."""
-    segments, segments_k = Segments(cu_q, 0, used_q), Segments(cu_k, 0, used_k)
-    if backend.DEBUG:
-        segments.check(q_THE.shape[0])
-        segments_k.check(k_SKE.shape[0])
-    return attention_forward.forward(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale)
+    layout = _segments(cu_q, used_q), _segments(cu_k, used_k)
+    return attention_forward.forward(q_THE, k_SKE, v_SKE, *layout, causal, scale)
 
 
 def _fake_forward(q_THE, k_SKE, v_SKE, *_):
@@ -133,15 +129,20 @@ def attention_backward_op(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dout_THE = dout_THE.contiguous()
     statistics = attention_backward.statistics(out_THE, dout_THE, lse_HT, dlse_HT)
-    segments, segments_k = Segments(cu_q, 0, used_q), Segments(cu_k, 0, used_k)
+    layout = _segments(cu_q, used_q), _segments(cu_k, used_k)
     return attention_backward.backward(
-        dout_THE, q_THE, k_SKE, v_SKE, *statistics, segments, segments_k, causal, scale, deterministic
+        dout_THE, q_THE, k_SKE, v_SKE, *statistics, *layout, causal, scale, deterministic
     )
 
 
 def _fake_backward(dout_THE, dlse_HT, q_THE, k_SKE, v_SKE, *_):
     return tuple(x.new_empty(x.shape) for x in (q_THE, k_SKE, v_SKE))
+
+
+def _segments(cu_seqlens: Tensor, lengths: Tensor | None) -> Segments:
+    return Segments(cu_seqlens.contiguous(), 0, None if lengths is None else lengths.contiguous())
 
 
 _forward_op = backend.define_op(attention_forward_op, _fake_forward)
@@ -192,14 +193,21 @@ def attention(
     asks for gradients that repeat bit for bit, by default as torch.use_deterministic_algorithms does.
     """
     segments_k = segments if segments_k is None else segments_k
-    scale = q_THE.shape[-1] ** -0.5 if scale is None else scale
-    _check(q_THE, k_SKE, v_SKE, segments, segments_k, scale)
+    _check(q_THE, k_SKE, v_SKE, segments, segments_k)
+    scale = q_THE.shape[2] ** -0.5 if scale is None else scale
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, not {scale}")
+    if backend.DEBUG:
+        segments.check(q_THE.shape[0])
+        segments_k.check(k_SKE.shape[0])
     if not backend.runs_triton(q_THE):
         return attention_reference(
             q_THE, k_SKE, v_SKE, segments, causal=causal, segments_k=segments_k, scale=scale, return_lse=return_lse
         )
-    if q_THE.shape[2] > MAX_HEAD_DIM:
-        raise ValueError(f"head dim {q_THE.shape[2]} is over {MAX_HEAD_DIM}, the most that the attention kernel holds")
+    if q_THE.shape[2] > backend.MAX_HEAD_DIM:
+        raise ValueError(
+            f"head dim {q_THE.shape[2]} is over the {backend.MAX_HEAD_DIM} that the attention kernel holds"
+        )
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     layout = (segments.cu_seqlens, segments_k.cu_seqlens, segments.lengths, segments_k.lengths)
@@ -209,22 +217,28 @@ def attention(
     return (out_THE, lse_HT) if return_lse else out_THE
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments, segments_k: Segments, scale: float) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments, segments_k: Segments) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 3:
         raise ValueError(f"attention takes packed rows (tokens, heads, head dim), not {shapes}")
     if k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(f"k and v must have one shape, with the head dim of q: {shapes}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly")
+    if 0 in (q.shape[1], k.shape[1], q.shape[2]) or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads of {q.shape[2]} cannot share {k.shape[1]} key heads evenly")
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
         raise ValueError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if not q.device == k.device == v.device == segments.cu_seqlens.device == segments_k.cu_seqlens.device:
-        places = f"{q.device}, {k.device}, {v.device}, {segments.cu_seqlens.device}, {segments_k.cu_seqlens.device}"
-        raise ValueError(f"q, k, v and the segments of both must be on one device, not {places}")
+    for x in (segments.cu_seqlens, segments.lengths, segments_k.cu_seqlens, segments_k.lengths):
+        if x is not None and (x.dtype != torch.int32 or x.dim() != 1):
+            raise ValueError(f"cu_seqlens and lengths must be int32 vectors, not {x.dtype} {tuple(x.shape)}")
+        if x is not None and not x.device == q.device == k.device == v.device:
+            raise ValueError(
+                f"q, k, v and segments must share a device: {q.device}, {k.device}, {v.device}, {x.device}"
+            )
+    for x in (segments, segments_k):
+        if x.cu_seqlens.shape[0] == 0 or (x.lengths is not None and len(x) != x.lengths.shape[0]):
+            used = "none" if x.lengths is None else x.lengths.shape[0]
+            raise ValueError(f"N segments take N + 1 cu_seqlens and N lengths, not {x.cu_seqlens.shape[0]} and {used}")
     if len(segments) != len(segments_k):
         raise ValueError(f"{len(segments)} segments of queries cannot meet {len(segments_k)} segments of keys")
     if len(segments) == 0 and q.shape[0]:
         raise ValueError(f"{q.shape[0]} queries belong to no segment")
-    if not scale >= 0:
-        raise ValueError(f"scale {scale} must not be negative")

@@ -39,7 +39,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 _ROOM = 128  # rows that a tile may reach past the last one
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "ROWS"])
 def _statistics_kernel(
     out_ptr,
     dout_ptr,
@@ -69,7 +69,7 @@ def _statistics_kernel(
     tl.store(delta_ptr + h * ROWS + row, tl.where(lse == NOTHING, 0.0, delta), mask=row < ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ROWS", "heads_per_key"])
 def _keys_kernel(
     q_desc,
     k_desc,
@@ -161,7 +161,7 @@ def _keys_kernel(
     store_tile(dv_ptr, dv, k_begin, col, k_length, slot, kh, K, E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ROWS", "heads_per_key"])
 def _queries_kernel(
     q_desc,
     k_desc,
@@ -242,7 +242,7 @@ def backward(
     """dq_THE, dk_SKE and dv_SKE in ``dtype`` (by default that of q), from the ``statistics`` of the whole softmax.
 
     k and v may be some of the keys that the statistics are about: such shares add up, as ring attention needs.
-    A NaN in q or dout of one segment can reach its neighbours, as it can in every product of whole tiles.
+    A NaN in a segment can reach all gradients of segments that share its tiles: hidden pairs are 0, and 0 NaN is not.
     """
     (T, H, E), (S, K) = q_THE.shape, k_SKE.shape[:2]
     dtype = dtype or q_THE.dtype

@@ -86,7 +86,7 @@ def _merge(lse, other):
     return tl.where(total == 0.0, 0.0, weight / total), base + tl.log(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N", "heads_per_key"])
 def _forward_kernel(
     q_desc,
     k_desc,
@@ -190,7 +190,9 @@ def forward(
     out_THE = torch.empty((T, H, E), dtype=q_THE.dtype if earlier is None else torch.float32, device=q_THE.device)
     lse_HT = torch.empty((H, T), dtype=torch.float32, device=q_THE.device)
     if T == 0 or k_SKE.shape[0] == 0:
-        return (out_THE.zero_(), lse_HT.fill_(-torch.inf)) if earlier is None else earlier
+        if earlier is not None:
+            return out_THE.copy_(earlier[0]), lse_HT.copy_(earlier[1])
+        return out_THE.zero_(), lse_HT.fill_(-torch.inf)
     config = forward_config(E, q_THE.dtype)
     q_THE, k_SKE, v_SKE = (loadable(x, config["BLOCK_E"]) for x in (q_THE, k_SKE, v_SKE))
     earlier_out, earlier_lse = (None, None) if earlier is None else (x.contiguous() for x in earlier)

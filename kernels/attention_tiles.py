@@ -91,7 +91,8 @@ def loadable(x_THE: Tensor, block_e: int) -> Tensor:
     E = x_THE.shape[2]
     if block_e > E:
         return F.pad(x_THE, (0, block_e - E))
-    aligned = (x_THE.stride(0) * x_THE.element_size()) % 16 == 0 and x_THE.data_ptr() % 16 == 0
+    row = x_THE.stride(0)  # 0 in an expanded gradient
+    aligned = row >= x_THE.shape[1] * E and (row * x_THE.element_size()) % 16 == 0 and x_THE.data_ptr() % 16 == 0
     return x_THE if aligned and x_THE.stride()[1:] == (E, 1) else x_THE.clone(memory_format=torch.contiguous_format)
 
 

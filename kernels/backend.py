@@ -1,6 +1,7 @@
 """Where a kernel may run: the one place that decides between Triton and plain PyTorch."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import triton
@@ -9,23 +10,33 @@ from torch import Tensor
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on CPU tensors, slowly
 DEBUG = triton.knobs.runtime.debug  # TRITON_DEBUG=1: indices are checked, which waits for the device
 
+MIN_SHARED_MEMORY = 160 * 1024  # bytes of one program that tiles may take: A100, H100, B200, not the smaller cards
+MAX_HEAD_DIM = 256  # that attention and decoding hold
+
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E)
 LN_2 = 0.6931471805599453
 
 
 def runs_triton(x: Tensor) -> bool:
-    """True for half, bfloat16 and float32 on CUDA, and on the CPU in Triton's interpreter.
+    """True for half, bfloat16 and float32 on a large CUDA device, and on the CPU in Triton's interpreter.
 
     float64 is PyTorch's alone, and bfloat16 is so in the interpreter, whose products of it are wrong (Triton 3.6).
     """
     if INTERPRETED:
         return x.dtype in (torch.float16, torch.float32)
-    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and _is_large(x.device.index)
 
 
-def define_op(implementation: Callable, fake: Callable) -> Callable:
+@torch.compiler.assume_constant_result
+@cache
+def _is_large(device: int) -> bool:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= MIN_SHARED_MEMORY
+
+
+def define_op(implementation: Callable, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable:
     """Make ``name_op``, a function of tensors and numbers, the op ``avlm::name``: one opaque thing to torch.compile,
-    torch.func and checkpointing. ``fake`` gives results of the right shape and dtype. Results are new and contiguous.
+    torch.func and checkpointing. ``fake`` gives results of the right shape and dtype. Results are new and contiguous;
+    ``mutates`` names the arguments that are written to.
 
     The op has no derivative; an autograd.Function around it has. (torch.library.custom_op, in torch 2.11, adds an
     autograd layer of its own that torch.func refuses.)
@@ -36,7 +47,7 @@ def define_op(implementation: Callable, fake: Callable) -> Callable:
         with torch.cuda.device_of(first):
             return implementation(first, *arguments)
 
-    torch.library.define(f"avlm::{name}", torch.library.infer_schema(implementation, mutates_args=()))
+    torch.library.define(f"avlm::{name}", torch.library.infer_schema(implementation, mutates_args=mutates))
     torch.library.impl(f"avlm::{name}", ("CPU", "CUDA"), on_its_device)
     torch.library.register_fake(f"avlm::{name}", fake)
     return getattr(torch.ops.avlm, name).default

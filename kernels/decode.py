@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import LOG2_E, define_op, runs_triton
+from kernels.backend import LOG2_E, MAX_HEAD_DIM, define_op, runs_triton
 
-MAX_HEAD_DIM = 256
 TILE_BYTES = 16 * 1024  # of keys, and again of values, that a program asks for at a time
 PROGRAMS_PER_PROCESSOR = 3  # that fit at a time: each waits for one or two tiles of both, together 96 KiB or more
 MIN_SPLIT = 128  # slots that are worth a program

@@ -1,5 +1,9 @@
 """Attention against the formula in float64, one query at a time."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -115,3 +119,55 @@ def test_other_segments_do_not_matter():
     for x in (q, k, v):
         x[5:] = 9.0
     assert attention(q, k, v, Segments.of([5, 7]), causal=True)[:5].equal(whole[:5])
+
+
+GOOD = dict(q=torch.zeros(5, 4, 8), k=torch.zeros(5, 2, 8), v=torch.zeros(5, 2, 8), segments=Segments.of([5]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.zeros(5, 32)}, r"takes packed rows .* not q \(5, 32\)"),
+        ({"v": torch.zeros(6, 2, 8)}, r"one shape, .* k \(5, 2, 8\), v \(6, 2, 8\)"),
+        ({"q": torch.zeros(5, 3, 8)}, "3 query heads of 8 cannot share 2 key heads"),
+        ({"q": torch.zeros(5, 0, 8)}, "0 query heads"),
+        ({"q": torch.zeros(5, 4, 8).half()}, "share one floating dtype, not torch.float16, torch.float32"),
+        ({"segments_k": Segments.of([2, 3])}, "1 segments of queries cannot meet 2 segments of keys"),
+        ({"segments": Segments.of([])}, "5 queries belong to no segment"),
+        ({"segments": Segments(torch.tensor([0, 5]), 5)}, r"int32 vectors, not torch.int64 \(2,\)"),
+        (
+            {"segments": Segments(torch.zeros(0, dtype=torch.int32), 5)},
+            r"N \+ 1 cu_seqlens and N lengths, not 0 and none",
+        ),
+        ({"segments": segments_of([5, 0], [5])}, "N lengths, not 3 and 1"),
+        ({"scale": 0.0}, "positive and finite, not 0.0"),
+        ({"scale": float("nan")}, "positive and finite, not nan"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_in_one_line(changes, message):
+    given = GOOD | changes
+    options = {name: given.pop(name) for name in ("segments_k", "scale") if name in given}
+    with pytest.raises(ValueError, match=message) as caught:
+        attention(*given.values(), causal=True, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_debug_mode_reads_the_boundaries(monkeypatch):
+    monkeypatch.setattr("kernels.backend.DEBUG", True)
+    q = torch.randn(5, 2, 16)
+    for boundaries in ([0, 4], [1, 5], [0, 3, 2, 5]):
+        segments = Segments(torch.tensor(boundaries, dtype=torch.int32), 5)
+        with pytest.raises(ValueError, match="ascend from 0 to 5"):
+            attention(q, q, q, segments, causal=True)
+    with pytest.raises(ValueError, match=r"lengths \[6\] do not fit into slots of \[5\]"):
+        attention(q, q, q, segments_of([5], [6]), causal=True)
+
+
+def test_importing_the_kernels_does_not_touch_the_gpu():
+    code = """
+import torch
+from kernels import attention, attention_hopper, cross_entropy, decode, projector
+from kernels.benchmark import attention
+assert not torch.cuda.is_initialized()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

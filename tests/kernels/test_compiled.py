@@ -17,18 +17,25 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg")
 SHAPES = [(64, torch.bfloat16), (64, torch.float32), (128, torch.bfloat16), (128, torch.float32), (256, torch.bfloat16)]
 
 
-def compiled(kernel, config: dict, dtype: torch.dtype, rows: dict[str, str], causal: bool, **constants) -> Compiled:
-    """The kernel with one of our configurations. ``rows``: which tile size each descriptor loads."""
+def compiled(
+    kernel, config: dict, dtype: torch.dtype, rows: dict[str, str], causal: bool, earlier: bool = False, **constants
+) -> Compiled:
+    """The kernel with one of our configurations. ``rows``: which tile size each descriptor loads. ``earlier``: with
+    slots and results of earlier keys, in float32."""
     config, name = dict(config), NAMES[dtype]
     options = {key: config.pop(key) for key in OPTIONS if key in config}
     types = {f"{x}_desc": f"tensordesc<{name}[{config[size]},{config['BLOCK_E']}]>" for x, size in rows.items()}
     if constants.get("ADD_DQ"):
         types["dq_desc"] = types["dq_desc"].replace(name, "fp32")
     constants |= dict(CAUSAL=causal, PRECISION=attention_tiles.precision(dtype), **config)
-    constants |= dict.fromkeys(("used_q_ptr", "used_k_ptr"))
+    extras = ("used_q_ptr", "used_k_ptr", "earlier_out_ptr", "earlier_lse_ptr")
+    constants |= {p.name: None for p in kernel.params if p.name in extras and not earlier}
     outputs = {f"{x}_ptr": f"*{name}" for x in ("out", "dq", "dk", "dv")}
     floats = {f"{x}_ptr": "*fp32" for x in ("lse", "lse2", "delta")}
     numbers = dict(cu_q_ptr="*i32", cu_k_ptr="*i32", T="i32", N="i32", ROWS="i32", heads_per_key="i32")
+    if earlier:
+        outputs |= dict(out_ptr="*fp32", used_q_ptr="*i32", used_k_ptr="*i32")
+        outputs |= dict(earlier_out_ptr="*fp32", earlier_lse_ptr="*fp32")
     every = outputs | floats | numbers | dict(scale="fp32", scale_log2="fp32")
     types |= {p.name: every[p.name] for p in kernel.params if p.name not in types and p.name not in constants}
     aligned = [name for name, kind in types.items() if kind.startswith("*")]
@@ -37,7 +44,7 @@ def compiled(kernel, config: dict, dtype: torch.dtype, rows: dict[str, str], cau
 
 def forward(E: int, dtype: torch.dtype, causal: bool) -> Compiled:
     rows = dict(q="BLOCK_M", k="BLOCK_N", v="BLOCK_N")
-    constants = dict(H=16, E=E, earlier_out_ptr=None, earlier_lse_ptr=None)
+    constants = dict(H=16, E=E)
     config = attention_tiles.forward_config(E, dtype)
     return compiled(attention_forward._forward_kernel, config, dtype, rows, causal, **constants)
 
@@ -90,6 +97,20 @@ def test_dk_and_dv_and_dq(E, dtype, causal):
 @pytest.mark.parametrize(("E", "dtype"), SHAPES)
 def test_dq_of_the_two_pass_form(E, dtype):
     check(queries(E, dtype, True), dtype)
+
+
+@pytest.mark.parametrize("E", [64, 128])
+def test_forms_that_rings_and_caches_use(E):
+    dtype, config = torch.bfloat16, attention_tiles.forward_config(E, torch.bfloat16)
+    rows = dict(q="BLOCK_M", k="BLOCK_N", v="BLOCK_N")
+    check(compiled(attention_forward._forward_kernel, config, dtype, rows, True, earlier=True, H=16, E=E), dtype)
+
+
+def test_dk_and_dv_that_repeat_bit_for_bit():
+    dtype, config = torch.bfloat16, attention_tiles.keys_config(64, torch.bfloat16)
+    rows = dict(q="BLOCK_M", k="BLOCK_N", v="BLOCK_N", dout="BLOCK_M")
+    constants = dict(K=8, E=64, ADD_DQ=False, dq_desc=None)
+    check(compiled(attention_backward._keys_kernel, config, dtype, rows, True, **constants), dtype)
 
 
 def test_half_precision_compiles_like_bfloat16():
