@@ -38,9 +38,9 @@ def train_step(
     losses = torch.zeros(len(KINDS), device=world.device)
     for batch in batches:
         batch = batch.to(world.device)
-        loss_R = model(batch)
-        (loss_R.sum() / num_targets).backward()
-        losses.index_add_(0, batch.kind_R, loss_R.detach())
+        loss, loss_R = model(batch)
+        (loss / num_targets).backward()
+        losses.index_add_(0, batch.kind_R, loss_R)
     norm = optimizer.clip_gradients(model, clip_norm)
     adam.step()
     adam.zero_grad()
@@ -66,7 +66,7 @@ def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World) -> dict
             if world.sum([batch is not None])[0] == 0:
                 break
             batch = batch or empty_batch(stage.data.seq_length, cfg.model)
-            loss += model(batch.to(world.device)).sum()
+            loss += model(batch.to(world.device))[0]
             num_targets += len(batch.target_R)
         total, num_targets = world.sum([loss.item(), num_targets])
         if num_targets:

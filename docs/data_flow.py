@@ -68,7 +68,16 @@ def batch(axes: Axes) -> None:
     axes.text(7.13, 7.78, "packing.py: Batch", ha="center", va="center", fontsize=12, weight="bold", color=INK)
     tokens = "token_T   position_T\nsegments (documents)\ntarget_rows_R   target_R   kind_R"
     box(axes, LEFT, 6.98, 3.8, 1.15, "tokens", tokens, TEXT)
-    box(axes, MIDDLE, 6.98, 4.1, 1.15, "pictures", "pixels (I, 3, S, S) float32\nimage_segments\nimage_rows_F", IMAGE)
+    box(
+        axes,
+        MIDDLE,
+        6.98,
+        4.1,
+        1.15,
+        "pictures",
+        "pixels (I, 3, S, S)\nimage_segments\npatch_rows_F   image_rows_F",
+        IMAGE,
+    )
     sound = "mel (C, M, W)   mel_rows_K\naudio_segments\nframe_rows_G   audio_rows_G"
     box(axes, RIGHT, 6.98, 4.1, 1.15, "sound", sound, AUDIO)
 
@@ -78,11 +87,11 @@ def model(axes: Axes) -> None:
     for x in (LEFT, MIDDLE, RIGHT):
         arrow(axes, (x, 6.4), (x, 5.67))
     box(axes, LEFT, 5.3, 3.8, 0.7, "embedding", "of ids; zeros for a placeholder", TEXT)
-    box(axes, MIDDLE, 5.3, 4.1, 0.7, "VisionTower", "patch features (I, N, width)", IMAGE)
+    box(axes, MIDDLE, 5.3, 4.1, 0.7, "VisionTower", "features (T, width), class tokens too", IMAGE)
     box(axes, RIGHT, 5.3, 4.1, 0.7, "AudioTower", "features (K, width), only rows of a clip", AUDIO)
     for x, title, shape, color in (
-        (MIDDLE, "shuffle_pixels", "(F, width * downsample^2)", IMAGE),
-        (RIGHT, "stack_frames", "(G, width * downsample)", AUDIO),
+        (MIDDLE, "patch_rows_F", "(F, width * downsample^2)", IMAGE),
+        (RIGHT, "frame_rows_G", "(G, width * downsample)", AUDIO),
     ):
         arrow(axes, (x, 4.95), (x, 4.68))
         box(axes, x, 4.32, 4.1, 0.7, title, shape, color)

@@ -10,6 +10,7 @@ audio tower, so that the decoder sees as few tokens of a clip as ours does. Maki
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # before tests/, whose fo
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, WhisperConfig
@@ -31,7 +33,6 @@ from avlm.config import ModelConfig, load
 from avlm.data import demo, open_loader
 from avlm.data.batch import AUDIO, IGNORE, IMAGE, Batch
 from avlm.models.avlm import AVLM, init
-from avlm.models.projector import shuffle_pixels, stack_frames
 from avlm.weights_tables import hugging_face_name
 from kernels.segments import Segments
 
@@ -73,6 +74,17 @@ class PaddedModel(nn.Module):
             x_BLD = x_BLD.masked_scatter((ids_BL == AUDIO)[..., None], features)
         out = self.decoder(inputs_embeds=x_BLD, attention_mask=batch["mask"], labels=batch["labels"])
         return out.loss, out.logits
+
+
+def shuffle_pixels(x_INC: Tensor, factor: int) -> Tensor:
+    side = math.isqrt(x_INC.shape[1])
+    pattern = "i (y fy x fx) c -> (i y x) (fy fx c)"
+    return rearrange(x_INC, pattern, y=side // factor, fy=factor, x=side // factor, fx=factor)
+
+
+def stack_frames(x_KC: Tensor, frame_rows_GS: Tensor) -> Tensor:
+    padded = torch.cat([x_KC, x_KC.new_zeros(1, x_KC.shape[1])])  # row -1
+    return padded[frame_rows_GS].flatten(1)
 
 
 def sizes_of(config) -> dict[str, int]:
@@ -140,10 +152,10 @@ def check(ours: AVLM, theirs: PaddedModel, rows: list[Batch], padded: list[dict[
         learned = batch["labels"][:, 1:] != IGNORE
         theirs_R = F.cross_entropy(theirs(batch)[1][:, :-1][learned], row.target_R, reduction="none")
         silent_R = (batch["ids"] != AUDIO).all(1, keepdim=True).expand_as(learned)[learned]
-        error_R = (ours(row) - theirs_R).abs()
+        error_R = (ours(row)[1] - theirs_R).abs()
         silent.append(error_R[silent_R])
         heard.append(error_R[~silent_R])
-        full.append((ours(in_full_windows(row, batch, ours.config.audio.max_positions)) - theirs_R).abs())
+        full.append((ours(in_full_windows(row, batch, ours.config.audio.max_positions))[1] - theirs_R).abs())
     silent, heard, full = torch.cat(silent), torch.cat(heard), torch.cat(full)
     print(f"losses of {len(silent)} targets without sound differ by at most {silent.max():.1e}")
     print(f"losses of {len(heard)} targets with sound differ by up to {heard.max():.1e}: WhisperEncoder has no mask,")
@@ -186,7 +198,7 @@ def main() -> None:
     while end is None or not times[0] or time.perf_counter() < end:
         for row, batch in zip(rows, padded):
             # ``to`` gives the row new segments, as in training: nothing is known of them from the round before.
-            packed = step(lambda: ours(row.to("cpu")).mean(), ours, adams[0])  # noqa: B023
+            packed = step(lambda: ours(row.to("cpu"))[0] / len(row.target_R), ours, adams[0])  # noqa: B023
             other = step(lambda: theirs(batch)[0], theirs, adams[1])  # noqa: B023
             if end is not None:  # the first round warms up
                 times[0].append(packed)

@@ -31,11 +31,12 @@ class Batch:
     kind_R         int64: index into KINDS of the sample that the target belongs to
     pixels         float32 (I, 3, S, S), normalised
     image_segments patch tokens of each image (the class token counted), before the features are selected
+    patch_rows_F   int64 (F, downsample^2): rows of the tower's output that make each image feature
     image_rows_F   int64: row of token_T that each image feature is written to, in the order of ``pixels``
     mel            float32 (C, M, W): log-mel windows, frames past the clip exactly 0
     mel_rows_K     int64: rows of the flattened (C, W / 2) convolution output that belong to a clip
     audio_segments the kept rows of each window
-    frame_rows_G   int64 (G, stack): kept rows stacked into each audio feature; -1 pads the last of a window
+    frame_rows_G   int64 (G, downsample): kept rows that make each audio feature; -1 pads the last of a window
     audio_rows_G   int64: row of token_T that each audio feature is written to
     keys           sample keys of the row; ``skipped``: (key, reason) of samples dropped since the last batch
     read           samples read since the last batch, the skipped ones included
@@ -49,6 +50,7 @@ class Batch:
     kind_R: Tensor
     pixels: Tensor
     image_segments: Segments
+    patch_rows_F: Tensor
     image_rows_F: Tensor
     mel: Tensor
     mel_rows_K: Tensor
@@ -65,6 +67,7 @@ class Batch:
         assert self.target_rows_R.shape == self.target_R.shape == self.kind_R.shape
         assert self.pixels.ndim == 4 and len(self.image_segments) == self.pixels.shape[0]
         assert self.mel.ndim == 3 and len(self.audio_segments) == self.mel.shape[0] and self.mel.shape[2] % 2 == 0
+        assert self.patch_rows_F.shape[0] == self.image_rows_F.shape[0]
         assert self.frame_rows_G.shape[0] == self.audio_rows_G.shape[0]
 
     @property

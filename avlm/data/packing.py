@@ -7,9 +7,10 @@ is one more segment without targets. Letters as in batch.py.
 from bisect import bisect_right, insort
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from avlm.config import ModelConfig
+from avlm.config import ModelConfig, VisionConfig
 from avlm.data.audio import rows
 from avlm.data.batch import AUDIO, IGNORE, IMAGE, KINDS, Batch
 from avlm.data.image import normalise
@@ -101,11 +102,27 @@ def empty_batch(seq_length: int, model: ModelConfig) -> Batch:
 def _images(samples: list[EncodedSample], model: ModelConfig) -> dict[str, Tensor | Segments]:
     vision = model.vision
     if vision is None:
-        return {"pixels": torch.empty(0, 3, 1, 1), "image_segments": Segments.of([])}
+        nothing = torch.empty(0, 1, dtype=torch.int64)
+        return {"pixels": torch.empty(0, 3, 1, 1), "image_segments": Segments.of([]), "patch_rows_F": nothing}
     empty = torch.empty(0, 3, vision.image_size, vision.image_size, dtype=torch.uint8)
     pixels = torch.cat([empty, *(sample.pixels for sample in samples)])
     patches = (vision.image_size // vision.patch_size) ** 2 + vision.class_token
-    return {"pixels": normalise(pixels, vision), "image_segments": Segments.of([patches] * len(pixels))}
+    return {
+        "pixels": normalise(pixels, vision),
+        "image_segments": Segments.of([patches] * len(pixels)),
+        "patch_rows_F": patch_rows(len(pixels), vision, model.vision_projector.downsample),
+    }
+
+
+def patch_rows(num_images: int, vision: VisionConfig, downsample: int) -> Tensor:
+    """Rows of the tower's output that make each image feature, (F, downsample^2): neighbouring patches, line by line
+    (pixel shuffle). The class token of an image is its first row and belongs to none."""
+    side = vision.image_size // vision.patch_size
+    patch = torch.arange(side * side) + vision.class_token
+    pattern = "(y fy x fx) -> (y x) (fy fx)"
+    of_one = rearrange(patch, pattern, fy=downsample, x=side // downsample, fx=downsample)
+    first = torch.arange(num_images) * (side * side + vision.class_token)
+    return (first[:, None, None] + of_one).flatten(0, 1)
 
 
 def _sound(mels: list[Tensor], model: ModelConfig) -> dict[str, Tensor | Segments]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from avlm.config import ModelConfig
 from avlm.data.batch import Batch
 from avlm.models.decoder import Decoder, decoder_start
-from avlm.models.projector import Projector, projector_start, shuffle_pixels, stack_frames
+from avlm.models.projector import Projector, projector_start
 from avlm.models.vit import VisionTower, vision_start
 from avlm.models.whisper import AudioTower, audio_start
 
@@ -34,8 +34,9 @@ class AVLM(nn.Module):
             gathered = config.audio_projector.downsample
             self.audio_projector = Projector(config.audio_projector, config.audio.hidden_size, gathered, width)
 
-    def forward(self, batch: Batch, caches: list | None = None) -> Tensor:
-        """Loss of every target row, float32 (R,). With ``caches`` the logits of the target rows, float32 (R, V)."""
+    def forward(self, batch: Batch, caches: list | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The loss summed over target rows, and that of every row without a graph: float32 () and (R,). With ``caches``
+        the logits of the target rows, float32 (R, V)."""
         with_media = caches is None or caches[0].is_prompt  # after the prompt no rank has any
         x_TD = self.decoder(self.embed(batch, with_media), batch.position_T, batch.segments, caches)
         hidden_RD = self.decoder.norm(x_TD[batch.target_rows_R])
@@ -49,12 +50,11 @@ class AVLM(nn.Module):
         if with_media and self.vision is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.vision)):
                 features = self.vision(batch.pixels, batch.image_segments)
-            features = shuffle_pixels(features, self.config.vision_projector.downsample)
-            x_TD = self.vision_projector(x_TD, batch.image_rows_F, features)
+            x_TD = self.vision_projector(x_TD, batch.image_rows_F, features, batch.patch_rows_F)
         if with_media and self.audio is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.audio)):
                 features = self.audio(batch.mel, batch.mel_rows_K, batch.audio_segments)
-            x_TD = self.audio_projector(x_TD, batch.audio_rows_G, stack_frames(features, batch.frame_rows_G))
+            x_TD = self.audio_projector(x_TD, batch.audio_rows_G, features, batch.frame_rows_G)
         return x_TD
 
 

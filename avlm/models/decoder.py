@@ -118,8 +118,9 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
-    def forward(self, hidden_RD: Tensor, target_R: Tensor | None) -> Tensor:
-        """Loss per row, float32 (R,); without targets the logits, float32 (R, V), for generation."""
+    def forward(self, hidden_RD: Tensor, target_R: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        """Summed loss and, without a graph, the loss of each row: float32 () and (R,). Without targets the logits,
+        float32 (R, V), for generation."""
         if target_R is None:
             return F.linear(hidden_RD, self.weight).float()
         return linear_cross_entropy(hidden_RD, self.weight, target_R)

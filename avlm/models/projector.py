@@ -3,17 +3,16 @@
     linear       y = x @ w.T + b
     mlp2x_gelu   y = gelu(x @ w1.T + b1) @ w2.T + b2          (LLaVA-1.5)
 
-R feature rows   C tower width times what downsampling gathers   F hidden   D decoder width   T token rows
+P tower rows   C tower width   R feature rows   S tower rows that make a feature   F hidden   D decoder width
+T token rows
 """
 
 import math
 
-import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from avlm.config import ProjectorConfig
-from kernels.projector import place_projected
+from kernels.projector import place_projected, side_by_side
 
 
 class Projector(nn.Module):
@@ -28,26 +27,16 @@ class Projector(nn.Module):
             self.up = nn.Linear(tower_size * gathered, hidden_size)
             self.down = nn.Linear(hidden_size, decoder_size)
 
-    def forward(self, into_TD: Tensor, rows_R: Tensor, x_RC: Tensor) -> Tensor:
-        """``into`` with the projected features written at ``rows``."""
+    def forward(self, into_TD: Tensor, rows_R: Tensor, x_PC: Tensor, source_RS: Tensor) -> Tensor:
+        """``into`` with the projected features written at ``rows``; ``into`` itself is used up.
+
+        Tower rows source_RS[i] side by side make feature i; -1 stands for zeros past the end of a window.
+        """
         if self.config.type == "linear":
+            x_RC = side_by_side(x_PC, source_RS)
             return into_TD.index_copy(0, rows_R, self.linear(x_RC).to(into_TD.dtype))
-        return place_projected(into_TD, rows_R, x_RC, self.up.weight, self.up.bias, self.down.weight, self.down.bias)
-
-
-def shuffle_pixels(x_INC: Tensor, factor: int) -> Tensor:
-    """Features of ``factor`` x ``factor`` neighbouring patches side by side: (I * N / factor^2, C * factor^2)."""
-    side = math.isqrt(x_INC.shape[1])
-    pattern = "i (y fy x fx) c -> (i y x) (fy fx c)"
-    return rearrange(x_INC, pattern, y=side // factor, fy=factor, x=side // factor, fx=factor)
-
-
-def stack_frames(x_KC: Tensor, frame_rows_GS: Tensor) -> Tensor:
-    """Features of S successive rows side by side, (G, S * C); row -1 stands for zeros past the end of a window."""
-    if frame_rows_GS.shape[1] == 1:
-        return x_KC[frame_rows_GS[:, 0]]
-    padded = torch.cat([x_KC, x_KC.new_zeros(1, x_KC.shape[1])])  # row -1
-    return padded[frame_rows_GS].flatten(1)
+        layers = (self.up.weight, self.up.bias, self.down.weight, self.down.bias)
+        return place_projected(into_TD, rows_R, x_PC, *layers, source_RS=source_RS)
 
 
 def projector_start(projector: Projector) -> dict[str, tuple[float, float]]:

@@ -72,18 +72,16 @@ class VisionTower(nn.Module):
         self.post_norm = nn.LayerNorm(D, config.norm_eps) if config.post_norm else nn.Identity()
 
     def forward(self, pixels_I3SS: Tensor, segments: Segments) -> Tensor:
-        """Features of every patch, without the class token: (I, N, D) in the weights' dtype. Zero images are legal."""
+        """Features of every token, a class token first: (T, D) in the weights' dtype. Zero images are legal."""
         P, side = self.config.patch_size, self.config.image_size // self.config.patch_size
         patches = pixels_I3SS.to(self.patch.weight.dtype).unflatten(3, (side, P)).unflatten(2, (side, P))
         x_IND = self.patch(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
         if self.class_token is not None:
             x_IND = torch.cat([self.class_token.expand(x_IND.shape[0], 1, -1), x_IND], dim=1)
-        num_images, num_tokens, _ = x_IND.shape
         x_TD = self.pre_norm(x_IND + self.position).flatten(0, 1)
         for block in self.blocks:
             x_TD = block(x_TD, segments)
-        x_ILD = self.post_norm(x_TD).unflatten(0, (num_images, num_tokens))
-        return x_ILD[:, 1:] if self.class_token is not None else x_ILD
+        return self.post_norm(x_TD)
 
 
 def vision_start(tower: VisionTower) -> dict[str, tuple[float, float]]:

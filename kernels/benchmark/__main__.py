@@ -4,11 +4,11 @@ import argparse
 import math
 from pathlib import Path
 
-from kernels.benchmark import attention, report
+from kernels.benchmark import attention, cross_entropy, projector, report
 from kernels.benchmark.measure import start_session
 
 # A suite has SHAPES (names of its sets of shapes), FORWARD_ONLY (those without a backward) and run, which yields rows.
-SUITES = {"attention": attention}
+SUITES = {"attention": attention, "projector": projector, "cross_entropy": cross_entropy}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import accumulate
 
 import torch
 import triton
@@ -117,6 +118,44 @@ def speed(ms: float, session: Session, *, flops: float | None = None, num_bytes:
         gb_per_s = num_bytes / ms / 1e6
         columns |= {"gb_per_s": gb_per_s, "percent_of_copy": 100 * gb_per_s / session.copy_gb_per_s}
     return columns
+
+
+def compare(prepared: dict[str, Callable[[], tuple]], what: dict, amount: dict, session: Session) -> list[dict]:
+    """One row for each provider, with numbers or with the reason why there are none.
+
+    A provider of ``prepared`` gives the call to be timed and columns of its own, or raises; ``what`` are the columns
+    that all share and ``amount`` is what ``speed`` counts.
+    """
+    calls, columns, reasons = {}, {}, {}
+    for name, prepare in prepared.items():
+        try:
+            calls[name], columns[name] = prepare()
+        except Exception as error:  # one provider's failure is its row, not the end of the run
+            reasons[name] = reason(error)
+    timings = time_interleaved(calls, session)
+    reasons |= {name: timing for name, timing in timings.items() if isinstance(timing, str)}
+    rows = []
+    for name in prepared:
+        row = {**what, "provider": name}
+        if name in reasons:
+            rows.append(row | {"reason": reasons[name]})
+        else:
+            rows.append(row | timings[name] | speed(timings[name]["ms_p50"], session, **amount) | columns[name])
+    return rows
+
+
+def peak_mib(function: Callable[[], object], device: str) -> float:
+    """The most memory that a call holds at a time, its results included, above what was held before it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
+        function()
+    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0) / 2**20
 
 
 def environment(session: Session) -> dict[str, str]:

@@ -9,6 +9,8 @@ COLUMNS = (
     # how fast it is; spread: between the medians of the rounds
     *("ms_p50", "ms_p20", "ms_p80", "spread_percent", "tflops", "percent_of_datasheet", "percent_of_gemm"),
     *("gb_per_s", "percent_of_copy"),
+    # how much memory a call holds at most, above its inputs, and what it keeps of its forward for its backward
+    *("peak_mib", "saved_mib"),
     # how right it is: relative to float64, and that over the error of plain PyTorch in the same dtype
     *("error", "error_ratio"),
     # why there is no number
@@ -29,6 +31,7 @@ ARITHMETIC = {
     "percent_of_gemm": ("% GEMM", ".1f"),
 }
 TRAFFIC = {"gb_per_s": ("GB/s", ".4g"), "percent_of_copy": ("% copy", ".1f")}
+MEMORY = {"peak_mib": ("MiB", ".1f"), "saved_mib": ("saved", ".1f")}
 ERRORS = {"error": ("error", ".1e"), "error_ratio": ("ratio", ".2f")}
 
 
@@ -40,10 +43,12 @@ def table(rows: list[dict]) -> str:
     device = "" if first["device"] == "cuda" else f"device={first['device']}"
     title = [first["kernel"], first["mode"], first["shape"], f"x {first['x']}", width, mask, first["dtype"], device]
     rates = TRAFFIC if any("gb_per_s" in row for row in rows) else ARITHMETIC
-    cells = TIME | rates | ERRORS
+    memory = {name: cell for name, cell in MEMORY.items() if any(name in row for row in rows)}
+    cells = TIME | rates | memory | ERRORS
+    name_width = max(20, *(len(row["provider"]) for row in rows))
     lines = [
         "  ".join(filter(None, title)),
-        f"  {'provider':20}" + "".join(f"{name:>10}" for name, _ in cells.values()),
+        f"  {'provider':{name_width}}" + "".join(f"{name:>10}" for name, _ in cells.values()),
     ]
     for row in rows:
         if row.get("reason"):
@@ -52,7 +57,7 @@ def table(rows: list[dict]) -> str:
             values = "".join(
                 f"{format(row[column], style) if column in row else '':>10}" for column, (_, style) in cells.items()
             )
-        lines.append(f"  {row['provider']:20}{values}")
+        lines.append(f"  {row['provider']:{name_width}}{values}")
     return "\n".join(lines)
 
 

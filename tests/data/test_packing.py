@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 from avlm.data.batch import AUDIO as AUDIO_ID
 from avlm.data.batch import IGNORE, IMAGE, KINDS
 from avlm.data.image import normalise
-from avlm.data.packing import empty_batch, pack, select
+from avlm.data.packing import empty_batch, pack, patch_rows, select
 from avlm.data.sample import EncodedSample
 from tests.data.media import AUDIO, VISION, model
 
@@ -115,6 +117,16 @@ def test_frames_past_a_clip_are_exact_zeros():
     assert batch.mel_rows_K.tolist() == [0, 6, 7, 8, 9, 10, 11]
 
 
+def test_a_feature_is_made_of_neighbouring_patches_of_its_image():
+    rows = patch_rows(
+        2, dataclasses.replace(VISION, image_size=32, patch_size=8, class_token=True), 2
+    )  # 4 x 4 patches and a class
+    assert rows.tolist()[:4] == [[1, 2, 5, 6], [3, 4, 7, 8], [9, 10, 13, 14], [11, 12, 15, 16]]
+    assert (rows[4:] - 17).equal(rows[:4])
+    alone = patch_rows(1, dataclasses.replace(VISION, image_size=32, patch_size=8, class_token=False), 1)
+    assert alone.tolist() == [[row] for row in range(16)]
+
+
 def test_pixels_are_normalised_when_they_are_packed():
     pixels = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8)
     sample = EncodedSample("a", "image", torch.tensor([IMAGE] * 16), torch.tensor([IGNORE] * 16), pixels, [])
@@ -126,6 +138,7 @@ def test_a_row_without_media_has_zero_rows_of_each(towers):
     batch = empty_batch(12, model(**towers))
     assert batch.token_T.tolist() == [0] * 12 and batch.segments.spans == [(0, 12)]
     assert len(batch.target_R) == len(batch.image_rows_F) == len(batch.audio_rows_G) == len(batch.mel_rows_K) == 0
+    assert len(batch.patch_rows_F) == len(batch.frame_rows_G) == 0
     assert len(batch.pixels) == len(batch.mel) == 0 and batch.mel.shape[2] == 2
     assert len(batch.image_segments) == len(batch.audio_segments) == 0
 

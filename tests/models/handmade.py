@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from avlm.config import AudioConfig, DecoderConfig, InitFrom, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.data.batch import AUDIO, IGNORE, IMAGE, Batch
+from avlm.data.packing import patch_rows
 from avlm.models.avlm import AVLM, init
 from avlm.weights import Report, load
 from kernels.segments import Segments
@@ -55,6 +56,11 @@ def make_batch(
         kind_R=torch.zeros_like(target_rows),
         pixels=images,
         image_segments=Segments.of([patches] * len(images)),
+        patch_rows_F=(
+            patch_rows(len(images), vision, config.vision_projector.downsample)
+            if vision
+            else torch.zeros(0, 1, dtype=torch.int64)
+        ),
         image_rows_F=(token_T == IMAGE).nonzero().flatten(),
         mel=mel,
         mel_rows_K=torch.cat([torch.arange(0), *mel_rows]),

@@ -72,7 +72,7 @@ def test_llava_logits_of_two_images_and_gradients_equal_those_of_transformers(ti
     print(f"parity llava tie={tie}: {error:.2e} of {expected.abs().max():.2f}")
     assert error <= 1e-4
 
-    ours(batch).sum().backward()
+    ours(batch)[0].backward()
     rows = batch.target_rows_R
     torch.nn.functional.cross_entropy(expected[rows], batch.target_R, reduction="sum").backward()
     theirs_by_name = {name: p.grad for name, p in theirs.named_parameters()}
@@ -107,7 +107,7 @@ def test_models_of_any_modalities_build_and_train(config, document, num_images, 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(8):
-        loss = model(batch).mean()
+        loss = model(batch)[0] / len(batch.target_R)
         optimizer.zero_grad()
         loss.backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
@@ -122,7 +122,7 @@ def test_modalities_that_a_batch_lacks_get_exactly_zero_gradients(present):
     clips = clips_of(20) if present == "clip" else []
     images = torch.randn(int(present == "image"), 3, 16, 16)
     document = {"nothing": [], "image": PICTURE, "clip": [AUDIO] * 3}[present]
-    model(make_batch(WHOLE, [[1, *document, 2, 3]], images, clips)).sum().backward()
+    model(make_batch(WHOLE, [[1, *document, 2, 3]], images, clips))[0].backward()
     for name, parameter in model.named_parameters():
         module = name.partition(".")[0]
         absent = {"image": module.startswith("audio"), "clip": module.startswith("vision")}
@@ -134,7 +134,7 @@ def test_modalities_that_a_batch_lacks_get_exactly_zero_gradients(present):
 
 def test_placeholders_leave_the_embedding_of_the_first_token_alone():
     model = build(WHOLE)
-    model(make_batch(WHOLE, [[1, *PICTURE, 2, 3]], torch.randn(1, 3, 16, 16))).sum().backward()
+    model(make_batch(WHOLE, [[1, *PICTURE, 2, 3]], torch.randn(1, 3, 16, 16)))[0].backward()
     assert not model.decoder.embedding.weight.grad[0].any()
 
 
@@ -147,8 +147,8 @@ def test_packed_samples_with_media_equal_separate_ones():
         ([3, *PICTURE, *sound(clips[2]), 4, 4], images[2:], clips[2:]),
         ([5, 6, 7], None, []),
     ]
-    packed = model(make_batch(WHOLE, [document for document, _, _ in samples], images, clips))
-    separate = torch.cat([model(make_batch(WHOLE, [document], image, clip)) for document, image, clip in samples])
+    _, packed = model(make_batch(WHOLE, [document for document, _, _ in samples], images, clips))
+    separate = torch.cat([model(make_batch(WHOLE, [document], image, clip))[1] for document, image, clip in samples])
     assert packed.shape == separate.shape and (packed - separate).abs().max() <= 1e-5
 
 
@@ -181,7 +181,7 @@ def test_a_frozen_tower_builds_no_graph_and_its_projector_still_trains(tower):
     getattr(model, tower).register_forward_hook(lambda module, inputs, output: seen.append(output))
     clips = clips_of(20)
     batch = make_batch(WHOLE, [[1, *PICTURE, *sound(clips[0]), 2, 3]], torch.randn(1, 3, 16, 16), clips)
-    model(batch).sum().backward()
+    model(batch)[0].backward()
     assert seen[0].grad_fn is None and not seen[0].requires_grad
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == name.startswith(f"{tower}_projector"), name
@@ -192,5 +192,5 @@ def test_a_decoder_under_a_frozen_start_still_passes_gradients_to_a_trained_towe
     model = build(WHOLE)
     model.requires_grad_(False)
     model.vision.requires_grad_(True)
-    model(make_batch(WHOLE, [[1, *PICTURE, 2, 3]], torch.randn(1, 3, 16, 16))).sum().backward()
+    model(make_batch(WHOLE, [[1, *PICTURE, 2, 3]], torch.randn(1, 3, 16, 16)))[0].backward()
     assert model.vision.patch.weight.grad.any() and model.decoder.norm.weight.grad is None

@@ -1,0 +1,326 @@
+"""The matrix products of the projector in Triton, with all that goes before and after them done to a tile in registers.
+
+    up      z = x[source] @ w1.T + b1    h = gelu(z)       rows of x are gathered as tiles are loaded
+    down    into[rows] = h @ w2.T + b2                     rows of the result are scattered as tiles are stored
+    dgelu   dz = (dy @ w2) * gelu'(z)    db1 = sum_r dz    h = gelu(z) once more, for dw2 = dy.T @ h
+
+    gelu(z) = z cdf(z)    gelu'(z) = cdf(z) + z exp(-z^2 / 2) / sqrt(2 pi)    cdf(z) = (1 + erf(z / sqrt 2)) / 2
+
+P tower rows   C tower width   S tower rows side by side in one input row   R input rows   D decoder width
+F hidden, in activations rounded up to a multiple of 8 by zeros   T token rows   K inner size
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels import backend
+from kernels.projector_rows import check_indices
+
+GROUP = tl.constexpr(8)  # rows of tiles that run side by side, so that they find their weights in the L2 cache
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+DENSITY = tl.constexpr(0.3989422804014327)  # of the normal distribution at 0: 1 / sqrt(2 pi)
+
+
+@triton.jit
+def _cdf(z):
+    return 0.5 + 0.5 * tl.erf(z * SQRT_HALF)
+
+
+@triton.jit
+def _find_tile(tile, R, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First row and first column of a tile of an (R, N) result."""
+    of_group = GROUP * tl.cdiv(N, BLOCK_N)
+    group = tile // of_group
+    place = tile - group * of_group
+    height = tl.minimum(tl.cdiv(R, BLOCK_M) - group * GROUP, GROUP)
+    return (group * GROUP + place % height) * BLOCK_M, place // height * BLOCK_N
+
+
+@triton.jit
+def _product(total, a_desc, b_desc, row, col, K: tl.constexpr, B_IS_KN: tl.constexpr, PRECISION: tl.constexpr):
+    """A tile of a @ b.T, or of a @ b where b is (K, N), added to ``total``."""
+    for k in tl.range(0, K, a_desc.block_shape[1]):
+        a = a_desc.load([row, k])
+        if B_IS_KN:
+            b = b_desc.load([k, col])
+        else:
+            b = b_desc.load([col, k]).T
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _gathered_product(
+    total, x_ptr, source_ptr, b_desc, row, col, R, P, C: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr
+):
+    """A tile of x[source] @ b.T, where b has W columns for each of the S. A source that is no row of x reads zeros."""
+    BLOCK_K: tl.constexpr = b_desc.block_shape[1]
+    W: tl.constexpr = (C + 7) // 8 * 8
+    r, c = row + tl.arange(0, total.shape[0]), tl.arange(0, BLOCK_K)
+    for s in tl.range(0, S):
+        source = tl.load(source_ptr + r.to(tl.int64) * S + s, mask=r < R, other=-1)
+        known = ((source >= 0) & (source < P))[:, None]
+        for k in tl.range(0, C, BLOCK_K):
+            offset = source[:, None] * C + (k + c)[None, :]
+            a = tl.load(x_ptr + offset, mask=known & (k + c < C)[None, :], other=0.0)
+            b = b_desc.load([col, s * W + k])
+            total = tl.dot(a, b.T, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _halves(x):
+    """Left and right columns of a tile. What follows a product is done by halves, or the registers would not do."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _write_h(z, b1_ptr, z_desc, h_desc, row, col, F: tl.constexpr):
+    n = col + tl.arange(0, z.shape[1])
+    z += tl.load(b1_ptr + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
+    if z_desc is not None:
+        z_desc.store([row, col], z.to(z_desc.dtype))
+    h_desc.store([row, col], (z * _cdf(z)).to(h_desc.dtype))
+
+
+@triton.jit(do_not_specialize=["R", "P"])
+def _up_kernel(
+    x,
+    source_ptr,
+    w1_desc,
+    b1_ptr,
+    z_desc,
+    h_desc,
+    R,
+    P,
+    C: tl.constexpr,
+    S: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # A program owns one tile of BLOCK_M rows and BLOCK_N hidden columns after the other.
+    # x is a pointer if there is a source, else a descriptor.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(R, BLOCK_M) * tl.cdiv(F, BLOCK_N), tl.num_programs(0), flatten=True):
+        row, col = _find_tile(tile, R, F, BLOCK_M, BLOCK_N)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if source_ptr is None:
+            z = _product(total, x, w1_desc, row, col, C, False, PRECISION)
+        else:
+            z = _gathered_product(total, x, source_ptr, w1_desc, row, col, R, P, C, S, PRECISION)
+        left, right = _halves(z)
+        _write_h(left, b1_ptr, z_desc, h_desc, row, col, F)
+        _write_h(right, b1_ptr, z_desc, h_desc, row, col + BLOCK_N // 2, F)
+
+
+@triton.jit(do_not_specialize=["R", "T"])
+def _down_kernel(
+    h_desc,
+    w2_desc,
+    b2_ptr,
+    rows_ptr,
+    into_ptr,
+    into_stride,
+    R,
+    T,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # A program owns one tile of BLOCK_M rows and BLOCK_N decoder columns after the other.
+    # Its rows go where rows_ptr says or, without it, where they are.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(R, BLOCK_M) * tl.cdiv(D, BLOCK_N), tl.num_programs(0), flatten=True):
+        row, col = _find_tile(tile, R, D, BLOCK_M, BLOCK_N)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        y = _product(total, h_desc, w2_desc, row, col, F, False, PRECISION)
+        r, n = (row + tl.arange(0, BLOCK_M)).to(tl.int64), col + tl.arange(0, BLOCK_N)
+        y += tl.load(b2_ptr + n, mask=n < D, other=0.0).to(tl.float32)[None, :]
+        t = r
+        if rows_ptr is not None:
+            t = tl.load(rows_ptr + r, mask=r < R, other=-1)
+        inside = ((r < R) & (t >= 0) & (t < T))[:, None] & (n < D)[None, :]
+        tl.store(into_ptr + t[:, None] * into_stride + n[None, :], y.to(into_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _write_dz(dh, z_desc, dz_desc, h_desc, db1_ptr, row, col, R, F: tl.constexpr):
+    # The condition always holds. It keeps z in the registers' layout of dh; in two layouts it would take two erf.
+    z = tl.where(R > 0, z_desc.load([row, col]).to(tl.float32), dh)
+    cdf = _cdf(z)
+    if h_desc is not None:
+        h_desc.store([row, col], (z * cdf).to(h_desc.dtype))
+    dz = dh * (cdf + z * tl.exp(-0.5 * z * z) * DENSITY)
+    dz_desc.store([row, col], dz.to(dz_desc.dtype))
+    n = col + tl.arange(0, dh.shape[1])
+    tl.store(db1_ptr + n, tl.sum(dz, 0), mask=n < F)  # rows past the end are zeros of dy, and so of dz
+
+
+@triton.jit(do_not_specialize=["R"])
+def _dgelu_kernel(
+    dy_desc,
+    w2_desc,
+    z_desc,
+    dz_desc,
+    h_desc,
+    db1_ptr,
+    R,
+    F: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # A program owns one tile of BLOCK_M rows and BLOCK_N hidden columns after the other, and their sums over the rows.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(R, BLOCK_M) * tl.cdiv(F, BLOCK_N), tl.num_programs(0), flatten=True):
+        row, col = _find_tile(tile, R, F, BLOCK_M, BLOCK_N)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        dh = _product(total, dy_desc, w2_desc, row, col, D, True, PRECISION)
+        sums_ptr = db1_ptr + (row // BLOCK_M).to(tl.int64) * F
+        left, right = _halves(dh)
+        _write_dz(left, z_desc, dz_desc, h_desc, sums_ptr, row, col, R, F)
+        _write_dz(right, z_desc, dz_desc, h_desc, sums_ptr, row, col + BLOCK_N // 2, R, F)
+
+
+def config(dtype: torch.dtype, reads_z: bool = False) -> dict:
+    """Tile sizes and launch options. What the compiler makes of them is held by tests/kernels/test_projector.py.
+
+    128 x 256 is the largest tile of half precision whose sums fit the registers: smaller ones would ask more of the
+    L2 cache than it gives while the tensor cores are busy. float32 is there to be exact, not fast.
+    """
+    if dtype == torch.float32:
+        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, PRECISION="ieee", num_warps=8, num_stages=2)
+    stages = 3 if reads_z else 4  # what shared memory has room for, as the next tile is loaded while one is written
+    return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, PRECISION="tf32", num_warps=8, num_stages=stages)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x itself where the copy engine can read it: rows at multiples of 16 bytes. Otherwise a copy with longer rows."""
+    per_16_bytes = 16 // x.element_size()
+    apart = x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) % per_16_bytes == 0
+    if apart and x.data_ptr() % 16 == 0:
+        return x
+    return F.pad(x, (0, -x.shape[1] % per_16_bytes)).clone(memory_format=torch.contiguous_format)
+
+
+def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """How the copy engine finds tiles of x; past its edges it reads zeros and writes nothing."""
+    laid_out = _aligned(x)
+    return TensorDescriptor(laid_out, list(x.shape), [laid_out.stride(0), 1], [rows, columns])
+
+
+def _grid(x: Tensor, N: int, tile: dict) -> tuple[int]:
+    """As many programs as run at a time: each goes on to its next tile without a pause."""
+    num_tiles = triton.cdiv(x.shape[0], tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"])
+    if not x.is_cuda:  # the interpreter
+        return (min(num_tiles, 3),)
+    per_processor = 2 if x.dtype == torch.float32 else 1
+    return (min(num_tiles, per_processor * torch.cuda.get_device_properties(x.device).multi_processor_count),)
+
+
+def _activations(x: Tensor, R: int, hidden: int) -> Tensor:
+    return x.new_empty((R, (hidden + 7) // 8 * 8))
+
+
+def projector_up_op(
+    x_PC: Tensor, source_RS: Tensor | None, w1_FK: Tensor, b1_F: Tensor, save_z: bool
+) -> tuple[Tensor, Tensor]:
+    """h_RF and z_RF; z has no rows unless it is to be saved."""
+    P, C = x_PC.shape
+    R, S = (P, 1) if source_RS is None else source_RS.shape
+    if backend.DEBUG and source_RS is not None:
+        check_indices("source", source_RS, P, padding=True)
+    h_RF, z_RF = _fake_up(x_PC, source_RS, w1_FK, b1_F, save_z)
+    if R == 0:
+        return h_RF, z_RF
+    hidden, tile = h_RF.shape[1], config(x_PC.dtype)
+    rows, columns, inner = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    _up_kernel[_grid(h_RF, hidden, tile)](
+        _descriptor(x_PC, rows, inner) if source_RS is None else x_PC.contiguous(),
+        None if source_RS is None else source_RS.contiguous(),
+        _descriptor(w1_FK if C % 8 == 0 else _spread(w1_FK, S), columns, inner),
+        F.pad(b1_F, (0, hidden - b1_F.shape[0])).contiguous(),
+        _descriptor(z_RF, rows, columns // 2) if save_z else None,
+        _descriptor(h_RF, rows, columns // 2),
+        R,
+        P,
+        C=C,
+        S=S,
+        F=hidden,
+        **tile,
+    )
+    return h_RF, z_RF
+
+
+def _spread(w1_FK: Tensor, S: int) -> Tensor:
+    """The columns of each of the S tower rows from a multiple of 16 bytes on."""
+    w1_FSC = w1_FK.unflatten(1, (S, -1))
+    return F.pad(w1_FSC, (0, -w1_FSC.shape[2] % 8)).flatten(1)
+
+
+def _fake_up(x_PC, source_RS, w1_FK, b1_F, save_z):
+    R = (x_PC if source_RS is None else source_RS).shape[0]
+    return tuple(_activations(x_PC, rows, w1_FK.shape[0]) for rows in (R, R if save_z else 0))
+
+
+def projector_down_op(into_TD: Tensor, rows_R: Tensor | None, h_RF: Tensor, w2_DF: Tensor, b2_D: Tensor) -> None:
+    """Writes row i of the result to row rows_R[i], or to row i."""
+    (R, hidden), (T, D) = h_RF.shape, into_TD.shape
+    if backend.DEBUG and rows_R is not None:
+        check_indices("rows", rows_R, T, distinct=True)
+    if R == 0:
+        return
+    tile = config(h_RF.dtype)
+    _down_kernel[_grid(h_RF, D, tile)](
+        _descriptor(h_RF, tile["BLOCK_M"], tile["BLOCK_K"]),
+        _descriptor(w2_DF, tile["BLOCK_N"], tile["BLOCK_K"]),
+        b2_D.contiguous(),
+        None if rows_R is None else rows_R.contiguous(),
+        into_TD,
+        into_TD.stride(0),
+        R,
+        T,
+        F=hidden,
+        D=D,
+        **tile,
+    )
+
+
+def projector_dgelu_op(dy_RD: Tensor, w2_DF: Tensor, z_RF: Tensor, want_h: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dz_RF, h_RF (no rows unless wanted) and db1_F in float32."""
+    R, hidden = z_RF.shape
+    dz_RF, h_RF, db1_F = _fake_dgelu(dy_RD, w2_DF, z_RF, want_h)
+    if R == 0:
+        return dz_RF, h_RF, db1_F.zero_()
+    tile = config(z_RF.dtype, reads_z=True)
+    rows, half = tile["BLOCK_M"], tile["BLOCK_N"] // 2
+    db1_MF = db1_F.new_empty((triton.cdiv(R, rows), hidden))  # the sums of every row of tiles
+    _dgelu_kernel[_grid(z_RF, hidden, tile)](
+        _descriptor(dy_RD, rows, tile["BLOCK_K"]),
+        _descriptor(w2_DF, tile["BLOCK_K"], tile["BLOCK_N"]),
+        _descriptor(z_RF, rows, half),
+        _descriptor(dz_RF, rows, half),
+        _descriptor(h_RF, rows, half) if want_h else None,
+        db1_MF,
+        R,
+        F=hidden,
+        D=dy_RD.shape[1],
+        **tile,
+    )
+    return dz_RF, h_RF, db1_MF.sum(0)
+
+
+def _fake_dgelu(dy_RD, w2_DF, z_RF, want_h):
+    dz_RF, h_RF = (z_RF.new_empty((rows, z_RF.shape[1])) for rows in (z_RF.shape[0], z_RF.shape[0] if want_h else 0))
+    return dz_RF, h_RF, z_RF.new_empty(z_RF.shape[1], dtype=torch.float32)
+
+
+up = backend.define_op(projector_up_op, _fake_up)
+down = backend.define_op(projector_down_op, lambda *_: None, mutates=("into_TD",))
+dgelu = backend.define_op(projector_dgelu_op, _fake_dgelu)
