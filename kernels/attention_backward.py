@@ -20,17 +20,16 @@ from kernels.attention_tiles import (
     NOTHING,
     bits,
     descriptor,
-    find_tile,
     hide,
     keys_config,
     load_tile,
     loadable,
+    locate,
     num_tiles,
     one_pass,
     precision,
     queries_config,
     store_tile,
-    used_length,
 )
 from kernels.backend import LOG2_E
 from kernels.segments import Segments
@@ -101,13 +100,11 @@ def _keys_kernel(
 ):
     # One program owns BLOCK_N key rows of one key/value head in one segment, for all query heads that share it.
     kh = tl.program_id(1)
-    n, k_begin, first = find_tile(cu_k_ptr, N, tl.program_id(0), BLOCK_N)
-    slot = tl.load(cu_k_ptr + n + 1) - k_begin
+    first, k_begin, slot, k_length, q_begin, q_length = locate(
+        cu_k_ptr, used_k_ptr, cu_q_ptr, used_q_ptr, N, tl.program_id(0), BLOCK_N
+    )
     if first >= slot:
         return
-    k_length = used_length(cu_k_ptr, used_k_ptr, n, k_begin)
-    q_begin = tl.load(cu_q_ptr + n)
-    q_length = used_length(cu_q_ptr, used_q_ptr, n, q_begin)
     diagonal = k_length - q_length
     # Queries before `start` see none of these keys, from `full` on they see all of them.
     start = 0
@@ -190,13 +187,11 @@ def _queries_kernel(
     # One program owns BLOCK_M query rows of one head in one segment: dq of the two-pass form.
     tile = tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
     h = tl.program_id(1)
-    n, q_begin, first = find_tile(cu_q_ptr, N, tile, BLOCK_M)
-    slot = tl.load(cu_q_ptr + n + 1) - q_begin
+    first, q_begin, slot, q_length, k_begin, k_length = locate(
+        cu_q_ptr, used_q_ptr, cu_k_ptr, used_k_ptr, N, tile, BLOCK_M
+    )
     if first >= slot:
         return
-    q_length = used_length(cu_q_ptr, used_q_ptr, n, q_begin)
-    k_begin = tl.load(cu_k_ptr + n)
-    k_length = used_length(cu_k_ptr, used_k_ptr, n, k_begin)
     diagonal = k_length - q_length
     end = k_length
     full = k_length

@@ -16,14 +16,13 @@ from kernels.attention_tiles import (
     NOTHING,
     bits,
     descriptor,
-    find_tile,
     forward_config,
     hide,
     load_tile,
     loadable,
+    locate,
     num_tiles,
     precision,
-    used_length,
 )
 from kernels.backend import LN_2, LOG2_E
 from kernels.segments import Segments
@@ -115,13 +114,11 @@ def _forward_kernel(
     # Causal tiles grow along a segment: the longest start first, so that no long one is left at the end.
     tile = tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
     h = tl.program_id(1)
-    n, q_begin, first = find_tile(cu_q_ptr, N, tile, BLOCK_M)
-    slot = tl.load(cu_q_ptr + n + 1) - q_begin
+    first, q_begin, slot, q_length, k_begin, k_length = locate(
+        cu_q_ptr, used_q_ptr, cu_k_ptr, used_k_ptr, N, tile, BLOCK_M
+    )
     if first >= slot:
         return
-    q_length = used_length(cu_q_ptr, used_q_ptr, n, q_begin)
-    k_begin = tl.load(cu_k_ptr + n)
-    k_length = used_length(cu_k_ptr, used_k_ptr, n, k_begin)
     diagonal = k_length - q_length
     # Keys from `end` on are hidden from the whole tile, keys before `full` are seen by all of it.
     end = k_length

@@ -45,6 +45,17 @@ def used_length(cu_ptr, used_ptr, n, begin):
 
 
 @triton.jit
+def locate(cu_ptr, used_ptr, other_cu_ptr, other_used_ptr, N, tile, BLOCK: tl.constexpr):
+    """Where a tile lies and what it meets: its first row in its segment; the segment's first row, room and used rows;
+    first row and used rows of the other side's segment. A tile with nothing to do starts at or past the room."""
+    n, begin, first = find_tile(cu_ptr, N, tile, BLOCK)
+    room = tl.load(cu_ptr + n + 1) - begin
+    length = used_length(cu_ptr, used_ptr, n, begin)
+    other_begin = tl.load(other_cu_ptr + n)
+    return first, begin, room, length, other_begin, used_length(other_cu_ptr, other_used_ptr, n, other_begin)
+
+
+@triton.jit
 def load_tile(desc, row, head, BLOCK_E: tl.constexpr):
     """Rows from ``row`` on of one head. Rows past the segment are whatever lies there."""
     return desc.load([row, head * BLOCK_E])
