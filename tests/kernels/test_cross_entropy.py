@@ -1,6 +1,5 @@
 """Linear cross entropy: the formula in float64, missed by at most twice what PyTorch misses it by in that dtype."""
 
-import csv
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,15 +9,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from kernels import cross_entropy, cross_entropy_rows
+from kernels import cross_entropy
 from kernels.backend import INTERPRETED
-from kernels.benchmark import __main__ as command
-from kernels.benchmark import cross_entropy as suite
 from kernels.benchmark import measure
 from kernels.cross_entropy import linear_cross_entropy
-from tests.kernels.ahead_of_time import SHARED_MEMORY, compile_for_hopper
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 EVERY_OPTION = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0}
@@ -258,43 +253,6 @@ def test_the_public_function_runs_the_kernel_once_for_each_chunk(launches, small
     assert len(launches) == 5 + 3 + 4
 
 
-@pytest.mark.parametrize(("options", "wanted"), [((0.0, 0.1, 3.0), (True, True)), ((0.1, 0.0, None), (False, False))])
-def test_the_op_keeps_its_promises_to_torch(options, wanted):
-    hidden, weight, target = inputs(5, 30)
-    torch.library.opcheck(cross_entropy._op, (hidden.detach(), weight.detach(), target, *options, *wanted))
-
-
-def test_a_compiled_head_with_tied_weights_has_no_graph_break():
-    weight = torch.randn(30, 16, device=DEVICE, requires_grad=True)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    def step(token, target):
-        return linear_cross_entropy(torch.tanh(weight[token]), weight, target, softcap=20)[0] / 3
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
-    for R in (7, 9):
-        token, target = torch.randint(30, (2, R), device=DEVICE)
-        losses = [f(token, target) for f in (step, compiled)]
-        gradients = [torch.autograd.grad(loss, weight)[0] for loss in losses]
-        assert torch.allclose(*losses) and torch.allclose(*gradients, atol=1e-6)
-        if R == 7:
-            graphs.clear()
-    assert not graphs, "compiled again for another number of rows"
-
-
-def test_checkpointing_and_torch_func_see_one_op():
-    hidden, weight, target = inputs(9, 37)
-    run = lambda hidden, weight: linear_cross_entropy(hidden, weight, target)[0] / 3
-    expected = torch.autograd.grad(run(hidden, weight), (hidden, weight))
-    kept = torch.autograd.grad(checkpoint(run, hidden, weight, use_reentrant=False), (hidden, weight))
-    functional = torch.func.grad(run, argnums=(0, 1))(hidden, weight)
-    assert all(a.equal(b) and a.equal(c) for a, b, c in zip(expected, kept, functional))
-
-
 def test_a_second_backward_and_a_second_derivative_are_refused():
     hidden, weight, target = inputs(9, 37)
     loss, _ = linear_cross_entropy(hidden, weight, target)
@@ -368,79 +326,3 @@ def test_real_sizes_in_equal_bits_without_waiting_for_the_device(dtype):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(a.equal(b) for a, b in zip(*runs))
-
-
-@pytest.mark.compiler
-@pytest.mark.parametrize(
-    ("V", "dtype", "softcap", "phases"),
-    [
-        (128256, "bf16", None, ["RF"]),
-        (50257, "bf16", 30.0, ["RF"]),
-        (128256, "fp32", 30.0, ["RF"]),
-        (152064, "fp16", None, ["R", "F"]),
-        (11, "bf16", None, ["RF"]),
-    ],
-)
-def test_the_kernel_reads_and_writes_whole_vectors_without_spills(V, dtype, softcap, phases):
-    config = cross_entropy_rows._config(V)
-    num_warps = config.pop("num_warps")
-    pointers = {"logits_ptr": f"*{dtype}", "target_ptr": "*i64", "loss_ptr": "*fp32"}
-    pointers |= {} if phases == ["RF"] else {"max_ptr": "*fp32", "sums_ptr": "*fp32"}
-    types = pointers | dict.fromkeys(("V", "width", "first"), "i32") | dict.fromkeys(("smoothing", "z_loss"), "fp32")
-    types |= {} if softcap is None else {"softcap": "fp32"}
-    constants = config | {"GRADIENT": True, "SMOOTH": True, "IGNORED": cross_entropy_rows.IGNORED}
-    constants |= dict.fromkeys({"max_ptr", "sums_ptr", "softcap"} - types.keys())
-    for phase in phases:
-        constants |= {"READ": "R" in phase, "FINISH": "F" in phase}
-        kernel, aligned = cross_entropy_rows._losses_kernel, [*pointers, "width"]
-        code = compile_for_hopper(kernel, types, constants, aligned, num_warps=num_warps)
-        assert code.stack == 0 and code.shared <= SHARED_MEMORY
-        assert 32 * num_warps * code.registers <= 65536
-        if V > 16:  # the target's logit comes alone
-            assert "LDG.E.128" in code.sass and code.count("LDG.E.U16") <= 1
-            assert ("STG.E.128" in code.sass) == ("F" in phase) and "STG.E.U16" not in code.sass
-
-
-SHAPE = suite.Shape(name="small", rows=320, hidden=256, vocabulary=4800, share=0.3)
-
-
-def test_the_benchmark_counts_the_rows_with_a_target():
-    llama, _ = suite.SHAPES["llama"]()
-    assert llama.num_targets == 2458 and llama.flops("fwd") == 2 * 2458 * 4096 * 128256
-    assert llama.flops("full") == 3 * llama.flops("fwd")
-
-
-def test_the_benchmark_gives_time_memory_and_error_of_each_provider_or_a_reason(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setitem(suite.SHAPES, "llama", lambda: [SHAPE])
-    command.main(["cross_entropy", "--seconds", "0.001", "--csv", str(tmp_path), "--plot"])
-    assert "MiB" in capsys.readouterr().out
-    plots = {path.name for path in tmp_path.glob("*.png")}
-    assert plots == {f"cross_entropy_llama_{mode}.png" for mode in ("fwd", "full")}
-    every = list(csv.DictReader((tmp_path / "cross_entropy_llama.csv").open()))
-    assert [row["provider"] for row in every] == 2 * list(suite.PROVIDERS)
-    rows = {row["provider"]: row for row in every if row["mode"] == "full"}
-    assert rows["compile (all rows)"]["reason"] == "needs a GPU"
-    for name in ("ours (rows dropped)", "ours (all rows)", "eager (all rows)", "checkpointed (rows dropped)"):
-        row = {key: float(rows[name][key]) for key in ("ms_p50", "tflops", "error", "error_ratio", "peak_mib")}
-        assert min(row.values()) > 0 and row["error"] < 1e-5 and row["error_ratio"] < 4
-    ours, theirs = (float(rows[name]["peak_mib"]) for name in ("ours (rows dropped)", "eager (all rows)"))
-    assert ours < theirs / 2
-
-
-def test_the_benchmark_shows_a_wrong_provider(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    session = measure.start_session(0.001)
-    monkeypatch.setattr(suite, "PROVIDERS", {"wrong": lambda case: lambda h, w: 1.1 * suite._ours(case)(h, w)})
-    monkeypatch.setitem(suite.SHAPES, "llama", lambda: [SHAPE])
-    for [row] in suite.run("llama", ("fwd", "bwd"), session):
-        assert row["error"] == pytest.approx(0.1, rel=1e-3) and row["error_ratio"] > 1000
-
-
-def test_the_benchmark_compares_with_the_formula():
-    case = suite.make_case(SHAPE.tiny(), measure.start_session(0.001))
-    leaves = [x.detach().double().requires_grad_() for x in case.leaves]
-    loss = F.cross_entropy(F.linear(*leaves), case.target_T)
-    gradients = torch.autograd.grad(loss, leaves)
-    expected = [loss, *(x[of] for x, of in zip(gradients, suite.sample(case)))]
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(suite.formula(case), expected))
