@@ -23,21 +23,29 @@ from avlm.data import demo, open_loader
 from avlm.data.batch import KINDS, Batch
 from avlm.data.packing import empty_batch
 from avlm.models.avlm import AVLM
-from avlm.parallel import mesh
+from avlm.parallel import agreement, mesh
 from avlm.parallel.mesh import World
 
 
 def train_step(
-    model: AVLM, batches: list[Batch], num_targets: float, adam: torch.optim.AdamW, clip_norm: float, world: World
+    model: AVLM,
+    batches: list[Batch],
+    num_targets: float,
+    adam: torch.optim.AdamW,
+    clip_norm: float,
+    world: World,
+    accumulate_mode: str = "sharded",
 ) -> Tensor:
-    """One optimizer step. ``num_targets`` counts over all ranks and batches, so that every layout gives the same step.
+    """One optimizer step over this rank's part of the rows. ``num_targets`` counts over all ranks and batches, so that
+    every layout gives the same step.
 
     Returns, on the device, float32 (len(KINDS) + 2,): the global loss sum of each kind, the gradient norm, the own loss
     sum. Nothing here waits for the device.
     """
     losses = torch.zeros(len(KINDS), device=world.device)
-    for batch in batches:
+    for i, batch in enumerate(batches):
         batch = batch.to(world.device)
+        model.set_requires_gradient_sync(accumulate_mode == "sharded" or i + 1 == len(batches))
         loss, loss_R = model(batch)
         (loss / num_targets).backward()
         losses.index_add_(0, batch.kind_R, loss_R)
@@ -45,6 +53,8 @@ def train_step(
     adam.step()
     adam.zero_grad()
     own = losses.sum()
+    if not world.counts_losses:
+        losses.zero_()
     dist.all_reduce(losses)
     return torch.cat([losses, norm.reshape(1), own.reshape(1)])
 
@@ -57,15 +67,14 @@ def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World) -> dict
     """
     results = {}
     for name, source in stage.data.validation.items():
-        rows = iter(
-            open_loader(source, stage.data, cfg.model, rank=world.rank, world=world.size, seed=cfg.seed, train=False)
-        )
+        who = {"rank": world.data_rank, "world": world.data_size, "seed": cfg.seed}
+        rows = world.share_rows(open_loader(source, stage.data, cfg.model, **who, train=False) if world.leads_row else None)
         loss, num_targets = torch.zeros((), device=world.device), 0
         for _ in range(cfg.train.validate_batches):
             batch = next(rows, None)
             if world.sum([batch is not None])[0] == 0:
                 break
-            batch = batch or empty_batch(stage.data.seq_length, cfg.model)
+            batch = parallel.own_part(batch or empty_batch(stage.data.seq_length, cfg.model), cfg, world)
             loss += model(batch.to(world.device))[0]
             num_targets += len(batch.target_R)
         total, num_targets = world.sum([loss.item(), num_targets])
@@ -73,13 +82,13 @@ def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World) -> dict
             results[f"val/{name}/loss"] = total / num_targets
         if limit := cfg.train.validate_answers:
             results[f"val/{name}/exact_match"] = evaluation.exact_match(model, source, stage.data, world, limit)
-    model.reshard()  # FSDP2 keeps the root gathered after a forward without grad; what follows wants the shards
+    parallel.reshard(model)
     return results
 
 
 def tally(batches: list[Batch], stop: bool) -> list[float]:
     """What ranks agree on before a step: targets of each kind, tokens, samples read and skipped, a stop signal."""
-    targets = sum(torch.bincount(batch.kind_R, minlength=len(KINDS)) for batch in batches)
+    targets = sum((torch.bincount(batch.kind_R, minlength=len(KINDS)) for batch in batches), torch.zeros(len(KINDS)))
     tokens = sum(batch.num_tokens for batch in batches)
     return [*targets.tolist(), tokens, sum(b.read for b in batches), sum(len(b.skipped) for b in batches), float(stop)]
 
@@ -101,23 +110,30 @@ def run_stage(
     adam = optimizer.build(model, stage.optimizer)
     if resume_from:
         checkpoint.load(resume_from, model, adam)
-    who = {"rank": world.rank, "world": world.size, "seed": cfg.seed + at.stage}
-    loader = open_loader(stage.data.train, stage.data, cfg.model, **who, train=True, state=loader_state)
+    who = {"rank": world.data_rank, "world": world.data_size, "seed": cfg.seed + at.stage}
+    loader = None
+    if world.leads_row:
+        loader = open_loader(stage.data.train, stage.data, cfg.model, **who, train=True, state=loader_state)
     saver = checkpoint.Saver(Path(cfg.output_dir), cfg.checkpoint, world)
     log.say(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(stage.train)}")
 
     # 2. Steps.
-    rows = iter(loader)
+    rows = world.share_rows(loader)
     last = min(stage.steps, at.stage_step + (cfg.train.stop_after or cfg.total_steps) - at.step)
     while at.stage_step < last:
         started = time.perf_counter()
         batches = [next(rows) for _ in range(cfg.train.accumulate)]
         waited = time.perf_counter() - started
-        *targets, tokens, read, skipped, stop = world.sum(tally(batches, bool(stopping)))
-        for key, reason in (bad for batch in batches for bad in batch.skipped):
+        parts = [parallel.own_part(batch, cfg, world) for batch in batches]
+        own = batches if world.leads_row else []  # a row counts once, whoever works on it
+        *targets, tokens, read, skipped, stop = world.sum(tally(own, bool(stopping)))
+        for key, reason in (bad for batch in own for bad in batch.skipped):
             print(f"skipped sample {key}: {reason}", file=sys.stderr)
         lr = optimizer.schedule(adam, stage.optimizer, at.stage_step, stage.steps)
-        values = train_step(model, batches, max(sum(targets), 1.0), adam, stage.optimizer.clip_norm, world)
+        if cfg.debug.check_collectives:
+            agreement.check_step(world, model, at.step, parts)
+        num_targets, clip_norm = max(sum(targets), 1.0), stage.optimizer.clip_norm
+        values = train_step(model, parts, num_targets, adam, clip_norm, world, cfg.train.accumulate_mode)
         at = replace(
             at, step=at.step + 1, stage_step=at.stage_step + 1, read=at.read + read, skipped=at.skipped + skipped
         )
@@ -137,7 +153,7 @@ def run_stage(
             log.restart_clock()
         if at.step % cfg.checkpoint.every == 0 or ends:
             log.flush()
-            saver.save(at, model, adam, loader.state())
+            saver.save(at, model, adam, loader.state() if loader else {})
             log.restart_clock()
         if stop:
             log.say(f"stopped by a signal after step {at.step}; the same command goes on from there")
@@ -151,6 +167,7 @@ def main(cfg: Config) -> None:
     preflight.check(cfg, world_size=mesh.ranks()[1])
     device = mesh.choose_device(cfg)
     world = mesh.start(cfg, device)
+    agreement.check_start(world, config.dump(cfg))
     lock = preflight.claim(cfg, world)
     resume_from, note = world.gather(checkpoint.find(cfg))[0]
     preflight.check_resume(cfg, resume_from)
@@ -198,6 +215,7 @@ if __name__ == "__main__":
     parser.add_argument("--print", action="store_true", help="show the resolved config and stop")
     parser.add_argument("--preflight", action="store_true", help="check and estimate, then stop")
     parser.add_argument("--world-size", type=int, default=1, help="ranks that --preflight assumes")
+    parser.add_argument("--device-memory-gib", type=float, help="error of --preflight when a rank needs more")
     arguments = parser.parse_intermixed_args()
     with preflight.one_line_errors():
         loaded = config.load(arguments.config, arguments.overrides)
@@ -205,6 +223,8 @@ if __name__ == "__main__":
             print(config.dump(loaded))
         elif arguments.preflight:
             demo.ensure(loaded)
-            print(preflight.report(loaded, arguments.world_size))
+            print(preflight.report(loaded, arguments.world_size), flush=True)
+            if arguments.device_memory_gib is not None:
+                preflight.check_memory(loaded, arguments.world_size, arguments.device_memory_gib)
         else:
             main(loaded)

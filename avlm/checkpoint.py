@@ -3,7 +3,8 @@
     <run>/checkpoints/step_00000100/
         *.distcp, .metadata       weights and optimizer state (torch.distributed.checkpoint: any layout can load them)
         rank_00000.safetensors    torch's random state of that rank (CPU, and the GPU's when there is one)
-        rank_00000.json           its loader state, python's and numpy's random state
+        rank_00000.json           python's and numpy's
+        loader_00000.json         where the loader of that data rank stands
         complete                  marker, written last: step, stage and step within the stage, as JSON
     <run>/checkpoints/latest      name of the newest complete one
 
@@ -138,10 +139,20 @@ def load(path: Path, model: AVLM, optimizer: torch.optim.Optimizer | None = None
 
 
 def load_rank_state(path: Path, world: World) -> dict[str, Any]:
-    """Restore the random state of this rank; returns its loader state."""
-    count = len(list(path.glob("rank_*.json")))
-    if count != world.size:
-        raise ValueError(f"{path} was written by {count} ranks, this run has {world.size}: start it with {count}")
+    """Restore the random state of this rank; returns the loader state of its data rank.
+
+    The ranks that share a row may be others than before (parallel.context, parallel.tensor): what they load does not
+    change. Their random states, which no training step draws from, then stay those of the seed.
+    """
+    count = len(list(path.glob("loader_*.json")))
+    if count != world.data_size:
+        raise ValueError(
+            f"{path} holds the loader state of {count} data ranks, this run has {world.data_size}: start it with "
+            f"parallel.replicate x parallel.shard = {count}, or take its weights alone with init_from"
+        )
+    loader_state = json.loads((path / f"loader_{world.data_rank:05d}.json").read_text())
+    if len(list(path.glob("rank_*.json"))) != world.size:
+        return loader_state
     tensors = load_file(path / f"rank_{world.rank:05d}.safetensors")
     torch.set_rng_state(tensors["cpu"])
     if world.device.type == "cuda" and "cuda" in tensors:
@@ -151,7 +162,7 @@ def load_rank_state(path: Path, world: World) -> dict[str, Any]:
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    return state["loader"]
+    return loader_state
 
 
 def read_run(run: Path | str) -> tuple[Config, Path]:
@@ -186,8 +197,10 @@ def _write_rank_state(path: Path, world: World, loader_state: dict) -> None:
         tensors["cuda"] = torch.cuda.get_rng_state(world.device)
     save_file(tensors, path / f"rank_{world.rank:05d}.safetensors")
     name, keys, *rest = np.random.get_state()
-    state = {"loader": loader_state, "python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+    state = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
     write_durably(path / f"rank_{world.rank:05d}.json", json.dumps(state))
+    if world.leads_row:
+        write_durably(path / f"loader_{world.data_rank:05d}.json", json.dumps(loader_state))
 
 
 def write_durably(path: Path, text: str) -> None:

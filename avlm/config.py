@@ -219,10 +219,29 @@ class StageConfig:
     data: DataConfig
 
 
+Recompute = Literal["none", "selective", "full"]
+
+
+@config
+class RecomputeConfig:
+    """Activation checkpointing: what the backward computes again instead of keeping it, for each tower.
+
+    full keeps the input of a block; selective keeps attention and every second matrix product as well.
+    """
+
+    decoder: Recompute = "none"
+    vision: Recompute = "none"
+    audio: Recompute = "none"
+
+
 @config
 class TrainConfig:
-    accumulate: Count = 1  # micro-batches (packed rows) of each rank in a step
+    accumulate: Count = 1  # micro-batches (packed rows) of each data rank in a step
+    accumulate_mode: Literal["sharded", "local"] = "sharded"  # reduce gradients each micro-batch; or once, whole, in fp32
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of compute, weights stay fp32; auto: bf16 on GPUs
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    offload_activations: bool = False  # what recompute "full" keeps, the input of each block, waits in host memory
+    compile: bool = False  # torch.compile, block by block
     log_every: Count = 10  # steps between console lines; metrics.jsonl has every step
     validate_every: int = 500  # steps; 0: never
     validate_batches: Count = 20  # packed rows of each set and rank
@@ -232,10 +251,22 @@ class TrainConfig:
 
 @config
 class ParallelConfig:
-    """Mesh of ranks: replicate x shard; the loader's data ranks are their product."""
+    """Mesh of ranks: replicate x shard x context x tensor. Rows are loaded for replicate x shard data ranks."""
 
     shard: int = -1  # ranks that share one copy of weights, gradients and optimizer state; -1: what is left
-    replicate: int = 1  # copies
+    replicate: Count = 1  # copies
+    context: Count = 1  # ranks that share the tokens of a row
+    tensor: Count = 1  # ranks that share the heads, widths and vocabulary of the decoder
+    context_mode: Literal["auto", "ring", "allgather", "ulysses"] = "auto"  # auto: ulysses if it divides the heads
+    tower_sharding: Literal["unit", "block", "replicate"] = "unit"  # gather a tower whole, by block; or frozen copies
+    balance_media: bool = False  # share images and clips of all data ranks evenly; else of a row's own ranks
+    reshard: bool = True  # free the gathered weights of a block between forward and backward
+    cpu_offload: bool = False  # weights, gradients and optimizer state in host memory
+
+
+@config
+class DebugConfig:
+    check_collectives: bool = False  # before each step, compare what every rank is about to run
 
 
 @config
@@ -264,6 +295,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]

@@ -41,10 +41,12 @@ PROMPTS = 64  # answered together on each rank
 def answers(model: AVLM, samples: list[Sample], encoder: SampleEncoder, world: World, ablation: str = "") -> list[str]:
     """What the model answers to each sample's conversation up to its last turn, greedily; on every rank, in order.
 
-    The samples are split over the ranks, which all run the same number of forwards.
+    The samples are split over the ranks, which all run the same number of forwards. The ranks of a tensor axis, which
+    lie next to each other, answer together.
     """
-    own = list(range(world.rank, len(samples), world.size))
-    rounds = math.ceil(math.ceil(len(samples) / world.size) / PROMPTS)
+    _, tensor = world.axis("tensor")
+    own = list(range(world.rank // tensor, len(samples), world.size // tensor))
+    rounds = math.ceil(math.ceil(len(samples) * tensor / world.size) / PROMPTS)
     texts: dict[int, str] = {}
     for r in range(rounds):
         chosen = own[r * PROMPTS : (r + 1) * PROMPTS]
@@ -54,14 +56,17 @@ def answers(model: AVLM, samples: list[Sample], encoder: SampleEncoder, world: W
             prompts,
             stop_ids=encoder.chat.stop_ids,
             max_new_tokens=MAX_NEW_TOKENS,
+            device=world.device,
             everyone_done=lambda done: world.sum([float(not done)])[0] == 0,
+            own_part=lambda batch: parallel.prompt_part(batch, model.config, world),
+            multiple=tensor,
         )
         for i, completion in zip(chosen, completions):
             texts[i] = encoder.tokenizer.decode(completion.token_ids, control=False).strip()
     gathered: dict[int, str] = {}
     for part in world.gather(texts):
         gathered |= part
-    model.reshard()  # FSDP2 keeps the root gathered after a forward without grad
+    parallel.reshard(model)
     return [gathered[i] for i in range(len(samples))]
 
 

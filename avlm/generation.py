@@ -78,25 +78,33 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    device: torch.device | None = None,
     on_token: Callable[[int, int], None] | None = None,
     everyone_done: Callable[[bool], bool] | None = None,
+    own_part: Callable[[Batch], Batch] | None = None,
+    multiple: int = 1,
 ) -> list[Completion]:
     """One completion per prompt; greedy when ``temperature`` is 0, ``top_k=0`` keeps every token.
 
     Prompt i draws from its own generator, seeded ``seed + i``. ``on_token(i, id)`` is called for every new token.
     Every forward goes through ``model(batch, caches)``: where the model is sharded, ``everyone_done`` turns a rank's
-    "all of mine are done" into everyone's, and all ranks run the same number of forwards, without prompts too.
+    "all of mine are done" into everyone's, and all ranks run the same number of forwards, without prompts too. Where
+    tensor parallelism shares out rows, ``multiple`` is what their number must be a multiple of (unread prompts fill
+    up), and ``own_part`` takes the media that this rank encodes from the packed prompts.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
-    device = next(model.parameters()).device
+    device = model.decoder.embedding.weight.device if device is None else device
+    num_asked = len(prompts)
+    prompts = prompts + _fill(prompts, multiple)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     batch, slots = _prompt_phase(prompts, model, max_new_tokens, device)
+    batch = (batch if own_part is None else own_part(batch)).to(device)
     empty = pack([], 0, model.config).to(device)
     ones = Segments.of([1] * len(prompts), device)
     caches = [KeyValueCache(slots) for _ in range(model.config.decoder.num_layers)]
 
     completions = [Completion([], []) for _ in prompts]
-    done = [False] * len(prompts)
+    done = [i >= num_asked for i in range(len(prompts))]
     for step in range(max_new_tokens):
         logits_BV = model(batch, caches)
         draw_B = torch.tensor([torch.rand((), generator=generator).item() for generator in generators])
@@ -117,7 +125,7 @@ def generate(
         slots.rows_T = torch.arange(len(prompts), device=device) * slots.size + slots.length_B
         batch = _next_batch(empty, token_B, slots.length_B, ones)
         slots.length_B = slots.length_B + 1
-    return completions
+    return completions[:num_asked]
 
 
 def choose(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, draw_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,10 +173,21 @@ def _prompt_phase(prompts: list[EncodedSample], model: AVLM, spare: int, device:
     batch = pack(prompts, sum(lengths), model.config)
     last_B = torch.tensor(lengths, dtype=torch.int64).cumsum(0) - 1
     unused_B = torch.zeros_like(last_B)
-    batch = dataclasses.replace(batch, target_rows_R=last_B, target_R=unused_B, kind_R=unused_B).to(device)
+    batch = dataclasses.replace(batch, target_rows_R=last_B, target_R=unused_B, kind_R=unused_B)
     start_T = torch.repeat_interleave(torch.arange(len(prompts)) * size, torch.tensor(lengths, dtype=torch.int64))
     length_B = torch.tensor(lengths, dtype=torch.int64, device=device)
     return batch, Slots(start_T.to(device) + batch.position_T, length_B, size)
+
+
+def _fill(prompts: list[EncodedSample], multiple: int) -> list[EncodedSample]:
+    """Unread prompts that bring the number of prompts and that of their tokens to a multiple."""
+    num_tokens = sum(map(len, prompts))
+    if num_tokens % multiple == 0 and len(prompts) % multiple == 0:
+        return []
+    count = multiple - len(prompts) % multiple
+    lengths = [1] * (count - 1) + [1 + -(num_tokens + count) % multiple]
+    zeros = [torch.zeros(length, dtype=torch.int64) for length in lengths]
+    return [EncodedSample("", "text", token_T, token_T, torch.empty(0), []) for token_T in zeros]
 
 
 def _next_batch(empty: Batch, token_B: Tensor, position_B: Tensor, segments: Segments) -> Batch:

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -72,16 +73,22 @@ def schedule(optimizer: torch.optim.AdamW, config: OptimizerConfig, step: int, n
 def clip_gradients(model: AVLM, max_norm: float) -> Tensor:
     """Scale all gradients to a global norm of at most ``max_norm``; returns the norm before, a scalar on the device.
 
-    Parameters may live on different meshes, which no stacked norm accepts: one norm a mesh, then their norm.
+    Parameters may live on different meshes of all ranks: squares are summed over the ranks once, those of a tensor that
+    several ranks hold divided by their number.
     """
-    groups = defaultdict(list)
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            groups[parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None].append(parameter.grad)
-    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in groups.values()]
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for gradients in groups.values():
-        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], scale)
-    return total
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(shards)])
+    total = (norms.square() / torch.tensor([_num_copies(g) for g in gradients]).to(norms.device)).sum()
+    if any(isinstance(g, DTensor) for g in gradients):
+        dist.all_reduce(total)
+    norm = total.sqrt()
+    torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _num_copies(gradient: Tensor) -> int:
+    if not isinstance(gradient, DTensor):
+        return 1
+    mesh, placements = gradient.device_mesh, gradient.placements
+    return math.prod(mesh.size(i) for i, placement in enumerate(placements) if placement.is_replicate())

@@ -2,33 +2,41 @@
 
 import contextlib
 import fcntl
+import functools
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from avlm import config as configuration
+from avlm import memory
 from avlm.checkpoint import complete_checkpoints
-from avlm.config import Config
+from avlm.config import Config, StageConfig
 from avlm.data.chat import Tokenizer, check_vocabulary
+from avlm.memory import GIB
 from avlm.metrics import NonFiniteLoss
-from avlm.models.avlm import AVLM
 from avlm.parallel import mesh
+from avlm.parallel.context_attention import choose_mode
 from avlm.parallel.mesh import World
+from avlm.parallel.tensor import check_sizes
 from avlm.pretrained import check_config
 
 MAY_CHANGE_IN_DATA = ("validation", "max_bad_fraction", "media_root")
-MAY_CHANGE = ("output_dir", "resume", "checkpoint", "parallel", "wandb", "device")  # between a run and its resume
-MAY_CHANGE_IN_TRAIN = ("log_every", "validate_every", "validate_batches", "validate_answers", "stop_after")
+MAY_CHANGE = ("output_dir", "resume", "checkpoint", "parallel", "wandb", "device", "debug")  # between a run and its resume
+MAY_CHANGE_IN_TRAIN = (
+    *("log_every", "validate_every", "validate_batches", "validate_answers", "stop_after"),
+    *("accumulate_mode", "recompute", "offload_activations", "compile"),
+)
 
 
 def check(config: Config, world_size: int) -> None:
     """Raise ValueError or FileNotFoundError for what would fail later: mesh, start weights, data sources, tokenizer."""
-    mesh.sizes(config.parallel, world_size)
+    check_layout(config, world_size)
     for entry, source in configuration.to_dict(config.init_from).items():
         if source and Path(source).is_dir():  # a name of the Hub is looked at when its files are there
             check_config(config.model if entry == "all" else getattr(config.model, entry), Path(source))
@@ -38,6 +46,61 @@ def check(config: Config, world_size: int) -> None:
                 raise FileNotFoundError(f"stage {stage.name}: no data at {source}")
         if not stage.data.train.startswith("synthetic"):
             check_vocabulary(Tokenizer(stage.data.tokenizer), config.model.decoder.vocab_size)
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Raise ValueError for a mesh that this world, model or row length does not fit."""
+    parallel = config.parallel
+    mesh.sizes(parallel, world_size)
+    check_sizes(config.model.decoder, parallel.tensor)
+    choose_mode(parallel.context_mode, config.model.decoder.num_kv_heads // parallel.tensor, parallel.context)
+    _check_recompute(config)
+    sharers = parallel.context * parallel.tensor
+    for stage in config.stages:
+        if stage.data.seq_length % sharers:
+            raise ValueError(
+                f"stage {stage.name}: data.seq_length={stage.data.seq_length} is not a multiple of parallel.context x "
+                f"parallel.tensor = {sharers}, which share its rows: take {-(-stage.data.seq_length // sharers) * sharers}"
+            )
+        trained = {"vision", "audio"} & set(stage.train)
+        if parallel.tower_sharding == "replicate" and trained:
+            raise ValueError(
+                f"parallel.tower_sharding=replicate keeps frozen copies, but stage {stage.name} trains "
+                f"{', '.join(sorted(trained))}: choose unit or block"
+            )
+        _check_media(config, stage)
+
+
+def _check_recompute(config: Config) -> None:
+    train, recompute = config.train, configuration.to_dict(config.train.recompute)
+    for name, mode in recompute.items():
+        if mode != "none" and getattr(config.model, name) is None:
+            raise ValueError(f"train.recompute.{name}={mode}, but there is no model.{name}: set it to none")
+        if train.offload_activations and mode == "selective":
+            raise ValueError(
+                "train.offload_activations=true moves block inputs alone, but "
+                f"train.recompute.{name}=selective keeps more: set it to full, or to none"
+            )
+    if train.offload_activations and "full" not in recompute.values():
+        raise ValueError(
+            "train.offload_activations=true moves what full recomputation keeps, and nothing is recomputed: set "
+            "train.recompute.decoder=full, or train.offload_activations=false"
+        )
+
+
+def _check_media(config: Config, stage: StageConfig) -> None:
+    """A stage that trains a tower or its projector has to have room for its media. Windows of true length may be
+    short, and a stage of text needs no room: there a sample that is too long is skipped by its name."""
+    for name, what in (("vision", "an image"), ("audio", "a window of sound")):
+        tower = getattr(config.model, name)
+        if tower is None or not {name, f"{name}_projector"} & set(stage.train) or getattr(tower, "window", "") == "true":
+            continue
+        _, rows = memory.media_rows(name, config.model)
+        if rows > stage.data.seq_length:
+            raise ValueError(
+                f"stage {stage.name}: {what} takes {rows} rows, more than data.seq_length={stage.data.seq_length}: raise "
+                f"it, or model.{name}_projector.downsample={getattr(config.model, f'{name}_projector').downsample}"
+            )
 
 
 def check_resume(config: Config, checkpoint: Path | None) -> None:
@@ -52,7 +115,7 @@ def check_resume(config: Config, checkpoint: Path | None) -> None:
     stored = configuration.to_dict(configuration.load(checkpoint.parent.parent / "config.yaml"))
     for key, (was, wanted) in _differences(stored, configuration.to_dict(config)).items():
         section, _, name = key.partition(".")
-        if section in MAY_CHANGE or (section == "train" and name in MAY_CHANGE_IN_TRAIN):
+        if section in MAY_CHANGE or (section == "train" and name.split(".")[0] in MAY_CHANGE_IN_TRAIN):
             continue
         if ".data." in key and key.split(".data.")[1].split(".")[0] in MAY_CHANGE_IN_DATA:
             continue
@@ -106,23 +169,111 @@ def claim(config: Config, world: World) -> IO[str] | None:
 
 
 def report(config: Config, world_size: int) -> str:
-    """The checks, and an estimate of memory for weights and optimizer and of tokens, as text."""
+    """The checks, and for each stage an estimate of tokens and of memory as text (``avlm.memory``)."""
     check(config, world_size)
-    with torch.device("meta"):
-        model = AVLM(config.model)
-    _, shard = mesh.sizes(config.parallel, world_size)
+    shapes, layout = memory.parameter_shapes(config.model), memory.lay_out(config, world_size)
+    trained = lambda stage: {name: shape for name, shape in shapes.items() if name.split(".")[0] in stage.train}
+    count = lambda shapes: sum(math.prod(shape) for shape in shapes.values())
     lines = []
     for stage in config.stages:
-        total = sum(p.numel() for p in model.parameters())
-        trained = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] in stage.train)
-        # float32 weights of all, gradient and two moments of what trains, all sharded
-        gib = (4 * total + 12 * trained) / shard / 2**30
-        tokens = world_size * config.train.accumulate * stage.data.seq_length
-        lines.append(
-            f"{stage.name}: {stage.steps} steps of up to {tokens:,} tokens; trains {trained:,} of {total:,} "
-            f"parameters; {gib:.2f} GiB a rank for weights, gradients and optimizer state (activations come on top)"
-        )
-    return "\n".join(lines)
+        rows, length = layout.replicate * layout.shard * config.train.accumulate, stage.data.seq_length
+        found = memory.estimate(config, stage, world_size, shapes)
+        lines += [
+            f"{stage.name}: {stage.steps} steps of up to {rows * length:,} tokens; "
+            f"trains {count(trained(stage)):,} of {count(shapes):,} parameters",
+            f"  {rows} rows of {length:,} tokens a step; {config.train.accumulate} after the other on a rank, which has "
+            f"{length // layout.row_ranks:,} tokens of each",
+            *(_memory_line(name, size, memory.NOTES[name]) for name, size in found.device.items() if size),
+            _memory_line("sum", found.total, f"on the device, at the worst moment: {found.moment}"),
+            *(_memory_line(f"{name} (host)", size, "not in the sum") for name, size in found.host.items() if size),
+            "",
+        ]
+    axes = zip(("replicate", "shard", "context", "tensor"), mesh.sizes(config.parallel, world_size))
+    return "\n".join(lines) + (
+        f"{world_size} ranks ({' x '.join(f'{axis} {size}' for axis, size in axes)}), compute in "
+        f"{str(layout.dtype).removeprefix('torch.')}. Assumed: every token has a target, rows are full of images or of "
+        "sound.\nCUDA, NCCL and fragmentation take some GiB a rank on top."
+    )
+
+
+def _memory_line(name: str, size: int, note: str) -> str:
+    amount = f"{size / GIB:8.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:8.2f} MiB"
+    return f"    {name:<24}{amount}   {note}"
+
+
+# What takes memory off a device, the cheapest first: one of these, or several from the first on.
+MENDS = (
+    ("train.accumulate_mode", "sharded"),
+    ("parallel.reshard", True),
+    ("parallel.replicate", 1),
+    ("train.recompute.decoder", "selective"),
+    ("train.recompute.vision", "full"),
+    ("train.recompute.audio", "full"),
+    ("parallel.tower_sharding", "block"),
+    ("train.recompute.decoder", "full"),
+    ("train.offload_activations", True),
+    ("parallel.context", 2),
+    ("parallel.tensor", 2),
+    ("parallel.context", 4),
+    ("parallel.tensor", 4),
+    ("parallel.context", 8),
+    ("parallel.tensor", 8),
+    ("parallel.cpu_offload", True),
+)
+
+
+def check_memory(config: Config, world_size: int, device_memory_gib: float) -> None:
+    """Raise ValueError when a stage is estimated to need more than that on a device, with what would make it fit."""
+    if not device_memory_gib > 0:
+        raise ValueError(f"--device-memory-gib must be positive, not {device_memory_gib}")
+    shapes = memory.parameter_shapes(config.model)
+    need = lambda config, stage: memory.estimate(config, stage, world_size, shapes).total / GIB
+    needs = lambda config: max(need(config, stage) for stage in config.stages)
+    if needs(config) <= device_memory_gib:
+        return
+    stage = max(config.stages, key=lambda stage: need(config, stage))
+    turns, least = _mend(config, world_size, device_memory_gib, needs)
+    wording = " ".join(f"{key}={str(value).lower() if value is True else value}" for key, value in turns)
+    mend = f"{wording} would need {least:.2f}" if turns else "nothing in train.* or parallel.* would lower it"
+    if least > device_memory_gib:
+        mend += "; take more ranks, a shorter data.seq_length or a smaller model"
+    raise ValueError(
+        f"stage {stage.name} needs {needs(config):.2f} GiB a rank, {needs(config) - device_memory_gib:.2f} more than "
+        f"--device-memory-gib {device_memory_gib:g}: {mend}"
+    )
+
+
+def _mend(
+    config: Config, world_size: int, bound: float, needs: Callable[[Config], float]
+) -> tuple[list[tuple[str, Any]], float]:
+    """What to turn, and the GiB that are needed then: one option that is enough, else all that help until it is."""
+    for key, value in MENDS:
+        changed = _turned(config, key, value, world_size)
+        if changed and needs(changed) <= bound:
+            return [(key, value)], needs(changed)
+    turns: dict[str, Any] = {}
+    for key, value in MENDS:
+        changed = _turned(config, key, value, world_size)
+        if changed and needs(changed) < needs(config) and needs(config) > bound:
+            config, turns[key] = changed, value
+    return list(turns.items()), needs(config)
+
+
+def _turned(config: Config, key: str, value: Any, world_size: int) -> Config | None:
+    """The config with another value, or None where that is no change, a step back, or refused."""
+    tree = configuration.to_dict(config)
+    *path, last = key.split(".")
+    section = functools.reduce(dict.__getitem__, path, tree)
+    if section[last] == value or (last in ("context", "tensor") and value < section[last]):
+        return None
+    section[last] = value
+    tree["parallel"]["shard"] = -1  # the rest of the world
+    try:
+        changed = configuration.resolve(tree, key)
+        check_layout(changed, world_size)
+    except ValueError:
+        return None
+    return changed
 
 
 @contextlib.contextmanager

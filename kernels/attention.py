@@ -26,7 +26,7 @@ from kernels.segments import Segments
 def attention_reference(q_THE, k_SKE, v_SKE, segments, *, causal, segments_k=None, scale=None, return_lse=False):
     """The specification in plain PyTorch: segments of like length share one batched call, which gathers their rows."""
     scale = q_THE.shape[-1] ** -0.5 if scale is None else scale
-    groups, source_T = _groups(segments, segments if segments_k is None else segments_k, causal, q_THE.shape[0])
+    groups, source_T = group_segments(segments, segments if segments_k is None else segments_k, causal, q_THE.shape[0])
     # Row 0 is for queries without keys. It keeps q, k and v in the graph: a rank without images owes its peers zero
     # gradients, not none.
     empty = q_THE[:0].sum() + k_SKE[:0].sum() + v_SKE[:0].sum()
@@ -48,7 +48,7 @@ def attention_reference(q_THE, k_SKE, v_SKE, segments, *, causal, segments_k=Non
 
 
 @lru_cache(maxsize=32)  # every layer asks with the same segments
-def _groups(
+def group_segments(
     segments: Segments, segments_k: Segments, causal: bool, T: int
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Segments that can share a call, as rows into q and k: (q_rows_NQ, k_rows_NL); and for each query row where its

@@ -44,9 +44,7 @@ class AVLM(nn.Module):
 
     def embed(self, batch: Batch, with_media: bool = True) -> Tensor:
         """Token features with every media feature at its row, (T, D). ``with_media`` must be the same on all ranks."""
-        x_TD = self.decoder.embedding(batch.token_T.clamp(min=0))
-        # Placeholders (ids below 0) embed to zero: their rows are overwritten, and row 0 of the table learns nothing.
-        x_TD = x_TD * (batch.token_T >= 0).unsqueeze(-1).to(x_TD.dtype)
+        x_TD = self.decoder.embedding(batch.token_T)
         if with_media and self.vision is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.vision)):
                 features = self.vision(batch.pixels, batch.image_segments)

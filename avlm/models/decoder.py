@@ -98,6 +98,14 @@ class FeedForward(nn.Module):
         return self.down(F.silu(self.gate(x_TD)) * self.up(x_TD))
 
 
+class TokenEmbedding(nn.Embedding):
+    """Placeholders (ids below 0) embed to zero: media overwrite their rows, and no row of the table learns from them."""
+
+    def forward(self, token_T: Tensor) -> Tensor:
+        x_TD = super().forward(token_T.clamp(min=0))
+        return x_TD * (token_T >= 0).unsqueeze(-1).to(x_TD.dtype)
+
+
 class Block(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -130,7 +138,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config)

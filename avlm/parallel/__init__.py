@@ -2,17 +2,48 @@
 
 import torch
 
-from avlm.config import Config
+from avlm.config import Config, ModelConfig
+from avlm.data.batch import Batch
 from avlm.data.packing import empty_batch
 from avlm.models.avlm import AVLM
-from avlm.parallel.fsdp import apply_fsdp
+from avlm.parallel.context import cut
+from avlm.parallel.context_attention import apply_context, choose_mode
+from avlm.parallel.exchange import apply_media
+from avlm.parallel.fsdp import apply_fsdp, reshard
+from avlm.parallel.media import split
 from avlm.parallel.mesh import World
+from avlm.parallel.recompute import apply_compile, apply_recompute
+from avlm.parallel.tensor import apply_tensor
 
 
 def apply(model: AVLM, world: World, config: Config) -> None:
-    """Shard a model on the meta device, then give it memory (not values) on the rank's device."""
-    apply_fsdp(model, world.mesh, compute_dtype(config, world.device))
-    model.to_empty(device=world.device)
+    """Lay out a model on the meta device, then give it memory (not values) on the rank's device."""
+    layout = config.parallel
+    if layout.tensor > 1:
+        apply_tensor(model.decoder, world.decoder_mesh["tensor"])
+    if layout.context > 1:
+        num_kv_heads = config.model.decoder.num_kv_heads // layout.tensor
+        mode = choose_mode(layout.context_mode, num_kv_heads, layout.context)
+        # Gradients of keys and values travel against the next block of them: each has a communicator of its own.
+        apply_context(model, world.mesh.get_group("context"), world.new_group("context"), mode)
+    apply_media(model)
+    apply_recompute(model, config.train)
+    if config.train.compile:
+        apply_compile(model)
+    apply_fsdp(model, world, layout, compute_dtype(config, world.device))
+    model.to_empty(device="cpu" if layout.cpu_offload else world.device)
+
+
+def own_part(batch: Batch, config: Config, world: World) -> Batch:
+    """What this rank works on of a row that its ranks share: token rows, and media to encode. On the CPU."""
+    batch, place_T = cut(batch, *world.axis("context"))
+    return split(batch, place_T, config.model, world, balance=config.parallel.balance_media)
+
+
+def prompt_part(batch: Batch, model: ModelConfig, world: World) -> Batch:
+    """Packed prompts, of which the ranks of a tensor axis share rows and media; context ranks have prompts of their own."""
+    place_T = torch.arange(len(batch.token_T))
+    return split(batch, place_T, model, world, group=world.mesh.get_group("tensor"))
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -29,5 +60,6 @@ def warm_up(model: AVLM, config: Config, world: World) -> None:
     FSDP2 notes dtypes at a unit's first forward: one that is frozen then and trained later would fail in bf16.
     """
     model.requires_grad_(True)
-    model(empty_batch(16, config.model).to(world.device))
-    model.reshard()
+    num_rows = 16 * config.parallel.context * config.parallel.tensor
+    model(own_part(empty_batch(num_rows, config.model), config, world).to(world.device))
+    reshard(model)

@@ -1,29 +1,75 @@
-"""FSDP2: which parts of the model are gathered together, and how gradients are summed."""
+"""FSDP2: which parts of the model are gathered together, over which ranks, and how gradients are summed.
+
+The decoder is sharded over shard x context. Towers and projectors are sharded over shard x context x tensor: each of
+those ranks encodes media of its own and holds token rows of its own, so every gradient is a plain sum over all of them.
+"""
+
+import itertools
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from avlm.config import ParallelConfig
 from avlm.models.avlm import AVLM
+from avlm.parallel.mesh import World
 
 
-def apply_fsdp(model: AVLM, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Shard every decoder block and every tower as a unit; embedding, projectors, norm and head are the root's.
+def apply_fsdp(model: AVLM, world: World, config: ParallelConfig, dtype: torch.dtype) -> None:
+    """Shard every decoder block, the embedding, norm with head, every tower and every projector as a unit of its own.
 
-    Weights, gradients and their sums are float32; compute is in ``dtype``. A gradient is a plain sum over all ranks:
-    the loss is divided by the global number of targets where it is made.
+    Weights, gradients and their sums are float32; compute is in ``dtype``. The loss is divided by the global number of
+    targets where it is made, so gradients are summed and never divided.
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    sharded = mesh["shard"] if mesh["replicate"].size() == 1 else mesh
-    for unit in (*model.decoder.blocks, model.vision, model.audio, model):
-        if unit is not None:
-            fully_shard(unit, mesh=sharded, mp_policy=policy)
+    shared = {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+        if config.cpu_offload
+        else OffloadPolicy(),
+    }
+    decoder_mesh = _sharding(world.decoder_mesh, "shard_context")
+    tower_mesh = _sharding(world.tower_mesh, "shard_context_tensor")
+    kept: set[nn.Parameter] = set()  # whole on every rank
+    for name in ("vision", "audio"):
+        tower = getattr(model, name)
+        if tower is None:
+            continue
+        if config.tower_sharding == "replicate":
+            tower.to(dtype)  # frozen: nothing would be gained by float32
+            kept |= set(tower.parameters())
+        else:
+            for block in tower.blocks if config.tower_sharding == "block" else ():
+                fully_shard(block, mesh=tower_mesh, reshard_after_forward=config.reshard, **shared)
+            fully_shard(tower, mesh=tower_mesh, reshard_after_forward=config.reshard, **shared)
+        fully_shard(getattr(model, f"{name}_projector"), mesh=tower_mesh, reshard_after_forward=False, **shared)
+    decoder = model.decoder
+    for block in decoder.blocks:
+        fully_shard(block, mesh=decoder_mesh, reshard_after_forward=config.reshard, **shared)
+    if not decoder.config.tie_embedding:  # as units of their own a tied embedding and head would stop being tied
+        fully_shard(decoder.embedding, mesh=decoder_mesh, reshard_after_forward=config.reshard, **shared)
+        fully_shard([decoder.norm, decoder.head], mesh=decoder_mesh, reshard_after_forward=False, **shared)
+    fully_shard(model, mesh=decoder_mesh, ignored_params=kept, **shared)
+    # The next block is gathered while one computes: forward, and from the last to the first in the backward.
+    for before, after in itertools.pairwise(decoder.blocks):
+        before.set_modules_to_forward_prefetch([after])
+        after.set_modules_to_backward_prefetch([before])
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(
-            True
-        )  # gloo has no premultiplied sum, which a factor of 1 would ask for
+        # gloo has no premultiplied sum, which a factor of 1 would ask for
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def _sharding(mesh: DeviceMesh, axis: str) -> DeviceMesh:
+    """Shards of one copy, or, with more copies than one, copies of shards (HSDP)."""
+    return mesh[axis] if mesh["replicate"].size() == 1 else mesh["replicate", axis]
+
+
+def reshard(model: nn.Module) -> None:
+    """Back to shards after a forward without grad: FSDP2 keeps units that it expects a backward for gathered, and the
+    model's parameters are then others than those that train and are saved."""
+    for module in fsdp_modules(model):
+        module.reshard()
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

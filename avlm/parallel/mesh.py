@@ -1,8 +1,10 @@
 """Processes: who this rank is, the named mesh of all ranks, and sums over them."""
 
 import ctypes
+import itertools
 import os
 import signal
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +19,55 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h: a signal for this process when its parent
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. ``mesh`` has the axes replicate and shard; the loader's data ranks are their product."""
+    """This process among all ranks, which lie in row-major order on the axes replicate x shard x context x tensor.
+
+    mesh          all four axes by name
+    decoder_mesh  replicate, shard_context, tensor: what the decoder's weights are laid out on
+    tower_mesh    replicate, shard_context_tensor: what those of towers and projectors are laid out on
+    row_mesh      data, row: the ranks that work on the same row of tokens (context x tensor) are one "row"
+    """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
+    decoder_mesh: DeviceMesh
+    tower_mesh: DeviceMesh
+    row_mesh: DeviceMesh
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def leads_row(self) -> bool:
+        """Whether this rank loads the row for the others that work on it."""
+        return self.row_mesh.get_local_rank("row") == 0
+
+    @property
+    def data_rank(self) -> int:
+        return self.row_mesh.get_local_rank("data")
+
+    @property
+    def data_size(self) -> int:
+        return self.row_mesh.size(0)
+
+    @property
+    def counts_losses(self) -> bool:
+        """Whether the losses of this rank are its own; the other ranks of a tensor axis hold the same."""
+        return self.mesh.get_local_rank("tensor") == 0
+
+    def axis(self, name: str) -> tuple[int, int]:
+        """(own index, length) of an axis of ``mesh``."""
+        return self.mesh.get_local_rank(name), self.mesh[name].size()
+
+    def new_group(self, axis: str) -> dist.ProcessGroup:
+        """Another communicator for the ranks of an axis. All ranks of the world call this together."""
+        ranks = self.mesh.mesh.movedim(self.mesh.mesh_dim_names.index(axis), -1)
+        return dist.new_subgroups_by_enumeration(ranks.flatten(0, -2).tolist())[0]
+
     def sum(self, values: list[float]) -> list[float]:
-        """Sum over the data ranks, on the host: nothing waits for a device."""
+        """Sum over all ranks, on the host: nothing waits for a device."""
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
@@ -40,6 +78,18 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def share_rows(self, rows: Iterable[Any] | None) -> Iterator[Any]:
+        """What the leading rank of a row iterates over, on every rank of the row; the others give None."""
+        group = self.row_mesh.get_group("row")
+        own = iter(rows) if self.leads_row else itertools.repeat(None)
+        while True:
+            shared = [next(own, None)]
+            if group.size() > 1:
+                dist.broadcast_object_list(shared, group=group, group_src=0, device=torch.device("cpu"))
+            if shared[0] is None:
+                return
+            yield shared[0]
+
     def barrier(self) -> None:
         self.sum([0.0])
 
@@ -49,15 +99,17 @@ def ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int]:
-    """(replicate, shard) for a world; raises ValueError when they do not multiply to it."""
-    shard = world_size // parallel.replicate if parallel.shard == -1 else parallel.shard
-    if parallel.replicate * shard != world_size:
+def sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int, int, int]:
+    """(replicate, shard, context, tensor) for a world; raises ValueError when they do not multiply to it."""
+    others = parallel.replicate * parallel.context * parallel.tensor
+    shard = max(world_size // others, 1) if parallel.shard == -1 else parallel.shard
+    if others * shard != world_size:
         raise ValueError(
-            f"parallel.replicate={parallel.replicate} x parallel.shard={parallel.shard} does not make "
-            f"{world_size} ranks: start torchrun with another --nproc-per-node, or set parallel.shard=-1"
+            f"parallel.replicate={parallel.replicate} x shard={shard} x context={parallel.context} x "
+            f"tensor={parallel.tensor} does not make {world_size} ranks: start torchrun with another "
+            "--nproc-per-node, or change parallel.* (shard=-1 takes what is left)"
         )
-    return parallel.replicate, shard
+    return parallel.replicate, shard, parallel.context, parallel.tensor
 
 
 def choose_device(config: Config) -> torch.device:
@@ -86,8 +138,22 @@ def start(config: Config, device: torch.device) -> World:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size
     )
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    return World(rank, size, device, mesh)
+    return lay_out(shape, device)
+
+
+def lay_out(shape: tuple[int, int, int, int], device: torch.device) -> World:
+    """The meshes of a running process group: one order of ranks, seen as different axes."""
+    replicate, shard, context, tensor = shape
+    see = lambda **axes: init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=device,
+        mesh=see(replicate=replicate, shard=shard, context=context, tensor=tensor),
+        decoder_mesh=see(replicate=replicate, shard_context=shard * context, tensor=tensor),
+        tower_mesh=see(replicate=replicate, shard_context_tensor=shard * context * tensor),
+        row_mesh=see(data=replicate * shard, row=context * tensor),
+    )
 
 
 def stop() -> None:

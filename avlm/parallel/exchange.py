@@ -1,0 +1,81 @@
+"""Tower rows travel from the rank that encoded them to the rank that owns the token row of their feature.
+
+    arrived = rows that the ranks send here, rank after rank        d features[send_rows] = d arrived, sent back
+
+It is a hook behind the tower, so that neither tower nor projector knows of it: the projector's source rows index what
+has arrived. The backward is a collective like the forward, which a rank with nothing to send or receive joins too.
+
+P rows of the tower's output   S of them that are sent   A rows that arrive   D tower width
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from avlm.models.avlm import AVLM
+from kernels.segments import Segments
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RoutedSegments(Segments):
+    """The images or windows that this rank encodes, and where their rows go. Attention sees Segments.
+
+    send_rows_S     int64: rows of the tower's output that are sent, in the order of the ranks that they go to
+    send_counts     how many go to each rank of the group; Python ints, so that no collective asks the device
+    receive_counts  how many come from each
+    """
+
+    send_rows_S: Tensor
+    send_counts: list[int]
+    receive_counts: list[int]
+    group: dist.ProcessGroup
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "RoutedSegments":
+        moved = replace(self, send_rows_S=self.send_rows_S.to(device, non_blocking=non_blocking))
+        moved.__dict__.update(
+            super().to(device, non_blocking).__dict__
+        )  # the boundaries, and spans where they are known
+        return moved
+
+
+def apply_media(model: AVLM) -> None:
+    """Have the towers' rows exchanged behind them wherever a batch says so (``media.split``)."""
+    for tower in (model.vision, model.audio):
+        if tower is not None:
+            tower.register_forward_hook(_exchange_behind)
+
+
+def _exchange_behind(tower: nn.Module, inputs: tuple, features_PD: Tensor) -> Tensor:
+    segments = inputs[-1]
+    return exchange(features_PD, segments) if isinstance(segments, RoutedSegments) else features_PD
+
+
+def exchange(features_PD: Tensor, segments: RoutedSegments) -> Tensor:
+    """The rows that arrive here, (A, D), by the rank that they come from. No rows are legal, on any rank."""
+    return _Exchange.apply(features_PD, segments)
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features_PD, segments):
+        ctx.segments, ctx.num_rows = segments, features_PD.shape[0]
+        sent_SD = features_PD.index_select(0, segments.send_rows_S)
+        return swap(sent_SD, segments.send_counts, segments.receive_counts, segments.group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, darrived_AD):
+        segments = ctx.segments
+        dsent_SD = swap(darrived_AD.contiguous(), segments.receive_counts, segments.send_counts, segments.group)
+        dfeatures_PD = dsent_SD.new_zeros(ctx.num_rows, dsent_SD.shape[1])
+        return dfeatures_PD.index_copy_(0, segments.send_rows_S, dsent_SD), None  # a row is sent once at most
+
+
+def swap(sent: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup) -> Tensor:
+    """What the ranks of a group send here, rank after rank. ``sent`` is cut by ``send_counts`` along its first dim."""
+    arrived = sent.new_empty(sum(receive_counts), *sent.shape[1:])
+    dist.all_to_all_single(arrived, sent, receive_counts, send_counts, group=group)
+    return arrived

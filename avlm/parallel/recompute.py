@@ -1,0 +1,66 @@
+"""What transformer blocks keep for the backward, and torch.compile: both replace the forward of single blocks.
+
+    none        everything that autograd saves
+    selective   attention and every second matrix product; the rest, cheap or the other half, is computed again
+    full        the input of a block; with offload_activations it waits in host memory
+"""
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from avlm.config import Recompute, TrainConfig
+from avlm.models.avlm import AVLM
+
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+ATTENTION = ("attention_forward", "_scaled_dot_product")  # begins the name of our op, and of PyTorch's
+
+
+def apply_recompute(model: AVLM, config: TrainConfig) -> None:
+    for name in ("decoder", "vision", "audio"):
+        tower = getattr(model, name)
+        mode: Recompute = getattr(config.recompute, name)
+        for block in tower.blocks if tower is not None and mode != "none" else ():
+            block.forward = _recomputed(block.forward, mode, config.offload_activations)
+
+
+def apply_compile(model: AVLM) -> None:
+    """Compile each block on its own: alike blocks share their graphs, and gathering weights stays between them."""
+    for tower in (model.decoder, model.vision, model.audio):
+        for block in tower.blocks if tower is not None else ():
+            block.forward = torch.compile(block.forward)
+
+
+def _recomputed(forward: Callable[..., Any], mode: Recompute, offload: bool) -> Callable[..., Any]:
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
+    if mode == "selective":
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts(_every_second_product())
+
+    def recomputed(*inputs: Any) -> Any:
+        kept = contextlib.nullcontext()
+        if offload:
+            kept = torch.autograd.graph.save_on_cpu(pin_memory=inputs[0].is_cuda)
+        with kept:
+            return checkpoint(forward, *inputs, **options)
+
+    return functools.wraps(forward)(recomputed)
+
+
+def _every_second_product() -> Callable[..., CheckpointPolicy]:
+    counts: Counter[bool] = Counter()  # of the forward and of its repetition, which have to decide alike
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if getattr(op, "__name__", "").startswith(ATTENTION):
+            return CheckpointPolicy.MUST_SAVE
+        if op in PRODUCTS:
+            counts[context.is_recompute] += 1
+            if counts[context.is_recompute] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy

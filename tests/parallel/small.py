@@ -1,0 +1,58 @@
+"""A small model and rows of any mix of media, for tests that run on several ranks."""
+
+import torch
+
+from avlm import config
+from avlm.config import Config
+from avlm.data.batch import Batch
+from avlm.data.packing import pack
+from avlm.data.sample import EncodedSample
+
+TREE = {
+    "output_dir": "unused",
+    "model": {
+        "decoder": {
+            **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2},
+            **{"num_heads": 4, "num_kv_heads": 2, "tie_embedding": True},
+        },
+        "vision": {
+            **{"hidden_size": 24, "intermediate_size": 48, "num_layers": 2, "num_heads": 2},
+            **{"image_size": 16, "patch_size": 8, "feature_layer": -1},
+        },
+        "audio": {
+            **{"hidden_size": 24, "intermediate_size": 48, "num_layers": 1, "num_heads": 2},
+            **{"num_mels": 16, "max_positions": 50},
+        },
+        "vision_projector": {},
+        "audio_projector": {"downsample": 2},
+    },
+    "data": {"train": "synthetic", "seq_length": 64},
+    "optimizer": {"lr": 3e-3, "warmup_steps": 2},
+    "stages": [{"name": "all", "steps": 20, "train": list(config.MODULES)}],
+}
+MEDIA = {"text": (0, 0), "image": (2, 0), "audio": (0, 1), "both": (1, 1), "video": (4, 1)}  # pictures, clips
+
+
+def make_config(**overrides) -> Config:
+    return config.resolve({**TREE, **overrides}, "test")
+
+
+def make_rows(cfg: Config, mixes: list[str], seed: int = 0) -> list[Batch]:
+    """One packed row for each mix: two samples with its media and one of text between them."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = lambda mix: [make_sample(mix, 6, generator), make_sample("text", 7, generator), make_sample(mix, 4, generator)]
+    return [pack(samples(mix), cfg.stages[0].data.seq_length, cfg.model) for mix in mixes]
+
+
+def make_sample(mix: str, num_words: int, generator: torch.Generator) -> EncodedSample:
+    """A sample of the small model: 4 rows a picture, one for 40 ms of sound; every word but the first is learned."""
+    num_images, num_clips = MEDIA[mix]
+    mels = [torch.randn(16, 2 * (4 + num_words), generator=generator) for _ in range(num_clips)]
+    text = torch.randint(0, 96, (num_words,), generator=generator)
+    media = [-200] * (4 * num_images) + [-300] * sum(-(-mel.shape[1] // 4) for mel in mels)
+    token_T = torch.cat([torch.tensor(media, dtype=torch.long), text])
+    target_T = torch.full_like(token_T, -100)
+    target_T[len(media) : -1] = token_T[len(media) + 1 :]
+    pixels = torch.randint(0, 255, (num_images, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    kind = {"both": "mixed"}.get(mix, mix)
+    return EncodedSample(mix, kind, token_T, target_T, pixels, mels)
