@@ -68,7 +68,9 @@ def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World) -> dict
     results = {}
     for name, source in stage.data.validation.items():
         who = {"rank": world.data_rank, "world": world.data_size, "seed": cfg.seed}
-        rows = world.share_rows(open_loader(source, stage.data, cfg.model, **who, train=False) if world.leads_row else None)
+        rows = world.share_rows(
+            open_loader(source, stage.data, cfg.model, **who, train=False) if world.leads_row else None
+        )
         loss, num_targets = torch.zeros((), device=world.device), 0
         for _ in range(cfg.train.validate_batches):
             batch = next(rows, None)

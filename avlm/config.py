@@ -237,7 +237,9 @@ class RecomputeConfig:
 @config
 class TrainConfig:
     accumulate: Count = 1  # micro-batches (packed rows) of each data rank in a step
-    accumulate_mode: Literal["sharded", "local"] = "sharded"  # reduce gradients each micro-batch; or once, whole, in fp32
+    accumulate_mode: Literal["sharded", "local"] = (
+        "sharded"  # reduce gradients each micro-batch; or once, whole, in fp32
+    )
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of compute, weights stay fp32; auto: bf16 on GPUs
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     offload_activations: bool = False  # what recompute "full" keeps, the input of each block, waits in host memory

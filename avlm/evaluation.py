@@ -24,7 +24,7 @@ from avlm.config import DataConfig, ParallelConfig
 from avlm.data import open_samples
 from avlm.data.chat import Tokenizer
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder
-from avlm.generation import generate
+from avlm.generation import Ranks, generate
 from avlm.models.avlm import AVLM
 from avlm.parallel import mesh
 from avlm.parallel.mesh import World
@@ -47,6 +47,12 @@ def answers(model: AVLM, samples: list[Sample], encoder: SampleEncoder, world: W
     _, tensor = world.axis("tensor")
     own = list(range(world.rank // tensor, len(samples), world.size // tensor))
     rounds = math.ceil(math.ceil(len(samples) * tensor / world.size) / PROMPTS)
+    ranks = Ranks(
+        world.device,
+        everyone_done=lambda done: world.sum([float(not done)])[0] == 0,
+        own_part=lambda batch: parallel.prompt_part(batch, model.config, world),
+        multiple=tensor,
+    )
     texts: dict[int, str] = {}
     for r in range(rounds):
         chosen = own[r * PROMPTS : (r + 1) * PROMPTS]
@@ -56,10 +62,7 @@ def answers(model: AVLM, samples: list[Sample], encoder: SampleEncoder, world: W
             prompts,
             stop_ids=encoder.chat.stop_ids,
             max_new_tokens=MAX_NEW_TOKENS,
-            device=world.device,
-            everyone_done=lambda done: world.sum([float(not done)])[0] == 0,
-            own_part=lambda batch: parallel.prompt_part(batch, model.config, world),
-            multiple=tensor,
+            ranks=ranks,
         )
         for i, completion in zip(chosen, completions):
             texts[i] = encoder.tokenizer.decode(completion.token_ids, control=False).strip()

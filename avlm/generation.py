@@ -67,6 +67,21 @@ class KeyValueCache:
         return decode_attention(q_THE, self.k_BSKE, self.v_BSKE, slots.length_B)
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """How the ranks that hold shares of a model generate together: all run the same number of forwards.
+
+    everyone_done   turns a rank's "all of mine are done" into everyone's
+    own_part        packed prompts -> those with the media that this rank encodes
+    multiple        tensor parallelism shares out rows: prompts and their tokens are filled up to a multiple of this
+    """
+
+    device: torch.device
+    everyone_done: Callable[[bool], bool] = lambda done: done
+    own_part: Callable[[Batch], Batch] = lambda batch: batch
+    multiple: int = 1
+
+
 @torch.no_grad()  # inference_mode is incompatible with FSDP2
 def generate(
     model: AVLM,
@@ -78,27 +93,21 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    device: torch.device | None = None,
     on_token: Callable[[int, int], None] | None = None,
-    everyone_done: Callable[[bool], bool] | None = None,
-    own_part: Callable[[Batch], Batch] | None = None,
-    multiple: int = 1,
+    ranks: Ranks | None = None,
 ) -> list[Completion]:
     """One completion per prompt; greedy when ``temperature`` is 0, ``top_k=0`` keeps every token.
 
     Prompt i draws from its own generator, seeded ``seed + i``. ``on_token(i, id)`` is called for every new token.
-    Every forward goes through ``model(batch, caches)``: where the model is sharded, ``everyone_done`` turns a rank's
-    "all of mine are done" into everyone's, and all ranks run the same number of forwards, without prompts too. Where
-    tensor parallelism shares out rows, ``multiple`` is what their number must be a multiple of (unread prompts fill
-    up), and ``own_part`` takes the media that this rank encodes from the packed prompts.
+    Every forward goes through ``model(batch, caches)``; ``ranks`` for a model that others hold a share of.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
-    device = model.decoder.embedding.weight.device if device is None else device
-    num_asked = len(prompts)
-    prompts = prompts + _fill(prompts, multiple)
+    ranks = ranks or Ranks(model.decoder.embedding.weight.device)
+    device, num_asked = ranks.device, len(prompts)
+    prompts = prompts + _fill(prompts, ranks.multiple)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     batch, slots = _prompt_phase(prompts, model, max_new_tokens, device)
-    batch = (batch if own_part is None else own_part(batch)).to(device)
+    batch = ranks.own_part(batch).to(device)
     empty = pack([], 0, model.config).to(device)
     ones = Segments.of([1] * len(prompts), device)
     caches = [KeyValueCache(slots) for _ in range(model.config.decoder.num_layers)]
@@ -117,8 +126,7 @@ def generate(
                 done[i] = token in stop_ids
                 if on_token is not None:
                     on_token(i, token)
-        all_done = all(done)
-        if step + 1 == max_new_tokens or (all_done if everyone_done is None else everyone_done(all_done)):
+        if step + 1 == max_new_tokens or ranks.everyone_done(all(done)):
             break
         # Finished sequences go on into their own slots, unread: the row keeps its shape.
         slots.is_prompt = False

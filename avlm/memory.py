@@ -120,7 +120,7 @@ def estimate(config: Config, stage: StageConfig, world_size: int, shapes: Shapes
 
 
 def resident(config: Config, stage: StageConfig, layout: Layout, shapes: Shapes) -> dict[str, int]:
-    """Exact bytes of the rank with the largest shards. AdamW's step counts, 4 bytes a parameter tensor, are left out."""
+    """Exact bytes of the rank with the largest shards, without AdamW's step counts (4 bytes a parameter tensor)."""
     found = {"parameters": 0, "gradients": 0, "optimizer state": 0, "whole gradients": 0}
     is_local = config.train.accumulate_mode == "local" and config.train.accumulate > 1
     for name, shape in shapes.items():
@@ -164,7 +164,8 @@ def _at_block(config: Config, stage: StageConfig, layout: Layout, shapes: Shapes
     # The head's gradient is still on its way when the last block is done; a tied one waits for the embedding's.
     waiting = 4 * max(block, head) + (c * _count(shapes, "decoder.embedding.", layout.tensor) if not head else 0)
     tokens = stage.data.seq_length // layout.context
-    again = 0 if config.train.recompute.decoder == "none" else decoder_block_bytes(decoder, layout, "none", trains)
+    of_block = lambda mode: decoder_block_bytes(decoder, layout, mode, trains)
+    again = of_block("none") - of_block(config.train.recompute.decoder)
     gradients = c * (3 * decoder.intermediate_size // layout.tensor + 2 * decoder.hidden_size)
     return {
         "gathered weights": _held(config, layout, shapes) + layout.gathered("decoder") * block,
@@ -206,9 +207,9 @@ def _at_tower(name: str, config: Config, stage: StageConfig, layout: Layout, sha
         gathered = layout.gathered(name) * block + c * (whole - block * _num_blocks(tower))
         reduction = (c + 4) * block * trains
     D, F = tower.hidden_size, tower.intermediate_size
-    work = c * (2 * D + 3 * F)
-    if trains and getattr(config.train.recompute, name) != "none":
-        work += encoder_block_bytes(tower, layout, "none")
+    of_block = lambda mode: encoder_block_bytes(tower, layout, mode)
+    again = (of_block("none") - of_block(getattr(config.train.recompute, name))) * trains
+    work = again + c * (2 * D + 3 * F)
     tokens = _media_tokens(name, config.model, stage, layout)
     return {
         "gathered weights": _held(config, layout, shapes) + gathered,

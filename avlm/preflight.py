@@ -27,7 +27,15 @@ from avlm.parallel.tensor import check_sizes
 from avlm.pretrained import check_config
 
 MAY_CHANGE_IN_DATA = ("validation", "max_bad_fraction", "media_root")
-MAY_CHANGE = ("output_dir", "resume", "checkpoint", "parallel", "wandb", "device", "debug")  # between a run and its resume
+MAY_CHANGE = (
+    "output_dir",
+    "resume",
+    "checkpoint",
+    "parallel",
+    "wandb",
+    "device",
+    "debug",
+)  # between a run and its resume
 MAY_CHANGE_IN_TRAIN = (
     *("log_every", "validate_every", "validate_batches", "validate_answers", "stop_after"),
     *("accumulate_mode", "recompute", "offload_activations", "compile"),
@@ -57,10 +65,11 @@ def check_layout(config: Config, world_size: int) -> None:
     _check_recompute(config)
     sharers = parallel.context * parallel.tensor
     for stage in config.stages:
-        if stage.data.seq_length % sharers:
+        length = stage.data.seq_length
+        if length % sharers:
             raise ValueError(
-                f"stage {stage.name}: data.seq_length={stage.data.seq_length} is not a multiple of parallel.context x "
-                f"parallel.tensor = {sharers}, which share its rows: take {-(-stage.data.seq_length // sharers) * sharers}"
+                f"stage {stage.name}: data.seq_length={length} is not a multiple of parallel.context x "
+                f"parallel.tensor = {sharers}, which share its rows: take {-(-length // sharers) * sharers}"
             )
         trained = {"vision", "audio"} & set(stage.train)
         if parallel.tower_sharding == "replicate" and trained:
@@ -92,14 +101,15 @@ def _check_media(config: Config, stage: StageConfig) -> None:
     """A stage that trains a tower or its projector has to have room for its media. Windows of true length may be
     short, and a stage of text needs no room: there a sample that is too long is skipped by its name."""
     for name, what in (("vision", "an image"), ("audio", "a window of sound")):
-        tower = getattr(config.model, name)
-        if tower is None or not {name, f"{name}_projector"} & set(stage.train) or getattr(tower, "window", "") == "true":
+        if not {name, f"{name}_projector"} & set(stage.train):
+            continue
+        if name == "audio" and config.model.audio.window == "true":
             continue
         _, rows = memory.media_rows(name, config.model)
         if rows > stage.data.seq_length:
             raise ValueError(
-                f"stage {stage.name}: {what} takes {rows} rows, more than data.seq_length={stage.data.seq_length}: raise "
-                f"it, or model.{name}_projector.downsample={getattr(config.model, f'{name}_projector').downsample}"
+                f"stage {stage.name}: {what} takes {rows} rows, more than data.seq_length={stage.data.seq_length}: "
+                f"raise it, or model.{name}_projector.downsample"
             )
 
 
@@ -181,7 +191,7 @@ def report(config: Config, world_size: int) -> str:
         lines += [
             f"{stage.name}: {stage.steps} steps of up to {rows * length:,} tokens; "
             f"trains {count(trained(stage)):,} of {count(shapes):,} parameters",
-            f"  {rows} rows of {length:,} tokens a step; {config.train.accumulate} after the other on a rank, which has "
+            f"  {rows} rows of {length:,} tokens a step: {config.train.accumulate} in turn on a rank, which holds "
             f"{length // layout.row_ranks:,} tokens of each",
             *(_memory_line(name, size, memory.NOTES[name]) for name, size in found.device.items() if size),
             _memory_line("sum", found.total, f"on the device, at the worst moment: {found.moment}"),

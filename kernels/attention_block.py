@@ -21,7 +21,7 @@ from kernels import attention_backward, attention_forward, backend
 from kernels.attention import group_segments
 from kernels.segments import Segments
 
-CHUNK = 32  # queries of a segment that the plain path takes at a time: memory grows with the keys, not their square
+CHUNK = 16  # queries of a segment that the plain path takes at a time: memory grows with the keys, not their square
 
 
 def forward_reference(q_THE, k_SKE, v_SKE, segments, segments_k, *, causal, scale, earlier=None):
@@ -56,17 +56,21 @@ def backward_reference(dout_THE, q_THE, k_SKE, v_SKE, lse_HT, delta_HT, segments
     dtype, num_kv_heads = lse_HT.dtype, k_SKE.shape[1]
     groups, _ = group_segments(segments, segments_k, causal, q_THE.shape[0])
     dq_THE, dk_SKE, dv_SKE = (torch.zeros_like(x, dtype=dtype) for x in (q_THE, k_SKE, v_SKE))
+
+    def add(q_rows_NQ, k_rows_NL, padding_NQ):
+        Q, of_queries = q_rows_NQ.shape[1], (q_THE, dout_THE, lse_HT.T, delta_HT.T)
+        q_NKME, dout_NKME, lse_NKM, delta_NKM = (_queries(x, q_rows_NQ, num_kv_heads, dtype) for x in of_queries)
+        k_NKLE, v_NKLE = (_keys(x, k_rows_NL, dtype) for x in (k_SKE, v_SKE))
+        p_NKML = _scores(q_NKME, k_NKLE, Q, causal, scale).sub_(lse_NKM[..., None]).exp_()
+        p_NKML.masked_fill_(padding_NQ.repeat(1, q_NKME.shape[2] // Q)[:, None, :, None], 0.0)
+        ds_NKML = (dout_NKME @ v_NKLE.mT).sub_(delta_NKM[..., None]).mul_(p_NKML).mul_(scale)
+        dq_THE.index_add_(0, q_rows_NQ.flatten(), _rows(ds_NKML @ k_NKLE, Q).flatten(0, 1))
+        dk_SKE.index_add_(0, k_rows_NL.flatten(), (ds_NKML.mT @ q_NKME).transpose(1, 2).flatten(0, 1))
+        dv_SKE.index_add_(0, k_rows_NL.flatten(), (p_NKML.mT @ dout_NKME).transpose(1, 2).flatten(0, 1))
+
     for group in groups:
-        for q_rows_NQ, k_rows_NL, padding_NQ in _chunks(*group, causal):
-            of_queries = (q_THE, dout_THE, lse_HT.T, delta_HT.T)
-            q, dout, lse, delta = (_queries(x, q_rows_NQ, num_kv_heads, dtype) for x in of_queries)
-            k_NKLE, v_NKLE = (_keys(x, k_rows_NL, dtype) for x in (k_SKE, v_SKE))
-            p_NKML = _scores(q, k_NKLE, q_rows_NQ.shape[1], causal, scale).sub_(lse[..., None]).exp_()
-            p_NKML.masked_fill_(padding_NQ.repeat(1, q.shape[2] // padding_NQ.shape[1])[:, None, :, None], 0.0)
-            ds_NKML = (dout @ v_NKLE.mT).sub_(delta[..., None]).mul_(p_NKML).mul_(scale)
-            dq_THE.index_add_(0, q_rows_NQ.flatten(), _rows(ds_NKML @ k_NKLE, q_rows_NQ.shape[1]).flatten(0, 1))
-            for dx_SKE, dx_NKLE in ((dk_SKE, ds_NKML.mT @ q), (dv_SKE, p_NKML.mT @ dout)):
-                dx_SKE.index_add_(0, k_rows_NL.flatten(), dx_NKLE.transpose(1, 2).flatten(0, 1))
+        for chunk in _chunks(*group, causal):
+            add(*chunk)
     return dq_THE, dk_SKE, dv_SKE
 
 

@@ -6,20 +6,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from avlm import checkpoint, parallel
+from avlm import checkpoint, optimizer, parallel
 from avlm.checkpoint import Progress, Saver
 from avlm.config import CheckpointConfig
 from avlm.models.avlm import AVLM
 from avlm.parallel import mesh
+from tests.parallel.small import TREE, build, make_config, make_rows, whole
 from tests.parallel.spawn import run_ranks
-from tests.parallel.test_fsdp import TREE, build, make_config, make_rows, whole
 from train import train_step
 
 
 def save_and_load(cfg, folder):
     """Whether a checkpoint brings back what training has changed since."""
-    world, model, adam = build(cfg)
-    step = lambda: train_step(model, make_rows(cfg, 2)[world.rank :: world.size], 50.0, adam, 1.0, world)
+    world, model = build(cfg)
+    adam = optimizer.build(model, cfg.stages[0].optimizer)
+    step = lambda: train_step(
+        model, make_rows(cfg, ["text", "image"])[world.rank :: world.size], 50.0, adam, 1.0, world
+    )
     step()
     expected = {name: whole(p) for name, p in model.named_parameters()}
     moments = [whole(state["exp_avg"]) for state in adam.state.values()]
@@ -47,7 +50,8 @@ def test_a_checkpoint_brings_back_weights_moments_and_loader_state(tmp_path):
 
 def fail_on_one_rank(cfg, folder):
     """What each rank hears when the disk of the second fills up."""
-    world, model, adam = build(cfg)
+    world, model = build(cfg)
+    adam = optimizer.build(model, cfg.stages[0].optimizer)
     saver = Saver(Path(folder), CheckpointConfig(), world)
     saver.save(Progress(step=1), model, adam, {})
     if world.rank == 1:
@@ -68,7 +72,8 @@ def test_a_full_disk_of_one_rank_is_heard_of_by_all_and_harms_nothing(tmp_path):
 
 
 def refuse_other_weights(cfg, other, folder):
-    world, model, adam = build(cfg)
+    world, model = build(cfg)
+    adam = optimizer.build(model, cfg.stages[0].optimizer)
     Saver(Path(folder), CheckpointConfig(), world).save(Progress(step=1), model, adam, {})
     [path] = checkpoint.complete_checkpoints(Path(folder))
     messages = []

@@ -10,8 +10,8 @@ from avlm.data import open_samples
 from avlm.data.chat import Tokenizer
 from avlm.data.sample import SampleEncoder
 from tests.data.media import film, image_file, picture, tone, write_tokenizer
+from tests.parallel.small import TREE, build
 from tests.parallel.spawn import run_ranks
-from tests.parallel.test_fsdp import TREE, build
 from train import validate
 
 
@@ -41,7 +41,7 @@ def turns(question, answer):
 
 
 def validate_and_answer(cfg):
-    world, model, _ = build(cfg)
+    world, model = build(cfg)
     results = validate(model, cfg.stages[0], cfg, world)
     data = cfg.stages[0].data
     encoder = SampleEncoder(cfg.model, data, Tokenizer(data.tokenizer))

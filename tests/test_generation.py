@@ -16,7 +16,7 @@ from avlm.config import DataConfig, InitFrom, ModelConfig
 from avlm.data.batch import IGNORE, IMAGE
 from avlm.data.sample import EncodedSample
 from avlm.export import export
-from avlm.generation import choose, generate
+from avlm.generation import Ranks, choose, generate
 from avlm.models.avlm import AVLM
 from avlm.pretrained import read_config
 from avlm.weights import load
@@ -118,7 +118,7 @@ def test_ranks_stop_together_and_one_without_prompts_keeps_step():
 
     forwards = []
     model.register_forward_hook(lambda *_: forwards.append(1))
-    assert generate(model, [], stop_ids=[], max_new_tokens=10, everyone_done=everyone_done) == []
+    assert generate(model, [], stop_ids=[], max_new_tokens=10, ranks=Ranks(torch.device("cpu"), everyone_done)) == []
     assert asked == [True] * 3 and len(forwards) == 3
 
 

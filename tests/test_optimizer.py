@@ -8,7 +8,7 @@ import torch
 
 from avlm import optimizer
 from avlm.models.avlm import AVLM, init
-from tests.parallel.test_fsdp import make_config, make_rows
+from tests.parallel.small import make_config, make_rows
 
 
 @pytest.fixture
@@ -53,14 +53,14 @@ def test_what_is_frozen_has_neither_gradient_nor_optimizer_state(model):
     stage = replace(make_config().stages[0], train=["audio", "audio_projector"])
     optimizer.freeze(model, stage)
     adam = optimizer.build(model, config())
-    model(make_rows(make_config(), 4)[3])[0].backward()
+    model(make_rows(make_config(), ["both"])[0])[0].backward()
     for name, parameter in model.named_parameters():
         trained = name.startswith("audio")
         assert (parameter.grad is not None) == trained == (parameter in adam.state), name
 
 
 def test_clipping_keeps_the_direction_and_gives_the_norm_before(model):
-    model(make_rows(make_config(), 4)[3])[0].backward()
+    model(make_rows(make_config(), ["both"])[0])[0].backward()
     before = {name: p.grad.clone() for name, p in model.named_parameters()}
     expected = math.sqrt(sum(g.square().sum().item() for g in before.values()))
     assert optimizer.clip_gradients(model, 1e9).item() == pytest.approx(expected, rel=1e-5)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from avlm import checkpoint, config, preflight
-from tests.parallel.test_fsdp import TREE, make_config
+from tests.parallel.small import TREE, make_config
 
 
 def test_a_few_bad_samples_are_forgiven_and_many_stop_the_run():

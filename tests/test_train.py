@@ -14,7 +14,7 @@ import yaml
 
 from avlm import checkpoint, metrics
 from tests.data.media import image_file, picture, write_tokenizer
-from tests.parallel.test_fsdp import TREE
+from tests.parallel.small import TREE
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

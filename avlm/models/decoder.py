@@ -99,7 +99,7 @@ class FeedForward(nn.Module):
 
 
 class TokenEmbedding(nn.Embedding):
-    """Placeholders (ids below 0) embed to zero: media overwrite their rows, and no row of the table learns from them."""
+    """Placeholders (ids below 0) embed to zero: media overwrite their rows, and the table learns nothing there."""
 
     def forward(self, token_T: Tensor) -> Tensor:
         x_TD = super().forward(token_T.clamp(min=0))

@@ -32,6 +32,9 @@ def apply(model: AVLM, world: World, config: Config) -> None:
         apply_compile(model)
     apply_fsdp(model, world, layout, compute_dtype(config, world.device))
     model.to_empty(device="cpu" if layout.cpu_offload else world.device)
+    for tower in (model.vision, model.audio):
+        if tower is not None and layout.tower_sharding == "replicate":
+            tower.to_empty(device=world.device)  # no unit of FSDP brings it there
 
 
 def own_part(batch: Batch, config: Config, world: World) -> Batch:
@@ -41,7 +44,7 @@ def own_part(batch: Batch, config: Config, world: World) -> Batch:
 
 
 def prompt_part(batch: Batch, model: ModelConfig, world: World) -> Batch:
-    """Packed prompts, of which the ranks of a tensor axis share rows and media; context ranks have prompts of their own."""
+    """Packed prompts whose rows and media the ranks of a tensor axis share; context ranks have prompts of their own."""
     place_T = torch.arange(len(batch.token_T))
     return split(batch, place_T, model, world, group=world.mesh.get_group("tensor"))
 

@@ -85,10 +85,7 @@ def _circulate(block: Tensor, group: ProcessGroup) -> Iterator[tuple[int, Tensor
 
 def _pass_on(block: Tensor, group: ProcessGroup) -> tuple[Tensor, list[dist.Work]]:
     """Start to send a block to the next rank; what the rank before sends is complete when the works are."""
-    rank, size = group.rank(), group.size()
-    if size == 1:
-        return block, []
-    arriving = torch.empty_like(block)
+    arriving, rank, size = torch.empty_like(block), group.rank(), group.size()
     send = dist.P2POp(dist.isend, block, group=group, group_peer=(rank + 1) % size)
     receive = dist.P2POp(dist.irecv, arriving, group=group, group_peer=(rank - 1) % size)
     return arriving, dist.batch_isend_irecv([send, receive])

@@ -35,9 +35,8 @@ class RoutedSegments(Segments):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "RoutedSegments":
         moved = replace(self, send_rows_S=self.send_rows_S.to(device, non_blocking=non_blocking))
-        moved.__dict__.update(
-            super().to(device, non_blocking).__dict__
-        )  # the boundaries, and spans where they are known
+        boundaries = super().to(device, non_blocking)
+        moved.__dict__.update(boundaries.__dict__)  # with spans, where they are known
         return moved
 
 

@@ -15,6 +15,7 @@ import heapq
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -89,12 +90,10 @@ def split(
     images_of_homes, windows_of_homes = zip(*leaders)
     changes = {}
     if model.vision is not None:
-        cost = lambda num_rows: image_cost(model.vision, num_rows)
-        plan = make_plan(share, images_of_homes, cost)
+        plan = make_plan(share, images_of_homes, partial(image_cost, model.vision))
         changes |= _split_images(batch, place_T, plan)
     if model.audio is not None:
-        cost = lambda num_rows: window_cost(model.audio, num_rows)
-        plan = make_plan(share, windows_of_homes, cost)
+        plan = make_plan(share, windows_of_homes, partial(window_cost, model.audio))
         changes |= _split_sound(batch, place_T, plan)
     return replace(batch, **changes)
 

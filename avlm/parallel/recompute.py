@@ -1,8 +1,8 @@
 """What transformer blocks keep for the backward, and torch.compile: both replace the forward of single blocks.
 
-    none        everything that autograd saves
-    selective   attention and every second matrix product; the rest, cheap or the other half, is computed again
-    full        the input of a block; with offload_activations it waits in host memory
+none        everything that autograd saves
+selective   attention and every second matrix product; the rest, cheap or the other half, is computed again
+full        the input of a block; with offload_activations it waits in host memory
 """
 
 import contextlib

@@ -93,14 +93,18 @@ class VocabularyEmbedding(ParallelStyle):
             # Tokens of other ranks are zero here; placeholders, whose ids are negative, are so on every rank.
             held_T = (row_T >= 0) & (row_T < weight_VD.shape[0]) & (token_T >= 0)
             x_TD = F.embedding(row_T.where(held_T, 0), weight_VD) * held_T.unsqueeze(-1).to(weight_VD.dtype)
-            return DTensor.from_local(x_TD, mesh, [Partial()]).redistribute(placements=[ROWS]).to_local(grad_placements=[ROWS])
+            return (
+                DTensor.from_local(x_TD, mesh, [Partial()])
+                .redistribute(placements=[ROWS])
+                .to_local(grad_placements=[ROWS])
+            )
 
         module.forward = forward
         return module
 
 
 class VocabularyHead(ParallelStyle):
-    """Loss over a shared-out vocabulary: no rank ever sees all logits of a row. Logits, for generation, are gathered."""
+    """Loss over a shared-out vocabulary: no rank sees all logits of a row. For generation they are gathered."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         share_rows(module, mesh)
@@ -136,4 +140,3 @@ class OnEveryRank(ParallelStyle):
 
 def share_rows(module: nn.Module, mesh: DeviceMesh) -> None:
     module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)]))
-

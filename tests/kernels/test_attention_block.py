@@ -10,7 +10,7 @@ from kernels.segments import Segments
 from tests.kernels.exact import slots
 
 # Lengths of three segments' queries, and of their keys in blocks: room, used part. The last block is causal.
-QUERIES = [3 * CHUNK // 2, 5, 0]
+QUERIES = [5 * CHUNK // 2, 5, 0]
 BLOCKS = [
     ([9, 4, 3], [9, 2, 0]),
     ([0, 7, 2], [0, 7, 1]),
@@ -117,6 +117,20 @@ def test_queries_without_keys_keep_what_earlier_blocks_gave():
     assert not torch.allclose(later_out[3:], earlier[0][3:])
     dq, *_ = block_backward(q, q, k, v, *statistics(out, q, lse), queries, keys, **options)
     assert not dq[:3].any() and dq[3:].any()
+
+
+def test_more_queries_than_keys_leave_the_first_without_any():
+    queries, keys = Segments.of([3 * CHUNK, 1]), Segments.of([5, 1])
+    q, k, v, dout = (torch.randn(n, 2, 16, dtype=torch.float32) for n in (3 * CHUNK + 1, 6, 6, 3 * CHUNK + 1))
+    options = dict(causal=True, scale=SCALE)
+    out, lse = block_forward(q, k, v, queries, keys, **options)
+    gradients = block_backward(dout, q, k, v, *statistics(out, dout, lse), queries, keys, **options)
+    double = [x.double().requires_grad_() for x in (q, k, v)]
+    exact = attention_reference(*double, queries, segments_k=keys, **options)
+    blank = torch.arange(3 * CHUNK + 1) < 3 * CHUNK - 5
+    assert not out[blank].any() and (lse[:, blank] == -torch.inf).all() and lse[:, ~blank].isfinite().all()
+    for ours, expected in zip((out, *gradients), (exact, *torch.autograd.grad(exact, double, dout.double()))):
+        assert torch.allclose(ours.double(), expected, atol=1e-5)
 
 
 def test_a_block_without_rows_is_legal():

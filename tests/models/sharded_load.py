@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from avlm.config import InitFrom, ModelConfig
 from avlm.data.batch import IGNORE
 from avlm.data.sample import EncodedSample
-from avlm.generation import generate
+from avlm.generation import Ranks, generate
 from avlm.models.avlm import AVLM
 from avlm.weights import load
 
@@ -46,6 +46,6 @@ def load_and_answer(config: ModelConfig, folder: str, prompts: list[list[int]]) 
 
     own = prompts[:-1] if dist.get_rank() == 0 else prompts[-1:]
     samples = [text_prompt(ids, config.vision.image_size) for ids in own]
-    answers = generate(model, samples, stop_ids=[], max_new_tokens=6, everyone_done=everyone_done)
+    answers = generate(model, samples, stop_ids=[], max_new_tokens=6, ranks=Ranks(torch.device("cpu"), everyone_done))
     dist.destroy_process_group()
     return whole, [answer.token_ids for answer in answers]

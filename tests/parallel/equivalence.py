@@ -7,6 +7,7 @@ with 1 when one fails.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import random
@@ -17,13 +18,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
-from avlm import config, optimizer, parallel, weights
+from avlm import config, optimizer, parallel
 from avlm.config import Config
 from avlm.models.avlm import AVLM, init
 from avlm.parallel import mesh
-from tests.parallel.small import MEDIA, TREE, make_rows
+from tests.parallel import demo_curve, no_hang
+from tests.parallel.small import TREE, build, make_rows, whole
 from tests.parallel.spawn import run_ranks
 from train import train_step
 
@@ -112,7 +113,10 @@ def cover(layouts: list[str], seed: int = 0, **fixed: Any) -> list[Case]:
     generator = random.Random(seed)
     pairs = lambda case: {frozenset(pair) for pair in itertools.combinations(case.items(), 2)}
     left = set().union(
-        *({frozenset(((a, x), (b, y))) for x in factors[a] for y in factors[b]} for a, b in itertools.combinations(factors, 2))
+        *(
+            {frozenset(((a, x), (b, y))) for x in factors[a] for y in factors[b]}
+            for a, b in itertools.combinations(factors, 2)
+        )
     )
     cases = []
     while left:
@@ -122,10 +126,6 @@ def cover(layouts: list[str], seed: int = 0, **fixed: Any) -> list[Case]:
         left -= pairs(best)
         cases.append(Case(**best))
     return sorted(cases, key=lambda case: layouts.index(case.layout))
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 @functools.lru_cache(maxsize=64)
@@ -142,7 +142,9 @@ def alone(case: Case, num_rows: int) -> tuple[float, float, dict[str, torch.Tens
     optimizer.freeze(compute, cfg.stages[0])
     rows = make_rows(cfg, case.mixes(num_rows))
     num_targets = sum(len(row.target_R) for row in rows)
-    gradients = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters() if p.requires_grad}
+    gradients = {
+        name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters() if p.requires_grad
+    }
     total = 0.0
     for row in rows:  # summed in float32, as the reduction of FSDP does
         compute.zero_grad()
@@ -156,20 +158,6 @@ def alone(case: Case, num_rows: int) -> tuple[float, float, dict[str, torch.Tens
     return total, norm, gradients
 
 
-def build(cfg: Config, shape_worlds: dict[tuple, mesh.World]) -> tuple[mesh.World, AVLM]:
-    shape = mesh.sizes(cfg.parallel, dist.get_world_size())
-    if shape not in shape_worlds:
-        shape_worlds[shape] = mesh.lay_out(shape, torch.device("cpu"))
-    world = shape_worlds[shape]
-    with torch.device("meta"):
-        model = AVLM(cfg.model)
-    parallel.apply(model, world, cfg)
-    weights.start(model, cfg.init_from, cfg.seed)
-    parallel.warm_up(model, cfg, world)
-    optimizer.freeze(model, cfg.stages[0])
-    return world, model
-
-
 def run_case(case: Case, layout: dict[str, Any], worlds: dict) -> tuple[float, float, dict[str, torch.Tensor], int]:
     """Loss, gradient norm and whole gradients of one step of a sharded model; and how many rows it took."""
     cfg = case.config(layout)
@@ -180,7 +168,9 @@ def run_case(case: Case, layout: dict[str, Any], worlds: dict) -> tuple[float, f
     found: dict[str, torch.Tensor] = {}
 
     class Observed:  # stands for the optimizer: the gradients are looked at where it would use them
-        step = staticmethod(lambda: found.update({n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+        step = staticmethod(
+            lambda: found.update({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        )
         zero_grad = staticmethod(lambda: None)
 
     values = train_step(model, parts, num_targets, Observed, 1e9, world, cfg.train.accumulate_mode)
@@ -201,30 +191,88 @@ def relative(error: float | torch.Tensor, size: float | torch.Tensor) -> float:
     return ratio if ratio == ratio else float("inf")
 
 
-def compare(case: Case, layout: dict[str, Any], worlds: dict) -> tuple[bool, str]:
-    """Whether a case agrees, and its line of the table."""
-    started = time.perf_counter()
-    loss, norm, gradients, num_rows = run_case(case, layout, worlds)
-    if dist.get_rank():
-        return True, ""
-    same = dict(layout="", recompute="none", accumulate_mode="sharded")
-    expected = alone(Case(**{**vars(case), **same}), num_rows // case.accumulate)
-    errors = [relative(abs(loss - expected[0]), expected[0]), relative(abs(norm - expected[1]), expected[1])]
-    errors.append(distance(gradients, expected[2]))
-    agrees = max(errors) <= TOLERANCE
-    cells = [f"{case.layout:<36}", f"{case.mix:<9}", f"{case.accumulate} {case.accumulate_mode:<7}", f"{case.recompute:<9}"]
-    cells += [f"{case.trains:<10}", "tied  " if case.tied else "untied", *(f"{error:.1e}" for error in errors)]
-    return agrees, "  ".join([*cells, f"{time.perf_counter() - started:4.1f} s", "ok" if agrees else "FAILS"])
+def total_distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Of all gradients together, as one vector."""
+    length = lambda vectors: torch.stack([v.float().norm() for v in vectors]).norm()
+    return relative(length(found[name] - g for name, g in expected.items()), length(expected.values()))
 
 
-def compare_all(cases: list[Case], layouts: dict[str, dict[str, Any]]) -> list[tuple[bool, str]]:
-    """Runs on every rank; the lines of rank 0 count."""
-    dist.init_process_group("gloo")
+def judge(
+    case: Case, loss: float, norm: float, gradients: dict[str, torch.Tensor], data_size: int
+) -> tuple[bool, list[float]]:
+    """Whether the numbers of a sharded step are those of one process, and their errors.
+
+    float32: of loss, norm and the worst gradient. bf16: that of all gradients against float32, as a multiple of the
+    error that one process has in bf16; at most 2.
+    """
+    plain = Case(**{**vars(case), "layout": "", "recompute": "none", "accumulate_mode": "sharded"})
+    exact = alone(dataclasses.replace(plain, precision="fp32"), data_size)
+    if case.precision == "bf16":
+        of_one = total_distance(alone(plain, data_size)[2], exact[2])
+        ratio = total_distance(gradients, exact[2]) / of_one
+        return ratio <= 2, [ratio]
+    errors = [relative(abs(loss - exact[0]), exact[0]), relative(abs(norm - exact[1]), exact[1])]
+    errors.append(distance(gradients, exact[2]))
+    return max(errors) <= TOLERANCE, errors
+
+
+def compare_all(cases: list[Case], layouts: dict[str, dict[str, Any]], verbose: bool) -> list[str]:
+    """Runs on every rank. The lines of the cases that do not agree, on rank 0."""
     worlds: dict[tuple, mesh.World] = {}
-    lines = []
+    failed = []
     for case in cases:
-        lines.append(compare(case, layouts[case.layout], worlds))
-        if dist.get_rank() == 0:
-            print(f"{dist.get_world_size()}  {lines[-1][1]}", flush=True)
+        started = time.perf_counter()
+        *found, num_rows = run_case(case, layouts[case.layout], worlds)
+        if dist.get_rank():
+            continue
+        agrees, errors = judge(case, *found, num_rows // case.accumulate)
+        numbers = "  ".join(f"{error:.1e}" for error in errors)
+        if case.precision == "bf16":
+            numbers = f"{errors[0]:.2f} x the error of one process"
+        cells = [f"{dist.get_world_size()}  {case.layout:<36}", f"{case.precision}  {case.mix:<9}"]
+        cells += [f"{case.accumulate} {case.accumulate_mode:<7}", f"{case.recompute:<9}", f"{case.trains:<10}"]
+        cells += ["tied  " if case.tied else "untied", f"{numbers:<32}", f"{time.perf_counter() - started:4.1f} s"]
+        line = "  ".join([*cells, "ok" if agrees else "FAILS"])
+        if verbose:
+            print(line, flush=True)
+        if not agrees:
+            failed.append(line)
     mesh.stop()
-    return lines
+    return failed
+
+
+def choose(world_size: int, quick: bool) -> list[Case]:
+    """All pairs of settings, and each layout once in bf16; quick: each layout once, alternately."""
+    layouts = list(LAYOUTS[world_size])
+    both = {"mix": "different", "accumulate": 1, "recompute": "none", "accumulate_mode": "sharded"}
+    in_bf16 = [
+        Case(layout=layout, **both, trains="everything", tied=bool(i % 2), precision="bf16")
+        for i, layout in enumerate(layouts)
+    ]
+    if not quick:
+        return cover(layouts) + in_bf16
+    settings = [{key: FACTORS[key][i % len(FACTORS[key])] for key in FACTORS} for i in range(-1, len(layouts) - 1)]
+    return [Case(layout=layout, **setting) for layout, setting in zip(layouts, settings)] + in_bf16[::4]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="each layout once, on 2 and 4 ranks")
+    parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
+    arguments = parser.parse_args()
+    print(
+        "ranks, layout, media, rows a rank, recompute, trains, head  |  errors of loss, gradient norm, worst gradient"
+    )
+    failed = []
+    for world_size in arguments.world_sizes:
+        cases = choose(world_size, arguments.quick)
+        failed += run_ranks(compare_all, world_size, cases, LAYOUTS[world_size], True, timeout=1500)[0]
+    failed += no_hang.run(arguments.world_sizes, arguments.quick)
+    if not arguments.quick:
+        failed += demo_curve.run()
+    print(f"{len(failed)} cases fail" + "".join(f"\n  {line}" for line in failed) if failed else "every case agrees")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

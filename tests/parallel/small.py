@@ -1,12 +1,17 @@
 """A small model and rows of any mix of media, for tests that run on several ranks."""
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from avlm import config
+from avlm import config, optimizer, parallel, weights
 from avlm.config import Config
 from avlm.data.batch import Batch
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
+from avlm.models.avlm import AVLM
+from avlm.parallel import mesh
 
 TREE = {
     "output_dir": "unused",
@@ -40,7 +45,11 @@ def make_config(**overrides) -> Config:
 def make_rows(cfg: Config, mixes: list[str], seed: int = 0) -> list[Batch]:
     """One packed row for each mix: two samples with its media and one of text between them."""
     generator = torch.Generator().manual_seed(seed)
-    samples = lambda mix: [make_sample(mix, 6, generator), make_sample("text", 7, generator), make_sample(mix, 4, generator)]
+    samples = lambda mix: [
+        make_sample(mix, 6, generator),
+        make_sample("text", 7, generator),
+        make_sample(mix, 4, generator),
+    ]
     return [pack(samples(mix), cfg.stages[0].data.seq_length, cfg.model) for mix in mixes]
 
 
@@ -56,3 +65,27 @@ def make_sample(mix: str, num_words: int, generator: torch.Generator) -> Encoded
     pixels = torch.randint(0, 255, (num_images, 3, 16, 16), generator=generator, dtype=torch.uint8)
     kind = {"both": "mixed"}.get(mix, mix)
     return EncodedSample(mix, kind, token_T, target_T, pixels, mels)
+
+
+def build(cfg: Config, worlds: dict[tuple, mesh.World] | None = None) -> tuple[mesh.World, AVLM]:
+    """The model of a config, laid out over all ranks as train.py does it, for its first stage. ``worlds`` keeps the
+    meshes of a shape for the next model of a process."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    worlds = {} if worlds is None else worlds
+    shape = mesh.sizes(cfg.parallel, dist.get_world_size())
+    if shape not in worlds:
+        worlds[shape] = mesh.lay_out(shape, torch.device("cpu"))
+    world = worlds[shape]
+    with torch.device("meta"):
+        model = AVLM(cfg.model)
+    parallel.apply(model, world, cfg)
+    weights.start(model, cfg.init_from, cfg.seed)
+    parallel.warm_up(model, cfg, world)
+    optimizer.freeze(model, cfg.stages[0])
+    return world, model
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of all of a sharded tensor."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
