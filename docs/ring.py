@@ -24,7 +24,7 @@ WIDTH, HEIGHT = 14.0, 10.4
 INK, PALE = "#22303c", "#5d6b78"
 COLORS = ("#8fb0d6", "#eeb35c", "#86c483", "#c99bc9")  # ranks
 HIDDEN = "#f4f6f8"
-LENGTHS, CONTEXT, STEP, RANK = [26, 9, 13], 4, 1, 1
+LENGTHS, CONTEXT, STEP, RANK = [26, 9, 13], 4, 1, 0
 
 
 def title(axes: Axes, x: float, y: float, text: str, note: str) -> None:
@@ -96,7 +96,7 @@ def steps(axes: Axes, rows_CL: torch.Tensor) -> None:
 
 def exchange(axes: Axes) -> None:
     """Step STEP on all ranks: who computes with whose block, and what is under way meanwhile."""
-    note = "while a rank computes with one block, the next arrives; in the backward the gradients of a block travel with it"
+    note = "while a rank computes with one block, the next arrives; in the backward the gradients of a block follow it"
     title(axes, 0.4, 2.65, f"Step {STEP} of the ring", note)
     centres = [1.9 + 3.4 * rank for rank in range(CONTEXT)]
     for rank, x in enumerate(centres):

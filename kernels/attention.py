@@ -23,6 +23,7 @@ from kernels import attention_backward, attention_forward, backend
 from kernels.segments import Segments
 
 
+@torch.compiler.disable  # its groups follow from the lengths of segments: a graph of it would hold for one batch
 def attention_reference(q_THE, k_SKE, v_SKE, segments, *, causal, segments_k=None, scale=None, return_lse=False):
     """The specification in plain PyTorch: segments of like length share one batched call, which gathers their rows."""
     scale = q_THE.shape[-1] ** -0.5 if scale is None else scale

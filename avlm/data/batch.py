@@ -77,11 +77,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, copied without waiting when its memory is pinned."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in dataclasses.fields(self)
-            if isinstance(getattr(self, f.name), Tensor | Segments)
-        }
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        # Tensors, segments, and what stands in their place where rows are shared.
+        moved = {name: value.to(device, non_blocking=True) for name, value in values.items() if hasattr(value, "to")}
         return dataclasses.replace(self, **moved)
 
     def pin_memory(self) -> "Batch":

@@ -7,13 +7,12 @@ with 1 when one fails.
 """
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import random
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,6 +67,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "HSDP x ring": {"replicate": 2, "context": 4, "context_mode": "ring"},
     },
 }
+COMPILED = ("FSDP", "TP", "ring")  # on 2 ranks
 FACTORS = {
     "mix": MIXES,
     "accumulate": (1, 3),
@@ -88,6 +88,7 @@ class Case:
     trains: str
     tied: bool
     precision: str = "fp32"
+    compile: bool = False
 
     def config(self, layout: dict[str, Any]) -> Config:
         model = {**TREE["model"]}
@@ -97,8 +98,19 @@ class Case:
         names = config.MODULES if self.trains == "everything" else ("vision_projector", "audio_projector")
         tree["stages"] = [{"name": "all", "steps": 20, "train": list(names)}]
         recompute = dict.fromkeys(("decoder", "vision", "audio"), self.recompute)
-        tree["train"] = {"accumulate_mode": self.accumulate_mode, "recompute": recompute, "precision": self.precision}
+        tree["train"] = {"accumulate_mode": self.accumulate_mode, "recompute": recompute}
+        tree["train"] |= {"precision": self.precision, "compile": self.compile}
         return config.resolve(tree, "equivalence")
+
+    def line(self, errors: list[float]) -> str:
+        """Of the table that main() prints."""
+        numbers = "  ".join(f"{error:.1e}" for error in errors)
+        if self.precision == "bf16":
+            numbers = f"{errors[0]:.2f} x the error of one process"
+        compiled = "compiled" if self.compile else ""
+        cells = [f"{self.layout:<36}", self.precision, f"{self.mix:<9}", f"{self.accumulate} {self.accumulate_mode:<7}"]
+        cells += [f"{self.recompute:<9}", f"{self.trains:<10}", "tied  " if self.tied else "untied", f"{compiled:<8}"]
+        return "  ".join([*cells, f"{numbers:<32}"])
 
     def mixes(self, data_size: int) -> list[str]:
         """Of the rows of a step, row i of which is data rank i mod size's."""
@@ -205,8 +217,9 @@ def judge(
     float32: of loss, norm and the worst gradient. bf16: that of all gradients against float32, as a multiple of the
     error that one process has in bf16; at most 2.
     """
-    plain = Case(**{**vars(case), "layout": "", "recompute": "none", "accumulate_mode": "sharded"})
-    exact = alone(dataclasses.replace(plain, precision="fp32"), data_size)
+    same = {"layout": "", "recompute": "none", "accumulate_mode": "sharded", "compile": False}
+    plain = replace(case, **same)
+    exact = alone(replace(plain, precision="fp32"), data_size)
     if case.precision == "bf16":
         of_one = total_distance(alone(plain, data_size)[2], exact[2])
         ratio = total_distance(gradients, exact[2]) / of_one
@@ -226,13 +239,8 @@ def compare_all(cases: list[Case], layouts: dict[str, dict[str, Any]], verbose: 
         if dist.get_rank():
             continue
         agrees, errors = judge(case, *found, num_rows // case.accumulate)
-        numbers = "  ".join(f"{error:.1e}" for error in errors)
-        if case.precision == "bf16":
-            numbers = f"{errors[0]:.2f} x the error of one process"
-        cells = [f"{dist.get_world_size()}  {case.layout:<36}", f"{case.precision}  {case.mix:<9}"]
-        cells += [f"{case.accumulate} {case.accumulate_mode:<7}", f"{case.recompute:<9}", f"{case.trains:<10}"]
-        cells += ["tied  " if case.tied else "untied", f"{numbers:<32}", f"{time.perf_counter() - started:4.1f} s"]
-        line = "  ".join([*cells, "ok" if agrees else "FAILS"])
+        line = f"{dist.get_world_size()}  {case.line(errors)}  {time.perf_counter() - started:5.1f} s  "
+        line += "ok" if agrees else "FAILS"
         if verbose:
             print(line, flush=True)
         if not agrees:
@@ -242,15 +250,16 @@ def compare_all(cases: list[Case], layouts: dict[str, dict[str, Any]], verbose: 
 
 
 def choose(world_size: int, quick: bool) -> list[Case]:
-    """All pairs of settings, and each layout once in bf16; quick: each layout once, alternately."""
+    """All pairs of settings, each layout in bf16, some compiled; quick: each layout once, every fourth in bf16."""
     layouts = list(LAYOUTS[world_size])
-    both = {"mix": "different", "accumulate": 1, "recompute": "none", "accumulate_mode": "sharded"}
+    settings = {"mix": "different", "accumulate": 1, "recompute": "none", "accumulate_mode": "sharded"}
     in_bf16 = [
-        Case(layout=layout, **both, trains="everything", tied=bool(i % 2), precision="bf16")
+        Case(layout=layout, **settings, trains="everything", tied=bool(i % 2), precision="bf16")
         for i, layout in enumerate(layouts)
     ]
     if not quick:
-        return cover(layouts) + in_bf16
+        compiled = [replace(case, precision="fp32", compile=True) for case in in_bf16 if case.layout in COMPILED]
+        return cover(layouts) + in_bf16 + (compiled if world_size == 2 else [])
     settings = [{key: FACTORS[key][i % len(FACTORS[key])] for key in FACTORS} for i in range(-1, len(layouts) - 1)]
     return [Case(layout=layout, **setting) for layout, setting in zip(layouts, settings)] + in_bf16[::4]
 
