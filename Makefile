@@ -1,4 +1,5 @@
 # make demo: train, evaluate and talk to a small model.   make test: the test suite.   make check: style and structure.
+# make equivalence: every layout against one process; QUICK=1 takes minutes.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -10,7 +11,7 @@ ifneq ($(shell uname -s),Linux)
 $(error AVLM runs on Linux: its torch and triton wheels and its process handling are made for it)
 endif
 
-.PHONY: demo test check clean
+.PHONY: demo test check equivalence clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/torchrun --nproc-per-node $(RANKS) train.py configs/demo.yaml
@@ -26,6 +27,9 @@ check: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest tests/test_architecture.py
+
+equivalence: $(VENV)/.test
+	$(VENV)/bin/python -m tests.parallel.equivalence $(if $(QUICK),--quick)
 
 # The environment is made again when a requirements file is newer than its stamp.
 $(VENV)/bin/python:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from avlm import checkpoint, config, evaluation, metrics, optimizer, parallel, preflight, weights
+from avlm import checkpoint, config, evaluation, freezing, metrics, optimizer, parallel, preflight, weights
 from avlm.config import Config, StageConfig
 from avlm.data import demo, open_loader
 from avlm.data.batch import KINDS, Batch
@@ -108,7 +108,7 @@ def run_stage(
     """Train one stage from ``at`` to its end, or to where the run has to stop."""
     # 1. What trains, with optimizer state of its own; where the data goes on.
     stage = cfg.stages[at.stage]
-    optimizer.freeze(model, stage)
+    trained = freezing.freeze(model, stage)
     adam = optimizer.build(model, stage.optimizer)
     if resume_from:
         checkpoint.load(resume_from, model, adam)
@@ -117,7 +117,7 @@ def run_stage(
     if world.leads_row:
         loader = open_loader(stage.data.train, stage.data, cfg.model, **who, train=True, state=loader_state)
     saver = checkpoint.Saver(Path(cfg.output_dir), cfg.checkpoint, world)
-    log.say(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(stage.train)}")
+    log.say(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(trained)}")
 
     # 2. Steps.
     rows = world.share_rows(loader)
@@ -180,7 +180,7 @@ def main(cfg: Config) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
 
     # 2. Model: shapes first (meta), then layout and memory, then values: a checkpoint's, or the start's.
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed + world.rank)  # ranks with other rows drop other inputs of adapters
     torch.use_deterministic_algorithms(cfg.deterministic)
     with torch.device("meta"):
         model = AVLM(cfg.model)

@@ -142,7 +142,7 @@ def load_rank_state(path: Path, world: World) -> dict[str, Any]:
     """Restore the random state of this rank; returns the loader state of its data rank.
 
     The ranks that share a row may be others than before (parallel.context, parallel.tensor): what they load does not
-    change. Their random states, which no training step draws from, then stay those of the seed.
+    change. Their random states, which only the dropout of adapters draws from, then stay those of the seed.
     """
     count = len(list(path.glob("loader_*.json")))
     if count != world.data_size:
@@ -150,19 +150,26 @@ def load_rank_state(path: Path, world: World) -> dict[str, Any]:
             f"{path} holds the loader state of {count} data ranks, this run has {world.data_size}: start it with "
             f"parallel.replicate x parallel.shard = {count}, or take its weights alone with init_from"
         )
-    loader_state = json.loads((path / f"loader_{world.data_rank:05d}.json").read_text())
+    loader_state = _read_state(path / f"loader_{world.data_rank:05d}.json")
     if len(list(path.glob("rank_*.json"))) != world.size:
         return loader_state
     tensors = load_file(path / f"rank_{world.rank:05d}.safetensors")
     torch.set_rng_state(tensors["cpu"])
     if world.device.type == "cuda" and "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"], world.device)
-    state = json.loads((path / f"rank_{world.rank:05d}.json").read_text())
+    state = _read_state(path / f"rank_{world.rank:05d}.json")
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     return loader_state
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def read_run(run: Path | str) -> tuple[Config, Path]:

@@ -19,6 +19,14 @@ from pydantic.dataclasses import dataclass
 
 MODULES = ("decoder", "vision", "audio", "vision_projector", "audio_projector")
 Module = Literal["decoder", "vision", "audio", "vision_projector", "audio_projector"]
+Part = Literal[Module, "lora"]  # lora: the adapters of all towers
+FREEZE_FLAGS = {
+    "freeze_language_model": "decoder",
+    "freeze_vision_model": "vision",
+    "freeze_audio_model": "audio",
+    "freeze_vision_projection": "vision_projector",
+    "freeze_audio_projection": "audio_projector",
+}  # of a stage, as NeMo calls them -> module
 
 config = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 Count = Annotated[int, Field(gt=0)]
@@ -130,12 +138,32 @@ class ProjectorConfig:
 
 
 @config
+class LoraConfig:
+    """Low-rank adapters (``avlm.models.lora``)."""
+
+    rank: Count = 32
+    alpha: float = 32.0  # adapters are scaled by alpha / rank
+    targets: Annotated[list[str], Field(min_length=1)] = field(
+        default_factory=lambda: [f"decoder.*.{name}" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    )  # linears by their paths from the model; * stands for anything
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the adapters' inputs
+    rslora: bool = False  # scale by alpha / sqrt(rank)
+    dora: bool = False  # a magnitude for each output, trained apart from the direction
+    base: Literal["fp32", "bf16"] = "fp32"  # how adapted towers are held; bf16: half the memory, no stage trains them
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@config
 class ModelConfig:
     decoder: DecoderConfig
     vision: VisionConfig | None = None
     audio: AudioConfig | None = None
     vision_projector: ProjectorConfig | None = None
     audio_projector: ProjectorConfig | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         for tower in ("vision", "audio"):
@@ -205,18 +233,35 @@ class OptimizerConfig:
     eps: float = 1e-5
     weight_decay: float = 0.1  # not on biases, norms and embeddings of positions
     clip_norm: float = 1.0
-    lr_scale: dict[Module, float] = field(default_factory=dict)  # factor on lr and min_lr of a module
+    lr_scale: dict[Part, float] = field(default_factory=dict)  # factor on lr and min_lr; lora before an adapter's tower
 
 
 @config
 class StageConfig:
-    """A stretch of training. ``optimizer`` and ``data`` hold the keys that differ from the run's own."""
+    """A stretch of training. ``optimizer`` and ``data`` hold the keys that differ from the run's own.
+
+    What trains is said by ``train`` or by freeze flags, and then by patterns of parameter names (``avlm.freezing``).
+    """
 
     name: str
     steps: Count
-    train: Annotated[list[Module], Field(min_length=1)]
     optimizer: OptimizerConfig
     data: DataConfig
+    train: Annotated[list[Part], Field(min_length=1)] | None = None
+    freeze_language_model: bool | None = None  # the decoder
+    freeze_vision_model: bool | None = None
+    freeze_audio_model: bool | None = None
+    freeze_vision_projection: bool | None = None
+    freeze_audio_projection: bool | None = None
+    freeze_params: list[str] = field(default_factory=list)  # regular expressions; adapters are left alone
+    prevent_freeze_params: list[str] = field(default_factory=list)  # regular expressions: these train after all
+
+    def __post_init__(self) -> None:
+        flags = [flag for flag in FREEZE_FLAGS if getattr(self, flag) is not None]
+        if self.train is not None and flags:
+            raise ValueError(f"train and {flags[0]} both say what trains: give one of them")
+        if self.train is None and not flags and not self.freeze_params:
+            raise ValueError(f"missing key train (or one of {', '.join(FREEZE_FLAGS)}, freeze_params)")
 
 
 Recompute = Literal["none", "selective", "full"]
@@ -304,8 +349,9 @@ class Config:
         _require(bool(names), "stages is empty: give at least one")
         _require(len(set(names)) == len(names), f"stages have the same name twice: {names}")
         for stage in self.stages:
-            for name in (*stage.train, *stage.optimizer.lr_scale):
-                _require(name in self.model.modules, f"stage {stage.name} names {name}, which this model does not have")
+            known = [*self.model.modules, *(["lora"] if self.model.lora else [])]
+            for name in (*(stage.train or ()), *stage.optimizer.lr_scale):
+                _require(name in known, f"stage {stage.name} names {name}, which this model does not have")
             length, bound = stage.data.seq_length, self.model.decoder.max_position
             _require(length <= bound, f"data.seq_length={length} exceeds model.decoder.max_position={bound}")
 

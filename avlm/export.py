@@ -1,5 +1,6 @@
 """Trained weights out: safetensors, config.json and tokenizer of a model folder, ours or Hugging Face's."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from avlm.config import DataConfig, DecoderConfig, ModelConfig, VisionConfig, to_dict
 from avlm.data.chat import Chat, Tokenizer
+from avlm.models.lora import is_adapter, merge
 from avlm.pretrained import ACTIVATIONS, read_json, stop_ids
 from avlm.weights_tables import hugging_face_name
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 TOKENIZER_FILES += ["chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"]
 PROMPT_KEYS = ["template", "system", "seq_length", "video", "max_media_bytes", "max_image_pixels", "max_audio_seconds"]
+PEFT_NAMES = {"down.weight": "lora_A.weight", "up.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 SHARD_BYTES = 5 * 10**9
 
 
@@ -28,18 +31,24 @@ def export(
     *,
     data: DataConfig | None = None,
     dtype: torch.dtype | None = None,
+    base: str | None = None,
 ) -> None:
     """Write a model folder: safetensors, config.json, generation_config.json and the tokenizer of ``data``.
 
     avlm     every module under our names; ``config.json`` also holds what encoding a prompt needs
     decoder  LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM; towers are left out
     llava    LlavaForConditionalGeneration
+    adapter  the decoder's adapters for PEFT, on the decoder ``base``; all other formats have adapters merged
 
     ``state`` holds whole CPU tensors under our parameter names; ``dtype`` casts them.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty")
+    if format == "adapter":
+        return write_adapter(config, state, folder, dtype, base)
+    if config.lora:
+        config, state = dataclasses.replace(config, lora=None), merge(state, config.lora, dtype)
     if config.decoder.tie_embedding:
         state = {name: tensor for name, tensor in state.items() if name != "decoder.head.weight"}
     tokenizer = Tokenizer(data.tokenizer) if data is not None and data.tokenizer else None
@@ -54,7 +63,7 @@ def export(
         keys, state = llava_keys(config, image_token), _llava_state(config, state, image_token)
         keys["text_config"]["vocab_size"] = state["language_model.model.embed_tokens.weight"].shape[0]
     else:
-        raise ValueError(f"format {format!r} is not one of avlm, decoder, llava")
+        raise ValueError(f"format {format!r} is not one of avlm, decoder, llava, adapter")
 
     if dtype is not None:
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
@@ -66,6 +75,39 @@ def export(
     if format == "llava":
         _write_json(folder / "preprocessor_config.json", _preprocessor_keys(config.vision))
     _write_json(folder / "config.json", keys)  # last: a folder with it is whole
+
+
+def write_adapter(
+    config: ModelConfig, state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, base: str | None
+) -> None:
+    """adapter_model.safetensors and adapter_config.json as PEFT writes them for the decoder in transformers."""
+    ours = {name: tensor for name, tensor in state.items() if name.startswith("decoder.") and is_adapter(name)}
+    if not ours:
+        raise ValueError("the adapter format holds adapters of the decoder, and the model has none")
+    tensors, targets = {}, set()
+    for name, tensor in ours.items():
+        path, _, part = name.removeprefix("decoder.").partition(".lora_")
+        target = f"model.{hugging_face_name('decoder', path)}"
+        targets.add(target)
+        tensors[f"base_model.model.{target}.{PEFT_NAMES[part]}"] = tensor.to(dtype or tensor.dtype).contiguous()
+    leaves = {target.rpartition(".")[2] for target in targets}
+    keys = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.lora.rank,
+        "lora_alpha": config.lora.alpha,
+        "lora_dropout": config.lora.dropout,
+        "use_rslora": config.lora.rslora,
+        "use_dora": config.lora.dora,
+        "target_modules": sorted(leaves if len(targets) == len(leaves) * config.decoder.num_layers else targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    _write_json(folder / "adapter_config.json", keys)
 
 
 def _renamed(state: dict[str, Tensor], prefixes: dict[str, str], head: str) -> dict[str, Tensor]:

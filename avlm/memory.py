@@ -16,21 +16,26 @@ images or of whole windows of sound, whichever takes more. Memory of CUDA, NCCL 
 D width   F intermediate width   Q, K width of all query heads, of all key heads   c bytes of a number in compute
 """
 
+import functools
+import json
 import math
 from dataclasses import dataclass
 
 import torch
+from pydantic import TypeAdapter
 
-from avlm.config import AudioConfig, Config, DecoderConfig, ModelConfig, Recompute, StageConfig, VisionConfig
+from avlm.config import AudioConfig, Config, DecoderConfig, ModelConfig, Recompute, StageConfig, VisionConfig, to_dict
+from avlm.freezing import trained_names
+from avlm.layout import Layout, lay_out
 from avlm.models.avlm import AVLM
-from avlm.parallel import compute_dtype, mesh
-from avlm.parallel.context_attention import choose_mode
+from avlm.models.lora import frozen_base
+from avlm.parallel.tensor import tensor_share
 from kernels.cross_entropy import CHUNK_BYTES, CHUNK_ROWS
 
 GIB, MIB = 2**30, 2**20
 Shapes = dict[str, tuple[int, ...]]
 NOTES = {
-    "parameters": "float32, sharded; replicated towers whole",
+    "parameters": "float32 (lora.base=bf16: adapted towers in bf16), sharded; replicated towers whole",
     "gradients": "float32, sharded",
     "optimizer state": "two moments, float32, sharded",
     "whole gradients": "train.accumulate_mode=local: float32, not sharded",
@@ -41,30 +46,6 @@ NOTES = {
     "head": "hidden rows, a chunk of logits, gradient of the head",
     "block inputs": "train.offload_activations",
 }
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the ranks lie, and bytes of a number in compute."""
-
-    replicate: int
-    shard: int
-    context: int
-    tensor: int
-    context_mode: str
-    dtype: torch.dtype
-
-    @property
-    def row_ranks(self) -> int:
-        """Ranks that share a row and its media."""
-        return self.context * self.tensor
-
-    def shards_of(self, part: str) -> int:
-        return self.shard * self.context * (1 if part == "decoder" else self.tensor)
-
-    def gathered(self, part: str) -> int:
-        """Bytes for each number of a unit of this part of the model while it is gathered."""
-        return self.dtype.itemsize * (2 if self.shards_of(part) > 1 else 1)
 
 
 @dataclass(frozen=True)
@@ -81,17 +62,14 @@ class Estimate:
 
 
 def parameter_shapes(model: ModelConfig) -> Shapes:
+    return _parameter_shapes(json.dumps(to_dict(model)))
+
+
+@functools.lru_cache(maxsize=4)  # a second for a model of billions, and asked for at every turn
+def _parameter_shapes(model: str) -> Shapes:
     with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in AVLM(model).named_parameters()}
-
-
-def lay_out(config: Config, world_size: int) -> Layout:
-    """device=auto is taken for a GPU: the machine that estimates is often not the one that trains."""
-    sizes = mesh.sizes(config.parallel, world_size)
-    kv_heads = config.model.decoder.num_kv_heads // config.parallel.tensor
-    mode = choose_mode(config.parallel.context_mode, kv_heads, config.parallel.context)
-    device = torch.device("cpu" if config.device == "cpu" else "cuda")
-    return Layout(*sizes, mode, compute_dtype(config, device))
+        built = AVLM(TypeAdapter(ModelConfig).validate_json(model))
+    return {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
 
 
 def estimate(config: Config, stage: StageConfig, world_size: int, shapes: Shapes) -> Estimate:
@@ -112,7 +90,7 @@ def estimate(config: Config, stage: StageConfig, world_size: int, shapes: Shapes
     if config.parallel.cpu_offload:
         host = {name: device.pop(name) for name in ("parameters", "gradients", "optimizer state")}
     if config.train.offload_activations:
-        host["block inputs"] = _kept(config, stage, layout)[1]
+        host["block inputs"] = _kept(config, stage, layout, shapes)[1]
     return Estimate(device, host, moment)
 
 
@@ -122,6 +100,8 @@ def estimate(config: Config, stage: StageConfig, world_size: int, shapes: Shapes
 def resident(config: Config, stage: StageConfig, layout: Layout, shapes: Shapes) -> dict[str, int]:
     """Exact bytes of the rank with the largest shards, without AdamW's step counts (4 bytes a parameter tensor)."""
     found = {"parameters": 0, "gradients": 0, "optimizer state": 0, "whole gradients": 0}
+    trained = trained_names(stage, config.model, shapes)
+    halved = frozen_base(shapes) if config.model.lora and config.model.lora.base == "bf16" else ()
     is_local = config.train.accumulate_mode == "local" and config.train.accumulate > 1
     for name, shape in shapes.items():
         part = name.split(".")[0]
@@ -130,21 +110,16 @@ def resident(config: Config, stage: StageConfig, layout: Layout, shapes: Shapes)
             found["parameters"] += math.prod(shape) * layout.dtype.itemsize
             continue
         local = -(-rows // layout.shards_of(part)) * math.prod(others)
-        found["parameters"] += 4 * local
-        if part in stage.train:
+        found["parameters"] += (2 if name in halved else 4) * local
+        if name in trained:
             found["gradients"] += 4 * local
             found["optimizer state"] += 8 * local
             found["whole gradients"] += 4 * rows * math.prod(others) * is_local
     return found
 
 
-def tensor_share(name: str, shape: tuple[int, ...], tensor: int) -> tuple[int, ...]:
-    """Shape of a parameter on a rank of the tensor axis, as ``parallel.tensor.plan`` shares it out."""
-    if not name.startswith("decoder.") or "norm" in name:
-        return shape
-    if name.endswith(("attention.o.weight", "ffn.down.weight")):
-        return shape[0], shape[1] // tensor
-    return shape[0] // tensor, *shape[1:]
+def trained_shapes(config: Config, stage: StageConfig, shapes: Shapes) -> Shapes:
+    return {name: shapes[name] for name in trained_names(stage, config.model, shapes)}
 
 
 def _count(shapes: Shapes, prefix: str, tensor: int = 1) -> int:
@@ -159,17 +134,18 @@ def _at_block(config: Config, stage: StageConfig, layout: Layout, shapes: Shapes
     c, decoder = layout.dtype.itemsize, config.model.decoder
     block = _count(shapes, "decoder.blocks.0.", layout.tensor)
     head = _count(shapes, "decoder.head.", layout.tensor)
-    kept, _ = _kept(config, stage, layout)
-    trains = "decoder" in stage.train
+    kept, _ = _kept(config, stage, layout, shapes)
+    trained = trained_shapes(config, stage, shapes)
+    learned = lambda prefix: _count(trained, f"decoder.{prefix}.", layout.tensor)
     # The head's gradient is still on its way when the last block is done; a tied one waits for the embedding's.
-    waiting = 4 * max(block, head) + (c * _count(shapes, "decoder.embedding.", layout.tensor) if not head else 0)
+    waiting = 4 * max(learned("blocks.0"), learned("head")) + (c * learned("embedding") if not head else 0)
     tokens = stage.data.seq_length // layout.context
-    of_block = lambda mode: decoder_block_bytes(decoder, layout, mode, trains)
+    of_block = lambda mode: block_bytes("decoder", config, layout, mode, trained)
     again = of_block("none") - of_block(config.train.recompute.decoder)
     gradients = c * (3 * decoder.intermediate_size // layout.tensor + 2 * decoder.hidden_size)
     return {
         "gathered weights": _held(config, layout, shapes) + layout.gathered("decoder") * block,
-        "gradients in reduction": (c * block + waiting) * trains,
+        "gradients in reduction": c * learned("blocks.0") + waiting,
         "activations": kept,
         "at work": tokens * (again + gradients),
     }
@@ -181,12 +157,12 @@ def _at_head(config: Config, stage: StageConfig, layout: Layout, shapes: Shapes)
     tokens, D, V = stage.data.seq_length // layout.context, decoder.hidden_size, decoder.vocab_size // layout.tensor
     rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (V * c)))
     weight = 0
-    if "decoder" in stage.train:
+    if f"decoder.{'embedding' if decoder.tie_embedding else 'head'}.weight" in trained_shapes(config, stage, shapes):
         rows = max(rows, D)
         weight = V * D * (4 if rows < tokens else c)  # as it is summed
     copied = V * D * c if rows < tokens and weight and c < 4 else 0
     hidden = tokens * D * (4 + 4 * c)  # x, its float32 copy, the norm's two results, the gradient of hidden
-    kept, _ = _kept(config, stage, layout)
+    kept, _ = _kept(config, stage, layout, shapes)
     unit = _count(shapes, "decoder.head.", layout.tensor)
     return {
         "gathered weights": _held(config, layout, shapes) + layout.gathered("decoder") * unit,
@@ -198,23 +174,23 @@ def _at_head(config: Config, stage: StageConfig, layout: Layout, shapes: Shapes)
 def _at_tower(name: str, config: Config, stage: StageConfig, layout: Layout, shapes: Shapes) -> dict[str, int]:
     c, tower, sharding = layout.dtype.itemsize, getattr(config.model, name), config.parallel.tower_sharding
     whole, block = _count(shapes, f"{name}."), _count(shapes, f"{name}.blocks.0.")
-    trains = name in stage.train
+    trained = trained_shapes(config, stage, shapes)
     gathered = reduction = 0
     if sharding == "unit":
         gathered = layout.gathered(name) * whole
-        reduction = max(0, (c + 4) * whole - gathered) * trains  # the weights are freed before
+        reduction = max(0, (c + 4) * _count(trained, f"{name}.") - gathered)  # the weights are freed before
     if sharding == "block":
         gathered = layout.gathered(name) * block + c * (whole - block * _num_blocks(tower))
-        reduction = (c + 4) * block * trains
+        reduction = (c + 4) * _count(trained, f"{name}.blocks.0.")
     D, F = tower.hidden_size, tower.intermediate_size
-    of_block = lambda mode: encoder_block_bytes(tower, layout, mode)
-    again = (of_block("none") - of_block(getattr(config.train.recompute, name))) * trains
+    of_block = lambda mode: block_bytes(name, config, layout, mode, trained)
+    again = of_block("none") - of_block(getattr(config.train.recompute, name))
     work = again + c * (2 * D + 3 * F)
     tokens = _media_tokens(name, config.model, stage, layout)
     return {
         "gathered weights": _held(config, layout, shapes) + gathered,
         "gradients in reduction": reduction,
-        "activations": _kept_by_tower(name, config, stage, layout)[0],
+        "activations": _kept_by_tower(name, config, stage, layout, shapes)[0],
         "at work": tokens * work,
     }
 
@@ -236,21 +212,21 @@ def _held(config: Config, layout: Layout, shapes: Shapes) -> int:
 # 3. Activations.
 
 
-def _kept(config: Config, stage: StageConfig, layout: Layout) -> tuple[int, int]:
+def _kept(config: Config, stage: StageConfig, layout: Layout, shapes: Shapes) -> tuple[int, int]:
     """(device, host) bytes of all that autograd keeps between forward and backward."""
     decoder, mode = config.model.decoder, config.train.recompute.decoder
     tokens = stage.data.seq_length // layout.context
-    trains = "decoder" in stage.train
-    blocks = tokens * decoder.num_layers * decoder_block_bytes(decoder, layout, mode, trains)
+    of_block = block_bytes("decoder", config, layout, mode, trained_shapes(config, stage, shapes))
+    blocks = tokens * decoder.num_layers * of_block
     offloaded = mode == "full" and config.train.offload_activations
     host, device = (blocks, 0) if offloaded else (0, blocks)
     device += tokens * decoder.head_dim * 8  # cos and sin of the positions
-    towers = [_kept_by_tower(name, config, stage, layout) for name in ("vision", "audio")]
+    towers = [_kept_by_tower(name, config, stage, layout, shapes) for name in ("vision", "audio")]
     tower_device, tower_host = max(towers, key=sum)  # a row is full of the one or of the other
     return device + tower_device, host + tower_host
 
 
-def _kept_by_tower(name: str, config: Config, stage: StageConfig, layout: Layout) -> tuple[int, int]:
+def _kept_by_tower(name: str, config: Config, stage: StageConfig, layout: Layout, shapes: Shapes) -> tuple[int, int]:
     """(device, host) bytes of a tower, its input and its projector, for a row full of its media."""
     tower, projector = getattr(config.model, name), getattr(config.model, f"{name}_projector")
     if tower is None:
@@ -259,20 +235,37 @@ def _kept_by_tower(name: str, config: Config, stage: StageConfig, layout: Layout
     is_vision = isinstance(tower, VisionConfig)
     inputs = 3 * tower.patch_size**2 if is_vision else 2 * tower.num_mels  # numbers for each row of the tower
     device, host = 4 * inputs * tokens, 0
-    trains = name in stage.train
+    trained = trained_shapes(config, stage, shapes)
+    trains, projector_trains = (_count(trained, f"{part}.") > 0 for part in (name, f"{name}_projector"))
     if trains:
         mode = getattr(config.train.recompute, name)
         stem = 2 if is_vision else 6  # patches and first norm; convolutions with their GELUs, and last norm
-        blocks = tokens * _num_blocks(tower) * encoder_block_bytes(tower, layout, mode)
+        blocks = tokens * _num_blocks(tower) * block_bytes(name, config, layout, mode, trained)
         offloaded = mode == "full" and config.train.offload_activations
         host, blocks = (blocks, 0) if offloaded else (0, blocks)
         device += blocks + c * tokens * (inputs + stem * tower.hidden_size)
-    if trains or f"{name}_projector" in stage.train:  # tower rows, and the input of the GELU
+    if trains or projector_trains:  # tower rows, and the input of the GELU
         hidden = projector.hidden_size or config.model.decoder.hidden_size
         features = stage.data.seq_length // layout.row_ranks
         gathered = projector.downsample ** (2 if is_vision else 1)
         device += c * features * (gathered * tower.hidden_size + (hidden if projector.type == "mlp2x_gelu" else 0))
     return device, host
+
+
+def block_bytes(name: str, config: Config, layout: Layout, mode: Recompute, trained: Shapes) -> int:
+    """What a block of a tower keeps for each row, its adapters included."""
+    c, tower, lora = layout.dtype.itemsize, getattr(config.model, name), config.model.lora
+    trains = _count(trained, f"{name}.") > 0
+    if name == "decoder":
+        size = decoder_block_bytes(tower, layout, mode, trains)
+    else:
+        size = encoder_block_bytes(tower, layout, mode) * trains
+    for parameter, shape in trained.items() if mode == "none" else ():
+        if parameter.startswith(f"{name}.blocks.0.") and parameter.endswith("lora_down.weight"):
+            size += c * shape[0] + (lora.dropout > 0) * (c + 1) * shape[1]  # x @ A.T; what was dropped, and where
+        if parameter.startswith(f"{name}.blocks.0.") and parameter.endswith("lora_magnitude"):
+            size += c * shape[0]  # what it scales
+    return size
 
 
 def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, mode: Recompute, trains: bool) -> int:

@@ -1,4 +1,4 @@
-"""AdamW over the modules that a stage trains, its schedule, and gradient clipping."""
+"""AdamW over what a stage trains, its schedule, and gradient clipping."""
 
 import math
 from collections import defaultdict
@@ -8,14 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from avlm.config import OptimizerConfig, StageConfig
+from avlm.config import OptimizerConfig
 from avlm.models.avlm import AVLM
-
-
-def freeze(model: AVLM, stage: StageConfig) -> None:
-    """Train the modules that the stage names, and nothing else."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] in stage.train)
+from avlm.models.lora import is_adapter
 
 
 def build(model: AVLM, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -27,15 +22,16 @@ def build(model: AVLM, config: OptimizerConfig) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.endswith(("position", "class_token"))
-            groups[name.split(".")[0], decays].append(parameter)
+            part = "lora" if is_adapter(name) and "lora" in config.lr_scale else name.split(".")[0]
+            groups[part, decays].append(parameter)
     optimizer = torch.optim.AdamW(
         [
             {
                 "params": parameters,
                 "weight_decay": config.weight_decay * decays,
-                "scale": config.lr_scale.get(module, 1.0),
+                "scale": config.lr_scale.get(part, 1.0),
             }
-            for (module, decays), parameters in groups.items()
+            for (part, decays), parameters in groups.items()
         ],
         lr=config.lr,
         betas=tuple(config.betas),

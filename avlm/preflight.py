@@ -18,6 +18,7 @@ from avlm import memory
 from avlm.checkpoint import complete_checkpoints
 from avlm.config import Config, StageConfig
 from avlm.data.chat import Tokenizer, check_vocabulary
+from avlm.freezing import trained_names
 from avlm.memory import GIB
 from avlm.metrics import NonFiniteLoss
 from avlm.parallel import mesh
@@ -60,7 +61,8 @@ def check_layout(config: Config, world_size: int) -> None:
     """Raise ValueError for a mesh that this world, model or row length does not fit."""
     parallel = config.parallel
     mesh.sizes(parallel, world_size)
-    check_sizes(config.model.decoder, parallel.tensor)
+    check_sizes(config.model, parallel.tensor)
+    shapes = memory.parameter_shapes(config.model)
     choose_mode(parallel.context_mode, config.model.decoder.num_kv_heads // parallel.tensor, parallel.context)
     _check_recompute(config)
     sharers = parallel.context * parallel.tensor
@@ -71,13 +73,13 @@ def check_layout(config: Config, world_size: int) -> None:
                 f"stage {stage.name}: data.seq_length={length} is not a multiple of parallel.context x "
                 f"parallel.tensor = {sharers}, which share its rows: take {-(-length // sharers) * sharers}"
             )
-        trained = {"vision", "audio"} & set(stage.train)
-        if parallel.tower_sharding == "replicate" and trained:
+        trained = {name.split(".")[0] for name in trained_names(stage, config.model, shapes)}
+        if parallel.tower_sharding == "replicate" and {"vision", "audio"} & trained:
             raise ValueError(
                 f"parallel.tower_sharding=replicate keeps frozen copies, but stage {stage.name} trains "
-                f"{', '.join(sorted(trained))}: choose unit or block"
+                f"{', '.join(sorted({'vision', 'audio'} & trained))}: choose unit or block"
             )
-        _check_media(config, stage)
+        _check_media(config, stage, trained)
 
 
 def _check_recompute(config: Config) -> None:
@@ -97,11 +99,11 @@ def _check_recompute(config: Config) -> None:
         )
 
 
-def _check_media(config: Config, stage: StageConfig) -> None:
+def _check_media(config: Config, stage: StageConfig, trained: set[str]) -> None:
     """A stage that trains a tower or its projector has to have room for its media. Windows of true length may be
     short, and a stage of text needs no room: there a sample that is too long is skipped by its name."""
     for name, what in (("vision", "an image"), ("audio", "a window of sound")):
-        if not {name, f"{name}_projector"} & set(stage.train):
+        if not {name, f"{name}_projector"} & trained:
             continue
         if name == "audio" and config.model.audio.window == "true":
             continue
@@ -182,15 +184,14 @@ def report(config: Config, world_size: int) -> str:
     """The checks, and for each stage an estimate of tokens and of memory as text (``avlm.memory``)."""
     check(config, world_size)
     shapes, layout = memory.parameter_shapes(config.model), memory.lay_out(config, world_size)
-    trained = lambda stage: {name: shape for name, shape in shapes.items() if name.split(".")[0] in stage.train}
-    count = lambda shapes: sum(math.prod(shape) for shape in shapes.values())
+    count = lambda names: sum(math.prod(shapes[name]) for name in names)
     lines = []
     for stage in config.stages:
         rows, length = layout.replicate * layout.shard * config.train.accumulate, stage.data.seq_length
         found = memory.estimate(config, stage, world_size, shapes)
         lines += [
             f"{stage.name}: {stage.steps} steps of up to {rows * length:,} tokens; "
-            f"trains {count(trained(stage)):,} of {count(shapes):,} parameters",
+            f"trains {count(trained_names(stage, config.model, shapes)):,} of {count(shapes):,} parameters",
             f"  {rows} rows of {length:,} tokens a step: {config.train.accumulate} in turn on a rank, which holds "
             f"{length // layout.row_ranks:,} tokens of each",
             *(_memory_line(name, size, memory.NOTES[name]) for name, size in found.device.items() if size),
@@ -286,9 +287,15 @@ def _turned(config: Config, key: str, value: Any, world_size: int) -> Config | N
     return changed
 
 
+# What gloo, the rendezvous store and NCCL say of a rank that is gone.
+LOST_RANK = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed", "remote process exited")
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print what a user got wrong as one line, without a traceback, and exit with 2."""
+    """Print what a user got wrong as one line, without a traceback, and exit with 2. A rank that only lost another
+    says so in one line, as the other's own error is the one to read; what is neither keeps its traceback. A rank that
+    is part of a group leaves at once, as the others may wait for it in a collective."""
     try:
         yield
         if mesh.ranks()[1] > 1:
@@ -296,11 +303,26 @@ def one_line_errors() -> Iterator[None]:
             # and the launcher would call a finished run failed.
             sys.stdout.flush()
             os._exit(0)
-    except (ValueError, OSError, NonFiniteLoss) as error:
-        started = torch.distributed.is_initialized()
-        if started or mesh.ranks()[0] == 0:
-            rank = f" (rank {mesh.ranks()[0]})" if started and mesh.ranks()[1] > 1 else ""
-            print(f"error{rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2)  # the first rank says it; a launcher ends all ranks as soon as one has failed
-        os._exit(2) if started else sys.exit(2)  # other ranks may wait in a collective: nothing to shut down in order
+    except Exception as error:
+        started, (rank, size) = torch.distributed.is_initialized(), mesh.ranks()
+        lost = _lost_rank(error)
+        if not lost and not isinstance(error, ValueError | OSError | NonFiniteLoss):
+            if not started:
+                raise
+            sys.excepthook(type(error), error, error.__traceback__)  # torch's, which puts the rank before every line
+            sys.stderr.flush()
+            os._exit(1)
+        if not started and rank > 0:
+            time.sleep(2)  # most often the first rank says the same, and the launcher ends this one before it wakes up
+        where = f" (rank {rank})" if size > 1 and (started or rank > 0) else ""
+        print(f"error{where}: {lost or ' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        os._exit(2) if started else sys.exit(2)
+
+
+def _lost_rank(error: Exception) -> str:
+    """What to say of an error that is no more than another rank being gone; nothing of any other."""
+    cause = error.__cause__ or error  # reading a checkpoint names the checkpoint
+    text = str(cause).partition("\n")[0]
+    if not isinstance(cause, RuntimeError) or not any(phrase in text for phrase in LOST_RANK):
+        return ""
+    return f"another rank ended, look for its own error ({text.partition('] ')[2] or text})"

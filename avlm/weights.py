@@ -2,10 +2,11 @@
 
     load(model, init_from)                    Hugging Face folders or our own export -> the model's parameters
     export(config, state, folder, format)     parameters -> safetensors, config.json and tokenizer
-    python -m avlm.weights export RUN DIR --format avlm|decoder|llava
+    python -m avlm.weights export RUN DIR --format avlm|decoder|llava|adapter
 
 Every tensor of a folder is loaded or stands in the report as skipped with its reason; anything else is an error. A rank
-reads only the slice that it holds, one tensor at a time, whatever sharded the model.
+reads only the slice that it holds, one tensor at a time, whatever sharded the model. Adapters are in no
+folder that is loaded: they start anew, and every format but ``adapter`` is written with them merged.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from avlm.config import InitFrom, ModelConfig
 from avlm.export import export
 from avlm.models.avlm import AVLM, initial_values
+from avlm.models.lora import is_adapter, start_magnitudes
 from avlm.models.whisper import sinusoids
 from avlm.pretrained import check_config, read_config, read_json, resolve
 from avlm.weights_tables import LAYOUTS, RESHAPED, SKIPPED, hugging_face_name
@@ -75,6 +77,7 @@ def start(model: AVLM, init_from: InitFrom, seed: int) -> list[Report]:
     parameters = dict(model.named_parameters())
     for name, value in initial_values(model, seed, skip=loaded):
         _copy_slice(parameters[name], name, _Loaded(value), "random start")
+    start_magnitudes(model)
     return reports
 
 
@@ -101,7 +104,7 @@ def _load_folder(entry: str, folder: Path, config: ModelConfig, parameters: dict
     remaining, loaded = set(tensors), []
     for name, parameter in parameters.items():
         module, _, rest = name.partition(".")
-        if module not in (modules if entry == "all" else [entry]):
+        if module not in (modules if entry == "all" else [entry]) or is_adapter(name):
             continue
         file_name = name if own_export else _file_name(module, rest, prefixes[module], tensors)
         if file_name not in tensors:
@@ -237,7 +240,7 @@ def main() -> None:
     command = commands.add_parser("export", help="write the newest checkpoint of a run as a model folder")
     command.add_argument("run", help="run folder")
     command.add_argument("folder", help="folder to write, new or empty")
-    command.add_argument("--format", choices=["avlm", "decoder", "llava"], default="avlm")
+    command.add_argument("--format", choices=["avlm", "decoder", "llava", "adapter"], default="avlm")
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     arguments = parser.parse_args()
     from avlm.checkpoint import read_model  # only runs need it: it brings the whole checkpoint machinery
@@ -245,7 +248,8 @@ def main() -> None:
     try:
         config, state = read_model(Path(arguments.run))
         dtype = getattr(torch, arguments.dtype)
-        export(config.model, state, arguments.folder, arguments.format, data=config.stages[-1].data, dtype=dtype)
+        options = {"data": config.stages[-1].data, "base": config.init_from.decoder or config.init_from.all}
+        export(config.model, state, arguments.folder, arguments.format, dtype=dtype, **options)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

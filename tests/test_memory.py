@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from avlm import config, memory, optimizer, parallel, preflight
+from avlm import config, freezing, memory, optimizer, parallel, preflight
 from avlm.data.packing import empty_batch
 from avlm.memory import GIB
 from avlm.models.avlm import AVLM
@@ -62,6 +62,13 @@ def estimate(cfg, world_size=1):
     return memory.estimate(cfg, cfg.stages[0], world_size, memory.parameter_shapes(cfg.model))
 
 
+def with_adapters(*changes, **lora):
+    """Adapters on every linear of the towers' blocks, and nothing else trains."""
+    lora = {"rank": 8, "targets": ["decoder.*", "vision.blocks.*", "audio.*"], **lora}
+    stages = [{"name": "adapters", "steps": 4, "train": ["lora"]}]
+    return make_config(*changes, model={**TREE["model"], "lora": lora}, stages=stages)
+
+
 # 1. What stays, against models that are really sharded.
 
 LAYOUTS = {
@@ -80,6 +87,8 @@ LAYOUTS = {
             ("train.precision", "bf16"),
             stages=[{"name": "words", "steps": 4, "train": ["decoder", "audio_projector"]}],
         ),
+        with_adapters(("parallel.tensor", 2)),
+        with_adapters(rank=3, base="bf16", dora=True, targets=["decoder.*", "audio.*.up"]),
     ],
 }
 
@@ -93,7 +102,7 @@ def held(configs):
         with torch.device("meta"):
             model = AVLM(cfg.model)
         parallel.apply(model, world, cfg)
-        optimizer.freeze(model, cfg.stages[0])
+        freezing.freeze(model, cfg.stages[0])
         adam = optimizer.build(model, cfg.stages[0].optimizer)
         gradients = []
         if cfg.parallel.context == 1:  # without a target and without media, every gradient is there all the same
@@ -126,6 +135,8 @@ def test_shards_are_counted_to_the_byte(world_size):
 def kept_by_a_block(tower, dtype, trains, cfg, tokens=256):
     """Bytes a token that one more block keeps, its parameters apart."""
     model = AVLM(cfg.model).to(dtype).requires_grad_(trains)
+    if cfg.model.lora:
+        freezing.freeze(model, cfg.stages[0])
     apply_recompute(model, cfg.train)
     blocks, segments = getattr(model, tower).blocks, Segments.of([tokens])
     rope = rope_table(rope_frequencies(cfg.model.decoder), torch.arange(tokens))
@@ -152,6 +163,17 @@ def test_activations_of_a_block_are_as_estimated(mode, error, dtype):
     for tower in ("vision", "audio"):
         said = memory.encoder_block_bytes(getattr(cfg.model, tower), layout, mode)
         assert said == pytest.approx(kept_by_a_block(tower, dtype, True, cfg), rel=error), tower
+
+
+@pytest.mark.parametrize("lora", [{}, {"dropout": 0.1}, {"dora": True}])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_what_adapters_keep_is_as_estimated(mode, lora):
+    cfg = with_adapters(*((f"train.recompute.{tower}", mode) for tower in ("decoder", "vision", "audio")), **lora)
+    layout = replace(memory.lay_out(cfg, 1), dtype=torch.bfloat16)
+    trained = memory.trained_shapes(cfg, cfg.stages[0], memory.parameter_shapes(cfg.model))
+    for tower in ("decoder", "vision", "audio"):
+        said = memory.block_bytes(tower, cfg, layout, mode, trained)
+        assert said == pytest.approx(kept_by_a_block(tower, torch.bfloat16, False, cfg), rel=0.1), tower
 
 
 def test_activations_shrink_with_recomputation_and_with_the_ranks_of_a_row():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from avlm import optimizer
+from avlm import freezing, optimizer
 from avlm.models.avlm import AVLM, init
 from tests.parallel.small import make_config, make_rows
 
@@ -51,7 +51,7 @@ def test_matrices_decay_and_norms_biases_and_positions_do_not(model):
 
 def test_what_is_frozen_has_neither_gradient_nor_optimizer_state(model):
     stage = replace(make_config().stages[0], train=["audio", "audio_projector"])
-    optimizer.freeze(model, stage)
+    freezing.freeze(model, stage)
     adam = optimizer.build(model, config())
     model(make_rows(make_config(), ["both"])[0])[0].backward()
     for name, parameter in model.named_parameters():

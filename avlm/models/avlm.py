@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from avlm.config import ModelConfig
 from avlm.data.batch import Batch
 from avlm.models.decoder import Decoder, decoder_start
+from avlm.models.lora import apply_lora, start_magnitudes
 from avlm.models.projector import Projector, projector_start
 from avlm.models.vit import VisionTower, vision_start
 from avlm.models.whisper import AudioTower, audio_start
@@ -33,6 +34,8 @@ class AVLM(nn.Module):
         if config.audio:
             gathered = config.audio_projector.downsample
             self.audio_projector = Projector(config.audio_projector, config.audio.hidden_size, gathered, width)
+        if config.lora:
+            apply_lora(self, config.lora)
 
     def forward(self, batch: Batch, caches: list | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """The loss summed over target rows, and that of every row without a graph: float32 () and (R,). With ``caches``
@@ -85,3 +88,4 @@ def init(model: AVLM, seed: int = 0) -> None:
     """Random start of every part of an unsharded model."""
     for name, value in initial_values(model, seed):
         model.get_parameter(name).copy_(value)
+    start_magnitudes(model)

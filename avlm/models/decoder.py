@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from avlm.config import DecoderConfig
 from avlm.models.attention import AttentionCore
+from avlm.models.lora import lora_start
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.segments import Segments
 
@@ -160,8 +161,10 @@ def decoder_start(decoder: Decoder) -> dict[str, tuple[float, float]]:
     and head 0.02; norms are 1, biases 0. (With 0.02 everywhere, which suits widths of thousands, a decoder of width
     128 is slow to learn to copy a word.)
     """
-    start = {}
+    start = lora_start(decoder)
     for name, parameter in decoder.named_parameters():
+        if name in start:
+            continue
         if name.endswith("norm.weight"):
             start[name] = (1.0, 0.0)
         elif name.endswith("bias"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from avlm.config import VisionConfig
 from avlm.models.attention import AttentionCore
+from avlm.models.lora import lora_start
 from kernels.segments import Segments
 
 ACTIVATIONS = {
@@ -93,8 +94,10 @@ def vision_start(tower: VisionTower) -> dict[str, tuple[float, float]]:
 def encoder_start(tower: nn.Module, num_layers: int) -> dict[str, tuple[float, float]]:
     """What both towers share: std 1 / sqrt(inputs), divided by sqrt(2 * layers) for what writes into the residual
     stream; norms are 1, biases 0."""
-    start = {}
+    start = lora_start(tower)
     for name, module in tower.named_modules():
+        if f"{name}.weight" in start:
+            continue
         if isinstance(module, nn.LayerNorm):
             start[f"{name}.weight"] = (1.0, 0.0)
         elif isinstance(module, nn.Linear | nn.Conv1d):

@@ -6,6 +6,7 @@ from avlm.config import Config, ModelConfig
 from avlm.data.batch import Batch
 from avlm.data.packing import empty_batch
 from avlm.models.avlm import AVLM
+from avlm.models.lora import frozen_base
 from avlm.parallel.context import cut
 from avlm.parallel.context_attention import apply_context, choose_mode
 from avlm.parallel.exchange import apply_media
@@ -19,6 +20,8 @@ from avlm.parallel.tensor import apply_tensor
 def apply(model: AVLM, world: World, config: Config) -> None:
     """Lay out a model on the meta device, then give it memory (not values) on the rank's device."""
     layout = config.parallel
+    if config.model.lora and config.model.lora.base == "bf16":
+        hold_base_in_bf16(model)
     if layout.tensor > 1:
         apply_tensor(model.decoder, world.decoder_mesh["tensor"])
     if layout.context > 1:
@@ -56,13 +59,24 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def hold_base_in_bf16(model: AVLM) -> None:
+    """Of towers with adapters, which then can train nothing else. In place, so that what is tied stays so."""
+    held = frozen_base(name for name, _ in model.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name in held:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 @torch.no_grad()
 def warm_up(model: AVLM, config: Config, world: World) -> None:
-    """One forward over nothing while all parameters require a gradient.
+    """One forward over nothing while all parameters that may ever train require a gradient.
 
-    FSDP2 notes dtypes at a unit's first forward: one that is frozen then and trained later would fail in bf16.
+    FSDP2 notes dtypes at a unit's first forward: one that is frozen then and trained later would fail in bf16. It wants
+    those that train to be of one dtype: a base that is held in bf16 never does.
     """
-    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.dtype == torch.float32)
     num_rows = 16 * config.parallel.context * config.parallel.tensor
-    model(own_part(empty_batch(num_rows, config.model), config, world).to(world.device))
+    with torch.compiler.set_stance("force_eager"):  # a graph of no media and so few rows would be of no use
+        model(own_part(empty_batch(num_rows, config.model), config, world).to(world.device))
     reshard(model)

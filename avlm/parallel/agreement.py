@@ -38,11 +38,11 @@ def check_step(world: World, model: AVLM, step: int, parts: list[Batch]) -> None
 def _compare(world: World, own: dict[str, Any], mend: str) -> None:
     for key, values in _different(world, own).items():
         usual, _ = Counter(values).most_common(1)[0]
-        odd = [rank for rank, value in enumerate(values) if value != usual]
-        a, b = _where_they_differ(usual, values[odd[0]])
-        raise ValueError(
-            f"ranks disagree on {key}: rank {', '.join(map(str, odd))} has {b}, the others have {a}; {mend}"
-        )
+        odd = [value for value in dict.fromkeys(values) if value != usual]
+        differences = [_where_they_differ(usual, value) for value in odd]
+        who = [", ".join(str(rank) for rank, x in enumerate(values) if x == value) for value in odd]
+        said = ", ".join(f"rank {ranks} has `{theirs}`" for ranks, (_, theirs) in zip(who, differences))
+        raise ValueError(f"ranks disagree on {key}: {said}, the others have `{differences[0][0]}`; {mend}")
 
 
 def _different(world: World, own: dict[str, Any]) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import os
 import signal
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -134,11 +135,36 @@ def start(config: Config, device: torch.device) -> World:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = None if size > 1 else dist.HashStore()
+    store = store_of_this_start(rank, size) if size > 1 else dist.HashStore()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size
     )
     return lay_out(shape, device)
+
+
+def store_of_this_start(rank: int, size: int) -> dist.Store:
+    """The launcher's store, under a name that only the ranks of this start know.
+
+    torchrun keeps one store over its restarts (pytorch/pytorch#135712): a rank that is earlier than another would take
+    the address that the other had before for its address of now, and wait for it for half an hour. So rank 0 makes up
+    a name, and gives it to who asks with a word made up as well. It answers those of an earlier start too, until each
+    rank has said the name back.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, size))
+    word = uuid.uuid4().hex
+    if rank > 0:
+        store.queue_push("avlm/to_first", f"asks {word}")
+        name = store.get(f"avlm/to_{word}").decode()
+        store.queue_push("avlm/to_first", f"knows {name}")
+        return dist.PrefixStore(name, store)
+    others = size - 1
+    while others:
+        verb, said = store.queue_pop("avlm/to_first").decode().split()
+        if verb == "asks":
+            store.set(f"avlm/to_{said}", word)
+        elif said == word:
+            others -= 1
+    return dist.PrefixStore(word, store)
 
 
 def lay_out(shape: tuple[int, int, int, int], device: torch.device) -> World:

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from avlm.config import Recompute, TrainConfig
+from avlm.config import LoraConfig, Recompute, TrainConfig
 from avlm.models.avlm import AVLM
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
@@ -26,20 +27,39 @@ def apply_recompute(model: AVLM, config: TrainConfig) -> None:
         tower = getattr(model, name)
         mode: Recompute = getattr(config.recompute, name)
         for block in tower.blocks if tower is not None and mode != "none" else ():
-            block.forward = _recomputed(block.forward, mode, config.offload_activations)
+            block.forward = _recomputed(block.forward, mode, config.offload_activations, model.config.lora)
 
 
 def apply_compile(model: AVLM) -> None:
-    """Compile each block on its own: alike blocks share their graphs, and gathering weights stays between them."""
-    for tower in (model.decoder, model.vision, model.audio):
+    """Compile each block on its own: alike blocks share their graphs, and gathering weights stays between them.
+
+    A rank's token rows are as many in every step, so the decoder's graphs are made for that number; of media there are
+    always others. Generation, whose rows become fewer and fewer, runs as it is.
+    """
+    for block in model.decoder.blocks:
+        block.forward = _compiled_unless_cached(block.forward)
+    for tower in (model.vision, model.audio):
         for block in tower.blocks if tower is not None else ():
             block.forward = torch.compile(block.forward)
 
 
-def _recomputed(forward: Callable[..., Any], mode: Recompute, offload: bool) -> Callable[..., Any]:
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
+def _compiled_unless_cached(forward: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = torch.compile(forward, dynamic=False)
+
+    def run(x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Any, cache: Any = None) -> Tensor:
+        return forward(x_TD, rope, segments, cache) if cache is not None else compiled(x_TD, rope, segments, None)
+
+    return functools.wraps(forward)(run)
+
+
+def _recomputed(
+    forward: Callable[..., Any], mode: Recompute, offload: bool, lora: LoraConfig | None
+) -> Callable[..., Any]:
+    is_random = lora is not None and lora.dropout > 0  # nothing else in a block is
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": is_random}
     if mode == "selective":
-        options["context_fn"] = lambda: create_selective_checkpoint_contexts(_every_second_product())
+        rank = lora.rank if lora else 0
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts(_every_second_product(rank))
 
     def recomputed(*inputs: Any) -> Any:
         kept = contextlib.nullcontext()
@@ -51,13 +71,14 @@ def _recomputed(forward: Callable[..., Any], mode: Recompute, offload: bool) -> 
     return functools.wraps(forward)(recomputed)
 
 
-def _every_second_product() -> Callable[..., CheckpointPolicy]:
+def _every_second_product(rank: int) -> Callable[..., CheckpointPolicy]:
+    """Those of adapters, with a side of ``rank`` or less, are cheap and not counted."""
     counts: Counter[bool] = Counter()  # of the forward and of its repetition, which have to decide alike
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if getattr(op, "__name__", "").startswith(ATTENTION):
             return CheckpointPolicy.MUST_SAVE
-        if op in PRODUCTS:
+        if op in PRODUCTS and min(args[-1].shape) > rank:
             counts[context.is_recompute] += 1
             if counts[context.is_recompute] % 2:
                 return CheckpointPolicy.MUST_SAVE

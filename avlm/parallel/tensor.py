@@ -6,6 +6,10 @@
     o down         a share of the inputs; the sum is scattered over the rows
     head           a share of the vocabulary, on all target rows; the loss needs sums of one number a row
 
+Adapters go with their linear: where it shares its outputs, ``lora_up`` does so too and ``lora_down`` is whole; where it
+shares its inputs, ``lora_down`` does so too and ``lora_up`` is whole. What they give is part of what the linear gives,
+so nothing more is sent, but for the sums of the gradients of whole ones.
+
 Between blocks a rank holds its rows alone ("sequence parallel", Korthikanti et al. 2022), so each row is worked on once
 and every gradient is a plain sum. The number of rows must be a multiple of the axis.
 """
@@ -14,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -25,8 +29,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from avlm.config import DecoderConfig
+from avlm.config import ModelConfig
 from avlm.models.decoder import Decoder
+from avlm.models.lora import LowRankLinear
 from kernels.cross_entropy import linear_cross_entropy
 
 ROWS = Shard(0)
@@ -43,17 +48,17 @@ def plan() -> dict[str, ParallelStyle]:
         "embedding": VocabularyEmbedding(),
         "blocks.*.attention_norm": SequenceParallel(sequence_dim=0),
         "blocks.*.attention": gather_first,
-        "blocks.*.attention.q": ColwiseParallel(),
-        "blocks.*.attention.k": ColwiseParallel(),
-        "blocks.*.attention.v": ColwiseParallel(),
+        "blocks.*.attention.q": SharedOutputs(),
+        "blocks.*.attention.k": SharedOutputs(),
+        "blocks.*.attention.v": SharedOutputs(),
         "blocks.*.attention.q_norm": norm_of_heads,
         "blocks.*.attention.k_norm": norm_of_heads,
-        "blocks.*.attention.o": RowwiseParallel(output_layouts=ROWS),
+        "blocks.*.attention.o": SharedInputs(output_layouts=ROWS),
         "blocks.*.ffn_norm": SequenceParallel(sequence_dim=0),
         "blocks.*.ffn": gather,
-        "blocks.*.ffn.gate": ColwiseParallel(),
-        "blocks.*.ffn.up": ColwiseParallel(),
-        "blocks.*.ffn.down": RowwiseParallel(output_layouts=ROWS),
+        "blocks.*.ffn.gate": SharedOutputs(),
+        "blocks.*.ffn.up": SharedOutputs(),
+        "blocks.*.ffn.down": SharedInputs(output_layouts=ROWS),
         "norm": OnEveryRank(),
         "head": VocabularyHead(),
     }
@@ -70,15 +75,78 @@ def apply_tensor(decoder: Decoder, mesh: DeviceMesh) -> None:
     parallelize_module(decoder, mesh, PrepareModuleOutput(output_layouts=ROWS, desired_output_layouts=Replicate()))
 
 
-def check_sizes(config: DecoderConfig, tensor: int) -> None:
-    """Raise ValueError for a decoder that cannot be shared out over ``tensor`` ranks."""
+def check_sizes(config: ModelConfig, tensor: int) -> None:
+    """Raise ValueError for a model whose decoder cannot be shared out over ``tensor`` ranks."""
+    if tensor > 1 and config.lora and (config.lora.dropout or config.lora.dora):
+        key, reason = "dora", "lengths of rows that no rank holds whole"
+        if config.lora.dropout:
+            key, reason = "dropout", "the same random choices on every rank"
+        raise ValueError(f"parallel.tensor={tensor} does not go with model.lora.{key}, which needs {reason}")
     for name in ("num_kv_heads", "num_heads", "intermediate_size", "vocab_size"):
-        size = getattr(config, name)
+        size = getattr(config.decoder, name)
         if size % tensor:
             raise ValueError(
                 f"parallel.tensor={tensor} does not divide model.decoder.{name}={size}: "
                 f"every rank takes an equal share, so choose a divisor of {size}"
             )
+
+
+def tensor_share(name: str, shape: tuple[int, ...], tensor: int) -> tuple[int, ...]:
+    """Shape of a parameter on a rank of the axis, as ``plan`` shares it out."""
+    path, _, adapter = name.removesuffix(".weight").partition(".lora_")
+    by_inputs = path.endswith(("attention.o", "ffn.down"))
+    if not name.startswith("decoder.") or "norm" in name or adapter in ("magnitude", "up" if by_inputs else "down"):
+        return shape
+    return (shape[0], shape[1] // tensor) if by_inputs else (shape[0] // tensor, *shape[1:])
+
+
+class SharedOutputs(ColwiseParallel):
+    """Of a linear and of its adapters; the input is whole, and so is ``lora_down``."""
+
+    def _apply(self, module: nn.Linear, mesh: DeviceMesh) -> nn.Linear:
+        if isinstance(module, LowRankLinear):
+            # Each rank's outputs give a part of the gradients of what is whole.
+            share_adapter(module.lora_down, mesh, Replicate(), x_gradient=Partial(), gradient=Partial())
+            share_adapter(module.lora_up, mesh, Shard(0), gradient=Shard(0), output=Shard(1))
+        return super()._apply(module, mesh)
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for key, parameter in () if name else list(module.named_parameters(recurse=False)):
+            module.register_parameter(key, nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)])))
+
+
+class SharedInputs(RowwiseParallel):
+    """Of a linear and of its adapters; the output is a sum over the ranks, and ``lora_up`` is whole on each."""
+
+    def _apply(self, module: nn.Linear, mesh: DeviceMesh) -> nn.Linear:
+        if isinstance(module, LowRankLinear):
+            share_adapter(module.lora_down, mesh, Shard(1), x_gradient=Shard(1), gradient=Shard(1))
+            share_adapter(module.lora_up, mesh, Replicate(), gradient=Partial(), output=Partial())
+        return super()._apply(module, mesh)
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        if not name:  # it is called for the adapters as well
+            super()._partition_linear_fn(name, module, mesh)
+
+
+def share_adapter(
+    adapter: nn.Linear,
+    mesh: DeviceMesh,
+    placement: Placement,
+    *,
+    gradient: Placement,
+    x_gradient: Placement | None = None,
+    output: Placement | None = None,
+) -> None:
+    """From ``lora_down``, which is given a DTensor, to ``lora_up``, which gives one, a rank works on its own part."""
+    adapter.weight = nn.Parameter(distribute_tensor(adapter.weight, mesh, [placement]))
+
+    def forward(x: Tensor) -> Tensor:
+        x = x if x_gradient is None else x.to_local(grad_placements=[x_gradient])
+        y = F.linear(x, adapter.weight.to_local(grad_placements=[gradient]))
+        return y if output is None else DTensor.from_local(y, mesh, [output])
+
+    adapter.forward = forward
 
 
 class VocabularyEmbedding(ParallelStyle):

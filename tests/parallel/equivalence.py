@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from avlm import config, optimizer, parallel
+from avlm import config, freezing, parallel
 from avlm.config import Config
 from avlm.models.avlm import AVLM, init
 from avlm.parallel import mesh
@@ -146,12 +146,12 @@ def alone(case: Case, num_rows: int) -> tuple[float, float, dict[str, torch.Tens
     cfg = case.config({})
     model = AVLM(cfg.model)
     init(model, cfg.seed)
-    optimizer.freeze(model, cfg.stages[0])
+    freezing.freeze(model, cfg.stages[0])
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     compute = AVLM(cfg.model)
     compute.load_state_dict(model.state_dict())
     compute.to(dtype)
-    optimizer.freeze(compute, cfg.stages[0])
+    freezing.freeze(compute, cfg.stages[0])
     rows = make_rows(cfg, case.mixes(num_rows))
     num_targets = sum(len(row.target_R) for row in rows)
     gradients = {

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from avlm import config, optimizer, parallel, weights
+from avlm import config, freezing, parallel, weights
 from avlm.config import Config
 from avlm.data.batch import Batch
 from avlm.data.packing import pack
@@ -82,7 +82,7 @@ def build(cfg: Config, worlds: dict[tuple, mesh.World] | None = None) -> tuple[m
     parallel.apply(model, world, cfg)
     weights.start(model, cfg.init_from, cfg.seed)
     parallel.warm_up(model, cfg, world)
-    optimizer.freeze(model, cfg.stages[0])
+    freezing.freeze(model, cfg.stages[0])
     return world, model
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from avlm import config, optimizer
+from avlm import config, freezing, optimizer
 from avlm.parallel import mesh
 from tests.parallel.small import build, make_config, make_rows, whole
 from tests.parallel.spawn import run_ranks
@@ -48,7 +48,7 @@ def stages_in_bf16(layouts):
         world, model = build(cfg, worlds)
         moved = []
         for stage in cfg.stages:
-            optimizer.freeze(model, stage)
+            freezing.freeze(model, stage)
             adam = optimizer.build(model, stage.optimizer)
             before = {name: whole(p) for name, p in model.named_parameters()}
             for row in make_rows(cfg, MIXES)[world.rank :: world.size]:
