@@ -106,8 +106,7 @@ def generate(
     device, num_asked = ranks.device, len(prompts)
     prompts = prompts + _fill(prompts, ranks.multiple)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    batch, slots = _prompt_phase(prompts, model, max_new_tokens, device)
-    batch = ranks.own_part(batch).to(device)
+    batch, slots = _prompt_phase(prompts, model, max_new_tokens, ranks)
     empty = pack([], 0, model.config).to(device)
     ones = Segments.of([1] * len(prompts), device)
     caches = [KeyValueCache(slots) for _ in range(model.config.decoder.num_layers)]
@@ -174,7 +173,7 @@ def _check(model: AVLM, prompts: list[EncodedSample], max_new_tokens, temperatur
         raise ValueError("a prompt without any token cannot be continued")
 
 
-def _prompt_phase(prompts: list[EncodedSample], model: AVLM, spare: int, device: torch.device) -> tuple[Batch, Slots]:
+def _prompt_phase(prompts: list[EncodedSample], model: AVLM, spare: int, ranks: Ranks) -> tuple[Batch, Slots]:
     """All prompts as one row with the last row of each as its target row, and the slots that they fill."""
     lengths = [len(prompt) for prompt in prompts]
     size = max(lengths, default=0) + spare
@@ -183,8 +182,8 @@ def _prompt_phase(prompts: list[EncodedSample], model: AVLM, spare: int, device:
     unused_B = torch.zeros_like(last_B)
     batch = dataclasses.replace(batch, target_rows_R=last_B, target_R=unused_B, kind_R=unused_B)
     start_T = torch.repeat_interleave(torch.arange(len(prompts)) * size, torch.tensor(lengths, dtype=torch.int64))
-    length_B = torch.tensor(lengths, dtype=torch.int64, device=device)
-    return batch, Slots(start_T.to(device) + batch.position_T, length_B, size)
+    rows_T, length_B = start_T + batch.position_T, torch.tensor(lengths, dtype=torch.int64)
+    return ranks.own_part(batch).to(ranks.device), Slots(rows_T.to(ranks.device), length_B.to(ranks.device), size)
 
 
 def _fill(prompts: list[EncodedSample], multiple: int) -> list[EncodedSample]:

@@ -1,12 +1,10 @@
 """Ranks that are not about to do the same are told so, all of them, before any collective; and how ranks find each
 other after a restart."""
 
-from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 
 import torch.distributed as dist
 
-from avlm import optimizer
 from avlm.parallel import agreement, mesh
 from tests.parallel.small import build, make_config, make_rows
 from tests.parallel.spawn import run_ranks
@@ -30,7 +28,7 @@ def disagreements(cfg) -> dict[str, str]:
     found["rows"] = message(agreement.check_step, world, model, 7, [short if world.rank == 0 else row])
     found["configs"] = message(agreement.check_start, world, f"output_dir: runs/a\nseed: {world.rank}\n")
     if world.rank == 2:
-        optimizer.freeze(model, replace(cfg.stages[0], train=["decoder"]))
+        model.vision.requires_grad_(False)
     found["modules"] = message(agreement.check_step, world, model, 7, [row])
     mesh.stop()
     return found
