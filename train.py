@@ -45,7 +45,9 @@ def train_step(
     losses = torch.zeros(len(KINDS), device=world.device)
     for i, batch in enumerate(batches):
         batch = batch.to(world.device)
-        model.set_requires_gradient_sync(accumulate_mode == "sharded" or i + 1 == len(batches))
+        is_last = i + 1 == len(batches)
+        model.set_requires_gradient_sync(accumulate_mode == "sharded" or is_last)
+        model.set_requires_all_reduce(is_last)  # between copies sums are as good at the end
         loss, loss_R = model(batch)
         (loss / num_targets).backward()
         losses.index_add_(0, batch.kind_R, loss_R)
@@ -56,7 +58,7 @@ def train_step(
     if not world.counts_losses:
         losses.zero_()
     dist.all_reduce(losses)
-    return torch.cat([losses, norm.reshape(1), own.reshape(1)])
+    return torch.cat([losses, norm.to(losses.device).reshape(1), own.reshape(1)])  # offloaded gradients are on the host
 
 
 @torch.no_grad()
@@ -155,7 +157,7 @@ def run_stage(
             log.restart_clock()
         if at.step % cfg.checkpoint.every == 0 or ends:
             log.flush()
-            saver.save(at, model, adam, loader.state() if loader else {})
+            saver.save(at, model, adam, loader.state() if world.leads_row else {})
             log.restart_clock()
         if stop:
             log.say(f"stopped by a signal after step {at.step}; the same command goes on from there")

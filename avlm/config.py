@@ -287,7 +287,7 @@ class TrainConfig:
     )
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of compute, weights stay fp32; auto: bf16 on GPUs
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
-    offload_activations: bool = False  # what recompute "full" keeps, the input of each block, waits in host memory
+    offload_activations: bool = False  # what recompute "full" keeps, block inputs, in host memory; each block waits
     compile: bool = False  # torch.compile, block by block
     log_every: Count = 10  # steps between console lines; metrics.jsonl has every step
     validate_every: int = 500  # steps; 0: never
@@ -306,6 +306,7 @@ class ParallelConfig:
     tensor: Count = 1  # ranks that share the heads, widths and vocabulary of the decoder
     context_mode: Literal["auto", "ring", "allgather", "ulysses"] = "auto"  # auto: ulysses if it divides the heads
     tower_sharding: Literal["unit", "block", "replicate"] = "unit"  # gather a tower whole, by block; or frozen copies
+    # of the compute dtype, in checkpoints and exports too
     balance_media: bool = False  # share images and clips of all data ranks evenly; else of a row's own ranks
     reshard: bool = True  # free the gathered weights of a block between forward and backward
     cpu_offload: bool = False  # weights, gradients and optimizer state in host memory

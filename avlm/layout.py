@@ -33,7 +33,7 @@ class Layout:
         return self.dtype.itemsize * (2 if self.shards_of(part) > 1 else 1)
 
 
-def lay_out(config: Config, world_size: int) -> Layout:
+def layout_of(config: Config, world_size: int) -> Layout:
     """device=auto is taken for a GPU: the machine that estimates is often not the one that trains."""
     sizes = mesh.sizes(config.parallel, world_size)
     kv_heads = config.model.decoder.num_kv_heads // config.parallel.tensor

@@ -26,7 +26,7 @@ from pydantic import TypeAdapter
 
 from avlm.config import AudioConfig, Config, DecoderConfig, ModelConfig, Recompute, StageConfig, VisionConfig, to_dict
 from avlm.freezing import trained_names
-from avlm.layout import Layout, lay_out
+from avlm.layout import Layout, layout_of
 from avlm.models.avlm import AVLM
 from avlm.models.lora import frozen_base
 from avlm.parallel.tensor import tensor_share
@@ -74,7 +74,7 @@ def _parameter_shapes(model: str) -> Shapes:
 
 def estimate(config: Config, stage: StageConfig, world_size: int, shapes: Shapes) -> Estimate:
     """What a rank holds at the worst moment of a stage."""
-    layout = lay_out(config, world_size)
+    layout = layout_of(config, world_size)
     stays = resident(config, stage, layout, shapes)
     moments = {
         f"{name} tower": _at_tower(name, config, stage, layout, shapes)

@@ -67,7 +67,7 @@ def schedule(optimizer: torch.optim.AdamW, config: OptimizerConfig, step: int, n
 
 @torch.no_grad()
 def clip_gradients(model: AVLM, max_norm: float) -> Tensor:
-    """Scale all gradients to a global norm of at most ``max_norm``; returns the norm before, a scalar on the device.
+    """Scale all gradients to a global norm of at most ``max_norm``; returns the norm before, a scalar where they are.
 
     Parameters may live on different meshes of all ranks: squares are summed over the ranks once, those of a tensor that
     several ranks hold divided by their number.

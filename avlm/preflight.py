@@ -19,6 +19,7 @@ from avlm.checkpoint import complete_checkpoints
 from avlm.config import Config, StageConfig
 from avlm.data.chat import Tokenizer, check_vocabulary
 from avlm.freezing import trained_names
+from avlm.layout import layout_of
 from avlm.memory import GIB
 from avlm.metrics import NonFiniteLoss
 from avlm.parallel import mesh
@@ -183,7 +184,7 @@ def claim(config: Config, world: World) -> IO[str] | None:
 def report(config: Config, world_size: int) -> str:
     """The checks, and for each stage an estimate of tokens and of memory as text (``avlm.memory``)."""
     check(config, world_size)
-    shapes, layout = memory.parameter_shapes(config.model), memory.lay_out(config, world_size)
+    shapes, layout = memory.parameter_shapes(config.model), layout_of(config, world_size)
     count = lambda names: sum(math.prod(shapes[name]) for name in names)
     lines = []
     for stage in config.stages:

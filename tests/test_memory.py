@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from avlm import config, freezing, memory, optimizer, parallel, preflight
 from avlm.data.packing import empty_batch
+from avlm.layout import layout_of
 from avlm.memory import GIB
 from avlm.models.avlm import AVLM
 from avlm.models.decoder import rope_frequencies, rope_table
@@ -156,7 +157,7 @@ def kept_by_a_block(tower, dtype, trains, cfg, tokens=256):
 @pytest.mark.parametrize(("mode", "error"), [("none", 0.10), ("selective", 0.25), ("full", 0.10)])
 def test_activations_of_a_block_are_as_estimated(mode, error, dtype):
     cfg = make_config(*((f"train.recompute.{tower}", mode) for tower in ("decoder", "vision", "audio")))
-    layout = replace(memory.lay_out(cfg, 1), dtype=dtype)
+    layout = replace(layout_of(cfg, 1), dtype=dtype)
     for trains in (True, False):
         said = memory.decoder_block_bytes(cfg.model.decoder, layout, mode, trains)
         assert said == pytest.approx(kept_by_a_block("decoder", dtype, trains, cfg), rel=error), ("decoder", trains)
@@ -169,7 +170,7 @@ def test_activations_of_a_block_are_as_estimated(mode, error, dtype):
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_what_adapters_keep_is_as_estimated(mode, lora):
     cfg = with_adapters(*((f"train.recompute.{tower}", mode) for tower in ("decoder", "vision", "audio")), **lora)
-    layout = replace(memory.lay_out(cfg, 1), dtype=torch.bfloat16)
+    layout = replace(layout_of(cfg, 1), dtype=torch.bfloat16)
     trained = memory.trained_shapes(cfg, cfg.stages[0], memory.parameter_shapes(cfg.model))
     for tower in ("decoder", "vision", "audio"):
         said = memory.block_bytes(tower, cfg, layout, mode, trained)

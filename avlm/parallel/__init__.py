@@ -43,7 +43,8 @@ def apply(model: AVLM, world: World, config: Config) -> None:
 def own_part(batch: Batch, config: Config, world: World) -> Batch:
     """What this rank works on of a row that its ranks share: token rows, and media to encode. On the CPU."""
     batch, place_T = cut(batch, *world.axis("context"))
-    return split(batch, place_T, config.model, world, balance=config.parallel.balance_media)
+    part = split(batch, place_T, config.model, world, balance=config.parallel.balance_media)
+    return part.pin_memory() if world.device.type == "cuda" else part  # what was cut is made anew
 
 
 def prompt_part(batch: Batch, model: ModelConfig, world: World) -> Batch:

@@ -1,4 +1,4 @@
-"""What all ranks have to agree on, found out before a collective waits for one that does something else."""
+"""What all ranks have to agree on, found out before the model's collectives wait for one that does something else."""
 
 import hashlib
 from collections import Counter
@@ -41,8 +41,8 @@ def _compare(world: World, own: dict[str, Any], mend: str) -> None:
         odd = [value for value in dict.fromkeys(values) if value != usual]
         differences = [_where_they_differ(usual, value) for value in odd]
         who = [", ".join(str(rank) for rank, x in enumerate(values) if x == value) for value in odd]
-        said = ", ".join(f"rank {ranks} has `{theirs}`" for ranks, (_, theirs) in zip(who, differences))
-        raise ValueError(f"ranks disagree on {key}: {said}, the others have `{differences[0][0]}`; {mend}")
+        said = (f"rank {ranks} has `{theirs}`, most have `{ours}`" for ranks, (ours, theirs) in zip(who, differences))
+        raise ValueError(f"ranks disagree on {key}: {', '.join(said)}; {mend}")
 
 
 def _different(world: World, own: dict[str, Any]) -> dict[str, list[str]]:

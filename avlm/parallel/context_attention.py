@@ -67,7 +67,8 @@ class _Ring(torch.autograd.Function):
             for total, share in ((dq_LHE, dq), (dkv_2LKE[0], dk), (dkv_2LKE[1], dv)):
                 total += share
             del dq, dk, dv, share  # before those of the next block are made
-            dkv_2LKE, works = _pass_on(dkv_2LKE, ctx.gradient_group)
+            sent_2LKE = dkv_2LKE  # kept until it has arrived
+            dkv_2LKE, works = _pass_on(sent_2LKE, ctx.gradient_group)
         _wait(works)
         return dq_LHE.to(q_LHE.dtype), *dkv_2LKE.to(kv_2LKE.dtype), None, None, None
 
@@ -187,9 +188,7 @@ def choose_mode(mode: str, num_kv_heads: int, context: int) -> str:
 
 def apply_context(model: AVLM, group: ProcessGroup, gradient_group: ProcessGroup, mode: str) -> None:
     """Give the decoder's blocks, and nobody else, the core of a mode that ``choose_mode`` returned. ``group`` are the
-    ranks that share a row; with one of them nothing changes."""
-    if group.size() == 1:
-        return
+    ranks that share a row."""
     for block in model.decoder.blocks:
         if mode == "ring":
             block.attention.core = RingAttention(group, gradient_group)

@@ -104,6 +104,11 @@ def sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int, int, int
     """(replicate, shard, context, tensor) for a world; raises ValueError when they do not multiply to it."""
     others = parallel.replicate * parallel.context * parallel.tensor
     shard = max(world_size // others, 1) if parallel.shard == -1 else parallel.shard
+    if parallel.shard == -1 and world_size % others:
+        raise ValueError(
+            f"parallel.replicate={parallel.replicate} x context={parallel.context} x tensor={parallel.tensor} does not "
+            f"divide {world_size} ranks: start torchrun with another --nproc-per-node, or change parallel.*"
+        )
     if others * shard != world_size:
         raise ValueError(
             f"parallel.replicate={parallel.replicate} x shard={shard} x context={parallel.context} x "

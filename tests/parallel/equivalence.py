@@ -67,7 +67,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "HSDP x ring": {"replicate": 2, "context": 4, "context_mode": "ring"},
     },
 }
-COMPILED = ("FSDP", "TP", "ring")  # on 2 ranks
+LAYOUTS[2]["FSDP, towers replicated"] = {"tower_sharding": "replicate"}  # frozen, so a case of its own
+LAYOUTS[2]["FSDP, offloaded"] = {"cpu_offload": True}
+COMPILED = {"FSDP": "full", "TP": "none", "ring": "selective"}  # layout, on 2 ranks -> what is recomputed
 FACTORS = {
     "mix": MIXES,
     "accumulate": (1, 3),
@@ -251,17 +253,19 @@ def compare_all(cases: list[Case], layouts: dict[str, dict[str, Any]], verbose: 
 
 def choose(world_size: int, quick: bool) -> list[Case]:
     """All pairs of settings, each layout in bf16, some compiled; quick: each layout once, every fourth in bf16."""
-    layouts = list(LAYOUTS[world_size])
+    layouts = [layout for layout, sizes in LAYOUTS[world_size].items() if "replicate" not in sizes.values()]
     settings = {"mix": "different", "accumulate": 1, "recompute": "none", "accumulate_mode": "sharded"}
     in_bf16 = [
         Case(layout=layout, **settings, trains="everything", tied=bool(i % 2), precision="bf16")
         for i, layout in enumerate(layouts)
     ]
+    frozen = [Case("FSDP, towers replicated", **settings, trains="projectors", tied=True)] if world_size == 2 else []
     if not quick:
         compiled = [replace(case, precision="fp32", compile=True) for case in in_bf16 if case.layout in COMPILED]
-        return cover(layouts) + in_bf16 + (compiled if world_size == 2 else [])
+        compiled = [replace(case, recompute=COMPILED[case.layout]) for case in compiled]
+        return cover(layouts) + in_bf16 + frozen + (compiled if world_size == 2 else [])
     settings = [{key: FACTORS[key][i % len(FACTORS[key])] for key in FACTORS} for i in range(-1, len(layouts) - 1)]
-    return [Case(layout=layout, **setting) for layout, setting in zip(layouts, settings)] + in_bf16[::4]
+    return [Case(layout=layout, **setting) for layout, setting in zip(layouts, settings)] + in_bf16[::4] + frozen
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ KINDS = {  # how towers are sharded -> what trains
 
 
 def steps(quick: bool) -> list[str]:
-    """Runs on every rank: one forward and backward for each pair, whose loss is that of the model on one rank."""
+    """Runs on every rank: one forward and backward for each pair. Losses are those of the first sharding."""
     worlds: dict = {}
     failed, losses = [], {}
     for sharding, trained in itertools.chain(*([(k, t) for t in v] for k, v in KINDS.items())):

@@ -1,7 +1,9 @@
 """Runs a function on several gloo ranks of this machine and returns what each gave back."""
 
 import os
+import queue
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -10,33 +12,43 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 
-def run_ranks(function: Callable, world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
-    """``function(*args)`` in ``world_size`` processes with torchrun's environment; plain data back, in rank order."""
+def run_ranks(function: Callable, world_size: int, *args: Any, timeout: float = 300) -> list[Any]:
+    """``function(*args)`` in ``world_size`` processes with torchrun's environment; plain data back, in rank order.
+
+    Fails as soon as a rank does or dies, and after ``timeout`` seconds: ranks that wait for each other never end.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
+    answers = context.Queue()
     processes = [
-        context.Process(target=_rank, args=(queue, function, rank, world_size, port, args))
+        context.Process(target=_rank, args=(answers, function, rank, world_size, port, args), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
         process.start()
-    results = {}
+    results, end = {}, time.monotonic() + timeout
     try:
-        for _ in processes:
-            rank, error, value = queue.get()
+        while len(results) < world_size:
+            try:
+                rank, error, value = answers.get(timeout=1)
+            except queue.Empty:
+                dead = [rank for rank, p in enumerate(processes) if p.exitcode is not None and rank not in results]
+                assert not dead or not answers.empty(), f"ranks {dead} ended without an answer"
+                assert time.monotonic() < end, f"only ranks {sorted(results)} answered within {timeout} s"
+                continue
             assert not error, f"rank {rank}:\n{error}"
             results[rank] = value
+        for process in processes:
+            process.join(30)
     finally:
         for process in processes:
-            process.join(timeout if len(results) == world_size else 1)
             process.kill()
     return [results[rank] for rank in range(world_size)]
 
 
-def _rank(queue, function, rank, world_size, port, args):
+def _rank(answers, function, rank, world_size, port, args):
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -47,6 +59,6 @@ def _rank(queue, function, rank, world_size, port, args):
     }
     torch.set_num_threads(1)
     try:
-        queue.put((rank, "", function(*args)))
+        answers.put((rank, "", function(*args)))
     except BaseException:
-        queue.put((rank, traceback.format_exc(), None))
+        answers.put((rank, traceback.format_exc(), None))

@@ -1,7 +1,7 @@
 """Ranks that share a row share it evenly, and their attention is that of one process."""
 
+import dataclasses
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,8 +237,16 @@ def test_a_ring_of_four_holds_little_over_a_quarter(four_ranks):
         assert found["peaks"]["four"] <= 0.3 * found["peaks"]["one"], found["peaks"]
 
 
-def test_a_group_of_one_keeps_the_plain_core():
-    model = AVLM(MODEL)
-    group = SimpleNamespace(size=lambda: 1)
-    apply_context(model, group, group, "ring")
-    assert all(type(block.attention.core) is AttentionCore for block in model.decoder.blocks)
+def test_a_plan_moves_to_a_device_with_all_that_it_holds():
+    moved = cut(make_batch([41, 1, 0, 25, 6, 23]), 1, 4)[0].segments.to("meta")
+
+    def check(value):
+        if isinstance(value, torch.Tensor):
+            assert value.device.type == "meta"
+        elif isinstance(value, tuple):
+            [check(inner) for inner in value]
+        elif dataclasses.is_dataclass(value):
+            [check(getattr(value, field.name)) for field in dataclasses.fields(value)]
+
+    check(moved)
+    assert moved.ring[0][0] is moved.ring[0][1], "one object: kernels take it for self-attention"

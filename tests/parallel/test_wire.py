@@ -6,7 +6,7 @@ import pytest
 
 from tests.parallel.equivalence import LAYOUTS
 from tests.parallel.spawn import run_ranks
-from tests.parallel.wire import CHOSEN, count_all
+from tests.parallel.wire import CHOSEN, count_all, count_options
 
 
 @functools.cache
@@ -42,3 +42,23 @@ def test_an_axis_is_seen_with_its_collectives(layout, axis, kinds):
 def test_a_ring_sends_the_same_whoever_is_asked():
     sent = [found["ring"][0]["context", "send"] for found in measured()]
     assert len(set(sent)) == 1
+
+
+def test_accumulation_reshard_and_blocks_of_towers_change_what_is_sent_as_they_say():
+    """Two ranks, three micro-batches."""
+    options = [
+        {},
+        {"train": {"accumulate_mode": "local"}},
+        {"parallel": {"reshard": False}},
+        {"parallel": {"tower_sharding": "block"}},
+        {"parallel": {"replicate": 2}},
+    ]
+    plain, local, kept, blocks, copies = run_ranks(count_options, 2, options, 3)[0]
+    axis = "shard_context = shard_context_tensor"
+    assert plain[0][axis, "all-gather"]
+    gathered, scattered = (plain[0][axis, kind] for kind in ("all-gather", "reduce-scatter"))
+    assert local[0][axis, "reduce-scatter"] * 3 == scattered and local[0][axis, "all-gather"] == gathered
+    assert kept[0][axis, "all-gather"] < gathered and kept[0][axis, "reduce-scatter"] == scattered
+    assert blocks[1] > plain[1]
+    assert 0 < copies[0]["replicate", "all-reduce"] <= 2 * scattered / 3, "between copies once a step"
+    assert all(prefetches for *_, prefetches in (plain, local, kept))

@@ -33,9 +33,10 @@ from avlm.data.batch import KINDS, Batch
 from avlm.models.avlm import AVLM
 from avlm.parallel import media, mesh
 from avlm.parallel.context import cut
+from avlm.parallel.fsdp import fsdp_modules
 from avlm.parallel.mesh import World
 from tests.parallel.equivalence import LAYOUTS, Case
-from tests.parallel.small import build, make_rows
+from tests.parallel.small import build, make_config, make_rows
 from tests.parallel.spawn import run_ranks
 from train import train_step
 
@@ -305,6 +306,26 @@ def count_all(layouts: dict[str, dict[str, Any]]) -> dict[str, tuple[Bytes, Byte
                 part = parallel.own_part(rows[world.data_rank], config, world)
                 train_step(model, [part], num_targets, adam, 1.0, world)
         found[name] = wire.sent, formula(config, world, rows)
+    mesh.stop()
+    return found
+
+
+def count_options(options: list[dict[str, Any]], num_batches: int) -> list[tuple[Bytes, int, bool]]:
+    """Runs on every rank, for configs that differ in how a step is run: bytes of a step of some micro-batches, units of
+    FSDP, and whether blocks ask for the weights of the next."""
+    worlds: dict[tuple, World] = {}
+    found = []
+    for option in options:
+        config = make_config(**option)
+        world, model = build(config, worlds)
+        row = make_rows(config, ["both"])[0]
+        adam = optimizer.build(model, config.stages[0].optimizer)
+        for wire in (Wire(world), Wire(world)):
+            with wire:
+                parts = [parallel.own_part(row, config, world)] * num_batches
+                train_step(model, parts, 10.0, adam, 1.0, world, config.train.accumulate_mode)
+        state = model.decoder.blocks[0]._get_fsdp_state()
+        found.append((wire.sent, len(fsdp_modules(model)), bool(state._states_to_forward_prefetch)))
     mesh.stop()
     return found
 
