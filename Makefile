@@ -1,5 +1,5 @@
 # make demo: train, evaluate and talk to a small model.   make test: the test suite.   make check: style and structure.
-# make equivalence: every layout against one process; QUICK=1 takes minutes.
+# make equivalence [QUICK=1]: every layout of ranks against one process. What takes minutes: pytest -m slow.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -20,7 +20,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/python -m avlm.data.demo_bank.ask $(RUN)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -m "not slow"
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/kernels
 
 check: $(VENV)/.test

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from avlm import checkpoint, config, evaluation, freezing, metrics, optimizer, parallel, preflight, weights
+from avlm import checkpoint, config, evaluation, flops, freezing, metrics, optimizer, parallel, preflight, weights
 from avlm.config import Config, StageConfig
 from avlm.data import demo, open_loader
 from avlm.data.batch import KINDS, Batch
@@ -90,11 +90,13 @@ def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World) -> dict
     return results
 
 
-def tally(batches: list[Batch], stop: bool) -> list[float]:
-    """What ranks agree on before a step: targets of each kind, tokens, samples read and skipped, a stop signal."""
+def tally(batches: list[Batch], costs: flops.Costs, stop: bool) -> list[float]:
+    """What ranks sum before a step: targets of each kind, tokens, FLOPs, samples read and skipped, stop signals."""
     targets = sum((torch.bincount(batch.kind_R, minlength=len(KINDS)) for batch in batches), torch.zeros(len(KINDS)))
     tokens = sum(batch.num_tokens for batch in batches)
-    return [*targets.tolist(), tokens, sum(b.read for b in batches), sum(len(b.skipped) for b in batches), float(stop)]
+    work = sum(flops.total(costs, batch) for batch in batches)
+    read, skipped = sum(batch.read for batch in batches), sum(len(batch.skipped) for batch in batches)
+    return [*targets.tolist(), tokens, work, read, skipped, float(stop)]
 
 
 def run_stage(
@@ -118,6 +120,7 @@ def run_stage(
     loader = None
     if world.leads_row:
         loader = open_loader(stage.data.train, stage.data, cfg.model, **who, train=True, state=loader_state)
+    costs = flops.costs(cfg, stage)
     saver = checkpoint.Saver(Path(cfg.output_dir), cfg.checkpoint, world)
     log.say(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(trained)}")
 
@@ -130,7 +133,7 @@ def run_stage(
         waited = time.perf_counter() - started
         parts = [parallel.own_part(batch, cfg, world) for batch in batches]
         own = batches if world.leads_row else []  # a row counts once, whoever works on it
-        *targets, tokens, read, skipped, stop = world.sum(tally(own, bool(stopping)))
+        *targets, tokens, work, read, skipped, stop = world.sum(tally(own, costs, bool(stopping)))
         for key, reason in (bad for batch in own for bad in batch.skipped):
             print(f"skipped sample {key}: {reason}", file=sys.stderr)
         lr = optimizer.schedule(adam, stage.optimizer, at.stage_step, stage.steps)
@@ -142,7 +145,7 @@ def run_stage(
             at, step=at.step + 1, stage_step=at.stage_step + 1, read=at.read + read, skipped=at.skipped + skipped
         )
         row = {"step": at.step, "stage": stage.name, "lr": lr, "tokens": tokens, "target_tokens": sum(targets)}
-        row |= {"data_seconds": waited, "skipped_samples": at.skipped, "targets_of_kind": targets}
+        row |= {"flops": work, "data_seconds": waited, "skipped_samples": at.skipped, "targets_of_kind": targets}
         log.step(row, values, [key for batch in batches for key in batch.keys])
         preflight.check_skipped(at.read, at.skipped, stage.data.max_bad_fraction)
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from avlm import flops
 from avlm.config import Config
 from avlm.data.batch import KINDS
 from avlm.models.avlm import AVLM
+from avlm.parallel import compute_dtype
 from avlm.parallel.mesh import World
 
 
@@ -35,6 +37,9 @@ class Log:
         self.values: list[Tensor] = []  # (loss of each kind, gradient norm, local loss), per row
         self.keys: list[list[str]] = []  # sample keys of this rank, per row
         self.clock = time.perf_counter()
+        # A share of the bf16 peak says nothing of steps in float32.
+        is_bf16 = compute_dtype(config, world.device) == torch.bfloat16
+        self.peak = flops.peak(world.device) if is_bf16 else None
         self.run = None
         if world.is_first:
             _cut(self.path, first_step)
@@ -67,6 +72,8 @@ class Log:
             row["loss"] = sum(losses) / max(sum(counts), 1)
             row |= {f"loss/{kind}": x / n for kind, x, n in zip(KINDS, losses, counts) if n}
             row |= {"grad_norm": norm, "step_seconds": seconds, "tokens_per_second": row["tokens"] / seconds}
+            if self.peak:
+                row["mfu"] = row["flops"] / (seconds * self.world.size * self.peak)
             if not math.isfinite(row["loss"]) or not math.isfinite(norm):
                 self.write(self.rows[: self.rows.index(row)])
                 own = f"; samples of this rank: {', '.join(keys)}" if not math.isfinite(own_loss) else ""
@@ -74,9 +81,10 @@ class Log:
             if self.world.device.type == "cuda":
                 row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if row["step"] % self.config.train.log_every == 0 or row["step"] == 1:
+                mfu = f"  mfu {row['mfu']:.1%}" if self.peak else ""
                 self.say(
                     f"step {row['step']}/{self.config.total_steps} {row['stage']}  loss {row['loss']:.4f}  "
-                    f"grad {norm:.3f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s"
+                    f"grad {norm:.3f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s{mfu}"
                 )
         self.write(self.rows)
         self.rows, self.values, self.keys = [], [], []
