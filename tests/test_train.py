@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     ("override", "message"),
     [
         ("data.train=absent.jsonl", "no data at absent.jsonl"),
-        ("parallel.replicate=2", "does not make 1 ranks"),
+        ("parallel.replicate=2", "does not divide 1 ranks"),
         ("trian.log_every=1", "unknown key trian (did you mean train?)"),
         ("resume=runs/none", "resume=runs/none is not a complete checkpoint"),
     ],

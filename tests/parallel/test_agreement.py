@@ -38,10 +38,10 @@ def test_every_rank_is_told_which_ranks_differ_and_in_what():
     for found in run_ranks(disagreements, 3, make_config()):
         assert not found["nothing"]
         assert found["micro-batches"].startswith(
-            "ranks disagree on micro-batches: rank 1 has `2`, the others have `1`; every rank has to run every tower"
+            "ranks disagree on micro-batches: rank 1 has `2`, most have `1`; every rank has to run every tower"
         )
-        assert "token rows: rank 0 has `[32]`, the others have `[64]`" in found["rows"]
-        assert "config: rank 1 has `seed: 1`, rank 2 has `seed: 2`, the others have `seed: 0`" in found["configs"]
+        assert "token rows: rank 0 has `[32]`, most have `[64]`" in found["rows"]
+        assert "config: rank 1 has `seed: 1`, most have `seed: 0`, rank 2 has `seed: 2`, most have `seed: 0`" in found["configs"]
         assert "modules, and whether they train: rank 2 has `{" in found["modules"]
 
 

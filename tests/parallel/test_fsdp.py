@@ -82,7 +82,7 @@ def test_a_module_may_be_frozen_then_trained_then_frozen_in_bf16_however_it_is_s
     ("layout", "world_size", "message"),
     [
         ({"replicate": 2, "shard": 2}, 3, r"replicate=2 x shard=2 x context=1 x tensor=1 does not make 3 ranks"),
-        ({"context": 4, "tensor": 2}, 4, r"replicate=1 x shard=1 x context=4 x tensor=2 does not make 4 ranks"),
+        ({"context": 4, "tensor": 2}, 4, r"replicate=1 x context=4 x tensor=2 does not divide 4 ranks"),
     ],
 )
 def test_a_world_that_the_mesh_does_not_fit_is_refused(layout, world_size, message):
