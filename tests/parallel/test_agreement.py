@@ -41,7 +41,10 @@ def test_every_rank_is_told_which_ranks_differ_and_in_what():
             "ranks disagree on micro-batches: rank 1 has `2`, most have `1`; every rank has to run every tower"
         )
         assert "token rows: rank 0 has `[32]`, most have `[64]`" in found["rows"]
-        assert "config: rank 1 has `seed: 1`, most have `seed: 0`, rank 2 has `seed: 2`, most have `seed: 0`" in found["configs"]
+        assert (
+            "config: rank 1 has `seed: 1`, most have `seed: 0`, rank 2 has `seed: 2`, most have `seed: 0`"
+            in found["configs"]
+        )
         assert "modules, and whether they train: rank 2 has `{" in found["modules"]
 
 
