@@ -194,7 +194,7 @@ def _fill(prompts: list[EncodedSample], multiple: int) -> list[EncodedSample]:
     count = multiple - len(prompts) % multiple
     lengths = [1] * (count - 1) + [1 + -(num_tokens + count) % multiple]
     zeros = [torch.zeros(length, dtype=torch.int64) for length in lengths]
-    return [EncodedSample("", "text", token_T, token_T, torch.empty(0), []) for token_T in zeros]
+    return [EncodedSample("", "text", token_T, token_T, torch.empty(0, dtype=torch.uint8), []) for token_T in zeros]
 
 
 def _next_batch(empty: Batch, token_B: Tensor, position_B: Tensor, segments: Segments) -> Batch:

@@ -74,8 +74,10 @@ def clip_gradients(model: AVLM, max_norm: float) -> Tensor:
     """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(shards)])
-    total = (norms.square() / torch.tensor([_num_copies(g) for g in gradients]).to(norms.device)).sum()
+    norms = defaultdict(list)  # by the number of copies, a Python int: a tensor of them would wait for the device
+    for gradient, norm in zip(gradients, torch._foreach_norm(shards)):
+        norms[_num_copies(gradient)].append(norm.float())
+    total = torch.stack([torch.stack(of_copies).square().sum() / copies for copies, of_copies in norms.items()]).sum()
     if any(isinstance(g, DTensor) for g in gradients):
         dist.all_reduce(total)
     norm = total.sqrt()

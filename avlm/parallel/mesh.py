@@ -60,7 +60,7 @@ class World:
 
     def axis(self, name: str) -> tuple[int, int]:
         """(own index, length) of an axis of ``mesh``."""
-        return self.mesh.get_local_rank(name), self.mesh[name].size()
+        return self.mesh.get_local_rank(name), self.mesh.size(self.mesh.mesh_dim_names.index(name))
 
     def new_group(self, axis: str) -> dist.ProcessGroup:
         """Another communicator for the ranks of an axis. All ranks of the world call this together."""
