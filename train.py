@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from avlm import checkpoint, config, evaluation, flops, freezing, metrics, optimizer, parallel, preflight, weights
+from avlm import checkpoint, config_file, evaluation, flops, freezing, metrics, optimizer, parallel, preflight, weights
 from avlm.config import Config, StageConfig
 from avlm.data import demo, open_loader
 from avlm.data.batch import KINDS, Batch
@@ -174,13 +174,13 @@ def main(cfg: Config) -> None:
     preflight.check(cfg, world_size=mesh.ranks()[1])
     device = mesh.choose_device(cfg)
     world = mesh.start(cfg, device)
-    agreement.check_start(world, config.dump(cfg))
+    agreement.check_start(world, config_file.dump(cfg))
     lock = preflight.claim(cfg, world)
     resume_from, note = world.gather(checkpoint.find(cfg))[0]
     preflight.check_resume(cfg, resume_from)
     world.barrier()
     if world.is_first:
-        checkpoint.write_durably(Path(cfg.output_dir) / "config.yaml", config.dump(cfg))
+        checkpoint.write_durably(Path(cfg.output_dir) / "config.yaml", config_file.dump(cfg))
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
 
@@ -225,9 +225,9 @@ if __name__ == "__main__":
     parser.add_argument("--device-memory-gib", type=float, help="error of --preflight when a rank needs more")
     arguments = parser.parse_intermixed_args()
     with preflight.one_line_errors():
-        loaded = config.load(arguments.config, arguments.overrides)
+        loaded = config_file.load(arguments.config, arguments.overrides)
         if arguments.print:
-            print(config.dump(loaded))
+            print(config_file.dump(loaded))
         elif arguments.preflight:
             demo.ensure(loaded)
             print(preflight.report(loaded, arguments.world_size), flush=True)

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-from avlm import config as configuration
+from avlm import config_file
 from avlm.config import CheckpointConfig, Config
 from avlm.models.avlm import AVLM
 from avlm.parallel.mesh import World
@@ -178,7 +178,7 @@ def read_run(run: Path | str) -> tuple[Config, Path]:
     done = complete_checkpoints(run)
     if not done:
         raise FileNotFoundError(f"{run} holds no complete checkpoint")
-    return configuration.load(run / "config.yaml"), done[-1]
+    return config_file.load(run / "config.yaml"), done[-1]
 
 
 def read_model(run: Path | str) -> tuple[Config, dict[str, Tensor]]:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from avlm.config import DataConfig, DecoderConfig, ModelConfig, VisionConfig, to_dict
+from avlm.config import DataConfig, DecoderConfig, ModelConfig, VisionConfig
+from avlm.config_file import to_dict
 from avlm.data.chat import Chat, Tokenizer
 from avlm.models.lora import is_adapter, merge
 from avlm.pretrained import ACTIVATIONS, read_json, stop_ids

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import torch
 from pydantic import TypeAdapter
 
-from avlm.config import AudioConfig, Config, DecoderConfig, ModelConfig, Recompute, StageConfig, VisionConfig, to_dict
+from avlm.config import AudioConfig, Config, DecoderConfig, ModelConfig, Recompute, StageConfig, VisionConfig
+from avlm.config_file import to_dict
 from avlm.freezing import trained_names
 from avlm.layout import Layout, layout_of
 from avlm.models.avlm import AVLM

@@ -13,8 +13,7 @@ from typing import IO, Any
 
 import torch
 
-from avlm import config as configuration
-from avlm import memory
+from avlm import config_file, memory
 from avlm.checkpoint import complete_checkpoints
 from avlm.config import Config, StageConfig
 from avlm.data.chat import Tokenizer, check_vocabulary
@@ -47,7 +46,7 @@ MAY_CHANGE_IN_TRAIN = (
 def check(config: Config, world_size: int) -> None:
     """Raise ValueError or FileNotFoundError for what would fail later: mesh, start weights, data sources, tokenizer."""
     check_layout(config, world_size)
-    for entry, source in configuration.to_dict(config.init_from).items():
+    for entry, source in config_file.to_dict(config.init_from).items():
         if source and Path(source).is_dir():  # a name of the Hub is looked at when its files are there
             check_config(config.model if entry == "all" else getattr(config.model, entry), Path(source))
     for stage in config.stages:
@@ -84,7 +83,7 @@ def check_layout(config: Config, world_size: int) -> None:
 
 
 def _check_recompute(config: Config) -> None:
-    train, recompute = config.train, configuration.to_dict(config.train.recompute)
+    train, recompute = config.train, config_file.to_dict(config.train.recompute)
     for name, mode in recompute.items():
         if mode != "none" and getattr(config.model, name) is None:
             raise ValueError(f"train.recompute.{name}={mode}, but there is no model.{name}: set it to none")
@@ -125,8 +124,8 @@ def check_resume(config: Config, checkpoint: Path | None) -> None:
                 f"{config.output_dir} holds an earlier run: set resume=auto to go on, or another output_dir"
             )
         return
-    stored = configuration.to_dict(configuration.load(checkpoint.parent.parent / "config.yaml"))
-    for key, (was, wanted) in _differences(stored, configuration.to_dict(config)).items():
+    stored = config_file.to_dict(config_file.load(checkpoint.parent.parent / "config.yaml"))
+    for key, (was, wanted) in _differences(stored, config_file.to_dict(config)).items():
         section, _, name = key.partition(".")
         if section in MAY_CHANGE or (section == "train" and name.split(".")[0] in MAY_CHANGE_IN_TRAIN):
             continue
@@ -273,7 +272,7 @@ def _mend(
 
 def _turned(config: Config, key: str, value: Any, world_size: int) -> Config | None:
     """The config with another value, or None where that is no change, a step back, or refused."""
-    tree = configuration.to_dict(config)
+    tree = config_file.to_dict(config)
     *path, last = key.split(".")
     section = functools.reduce(dict.__getitem__, path, tree)
     if section[last] == value or (last in ("context", "tensor") and value < section[last]):
@@ -281,7 +280,7 @@ def _turned(config: Config, key: str, value: Any, world_size: int) -> Config | N
     section[last] = value
     tree["parallel"]["shard"] = -1  # the rest of the world
     try:
-        changed = configuration.resolve(tree, key)
+        changed = config_file.resolve(tree, key)
         check_layout(changed, world_size)
     except ValueError:
         return None

@@ -29,7 +29,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from avlm.config import ModelConfig, load
+from avlm.config import ModelConfig
+from avlm.config_file import load
 from avlm.data import demo, open_loader
 from avlm.data.batch import AUDIO, IGNORE, IMAGE, Batch
 from avlm.models.avlm import AVLM, init

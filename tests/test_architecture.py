@@ -13,8 +13,9 @@ SOURCES = sorted([*ROOT.glob("avlm/**/*.py"), *ROOT.glob("kernels/**/*.py"), ROO
 ALLOWED = {
     "kernels": ("kernels",),
     "avlm.config": (),
+    "avlm.config_file": ("avlm.config",),
     "avlm.data.batch": ("kernels.segments",),
-    "avlm.data": ("avlm.config", "avlm.data", "kernels.segments"),
+    "avlm.data": ("avlm.config", "avlm.config_file", "avlm.data", "kernels.segments"),
     "avlm.models": ("avlm.config", "avlm.data.batch", "avlm.models", "kernels"),
     "avlm.parallel": ("avlm.config", "avlm.data.batch", "avlm.data.packing", "avlm.models", "avlm.parallel", "kernels"),
     "avlm": ("avlm", "kernels"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from avlm import config
+from avlm import config_file
 
 TINY = {
     "output_dir": "runs/x",
@@ -39,7 +39,7 @@ def write(tmp_path):
 
 
 def test_a_stage_inherits_what_it_does_not_set(write):
-    loaded = config.load(write())
+    loaded = config_file.load(write())
     assert [stage.optimizer.lr for stage in loaded.stages] == [1e-3, 1e-4]
     assert [stage.data.seq_length for stage in loaded.stages] == [128, 64]
     assert loaded.stages[1].data.train == "synthetic"
@@ -47,14 +47,14 @@ def test_a_stage_inherits_what_it_does_not_set(write):
 
 
 def test_the_resolved_config_gives_itself_back(write, tmp_path):
-    loaded = config.load(write())
+    loaded = config_file.load(write())
     again = tmp_path / "again.yaml"
-    again.write_text(config.dump(loaded))
-    assert config.load(again) == loaded
+    again.write_text(config_file.dump(loaded))
+    assert config_file.load(again) == loaded
 
 
 def test_overrides_reach_sections_and_named_stages(write):
-    loaded = config.load(
+    loaded = config_file.load(
         write(), ["train.accumulate=4", "stages.two.steps=7", "stages.two.optimizer.lr=3e-5", "seed=9"]
     )
     assert (loaded.train.accumulate, loaded.stages[1].steps, loaded.stages[1].optimizer.lr, loaded.seed) == (
@@ -94,7 +94,7 @@ def test_overrides_reach_sections_and_named_stages(write):
 )
 def test_a_mistake_is_named_in_one_line(write, override, message):
     with pytest.raises(ValueError) as error:
-        config.load(write(), [override])
+        config_file.load(write(), [override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -102,23 +102,23 @@ def test_a_mistake_is_named_in_one_line(write, override, message):
 def test_a_missing_key_is_named(write):
     tree = {**TINY, "model": {"decoder": {k: v for k, v in TINY["model"]["decoder"].items() if k != "num_layers"}}}
     with pytest.raises(ValueError, match=r"missing key model\.decoder\.num_layers"):
-        config.load(write(tree))
+        config_file.load(write(tree))
 
 
 def test_a_file_that_is_absent_or_broken_is_said_so(write, tmp_path):
     with pytest.raises(FileNotFoundError, match="no config file"):
-        config.load(tmp_path / "absent.yaml")
+        config_file.load(tmp_path / "absent.yaml")
     with pytest.raises(ValueError, match="not valid YAML"):
-        config.load(write("a: [1"))
+        config_file.load(write("a: [1"))
 
 
 def test_numbers_with_an_exponent_are_numbers(write):
-    assert config.load(write(), ["optimizer.lr=1e-3", "optimizer.eps=1E-6"]).stages[0].optimizer.eps == 1e-6
+    assert config_file.load(write(), ["optimizer.lr=1e-3", "optimizer.eps=1E-6"]).stages[0].optimizer.eps == 1e-6
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_config_loads(path):
-    loaded = config.load(path)
+    loaded = config_file.load(path)
     assert loaded.total_steps > 0
     assert path.read_text().startswith("# "), (
         "a config opens with what it is for, the command, hardware, time and result"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from avlm import config, memory, preflight
+from avlm import config_file, memory, preflight
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 PUBLISHED = [path for path in CONFIGS if path.stem != "demo"]
@@ -40,7 +40,7 @@ def test_a_config_says_what_it_is_and_names_itself_in_its_command(path):
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_a_model_has_the_parameters_that_were_published(path):
-    shapes = memory.parameter_shapes(config.load(path).model)
+    shapes = memory.parameter_shapes(config_file.load(path).model)
     counts: dict[str, int] = {}
     for name, shape in shapes.items():
         if ".lora_" not in name:
@@ -55,7 +55,7 @@ def test_a_model_has_the_parameters_that_were_published(path):
 def test_it_fits_the_hardware_that_its_header_names_with_the_memory_that_it_says(path):
     said = header(path)
     world_size, device_gib = map(int, re.match(r"(\d+) GPUs? of (\d+) GB", said["hardware"]).groups())
-    cfg = config.load(path)
+    cfg = config_file.load(path)
     preflight.check_layout(cfg, world_size)
     shapes = memory.parameter_shapes(cfg.model)
     gib = max(memory.estimate(cfg, stage, world_size, shapes).total for stage in cfg.stages) / 2**30
@@ -64,7 +64,7 @@ def test_it_fits_the_hardware_that_its_header_names_with_the_memory_that_it_says
 
 
 def test_the_8b_stages_have_the_numbers_of_nemo():
-    cfg = config.load(CONFIGS[0].parent / "avlm_8b.yaml")
+    cfg = config_file.load(CONFIGS[0].parent / "avlm_8b.yaml")
     assert [stage.name for stage in cfg.stages] == ["vision_alignment", "audio_alignment", "finetune"]
     for stage, (lr, min_lr) in zip(cfg.stages, [(1e-3, 2e-5), (1e-3, 2e-5), (2e-5, 2e-7)]):
         o = stage.optimizer
@@ -72,5 +72,5 @@ def test_the_8b_stages_have_the_numbers_of_nemo():
         assert (o.betas, stage.steps, stage.data.seq_length) == ((0.9, 0.95), 5190, 8192)
     parts = ("avlm_8b_vision_alignment", "avlm_8b_audio_alignment", "avlm_8b_finetune")
     for stage, name in zip(cfg.stages, parts):
-        [alone] = config.load(CONFIGS[0].parent / f"{name}.yaml").stages
+        [alone] = config_file.load(CONFIGS[0].parent / f"{name}.yaml").stages
         assert (alone.optimizer, alone.train, alone.data.train) == (stage.optimizer, stage.train, stage.data.train)

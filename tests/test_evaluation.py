@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from avlm import config, evaluation
+from avlm import config_file, evaluation
 from avlm.data import open_samples
 from avlm.data.chat import Tokenizer
 from avlm.data.sample import SampleEncoder
@@ -33,7 +33,7 @@ def cfg(tmp_path_factory):
         **{"train": str(folder / "2.jsonl"), "validation": {"one": str(folder / "1.jsonl")}, "num_workers": 0},
         **{"tokenizer": str(write_tokenizer(folder / "tokenizer")), "template": "chatml", "seq_length": 128},
     }
-    return config.resolve(TREE | {"model": model, "data": data, "train": {"validate_answers": 5}}, "test")
+    return config_file.resolve(TREE | {"model": model, "data": data, "train": {"validate_answers": 5}}, "test")
 
 
 def turns(question, answer):

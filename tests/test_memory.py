@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from avlm import config, freezing, memory, optimizer, parallel, preflight
+from avlm import config, config_file, freezing, memory, optimizer, parallel, preflight
 from avlm.data.packing import empty_batch
 from avlm.layout import layout_of
 from avlm.memory import GIB
@@ -52,11 +52,11 @@ TEXT_ONLY = {
 
 def make_config(*changes, **more):
     """The small config with dotted keys changed: ("train.recompute.decoder", "full")."""
-    tree = config.to_dict(config.resolve({**TREE, **more}, "test"))
+    tree = config_file.to_dict(config_file.resolve({**TREE, **more}, "test"))
     for key, value in changes:
         *path, last = key.split(".")
         functools.reduce(dict.__getitem__, path, tree)[last] = value
-    return config.resolve(tree, "test")
+    return config_file.resolve(tree, "test")
 
 
 def estimate(cfg, world_size=1):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from avlm import checkpoint, config, preflight
+from avlm import checkpoint, config_file, preflight
 from tests.parallel.small import TREE, make_config
 
 
@@ -22,7 +22,7 @@ def saved(tmp_path):
     path = checkpoint.folder_of(tmp_path, 3)
     path.mkdir(parents=True)
     (path / checkpoint.MARKER).write_text('{"step": 3, "stage": 0, "stage_step": 3}')
-    (tmp_path / "config.yaml").write_text(config.dump(cfg))
+    (tmp_path / "config.yaml").write_text(config_file.dump(cfg))
     return cfg, path
 
 
@@ -37,7 +37,7 @@ def saved(tmp_path):
 )
 def test_a_resume_names_the_key_that_may_not_change(saved, key, change):
     cfg, path = saved
-    changed = config.resolve({**TREE, "output_dir": cfg.output_dir, **change}, "test")
+    changed = config_file.resolve({**TREE, "output_dir": cfg.output_dir, **change}, "test")
     with pytest.raises(ValueError, match=f"^{key} is "):
         preflight.check_resume(changed, path)
 
@@ -53,7 +53,7 @@ def test_a_resume_names_the_key_that_may_not_change(saved, key, change):
 )
 def test_a_resume_may_change_where_and_how_often(saved, change):
     cfg, path = saved
-    preflight.check_resume(config.resolve({**TREE, "output_dir": cfg.output_dir, **change}, "test"), path)
+    preflight.check_resume(config_file.resolve({**TREE, "output_dir": cfg.output_dir, **change}, "test"), path)
 
 
 def test_a_new_run_is_not_begun_over_an_old_one(saved):

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from avlm.config import Config, DataConfig, ModelConfig, VisionConfig, load
+from avlm.config import Config, DataConfig, ModelConfig, VisionConfig
+from avlm.config_file import load
 from avlm.data import open_loader
 from avlm.data.batch import AUDIO, IMAGE, KINDS, Batch
 from avlm.data.chat import Tokenizer

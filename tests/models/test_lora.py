@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from avlm.config import resolve
+from avlm.config_file import resolve
 from avlm.export import export
 from avlm.models.avlm import AVLM, init
 from avlm.models.lora import LowRankLinear, is_adapter, merge

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from avlm import config, optimizer, parallel
+from avlm import config, config_file, optimizer, parallel
 from avlm.config import ParallelConfig
 from avlm.data import demo, open_loader
 from avlm.data.batch import Batch
@@ -42,7 +42,7 @@ def curve(cfg: config.Config, rows: list[Batch]) -> list[float]:
 
 
 def run() -> list[str]:
-    cfg = config.load(Path(__file__).parents[2] / "configs" / "demo.yaml", ["device=cpu"])
+    cfg = config_file.load(Path(__file__).parents[2] / "configs" / "demo.yaml", ["device=cpu"])
     demo.ensure(cfg)
     cfg = replace(cfg, stages=cfg.stages[-1:])
     loader = open_loader(cfg.stages[0].data.train, cfg.stages[0].data, cfg.model, rank=0, world=1, seed=1, train=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from avlm import config, freezing, parallel
+from avlm import config, config_file, freezing, parallel
 from avlm.config import Config
 from avlm.models.avlm import AVLM, init
 from avlm.parallel import mesh
@@ -102,7 +102,7 @@ class Case:
         recompute = dict.fromkeys(("decoder", "vision", "audio"), self.recompute)
         tree["train"] = {"accumulate_mode": self.accumulate_mode, "recompute": recompute}
         tree["train"] |= {"precision": self.precision, "compile": self.compile}
-        return config.resolve(tree, "equivalence")
+        return config_file.resolve(tree, "equivalence")
 
     def line(self, errors: list[float]) -> str:
         """Of the table that main() prints."""

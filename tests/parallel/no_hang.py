@@ -3,7 +3,7 @@ trainable, sharded in each way. Nothing here is timed out: a case that hangs is 
 
 import itertools
 
-from avlm import config
+from avlm import config, config_file
 from avlm.parallel import mesh
 from tests.parallel.small import MEDIA, TREE, build, make_rows
 from tests.parallel.spawn import run_ranks
@@ -22,7 +22,7 @@ def steps(quick: bool) -> list[str]:
     failed, losses = [], {}
     for sharding, trained in itertools.chain(*([(k, t) for t in v] for k, v in KINDS.items())):
         tree = {**TREE, "parallel": {"tower_sharding": sharding}}
-        cfg = config.resolve({**tree, "stages": [{"name": "all", "steps": 1, "train": trained}]}, "no hang")
+        cfg = config_file.resolve({**tree, "stages": [{"name": "all", "steps": 1, "train": trained}]}, "no hang")
         world, model = build(cfg, worlds)
         pairs = list(itertools.product(MEDIA, MEDIA))
         for pair in pairs[:: 3 if quick else 1]:

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from avlm import config, freezing, parallel, weights
+from avlm import config, config_file, freezing, parallel, weights
 from avlm.config import Config
 from avlm.data.batch import Batch
 from avlm.data.packing import pack
@@ -39,7 +39,7 @@ MEDIA = {"text": (0, 0), "image": (2, 0), "audio": (0, 1), "both": (1, 1), "vide
 
 
 def make_config(**overrides) -> Config:
-    return config.resolve({**TREE, **overrides}, "test")
+    return config_file.resolve({**TREE, **overrides}, "test")
 
 
 def make_rows(cfg: Config, mixes: list[str], seed: int = 0) -> list[Batch]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from avlm import config, freezing, optimizer, parallel, weights
+from avlm import config, config_file, freezing, optimizer, parallel, weights
 from avlm.models.avlm import AVLM, init
 from avlm.models.lora import LowRankLinear, is_adapter, row_lengths
 from avlm.parallel import mesh
@@ -43,7 +43,7 @@ def make(layout, train, lora, stage):
     decoder = {**TREE["model"]["decoder"], "num_heads": 8, "num_kv_heads": 4, "qkv_bias": True}
     model = {**TREE["model"], "decoder": decoder, "lora": {"rank": 3, "targets": EVERY_KIND, **lora}}
     stages = [{"name": "one", "steps": 4, **stage}]
-    return config.resolve({**TREE, "model": model, "parallel": layout, "train": train, "stages": stages}, "test")
+    return config_file.resolve({**TREE, "model": model, "parallel": layout, "train": train, "stages": stages}, "test")
 
 
 def start(cfg, worlds):
