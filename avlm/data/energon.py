@@ -8,7 +8,6 @@ A sample that cannot be used is not dropped where that is found out: it goes thr
 counted in the row that it lands in. So the counts survive a resume like the samples do.
 """
 
-import dataclasses
 import gc
 import json
 import warnings
@@ -16,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 import yaml
 from megatron.energon import (
@@ -34,23 +32,17 @@ from megatron.energon import (
 from megatron.energon import Sample as EnergonSample
 from megatron.energon.errors import FatalSampleError, reraise_exception
 from megatron.energon.flavors import EmptyDatasetError
-from megatron.energon.flavors.webdataset.sample_loader import SliceState
-from megatron.energon.rng import SystemRngState
-from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState
-from megatron.energon.state import FlexState
+from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
 from avlm.config import DataConfig, ModelConfig
 from avlm.data.batch import Batch
 from avlm.data.chat import Tokenizer
+from avlm.data.energon_state import from_json, to_json
 from avlm.data.packing import pack, select
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder, parse
 
 SAMPLES_PER_SLICE = 100  # samples read one after the other before the reader jumps to another place of the shards
 EMPTY = ("empty dataset", "all empty datasets", "no samples in any")  # what Energon says of a worker without samples
-STATES = {
-    state.__name__: state
-    for state in (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SystemRngState, SliceState)
-}
 
 
 @edataclass
@@ -138,7 +130,16 @@ class TaskEncoder(RawEncoder):
         packing = super().build_batch(dataset, **options)
         fill = packing._fill_reading_buffer  # it draws a progress bar from every worker
         packing._fill_reading_buffer = lambda source, log_progress=False: fill(source)
+        if self.train:
+            packing.pre_packer = lambda samples: self._all_but_last(samples, packing._reading_buffer)
         return packing
+
+    def _all_but_last(self, samples: list[Encoded], buffer: SavableSampleBuffer) -> list[list[Encoded]]:
+        """The rows of ``samples``. What was left over for the last of several goes back, before what will be read."""
+        rows = self.select_samples_to_pack(samples)
+        if len(rows) > 1:
+            buffer.extend(rows.pop())
+        return rows
 
 
 class EnergonLoader:
@@ -270,50 +271,6 @@ def _paths(tree: Any, origin: Path) -> Iterator[str]:
             yield value
         else:
             yield from _paths(value, origin)
-
-
-def to_json(value: Any) -> Any:
-    """Energon's state as plain JSON: each container that JSON lacks becomes an object with its kind as the one key."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list):
-        return [to_json(item) for item in value]
-    if isinstance(value, tuple):
-        return {"tuple": [to_json(item) for item in value]}
-    if isinstance(value, bytes):
-        return {"bytes": value.hex()}
-    if isinstance(value, torch.Tensor):
-        assert value.dtype == torch.uint8  # the state of a generator
-        return {"tensor": value.numpy().tobytes().hex()}
-    if isinstance(value, numpy.ndarray):
-        return {"array": [str(value.dtype), value.tolist()]}
-    if isinstance(value, dict):
-        return {
-            "flex" if isinstance(value, FlexState) else "dict": [[to_json(k), to_json(v)] for k, v in value.items()]
-        }
-    fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return {"state": [STATES[type(value).__name__].__name__, fields]}
-
-
-def from_json(value: Any) -> Any:
-    """The inverse of ``to_json``."""
-    if isinstance(value, list):
-        return [from_json(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    [(kind, content)] = value.items()
-    if kind == "tuple":
-        return tuple(from_json(item) for item in content)
-    if kind == "bytes":
-        return bytes.fromhex(content)
-    if kind == "tensor":
-        return torch.frombuffer(bytearray.fromhex(content), dtype=torch.uint8)
-    if kind == "array":
-        return numpy.array(content[1], dtype=content[0])
-    if kind in ("dict", "flex"):
-        return (FlexState if kind == "flex" else dict)((from_json(k), from_json(v)) for k, v in content)
-    name, fields = content
-    return STATES[name](**{key: from_json(item) for key, item in fields.items()})
 
 
 def _part(parts: dict[str, bytes], name: str) -> bytes:

@@ -177,8 +177,9 @@ class RowStream(IterableDataset):
         rows: list[Row] = [[(number, self._encode(number)) for number in row] for row in state["rows"]]
         while True:
             skipped, read = [], 0
-            if not rows:
-                buffer, skipped, read = self._fill(slot, place)
+            if len(rows) <= self.train:  # the last row of training is packed again, with what follows
+                held = rows.pop() if rows else []
+                buffer, skipped, read = self._fill(held, slot, place)
                 place += read
                 if not read:
                     return
@@ -188,9 +189,10 @@ class RowStream(IterableDataset):
             batch = pack([sample for _, sample in row], data.seq_length, model, skipped, read)
             yield batch, {"place": place, "rows": [[number for number, _ in row] for row in rows]}
 
-    def _fill(self, slot: int, place: int) -> tuple[Row, list[tuple[str, str]], int]:
-        """(good samples, (key, reason) of the bad ones, how many were read) from a place of the slot's stream on."""
-        buffer: Row = []
+    def _fill(self, held: Row, slot: int, place: int) -> tuple[Row, list[tuple[str, str]], int]:
+        """(good samples, (key, reason) of the bad ones, how many were read) from a place of the slot's stream on; the
+        samples ``held`` back go before them."""
+        buffer = list(held)
         skipped: list[tuple[str, str]] = []
         read = 0
         while len(buffer) < self.encoder.data.packing_buffer:

@@ -4,7 +4,7 @@ No padding inside: samples stand one after the other, each a segment of its own,
 is one more segment without targets. Letters as in batch.py.
 """
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 
 import torch
 from einops import rearrange
@@ -23,8 +23,11 @@ PAD = 0  # token id after the last sample; nothing is learned from it
 def select(lengths: list[int], seq_length: int, method: str) -> list[list[int]]:
     """Which samples share a row: lists of indices, each index once, each row at most ``seq_length`` long.
 
-    knapsack   fill a row with the largest sample that still fits, until none does
+    knapsack   open a row with the first sample that is left, then add the largest that still fits, until none does
     first_fit  each sample, in order, goes to the first row that has room
+
+    No sample waits for ever: the first one is in the first row. The last row holds what was left over; where more
+    samples follow, those of several rows that are in the last may be packed again, before the new ones.
     """
     if max(lengths, default=0) > seq_length:
         raise ValueError(f"a sample of {max(lengths)} tokens does not fit into seq_length={seq_length}")
@@ -35,13 +38,17 @@ def _knapsack(lengths: list[int], seq_length: int) -> list[list[int]]:
     left: list[tuple[int, int]] = []  # (length, -index), ascending: of equal lengths the earlier sample goes first
     for index, length in enumerate(lengths):
         insort(left, (length, -index))
-    packed = []
-    while left:
-        row, room = [], seq_length
+    packed, taken = [], set()
+    for index, length in enumerate(lengths):
+        if index in taken:
+            continue
+        del left[bisect_left(left, (length, -index))]
+        row, room = [index], seq_length - length
         while (place := bisect_right(left, (room, 0))) > 0:
-            length, index = left.pop(place - 1)
-            row.append(-index)
+            length, negated = left.pop(place - 1)
+            row.append(-negated)
             room -= length
+        taken.update(row)
         packed.append(row)
     return packed
 

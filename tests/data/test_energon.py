@@ -1,6 +1,7 @@
 import io
 import json
 import tarfile
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.flavors import BaseWebdatasetFactory
 
 from avlm.data import open_loader, open_samples
-from avlm.data.energon import from_json, to_json
+from avlm.data.energon_state import from_json, to_json
 from tests.data.media import data, image_file, model, picture, tone
 
 CRUDE = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
@@ -86,6 +87,13 @@ def test_a_resumed_loader_goes_on_with_the_very_same_rows(loader, workers):
     assert resumed.state() == state
     assert [content(batch) for batch in islice(resumed, 14)] == expected
     assert any(skipped for _, _, skipped, _ in expected)
+
+
+def test_rows_of_training_are_full_and_no_sample_waits_for_ever(loader):
+    batches = list(islice(loader("b", packing_buffer=12), 60))
+    assert sum(batch.num_tokens for batch in batches) / (60 * 256) > 0.93
+    counts = Counter(keys(batches))
+    assert max(counts.values()) - min(counts.values()) <= 2
 
 
 def test_a_blend_draws_by_weight(loader):

@@ -1,5 +1,6 @@
 import itertools
 import json
+from collections import Counter
 from itertools import islice
 
 import pytest
@@ -64,6 +65,14 @@ def test_every_sample_is_read_once_an_epoch_over_all_ranks(loader):
 def test_the_order_follows_the_seed(loader):
     order = lambda seed: keys(islice(loader("good.jsonl", seed=seed, packing_buffer=1), 8))
     assert order(1) == order(1) != order(2)
+
+
+def test_rows_of_training_are_full_and_no_sample_waits_for_ever(loader):
+    batches = list(islice(loader("good.jsonl", packing_buffer=12), 60))
+    held_back = [packed / 256 for packed in (batch.num_tokens for batch in batches)]
+    assert sum(held_back) / len(held_back) > 0.93  # 0.86 if the last row of each buffer went out as it is
+    counts = Counter(keys(batches))
+    assert len(counts) == 21 and max(counts.values()) - min(counts.values()) <= 2
 
 
 def test_more_workers_than_samples_work(loader, folder):

@@ -33,8 +33,9 @@ def test_no_two_rows_would_fit_into_one(method, lengths):
     assert len(sums) < 2 or sums[0] + sums[1] > 50
 
 
-def test_the_knapsack_takes_the_largest_that_still_fits():
-    assert select([3, 9, 5, 2, 1], 10, "knapsack") == [[1, 4], [2, 0, 3]]
+def test_the_knapsack_opens_with_the_first_and_takes_the_largest_that_still_fits():
+    assert select([3, 9, 5, 2, 1], 10, "knapsack") == [[0, 2, 3], [1, 4]]
+    assert select([2, 4, 4, 6, 3, 1], 10, "knapsack") == [[0, 3, 5], [1, 2], [4]]
     assert select([3, 9, 5, 2, 1], 10, "first_fit") == [[0, 2, 3], [1, 4]]
 
 
