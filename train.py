@@ -90,15 +90,6 @@ def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World) -> dict
     return results
 
 
-def tally(batches: list[Batch], costs: flops.Costs, stop: bool) -> list[float]:
-    """What ranks sum before a step: targets of each kind, tokens, FLOPs, samples read and skipped, stop signals."""
-    targets = sum((torch.bincount(batch.kind_R, minlength=len(KINDS)) for batch in batches), torch.zeros(len(KINDS)))
-    tokens = sum(batch.num_tokens for batch in batches)
-    work = sum(flops.total(costs, batch) for batch in batches)
-    read, skipped = sum(batch.read for batch in batches), sum(len(batch.skipped) for batch in batches)
-    return [*targets.tolist(), tokens, work, read, skipped, float(stop)]
-
-
 def run_stage(
     model: AVLM,
     cfg: Config,
@@ -133,20 +124,21 @@ def run_stage(
         waited = time.perf_counter() - started
         parts = [parallel.own_part(batch, cfg, world) for batch in batches]
         own = batches if world.leads_row else []  # a row counts once, whoever works on it
-        *targets, tokens, work, read, skipped, stop = world.sum(tally(own, costs, bool(stopping)))
+        counts = metrics.tally(own, costs) | {"stop": float(bool(stopping))}
+        counts = dict(zip(counts, world.sum(list(counts.values()))))
+        stop, read, skipped = (counts.pop(name) for name in ("stop", "read", "skipped"))
         for key, reason in (bad for batch in own for bad in batch.skipped):
             print(f"skipped sample {key}: {reason}", file=sys.stderr)
         lr = optimizer.schedule(adam, stage.optimizer, at.stage_step, stage.steps)
         if cfg.debug.check_collectives:
             agreement.check_step(world, model, at.step, parts)
-        num_targets, clip_norm = max(sum(targets), 1.0), stage.optimizer.clip_norm
+        num_targets, clip_norm = max(counts["target_tokens"], 1.0), stage.optimizer.clip_norm
         values = train_step(model, parts, num_targets, adam, clip_norm, world, cfg.train.accumulate_mode)
         at = replace(
             at, step=at.step + 1, stage_step=at.stage_step + 1, read=at.read + read, skipped=at.skipped + skipped
         )
-        row = {"step": at.step, "stage": stage.name, "lr": lr, "tokens": tokens, "target_tokens": sum(targets)}
-        row |= {"flops": work, "data_seconds": waited, "skipped_samples": at.skipped, "targets_of_kind": targets}
-        log.step(row, values, [key for batch in batches for key in batch.keys])
+        row = {"step": at.step, "stage": stage.name, "lr": lr, "data_seconds": waited, "skipped_samples": at.skipped}
+        log.step(row | counts, values, [key for batch in batches for key in batch.keys])
         preflight.check_skipped(at.read, at.skipped, stage.data.max_bad_fraction)
 
         # 3. Validation and checkpoints, at their steps and at the end.

@@ -3,15 +3,15 @@
     product       2 n R forward, 2 n R for dW if the weight trains, 2 n R for dx if its input has a gradient
     attention     4 A P forward, 8 A P backward if q, k or v has a gradient
     DoRA          2 n r forward, for the lengths of the rows of W + s B A
-    MFU           FLOPs / (seconds * devices * peak)    (Chowdhery et al. 2022, appendix B)
+    MFU, HFU      FLOPs / (seconds * devices * peak), without and with recomputation (Chowdhery et al. 2022, appendix B)
 
 An input has a gradient where something below it trains: a frozen tower is forward only, a frozen decoder above
 projectors that train passes gradients on and makes none of its own.
 
-These are FLOPs of the model: what a backward computes again, for ``train.recompute`` or inside of attention kernels, is
-not counted, and neither is what is no matrix product. A causal query sees the keys up to itself, so a document of L
-tokens has L (L + 1) / 2 pairs; images and clips have L^2. What fills the end of a packed row is computed, so it counts,
-as one document more. Convolutions work on whole windows, the head on rows with a target.
+What a backward computes again for ``train.recompute`` counts apart, for HFU; what it computes again inside of attention
+kernels, and whatever is no matrix product, is not counted. A causal query sees the keys up to itself, so a document of
+L tokens has L (L + 1) / 2 pairs; images and clips have L^2. What fills the end of a packed row is computed, so it
+counts, as one document more. Convolutions work on whole windows, the head on rows with a target.
 
 n parameters of the weight   R rows   A width of all query heads   P pairs of a query and a key that it sees   r rank
 """
@@ -22,12 +22,13 @@ from collections.abc import Collection, Iterator
 
 import torch
 
-from avlm.config import AudioConfig, Config, DecoderConfig, ModelConfig, StageConfig, VisionConfig
+from avlm.config import AudioConfig, Config, DecoderConfig, ModelConfig, Recompute, StageConfig, VisionConfig
 from avlm.data.batch import Batch
 from avlm.memory import Shapes, parameter_shapes, trained_shapes
+from avlm.models.lora import is_adapter
 from kernels.segments import Segments
 
-Costs = dict[tuple[str, str], tuple[int, int]]  # (module, name of a count) -> FLOPs of each, (forward, backward)
+Costs = dict[tuple[str, str], tuple[int, int, int]]  # (module, name of a count) -> (forward, backward, again) of each
 Step = tuple[str, tuple[str, ...]]  # the count that its products go by, "" for none; modules that share an input
 
 # Dense bf16 with float32 sums, FLOP/s, from the vendor's data sheets, by the whole name of the device: parts of a card
@@ -50,17 +51,13 @@ def peak(device: torch.device) -> float | None:
     return PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def total(costs: Costs, batch: Batch) -> int:
-    """Model FLOPs of a whole packed row, forward and backward."""
-    return sum(forward + backward for forward, backward in by_module(costs, counts(batch)).values())
-
-
-def by_module(costs: Costs, count: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """FLOPs of each module, (forward, backward). The head is a module of its own."""
-    flops = dict.fromkeys((module for module, _ in costs), (0, 0))
-    for (module, name), (forward, backward) in costs.items():
-        flops[module] = (flops[module][0] + forward * count[name], flops[module][1] + backward * count[name])
-    return flops
+def by_module(costs: Costs, count: dict[str, int]) -> dict[str, tuple[int, int, int]]:
+    """FLOPs of each module, (forward, backward, computed again in the backward). The head is a module of its own."""
+    flops = {module: [0, 0, 0] for module, _ in costs}
+    for (module, name), each in costs.items():
+        for i, cost in enumerate(each):
+            flops[module][i] += cost * count[name]
+    return {module: tuple(parts) for module, parts in flops.items()}
 
 
 def counts(batch: Batch) -> dict[str, int]:
@@ -92,20 +89,46 @@ def costs(config: Config, stage: StageConfig) -> Costs:
     """What each count costs in a stage."""
     shapes = parameter_shapes(config.model)
     trained = set(trained_shapes(config, stage, shapes))
-    found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     trains = {}  # module -> whether anything in it, or below it, does
     for module in sorted(config.model.modules, key="decoder".__eq__):  # the decoder comes last: all others feed it
         tower = module.removesuffix("_projector")
         below = any(trains.values()) if module == "decoder" else trains.get(tower, False)
+        mode = getattr(config.train.recompute, module, "none")
+        repeated = _repeated(module, config.model, mode)
         for name, step in _steps(module, config.model):
             for path in step:
                 label = "head" if path == "decoder.head" else module
-                for count, forward, backward in _cost(path, name, config.model, shapes, trained, below):
-                    found[label, count][0] += forward
-                    found[label, count][1] += backward
+                again = mode != "none" and _block(path) and (below or _is_trained(_block(path), trained))
+                for what, count, forward, backward in _cost(path, name, config.model, shapes, trained, below):
+                    is_again = again and (path in repeated or is_adapter(what))
+                    for i, cost in enumerate((forward, backward, forward * bool(is_again))):
+                        found[label, count][i] += cost
             below |= any(_is_trained(path, trained) for path in step)
         trains[module] = below
-    return {key: (forward, backward) for key, (forward, backward) in found.items()}
+    return {key: tuple(parts) for key, parts in found.items()}
+
+
+def _repeated(module: str, model: ModelConfig, mode: Recompute) -> set[str]:
+    """What a backward computes again in the blocks of a module (``avlm.parallel.recompute``), adapters apart.
+
+    full: all but the last product, whose result nothing waits for (DoRA's magnitude does). selective: of the products,
+    without attention, those that are not kept.
+    """
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for count, paths in _steps(module, model):
+        for path in paths if count else ():
+            blocks[_block(path)].append(path)
+    blocks.pop("", None)
+    if mode == "selective":
+        blocks = {block: [path for path in paths if not path.endswith("core")][1::2] for block, paths in blocks.items()}
+    last = () if model.lora and model.lora.dora else ("down",)
+    return {path for paths in blocks.values() for path in paths if path.rpartition(".")[2] not in last}
+
+
+def _block(path: str) -> str:
+    """tower.blocks.i of a path in it, "" elsewhere."""
+    return ".".join(path.split(".")[:3]) if ".blocks." in path else ""
 
 
 def _is_trained(path: str, trained: Collection[str]) -> bool:
@@ -114,23 +137,24 @@ def _is_trained(path: str, trained: Collection[str]) -> bool:
 
 def _cost(
     path: str, count: str, model: ModelConfig, shapes: Shapes, trained: Collection[str], below: bool
-) -> Iterator[tuple[str, int, int]]:
-    """(count, forward, backward) of what a module of a step computes; ``below``: whether its input has a gradient."""
+) -> Iterator[tuple[str, str, int, int]]:
+    """(weight, count, forward, backward) of what a module of a step computes; ``below``: whether its input has a
+    gradient."""
     if not count:
         return
     if path.endswith("attention.core"):
         tower = getattr(model, path.split(".")[0])
         width = tower.num_heads * tower.head_dim if isinstance(tower, DecoderConfig) else tower.hidden_size
-        yield count, 4 * width, 8 * width * below
+        yield "", count, 4 * width, 8 * width * below
         return
     base = "decoder.embedding.weight" if path == "decoder.head" and model.decoder.tie_embedding else f"{path}.weight"
     down, up = f"{path}.lora_down.weight", f"{path}.lora_up.weight"
     for name, has_gradient in ((base, below), (down, below), (up, below or down in trained)):
         if name in shapes:
             product = 2 * math.prod(shapes[name])
-            yield count, product, product * ((name in trained) + has_gradient)
+            yield name, count, product, product * ((name in trained) + has_gradient)
     if f"{path}.lora_magnitude" in shapes:
-        yield "batches", 2 * math.prod(shapes[base]) * shapes[down][0], 0
+        yield down, "batches", 2 * math.prod(shapes[base]) * shapes[down][0], 0
 
 
 # The modules in the order in which they run. Those of a step have one input; norms and embeddings have no product.

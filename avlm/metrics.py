@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from avlm import flops
 from avlm.config import Config
-from avlm.data.batch import KINDS
+from avlm.data.batch import KINDS, Batch
 from avlm.models.avlm import AVLM
 from avlm.parallel import compute_dtype
 from avlm.parallel.mesh import World
@@ -68,12 +68,15 @@ class Log:
         self.clock = time.perf_counter()
         for row, values, keys in zip(self.rows, fetched, self.keys):
             *losses, norm, own_loss = values
-            counts = row.pop("targets_of_kind")
+            counts = [row[f"targets/{kind}"] for kind in KINDS]
             row["loss"] = sum(losses) / max(sum(counts), 1)
             row |= {f"loss/{kind}": x / n for kind, x, n in zip(KINDS, losses, counts) if n}
             row |= {"grad_norm": norm, "step_seconds": seconds, "tokens_per_second": row["tokens"] / seconds}
+            row["padding"] = 1 - row["tokens"] / row.pop("row_tokens")
+            row["flops"] = sum(value for name, value in row.items() if name.startswith("flops/"))
             if self.peak:
-                row["mfu"] = row["flops"] / (seconds * self.world.size * self.peak)
+                peak = seconds * self.world.size * self.peak
+                row |= {"mfu": row["flops"] / peak, "hfu": (row["flops"] + row["recomputed_flops"]) / peak}
             if not math.isfinite(row["loss"]) or not math.isfinite(norm):
                 self.write(self.rows[: self.rows.index(row)])
                 own = f"; samples of this rank: {', '.join(keys)}" if not math.isfinite(own_loss) else ""
@@ -116,6 +119,36 @@ class Log:
             self.bar.close()
             if self.run is not None:
                 self.run.finish()
+
+
+def tally(batches: list[Batch], costs: flops.Costs) -> dict[str, float]:
+    """What ranks sum for a step, by the names of metrics.jsonl, with the same names whatever the batches hold."""
+    names = [
+        "tokens",
+        "row_tokens",
+        "tokens/image",
+        "tokens/audio",
+        "target_tokens",
+        "recomputed_flops",
+        "read",
+        "skipped",
+    ]
+    names += [f"targets/{kind}" for kind in KINDS] + [f"flops/{module}" for module, _ in costs]
+    total = dict.fromkeys(names, 0.0)
+    for batch in batches:
+        total["tokens"] += batch.num_tokens
+        total["row_tokens"] += len(batch.token_T)
+        total["tokens/image"] += len(batch.image_rows_F)
+        total["tokens/audio"] += len(batch.audio_rows_G)
+        total["target_tokens"] += len(batch.target_R)
+        total["read"] += batch.read
+        total["skipped"] += len(batch.skipped)
+        for kind, count in zip(KINDS, torch.bincount(batch.kind_R, minlength=len(KINDS)).tolist()):
+            total[f"targets/{kind}"] += count
+        for module, work in flops.by_module(costs, flops.counts(batch)).items():
+            total[f"flops/{module}"] += work[0] + work[1]
+            total["recomputed_flops"] += work[2]
+    return total
 
 
 def _cut(path: Path, step: int) -> None:

@@ -15,6 +15,7 @@ from avlm.data.packing import empty_batch
 from avlm.data.synthetic import SyntheticLoader
 from avlm.models import decoder
 from avlm.models.avlm import AVLM, init
+from avlm.parallel import recompute
 from tests.parallel.small import TREE, make_config
 
 PROJECTORS = ["vision_projector", "audio_projector"]
@@ -46,6 +47,18 @@ CASES = {
     "LoRA": make_config(model={**MODEL, "lora": LORA}, stages=staged(train=["lora"])),
     "LoRA and projectors": make_config(model={**MODEL, "lora": LORA}, stages=staged(train=["lora", *PROJECTORS])),
     "DoRA": make_config(model={**MODEL, "lora": {**LORA, "dora": True}}, stages=staged(train=["lora"])),
+    "recompute full": make_config(train={"recompute": dict.fromkeys(("decoder", "vision", "audio"), "full")}),
+    "recompute selective": make_config(train={"recompute": dict.fromkeys(("decoder", "vision", "audio"), "selective")}),
+    "recompute with LoRA": make_config(
+        model={**MODEL, "lora": LORA},
+        stages=staged(train=["lora"]),
+        train={"recompute": {"decoder": "full", "vision": "full", "audio": "selective"}},
+    ),
+    "recompute with DoRA": make_config(
+        model={**MODEL, "lora": {**LORA, "dora": True}},
+        stages=staged(train=["lora"]),
+        train={"recompute": {"decoder": "full", "audio": "selective"}},
+    ),
     "text": make_config(model={"decoder": MODEL["decoder"]}, stages=staged(train=["decoder"])),
 }
 
@@ -66,9 +79,11 @@ def plain_loss(hidden_RD, weight_VD, target_R):
 def counted(cfg, batch, monkeypatch):
     """(forward, backward) FLOPs that PyTorch saw, and the forward's of each module."""
     monkeypatch.setattr(decoder, "linear_cross_entropy", plain_loss)
+    monkeypatch.setattr(recompute, "ATTENTION", ("bmm",))  # what the plain path's attention is made of
     model = AVLM(cfg.model)
     init(model)
     freezing.freeze(model, cfg.stages[0])
+    recompute.apply_recompute(model, cfg.train)
     forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH):  # of the others, the counter knows those of GPUs only
         with forward:
@@ -88,8 +103,8 @@ def test_flops_are_those_that_pytorch_counts(case, monkeypatch):
     count["token_pairs"] = sum(length**2 for _, length in batch.segments.spans)
     found = flops.by_module(flops.costs(cfg, cfg.stages[0]), count)
     forward, backward, modules = counted(cfg, batch, monkeypatch)
-    assert sum(f for f, _ in found.values()) == forward
-    assert sum(b for _, b in found.values()) == backward
+    assert sum(parts[0] for parts in found.values()) == forward
+    assert sum(parts[1] + parts[2] for parts in found.values()) == backward
     for name in (*cfg.model.modules, "head"):
         assert found[name][0] == modules["decoder.head" if name == "head" else name], name
 
@@ -111,13 +126,11 @@ def test_a_frozen_tower_has_no_backward():
     assert found["head"][0] == found["head"][1], "the frozen head passes a gradient on, and makes none of its own"
 
 
-def test_costs_add_up_over_rows_and_count_what_fills_a_row():
+def test_what_fills_a_row_counts():
     cfg = CASES["everything"]
     costs = flops.costs(cfg, cfg.stages[0])
-    row = make_batch(cfg)
-    assert flops.total(costs, row) == sum(map(sum, flops.by_module(costs, flops.counts(row)).values()))
     empty = flops.by_module(costs, flops.counts(empty_batch(64, cfg.model)))
-    assert empty["decoder"][0] > 0 and empty["head"] == empty["vision"] == empty["audio"] == (0, 0)
+    assert empty["decoder"][0] > 0 and empty["head"] == empty["vision"] == empty["audio"] == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +156,16 @@ def test_mfu_is_reported_where_the_peak_is_known(name, mfu, tmp_path, monkeypatc
     monkeypatch.setattr(metrics.time, "perf_counter", iter([0.0, 2.0, 2.0]).__next__)
     cfg = make_config(output_dir=str(tmp_path), train={"log_every": 1})
     log = metrics.Log(cfg, SimpleNamespace(device=torch.device("cuda"), size=4, is_first=True), 0)
-    row = {"step": 1, "stage": "all", "lr": 0.1, "tokens": 8, "flops": 2 * 4 * 989.4e12 / 4}
-    log.step(row | {"targets_of_kind": [1, 0, 0, 0, 0]}, torch.ones(len(KINDS) + 2), [])
+    row = {"step": 1, "stage": "all", "lr": 0.1} | metrics.tally([], flops.costs(cfg, cfg.stages[0]))
+    row |= {
+        "tokens": 6,
+        "row_tokens": 8,
+        "targets/text": 1,
+        "flops/decoder": 2 * 989.4e12,
+        "recomputed_flops": 989.4e12,
+    }
+    log.step(row, torch.ones(len(KINDS) + 2), [])
     log.close()
     (written,) = metrics.read_rows(tmp_path / "metrics.jsonl")
-    assert written.get("mfu") == (mfu and pytest.approx(mfu))
+    assert (written.get("mfu"), written.get("hfu")) == (mfu and pytest.approx(mfu), mfu and pytest.approx(1.5 * mfu))
+    assert written["padding"] == 0.25
