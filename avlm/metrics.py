@@ -1,13 +1,11 @@
-"""What a run reports: metrics.jsonl, console lines, wandb, and the loss plot of ``python -m avlm.metrics RUN``."""
+"""What a run reports: metrics.jsonl, console lines, wandb, and the curves of ``python -m avlm.metrics RUN``."""
 
 import argparse
-import itertools
 import json
 import math
 import os
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -173,58 +171,14 @@ def describe(model: AVLM) -> str:
     return f"{count(model):,} parameters: {parts}"
 
 
-def plot(run: Path) -> Path:
-    """Loss over steps, of all targets and of each modality, with the stages marked; writes <run>/loss.png."""
-    import matplotlib  # slow to import, and only for this
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = read_rows(run / "metrics.jsonl")
-    steps = [row for row in rows if "loss" in row]
-    if not steps:
-        raise ValueError(f"{run / 'metrics.jsonl'} holds no steps yet")
-    curves = defaultdict(list)  # of each stage alone: a modality may be away for a stage
-    for row in steps:
-        for key, value in row.items():
-            if key == "loss" or key.startswith("loss/"):
-                curves[key, row["stage"]].append((row["step"], value))
-    figure, axes = pyplot.subplots(figsize=(9, 5))
-    colours: dict[str, str] = {}
-    for (key, _), points in curves.items():
-        label = None if key in colours else "all" if key == "loss" else key.removeprefix("loss/")
-        colour = colours.setdefault(key, f"C{len(colours)}")
-        x, y = zip(*points)
-        axes.plot(x, _smooth(y), color=colour, label=label, lw=2.2 if key == "loss" else 1.1)
-    validation = [
-        (row["step"], row[key]) for row in rows for key in row if key.startswith("val/") and key.endswith("loss")
-    ]
-    if validation:
-        axes.plot(*zip(*validation), "k.", label="validation")
-    for before, row in itertools.pairwise(steps):
-        if before["stage"] != row["stage"]:
-            axes.axvline(row["step"], color="0.6", lw=0.8, ls="--")
-    for name in dict.fromkeys(row["stage"] for row in steps):
-        axes.text(
-            next(r["step"] for r in steps if r["stage"] == name), axes.get_ylim()[1], f" {name}", va="top", fontsize=8
-        )
-    axes.set(xlabel="step", ylabel="loss per target token (nats)", yscale="log")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(run / "loss.png", dpi=120)
-    pyplot.close(figure)
-    return run / "loss.png"
-
-
-def _smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
-    smoothed, mean = [], values[0]
-    for value in values:
-        mean = weight * mean + (1 - weight) * value
-        smoothed.append(mean)
-    return smoothed
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Plot the loss of a run.")
-    parser.add_argument("run", type=Path)
-    print(plot(parser.parse_args().run))
+    parser = argparse.ArgumentParser(description="Draw the curves of a run.")
+    parser.add_argument("run", type=Path, help="run folder")
+    arguments = parser.parse_args()
+    from avlm.plots import plot  # slow to import, and only for this
+
+    try:
+        print(plot(arguments.run))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from avlm import metrics
+from avlm import metrics, plots
 
 
 def rows(steps):
@@ -24,9 +24,18 @@ def test_a_resume_cuts_the_rows_that_it_writes_again(tmp_path):
     assert [row["step"] for row in metrics.read_rows(path)] == [1, 2, 3, 4, 5]
 
 
-def test_the_plot_is_a_picture_and_wants_steps(tmp_path):
+def test_the_plot_shows_every_curve_once_and_wants_steps(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds no steps yet"):
-        metrics.plot(tmp_path)
-    lines = [*rows(range(1, 9)), {"step": 8, "stage": "b", "val/x/loss": 0.5}]
+        plots.plot(tmp_path)
+    of_step = {"lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 9.0, "data_seconds": 0.1, "step_seconds": 1.0}
+    of_step |= {"padding": 0.1, "tokens": 8, "tokens/image": 4, "tokens/audio": 0, "flops": 4, "flops/decoder": 4}
+    lines = [row | of_step for row in rows(range(1, 9))] + [{"step": 8, "stage": "b", "val/x/loss": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    assert metrics.plot(tmp_path).read_bytes().startswith(b"\x89PNG")
+    figures = []
+    monkeypatch.setattr(plots.pyplot, "close", figures.append)
+    assert plots.plot(tmp_path).read_bytes().startswith(b"\x89PNG")
+    labels = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figures[0].axes[:4]]
+    assert labels[0] == ["all", "image", "val/x"]
+    assert labels[1] == ["learning rate", "gradient norm"]
+    assert labels[2] == ["tokens/s without padding", "wait for data", "padding"]
+    assert labels[3] == ["tokens/image", "tokens/audio", "flops/decoder"]

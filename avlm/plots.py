@@ -1,0 +1,118 @@
+"""The curves of a run, drawn by ``python -m avlm.metrics RUN``: one picture with what to look at first."""
+
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # a file, no window
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+from avlm.metrics import read_rows
+
+Row = dict[str, Any]
+
+
+def plot(run: Path) -> Path:
+    """Loss (all, by modality, validation), learning rate and gradient norm, throughput, and where tokens and FLOPs go;
+    writes RUN/metrics.png. ValueError if the run has no step yet."""
+    rows = read_rows(run / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    if not steps:
+        raise ValueError(f"{run / 'metrics.jsonl'} holds no steps yet")
+    figure, axes = pyplot.subplots(2, 2, figsize=(14, 8), sharex=True)
+    for panel, draw in zip(axes.flat, (_loss, _optimizer, _throughput, _shares)):
+        draw(panel, steps, rows)
+        _mark_stages(panel, steps)
+    for panel in axes[1]:
+        panel.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(run / "metrics.png", dpi=110)
+    pyplot.close(figure)
+    return run / "metrics.png"
+
+
+def _loss(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
+    kinds = sorted({key for row in steps for key in row if key.startswith("loss/")})
+    _curve(axes, steps, lambda row: row["loss"], "all", "k", 2.0)
+    for i, kind in enumerate(kinds):
+        _curve(axes, steps, lambda row, kind=kind: row.get(kind), kind.removeprefix("loss/"), f"C{i}")
+    sets = sorted({key for row in rows for key in row if key.startswith("val/") and key.endswith("/loss")})
+    for name, marker in zip(sets, itertools.cycle("osD^v")):
+        found = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*found), marker, ms=5, mfc="none", label=name.removesuffix("/loss"))
+    axes.set(ylabel="loss per target token (nats)", yscale="log", title="loss")
+    axes.legend(fontsize=8)
+
+
+def _optimizer(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
+    _curve(axes, steps, lambda row: row["lr"], "learning rate", "C0", smooth=0.0)
+    axes.set(ylabel="learning rate", title="learning rate and gradient norm")
+    other = axes.twinx()
+    _curve(other, steps, lambda row: row["grad_norm"], "gradient norm", "C1")
+    other.set(ylabel="gradient norm before clipping", yscale="log")
+    _legend(axes, other)
+
+
+def _throughput(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
+    _curve(axes, steps, lambda row: row["tokens_per_second"], "tokens/s without padding", "C2")
+    axes.set(ylabel="tokens per second", title="throughput", ylim=(0, None))
+    other = axes.twinx()
+    _curve(other, steps, lambda row: 100 * row["data_seconds"] / row["step_seconds"], "wait for data", "C3")
+    _curve(other, steps, lambda row: 100 * row["padding"], "padding", "C4")
+    if any("mfu" in row for row in steps):
+        _curve(other, steps, lambda row: 100 * row["mfu"] if "mfu" in row else None, "MFU", "C5")
+    other.set(ylabel="%", ylim=(0, 100))
+    _legend(axes, other)
+
+
+def _shares(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
+    """Solid: tokens of the rows. Dashed: FLOPs by module."""
+    for i, name in enumerate(("tokens/image", "tokens/audio")):
+        _curve(axes, steps, lambda row, name=name: 100 * row[name] / max(row["tokens"], 1), name, f"C{i}")
+    for i, name in enumerate(sorted({key for row in steps for key in row if key.startswith("flops/")})):
+        if any(row.get(name) for row in steps):
+            share = lambda row, name=name: 100 * row.get(name, 0) / max(row["flops"], 1)
+            _curve(axes, steps, share, name, f"C{i + 2}", 1.2, style="--")
+    axes.set(ylabel="%", ylim=(0, 100), title="share of tokens and of FLOPs")
+    axes.legend(fontsize=8, ncols=2)
+
+
+def _curve(
+    axes: Axes,
+    steps: list[Row],
+    value: Callable[[Row], float | None],
+    label: str,
+    colour: str,
+    width: float = 1.1,
+    style: str = "-",
+    smooth: float = 0.9,
+) -> None:
+    """One value over the steps, smoothed within each stage; steps that lack it are left out."""
+    for _, stage in itertools.groupby(steps, key=lambda row: row["stage"]):
+        points = [(row["step"], value(row)) for row in stage]
+        points = [(step, y) for step, y in points if y is not None]
+        if points:
+            x, y = zip(*points)
+            axes.plot(x, list(_smooth(y, smooth)), color=colour, lw=width, ls=style, label=label)
+            label = "_"  # once in the legend
+
+
+def _legend(axes: Axes, other: Axes) -> None:
+    """One legend for two axes that share a panel."""
+    lines = [line for line in (*axes.lines, *other.lines) if not line.get_label().startswith("_")]
+    axes.legend(handles=lines, fontsize=8)
+
+
+def _smooth(values: Iterable[float], weight: float) -> Iterable[float]:
+    return itertools.accumulate(values, lambda mean, value: weight * mean + (1 - weight) * value)
+
+
+def _mark_stages(axes: Axes, steps: list[Row]) -> None:
+    for name, stage in itertools.groupby(steps, key=lambda row: row["stage"]):
+        first = next(stage)["step"]
+        axes.axvline(first, color="0.7", lw=0.8, ls=":")
+        axes.text(first, 1.0, f" {name}", transform=axes.get_xaxis_transform(), va="top", fontsize=7, color="0.4")
