@@ -57,25 +57,32 @@ def rows(mel: Tensor) -> int:
 
 
 def _read(container: av.container.InputContainer, max_seconds: float) -> tuple[int, Tensor]:
-    """(sample rate, mono waveform). The channels are averaged frame by frame, which bounds the memory."""
+    """(sample rate, mono waveform). The channels are averaged second by second, which bounds the memory."""
     stream = container.streams.audio[0]
     rate = stream.codec_context.sample_rate
-    chunks, total = [], 0
+    chunks, frames, total, mixed = [], [], 0, 0
     for frame in container.decode(stream):
-        chunks.append(_mono(frame))
+        frames.append(_channels(frame))
         total += frame.samples
         if total > max_seconds * rate:
             raise ValueError(f"audio is longer than data.max_audio_seconds={max_seconds:g}")
+        if total - mixed >= rate:
+            chunks.append(_mono(frames))
+            frames, mixed = [], total
     if total == 0:
         raise ValueError("audio is empty")
-    return rate, torch.from_numpy(numpy.concatenate(chunks))
+    return rate, torch.from_numpy(numpy.concatenate([*chunks, *([_mono(frames)] if frames else [])]))
 
 
-def _mono(frame: av.AudioFrame) -> numpy.ndarray:
-    """float32 (samples,) in -1..1 from any sample format; planar frames are (channels, samples), others interleaved."""
+def _channels(frame: av.AudioFrame) -> numpy.ndarray:
+    """(channels, samples): planar frames are so, in others the channels of a sample stand side by side."""
     samples = frame.to_ndarray()
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
+    return samples if frame.format.is_planar else samples.reshape(-1, frame.layout.nb_channels).T
+
+
+def _mono(frames: list[numpy.ndarray]) -> numpy.ndarray:
+    """float32 (samples,) in -1..1 from any sample format."""
+    samples = numpy.concatenate(frames, axis=1)
     if samples.dtype == numpy.uint8:
         samples = (samples.astype(numpy.float32) - 128) / 128
     elif samples.dtype.kind == "i":

@@ -61,8 +61,8 @@ def fit(image: Tensor, vision: VisionConfig) -> Tensor:
 
 def normalise(pixels: Tensor, vision: VisionConfig) -> Tensor:
     """uint8 (I, 3, S, S) -> float32, zero mean and unit variance on the tower's training set."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (vision.mean, vision.std))
-    return (pixels.float() / 255 - mean) / std
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (vision.mean, vision.std))
+    return pixels.float().sub_(mean).div_(std)
 
 
 def denormalise(pixels: Tensor, vision: VisionConfig) -> Tensor:

@@ -1,12 +1,15 @@
 """Shows samples as the model sees them:  python -m avlm.data.inspect CONFIG [--stage NAME] [--count N] [--out DIR]
 
 Text is decoded from the token ids of packed rows; <image x576> stands for 576 placeholders, [what is learned] for
-targets. Below: how full the rows are and what they hold. --out saves the pictures and sounds of the shown rows.
+targets (green on a terminal). Below: how full the rows are, what they hold, how long samples are and how fast they
+come. --out saves the pictures and sounds of the shown rows.
 """
 
 import argparse
 import itertools
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -21,6 +24,7 @@ from avlm.data.image import denormalise
 
 STATISTICS_ROWS = 16
 MAX_PICTURES = 64  # of a sheet
+GREEN, CYAN = 32, 36  # terminal colours
 PLACEHOLDERS = {IMAGE: "image", AUDIO: "audio"}
 
 
@@ -51,8 +55,9 @@ def show(config: Config, data: DataConfig, count: int, out: Path | None = None) 
     tokenizer = Tokenizer(data.tokenizer) if data.tokenizer else None
     loader = open_loader(data.train, data, config.model, rank=0, world=1, seed=config.seed, train=True)
     batches: list[Batch] = []
-    left = count
+    left, begun = count, []
     for batch in itertools.islice(loader, STATISTICS_ROWS):
+        begun.append(time.perf_counter())
         for i in range(min(len(batch.keys), left)):
             print(describe(batch, i, tokenizer), end="\n\n")
         if out is not None and left > 0:
@@ -60,6 +65,11 @@ def show(config: Config, data: DataConfig, count: int, out: Path | None = None) 
         left -= min(len(batch.keys), left)
         batches.append(batch)
     print(statistics(batches))
+    workers = max(1, data.num_workers)
+    if len(batches) > workers:  # a worker's first row waits for its packing buffer
+        samples = sum(len(batch.keys) for batch in batches[workers:])
+        per_second = samples / (begun[-1] - begun[workers - 1])
+        print(f"{per_second:,.0f} samples per second from {workers} workers, {per_second / workers:,.0f} each")
 
 
 def describe(batch: Batch, index: int, tokenizer: Tokenizer | None) -> str:
@@ -72,10 +82,10 @@ def describe(batch: Batch, index: int, tokenizer: Tokenizer | None) -> str:
     for (placeholder, is_learned), rows in runs:
         ids = [token_ids[i] for i in rows]
         if placeholder:
-            text += f"<{PLACEHOLDERS[placeholder]} x{len(ids)}>"
+            text += _coloured(f"<{PLACEHOLDERS[placeholder]} x{len(ids)}>", CYAN)
         else:
             decoded = tokenizer.decode(ids) if tokenizer else f"{len(ids)} ids"
-            text += f"[{decoded}]" if is_learned else decoded
+            text += _coloured(f"[{decoded}]", GREEN) if is_learned else decoded
     num_learned = sum(start <= row - 1 < start + length for row in learned)
     return f"{batch.keys[index]}: {length} tokens, {num_learned} learned\n{text}"
 
@@ -99,7 +109,24 @@ def statistics(batches: list[Batch]) -> str:
         f"samples read {sum(batch.read for batch in batches)}, skipped {sum(len(batch.skipped) for batch in batches)}",
     ]
     reasons = [f"  {key}: {reason}" for batch in batches for key, reason in batch.skipped]
-    return "\n".join(lines + reasons[:10])
+    lengths = [length for batch in batches for _, length in batch.segments.spans[: len(batch.keys)]]
+    return "\n".join([*lines, *reasons[:10], "tokens of a sample", *histogram(lengths)])
+
+
+def histogram(lengths: list[int]) -> list[str]:
+    """One line for each doubling of the length, with the count of samples in it."""
+    bins = Counter(length.bit_length() - 1 for length in lengths)
+    if not bins:
+        return []
+    most = max(bins.values())
+    return [
+        f"  {2**i:>6} to {2 ** (i + 1) - 1:<6} {bins[i]:>6} {'#' * -(-40 * bins[i] // most)}"
+        for i in range(min(bins), max(bins) + 1)
+    ]
+
+
+def _coloured(text: str, colour: int) -> str:
+    return f"\033[{colour}m{text}\033[0m" if sys.stdout.isatty() else text
 
 
 def save_sheet(batch: Batch, model: ModelConfig, path: Path) -> None:

@@ -38,6 +38,22 @@ def test_statistics_tell_how_full_the_rows_are_and_what_was_skipped(config, caps
     assert "mixed" in shown
 
 
+def test_lengths_and_speed_are_shown(config, capsys):
+    main([str(config), "--count", "0"])
+    shown = capsys.readouterr().out
+    [line] = [line for line in shown.splitlines() if "32 to 63" in line]
+    samples = int(line.split()[3])
+    assert samples > 16 and line.endswith("#" * 40), "every sample has 44 tokens"
+    assert "samples per second from 1 workers" in shown
+
+
+def test_what_is_learned_is_green_on_a_terminal(config, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    main([str(config), "--count", "1"])
+    shown = capsys.readouterr().out
+    assert "\033[32m[one<|im_end|>]\033[0m" in shown and "\033[36m<image x16>\033[0m" in shown
+
+
 def test_sheets_are_written(config, tmp_path, capsys):
     main([str(config), "--count", "1", "--out", str(tmp_path / "sheets")])
     assert (tmp_path / "sheets/row_000.png").read_bytes().startswith(b"\x89PNG")
