@@ -22,8 +22,9 @@ def open_loader(
 
     ``source``: an Energon folder or .yaml blend, a .json or .jsonl file, or "synthetic". Training never ends;
     validation ends when the rank's share does (go on with ``packing.empty_batch``) and starts anew with each iteration.
-    ``state`` is what ``state()`` gave after the last row that was used. ValueError if it is of another rank, world,
-    number of workers, seed or config, or if the source has no usable sample.
+    ``state`` is what ``state()`` gave after the last row that was used. ValueError if it is of another rank, world
+    (``avlm.data.redistribute`` deals it out anew), number of workers, seed or config, or if the source has no usable
+    sample.
     """
     # Models import avlm.data.batch, and with it this file: decoders and tokenizers are imported where they are used.
     from avlm.data.sample import fingerprint
@@ -32,9 +33,11 @@ def open_loader(
     identity = {"rank": rank, "world": world, "workers": data.num_workers, "seed": seed, "config": config}
     for key, value in identity.items() if state is not None else ():
         if state.get(key) != value:
+            same = "resume with the same seed and data"
+            mend = f"set data.num_workers={state['workers']}" if key == "workers" else same
             raise ValueError(
-                f"the loader state was written with {key}={state.get(key)}, this run has {key}={value}: "
-                "resume with the same ranks, data.num_workers, seed and data, or start anew with resume=never"
+                f"the loader state is for {key}={state.get(key)}, this run has {key}={value}: {mend}, or start anew "
+                "with resume=never"
             )
     if source.partition(":")[0] == "synthetic":
         from avlm.data.synthetic import SyntheticLoader as Loader
