@@ -2,9 +2,9 @@
 
     python generate.py RUN_OR_EXPORT_OR_HF_FOLDER --image a.jpg --prompt "What is this?"
 
-The model is a run of train.py (its newest complete checkpoint), an exported AVLM, or a Hugging Face folder (or Hub
-name) of a supported decoder or of LLaVA. Media and prompts may be repeated. A prompt gets the media that its tags
-<image>, <audio> and <video> name; one without tags gets all of them in front.
+The model is a run of train.py (its newest complete checkpoint), a checkpoint of one, an exported AVLM, or a Hugging
+Face folder (or Hub name) of a supported decoder or of LLaVA. Media and prompts may be repeated. A prompt gets the media
+that its tags <image>, <audio> and <video> name; one without tags gets all of them in front.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import tokenizers
 import torch
 
 from avlm import weights
-from avlm.checkpoint import read_model
+from avlm.checkpoint import is_run, read_run
 from avlm.config import DataConfig, DecoderConfig, InitFrom, ModelConfig, VideoConfig
 from avlm.data.chat import MEDIA, TAG, Messages, Piece, Tokenizer
 from avlm.data.sample import EncodedSample, SampleEncoder
@@ -45,12 +45,13 @@ class RawChat:
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype, raw: bool) -> tuple[AVLM, SampleEncoder, list[int]]:
     """Model, prompt encoder and the ids that end an answer."""
-    if (Path(name) / "config.yaml").is_file():
-        config, state = read_model(name)
-        model_config, data, stops = config.model, config.stages[-1].data, []
+    if is_run(Path(name)):
+        config, folder = read_run(name)
+        model_config, data, stops, entry = config.model, config.stages[-1].data, [], "all"
     else:
-        folder, state = resolve(name), None
+        folder = resolve(name)
         (model_config, data), stops = folder_config(folder), stop_ids(folder)
+        entry = "decoder" if isinstance(read_config(folder), DecoderConfig) else "all"
     data = dataclasses.replace(data, template="plain") if raw else data
     encoder = SampleEncoder(model_config, data, Tokenizer(data.tokenizer))
     if not raw or not stops:
@@ -60,11 +61,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, raw: bool) -
     with torch.device("meta"):
         model = AVLM(model_config)
     model.to(dtype).to_empty(device=device).requires_grad_(False)
-    if state is not None:
-        weights.fill(model, state)
-    else:
-        entry = "decoder" if isinstance(read_config(folder), DecoderConfig) else "all"
-        weights.load(model, InitFrom(**{entry: str(folder)}))
+    weights.load(model, InitFrom(**{entry: str(folder)}))
     return model, encoder, stops
 
 

@@ -62,10 +62,11 @@ def train_step(
 
 
 @torch.no_grad()
-def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World) -> dict[str, float]:
-    """Mean loss per target of each validation set, and the share of right answers if asked for.
+def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World, step: int) -> dict[str, float]:
+    """Of each validation set the mean loss per target, the share of targets that are the likeliest token, and scores of
+    generated answers if asked for.
 
-    Every rank runs as many forwards as the rank with most rows.
+    Every rank runs as many forwards as the rank with most rows. Raises ValueError for a set without a target.
     """
     results = {}
     for name, source in stage.data.validation.items():
@@ -74,18 +75,26 @@ def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World) -> dict
             open_loader(source, stage.data, cfg.model, **who, train=False) if world.leads_row else None
         )
         loss, num_targets = torch.zeros((), device=world.device), 0
+        right = torch.zeros((), dtype=torch.int64, device=world.device)
         for _ in range(cfg.train.validate_batches):
             batch = next(rows, None)
             if world.sum([batch is not None])[0] == 0:
                 break
+            for key, reason in batch.skipped if batch and world.leads_row else ():
+                print(f"skipped sample {key} of {name}: {reason}", file=sys.stderr)
             batch = parallel.own_part(batch or empty_batch(stage.data.seq_length, cfg.model), cfg, world)
-            loss += model(batch.to(world.device))[0]
+            batch = batch.to(world.device)
+            batch_loss, _, token_R = model(batch, predict=True)
+            loss += batch_loss
+            right += (token_R == batch.target_R).sum()
             num_targets += len(batch.target_R)
-        total, num_targets = world.sum([loss.item(), num_targets])
-        if num_targets:
-            results[f"val/{name}/loss"] = total / num_targets
-        if limit := cfg.train.validate_answers:
-            results[f"val/{name}/exact_match"] = evaluation.exact_match(model, source, stage.data, world, limit)
+        loss, right, num_targets = world.sum([loss.item(), right.item(), num_targets])
+        if not num_targets:
+            raise ValueError(f"validation set {name} ({source}) has no sample that can be used")
+        found = {"loss": loss / num_targets, "token_accuracy": right / num_targets}
+        if cfg.train.validate_answers:
+            found |= evaluation.validate_answers(model, name, stage, cfg, world, step)
+        results |= {f"val/{name}/{metric}": value for metric, value in found.items()}
     parallel.reshard(model)
     return results
 
@@ -146,11 +155,13 @@ def run_stage(
         every = cfg.train.validate_every
         if stage.data.validation and every and (at.step % every == 0 or at.stage_step == stage.steps):
             log.flush()
-            results = validate(model, stage, cfg, world)
+            results = validate(model, stage, cfg, world, at.step)
             log.write([{"step": at.step, "stage": stage.name, **results}])
-            log.say("  ".join(f"{key} {value:.4f}" for key, value in results.items()))
+            at = evaluation.judge(at, results, cfg.checkpoint.best)
+            mark = "  (the best so far)" if at.best_step == at.step else ""
+            log.say("  ".join(f"{key} {value:.4f}" for key, value in results.items()) + mark)
             log.restart_clock()
-        if at.step % cfg.checkpoint.every == 0 or ends:
+        if at.step % cfg.checkpoint.every == 0 or at.best_step == at.step or ends:
             log.flush()
             saver.save(at, model, adam, loader.state() if world.leads_row else {})
             log.restart_clock()

@@ -7,6 +7,7 @@
         loader_00000.json         where the loader of that data rank stands
         complete                  marker, written last: step, stage and step within the stage, as JSON
     <run>/checkpoints/latest      name of the newest complete one
+    <run>/checkpoints/best        name of the best one by checkpoint.best
 
 A checkpoint folder is trusted like code; to share a model, export it (``python -m avlm.weights export``).
 """
@@ -16,7 +17,6 @@ import json
 import os
 import random
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,11 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from avlm import config_file
 from avlm.config import CheckpointConfig, Config
+from avlm.data.redistribute import redistribute
 from avlm.models.avlm import AVLM
 from avlm.parallel.mesh import World
 
@@ -46,6 +45,9 @@ class Progress:
     stage_step: int = 0
     read: float = 0.0  # samples
     skipped: float = 0.0  # bad ones among them
+    best_step: int = 0  # whose validation was the best so far; 0: none
+    best_metric: str = ""  # in what: val/NAME/METRIC
+    best_value: float = 0.0
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -101,7 +103,10 @@ class Saver:
         if self.world.is_first:
             write_durably(path / MARKER, json.dumps(dataclasses.asdict(progress)))
             write_durably(path.parent / "latest", path.name)
-            for old in complete_checkpoints(self.run)[: -self.config.keep]:
+            done, best = complete_checkpoints(self.run), folder_of(self.run, progress.best_step)
+            if best in done:
+                write_durably(path.parent / "best", best.name)
+            for old in set(done[: -self.config.keep]) - {best}:
                 (old / MARKER).unlink()  # first, so that a half-removed one is not taken for complete
                 shutil.rmtree(old)
         self.world.barrier()
@@ -141,16 +146,15 @@ def load(path: Path, model: AVLM, optimizer: torch.optim.Optimizer | None = None
 def load_rank_state(path: Path, world: World) -> dict[str, Any]:
     """Restore the random state of this rank; returns the loader state of its data rank.
 
-    The ranks that share a row may be others than before (parallel.context, parallel.tensor): what they load does not
-    change. Their random states, which only the dropout of adapters draws from, then stay those of the seed.
+    The ranks may be others than before. Those that share a row (parallel.context, parallel.tensor) load what they did;
+    another number of data ranks deals out the streams of data anew. Random states, which only the dropout of adapters
+    draws from, then stay those of the seed.
     """
-    count = len(list(path.glob("loader_*.json")))
-    if count != world.data_size:
-        raise ValueError(
-            f"{path} holds the loader state of {count} data ranks, this run has {world.data_size}: start it with "
-            f"parallel.replicate x parallel.shard = {count}, or take its weights alone with init_from"
-        )
-    loader_state = _read_state(path / f"loader_{world.data_rank:05d}.json")
+    states = [_read_state(file) for file in sorted(path.glob("loader_*.json"))]
+    if len(states) == world.data_size:
+        loader_state = states[world.data_rank]
+    else:
+        loader_state = redistribute(states, world.data_rank, world.data_size)
     if len(list(path.glob("rank_*.json"))) != world.size:
         return loader_state
     tensors = load_file(path / f"rank_{world.rank:05d}.safetensors")
@@ -172,21 +176,31 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def read_run(run: Path | str) -> tuple[Config, Path]:
-    """(config, newest complete checkpoint) of a run folder."""
-    run = Path(run)
-    done = complete_checkpoints(run)
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run, or a checkpoint of one, complete or not."""
+    return _is_checkpoint(path) or (path / "config.yaml").is_file() or (path / "checkpoints").is_dir()
+
+
+def _is_checkpoint(path: Path) -> bool:
+    path = path.resolve()
+    in_place = path.is_dir() and path.parent.name == "checkpoints" and path.name.startswith("step_")
+    return in_place or (path / MARKER).is_file()
+
+
+def read_run(path: Path | str, step: int | None = None) -> tuple[Config, Path]:
+    """(config, complete checkpoint) of a run, the newest or that of ``step``; or of a checkpoint folder itself."""
+    path = Path(path)
+    if _is_checkpoint(path) and step is None:
+        if not (path / MARKER).is_file():
+            raise FileNotFoundError(f"{path} is not a complete checkpoint (it has no file named {MARKER!r})")
+        return config_file.load(path.resolve().parent.parent / "config.yaml"), path
+    done = complete_checkpoints(path)
     if not done:
-        raise FileNotFoundError(f"{run} holds no complete checkpoint")
-    return config_file.load(run / "config.yaml"), done[-1]
-
-
-def read_model(run: Path | str) -> tuple[Config, dict[str, Tensor]]:
-    """(config, whole weights on the CPU by name) of the newest complete checkpoint of a run."""
-    config, path = read_run(run)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is unavailable or uninitialized")  # as meant
-        return config, _load_state_dict_from_keys({"model"}, checkpoint_id=path)["model"]
+        raise FileNotFoundError(f"{path} holds no complete checkpoint")
+    if step is not None and folder_of(path, step) not in done:
+        steps = ", ".join(str(read_progress(each).step) for each in done)
+        raise ValueError(f"{path} holds no complete checkpoint of step {step}: there are those of steps {steps}")
+    return config_file.load(path / "config.yaml"), done[-1] if step is None else folder_of(path, step)
 
 
 def state_tensors(model: AVLM, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:

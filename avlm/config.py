@@ -127,6 +127,7 @@ class ProjectorConfig:
     type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
     downsample: Count = 1  # vision: pixel shuffle of n x n patches; audio: n frames stacked; before the projection
     hidden_size: int = 0  # of mlp2x_gelu; 0: the decoder's width
+    bias: bool = True  # Voxtral has none
 
 
 @config
@@ -175,12 +176,16 @@ class ModelConfig:
 
 @config
 class InitFrom:
-    """Hugging Face folders or Hub names to start from; what is not named here starts from random weights."""
+    """Weights to start from: Hugging Face folders or Hub names, exports, runs or checkpoints of runs (trusted like
+    code), and .ckpt, .pt or .pth files. What none of them holds starts from random weights."""
 
     decoder: str | None = None
     vision: str | None = None
     audio: str | None = None
-    all: str | None = None  # a whole LLaVA, or an exported AVLM folder
+    all: str | None = None  # every module that it and the model share; a tower's own entry wins
+    adapter: str | None = None  # a PEFT folder with the decoder's adapters
+    allow_missing: list[str] = field(default_factory=list)  # regular expressions: our parameters that no source needs
+    allow_unused: list[str] = field(default_factory=list)  # and tensors of the sources, by their names, to leave out
 
 
 @config
@@ -198,6 +203,8 @@ class VideoConfig:
 class DataConfig:
     train: str  # Energon folder or metadataset YAML, .json or .jsonl file, or "synthetic"
     validation: dict[str, str] = field(default_factory=dict)  # name -> source
+    metrics: dict[str, list[str]] = field(default_factory=dict)  # of the answers to a validation set, by its name:
+    # exact_match, wer, cer, rouge_l, vqa_accuracy (avlm.text_metrics); for others exact_match
     tokenizer: str = ""  # folder with tokenizer.json, or the file
     template: Literal["plain", "llava", "llama3", "chatml", "tokenizer"] = "llama3"  # tokenizer: its own Jinja template
     seq_length: Count = 8192  # tokens of a packed row
@@ -284,7 +291,8 @@ class TrainConfig:
     log_every: Count = 10  # steps between console lines; metrics.jsonl has every step
     validate_every: int = 500  # steps; 0: never
     validate_batches: Count = 20  # packed rows of each set and rank
-    validate_answers: int = 0  # samples of each set that are answered by generation, for exact match
+    validate_answers: int = 0  # samples of each set that are answered by generation, for data.metrics
+    validate_new_tokens: Count = 64  # most tokens of such an answer
     stop_after: Count | None = None  # end cleanly after so many steps in all
 
 
@@ -312,7 +320,9 @@ class DebugConfig:
 @config
 class CheckpointConfig:
     every: Count = 500  # steps; the end of every stage is saved as well
-    keep: Count = 3
+    keep: Count = 3  # newest ones
+    best: str | None = None  # val/NAME/METRIC, as metrics.jsonl has it: whenever validation finds it better than ever
+    # before, that step is saved too, and is kept until a better one is (checkpoints/best); loss, wer and cer: lower
 
 
 @config

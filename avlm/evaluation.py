@@ -1,48 +1,50 @@
-"""Exact match of generated answers on held-out sets, with modalities taken away, against chance.
+"""Generated answers on held-out sets: scores, with modalities taken away, and against chance.
 
     torchrun --nproc-per-node 2 -m avlm.evaluation runs/demo --data data/demo
+    python -m avlm.evaluation runs/asr --data clean=test.jsonl --metrics wer,cer --step best
 
-An answer counts when it equals the reference. Chance is the best anyone could do with what an ablation leaves; it is
-read from ``chance.json`` beside a set, when there is one. With the needed modality gone accuracy must stay within the
-one-sided 95 % bound of chance: otherwise the set can be answered without looking or listening.
-Writes report.json and report.md into the run folder.
+Metrics are those of ``avlm.text_metrics``. Chance is the best anyone could do in exact match with what an ablation
+leaves; it is read from ``chance.json`` beside a set, when there is one. With the needed modality gone accuracy must
+stay within the one-sided 95 % bound of chance: otherwise the set can be answered without looking or listening.
+Writes report.json and report.md into the run folder, and every answer into predictions/step_STEP/NAME.jsonl.
 """
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-import jiwer
 import torch
 
-from avlm import checkpoint, parallel, preflight
-from avlm.config import DataConfig, ParallelConfig
-from avlm.data import open_samples
+from avlm import checkpoint, parallel, preflight, text_metrics
+from avlm.checkpoint import Progress
+from avlm.config import Config, DataConfig, ParallelConfig, StageConfig
 from avlm.data.chat import Tokenizer
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder
+from avlm.evaluation_report import ABLATIONS, report, table, words
 from avlm.generation import Ranks, generate
 from avlm.models.avlm import AVLM
 from avlm.parallel import mesh
 from avlm.parallel.mesh import World
+from avlm.text_metrics import read_set, references
 
-ABLATIONS = {
-    "no_image": ("no_video", "no_image"),
-    "no_audio": ("no_audio",),
-    "shuffled": ("no_order",),
-}  # -> chance.json
-MAX_NEW_TOKENS = 64
 PROMPTS = 64  # answered together on each rank
 
 
-def answers(model: AVLM, samples: list[Sample], encoder: SampleEncoder, world: World, ablation: str = "") -> list[str]:
+def answers(
+    model: AVLM,
+    samples: list[Sample],
+    encoder: SampleEncoder,
+    world: World,
+    ablation: str = "",
+    max_new_tokens: int = 64,
+) -> list[str]:
     """What the model answers to each sample's conversation up to its last turn, greedily; on every rank, in order.
 
     The samples are split over the ranks, which all run the same number of forwards. The ranks of a tensor axis, which
-    lie next to each other, answer together.
+    lie next to each other, answer together. ValueError, on the rank that has it, for a sample that cannot be encoded.
     """
     _, tensor = world.axis("tensor")
     own = list(range(world.rank // tensor, len(samples), world.size // tensor))
@@ -56,12 +58,12 @@ def answers(model: AVLM, samples: list[Sample], encoder: SampleEncoder, world: W
     texts: dict[int, str] = {}
     for r in range(rounds):
         chosen = own[r * PROMPTS : (r + 1) * PROMPTS]
-        prompts = [ablate(_prompt(encoder, samples[i]), ablation, seed=i) for i in chosen or [0]]
+        prompts = [ablate(_prompt(encoder, samples[i], max_new_tokens), ablation, seed=i) for i in chosen or [0]]
         completions = generate(
             model,
             prompts,
             stop_ids=encoder.chat.stop_ids,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=max_new_tokens,
             ranks=ranks,
         )
         for i, completion in zip(chosen, completions):
@@ -85,96 +87,102 @@ def ablate(prompt: EncodedSample, ablation: str, seed: int) -> EncodedSample:
     return prompt
 
 
-def exact_match(model: AVLM, source: str, data: DataConfig, world: World, limit: int) -> float:
-    """Share of right answers to the first ``limit`` samples of a set; what validation during training reports."""
+def score(
+    given: list[str], samples: list[Sample], metrics: list[str], world: World, predictions: Path | None = None
+) -> dict[str, float]:
+    """metric -> its value on a set. Into ``predictions`` goes a line of JSON for each sample, with its own values: null
+    where its references hold no word."""
+    pairs = [(answer, references(sample)) for answer, sample in zip(given, samples, strict=True)]
+    scores = {name: [text_metrics.METRICS[name](*pair) for pair in pairs] for name in metrics}
+    if predictions is not None and world.is_first:
+        lines = []
+        for i, (sample, (answer, truths)) in enumerate(zip(samples, pairs)):
+            line = {"key": sample.key, "question": sample.messages[-2]["content"], "references": truths}
+            line |= {"prediction": answer} | {name: text_metrics.value(each[i]) for name, each in scores.items()}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        predictions.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_durably(predictions, "".join(lines))
+    return {name: text_metrics.total(each) for name, each in scores.items()}
+
+
+def predictions_path(run: Path | str, step: int, name: str) -> Path:
+    return Path(run) / "predictions" / f"step_{step:08d}" / f"{name}.jsonl"
+
+
+def validate_answers(
+    model: AVLM, name: str, stage: StageConfig, config: Config, world: World, step: int
+) -> dict[str, float]:
+    """metric -> its value on the first samples of a validation set; what training reports. Writes the answers."""
+    train, data = config.train, stage.data
+    metrics = data.metrics.get(name, ["exact_match"])
+    samples = read_set(data.validation[name], data, metrics, train.validate_answers)
     encoder = SampleEncoder(model.config, data, Tokenizer(data.tokenizer))
-    samples = list(itertools.islice(open_samples(source, data), limit))
-    return _score(answers(model, samples, encoder, world), samples)
+    given = answers(model, samples, encoder, world, max_new_tokens=train.validate_new_tokens)
+    return score(given, samples, metrics, world, predictions_path(config.output_dir, step, name))
+
+
+def judge(at: Progress, results: dict[str, float], best: str | None) -> Progress:
+    """The progress with its step as the best one, if the validation results of that step say so of the metric
+    ``best``. What was the best of another metric is forgotten."""
+    if best not in results or math.isnan(results[best]):
+        return at
+    sign = -1 if best.rpartition("/")[2] in text_metrics.LOWER_IS_BETTER else 1
+    if at.best_metric == best and sign * results[best] <= sign * at.best_value:
+        return at
+    return dataclasses.replace(at, best_step=at.step, best_metric=best, best_value=results[best])
 
 
 def evaluate(
-    model: AVLM, name: str, source: str, data: DataConfig, world: World, limit: int | None = None
+    model: AVLM,
+    name: str,
+    source: str,
+    data: DataConfig,
+    world: World,
+    metrics: list[str] | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = 64,
+    predictions: Path | None = None,
 ) -> dict[str, Any]:
-    """One entry of report.json: exact match of a set, whole and under every ablation that it has media for."""
+    """One entry of report.json: a set whole, and under every ablation that it has media for, in the first metric.
+
+    Without ``metrics`` it is exact match, and wer too for sets of sound alone.
+    """
     encoder = SampleEncoder(model.config, data, Tokenizer(data.tokenizer))
-    samples = list(itertools.islice(open_samples(source, data), limit))
-    given = answers(model, samples, encoder, world)
+    samples = read_set(source, data, metrics or [], limit)
     has_images, has_videos = any(s.images or s.videos for s in samples), any(s.videos for s in samples)
-    has_audio = any(len(_prompt(encoder, s).mels) for s in samples[:20])
-    wanted = {"no_image": has_images, "no_audio": has_audio, "shuffled": has_videos}
-    scores = {key: _score(answers(model, samples, encoder, world, key), samples) for key in wanted if wanted[key]}
-    chances = _chances(Path(source))
+    has_audio = any(len(_prompt(encoder, s, max_new_tokens).mels) for s in samples[:20])
+    metrics = metrics or ["exact_match", *(["wer"] if has_audio and not has_images else [])]
+    first = metrics[0]
+    given = answers(model, samples, encoder, world, "", max_new_tokens)
+    values = score(given, samples, metrics, world, predictions)
+    ablations = {}
+    for key, wanted in {"no_image": has_images, "no_audio": has_audio, "shuffled": has_videos}.items():
+        if wanted:
+            blind = answers(model, samples, encoder, world, key, max_new_tokens)
+            ablations[key] = score(blind, samples, [first], world)[first]
+    chances = _chances(Path(source)) if first == "exact_match" else {}
     task, _, part = name.partition("/")
-    result = {"task": task, "set": part or "test", "metric": "exact_match", "value": _score(given, samples)}
-    result |= {"count": len(samples), "chance": chances.get("blind"), "ablations": scores}
-    result["ablation_chances"] = {key: _first(chances, ABLATIONS[key]) for key in scores}
-    if has_audio and not has_images:
-        result["word_error_rate"] = jiwer.wer([_truth(sample) for sample in samples], given)
+    result = {"task": task, "set": part or "test", "metric": first, "value": values[first], "metrics": values}
+    result |= {"count": len(samples), "chance": chances.get("blind"), "ablations": ablations}
+    result["ablation_chances"] = {key: _first(chances, ABLATIONS[key]) for key in ablations}
     result["examples"] = [
-        {"key": s.key, "question": s.messages[-2]["content"], "truth": _truth(s), "answer": text}
+        {"key": s.key, "question": s.messages[-2]["content"], "truth": " / ".join(references(s)[:3]), "answer": text}
         for s, text in zip(samples[:8], given)
     ]
     return result
 
 
-def _truth(sample: Sample) -> str:
-    return sample.messages[-1]["content"].strip()
-
-
-def _score(given: list[str], samples: list[Sample]) -> float:
-    return sum(answer == _truth(sample) for answer, sample in zip(given, samples, strict=True)) / len(samples)
-
-
-def bound(chance: float, count: int) -> float:
-    """The share that a guesser with this chance does not exceed in 95 of 100 sets of this size (exact binomial)."""
-    below, right = 0.0, -1
-    while below < 0.95 and right < count:
-        right += 1
-        below += math.comb(count, right) * chance**right * (1 - chance) ** (count - right)
-    return right / count
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """The report as Markdown; an ablation above its bound is marked."""
-    lines = ["| task | set | samples | exact match | " + " | ".join(ABLATIONS) + " | word errors |", "|---" * 8 + "|"]
-    for result in results:
-        cells = [result["task"], result["set"], str(result["count"]), f"**{100 * result['value']:.1f} %**"]
-        for key in ABLATIONS:
-            cells.append(_ablation_cell(result, key))
-        cells.append(f"{100 * result['word_error_rate']:.1f} %" if "word_error_rate" in result else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def report(results: list[dict[str, Any]]) -> str:
-    """report.md: the table, how to read it, and the first examples of every set."""
-    lines = [
-        f"# Held-out samples\n\n{table(results)}",
-        "Exact match of greedy answers. The columns to its right take away what pictures show, what is heard or the",
-        "order of frames. Chance is the best that anyone could do without it who knew this very set; (!) marks what",
-        "lies above the one-sided 95 % bound of chance.\n",
-        "| set | question | truth | answer |\n|---|---|---|---|",
-    ]
-    for result in results:
-        for example in result["examples"][:3]:
-            cells = [f"{result['task']}/{result['set']}", *(example[key] for key in ("question", "truth", "answer"))]
-            lines.append("| " + " | ".join(cell.replace("\n", " ") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _ablation_cell(result: dict[str, Any], key: str) -> str:
-    if key not in result["ablations"]:
-        return ""
-    value, chance = result["ablations"][key], result["ablation_chances"][key]
-    if chance is None:
-        return f"{100 * value:.1f} %"
-    flag = " (!)" if value > bound(chance, result["count"]) else ""
-    return f"{100 * value:.1f} % (chance {100 * chance:.1f} %){flag}"
-
-
-def _prompt(encoder: SampleEncoder, sample: Sample) -> EncodedSample:
-    """The conversation up to its last assistant turn."""
-    return encoder.prompt(sample.messages[:-1], sample.images, sample.audios, sample.videos)
+def _prompt(encoder: SampleEncoder, sample: Sample, max_new_tokens: int) -> EncodedSample:
+    """The conversation up to its last assistant turn. ValueError names the sample if that cannot be encoded."""
+    try:
+        prompt = encoder.prompt(sample.messages[:-1], sample.images, sample.audios, sample.videos)
+        if len(prompt) + max_new_tokens > (limit := encoder.model.decoder.max_position):
+            raise ValueError(
+                f"its {len(prompt)} tokens and an answer of {max_new_tokens} exceed model.decoder.max_position={limit}"
+            )
+        return prompt
+    except ValueError as error:
+        raise ValueError(f"{sample.key}: {error}") from None
 
 
 def _chances(source: Path) -> dict[str, float]:
@@ -201,31 +209,55 @@ def find_sets(given: list[str]) -> dict[str, str]:
     return sets
 
 
+def find_checkpoint(run: Path, step: str) -> tuple[Config, Path]:
+    """(config, checkpoint) of a run: that of a step, "best" or "latest"."""
+    if step == "best":
+        pointer = run / "checkpoints" / "best"
+        if not pointer.is_file():
+            raise FileNotFoundError(f"{run} has no best checkpoint: checkpoint.best was not set, or nothing validated")
+        step = pointer.read_text().removeprefix("step_")
+    if step != "latest" and not step.isdecimal():
+        raise ValueError(f"--step {step}: give a number, best or latest")
+    return checkpoint.read_run(run, None if step == "latest" else int(step))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("run", type=Path, help="run folder, or a checkpoint of one")
     parser.add_argument(
         "--data", action="append", required=True, metavar="NAME=SOURCE", help="a set, or a folder of sets"
     )
+    parser.add_argument("--metrics", metavar="NAME,NAME", help=f"of {', '.join(text_metrics.METRICS)}")
+    parser.add_argument("--step", default="latest", help="checkpoint: of a step, best or latest")
     parser.add_argument("--limit", type=int, help="samples of each set")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="most tokens of an answer")
     arguments = parser.parse_args()
+    metrics = None
+    if arguments.metrics is not None:
+        metrics = [name.strip() for name in arguments.metrics.split(",")]
+        text_metrics.check_names(metrics, "--metrics")
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit {arguments.limit} leaves no samples")
     sets = find_sets(arguments.data)
-    config, path = checkpoint.read_run(arguments.run)
+    config, path = find_checkpoint(arguments.run, arguments.step)
     config = dataclasses.replace(config, parallel=ParallelConfig())  # on however many ranks there are
     world = mesh.start(config, mesh.choose_device(config))
     with torch.device("meta"):
         model = AVLM(config.model)
     parallel.apply(model, world, config)
     checkpoint.load(path, model)
-    results = []
+    run, step, results = path.resolve().parents[1], checkpoint.read_progress(path).step, []
     with torch.no_grad():
         for name, source in sets.items():
-            results.append(evaluate(model, name, source, config.stages[-1].data, world, arguments.limit))
+            predictions = predictions_path(run, step, name)
+            options = (metrics, arguments.limit, arguments.max_new_tokens, predictions)
+            results.append(evaluate(model, name, source, config.stages[-1].data, world, *options))
             if world.is_first:
-                print(f"{name}: {100 * results[-1]['value']:.1f} % of {results[-1]['count']}", flush=True)
+                values = ", ".join(f"{words(key)} {100 * x:.1f} %" for key, x in results[-1]["metrics"].items())
+                print(f"{name}: {values} of {results[-1]['count']}", flush=True)
     if world.is_first:
-        (arguments.run / "report.json").write_text(json.dumps({"results": results}, indent=2))
-        (arguments.run / "report.md").write_text(report(results))
+        (run / "report.json").write_text(json.dumps({"step": step, "results": results}, indent=2))
+        (run / "report.md").write_text(report(results))
         print(table(results))
     mesh.stop()
 

@@ -29,10 +29,11 @@ def freeze(model: AVLM, stage: StageConfig) -> list[str]:
 def trained_names(stage: StageConfig, model: ModelConfig, names: Collection[str]) -> set[str]:
     """Those of the model's parameters ``names`` that a stage trains. Raises ValueError for a stage that cannot be."""
     trained = {name for name in names if _is_chosen(name, stage)}
+    said = f"stage {stage.name}: "
     for pattern in stage.freeze_params:
-        trained -= {name for name in _matching(pattern, "freeze_params", stage, names) if not is_adapter(name)}
+        trained -= {name for name in matching(pattern, f"{said}freeze_params", names) if not is_adapter(name)}
     for pattern in stage.prevent_freeze_params:
-        trained |= set(_matching(pattern, "prevent_freeze_params", stage, names))
+        trained |= set(matching(pattern, f"{said}prevent_freeze_params", names))
     if not trained:
         raise ValueError(f"stage {stage.name} trains nothing: every parameter is frozen")
     if model.lora and model.lora.base == "bf16" and (refused := sorted(trained & frozen_base(names))):
@@ -51,14 +52,15 @@ def _is_chosen(name: str, stage: StageConfig) -> bool:
     return is_adapter(name) or not flags[module]
 
 
-def _matching(pattern: str, key: str, stage: StageConfig, names: Collection[str]) -> list[str]:
+def matching(pattern: str, key: str, names: Collection[str], what: str = "parameter") -> list[str]:
+    """The names that a regular expression of the config's ``key`` matches from their start; ValueError for none."""
     try:
         found = [name for name in names if re.match(pattern, name)]
     except re.error as error:
-        raise ValueError(f"stage {stage.name}: {key} holds {pattern!r}, no regular expression: {error}") from None
+        raise ValueError(f"{key} holds {pattern!r}, no regular expression: {error}") from None
     if not found:
         known = sorted({collapse(name) for name in names})
         plain = re.sub(r"[\\^$+?()\[\]|]", "", pattern)
         near = difflib.get_close_matches(plain, known, n=4, cutoff=0.3) or known[:8]
-        raise ValueError(f"stage {stage.name}: {key} holds {pattern!r}, which matches no parameter; near are {near}")
+        raise ValueError(f"{key} holds {pattern!r}, which matches no {what}; near are {near}")
     return found

@@ -13,10 +13,9 @@ from typing import IO, Any
 
 import torch
 
-from avlm import config_file, memory
-from avlm.checkpoint import complete_checkpoints
+from avlm import config_file, memory, weights_plan
+from avlm.checkpoint import complete_checkpoints, find
 from avlm.config import Config, StageConfig
-from avlm.data.chat import Tokenizer, check_vocabulary
 from avlm.freezing import trained_names
 from avlm.layout import layout_of
 from avlm.memory import GIB
@@ -25,9 +24,9 @@ from avlm.parallel import mesh
 from avlm.parallel.context_attention import choose_mode
 from avlm.parallel.mesh import World
 from avlm.parallel.tensor import check_sizes
-from avlm.pretrained import check_config
+from avlm.preflight_data import check_data
 
-MAY_CHANGE_IN_DATA = ("validation", "max_bad_fraction", "media_root")
+MAY_CHANGE_IN_DATA = ("validation", "metrics", "max_bad_fraction", "media_root")
 MAY_CHANGE = (
     "output_dir",
     "resume",
@@ -38,23 +37,17 @@ MAY_CHANGE = (
     "debug",
 )  # between a run and its resume
 MAY_CHANGE_IN_TRAIN = (
-    *("log_every", "validate_every", "validate_batches", "validate_answers", "stop_after"),
-    *("accumulate_mode", "recompute", "offload_activations", "compile"),
+    *("log_every", "validate_every", "validate_batches", "validate_answers", "validate_new_tokens"),
+    *("stop_after", "accumulate_mode", "recompute", "offload_activations", "compile"),
 )
 
 
 def check(config: Config, world_size: int) -> None:
     """Raise ValueError or FileNotFoundError for what would fail later: mesh, start weights, data sources, tokenizer."""
     check_layout(config, world_size)
-    for entry, source in config_file.to_dict(config.init_from).items():
-        if source and Path(source).is_dir():  # a name of the Hub is looked at when its files are there
-            check_config(config.model if entry == "all" else getattr(config.model, entry), Path(source))
-    for stage in config.stages:
-        for source in (stage.data.train, *stage.data.validation.values()):
-            if not source.startswith("synthetic") and not Path(source).exists():
-                raise FileNotFoundError(f"stage {stage.name}: no data at {source}")
-        if not stage.data.train.startswith("synthetic"):
-            check_vocabulary(Tokenizer(stage.data.tokenizer), config.model.decoder.vocab_size)
+    if find(config)[0] is None:  # else the checkpoint has the weights
+        weights_plan.check(config.model, memory.parameter_shapes(config.model), config.init_from)
+    check_data(config)
 
 
 def check_layout(config: Config, world_size: int) -> None:

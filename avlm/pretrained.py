@@ -5,6 +5,7 @@ to a class default may be left out, so the defaults that matter stand here. What
 name: a folder that loads gives the numbers that it was trained for.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ AUDIO_KEYS = (
     "num_mel_bins",
     "max_source_positions",
 )
+VOXTRAL_ENCODER_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+VOXTRAL_ENCODER_KEYS += AUDIO_KEYS[-2:]
 QWEN = dict(zip(DECODER_KEYS, (151936, 4096, 22016, 32, 32, 32, 32768, 1e-6)), use_sliding_window=False)
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": dict(zip(DECODER_KEYS, (32000, 4096, 11008, 32, 32, None, 2048, 1e-6))),
@@ -34,10 +37,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "clip_vision_model": dict(zip(VISION_KEYS, (768, 3072, 12, 12, 224, 32, "quick_gelu", 1e-5))),
     "siglip_vision_model": dict(zip(VISION_KEYS, (768, 3072, 12, 12, 224, 16, "gelu_pytorch_tanh", 1e-6))),
     "whisper": dict(zip(AUDIO_KEYS, (384, 1536, 4, 6, 80, 1500))),
+    "voxtral_encoder": dict(zip(VOXTRAL_ENCODER_KEYS, (1280, 5120, 32, 20, 128, 1500))),
 }
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+VOXTRAL_TEXT = dict(zip(DECODER_KEYS, (131072, 3072, 8192, 30, 32, 8, 131072, 1e-5)), rope_theta=1e8, head_dim=128)
 WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # two-tower models and the tower that we take
-SUPPORTED = (*DEFAULTS, *WHOLE, "llava")
+SUPPORTED = (*DECODERS, "clip_vision_model", "siglip_vision_model", "whisper", *WHOLE, "llava", "voxtral")
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 # Key -> the values under which our modules compute the same function; a key that is absent has the first of them.
@@ -55,8 +60,11 @@ ACCEPTED = {
     },
     "vision": {"hidden_act": tuple(ACTIVATIONS), "num_channels": (3,), "quantization_config": (None,)},
     "audio": {"activation_function": ("gelu",), "quantization_config": (None,)},
-    "llava": {"projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,), "quantization_config": (None,)},
+    "llava": {"projector_hidden_act": ("gelu",), "quantization_config": (None,)},
+    "voxtral": {"projector_hidden_act": ("gelu",), "quantization_config": (None,)},
 }
+
+AnyConfig = DecoderConfig | VisionConfig | AudioConfig | ModelConfig
 
 
 def resolve(name_or_folder: str | Path) -> Path:
@@ -65,7 +73,7 @@ def resolve(name_or_folder: str | Path) -> Path:
     if folder.is_dir():
         return folder
     name = str(name_or_folder)
-    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+    if not may_be_on_hub(name):
         raise FileNotFoundError(f"no model folder {name} (a name of the Hub has the form owner/model)")
     import huggingface_hub  # slow to import, and of use only here
     from huggingface_hub import errors
@@ -89,6 +97,10 @@ def resolve(name_or_folder: str | Path) -> Path:
         ) from None
 
 
+def may_be_on_hub(name: str) -> bool:
+    return not Path(name).expanduser().is_absolute() and not name.startswith(".") and name.count("/") == 1
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
@@ -96,11 +108,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
-def read_config(folder: str | Path) -> DecoderConfig | VisionConfig | AudioConfig | ModelConfig:
-    """The config of a supported decoder, tower, LLaVA or of our own export."""
+def read_config(folder: str | Path) -> AnyConfig:
+    """The config of a supported decoder, tower, LLaVA, Voxtral or of our own export."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no config.json in {folder}")
+        raise FileNotFoundError(f"no config.json in {folder}: it is no model folder")
     keys = read_json(path)
     try:
         if keys.get("architecture") == "AVLM":
@@ -116,6 +128,8 @@ def read_config(folder: str | Path) -> DecoderConfig | VisionConfig | AudioConfi
             return _audio(keys)
         if model_type == "llava":
             return _llava(keys, Path(folder))
+        if model_type == "voxtral":
+            return _voxtral(keys)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(
@@ -124,52 +138,6 @@ def read_config(folder: str | Path) -> DecoderConfig | VisionConfig | AudioConfi
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     raise ValueError(f"{path}: model_type {model_type!r} is not supported (supported: {', '.join(SUPPORTED)})")
-
-
-def check_config(ours: DecoderConfig | VisionConfig | AudioConfig | ModelConfig, folder: str | Path) -> None:
-    """Raise ValueError with the key where our config describes another model than the folder holds.
-
-    Not compared: ``max_position`` (ours may be shorter), ``window``, ``resize``, and for a plain tower
-    ``feature_layer`` and ``post_norm``, which choose what is taken from it. In a whole model the number of vision
-    layers that are built counts.
-    """
-    theirs = read_config(folder)
-    if isinstance(theirs, ModelConfig) and not isinstance(ours, ModelConfig):
-        part = {DecoderConfig: "decoder", VisionConfig: "vision", AudioConfig: "audio"}[type(ours)]
-        theirs = getattr(theirs, part)
-    if type(ours) is not type(theirs):
-        raise ValueError(f"{folder} holds a {type(theirs).__name__}, and a {type(ours).__name__} is asked for")
-    if isinstance(ours, ModelConfig):
-        pairs = [(name, getattr(ours, name), getattr(theirs, name)) for name in theirs.modules]
-    else:
-        pairs = [({DecoderConfig: "decoder", VisionConfig: "vision", AudioConfig: "audio"}[type(ours)], ours, theirs)]
-    for module, mine, other in pairs:
-        if mine is None:
-            raise ValueError(f"model.{module} is null, and {folder} holds one (use init_from.decoder)")
-        a, b = (_comparable(x, ours if x is mine else theirs, isinstance(ours, ModelConfig)) for x in (mine, other))
-        for key in a:
-            if a[key] != b[key]:
-                raise ValueError(f"model.{module}.{key} is {a[key]!r}, and {folder} was made with {b[key]!r}")
-        if isinstance(mine, DecoderConfig) and mine.max_position > other.max_position:
-            raise ValueError(
-                f"model.decoder.max_position is {mine.max_position}, and {folder} was made for {other.max_position}"
-            )
-
-
-def _comparable(config: Any, owner: Any, whole: bool) -> dict[str, Any]:
-    values = dict(vars(config))
-    for key in ("max_position", "window", "resize"):
-        values.pop(key, None)
-    if isinstance(config, VisionConfig):
-        feature_layer, post_norm = values.pop("feature_layer"), values.pop("post_norm")
-        if whole:
-            values["num_layers"] += 1 + feature_layer
-            values["post_norm"] = post_norm
-    if isinstance(config, ProjectorConfig):
-        values["hidden_size"] = config.hidden_size or owner.decoder.hidden_size
-        if config.type == "linear":
-            del values["hidden_size"]
-    return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
 def stop_ids(folder: str | Path) -> list[int]:
@@ -302,4 +270,23 @@ def _llava(keys: dict[str, Any], folder: Path) -> ModelConfig:
     strategy = keys.get("vision_feature_select_strategy", "default")
     if (strategy == "default") != tower.class_token:
         raise ValueError(f"vision_feature_select_strategy={strategy!r} of a {vision['model_type']} is not implemented")
-    return ModelConfig(decoder=_decoder(text), vision=tower, vision_projector=ProjectorConfig())
+    projector = ProjectorConfig(bias=keys.get("multimodal_projector_bias", True))
+    return ModelConfig(decoder=_decoder(text), vision=tower, vision_projector=projector)
+
+
+def _voxtral(keys: dict[str, Any]) -> ModelConfig:
+    """The encoder takes whole windows; the projector's input, rows side by side, is as wide as the encoder's MLP."""
+    _require_accepted("voxtral", keys)
+    text = {"model_type": "llama", **(keys.get("text_config") or {})}
+    audio = {**DEFAULTS["voxtral_encoder"], **(keys.get("audio_config") or {})}
+    if text["model_type"] not in DECODERS:
+        raise ValueError(f"a Voxtral of {text['model_type']} is not implemented")
+    named = {theirs: audio[key] for theirs, key in zip(AUDIO_KEYS, VOXTRAL_ENCODER_KEYS)}
+    tower = dataclasses.replace(_audio({**audio, **named}), window="fixed")
+    stacked, rest = divmod(tower.intermediate_size, tower.hidden_size)
+    if rest or tower.max_positions % stacked:
+        raise ValueError(f"a Voxtral whose intermediate_size is {tower.intermediate_size} is not implemented")
+    projector = ProjectorConfig(downsample=stacked, bias=False)
+    return ModelConfig(
+        decoder=_decoder({**VOXTRAL_TEXT, **text, "tie_word_embeddings": False}), audio=tower, audio_projector=projector
+    )

@@ -49,21 +49,31 @@ NAMES = {
         "norm": "layer_norm",
     },
     "vision_projector": {"up": "linear_1", "down": "linear_2"},
+    "audio_projector": {"up": "linear_1", "down": "linear_2"},
 }
 RESHAPED = ("vision.patch.weight", "vision.class_token")
 
 # Where a module stands in the files, by the tensor that every one of them has. The first layout that fits is taken:
-# the Hub's LLaVA, transformers 4.52+'s, the bare model inside a head, the bare model.
+# the Hub's LLaVA, transformers 4.52+'s, the bare model inside a head, the bare model. (What transformers 5.17 writes of
+# a Voxtral has "model" twice.)
 LAYOUTS = {
-    "decoder": ("embed_tokens.weight", ["language_model.model.", "model.language_model.", "model.", ""]),
+    "decoder": (
+        "embed_tokens.weight",
+        ["language_model.model.", "model.language_model.", "language_model.model.model.", "model.", ""],
+    ),
     "vision": (
         "embeddings.patch_embedding.weight",
         ["vision_tower.vision_model.", "model.vision_tower.vision_model.", "model.vision_tower.", "vision_tower."]
         + ["vision_model.", ""],
     ),
-    "audio": ("conv1.weight", ["model.encoder.", "encoder.", ""]),
+    "audio": ("conv1.weight", ["audio_tower.", "model.audio_tower.", "model.encoder.", "encoder.", ""]),
     "vision_projector": ("linear_1.weight", ["multi_modal_projector.", "model.multi_modal_projector."]),
+    "audio_projector": ("linear_1.weight", ["multi_modal_projector.", "model.multi_modal_projector."]),
 }
+# Names by which our own are known, and what wrappers (Lightning, DDP) may have put before them.
+OWN_ANCHORS = ("decoder.embedding.weight", "vision.patch.weight", "audio.conv1.bias")
+OWN_ANCHORS += tuple(f"{tower}_projector.{layer}.weight" for tower in ("vision", "audio") for layer in ("up", "linear"))
+WRAPPERS = ("", "model.", "module.")
 
 # What a folder may hold beside what we load, matched after the prefix of the module.
 SKIPPED = {
@@ -79,6 +89,7 @@ SKIPPED = {
         (r"(model\.)?decoder\.|proj_out\.", "Whisper's decoder"),
     ],
     "vision_projector": [],
+    "audio_projector": [],
 }
 
 

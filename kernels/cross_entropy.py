@@ -26,14 +26,17 @@ CHUNK_ROWS = 2048
 CHUNK_BYTES = 2**30  # of logits; a larger vocabulary has fewer rows
 
 
+def _chunk_rows(weight_VD: Tensor) -> int:
+    return max(1, min(CHUNK_ROWS, CHUNK_BYTES // (len(weight_VD) * weight_VD.element_size())))
+
+
 def _loss_and_gradients(
     hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, options: Options, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss, loss_R, dhidden_RD and dweight_VD. A gradient that is not wanted has no rows."""
     (R, D), V = hidden_RD.shape, weight_VD.shape[0]
     wants_hidden, wants_weight = wanted
-    rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (V * hidden_RD.element_size())))
-    rows = max(rows, D) if wants_weight else rows
+    rows = max(_chunk_rows(weight_VD), D) if wants_weight else _chunk_rows(weight_VD)
     exact = torch.promote_types(hidden_RD.dtype, torch.float32)
     loss_R = hidden_RD.new_empty(R, dtype=exact)
     dhidden_RD = hidden_RD.new_empty((R if wants_hidden else 0, D))
@@ -162,6 +165,31 @@ def linear_cross_entropy(
     wanted = (torch.is_grad_enabled() and x.requires_grad for x in (hidden_RD, weight_VD))
     loss, loss_R, *_ = _LinearCrossEntropy.apply(hidden_RD, weight_VD, target_R.contiguous(), options, *wanted)
     return loss, loss_R
+
+
+@torch.no_grad()
+def linear_argmax(
+    hidden_RD: Tensor, weight_VD: Tensor, *, first: int = 0, reduce: Callable[[Tensor, str], object] | None = None
+) -> Tensor:
+    """token_R (int64): where the logit of each row is the largest, the first such place, without the full logits.
+
+    For validation, on every device: a soft cap would change nothing, and nothing is learned here. ``first`` and
+    ``reduce`` as in ``linear_cross_entropy``; every shard gets the token of the whole vocabulary.
+    """
+    token_R = torch.empty(len(hidden_RD), dtype=torch.int64, device=hidden_RD.device)
+    rows = _chunk_rows(weight_VD)
+    for start in range(0, len(hidden_RD), rows):
+        top_C, token_C = torch.max(hidden_RD[start : start + rows] @ weight_VD.T, dim=1)
+        if reduce is not None:
+            own_C = top_C.to(torch.promote_types(top_C.dtype, torch.float32))
+            top_C = own_C.clone()
+            reduce(top_C, "max")
+            # The first of equals is the largest of the negative numbers, which float32 holds exactly below 2^24.
+            rank_C = torch.where(own_C == top_C, -(token_C + first).to(own_C.dtype), -torch.inf)
+            reduce(rank_C, "max")
+            token_C = -rank_C.long()
+        token_R[start : start + rows] = token_C
+    return token_R
 
 
 def _check(hidden, weight, target, label_smoothing, z_loss, softcap, first, reduce) -> None:

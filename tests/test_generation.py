@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 
 import generate as command
-from avlm.config import DataConfig, InitFrom, ModelConfig
+from avlm.config import DataConfig, InitFrom, LoraConfig, ModelConfig
 from avlm.data.batch import IGNORE, IMAGE
 from avlm.data.sample import EncodedSample
 from avlm.export import export
@@ -24,6 +24,7 @@ from tests.data.media import film, image_file, picture, tone
 from tests.models.handmade import build, save
 from tests.models.sharded_load import text_prompt
 from tests.models.test_avlm import DECODER, WHOLE, llava
+from tests.test_weights_sources import write_run
 
 TEXT = ModelConfig(decoder=DECODER)
 
@@ -260,6 +261,25 @@ def test_a_hugging_face_decoder_answers_with_its_own_template(tokenizer_folder, 
         out, err, code = run(monkeypatch, capsys, *arguments)
         assert code == 0, err
         assert json.loads(out)["token_ids"] == expected[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_a_run_with_adapters_a_checkpoint_of_it_and_its_export_answer_alike(
+    tokenizer_folder, tmp_path, monkeypatch, capsys
+):
+    lora = LoraConfig(rank=4, targets=["decoder.*", "vision.*.up"])
+    config = dataclasses.replace(WHOLE, decoder=dataclasses.replace(DECODER, vocab_size=260), lora=lora)
+    data = DataConfig(train="synthetic", tokenizer=str(tokenizer_folder), template="chatml", seq_length=64)
+    older, newer = build(config, seed=1), build(config, seed=2)
+    paths = [write_run(tmp_path / "run", model, step, data) for step, model in ((3, older), (5, newer))]
+    export(config, newer.state_dict(), tmp_path / "export", data=data)
+    (tmp_path / "b.png").write_bytes(image_file(picture(30, 20)))
+    media = ["--image", tmp_path / "b.png", "--prompt", "what is this", "--json", "--max-new-tokens", "8"]
+    answers = []
+    for model in (tmp_path / "run", paths[1], tmp_path / "export", paths[0]):
+        out, err, code = run(monkeypatch, capsys, model, *media)
+        assert code == 0, err
+        answers.append(json.loads(out)["token_ids"])
+    assert answers[0] == answers[1] == answers[2] != answers[3]
 
 
 @pytest.mark.parametrize(

@@ -65,12 +65,12 @@ def test_a_run_goes_on_in_another_layout(alone, tmp_path):
     assert_same_rows(tmp_path, alone)
 
 
-def test_a_run_does_not_go_on_with_another_number_of_data_ranks(pair, tmp_path):
+def test_synthetic_rows_do_not_go_on_with_another_number_of_data_ranks(pair, tmp_path):
     stored = pair / "run" / "checkpoints" / "step_00000004"
     result = run(write_config(tmp_path, **SHORT), "train.accumulate=2", f"resume={stored}")
     assert result.returncode == 2
     [line] = result.stderr.splitlines()
-    assert "holds the loader state of 2 data ranks, this run has 1: start it with parallel.replicate x" in line
+    assert "synthetic rows belong to their rank: go on with 2 data ranks" in line
 
 
 def write_files(folder: Path, **train) -> Path:
@@ -164,7 +164,7 @@ def test_a_rank_that_fails_ends_all_within_seconds_and_is_heard_first(pair, tmp_
     lines = [(time.monotonic(), line) for line in process.stderr]
     assert process.wait(timeout=60) != 0
     (failed, first), *others = [(at, line) for at, line in lines if line.startswith("error")]
-    assert "error (rank 1): the loader state was written with seed=7, this run has" in first
+    assert "error (rank 1): the loader state is for seed=7, this run has" in first
     assert time.monotonic() - failed < 20
     assert all("error (rank 0): another rank ended, look for its own error" in line for _, line in others)
     assert not any("[rank" in line for _, line in lines), "no traceback of a rank"

@@ -24,13 +24,15 @@ LLAVA_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant":
 
 @dataclass(frozen=True)
 class Sample:
-    """Media are the bytes of their files, in the order of their tags."""
+    """Media are the bytes of their files, in the order of their tags. With ``answers`` evaluation compares with these
+    and not with the last turn."""
 
     key: str
     messages: Messages
     images: list[bytes] = field(default_factory=list)
     audios: list[bytes] = field(default_factory=list)
     videos: list[bytes] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,14 @@ def parse(record: dict, media: Callable[[str], bytes], key: str) -> Sample:
     messages      {"messages": [{"role", "content"}], "images": [name], "audios": [...], "videos": [...]}
     LLaVA         {"conversations": [{"from": "human", "value": ...}], "image": name or list, "audio", "video"}
     NeMo AVLM     {"context": [user text], "answers": [assistant text], "images": ...}
+
+    The first two may hold "answers": [text], the references of the last turn.
     """
     if not isinstance(record, dict):
         raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
     names = {kind: _names(record, kind) for kind in MEDIA}
     parts = {f"{kind}s": [media(name) for name in names[kind]] for kind in MEDIA}
-    return Sample(key=key, messages=_messages(record), **parts)
+    return Sample(key=key, messages=_messages(record), **parts, answers=_references(record))
 
 
 def _messages(record: dict) -> Messages:
@@ -86,6 +90,15 @@ def _messages(record: dict) -> Messages:
     except (TypeError, KeyError) as error:
         raise ValueError(f"turns are not of the form that sample.parse describes: {error}") from None
     raise ValueError(f"record has neither messages, conversations nor context and answers: {sorted(record)}")
+
+
+def _references(record: dict) -> list[str]:
+    if "answers" not in record or not ("messages" in record or "conversations" in record):
+        return []
+    answers = record["answers"]
+    if not (isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)):
+        raise ValueError(f"answers must be a list of texts, not {answers!r:.80}")
+    return [answer.strip() for answer in answers]
 
 
 def _names(record: dict, kind: str) -> list[str]:
@@ -180,7 +193,7 @@ class SampleEncoder:
 
 def fingerprint(data: DataConfig, model: ModelConfig) -> str:
     """Changes with whatever decides what samples encode to and how they are packed, but not with where files lie."""
-    elsewhere = ("train", "validation", "tokenizer", "media_root", "num_workers", "max_bad_fraction")
+    elsewhere = ("train", "validation", "metrics", "tokenizer", "media_root", "num_workers", "max_bad_fraction")
     settings = {key: value for key, value in dataclasses.asdict(data).items() if key not in elsewhere}
     settings["vocab_size"] = model.decoder.vocab_size
     for part in ("vision", "audio", "vision_projector", "audio_projector"):

@@ -37,13 +37,14 @@ class AVLM(nn.Module):
         if config.lora:
             apply_lora(self, config.lora)
 
-    def forward(self, batch: Batch, caches: list | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The loss summed over target rows, and that of every row without a graph: float32 () and (R,). With ``caches``
-        the logits of the target rows, float32 (R, V)."""
+    def forward(self, batch: Batch, caches: list | None = None, predict: bool = False) -> Tensor | tuple[Tensor, ...]:
+        """The loss summed over target rows, and that of every row without a graph: float32 () and (R,). ``predict``,
+        for validation, adds the likeliest token of every row, int64 (R,). With ``caches`` the logits of the target
+        rows, float32 (R, V)."""
         with_media = caches is None or caches[0].is_prompt  # after the prompt no rank has any
         x_TD = self.decoder(self.embed(batch, with_media), batch.position_T, batch.segments, caches)
         hidden_RD = self.decoder.norm(x_TD[batch.target_rows_R])
-        return self.decoder.head(hidden_RD, batch.target_R if caches is None else None)
+        return self.decoder.head(hidden_RD, batch.target_R if caches is None else None, predict)
 
     def embed(self, batch: Batch, with_media: bool = True) -> Tensor:
         """Token features with every media feature at its row, (T, D). ``with_media`` must be the same on all ranks."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from avlm.config import DecoderConfig
 from avlm.models.attention import AttentionCore
 from avlm.models.lora import lora_start
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import linear_argmax, linear_cross_entropy
 from kernels.segments import Segments
 
 
@@ -127,12 +127,14 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
-    def forward(self, hidden_RD: Tensor, target_R: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-        """Summed loss and, without a graph, the loss of each row: float32 () and (R,). Without targets the logits,
-        float32 (R, V), for generation."""
+    def forward(self, hidden_RD: Tensor, target_R: Tensor | None, predict: bool = False) -> Tensor | tuple[Tensor, ...]:
+        """Summed loss and, without a graph, the loss of each row: float32 () and (R,). ``predict`` adds the likeliest
+        token of each row, int64 (R,), for a second product with the weight. Without targets the logits, float32
+        (R, V), for generation."""
         if target_R is None:
             return F.linear(hidden_RD, self.weight).float()
-        return linear_cross_entropy(hidden_RD, self.weight, target_R)
+        losses = linear_cross_entropy(hidden_RD, self.weight, target_R)
+        return (*losses, linear_argmax(hidden_RD, self.weight)) if predict else losses
 
 
 class Decoder(nn.Module):

@@ -13,7 +13,7 @@ T tokens
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -108,10 +108,12 @@ def lora_start(module: nn.Module) -> dict[str, tuple[float, float]]:
 
 
 @torch.no_grad()
-def start_magnitudes(model: nn.Module) -> None:
-    """DoRA begins as the base: each magnitude is the length of its row. Called when the weights have their values."""
-    for linear in model.modules():
-        if isinstance(linear, LowRankLinear) and linear.lora_magnitude is not None:
+def start_magnitudes(model: nn.Module, skip: Collection[str] = ()) -> None:
+    """DoRA begins as the base: each magnitude is the length of its row, but for those named in ``skip``. Called when
+    the weights have their values."""
+    for name, linear in model.named_modules():
+        is_dora = isinstance(linear, LowRankLinear) and linear.lora_magnitude is not None
+        if is_dora and f"{name}.lora_magnitude" not in skip:
             linear.lora_magnitude.copy_(row_lengths(linear.weight))
 
 

@@ -22,10 +22,10 @@ class Projector(nn.Module):
         self.config = config
         hidden_size = config.hidden_size or decoder_size
         if config.type == "linear":
-            self.linear = nn.Linear(tower_size * gathered, decoder_size)
+            self.linear = nn.Linear(tower_size * gathered, decoder_size, bias=config.bias)
         else:
-            self.up = nn.Linear(tower_size * gathered, hidden_size)
-            self.down = nn.Linear(hidden_size, decoder_size)
+            self.up = nn.Linear(tower_size * gathered, hidden_size, bias=config.bias)
+            self.down = nn.Linear(hidden_size, decoder_size, bias=config.bias)
 
     def forward(self, into_TD: Tensor, rows_R: Tensor, x_PC: Tensor, source_RS: Tensor) -> Tensor:
         """``into`` with the projected features written at ``rows``; ``into`` itself is used up.
@@ -35,8 +35,12 @@ class Projector(nn.Module):
         if self.config.type == "linear":
             x_RC = side_by_side(x_PC, source_RS)
             return into_TD.index_copy(0, rows_R, self.linear(x_RC).to(into_TD.dtype))
-        layers = (self.up.weight, self.up.bias, self.down.weight, self.down.bias)
+        layers = (self.up.weight, _bias(self.up), self.down.weight, _bias(self.down))
         return place_projected(into_TD, rows_R, x_PC, *layers, source_RS=source_RS)
+
+
+def _bias(linear: nn.Linear) -> Tensor:
+    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
 
 
 def projector_start(projector: Projector) -> dict[str, tuple[float, float]]:

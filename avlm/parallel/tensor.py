@@ -32,7 +32,7 @@ from torch.distributed.tensor.parallel import (
 from avlm.config import ModelConfig
 from avlm.models.decoder import Decoder
 from avlm.models.lora import LowRankLinear
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import linear_argmax, linear_cross_entropy
 
 ROWS = Shard(0)
 
@@ -181,7 +181,7 @@ class VocabularyHead(ParallelStyle):
         def reduce(x: Tensor, operation: str) -> None:
             dist.all_reduce(x, operations[operation], group=mesh.get_group())
 
-        def forward(hidden_RD: Tensor, target_R: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        def forward(hidden_RD: Tensor, target_R: Tensor | None, predict: bool = False) -> Tensor | tuple[Tensor, ...]:
             weight_VD = module.weight.to_local(grad_placements=[Shard(0)])
             # The gradient of hidden is the sum of what the shares of the vocabulary give.
             hidden_RD = DTensor.from_local(hidden_RD, mesh, [Replicate()]).to_local(grad_placements=[Partial()])
@@ -189,7 +189,8 @@ class VocabularyHead(ParallelStyle):
                 logits_RV = DTensor.from_local(F.linear(hidden_RD, weight_VD).float(), mesh, [Shard(1)])
                 return logits_RV.full_tensor()
             first = mesh.get_local_rank() * weight_VD.shape[0]
-            return linear_cross_entropy(hidden_RD, weight_VD, target_R, first=first, reduce=reduce)
+            losses = linear_cross_entropy(hidden_RD, weight_VD, target_R, first=first, reduce=reduce)
+            return (*losses, linear_argmax(hidden_RD, weight_VD, first=first, reduce=reduce)) if predict else losses
 
         module.forward = forward
         return module

@@ -44,7 +44,7 @@ def test_streams_that_do_not_divide_are_refused(jsonl):
     _, states = read(jsonl, world=2, workers=2)
     with pytest.raises(ValueError, match=r"4 streams of data \(2 data ranks x data.num_workers=2\).* to 3 data ranks"):
         redistribute(states, 0, 3)
-    with pytest.raises(ValueError, match="set data.num_workers=4"):
+    with pytest.raises(ValueError, match=r"set data\.num_workers=4"):
         jsonl(rank=0, world=1, num_workers=2, state=redistribute(states, 0, 1))
     with pytest.raises(ValueError, match="synthetic rows belong to their rank: go on with 2 data ranks"):
         redistribute([{"workers": 2, "row": 3}] * 2, 0, 1)

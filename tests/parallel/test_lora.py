@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from avlm import config, config_file, freezing, optimizer, parallel, weights
+from avlm import config, config_file, freezing, optimizer, parallel
 from avlm.models.avlm import AVLM, init
 from avlm.models.lora import LowRankLinear, is_adapter, row_lengths
 from avlm.parallel import mesh
 from avlm.parallel.fsdp import reshard
+from avlm.weights_sources import Whole, copy_slice
 from tests.parallel.equivalence import TOLERANCE, distance, relative
 from tests.parallel.small import TREE, build, make_rows, whole
 from tests.parallel.spawn import run_ranks
@@ -55,7 +56,8 @@ def start(cfg, worlds):
     with torch.no_grad():
         for parameter in alone.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    weights.fill(model, {name: parameter.detach() for name, parameter in alone.named_parameters()})
+    for name, parameter in model.named_parameters():
+        copy_slice(parameter, Whole(alone.get_parameter(name).detach()))
     return world, model, alone
 
 

@@ -1,0 +1,77 @@
+"""The decoder's adapters as a PEFT folder, adapter_model.safetensors and adapter_config.json, in and out."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from avlm.config import ModelConfig
+from avlm.models.lora import is_adapter
+from avlm.pretrained import read_json, resolve
+from avlm.weights_sources import Source, read_safetensors
+from avlm.weights_tables import hugging_face_name
+
+LEAVES = {"down.weight": "lora_A.weight", "up.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+EMPTY = ({}, [], None)
+# What of PEFT we do not compute, and the values under which there is none of it; the first is the default.
+ACCEPTED = {"peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,)}
+ACCEPTED |= dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices"), EMPTY)
+
+
+def peft_names(names: Iterable[str]) -> dict[str, str]:
+    """Our names of the decoder's adapters among ``names`` -> PEFT's."""
+    found = {}
+    for name in names:
+        if name.startswith("decoder.") and is_adapter(name):
+            path, _, part = name.removeprefix("decoder.").partition(".lora_")
+            found[name] = f"{PREFIX}model.{hugging_face_name('decoder', path)}.{LEAVES[part]}"
+    return found
+
+
+def open_adapter(given: str | Path, config: ModelConfig, names: Iterable[str]) -> Source:
+    """A PEFT folder under our ``names``; ValueError where it computes something else than ``config``."""
+    folder = resolve(given)
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{folder} is no PEFT folder: it wants {CONFIG} and {WEIGHTS}")
+    ours = {theirs: name for name, theirs in peft_names(names).items()}
+    if config.lora is None or not ours:
+        raise ValueError(f"init_from.adapter is {str(given)!r}, and the decoder has no adapters (model.lora)")
+    keys = read_json(folder / CONFIG)
+    for key, values in ACCEPTED.items():
+        if keys.get(key, values[0]) not in values:
+            raise ValueError(f"{folder / CONFIG}: {key}={keys[key]!r} is not implemented")
+    for name, theirs, default in (
+        ("rank", "r", 8),
+        ("alpha", "lora_alpha", 8),
+        ("rslora", "use_rslora", False),
+        ("dora", "use_dora", False),
+    ):
+        if keys.get(theirs, default) != getattr(config.lora, name):
+            raise ValueError(
+                f"model.lora.{name} is {getattr(config.lora, name)!r}, and {folder} was made with "
+                f"{theirs}={keys.get(theirs, default)!r}"
+            )
+    tensors = read_safetensors(folder / WEIGHTS)
+    return Source(folder, {ours.get(name, name): tensor for name, tensor in tensors.items()}, None, True)
+
+
+def adapter_keys(config: ModelConfig, names: Iterable[str], base: str | None) -> dict[str, Any]:
+    """adapter_config.json of the adapters ``names``, on the decoder ``base``."""
+    found = peft_names(names).values()
+    targets = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in found}
+    leaves = {target.rpartition(".")[2] for target in targets}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.lora.rank,
+        "lora_alpha": config.lora.alpha,
+        "lora_dropout": config.lora.dropout,
+        "use_rslora": config.lora.rslora,
+        "use_dora": config.lora.dora,
+        "target_modules": sorted(leaves if len(targets) == len(leaves) * config.decoder.num_layers else targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }

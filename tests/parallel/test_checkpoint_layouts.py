@@ -1,0 +1,125 @@
+"""A checkpoint of one layout of ranks is read by any other, exported and read back: the same logits everywhere."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
+
+from avlm import config_file, model_folder, optimizer, weights
+from avlm.checkpoint import Progress, Saver, read_run
+from avlm.config import CheckpointConfig, InitFrom
+from avlm.export import export
+from avlm.models.avlm import AVLM
+from avlm.parallel import mesh
+from avlm.weights_sources import open_checkpoint
+from tests.parallel.small import build, make_config, make_rows, whole
+from tests.parallel.spawn import run_ranks
+from train import train_step
+
+LORA = {"rank": 3, "targets": ["decoder.*", "audio.*.up"]}
+LAYOUTS = {2: {"tensor": 2}, 3: {}}  # ranks -> parallel
+
+
+def config_of(folder, **keys):
+    model = {**config_file.to_dict(make_config().model), "lora": LORA}
+    return make_config(output_dir=str(folder), model=model, **keys)
+
+
+def train_and_save(folder):
+    """Two steps on FSDP2 x TP, with a checkpoint after each; the weights of both."""
+    cfg = config_of(folder, parallel={"shard": 2, "tensor": 2})
+    world, model = build(cfg)
+    adam = optimizer.build(model, cfg.stages[0].optimizer)
+    saver, found = Saver(Path(folder), CheckpointConfig(), world), []
+    for step in (1, 2):
+        rows = make_rows(cfg, ["both", "image"], seed=step)
+        train_step(model, [rows[world.data_rank]], 50.0, adam, 1.0, world)
+        saver.save(Progress(step=step), model, adam, {})
+        found.append({name: whole(parameter).numpy() for name, parameter in model.named_parameters()})
+    if world.is_first:
+        (Path(folder) / "config.yaml").write_text(config_file.dump(cfg))
+    mesh.stop()
+    return found
+
+
+def start_from(source, layout):
+    """The weights that a run begins with that starts from a source on these ranks."""
+    _, model = build(config_of("unused", parallel=layout, init_from={"all": source}))
+    state = {name: whole(parameter).numpy() for name, parameter in model.named_parameters()}
+    mesh.stop()
+    return state
+
+
+def logits(model, cfg):
+    [row] = make_rows(cfg, ["both"], seed=9)
+    with torch.no_grad():
+        x_TD = model.decoder(model.embed(row), row.position_T, row.segments)
+        return model.decoder.head(model.decoder.norm(x_TD), None)
+
+
+def export_together(run, folder):
+    """What ``torchrun -m avlm.weights export`` does on each rank, with small files."""
+    model_folder.SHARD_BYTES = 20_000
+    sys.argv = ["weights", "export", run, folder, "--dtype", "float32"]
+    weights.main()
+    mesh.stop()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(run folder, weights at its first checkpoint, at its last)."""
+    run = tmp_path_factory.mktemp("layouts") / "run"
+    run.mkdir()
+    return run, *run_ranks(train_and_save, 4, str(run))[0]
+
+
+@pytest.mark.parametrize("size", LAYOUTS)
+def test_what_four_ranks_saved_is_what_a_run_on_other_ranks_starts_from(size, saved):
+    run, first, last = saved
+    source, expected = (run / "checkpoints" / "step_00000001", first) if size == 3 else (run, last)
+    for state in run_ranks(start_from, size, str(source), LAYOUTS[size]):
+        assert state.keys() == expected.keys() and all((state[name] == expected[name]).all() for name in expected)
+    assert any((first[name] != last[name]).any() for name in first)
+
+
+def test_its_export_is_read_back_with_the_same_logits(saved, tmp_path):
+    run, _, last = saved
+    cfg = config_of(run)
+    expected = AVLM(cfg.model)
+    weights.start(expected, InitFrom(all=str(run)), seed=1)  # a process alone
+    assert all((parameter.detach().numpy() == last[name]).all() for name, parameter in expected.named_parameters())
+    config, path = read_run(run)
+    export(config.model, open_checkpoint(path), tmp_path / "out")
+    merged = AVLM(dataclasses.replace(cfg.model, lora=None))
+    weights.load(merged, InitFrom(all=str(tmp_path / "out")))
+    torch.testing.assert_close(logits(merged, cfg), logits(expected, cfg), atol=1e-5, rtol=1e-5)
+
+
+def test_a_slice_is_read_from_the_chunks_that_it_lies_in_and_no_other(saved, monkeypatch):
+    run, _, last = saved
+    name = "decoder.blocks.0.ffn.up.weight"
+    tensor = open_checkpoint(run / "checkpoints" / "step_00000002")[name]
+    assert len(tensor.metadata.chunks) == 4  # 64 rows, of which a rank has 16
+    read, real = [], FileSystemReader.read_data
+    count = lambda self, plan, planner: read.append(len(plan.items)) or real(self, plan, planner)
+    monkeypatch.setattr(FileSystemReader, "read_data", count)
+    for rows, chunks in ((slice(16, 32), 1), (slice(20, 40), 2), (slice(None), 4)):
+        assert (tensor[rows].numpy() == last[name][rows]).all() and read.pop() == chunks
+
+
+def test_ranks_share_the_files_of_an_export(saved, tmp_path, monkeypatch):
+    run_ranks(export_together, 2, str(saved[0]), str(tmp_path / "two"))
+    monkeypatch.setattr(model_folder, "SHARD_BYTES", 20_000)
+    config, path = read_run(saved[0])
+    data = config.stages[-1].data
+    export(config.model, open_checkpoint(path), tmp_path / "one", data=data, dtype=torch.float32)
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+    index = json.loads(one["model.safetensors.index.json"])
+    held = {name for file in one if file.endswith(".safetensors") for name in load_file(tmp_path / "two" / file)}
+    assert held == index["weight_map"].keys() and len(set(index["weight_map"].values())) > 5

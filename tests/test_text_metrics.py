@@ -1,0 +1,137 @@
+"""Scores of answers against values worked out by hand, and against jiwer and transformers' normaliser."""
+
+import jiwer
+import pytest
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+from avlm import text_metrics
+from avlm.text_metrics import METRICS, total, value
+
+SENTENCES = [
+    "Hello, World!",
+    "I'm sure they won't come; we've been there.",
+    "He's gone, it's been a while.",
+    "Mr. Smith met Dr. Jones on St. James street.",
+    "twenty-one thousand and five people",
+    "It cost $20 million, or about £3.50 each.",
+    "one oh one dalmatians",
+    "two thousand and ten",
+    "the 1960s and the 32nd",
+    "Um, I mean, uh, yes.",
+    "[noise] what (laughs) is that?",
+    "fifty percent, or 50%",
+    "three and a half hours",
+    "double seven five",
+    "café naïve résumé",
+    "minus four degrees",
+    "gonna wanna gotta",
+    "can't you? couldn't we? let's go",
+    "1,000,000 dollars and 5 cents",
+    "o'clock, y'all, ma'am",
+    "seven three seven max",
+    "the quick brown fox's tail",
+]
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_text_is_brought_to_whispers_normal_form(sentence):
+    assert text_metrics.english_normalizer()(sentence) == EnglishTextNormalizer({})(sentence)
+
+
+def test_british_and_american_spellings_are_one():
+    assert METRICS["wer"]("The color of the center", ["the colour of the centre"]) == (0, 5)
+
+
+def test_word_and_character_errors_are_counted_on_the_normal_form():
+    assert METRICS["wer"]("The cat sit on mat.", ["the cat sat on the mat"]) == (2, 6)
+    assert METRICS["cer"]("kitten", ["sitting"]) == (3, 7)
+    assert METRICS["wer"]("", ["two words"]) == (2, 2)
+    assert METRICS["wer"]("three five one", ["Three, five, two."]) == (1, 1), "351 and 352 are a word each"
+
+
+@pytest.mark.parametrize(("metric", "theirs"), [("wer", jiwer.wer), ("cer", jiwer.cer)])
+def test_error_rates_of_a_set_are_jiwers_of_all_its_texts(metric, theirs):
+    answers = SENTENCES[1:] + SENTENCES[:1]
+    normal = EnglishTextNormalizer({})
+    expected = theirs([normal(s) for s in SENTENCES], [normal(s) for s in answers])
+    found = total(METRICS[metric](answer, [truth]) for answer, truth in zip(answers, SENTENCES))
+    assert found == pytest.approx(expected, rel=1e-12) and expected > 0.5
+
+
+def test_the_nearest_of_several_references_counts():
+    assert METRICS["wer"]("a big dog", ["one cat", "a large dog"]) == (1, 3)
+    assert METRICS["exact_match"]("dog", ["cat", "dog"]) == (1, 1)
+    assert METRICS["exact_match"]("Dog", ["cat", "dog"]) == (0, 1)
+    assert METRICS["rouge_l"]("the cat", ["no", "the cat"]) == (1, 1)
+
+
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
+    # "the cat on mat": 4 of 4 words of the answer, 4 of 6 of the reference.
+    assert METRICS["rouge_l"]("the cat on mat", ["The cat sat on the mat."])[0] == pytest.approx(
+        2 * 1 * (4 / 6) / (10 / 6)
+    )
+    assert METRICS["rouge_l"]("mat the on", ["the cat sat on the mat"])[0] == pytest.approx(2 * (2 / 3) * (2 / 6) / 1)
+    assert METRICS["rouge_l"]("", ["a cat"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("sayers", "expected"),
+    # Left out are those who said it, who see one fewer, and the others, who see all: (k min(1, (k-1)/3) + ...) / 10.
+    [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)],
+)
+def test_vqa_accuracy_averages_over_leaving_each_person_out(sayers, expected):
+    people = ["yes"] * sayers + [f"no {i}" for i in range(10 - sayers)]
+    assert METRICS["vqa_accuracy"]("Yes.", people)[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("The Dog", "dog"),
+        ("a red, and an old; car!", "red and old car"),
+        ("t-shirt", "t shirt"),
+        ("blue / green", "blue green"),
+        ("left -right", "left right"),
+        ("1,000", "1000"),
+        ("3.5 miles.", "3.5 miles"),
+        ("U.S.A.", "usa"),
+        ("None", "0"),
+        ("ten or Two", "10 or 2"),
+        ("eleven", "eleven"),
+        ("dont", "don't"),
+        ("its", "its"),
+        ("couldnt've", "couldn't've"),
+        ("yall'll", "y'all'll"),
+        ("man's\nhat", "man's hat"),
+    ],
+)
+def test_vqa_answers_are_compared_in_one_form(text, form):
+    assert text_metrics.vqa_form(text) == form
+
+
+def test_vqa_accuracy_of_other_than_ten_people_is_refused():
+    with pytest.raises(ValueError, match="wants 10 answers of different people, not 3"):
+        METRICS["vqa_accuracy"]("yes", ["yes"] * 3)
+
+
+def test_a_long_transcript_weighs_more_than_a_short_one():
+    scores = [METRICS["wer"]("no", ["yes"]), METRICS["wer"]("a b c d e f g h i", ["a b c d e f g h i"])]
+    assert total(scores) == pytest.approx(1 / 10) and [value(score) for score in scores] == [1.0, 0.0]
+
+
+def test_references_without_words_have_no_error_rate():
+    silent = METRICS["wer"]("hello", ["um"])
+    assert silent == (1, 0) and value(silent) is None
+    assert total([silent, (0, 1)]) == 1.0, "what was made up counts"
+    with pytest.raises(ValueError, match="no reference holds a word"):
+        total([silent])
+
+
+def test_an_unknown_metric_is_refused_with_the_nearest():
+    text_metrics.check_names(list(METRICS), "--metrics")
+    with pytest.raises(ValueError, match=r"--metrics names 'vqa', which is no metric \(did you mean vqa_accuracy\?\)"):
+        text_metrics.check_names(["wer", "vqa"], "--metrics")
+    with pytest.raises(ValueError, match=r"which is no metric \(known: exact_match, wer"):
+        text_metrics.check_names(["zzz"], "--metrics")
+    with pytest.raises(ValueError, match="--metrics names no metric"):
+        text_metrics.check_names([], "--metrics")
