@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--stage", help="name of a stage; the first by default")
     parser.add_argument("--count", type=int, default=4, help="samples to show")
     parser.add_argument("--out", type=Path, help="folder for sheets of pictures and sounds")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         config = load(options.config, options.overrides)
         show(config, stage_data(config, options.stage), options.count, options.out)
