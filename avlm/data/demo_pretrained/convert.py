@@ -202,7 +202,10 @@ def llama_weights(stored: Weights, heads: int, kv_heads: int) -> Weights:
     names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
     names |= {"attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
     names |= {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
-    weights = {"model.embed_tokens.weight": stored["token_embd.weight"], "model.norm.weight": stored["output_norm.weight"]}
+    weights = {
+        "model.embed_tokens.weight": stored["token_embd.weight"],
+        "model.norm.weight": stored["output_norm.weight"],
+    }
     for name, array in stored.items():
         if found := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name):
             layer, part = found.groups()

@@ -1,8 +1,8 @@
 """Readers of three weight files, as far as the demo's packages use them: bytes -> numpy arrays by name.
 
-    read_ct2    CTranslate2 binary, version 6    plain arrays
-    read_gguf   GGUF version 3                   metadata, and F32, F16, Q4_1 and Q8_0 tensors as float32
-    read_onnx   ONNX (protobuf)                  initialisers as they are, and the nodes that use them
+read_ct2    CTranslate2 binary, version 6    plain arrays
+read_gguf   GGUF version 3                   metadata, and F32, F16, Q4_1 and Q8_0 tensors as float32
+read_onnx   ONNX (protobuf)                  initialisers as they are, and the nodes that use them
 """
 
 import math
@@ -121,8 +121,9 @@ def read_onnx(data: bytes) -> tuple[dict[str, np.ndarray], list[dict]]:
     for number, value in _protobuf(graph):
         if number == 1:
             fields = list(_protobuf(value))
-            text = lambda wanted: [bytes(field).decode() for i, field in fields if i == wanted]
-            nodes.append({"op": text(4)[0], "name": "".join(text(3)), "inputs": text(1)})
+            inputs = [bytes(field).decode() for i, field in fields if i == 1]
+            op, name = (bytes(dict(fields).get(i, b"")).decode() for i in (4, 3))
+            nodes.append({"op": op, "name": name, "inputs": inputs})
         elif number == 5:
             fields = list(_protobuf(value))
             one = dict(fields)
