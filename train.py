@@ -25,6 +25,7 @@ from avlm.data.packing import empty_batch
 from avlm.models.avlm import AVLM
 from avlm.parallel import agreement, mesh
 from avlm.parallel.mesh import World
+from avlm.weights_plan import pinned
 
 
 def train_step(
@@ -193,17 +194,22 @@ def main(cfg: Config) -> None:
     with torch.device("meta"):
         model = AVLM(cfg.model)
     parallel.apply(model, world, cfg)
-    at = checkpoint.read_progress(resume_from) if resume_from else checkpoint.Progress()
+    run = Path(cfg.output_dir)
+    at = checkpoint.read_progress(resume_from, run) if resume_from else checkpoint.Progress()
     log = metrics.Log(cfg, world, at.step)
     log.say(f"{metrics.describe(model)}; {world.size} x {device.type}")
     if resume_from:
         checkpoint.load(resume_from, model)
         log.say(f"{note}resuming {resume_from.name} at step {at.step} of {cfg.total_steps}")
     else:
-        for report in weights.start(model, cfg.init_from, cfg.seed):
+        for report in weights.start(model, world.gather(pinned(cfg.init_from))[0], cfg.seed):
             log.say(str(report))
     parallel.warm_up(model, cfg, world)
-    loader_state = checkpoint.load_rank_state(resume_from, world) if resume_from else None
+    loader_state = None
+    if resume_from:
+        checkpoint.load_random_state(resume_from, world)
+        if at.stage_step < cfg.stages[at.stage].steps:
+            loader_state = checkpoint.read_loader_state(resume_from, world)
 
     # 3. Stages.
     while at.stage < len(cfg.stages):

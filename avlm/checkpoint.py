@@ -81,8 +81,12 @@ def find(config: Config) -> tuple[Path | None, str]:
     return newest, note
 
 
-def read_progress(path: Path) -> Progress:
-    return Progress(**json.loads((path / MARKER).read_text()))
+def read_progress(path: Path, run: Path | None = None) -> Progress:
+    """Where a checkpoint stands. For another ``run`` that goes on from it, without the best step, which is not its."""
+    progress = Progress(**json.loads((path / MARKER).read_text()))
+    if run is not None and path.resolve().parents[1] != run.resolve():
+        return dataclasses.replace(progress, best_step=0, best_metric="", best_value=0.0)
+    return progress
 
 
 class Saver:
@@ -143,20 +147,11 @@ def load(path: Path, model: AVLM, optimizer: torch.optim.Optimizer | None = None
         raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())[-300:]}") from error
 
 
-def load_rank_state(path: Path, world: World) -> dict[str, Any]:
-    """Restore the random state of this rank; returns the loader state of its data rank.
-
-    The ranks may be others than before. Those that share a row (parallel.context, parallel.tensor) load what they did;
-    another number of data ranks deals out the streams of data anew. Random states, which only the dropout of adapters
-    draws from, then stay those of the seed.
-    """
-    states = [_read_state(file) for file in sorted(path.glob("loader_*.json"))]
-    if len(states) == world.data_size:
-        loader_state = states[world.data_rank]
-    else:
-        loader_state = redistribute(states, world.data_rank, world.data_size)
+def load_random_state(path: Path, world: World) -> None:
+    """Restore the random state of this rank. Only the dropout of adapters draws from it; where there are other ranks
+    than before it stays that of the seed."""
     if len(list(path.glob("rank_*.json"))) != world.size:
-        return loader_state
+        return
     tensors = load_file(path / f"rank_{world.rank:05d}.safetensors")
     torch.set_rng_state(tensors["cpu"])
     if world.device.type == "cuda" and "cuda" in tensors:
@@ -166,7 +161,14 @@ def load_rank_state(path: Path, world: World) -> dict[str, Any]:
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    return loader_state
+
+
+def read_loader_state(path: Path, world: World) -> dict[str, Any]:
+    """The loader state of this rank's data rank; the streams of data are dealt out anew where there were others."""
+    files = sorted(path.glob("loader_*.json"))
+    if len(files) == world.data_size:
+        return _read_state(files[world.data_rank])
+    return redistribute([_read_state(file) for file in files], world.data_rank, world.data_size)
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -200,6 +200,8 @@ def find_sets(given: list[str]) -> dict[str, str]:
     for item in given:
         name, equals, source = item.partition("=")
         if equals:
+            if not Path(source).exists():
+                raise FileNotFoundError(f"--data {item}: there is no {source}")
             sets[name] = source
             continue
         found = sorted(path.parent for path in Path(item).glob("*/test*/.nv-meta"))
@@ -255,9 +257,9 @@ def main() -> None:
             if world.is_first:
                 values = ", ".join(f"{words(key)} {100 * x:.1f} %" for key, x in results[-1]["metrics"].items())
                 print(f"{name}: {values} of {results[-1]['count']}", flush=True)
+                (run / "report.json").write_text(json.dumps({"step": step, "results": results}, indent=2))
+                (run / "report.md").write_text(report(results))
     if world.is_first:
-        (run / "report.json").write_text(json.dumps({"step": step, "results": results}, indent=2))
-        (run / "report.md").write_text(report(results))
         print(table(results))
     mesh.stop()
 

@@ -15,7 +15,7 @@ from avlm.config import DataConfig, LoraConfig, ModelConfig
 from avlm.config_file import to_dict
 from avlm.data.chat import Chat, Tokenizer
 from avlm.export_configs import decoder_keys, llava_keys, picture_keys, sound_keys, voxtral_keys
-from avlm.model_folder import Lazy, check_target, publish, write_json, write_tensors
+from avlm.model_folder import Lazy, publish, write_json, write_tensors
 from avlm.models.lora import is_adapter, merge
 from avlm.models.whisper import sinusoids
 from avlm.parallel.mesh import World
@@ -56,7 +56,6 @@ def export(
     only with ``overwrite``. The ranks of ``world`` share the work. Raises ValueError or OSError.
     """
     folder = Path(folder)
-    check_target(folder, overwrite)
     lazy = {name: Lazy.of(tensor) for name, tensor in state.items()}
     if config.lora and format != "adapter":
         config, lazy = dataclasses.replace(config, lora=None), merged(lazy, config.lora, dtype)
@@ -167,7 +166,8 @@ def _voxtral_state(config: ModelConfig, state: State) -> State:
         "audio_projector": "multi_modal_projector.",
     }
     state = _renamed(state, prefixes, "language_model.lm_head.weight")
-    state.setdefault("language_model.lm_head.weight", state["language_model.model.embed_tokens.weight"])
+    tied = state["language_model.model.embed_tokens.weight"].changed(torch.clone)  # safetensors shares no memory
+    state.setdefault("language_model.lm_head.weight", tied)
     rows, width = config.audio.max_positions, config.audio.hidden_size
     position = Lazy((rows, width), torch.float32, lambda: sinusoids(torch.arange(rows), width))
     return {**state, "audio_tower.embed_positions.weight": position.to(state["audio_tower.conv1.weight"].dtype)}

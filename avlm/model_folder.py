@@ -73,10 +73,7 @@ def publish(folder: Path, write: Callable[[Path], None], overwrite: bool, world:
         world.barrier()  # after all have looked
     failure = None
     try:
-        if is_first:
-            partial.mkdir(parents=True)
-        if world is not None:
-            world.barrier()
+        partial.mkdir(parents=True, exist_ok=True)
         write(partial)
     except Exception as error:
         failure = error

@@ -62,9 +62,9 @@ def _throughput(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
     axes.set(ylabel="tokens per second", title="throughput", ylim=(0, None))
     other = axes.twinx()
     _curve(other, steps, lambda row: 100 * row["data_seconds"] / row["step_seconds"], "wait for data", "C3")
-    _curve(other, steps, lambda row: 100 * row["padding"], "padding", "C4")
+    _curve(other, steps, lambda row: _percent(row, "padding"), "padding", "C4")
     if any("mfu" in row for row in steps):
-        _curve(other, steps, lambda row: 100 * row["mfu"] if "mfu" in row else None, "MFU", "C5")
+        _curve(other, steps, lambda row: _percent(row, "mfu"), "MFU", "C5")
     other.set(ylabel="%", ylim=(0, 100))
     _legend(axes, other)
 
@@ -72,13 +72,19 @@ def _throughput(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
 def _shares(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
     """Solid: tokens of the rows. Dashed: FLOPs by module."""
     for i, name in enumerate(("tokens/image", "tokens/audio")):
-        _curve(axes, steps, lambda row, name=name: 100 * row[name] / max(row["tokens"], 1), name, f"C{i}")
+        _curve(axes, steps, lambda row, name=name: _percent(row, name, "tokens"), name, f"C{i}")
     for i, name in enumerate(sorted({key for row in steps for key in row if key.startswith("flops/")})):
         if any(row.get(name) for row in steps):
-            share = lambda row, name=name: 100 * row.get(name, 0) / max(row["flops"], 1)
-            _curve(axes, steps, share, name, f"C{i + 2}", 1.2, style="--")
+            _curve(axes, steps, lambda row, name=name: _percent(row, name, "flops"), name, f"C{i + 2}", style="--")
     axes.set(ylabel="%", ylim=(0, 100), title="share of tokens and of FLOPs")
     axes.legend(fontsize=8, ncols=2)
+
+
+def _percent(row: Row, name: str, of: str | None = None) -> float | None:
+    """None where a row lacks it: MFU on unknown devices, and what older versions did not write."""
+    if name not in row:
+        return None
+    return 100 * row[name] / max(row[of], 1) if of else 100 * row[name]
 
 
 def _curve(

@@ -26,7 +26,7 @@ from avlm.parallel.mesh import World
 from avlm.parallel.tensor import check_sizes
 from avlm.preflight_data import check_data
 
-MAY_CHANGE_IN_DATA = ("validation", "metrics", "max_bad_fraction", "media_root")
+MAY_CHANGE_IN_DATA = ("validation", "metrics", "max_bad_fraction", "media_root", "num_workers")
 MAY_CHANGE = (
     "output_dir",
     "resume",
@@ -38,7 +38,7 @@ MAY_CHANGE = (
 )  # between a run and its resume
 MAY_CHANGE_IN_TRAIN = (
     *("log_every", "validate_every", "validate_batches", "validate_answers", "validate_new_tokens"),
-    *("stop_after", "accumulate_mode", "recompute", "offload_activations", "compile"),
+    *("stop_after", "accumulate", "accumulate_mode", "recompute", "offload_activations", "compile"),
 )
 
 

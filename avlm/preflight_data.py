@@ -36,14 +36,14 @@ def _check_metrics(config: Config, stage: StageConfig) -> None:
 
 
 def _check_set(config: Config, stage: StageConfig, name: str, source: str) -> None:
-    """A validation set can be opened, holds samples, and the first of them what its metrics want."""
+    """A validation set can be opened, holds samples, and those that are answered what its metrics want."""
     answers = config.train.validate_answers
     try:
         if answers and source.startswith("synthetic"):
             raise ValueError("synthetic samples have no answers: set train.validate_answers=0")
         open_loader(source, stage.data, config.model, rank=0, world=1, seed=config.seed, train=False)
         if answers:
-            text_metrics.read_set(source, stage.data, stage.data.metrics.get(name, []), 1)
+            text_metrics.read_set(source, stage.data, stage.data.metrics.get(name, []), answers)
     except ValueError as error:
         raise ValueError(f"stage {stage.name}: data.validation.{name}: {error}") from None
 

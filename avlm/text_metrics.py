@@ -16,8 +16,10 @@ Whisper's normal form writes numbers as digits and joins them: "three five one" 
 import difflib
 import functools
 import itertools
+import math
 import re
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import jiwer
 from whisper_normalizer.english import EnglishTextNormalizer
@@ -88,11 +90,9 @@ def value(score: Score) -> float | None:
 
 
 def total(scores: Iterable[Score]) -> float:
-    """The score of a set. ValueError when its references hold nothing to compare with."""
+    """The score of a set; NaN where its references hold nothing to compare with."""
     part, whole = (sum(column) for column in zip(*scores))
-    if not whole:
-        raise ValueError("no reference holds a word: wer and cer are not defined")
-    return part / whole
+    return part / whole if whole else math.nan
 
 
 def check_names(names: list[str], origin: str) -> None:
@@ -154,7 +154,8 @@ def english_normalizer() -> EnglishTextNormalizer:
 def _rouge_scorer():
     from rouge_score import rouge_scorer  # half a second, and only for this
 
-    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+    words = SimpleNamespace(tokenize=lambda text: re.findall(r"\w+", text.lower()))  # its own knows a to z alone
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=words)
 
 
 def _nearest(process, answer: str, references: list[str]) -> Score:

@@ -63,7 +63,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     config, path = read_run(arguments.run, arguments.step)
-    options = {"data": config.stages[-1].data, "base": config.init_from.decoder or config.init_from.all}
+    options = {"data": config.stages[-1].data, "base": config.init_from.decoder}
     options |= {"dtype": getattr(torch, arguments.dtype), "overwrite": arguments.overwrite}
     if mesh.ranks()[1] > 1:
         options["world"] = mesh.start(dataclasses.replace(config, parallel=ParallelConfig()), torch.device("cpu"))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from avlm.adapters import open_adapter
+from avlm.checkpoint import is_run, read_run
 from avlm.config import MODULES, AudioConfig, DecoderConfig, InitFrom, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.freezing import matching
 from avlm.models.lora import is_adapter
@@ -63,7 +64,10 @@ def check(config: ModelConfig, shapes: Shapes, init_from: InitFrom) -> None:
     here = {entry: path for entry, path in given.items() if Path(path).expanduser().exists()}
     for path in set(given.values()) - set(here.values()):
         if not may_be_on_hub(path):
-            raise FileNotFoundError(f"init_from names {path}, and there is nothing")
+            entry = next(entry for entry in given if given[entry] == path)
+            raise FileNotFoundError(
+                f"init_from.{entry} is {path}, and there is nothing: give a folder, file or Hub name"
+            )
     if here == given:
         plan(config, shapes, init_from)
         return
@@ -71,6 +75,12 @@ def check(config: ModelConfig, shapes: Shapes, init_from: InitFrom) -> None:
         theirs = None if entry == "adapter" else open_source(path).config
         if theirs is not None:
             check_config(config if entry == "all" else getattr(config, entry), theirs, path)
+
+
+def pinned(init_from: InitFrom) -> InitFrom:
+    """Runs replaced by their newest checkpoints, for all ranks to read the same while a run is still writing."""
+    runs = {entry: Path(path).expanduser() for entry, path in _given(init_from).items() if entry != "adapter"}
+    return replace(init_from, **{entry: str(read_run(path)[1]) for entry, path in runs.items() if is_run(path)})
 
 
 def _given(init_from: InitFrom) -> dict[str, str]:

@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("runs/variants"))
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     lines = [f"| | trained parameters | {' | '.join(SETS)} |", "|---" * (2 + len(SETS)) + "|"]
     for name in options.only:
         overrides, sets = VARIANTS[name]

@@ -35,7 +35,8 @@ def save_and_load(cfg, folder):
     checkpoint.load(path, model, adam)
     same = all(torch.equal(whole(p), expected[name]) for name, p in model.named_parameters())
     same &= all(torch.equal(whole(state["exp_avg"]), m) for state, m in zip(adam.state.values(), moments))
-    place = checkpoint.load_rank_state(path, world)["place"] == world.rank
+    checkpoint.load_random_state(path, world)
+    place = checkpoint.read_loader_state(path, world)["place"] == world.rank
     saver.save(Progress(step=2), model, adam, {})
     kept = [p.name for p in checkpoint.complete_checkpoints(Path(folder))]
     mesh.stop()

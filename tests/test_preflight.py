@@ -32,7 +32,7 @@ def saved(tmp_path):
         ("seed", {"seed": 2}),
         ("stages.all.optimizer.lr", {"optimizer": {"lr": 1.0}}),
         ("stages.all.data.seq_length", {"data": TREE["data"] | {"seq_length": 32}}),
-        ("train.accumulate", {"train": {"accumulate": 2}}),
+        ("train.precision", {"train": {"precision": "bf16"}}),
     ],
 )
 def test_a_resume_names_the_key_that_may_not_change(saved, key, change):

@@ -1,5 +1,7 @@
 """Scores of answers against values worked out by hand, and against jiwer and transformers' normaliser."""
 
+import math
+
 import jiwer
 import pytest
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
@@ -123,8 +125,7 @@ def test_references_without_words_have_no_error_rate():
     silent = METRICS["wer"]("hello", ["um"])
     assert silent == (1, 0) and value(silent) is None
     assert total([silent, (0, 1)]) == 1.0, "what was made up counts"
-    with pytest.raises(ValueError, match="no reference holds a word"):
-        total([silent])
+    assert math.isnan(total([silent]))
 
 
 def test_an_unknown_metric_is_refused_with_the_nearest():

@@ -107,6 +107,17 @@ def write_files(folder: Path, **train) -> Path:
     return write_config(folder, data=data, model=model, stages=stages, optimizer={"lr": 1e-2}, train=train)
 
 
+def test_files_go_on_with_another_number_of_data_ranks(tmp_path):
+    path = write_files(tmp_path)
+    finish(path, "train.stop_after=2", ranks=2)
+    more = ("train.stop_after=4", "train.accumulate=2")
+    result = run(path, *more)
+    assert result.returncode == 2 and "for workers=2, this run has workers=0: set data.num_workers=2" in result.stderr
+    finish(path, *more, "data.num_workers=2")
+    before, after = (metrics.read_rows(tmp_path / "run" / "metrics.jsonl")[i] for i in (1, 3))
+    assert after["step"] == 4 and abs(after["tokens"] - before["tokens"]) < 16, "as many rows in a step"
+
+
 def conversation(question: str, answer: str) -> dict:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 

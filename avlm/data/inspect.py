@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from avlm.config import Config, DataConfig, ModelConfig, VisionConfig
+from avlm.config import Config, ModelConfig, VisionConfig
 from avlm.config_file import load
 from avlm.data import open_loader
 from avlm.data.batch import AUDIO, IMAGE, KINDS, Batch
@@ -38,22 +38,23 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     try:
         config = load(options.config, options.overrides)
-        show(config, stage_data(config, options.stage), options.count, options.out)
+        show(config, stage_index(config, options.stage), options.count, options.out)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def stage_data(config: Config, name: str | None) -> DataConfig:
-    stages = {stage.name: stage.data for stage in config.stages}
-    if name is not None and name not in stages:
-        raise ValueError(f"there is no stage {name!r}: {', '.join(stages)}")
-    return stages[name] if name is not None else config.stages[0].data
+def stage_index(config: Config, name: str | None) -> int:
+    names = [stage.name for stage in config.stages]
+    if name is not None and name not in names:
+        raise ValueError(f"there is no stage {name!r}: {', '.join(names)}")
+    return names.index(name) if name is not None else 0
 
 
-def show(config: Config, data: DataConfig, count: int, out: Path | None = None) -> None:
+def show(config: Config, stage: int, count: int, out: Path | None = None) -> None:
+    data = config.stages[stage].data
     tokenizer = Tokenizer(data.tokenizer) if data.tokenizer else None
-    loader = open_loader(data.train, data, config.model, rank=0, world=1, seed=config.seed, train=True)
+    loader = open_loader(data.train, data, config.model, rank=0, world=1, seed=config.seed + stage, train=True)
     batches: list[Batch] = []
     left, begun = count, []
     for batch in itertools.islice(loader, STATISTICS_ROWS):

@@ -15,17 +15,22 @@ def redistribute(states: list[dict[str, Any]], rank: int, world: int) -> dict[st
     if count % world:
         raise ValueError(
             f"the checkpoint holds {count} streams of data ({len(states)} data ranks x data.num_workers="
-            f"{states[0]['workers']}), which cannot be dealt out evenly to {world} data ranks"
+            f"{states[0]['workers']}), which cannot be dealt out evenly to {world} data ranks: take a number of data "
+            f"ranks (parallel.replicate x parallel.shard) that divides {count}, or its weights alone with init_from"
         )
     own = slice(rank * (count // world), (rank + 1) * (count // world))
     state = {**states[0], "rank": rank, "world": world, "workers": count // world}
     if "slots" in state:
         return {**state, "slots": [slot for given in states for slot in given["slots"]][own], "turn": 0}
-    if "energon" in state:
+    if "energon" in state and states[0]["workers"]:
         from avlm.data.energon_state import from_json, to_json  # slow to import
 
         merged = [from_json(given["energon"]) for given in states]
         merged[0].worker_states = [worker for given in merged for worker in given.worker_states][own]
         merged[0].next_worker_id = 0
         return {**state, "energon": to_json(merged[0])}
-    raise ValueError(f"synthetic rows belong to their rank: go on with {len(states)} data ranks")
+    what = "Energon's streams of data.num_workers=0" if "energon" in state else "synthetic rows"
+    raise ValueError(
+        f"{what} belong to their rank: go on with {len(states)} data ranks (parallel.replicate x parallel.shard), or "
+        "take the weights alone with init_from"
+    )

@@ -78,7 +78,7 @@ def test_rows_of_training_are_full_and_no_sample_waits_for_ever(loader):
 def test_more_workers_than_samples_work(loader, folder):
     (folder / "one.jsonl").write_text(json.dumps(record(1)))
     batches = list(islice(loader("one.jsonl", rank=1, world=2, num_workers=2), 3))
-    assert [batch.read for batch in batches] == [6, 0, 0] or sum(batch.read for batch in batches) >= 6
+    assert sum(batch.read for batch in batches) >= 6
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -111,11 +111,11 @@ def test_the_global_random_state_is_left_alone(loader, workers):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"world": 2}, "written with world=1, this run has world=2"),
-        ({"num_workers": 3}, "written with workers=0, this run has workers=3"),
-        ({"seed": 2}, "written with seed=1"),
-        ({"seq_length": 128}, "written with config="),
-        ({"towers": model(stack=2)}, "written with config="),
+        ({"world": 2}, "is for world=1, this run has world=2"),
+        ({"num_workers": 3}, "is for workers=0, this run has workers=3"),
+        ({"seed": 2}, "is for seed=1"),
+        ({"seq_length": 128}, "is for config="),
+        ({"towers": model(stack=2)}, "is for config="),
         ({"file": "good.jsonl"}, "holds 21 records, but 23 when"),
     ],
 )
@@ -125,7 +125,7 @@ def test_the_state_of_another_run_is_refused(loader, change, message):
 
 
 def test_the_state_of_another_rank_is_refused(loader):
-    with pytest.raises(ValueError, match="written with rank=0, this run has rank=1"):
+    with pytest.raises(ValueError, match="is for rank=0, this run has rank=1"):
         loader(rank=1, world=2, state=loader(world=2).state())
 
 

@@ -48,3 +48,7 @@ def test_streams_that_do_not_divide_are_refused(jsonl):
         jsonl(rank=0, world=1, num_workers=2, state=redistribute(states, 0, 1))
     with pytest.raises(ValueError, match="synthetic rows belong to their rank: go on with 2 data ranks"):
         redistribute([{"workers": 2, "row": 3}] * 2, 0, 1)
+    with pytest.raises(
+        ValueError, match=r"Energon's streams of data\.num_workers=0 belong to their rank: go on with 2"
+    ):
+        redistribute([{"workers": 0, "energon": {}}] * 2, 0, 1)

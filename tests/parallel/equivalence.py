@@ -270,7 +270,7 @@ def choose(world_size: int, quick: bool) -> list[Case]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="each layout once, on 2 and 4 ranks")
+    parser.add_argument("--quick", action="store_true", help="each layout once")
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
     arguments = parser.parse_args()
     print(
