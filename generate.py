@@ -61,6 +61,8 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, raw: bool) -
     with torch.device("meta"):
         model = AVLM(model_config)
     model.to(dtype).to_empty(device=device).requires_grad_(False)
+    if model_config.decoder.tie_embedding:  # to_empty gave the head a weight of its own
+        model.decoder.head.weight = model.decoder.embedding.weight
     weights.load(model, InitFrom(**{entry: str(folder)}))
     return model, encoder, stops
 

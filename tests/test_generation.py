@@ -245,9 +245,11 @@ def test_the_command_line_streams_one_prompt(exported, monkeypatch, capsys):
     assert code == 0 and streamed.rstrip("\n") == json.loads(whole)["text"].rstrip("\ufffd").rstrip("\n")
 
 
-def test_a_hugging_face_decoder_answers_with_its_own_template(tokenizer_folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_hugging_face_decoder_answers_with_its_own_template(tied, tokenizer_folder, tmp_path, monkeypatch, capsys):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=260, eos_token_id=257))
+    sizes |= {"vocab_size": 260, "eos_token_id": 257, "tie_word_embeddings": tied}
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     save(theirs, tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.save_pretrained(tmp_path)
