@@ -120,7 +120,7 @@ def download(package: Package, folder: Path) -> str | None:
 
 def check(path: Path, package: Package) -> None:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if False:
+    if found != package.sha256:
         raise ValueError(
             f"{path} is not {package.name} {package.version}: its sha256 is {found}, expected {package.sha256}; remove "
             "it and run this again"
