@@ -120,8 +120,9 @@ def test_predictions_of_a_step_and_the_best_checkpoint_are_evaluated(stopped):
         (("--metrics", "wer,bleu"), "--metrics names 'bleu', which is no metric (known: "),
         (("--step", "5000"), "no complete checkpoint of step 5000: there are those of steps "),
         (("--step", "worst"), "--step worst: give a number, best or latest"),
+        (("--data", "b=absent.jsonl"), "--data b=absent.jsonl: there is no absent.jsonl"),
     ],
 )
 def test_what_the_command_line_cannot_do_is_one_line(stopped, options, message):
-    result = evaluate(str(stopped / "run"), "--data", "a=b.jsonl", *options)
+    result = evaluate(str(stopped / "run"), "--data", f"a={stopped / 'some.jsonl'}", *options)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
