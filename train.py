@@ -25,6 +25,7 @@ from avlm.data.packing import empty_batch
 from avlm.models.avlm import AVLM
 from avlm.parallel import agreement, mesh
 from avlm.parallel.mesh import World
+from avlm.timing import PartClock
 from avlm.weights_plan import pinned
 
 
@@ -36,6 +37,7 @@ def train_step(
     clip_norm: float,
     world: World,
     accumulate_mode: str = "sharded",
+    clock: PartClock | None = None,
 ) -> Tensor:
     """One optimizer step over this rank's part of the rows. ``num_targets`` counts over all ranks and batches, so that
     every layout gives the same step.
@@ -52,6 +54,8 @@ def train_step(
         loss, loss_R = model(batch)
         (loss / num_targets).backward()
         losses.index_add_(0, batch.kind_R, loss_R)
+    if clock:
+        clock.end_of_backward()
     norm = optimizer.clip_gradients(model, clip_norm)
     adam.step()
     adam.zero_grad()
@@ -143,7 +147,8 @@ def run_stage(
         if cfg.debug.check_collectives:
             agreement.check_step(world, model, at.step, parts)
         num_targets, clip_norm = max(counts["target_tokens"], 1.0), stage.optimizer.clip_norm
-        values = train_step(model, parts, num_targets, adam, clip_norm, world, cfg.train.accumulate_mode)
+        log.clock.start()
+        values = train_step(model, parts, num_targets, adam, clip_norm, world, cfg.train.accumulate_mode, log.clock)
         at = replace(
             at, step=at.step + 1, stage_step=at.stage_step + 1, read=at.read + read, skipped=at.skipped + skipped
         )
@@ -196,7 +201,7 @@ def main(cfg: Config) -> None:
     parallel.apply(model, world, cfg)
     run = Path(cfg.output_dir)
     at = checkpoint.read_progress(resume_from, run) if resume_from else checkpoint.Progress()
-    log = metrics.Log(cfg, world, at.step)
+    log = metrics.Log(cfg, world, model, at.step)
     log.say(f"{metrics.describe(model)}; {world.size} x {device.type}")
     if resume_from:
         checkpoint.load(resume_from, model)

@@ -22,6 +22,7 @@ FREEZE_FLAGS = {
 
 config = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 @config
@@ -128,6 +129,7 @@ class ProjectorConfig:
     downsample: Count = 1  # vision: pixel shuffle of n x n patches; audio: n frames stacked; before the projection
     hidden_size: int = 0  # of mlp2x_gelu; 0: the decoder's width
     bias: bool = True  # Voxtral has none
+    output_std: Positive = 0.02  # of the features at random start, about; the decoder's token embedding is a good guide
 
 
 @config

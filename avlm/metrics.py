@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from avlm import flops
+from avlm import flops, timing
 from avlm.config import Config
 from avlm.data.batch import KINDS, Batch
 from avlm.models.avlm import AVLM
@@ -28,13 +28,15 @@ class NonFiniteLoss(RuntimeError):
 class Log:
     """Rows of a run. Values of a step stay on the device until ``flush``, which fetches all of them together."""
 
-    def __init__(self, config: Config, world: World, first_step: int):
+    def __init__(self, config: Config, world: World, model: AVLM, first_step: int):
         self.config, self.world = config, world
+        self.clock = timing.PartClock(model, world.device)
         self.path = Path(config.output_dir) / "metrics.jsonl"
         self.rows: list[dict[str, Any]] = []  # of steps not fetched yet
         self.values: list[Tensor] = []  # (loss of each kind, gradient norm, local loss), per row
         self.keys: list[list[str]] = []  # sample keys of this rank, per row
-        self.clock = time.perf_counter()
+        self.marks: list[list[timing.Mark]] = []  # where the step's time went on this rank, per row
+        self.flushed = time.perf_counter()
         # A share of the bf16 peak says nothing of steps in float32.
         is_bf16 = compute_dtype(config, world.device) == torch.bfloat16
         self.peak = flops.peak(world.device) if is_bf16 else None
@@ -52,6 +54,7 @@ class Log:
         self.rows.append(row)
         self.values.append(values)
         self.keys.append(keys)
+        self.marks.append(self.clock.stop())
         if self.world.is_first:
             self.bar.update()
         if row["step"] % self.config.train.log_every == 0 or values.device.type == "cpu":
@@ -62,14 +65,15 @@ class Log:
         if not self.rows:
             return
         fetched = torch.stack(self.values).tolist()
-        seconds = (time.perf_counter() - self.clock) / len(self.rows)
-        self.clock = time.perf_counter()
-        for row, values, keys in zip(self.rows, fetched, self.keys):
+        seconds = (time.perf_counter() - self.flushed) / len(self.rows)
+        self.flushed = time.perf_counter()
+        for row, values, keys, marks in zip(self.rows, fetched, self.keys, self.marks):
             *losses, norm, own_loss = values
             counts = [row[f"targets/{kind}"] for kind in KINDS]
             row["loss"] = sum(losses) / max(sum(counts), 1)
             row |= {f"loss/{kind}": x / n for kind, x, n in zip(KINDS, losses, counts) if n}
             row |= {"grad_norm": norm, "step_seconds": seconds, "tokens_per_second": row["tokens"] / seconds}
+            row |= {f"seconds/{part}": passed for part, passed in timing.seconds(marks).items()}
             row["padding"] = 1 - row["tokens"] / row.pop("row_tokens")
             row["flops"] = sum(value for name, value in row.items() if name.startswith("flops/"))
             if self.peak:
@@ -88,11 +92,11 @@ class Log:
                     f"grad {norm:.3f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s{mfu}"
                 )
         self.write(self.rows)
-        self.rows, self.values, self.keys = [], [], []
+        self.rows, self.values, self.keys, self.marks = [], [], [], []
 
     def restart_clock(self) -> None:
         """Leave what happened since the last flush (validation, saving) out of the next steps' time."""
-        self.clock = time.perf_counter()
+        self.flushed = time.perf_counter()
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Append rows and put them on disk."""

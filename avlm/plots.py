@@ -17,17 +17,17 @@ Row = dict[str, Any]
 
 
 def plot(run: Path) -> Path:
-    """Loss (all, by modality, validation), learning rate and gradient norm, throughput, and where tokens and FLOPs go;
-    writes RUN/metrics.png. ValueError if the run has no step yet."""
+    """Loss (all, by modality, validation), learning rate and gradient norm, throughput, answers to validation sets, and
+    where tokens, FLOPs and time go; writes RUN/metrics.png. ValueError if the run has no step yet."""
     rows = read_rows(run / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     if not steps:
         raise ValueError(f"{run / 'metrics.jsonl'} holds no steps yet")
-    figure, axes = pyplot.subplots(2, 2, figsize=(14, 8), sharex=True)
-    for panel, draw in zip(axes.flat, (_loss, _optimizer, _throughput, _shares)):
+    figure, axes = pyplot.subplots(2, 3, figsize=(20, 9), sharex=True)
+    for panel, draw in zip(axes.flat, (_loss, _optimizer, _throughput, _answers, _shares, _seconds)):
         draw(panel, steps, rows)
         _mark_stages(panel, steps)
-    for panel in axes[1]:
+    for panel in axes[-1]:
         panel.set_xlabel("step")
     figure.tight_layout()
     figure.savefig(run / "metrics.png", dpi=110)
@@ -67,6 +67,28 @@ def _throughput(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
         _curve(other, steps, lambda row: _percent(row, "mfu"), "MFU", "C5")
     other.set(ylabel="%", ylim=(0, 100))
     _legend(axes, other)
+
+
+def _answers(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
+    """Every metric of validation but the loss, a line for each set."""
+    names = sorted({key for row in rows for key in row if key.startswith("val/") and not key.endswith("/loss")})
+    for name, marker in zip(names, itertools.cycle("osD^v")):
+        found = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*found), f"-{marker}", ms=5, mfc="none", lw=0.8, label=name)
+    axes.set(ylabel="share, or errors per word", title="validation", ylim=(0, None))
+    if names:
+        axes.legend(fontsize=8)
+
+
+def _seconds(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
+    """The share of a step's time, on the first rank, that each part of the model took, forward and backward."""
+    total = lambda row: sum(value for name, value in row.items() if name.startswith("seconds/"))
+    for i, name in enumerate(sorted({key for row in steps for key in row if key.startswith("seconds/")})):
+        share = lambda row, name=name: 100 * row.get(name, 0.0) / total(row) if total(row) else None
+        _curve(axes, steps, share, name, f"C{i}")
+    axes.set(ylabel="%", ylim=(0, 100), title="share of time")
+    if axes.lines:
+        axes.legend(fontsize=8, ncols=2)
 
 
 def _shares(axes: Axes, steps: list[Row], rows: list[Row]) -> None:

@@ -155,7 +155,7 @@ def test_mfu_is_reported_where_the_peak_is_known(name, mfu, tmp_path, monkeypatc
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
     monkeypatch.setattr(metrics.time, "perf_counter", iter([0.0, 2.0, 2.0]).__next__)
     cfg = make_config(output_dir=str(tmp_path), train={"log_every": 1})
-    log = metrics.Log(cfg, SimpleNamespace(device=torch.device("cuda"), size=4, is_first=True), 0)
+    log = metrics.Log(cfg, SimpleNamespace(device=torch.device("cuda"), size=4, is_first=True), AVLM(cfg.model), 0)
     row = {"step": 1, "stage": "all", "lr": 0.1} | metrics.tally([], flops.costs(cfg, cfg.stages[0]))
     row |= {
         "tokens": 6,

@@ -45,11 +45,11 @@ def _bias(linear: nn.Linear) -> Tensor:
 
 def projector_start(projector: Projector) -> dict[str, tuple[float, float]]:
     """Random start, (mean, std) of a normal by parameter name: std 1 / sqrt(inputs), biases 0; the output is brought
-    to the scale of a token embedding (0.02)."""
+    to the scale of a token embedding, ``output_std``."""
     start = {}
     for name, module in projector.named_modules():
         if isinstance(module, nn.Linear):
             std = 1 / math.sqrt(module.in_features)
-            start[f"{name}.weight"] = (0.0, std if name == "up" else 0.02 * std)
+            start[f"{name}.weight"] = (0.0, std if name == "up" else projector.config.output_std * std)
             start[f"{name}.bias"] = (0.0, 0.0)
     return start

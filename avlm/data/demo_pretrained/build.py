@@ -22,7 +22,9 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
 from PIL import Image
+from torchaudio.functional import resample
 
 from avlm.data.demo_bank import SAMPLE_RATE, load
 from avlm.data.demo_pretrained.convert import convert
@@ -33,7 +35,8 @@ THINGS += ("an ankle boot",)
 TRAIN_PHOTOS, TEST_PHOTOS = 60, 10  # of each class
 HELD_OUT = 4  # one of so many prompts that qualify
 MAX_SECONDS = 12.0  # of a clip; longer prompts are left out
-ROUNDS, PAUSE = 3, 0.2  # of the training clips; seconds between their prompts
+ROUNDS, PAUSE = 6, 0.2  # of the training clips; seconds between their prompts
+SPEEDS = (1.0, 0.9, 1.1)  # of the rounds in turn, with the pitch: one speaker sounds like three
 ASK_PHOTO, ASK_SPEECH = "<image>\nWhat is this?", "<audio>\nTranscribe."
 SOUNDS, TEXTS = "./usr/share/asterisk/sounds/en_US_f_Allison/", "./usr/share/doc/asterisk-core-sounds-en/"
 
@@ -145,11 +148,13 @@ def choose_held_out(texts: dict[str, str], every: int = HELD_OUT) -> set[str]:
 
 def join(prompts: list[Clip]) -> list[Clip]:
     """Training clips: every prompt ROUNDS times, each time among others, as many as fit a length drawn at random. Half
-    of the prompts are single words, and a clip of one word teaches little for what its template costs."""
+    of the prompts are single words, and a clip of one word teaches little for what its template costs. The order is
+    another in every round: what comes next can be heard, and not remembered."""
     rng = np.random.default_rng(1)
     joined, pause = [], np.zeros(int(PAUSE * SAMPLE_RATE), np.int16)
     for i in range(ROUNDS):
-        left = [prompts[k] for k in rng.permutation(len(prompts))]
+        spoken = [(name, at_speed(samples, SPEEDS[i % len(SPEEDS)]), text) for name, samples, text in prompts]
+        left = [spoken[k] for k in rng.permutation(len(spoken))]
         while left:
             room, parts = rng.uniform(2.0, MAX_SECONDS) * SAMPLE_RATE, [left.pop()]
             while left and sum(len(samples) + len(pause) for _, samples, _ in [*parts, left[-1]]) <= room:
@@ -157,6 +162,13 @@ def join(prompts: list[Clip]) -> list[Clip]:
             samples = np.concatenate([piece for _, part, _ in parts for piece in (part, pause)])
             joined.append((f"train/{i}_{len(joined)}", samples, " ".join(text for _, _, text in parts)))
     return joined
+
+
+def at_speed(samples: np.ndarray, speed: float) -> np.ndarray:
+    if speed == 1.0:
+        return samples
+    resampled = resample(torch.from_numpy(samples).float(), round(speed * SAMPLE_RATE), SAMPLE_RATE)
+    return resampled.round().clamp(-32768, 32767).to(torch.int16).numpy()
 
 
 def split_sentences(text: str) -> list[str]:
