@@ -66,7 +66,7 @@ def build(out: Path) -> None:
     for split in ("train", "test"):
         write_jsonl(out / f"caption_{split}.jsonl", captions[split])
         write_jsonl(out / f"speech_{split}.jsonl", speech[split])
-    write_jsonl(out / "both_train.jsonl", captions["train"][:200] + speech["train"])
+    write_jsonl(out / "both_train.jsonl", captions["train"][:400] + speech["train"])
     if "pocketsphinx" in files:
         sentences = [transcription(out, clip) for clip in read_librivox(files["pocketsphinx"])]
         write_jsonl(out / "speech_other_test.jsonl", sentences)
@@ -147,16 +147,15 @@ def choose_held_out(texts: dict[str, str], every: int = HELD_OUT) -> set[str]:
 
 
 def join(prompts: list[Clip]) -> list[Clip]:
-    """Training clips: every prompt ROUNDS times, each time among others, as many as fit a length drawn at random. Half
-    of the prompts are single words, and a clip of one word teaches little for what its template costs. The order is
-    another in every round: what comes next can be heard, and not remembered."""
+    """Training clips: every prompt ROUNDS times, each time among others, as many as fit a length drawn at random (short
+    ones are likelier). The order is another in every round: what comes next can be heard, and not remembered."""
     rng = np.random.default_rng(1)
     joined, pause = [], np.zeros(int(PAUSE * SAMPLE_RATE), np.int16)
     for i in range(ROUNDS):
         spoken = [(name, at_speed(samples, SPEEDS[i % len(SPEEDS)]), text) for name, samples, text in prompts]
         left = [spoken[k] for k in rng.permutation(len(spoken))]
         while left:
-            room, parts = rng.uniform(2.0, MAX_SECONDS) * SAMPLE_RATE, [left.pop()]
+            room, parts = rng.uniform() ** 2 * MAX_SECONDS * SAMPLE_RATE, [left.pop()]
             while left and sum(len(samples) + len(pause) for _, samples, _ in [*parts, left[-1]]) <= room:
                 parts.append(left.pop())
             samples = np.concatenate([piece for _, part, _ in parts for piece in (part, pause)])
