@@ -1,8 +1,9 @@
 """How long a step spends in each part of the model: forward, backward and recomputation.
 
 A step is cut at marks. A part begins where its forward is called, and again where the gradient of its output arrives;
-what follows, up to the next mark, is its time. So the parts' seconds add up to the step's. On a GPU a mark is an event
-of the stream that computes: nothing waits for it. What a part waits for (other ranks, the host) is its time as well.
+what follows, up to the next mark, is its time. So the parts' seconds add up to the step's, without the wait for data.
+On a GPU a mark is an event of the stream that computes: nothing waits for it. What a part waits for (other ranks, the
+host) is its time as well.
 """
 
 import itertools

@@ -71,7 +71,11 @@ def cook(crude: dict) -> Raw:
 
 def to_sample(raw: Raw) -> Sample:
     """ValueError if the record is broken or names a part that is not there."""
-    return parse(json.loads(_part(raw.parts, "json")), lambda name: _part(raw.parts, name), raw.__key__)
+    try:
+        record = json.loads(_part(raw.parts, "json"))
+    except RecursionError as error:
+        raise ValueError(f"its JSON is nested too deep: {error}") from None
+    return parse(record, lambda name: _part(raw.parts, name), raw.__key__)
 
 
 class RawEncoder(DefaultTaskEncoder):

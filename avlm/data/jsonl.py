@@ -71,18 +71,19 @@ class Records:
         if os.path.isabs(relative) or relative.split(os.sep)[0] == "..":
             raise ValueError(f"media name {name!r} leads out of {self.media_root}: set data.media_root")
         path = self.media_root / relative
-        if not path.is_file():
-            raise ValueError(f"no media file {path}")
-        if path.stat().st_size > self.max_media_bytes:
-            raise ValueError(
-                f"{path} has {path.stat().st_size} bytes, more than data.max_media_bytes={self.max_media_bytes}"
-            )
-        return path.read_bytes()
+        try:
+            if not path.is_file():
+                raise ValueError(f"no media file {path}")
+            if (size := path.stat().st_size) > self.max_media_bytes:
+                raise ValueError(f"{path} has {size} bytes, more than data.max_media_bytes={self.max_media_bytes}")
+            return path.read_bytes()
+        except OSError as error:  # a name that is too long, a file that may not be read
+            raise ValueError(f"media file {path!s:.200} cannot be read: {error.strerror}") from None
 
     def _load(self, text: bytes) -> Any:
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.file} is not valid JSON: {error}") from None
 
 

@@ -199,7 +199,7 @@ def fingerprint(data: DataConfig, model: ModelConfig) -> str:
     for part in ("vision", "audio", "vision_projector", "audio_projector"):
         settings[part] = dataclasses.asdict(getattr(model, part)) if getattr(model, part) else None
         if settings[part] and part.endswith("projector"):
-            del settings[part]["bias"]  # no sample's length depends on it
+            del settings[part]["bias"], settings[part]["output_std"]  # no sample's length depends on them
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -27,19 +27,24 @@ def decode(data: bytes, video: VideoConfig, max_pixels: int) -> Iterator[tuple[T
                 raise ValueError("file has no video stream")
             stream = container.streams.video[0]
             width, height = stream.codec_context.width, stream.codec_context.height
-            if width * height > max_pixels:
-                raise ValueError(f"film of {width} x {height} pixels exceeds data.max_image_pixels={max_pixels}")
+            _check_size(width, height, max_pixels)
             stream.codec_context.thread_count = (
                 1  # the loader's workers are the parallelism; threads cost small films most
             )
             convert = VideoReformatter()  # one for all frames: it keeps its tables
             for frame in _frames_at(container, stream, times(_seconds(container, stream), video)):
                 count += 1
+                _check_size(frame.width, frame.height, max_pixels)  # a stream may change it under way
                 yield _rgb(frame, convert), _time(frame, stream)
     except av.FFmpegError as error:
         raise ValueError(f"film cannot be decoded: {error.strerror}") from None
     if count == 0:
         raise ValueError("film has no frame")
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ValueError(f"film of {width} x {height} pixels exceeds data.max_image_pixels={max_pixels}")
 
 
 def has_sound(data: bytes) -> bool:

@@ -161,6 +161,21 @@ def test_a_file_without_one_good_sample_ends_the_run_with_one_line(loader, worke
         list(islice(loader("bad.jsonl", num_workers=workers), 1))
 
 
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (json.dumps(record(1)).replace("one", "\\ud800", 1), "half a surrogate pair"),
+        (json.dumps(record(1) | {"images": ["x" * 5000]}), "cannot be read: File name too long"),
+        ("[" * 100_000 + "]" * 100_000, "is not valid JSON"),
+    ],
+    ids=["surrogate", "long name", "nested"],
+)
+def test_what_only_a_hostile_file_holds_is_skipped_too(loader, folder, line, reason):
+    (folder / "hostile.jsonl").write_text(f"{json.dumps(record(1))}\n{line}\n")
+    [batch] = loader("hostile.jsonl", train=False)
+    assert batch.keys == ["hostile.jsonl:0"] and reason in batch.skipped[0][1]
+
+
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "pictures/../../secret.png"])
 def test_names_that_lead_out_of_the_media_folder_are_refused(folder, tokenizer_folder, name):
     (folder.parent / "secret.png").write_bytes(image_file(picture(8, 8)))

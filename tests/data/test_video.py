@@ -88,3 +88,22 @@ def test_a_truncated_film_gives_frames_or_a_clear_error():
         assert np.all([frame.shape == (3, 48, 64) for frame, _ in frames])
     except ValueError as error:
         assert "film" in str(error)
+
+
+def stream(side: int, first: int, count: int) -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mpegts") as container:
+        pictures = container.add_stream("mpeg2video", rate=25, width=side, height=side, pix_fmt="yuv420p")
+        for i in range(count):
+            frame = av.VideoFrame.from_ndarray(np.zeros((side, side, 3), np.uint8), format="rgb24")
+            frame.pts = first + i
+            container.mux(pictures.encode(frame))
+        container.mux(pictures.encode())
+    return buffer.getvalue()
+
+
+def test_frames_that_grow_under_way_are_bounded_too():
+    growing = stream(64, 0, 150) + stream(256, 150, 150)
+    assert len(list(video.decode(growing, VideoConfig(num_frames=8), 256 * 256))) == 8
+    with pytest.raises(ValueError, match="film of 256 x 256 pixels exceeds"):
+        list(video.decode(growing, VideoConfig(num_frames=8), 10_000))
