@@ -31,8 +31,8 @@ demo-pretrained: $(VENV)/.test
 	$(VENV)/bin/python generate.py $(RUN)_pretrained --audio $$clip --prompt Transcribe.; done
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -m "not slow"
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/kernels
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/kernels
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
