@@ -45,6 +45,8 @@ def train_step(
     Returns, on the device, float32 (len(KINDS) + 2,): the global loss sum of each kind, the gradient norm, the own loss
     sum. Nothing here waits for the device.
     """
+    if clock:
+        clock.start()
     losses = torch.zeros(len(KINDS), device=world.device)
     for i, batch in enumerate(batches):
         batch = batch.to(world.device)
@@ -147,8 +149,8 @@ def run_stage(
         if cfg.debug.check_collectives:
             agreement.check_step(world, model, at.step, parts)
         num_targets, clip_norm = max(counts["target_tokens"], 1.0), stage.optimizer.clip_norm
-        log.clock.start()
-        values = train_step(model, parts, num_targets, adam, clip_norm, world, cfg.train.accumulate_mode, log.clock)
+        mode = cfg.train.accumulate_mode
+        values = train_step(model, parts, num_targets, adam, clip_norm, world, mode, log.part_clock)
         at = replace(
             at, step=at.step + 1, stage_step=at.stage_step + 1, read=at.read + read, skipped=at.skipped + skipped
         )

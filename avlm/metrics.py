@@ -30,13 +30,13 @@ class Log:
 
     def __init__(self, config: Config, world: World, model: AVLM, first_step: int):
         self.config, self.world = config, world
-        self.clock = timing.PartClock(model, world.device)
+        self.part_clock = timing.PartClock(model, world.device)
         self.path = Path(config.output_dir) / "metrics.jsonl"
         self.rows: list[dict[str, Any]] = []  # of steps not fetched yet
         self.values: list[Tensor] = []  # (loss of each kind, gradient norm, local loss), per row
         self.keys: list[list[str]] = []  # sample keys of this rank, per row
         self.marks: list[list[timing.Mark]] = []  # where the step's time went on this rank, per row
-        self.flushed = time.perf_counter()
+        self.timed_from = time.perf_counter()
         # A share of the bf16 peak says nothing of steps in float32.
         is_bf16 = compute_dtype(config, world.device) == torch.bfloat16
         self.peak = flops.peak(world.device) if is_bf16 else None
@@ -54,7 +54,7 @@ class Log:
         self.rows.append(row)
         self.values.append(values)
         self.keys.append(keys)
-        self.marks.append(self.clock.stop())
+        self.marks.append(self.part_clock.stop())
         if self.world.is_first:
             self.bar.update()
         if row["step"] % self.config.train.log_every == 0 or values.device.type == "cpu":
@@ -65,8 +65,8 @@ class Log:
         if not self.rows:
             return
         fetched = torch.stack(self.values).tolist()
-        seconds = (time.perf_counter() - self.flushed) / len(self.rows)
-        self.flushed = time.perf_counter()
+        seconds = (time.perf_counter() - self.timed_from) / len(self.rows)
+        self.timed_from = time.perf_counter()
         for row, values, keys, marks in zip(self.rows, fetched, self.keys, self.marks):
             *losses, norm, own_loss = values
             counts = [row[f"targets/{kind}"] for kind in KINDS]
@@ -96,7 +96,7 @@ class Log:
 
     def restart_clock(self) -> None:
         """Leave what happened since the last flush (validation, saving) out of the next steps' time."""
-        self.flushed = time.perf_counter()
+        self.timed_from = time.perf_counter()
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Append rows and put them on disk."""

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def plot(run: Path) -> Path:
-    """Loss (all, by modality, validation), learning rate and gradient norm, throughput, answers to validation sets, and
+    """Loss (all, by modality, validation), learning rate and gradient norm, throughput, metrics of validation, and
     where tokens, FLOPs and time go; writes RUN/metrics.png. ValueError if the run has no step yet."""
     rows = read_rows(run / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
@@ -40,10 +40,7 @@ def _loss(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
     _curve(axes, steps, lambda row: row["loss"], "all", "k", 2.0)
     for i, kind in enumerate(kinds):
         _curve(axes, steps, lambda row, kind=kind: row.get(kind), kind.removeprefix("loss/"), f"C{i}")
-    sets = sorted({key for row in rows for key in row if key.startswith("val/") and key.endswith("/loss")})
-    for name, marker in zip(sets, itertools.cycle("osD^v")):
-        found = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*found), marker, ms=5, mfc="none", label=name.removesuffix("/loss"))
+    _points(axes, rows, lambda name: name.endswith("/loss"))
     axes.set(ylabel="loss per target token (nats)", yscale="log", title="loss")
     axes.legend(fontsize=8)
 
@@ -70,13 +67,10 @@ def _throughput(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
 
 
 def _answers(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
-    """Every metric of validation but the loss, a line for each set."""
-    names = sorted({key for row in rows for key in row if key.startswith("val/") and not key.endswith("/loss")})
-    for name, marker in zip(names, itertools.cycle("osD^v")):
-        found = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*found), f"-{marker}", ms=5, mfc="none", lw=0.8, label=name)
-    axes.set(ylabel="share, or errors per word", title="validation", ylim=(0, None))
-    if names:
+    """Every metric of validation but the loss."""
+    _points(axes, rows, lambda name: not name.endswith("/loss"))
+    axes.set(ylabel="share, or errors per word or letter", title="validation", ylim=(0, None))
+    if axes.lines:
         axes.legend(fontsize=8)
 
 
@@ -100,6 +94,14 @@ def _shares(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
             _curve(axes, steps, lambda row, name=name: _percent(row, name, "flops"), name, f"C{i + 2}", style="--")
     axes.set(ylabel="%", ylim=(0, 100), title="share of tokens and of FLOPs")
     axes.legend(fontsize=8, ncols=2)
+
+
+def _points(axes: Axes, rows: list[Row], wanted: Callable[[str], bool]) -> None:
+    """What validation measured, a mark each time."""
+    names = sorted({key for row in rows for key in row if key.startswith("val/") and wanted(key)})
+    for name, marker in zip(names, itertools.cycle("osD^v")):
+        found = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*found), f":{marker}", ms=5, mfc="none", lw=0.8, label=name.removesuffix("/loss"))
 
 
 def _percent(row: Row, name: str, of: str | None = None) -> float | None:

@@ -1,9 +1,9 @@
 """How long a step spends in each part of the model: forward, backward and recomputation.
 
 A step is cut at marks. A part begins where its forward is called, and again where the gradient of its output arrives;
-what follows, up to the next mark, is its time. So the parts' seconds add up to the step's, without the wait for data.
-On a GPU a mark is an event of the stream that computes: nothing waits for it. What a part waits for (other ranks, the
-host) is its time as well.
+what follows, up to the next mark, is its time: so the parts' seconds add up to those of ``train_step``. What a part
+waits for is its time as well: the host, other ranks, its weights. (Of media that were encoded elsewhere, the gradients'
+way back is the projector's.) On a GPU a mark is an event of the stream that computes, and nothing waits for it.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from avlm.models.avlm import AVLM
 
-REST = "optimizer"  # gradient sums that come after the backward, clipping, the optimizer
+REST = "other"  # the batch on its way to the device, clipping, the optimizer, the sum of losses
 Mark = tuple[str, float | torch.cuda.Event]
 
 
@@ -25,10 +25,12 @@ class PartClock:
     def __init__(self, model: AVLM, device: torch.device):
         self.device = device
         self.marks: list[Mark] | None = None
-        parts = dict(model.named_children())
-        for name, module in [*parts.items(), ("head", model.decoder.head), ("decoder", model.decoder.embedding)]:
-            module.register_forward_pre_hook(partial(self._forward, name))
-            module.register_forward_hook(partial(self._output, name))
+        # Before the hooks of FSDP2, so that a part waits for its own weights. The root's hold the embedding.
+        model.register_forward_pre_hook(partial(self._forward, "decoder"), prepend=True)
+        inner = (("head", model.decoder.head), ("decoder", model.decoder.embedding))
+        for name, module in (*model.named_children(), *inner):
+            module.register_forward_pre_hook(partial(self._forward, name), prepend=True)
+            module.register_forward_hook(partial(self._output, name), prepend=True)
 
     def start(self) -> None:
         self.marks = []
@@ -39,7 +41,7 @@ class PartClock:
 
     def stop(self) -> list[Mark]:
         """The step's marks in order, for ``seconds``; none without ``start``."""
-        self._mark("")
+        self._mark("")  # an end, and no part's beginning
         marks, self.marks = self.marks or [], None
         return marks
 

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from avlm import freezing, optimizer, timing
 from avlm.parallel import mesh
@@ -39,7 +40,6 @@ def measure(cfg):
         else:
             module = model.decoder.head if part == "head" else getattr(model, part)
             hook = module.register_forward_hook(behind)
-        clock.start()
         train_step(model, rows, 50.0, adam, 1.0, world, clock=clock)
         results[part] = timing.seconds(clock.stop())
         hook.remove()
@@ -53,6 +53,31 @@ def test_a_part_has_the_seconds_of_its_forward_and_backward(ranks, rows):
         for part, seconds in results.items():
             assert set(seconds) == set(PARTS)
             assert seconds == dict.fromkeys(PARTS, 0.0) | {part: 1.0 if part == timing.REST else 4.0 * rows}
+
+
+def gather(cfg):
+    """Part -> seconds, when nothing takes time but FSDP's gathers of weights, a second each."""
+    now = [0.0]
+    timing.time = SimpleNamespace(perf_counter=lambda: now[0])
+    world, model = build(cfg)
+    clock = timing.PartClock(model, world.device)
+    adam = optimizer.build(model, cfg.stages[0].optimizer)
+    original = dist.all_gather_into_tensor
+
+    def slow(*arguments, **options):
+        now[0] += 1
+        return original(*arguments, **options)
+
+    dist.all_gather_into_tensor = slow
+    train_step(model, make_rows(cfg, ["both", "both"])[world.rank :][:1], 50.0, adam, 1.0, world, clock=clock)
+    mesh.stop()
+    return timing.seconds(clock.stop())
+
+
+def test_a_part_waits_for_its_own_weights():
+    for seconds in run_ranks(gather, 2, make_config()):
+        assert seconds["vision"] > 0 and seconds["audio"] > 0 and seconds["decoder"] > 0
+        assert seconds[timing.REST] == 0
 
 
 def test_a_frozen_tower_has_its_forward_alone():

@@ -174,8 +174,8 @@ class Chat:
                 raise ValueError(f"unknown role {message.get('role')!r}: give one of {', '.join(ROLES)}")
             if not isinstance(message.get("content"), str):
                 raise ValueError(f"content of a {message['role']} turn is not text: {message.get('content')!r:.80}")
-            if re.search("[\ud800-\udfff\ufdd0-\ufdd4]", message["content"]):
-                raise ValueError("text holds half a surrogate pair or a Unicode noncharacter (U+FDD0 to U+FDD4)")
+            if re.search("[\ufdd0-\ufdd4]", message["content"]):
+                raise ValueError("text holds a Unicode noncharacter (U+FDD0 to U+FDD4)")
         roles = [message["role"] for message in messages]
         if prompt and roles[-1:] != ["user"]:
             raise ValueError(f"a prompt must end with a user turn, not with {roles[-1] if roles else 'nothing'}")

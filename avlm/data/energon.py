@@ -9,7 +9,6 @@ counted in the row that it lands in. So the counts survive a resume like the sam
 """
 
 import gc
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +38,7 @@ from avlm.data.batch import Batch
 from avlm.data.chat import Tokenizer
 from avlm.data.energon_state import from_json, to_json
 from avlm.data.packing import pack, select
-from avlm.data.sample import EncodedSample, Sample, SampleEncoder, parse
+from avlm.data.sample import EncodedSample, Sample, SampleEncoder, load_json, parse
 
 SAMPLES_PER_SLICE = 100  # samples read one after the other before the reader jumps to another place of the shards
 EMPTY = ("empty dataset", "all empty datasets", "no samples in any")  # what Energon says of a worker without samples
@@ -71,11 +70,7 @@ def cook(crude: dict) -> Raw:
 
 def to_sample(raw: Raw) -> Sample:
     """ValueError if the record is broken or names a part that is not there."""
-    try:
-        record = json.loads(_part(raw.parts, "json"))
-    except RecursionError as error:
-        raise ValueError(f"its JSON is nested too deep: {error}") from None
-    return parse(record, lambda name: _part(raw.parts, name), raw.__key__)
+    return parse(load_json(_part(raw.parts, "json")), lambda name: _part(raw.parts, name), raw.__key__)
 
 
 class RawEncoder(DefaultTaskEncoder):

@@ -6,7 +6,7 @@ many slots there are. A slot's whole state is its place in the stream and the sa
 but not yet handed out. Validation reads once, in the order of the file.
 """
 
-import json
+import errno
 import os
 import zlib
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from avlm.config import DataConfig, ModelConfig
 from avlm.data.batch import Batch
 from avlm.data.chat import Tokenizer
 from avlm.data.packing import pack, select
-from avlm.data.sample import EncodedSample, Sample, SampleEncoder, parse
+from avlm.data.sample import EncodedSample, Sample, SampleEncoder, load_json, parse
 
 Row = list[tuple[int, EncodedSample]]  # samples that share a row, with their record numbers
 
@@ -73,17 +73,19 @@ class Records:
         path = self.media_root / relative
         try:
             if not path.is_file():
-                raise ValueError(f"no media file {path}")
+                raise ValueError(f"no media file {path!s:.200}")
             if (size := path.stat().st_size) > self.max_media_bytes:
                 raise ValueError(f"{path} has {size} bytes, more than data.max_media_bytes={self.max_media_bytes}")
             return path.read_bytes()
-        except OSError as error:  # a name that is too long, a file that may not be read
+        except OSError as error:
+            if error.errno not in (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP):
+                raise  # a disk that fails is no fault of the sample
             raise ValueError(f"media file {path!s:.200} cannot be read: {error.strerror}") from None
 
     def _load(self, text: bytes) -> Any:
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
+            return load_json(text)
+        except ValueError as error:
             raise ValueError(f"{self.file} is not valid JSON: {error}") from None
 
 

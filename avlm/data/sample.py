@@ -8,8 +8,10 @@ in the order of the media, so the n-th IMAGE id belongs to the n-th image featur
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +72,19 @@ def parse(record: dict, media: Callable[[str], bytes], key: str) -> Sample:
         raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
     names = {kind: _names(record, kind) for kind in MEDIA}
     parts = {f"{kind}s": [media(name) for name in names[kind]] for kind in MEDIA}
-    return Sample(key=key, messages=_messages(record), **parts, answers=_references(record))
+    messages, references = _messages(record), _references(record)
+    for text in (*references, *(turn["content"] for turn in messages)):
+        if isinstance(text, str) and re.search("[\ud800-\udfff]", text):  # JSON can write it, UTF-8 cannot
+            raise ValueError("text holds half of a surrogate pair")
+    return Sample(key=key, messages=messages, **parts, answers=references)
+
+
+def load_json(text: bytes) -> Any:
+    """ValueError for what is no JSON, or nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"nested too deep: {error}") from None
 
 
 def _messages(record: dict) -> Messages:

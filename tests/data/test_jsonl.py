@@ -164,11 +164,12 @@ def test_a_file_without_one_good_sample_ends_the_run_with_one_line(loader, worke
 @pytest.mark.parametrize(
     "line, reason",
     [
-        (json.dumps(record(1)).replace("one", "\\ud800", 1), "half a surrogate pair"),
-        (json.dumps(record(1) | {"images": ["x" * 5000]}), "cannot be read: File name too long"),
+        (json.dumps(record(1)).replace("one", "\\ud800", 1), "half of a surrogate pair"),
+        (json.dumps(record(1) | {"answers": ["\ud800"]}), "half of a surrogate pair"),
+        (json.dumps(record(1) | {"images": ["x" * 5000]}), "media file"),
         ("[" * 100_000 + "]" * 100_000, "is not valid JSON"),
     ],
-    ids=["surrogate", "long name", "nested"],
+    ids=["surrogate", "in an answer", "long name", "nested"],
 )
 def test_what_only_a_hostile_file_holds_is_skipped_too(loader, folder, line, reason):
     (folder / "hostile.jsonl").write_text(f"{json.dumps(record(1))}\n{line}\n")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from avlm.config import ProjectorConfig
-from avlm.models.projector import Projector
+from avlm.models.projector import Projector, projector_start
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
@@ -31,3 +31,16 @@ def test_no_features_give_exactly_zero_gradients(kind):
     nothing = torch.zeros(0, dtype=torch.int64)
     projector(torch.randn(5, 6), nothing, torch.zeros(0, 4), nothing.view(0, 1)).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in projector.parameters())
+
+
+@pytest.mark.parametrize("kind, share", [("linear", 1.0), ("mlp2x_gelu", 0.65)])  # GELU of a standard normal: 0.65
+@pytest.mark.parametrize("std", [0.02, 0.14])
+def test_features_start_about_as_large_as_told(kind, share, std):
+    config = ProjectorConfig(type=kind, hidden_size=256, output_std=std)
+    projector = Projector(config, tower_size=64, gathered=2, decoder_size=512)
+    for name, (mean, deviation) in projector_start(projector).items():
+        torch.nn.init.normal_(projector.get_parameter(name), mean, deviation)
+    x_PC, source_RS = torch.randn(200, 64), torch.arange(200).view(100, 2)
+    with torch.no_grad():
+        out = projector(torch.zeros(100, 512), torch.arange(100), x_PC, source_RS)
+    assert out.square().mean().sqrt().item() == pytest.approx(share * std, rel=0.1)
