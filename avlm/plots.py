@@ -17,16 +17,17 @@ Row = dict[str, Any]
 
 
 def plot(run: Path) -> Path:
-    """Loss (all, by modality, validation), learning rate and gradient norm, throughput, metrics of validation, and
-    where tokens, FLOPs and time go; writes RUN/metrics.png. ValueError if the run has no step yet."""
+    """Loss (all, by modality, validation), learning rate and gradient norm, throughput, where tokens, FLOPs and time
+    go, and metrics of validation, each where the run has it; writes RUN/metrics.png. ValueError for a run without steps."""
     rows = read_rows(run / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     if not steps:
         raise ValueError(f"{run / 'metrics.jsonl'} holds no steps yet")
     figure, axes = pyplot.subplots(2, 3, figsize=(20, 9), sharex=True)
-    for panel, draw in zip(axes.flat, (_loss, _optimizer, _throughput, _answers, _shares, _seconds)):
+    for panel, draw in zip(axes.flat, (_loss, _optimizer, _throughput, _shares, _seconds, _validation)):
         draw(panel, steps, rows)
         _mark_stages(panel, steps)
+        panel.set_visible(bool(panel.get_legend()))
     for panel in axes[-1]:
         panel.set_xlabel("step")
     figure.tight_layout()
@@ -66,7 +67,7 @@ def _throughput(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
     _legend(axes, other)
 
 
-def _answers(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
+def _validation(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
     """Every metric of validation but the loss."""
     _points(axes, rows, lambda name: not name.endswith("/loss"))
     axes.set(ylabel="share, or errors per word or letter", title="validation", ylim=(0, None))
