@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 def plot(run: Path) -> Path:
     """Loss (all, by modality, validation), learning rate and gradient norm, throughput, where tokens, FLOPs and time
-    go, and metrics of validation, each where the run has it; writes RUN/metrics.png. ValueError for a run without steps."""
+    go, and metrics of validation, each where the run has it; writes RUN/metrics.png. ValueError without steps."""
     rows = read_rows(run / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     if not steps:
