@@ -28,6 +28,7 @@ def plot(run: Path) -> Path:
         draw(panel, steps, rows)
         _mark_stages(panel, steps)
         panel.set_visible(bool(panel.get_legend()))
+        panel.tick_params(labelbottom=True)  # the panel below may be hidden
     for panel in axes[-1]:
         panel.set_xlabel("step")
     figure.tight_layout()

@@ -72,7 +72,7 @@ VARIANTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         [
             f"init_from.decoder={DEMO}/checkpoints/step_{LANGUAGE:08}",
             *NO_VISION,
-            # With the decoder trained from the start it learns what answers look like, and not to listen (1 %).
+            # With the decoder trained from the start it learns what answers look like, and not to listen.
             "stages=[{name: audio_alignment, steps: 180, data: {train: data/demo/audio.yaml}, "
             "train: [audio, audio_projector]}, {name: finetune, steps: 120, data: {train: data/demo/audio.yaml}, "
             "train: [decoder, audio, audio_projector], optimizer: {lr: 1.5e-3}}]",
