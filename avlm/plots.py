@@ -144,7 +144,10 @@ def _smooth(values: Iterable[float], weight: float) -> Iterable[float]:
 
 
 def _mark_stages(axes: Axes, steps: list[Row]) -> None:
+    """A line where each stage begins, and its name where the stage is long enough for one."""
     for name, stage in itertools.groupby(steps, key=lambda row: row["stage"]):
-        first = next(stage)["step"]
-        axes.axvline(first, color="0.7", lw=0.8, ls=":")
-        axes.text(first, 1.0, f" {name}", transform=axes.get_xaxis_transform(), va="top", fontsize=7, color="0.4")
+        numbers = [row["step"] for row in stage]
+        axes.axvline(numbers[0], color="0.7", lw=0.8, ls=":")
+        if len(numbers) > len(steps) / 50:
+            place = {"transform": axes.get_xaxis_transform(), "rotation": 90, "va": "bottom"}
+            axes.text(numbers[0], 0.01, name, fontsize=7, color="0.4", **place)
