@@ -9,11 +9,9 @@ features, fitted to the same training photos, and Whisper's own decoder, greedy.
 
 import argparse
 import json
-import wave
 from pathlib import Path
 
 import jiwer
-import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
@@ -26,7 +24,7 @@ from transformers import (
 )
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from avlm.data.demo_bank import SAMPLE_RATE
+from avlm.data import audio
 
 METRICS = {"caption": "exact_match", "speech": "wer", "speech_other": "wer"}  # set -> metric
 HEADS = ("photos named right", "word error rate, same speaker", "word error rate, another speaker")
@@ -132,9 +130,8 @@ def whisper_word_errors(folder: Path, records: list[dict]) -> float:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     heard = []
     for record in records:
-        with wave.open(str(record["media"])) as sound:
-            samples = np.frombuffer(sound.readframes(sound.getnframes()), np.int16) / 32768
-        features = extractor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+        samples = audio.decode(record["media"].read_bytes(), max_seconds=30).numpy()
+        features = extractor(samples, sampling_rate=audio.SAMPLE_RATE, return_tensors="pt").input_features
         ids = model.generate(features, do_sample=False)[0].tolist()
         heard.append(tokenizer.decode(ids, skip_special_tokens=True))
     normal = EnglishTextNormalizer()
