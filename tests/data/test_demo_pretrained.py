@@ -20,6 +20,7 @@ from avlm.data.demo_pretrained.build import choose_held_out
 from avlm.data.demo_pretrained.convert import clip_weights
 from avlm.data.demo_pretrained.formats import dequantise_q4_1, dequantise_q8_0, read_ct2, read_onnx
 from avlm.data.demo_pretrained.packages import PACKAGES, check, fetch, read_deb
+from avlm.data.demo_pretrained.voices import FORTUNES, read_aloud, sentences
 from avlm.pretrained import read_config
 from kernels.segments import Segments
 from tests.models.handmade import load_tower, loaded, make_batch
@@ -67,16 +68,22 @@ def test_an_optional_package_that_is_gone_is_skipped(tmp_path, capsys):
     assert f"skipped: {gone.name}" in capsys.readouterr().out
 
 
-def test_files_are_read_from_a_debian_package(tmp_path):
-    (tmp_path / "a").write_text("hello")
-    subprocess.run(["tar", "-cJf", "data.tar.xz", "./a"], cwd=tmp_path, check=True)
-    parts = {"debian-binary": b"2.0", "data.tar.xz": (tmp_path / "data.tar.xz").read_bytes()}
+def make_deb(folder: Path, name: str, text: str) -> Path:
+    """A Debian package with one file."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+    subprocess.run(["tar", "-cJf", "data.tar.xz", f"./{name}"], cwd=folder, check=True)
+    parts = {"debian-binary": b"2.0", "data.tar.xz": (folder / "data.tar.xz").read_bytes()}
     archive = b"!<arch>\n"
     for name, data in parts.items():
         header = f"{name:16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode()
         archive += header + data + b"\n" * (len(data) % 2)
-    (tmp_path / "x.deb").write_bytes(archive)
-    with read_deb(tmp_path / "x.deb") as files:
+    (folder / "x.deb").write_bytes(archive)
+    return folder / "x.deb"
+
+
+def test_files_are_read_from_a_debian_package(tmp_path):
+    with read_deb(make_deb(tmp_path, "a", "hello")) as files:
         assert files.extractfile("./a").read() == b"hello"
 
 
@@ -194,3 +201,17 @@ def test_smollm2_answers_and_has_the_logits_of_transformers():
     with torch.no_grad():
         given, expected = all_logits(ours, make_batch(config, [ids.tolist()])), theirs(ids[None]).logits[0]
     assert (given - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+# 5. Synthetic voices.
+
+
+def test_plain_sentences_are_found_once_and_without_their_authors(tmp_path):
+    text = "All men are mortal.  Socrates was a man.\n\t\t-- An Author\n%\nSocrates was a man. It has 2 legs!\n%\nNo.\n"
+    deb = make_deb(tmp_path, FORTUNES.removeprefix("./") + "wisdom", text)
+    assert sentences(deb) == ["All men are mortal.", "Socrates was a man."]
+
+
+def test_without_the_voices_the_prompts_are_all_there_is(tmp_path, capsys):
+    assert read_aloud(tmp_path, {"fortunes": tmp_path / "x.deb"}) == []
+    assert "skipped: synthetic speech, without libflite1, libasound2" in capsys.readouterr().out

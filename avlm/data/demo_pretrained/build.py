@@ -4,7 +4,8 @@ data/pretrained/
   packages/                             as they came
   whisper/  clip/  smollm2/             ordinary Hugging Face folders (convert.py)
   caption_{train,test}.jsonl  photos/   Fashion-MNIST of the demo's bank: its official splits
-  speech_{train,test}.jsonl   speech/   telephone prompts of one speaker; the sentences of the test are unseen
+  speech_{train,test}.jsonl   speech/   telephone prompts of one speaker, synthetic voices (optional) in the training
+                                        alone; the sentences of the test are unseen
   speech_other_test.jsonl               LibriVox: another speaker, another century's English (optional)
   both_train.jsonl                      photos and prompts
   NOTICE                                whose work all this is
@@ -29,6 +30,7 @@ from torchaudio.functional import resample
 from avlm.data.demo_bank import SAMPLE_RATE, load
 from avlm.data.demo_pretrained.convert import convert
 from avlm.data.demo_pretrained.packages import PACKAGES, fetch, read_deb
+from avlm.data.demo_pretrained.voices import read_aloud
 
 THINGS = ("a T-shirt", "trousers", "a pullover", "a dress", "a coat", "a sandal", "a shirt", "a sneaker", "a bag")
 THINGS += ("an ankle boot",)
@@ -61,12 +63,13 @@ def build(out: Path) -> None:
     prompts = read_prompts(files["asterisk-core-sounds-en-g722"], files["asterisk-core-sounds-en"])
     held_out = choose_held_out({name: text for name, _, text in prompts})
     spoken = {"train": join([clip for clip in prompts if clip[0] not in held_out])}
+    spoken["train"] += read_aloud(out / "packages/flite", files)
     spoken["test"] = [clip for clip in prompts if clip[0] in held_out]
     speech = {split: [transcription(out, clip) for clip in clips] for split, clips in spoken.items()}
     for split in ("train", "test"):
         write_jsonl(out / f"caption_{split}.jsonl", captions[split])
         write_jsonl(out / f"speech_{split}.jsonl", speech[split])
-    write_jsonl(out / "both_train.jsonl", captions["train"][:400] + speech["train"])
+    write_jsonl(out / "both_train.jsonl", 3 * captions["train"] + speech["train"])
     if "pocketsphinx" in files:
         sentences = [transcription(out, clip) for clip in read_librivox(files["pocketsphinx"])]
         write_jsonl(out / "speech_other_test.jsonl", sentences)

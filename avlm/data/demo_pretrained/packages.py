@@ -81,6 +81,33 @@ PACKAGES = (
         licence="BSD-2-Clause (recordings: public domain)",
         optional=True,
     ),
+    Package(
+        name="libflite1",
+        version="2.2-5",
+        file="libflite1_2.2-5_amd64.deb",
+        sha256="bfa8c591f1b47730b30b372ec38e02918a1c9795eada67684e1746390ad2f061",
+        holds="Flite, four synthetic voices (13 MB; x86-64 Linux)",
+        licence="CMU, like BSD",
+        optional=True,
+    ),
+    Package(
+        name="libasound2",
+        version="1.2.8-1+b1",
+        file="libasound2_1.2.8-1+b1_amd64.deb",
+        sha256="44c77b076a7b11ae99712439022d822245b1994c435da564ebd320bb676faf4c",
+        holds="what Flite is linked against",
+        licence="LGPL-2.1",
+        optional=True,
+    ),
+    Package(
+        name="fortunes",
+        version="1:1.99.1-7.3",
+        file="fortunes_1%3a1.99.1-7.3_all.deb",
+        sha256="41d0551dc0ff52f875a2ecef7c39da2f672ab468c37e170119f7e0245a9d63c5",
+        holds="sayings, for the synthetic voices to read (1 MB)",
+        licence="BSD",
+        optional=True,
+    ),
 )
 
 

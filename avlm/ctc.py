@@ -1,0 +1,158 @@
+"""A start for the audio projector: connectionist temporal classification (Graves et al. 2006) against the decoder's own
+token embeddings, before anything is trained through the decoder.
+
+    python -m avlm.ctc configs/demo_pretrained.yaml --train speech_train.jsonl --data test=speech_test.jsonl --out P.pt
+
+Learning by the next token, a projector that starts at random has to find out what a clip says through a frozen decoder
+that cannot read it yet: in the minutes of a demo it does not. Here each feature f of a clip is asked directly which
+token it is, p(token) ~ exp(f . embedding), p(nothing) ~ exp(BLANK), and the tokens of the answer have to come in their
+order, with any nothing between them. The features so learn to be embeddings of what is said. The encoder, which is
+frozen, runs once over all clips and its features are kept in memory; one process, on the CPU.
+"""
+
+import argparse
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from avlm import config_file, preflight, weights
+from avlm.config import Config
+from avlm.data import open_loader
+from avlm.data.batch import Batch
+from avlm.data.chat import Tokenizer
+from avlm.models.avlm import AVLM
+from avlm.text_metrics import wer
+
+BLANK = 3.0
+EPOCHS = 4
+LEARNING_RATE, WARMUP = 2e-3, 50  # steps; then down to 0 in a line
+OTHERS = 1000  # tokens drawn at random that stand against those of a row
+ROW = 2048  # tokens of a row: some 30 clips
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of a packed row what the loss depends on. K encoder rows, G features, N clips."""
+
+    x_KC: Tensor  # of the encoder
+    frame_rows_GS: Tensor  # encoder rows that make each feature
+    features_N: list[int]  # of each clip
+    answers_N: list[Tensor]  # tokens, without the one that ends the turn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file of configs/, with an audio tower and where its weights come from")
+    parser.add_argument("--train", required=True, help="clips and what they say, as data.train has them")
+    parser.add_argument("--data", action="append", default=[], metavar="NAME=SOURCE", help="held-out clips")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, for init_from.all")
+    arguments = parser.parse_args()
+    with preflight.one_line_errors():
+        held_out = dict(entry.split("=", 1) for entry in arguments.data)
+        align(arguments.config, arguments.train, held_out, arguments.out)
+
+
+def align(config: str, source: str, held_out: dict[str, str], out: Path) -> None:
+    """Train, print the word error rate of features read as tokens, and write the projector's weights."""
+    cfg = config_file.load(
+        config, ["model.lora=null", "model.vision=null", "init_from.vision=null", "init_from.all=null"]
+    )
+    if cfg.model.audio is None:
+        raise ValueError(f"{config} has no model.audio: there is no projector to align")
+    torch.manual_seed(cfg.seed)
+    model = AVLM(cfg.model)
+    for report in weights.start(model, cfg.init_from, cfg.seed):
+        print(report, flush=True)
+    model.requires_grad_(False)
+    train(model, list(read(model, source, cfg)))
+    for name, clips in held_out.items():
+        rate = word_errors(model, read(model, clips, cfg), Tokenizer(cfg.data.tokenizer))
+        print(f"{name}: word error rate {rate:.3f} without the decoder", flush=True)
+    torch.save({f"audio_projector.{name}": value for name, value in model.audio_projector.state_dict().items()}, out)
+
+
+@torch.no_grad()
+def read(model: AVLM, source: str, cfg: Config) -> Iterator[Row]:
+    """Every sample of a source once, through the encoder."""
+    data = replace(cfg.data, seq_length=ROW)
+    for batch in open_loader(source, data, cfg.model, rank=0, world=1, seed=0, train=False):
+        x_KC = model.audio(batch.mel, batch.mel_rows_K, batch.audio_segments)
+        features_N, targets_N = (by_clip(rows, batch) for rows in (batch.audio_rows_G, batch.target_rows_R))
+        answers_N = [answer[:-1] for answer in batch.target_R.split(targets_N)]
+        yield Row(x_KC.bfloat16(), batch.frame_rows_G, features_N, answers_N)
+
+
+def by_clip(rows: Tensor, batch: Batch) -> list[int]:
+    """How many rows each document has, each one clip and its answer; what fills the row has none."""
+    documents = torch.bucketize(rows, batch.segments.cu_seqlens[1:], right=True)
+    return documents.bincount(minlength=len(batch.keys)).tolist()
+
+
+def project(model: AVLM, row: Row) -> Tensor:
+    """Features of a row, float32 (G, D)."""
+    G = len(row.frame_rows_GS)
+    empty_GD = torch.zeros(G, model.config.decoder.hidden_size)
+    return model.audio_projector(empty_GD, torch.arange(G), row.x_KC.float(), row.frame_rows_GS)
+
+
+def log_p(features_GD: Tensor, embedding_VD: Tensor) -> Tensor:
+    """float32 (G, 1 + V): nothing, then each token."""
+    logits_GV = features_GD @ embedding_VD.T
+    return torch.cat([logits_GV.new_full((len(logits_GV), 1), BLANK), logits_GV], dim=1).log_softmax(1)
+
+
+def train(model: AVLM, rows: list[Row]) -> None:
+    """A row a step; its tokens stand against each other and against OTHERS of all rows, drawn anew each time."""
+    model.audio_projector.requires_grad_(True)
+    known = torch.cat([answer for row in rows for answer in row.answers_N]).unique()
+    adam = torch.optim.AdamW(model.audio_projector.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    steps, losses = EPOCHS * len(rows), []
+    rate = lambda step: min(1, (step + 1) / WARMUP) * (1 - step / steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, rate)
+    for step in range(steps):
+        row = rows[torch.randint(len(rows), ()).item()]
+        said = torch.cat(row.answers_N)
+        drawn = known[torch.randint(len(known), (OTHERS,))]
+        tokens, place = torch.cat([said, drawn]).unique(return_inverse=True)
+        log_p_GV = log_p(project(model, row), model.decoder.embedding.weight[tokens])
+        loss = F.ctc_loss(
+            pad_sequence(log_p_GV.split(row.features_N)),
+            1 + place[: len(said)],
+            torch.tensor(row.features_N),
+            torch.tensor([len(answer) for answer in row.answers_N]),
+            zero_infinity=True,  # an answer with more tokens than the clip has features
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.audio_projector.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad()
+        schedule.step()
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}/{steps}  loss {sum(losses[-100:]) / 100:.3f} a token", flush=True)
+
+
+@torch.no_grad()
+def greedy(model: AVLM, row: Row) -> list[Tensor]:
+    """Tokens of each clip: the likeliest of every feature, without repetitions and nothings."""
+    likeliest_G = log_p(project(model, row), model.decoder.embedding.weight).argmax(1)
+    heard_N = (ids.unique_consecutive() for ids in likeliest_G.split(row.features_N))
+    return [ids[ids > 0] - 1 for ids in heard_N]
+
+
+def word_errors(model: AVLM, rows: Iterable[Row], tokenizer: Tokenizer) -> float:
+    errors = words = 0.0
+    for row in rows:
+        for heard, answer in zip(greedy(model, row), row.answers_N):
+            wrong, length = wer(tokenizer.decode(heard.tolist()), [tokenizer.decode(answer.tolist())])
+            errors, words = errors + wrong, words + length
+    return errors / words
+
+
+if __name__ == "__main__":
+    main()
