@@ -20,7 +20,8 @@ import torch
 
 from avlm import checkpoint, parallel, preflight, text_metrics
 from avlm.checkpoint import Progress
-from avlm.config import Config, DataConfig, ParallelConfig, StageConfig
+from avlm.config import AudioConfig, Config, DataConfig, ParallelConfig, StageConfig
+from avlm.data import audio
 from avlm.data.chat import Tokenizer
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder
 from avlm.evaluation_report import ABLATIONS, report, table, words
@@ -58,7 +59,9 @@ def answers(
     texts: dict[int, str] = {}
     for r in range(rounds):
         chosen = own[r * PROMPTS : (r + 1) * PROMPTS]
-        prompts = [ablate(_prompt(encoder, samples[i], max_new_tokens), ablation, seed=i) for i in chosen or [0]]
+        prompts = [
+            ablate(_prompt(encoder, samples[i], max_new_tokens), ablation, i, model.config.audio) for i in chosen or [0]
+        ]
         completions = generate(
             model,
             prompts,
@@ -75,12 +78,13 @@ def answers(
     return [gathered[i] for i in range(len(samples))]
 
 
-def ablate(prompt: EncodedSample, ablation: str, seed: int) -> EncodedSample:
+def ablate(prompt: EncodedSample, ablation: str, seed: int, tower: AudioConfig | None) -> EncodedSample:
     """The prompt without what its pictures show, without what is heard, or with its frames in a random order."""
     if ablation == "no_image":  # mid-grey, which normalisation brings near zero
         return dataclasses.replace(prompt, pixels=torch.full_like(prompt.pixels, 127))
-    if ablation == "no_audio":  # the floor of a log-mel: (log10(1e-10) + 4) / 4
-        return dataclasses.replace(prompt, mels=[torch.full_like(mel, -1.5) for mel in prompt.mels])
+    if ablation == "no_audio":  # as many rows of silence
+        silence = [torch.zeros(audio.rows(mel) * audio.SAMPLES_PER_ROW) for mel in prompt.mels]
+        return dataclasses.replace(prompt, mels=[mel for clip in silence for mel in audio.mels(clip, tower)])
     if ablation == "shuffled":
         order = torch.randperm(len(prompt.pixels), generator=torch.Generator().manual_seed(seed))
         return dataclasses.replace(prompt, pixels=prompt.pixels[order])

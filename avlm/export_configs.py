@@ -4,7 +4,7 @@ refused by the name of the key."""
 from typing import Any
 
 from avlm.config import AudioConfig, DecoderConfig, ModelConfig, VisionConfig
-from avlm.data.audio import FFT, HOP, SAMPLE_RATE
+from avlm.data.log_mel import FFT, HOP, SAMPLE_RATE
 from avlm.pretrained import ACTIVATIONS
 
 

@@ -26,6 +26,7 @@ from pydantic import TypeAdapter
 
 from avlm.config import AudioConfig, Config, DecoderConfig, ModelConfig, Recompute, StageConfig, VisionConfig
 from avlm.config_file import to_dict
+from avlm.data.log_mel import window_rows
 from avlm.freezing import trained_names
 from avlm.layout import Layout, layout_of
 from avlm.models.avlm import AVLM
@@ -235,7 +236,8 @@ def _kept_by_tower(name: str, config: Config, stage: StageConfig, layout: Layout
     c, tokens = layout.dtype.itemsize, _media_tokens(name, config.model, stage, layout)
     is_vision = isinstance(tower, VisionConfig)
     inputs = 3 * tower.patch_size**2 if is_vision else 2 * tower.num_mels  # numbers for each row of the tower
-    device, host = 4 * inputs * tokens, 0
+    arrived = inputs if is_vision else 2 * window_rows(tower)
+    device, host = 4 * arrived * tokens, 0
     trained = trained_shapes(config, stage, shapes)
     trains, projector_trains = (_count(trained, f"{part}.") > 0 for part in (name, f"{name}_projector"))
     if trains:

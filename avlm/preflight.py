@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "wandb",
     "device",
     "debug",
+    "model.audio.log_mel",
 )  # between a run and its resume
 MAY_CHANGE_IN_TRAIN = (
     *("log_every", "validate_every", "validate_batches", "validate_answers", "validate_new_tokens"),
@@ -120,7 +121,7 @@ def check_resume(config: Config, checkpoint: Path | None) -> None:
     stored = config_file.to_dict(config_file.load(checkpoint.parent.parent / "config.yaml"))
     for key, (was, wanted) in _differences(stored, config_file.to_dict(config)).items():
         section, _, name = key.partition(".")
-        if section in MAY_CHANGE or (section == "train" and name.split(".")[0] in MAY_CHANGE_IN_TRAIN):
+        if {section, key} & set(MAY_CHANGE) or (section == "train" and name.split(".")[0] in MAY_CHANGE_IN_TRAIN):
             continue
         if ".data." in key and key.split(".data.")[1].split(".")[0] in MAY_CHANGE_IN_DATA:
             continue

@@ -16,7 +16,7 @@ ALLOWED = {
     "avlm.config_file": ("avlm.config",),
     "avlm.data.batch": ("kernels.segments",),
     "avlm.data": ("avlm.config", "avlm.config_file", "avlm.data", "kernels.segments"),
-    "avlm.models": ("avlm.config", "avlm.data.batch", "avlm.models", "kernels"),
+    "avlm.models": ("avlm.config", "avlm.data.batch", "avlm.data.log_mel", "avlm.models", "kernels"),
     "avlm.parallel": ("avlm.config", "avlm.data.batch", "avlm.data.packing", "avlm.models", "avlm.parallel", "kernels"),
     "avlm": ("avlm", "kernels"),
     "train": ("avlm",),

@@ -13,6 +13,7 @@ from avlm import config_file, evaluation, evaluation_report, text_metrics
 from avlm.checkpoint import Progress
 from avlm.data import open_loader, open_samples
 from avlm.data.chat import Tokenizer
+from avlm.data.log_mel import at_tower
 from avlm.data.sample import SampleEncoder
 from avlm.models.avlm import AVLM, init
 from tests.data.media import film, image_file, picture, tone, write_tokenizer
@@ -204,12 +205,17 @@ def encoder(cfg):
     return SampleEncoder(cfg.model, data, Tokenizer(data.tokenizer))
 
 
-def test_an_ablation_takes_away_one_modality_and_nothing_else(encoder):
+@pytest.mark.parametrize("log_mel", ["worker", "device"])
+def test_an_ablation_takes_away_one_modality_and_nothing_else(encoder, log_mel):
+    tower = dataclasses.replace(encoder.model.audio, log_mel=log_mel)
+    encoder = SampleEncoder(dataclasses.replace(encoder.model, audio=tower), encoder.data, encoder.tokenizer)
     media = {"images": [image_file(picture(16, 16))], "audios": [tone(0.3)]}
     prompt = encoder.prompt(turns("<image><audio>?", "")[:1], **media)
-    blind, deaf = (evaluation.ablate(prompt, name, seed=0) for name in ("no_image", "no_audio"))
+    blind, deaf = (evaluation.ablate(prompt, name, 0, tower) for name in ("no_image", "no_audio"))
     assert prompt.pixels.float().std() > 1 and blind.pixels.float().std() == 0
-    assert prompt.mels[0].std() > 0.1 and deaf.mels[0].std() == 0
+    heard, silence = (at_tower(x.mels[0][None], tower) for x in (prompt, deaf))
+    assert heard.std() > 0.1 and heard.shape == silence.shape
+    assert (silence == -1.5).all(), "the floor of a log-mel: (log10(1e-10) + 4) / 4"
     assert torch.equal(blind.mels[0], prompt.mels[0]) and torch.equal(deaf.pixels, prompt.pixels)
     assert torch.equal(blind.token_T, prompt.token_T) and torch.equal(deaf.token_T, prompt.token_T)
 
@@ -218,7 +224,7 @@ def test_shuffling_changes_the_order_of_frames_from_sample_to_sample(encoder):
     prompt = encoder.prompt(turns("<video>?", "")[:1], videos=[film(2)])
     orders = []
     for seed in range(5):
-        shuffled = evaluation.ablate(prompt, "shuffled", seed).pixels
+        shuffled = evaluation.ablate(prompt, "shuffled", seed, None).pixels
         orders.append([next(i for i, frame in enumerate(prompt.pixels) if torch.equal(frame, s)) for s in shuffled])
     assert all(sorted(order) == list(range(len(prompt.pixels))) for order in orders)
     assert len({tuple(order) for order in orders}) > 1

@@ -48,6 +48,7 @@ def test_a_resume_names_the_key_that_may_not_change(saved, key, change):
         {"train": {"stop_after": 5, "log_every": 1}},
         {"checkpoint": {"every": 7}},
         {"parallel": {"shard": 1}},
+        {"model": TREE["model"] | {"audio": TREE["model"]["audio"] | {"log_mel": "device"}}},
         {"data": TREE["data"] | {"max_bad_fraction": 0.5, "validation": {"x": "synthetic"}}},
     ],
 )

@@ -58,6 +58,15 @@ def test_balanced_media_recompute_and_local_accumulation_have_the_rows_of_the_pl
     assert_same_rows(finish(write_config(tmp_path, **SHORT), *options, ranks=2), pair)
 
 
+def test_log_mels_made_on_the_device_have_the_rows_of_the_plain_run(pair, tmp_path):
+    """From the start, with windows that travel between ranks; and after a resume, by workers again at the end."""
+    path, device = write_config(tmp_path, **SHORT), ("train.accumulate=2", "model.audio.log_mel=device")
+    finish(path, *device, "train.stop_after=2", "parallel.balance_media=true", ranks=2)
+    finish(path, *device, "train.stop_after=4", ranks=2)
+    finish(path, "train.accumulate=2", ranks=2)
+    assert_same_rows(tmp_path, pair)
+
+
 def test_a_run_goes_on_in_another_layout(alone, tmp_path):
     path = write_config(tmp_path, **SHORT)
     finish(path, "train.stop_after=1")

@@ -1,7 +1,8 @@
 """Sound: bytes of any container -> log-mel windows, equal to Whisper's feature extractor.
 
 decode  bytes -> float32 (samples,), mono, 16 kHz
-mels    -> a list of windows (M, frames): M mel bins, one frame each 10 ms
+mels    -> a list of windows (M, frames): M mel bins, one frame each 10 ms; or the columns of samples that they are
+           made of (log_mel.py)
 
 A window is 2 * max_positions frames (30 s). A longer clip becomes several windows and nothing is cut. With
 ``audio.window: true`` a window ends with its clip, at an even number of frames (the tower's second convolution halves
@@ -17,14 +18,11 @@ import av
 import numpy
 import torch
 from torch import Tensor
-from torchaudio.functional import melscale_fbanks
 from torchaudio.transforms import Resample
 
 from avlm.config import AudioConfig
+from avlm.data.log_mel import HOP, SAMPLE_RATE, window
 
-SAMPLE_RATE = 16_000  # Hz
-FFT = 400  # samples: 25 ms
-HOP = 160  # samples: 10 ms
 SAMPLES_PER_ROW = 2 * HOP  # the tower's convolutions halve the frames
 MAX_RESAMPLE_KERNEL = 2**24  # floats; rates without a small ratio to 16 kHz would need gigabytes
 
@@ -47,8 +45,8 @@ def open_container(data: bytes) -> av.container.InputContainer:
 
 
 def mels(waveform: Tensor, audio: AudioConfig) -> list[Tensor]:
-    """float32 (M, frames) of every window, in order."""
-    return [_log_mel(window, audio) for window in waveform.split(audio.max_positions * SAMPLES_PER_ROW)]
+    """float32 (M, frames) of every window, in order; or its columns, as many."""
+    return [window(clip, audio) for clip in waveform.split(audio.max_positions * SAMPLES_PER_ROW)]
 
 
 def rows(mel: Tensor) -> int:
@@ -88,40 +86,6 @@ def _mono(frames: list[numpy.ndarray]) -> numpy.ndarray:
     elif samples.dtype.kind == "i":
         samples = samples.astype(numpy.float32) / -float(numpy.iinfo(samples.dtype).min)
     return samples.mean(0, dtype=numpy.float32)
-
-
-def _log_mel(clip: Tensor, audio: AudioConfig) -> Tensor:
-    """log10 of the mel power, floored at 8 below the window's maximum, then (x + 4) / 4 (Whisper).
-
-    The extractor pads the waveform with zeros to the whole window. Frames that touch padding alone have power 0, the
-    floor of the logarithm, and cannot be the maximum: they need no Fourier transform.
-    """
-    frames_of_window = 2 * audio.max_positions
-    frames = min(frames_of_window, math.ceil((clip.shape[0] + FFT) / HOP))
-    waveform = torch.nn.functional.pad(clip, (0, frames * HOP - clip.shape[0]))
-    spectrum = torch.stft(waveform, FFT, HOP, window=_hann(), return_complex=True)
-    power = spectrum[:, :-1].abs().square()
-    log_mel = (_mel_filters(audio.num_mels) @ power).clamp(min=1e-10).log10()
-    floor = log_mel.max() - 8.0
-    log_mel = (log_mel.maximum(floor) + 4.0) / 4.0
-    if audio.window == "true":
-        covered = math.ceil(clip.shape[0] / HOP)  # frames whose centre lies in the clip
-        return torch.nn.functional.pad(log_mel[:, :covered], (0, covered % 2))
-    silence = (max(-10.0, floor.item()) + 4.0) / 4.0
-    return torch.nn.functional.pad(log_mel, (0, frames_of_window - frames), value=silence)
-
-
-@lru_cache
-def _hann() -> Tensor:
-    return torch.hann_window(FFT)
-
-
-@lru_cache
-def _mel_filters(num_mels: int) -> Tensor:
-    """float32 (M, FFT / 2 + 1)."""
-    return melscale_fbanks(
-        FFT // 2 + 1, 0.0, 8000.0, num_mels, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
-    ).T.contiguous()
 
 
 @lru_cache(maxsize=8)  # rates come from the data, and a kernel may have 64 MB

@@ -33,7 +33,7 @@ class Batch:
     image_segments patch tokens of each image (the class token counted), before the features are selected
     patch_rows_F   int64 (F, downsample^2): rows of the tower's output that make each image feature
     image_rows_F   int64: row of token_T that each image feature is written to, in the order of ``pixels``
-    mel            float32 (C, M, W): log-mel windows, frames past the clip exactly 0
+    mel            float32 (C, M, W): log-mel windows, frames past the clip exactly 0; or columns (``log_mel``)
     mel_rows_K     int64: rows of the flattened (C, W / 2) convolution output that belong to a clip
     audio_segments the kept rows of each window
     frame_rows_G   int64 (G, downsample): kept rows that make each audio feature; -1 pads the last of a window

@@ -21,6 +21,7 @@ from avlm.data import open_loader
 from avlm.data.batch import AUDIO, IMAGE, KINDS, Batch
 from avlm.data.chat import Tokenizer
 from avlm.data.image import denormalise
+from avlm.data.log_mel import at_tower
 
 STATISTICS_ROWS = 16
 MAX_PICTURES = 64  # of a sheet
@@ -132,7 +133,8 @@ def _coloured(text: str, colour: int) -> str:
 
 def save_sheet(batch: Batch, model: ModelConfig, path: Path) -> None:
     """One PNG with the pictures (as they were before normalisation) and the mel windows of a row."""
-    panels = [*batch.pixels[:MAX_PICTURES], *batch.mel[:MAX_PICTURES]]
+    windows = batch.mel[:MAX_PICTURES]
+    panels = [*batch.pixels[:MAX_PICTURES], *(at_tower(windows, model.audio) if model.audio else [])]
     if not panels:
         return
     columns = min(8, len(panels))

@@ -14,6 +14,7 @@ from avlm.config import ModelConfig, VisionConfig
 from avlm.data.audio import rows
 from avlm.data.batch import AUDIO, IGNORE, IMAGE, KINDS, Batch
 from avlm.data.image import normalise
+from avlm.data.log_mel import window_rows
 from avlm.data.sample import EncodedSample
 from kernels.segments import Segments
 
@@ -134,10 +135,10 @@ def patch_rows(num_images: int, vision: VisionConfig, downsample: int) -> Tensor
 
 def _sound(mels: list[Tensor], model: ModelConfig) -> dict[str, Tensor | Segments]:
     """Windows padded to the longest with exact zeros, the rows of them to keep, and the rows of each feature."""
-    num_mels = model.audio.num_mels if model.audio else 1
+    height = window_rows(model.audio) if model.audio else 1
     stack = model.audio_projector.downsample if model.audio else 1
     longest = max((mel.shape[1] for mel in mels), default=2)  # two frames: the shortest that the convolutions take
-    mel = torch.zeros(len(mels), num_mels, longest)
+    mel = torch.zeros(len(mels), height, longest)
     for window, given in zip(mel, mels):
         window[:, : given.shape[1]] = given
     kept = [rows(given) for given in mels]

@@ -44,7 +44,7 @@ class EncodedSample:
     token_T   int64: vocabulary ids, IMAGE or AUDIO
     target_T  int64: the following token where that one is learned, else IGNORE
     pixels    uint8 (I, 3, S, S), not yet normalised
-    mels      windows float32 (M, frames), in the order of their placeholders
+    mels      windows float32 (M, frames), or columns of samples (``log_mel``), in the order of their placeholders
     kind      one of KINDS
     """
 
@@ -212,8 +212,8 @@ def fingerprint(data: DataConfig, model: ModelConfig) -> str:
     settings["vocab_size"] = model.decoder.vocab_size
     for part in ("vision", "audio", "vision_projector", "audio_projector"):
         settings[part] = dataclasses.asdict(getattr(model, part)) if getattr(model, part) else None
-        if settings[part] and part.endswith("projector"):
-            del settings[part]["bias"], settings[part]["output_std"]  # no sample's length depends on them
+        for key in ("bias", "output_std", "log_mel") if settings[part] else ():  # no sample's length depends on them
+            settings[part].pop(key, None)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from avlm.config import ModelConfig
 from avlm.data.batch import Batch
+from avlm.data.log_mel import at_tower
 from avlm.models.decoder import Decoder, decoder_start
 from avlm.models.lora import apply_lora, start_magnitudes
 from avlm.models.projector import Projector, projector_start
@@ -55,7 +56,8 @@ class AVLM(nn.Module):
             x_TD = self.vision_projector(x_TD, batch.image_rows_F, features, batch.patch_rows_F)
         if with_media and self.audio is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.audio)):
-                features = self.audio(batch.mel, batch.mel_rows_K, batch.audio_segments)
+                mel_CMW = at_tower(batch.mel, self.config.audio)
+                features = self.audio(mel_CMW, batch.mel_rows_K, batch.audio_segments)
             x_TD = self.audio_projector(x_TD, batch.audio_rows_G, features, batch.frame_rows_G)
         return x_TD
 

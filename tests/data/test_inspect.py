@@ -56,7 +56,10 @@ def test_what_is_learned_is_green_on_a_terminal(config, capsys, monkeypatch):
 
 def test_sheets_are_written(config, tmp_path, capsys):
     main([str(config), "--count", "1", "--out", str(tmp_path / "sheets")])
-    assert (tmp_path / "sheets/row_000.png").read_bytes().startswith(b"\x89PNG")
+    sheet = (tmp_path / "sheets/row_000.png").read_bytes()
+    assert sheet.startswith(b"\x89PNG")
+    main([str(config), "model.audio.log_mel=device", "--count", "1", "--out", str(tmp_path / "again")])
+    assert (tmp_path / "again/row_000.png").read_bytes() == sheet, "sounds are shown as the tower sees them"
 
 
 def test_mistakes_are_one_line_and_exit_with_2(config, capsys):

@@ -212,3 +212,5 @@ def test_the_fingerprint_sees_what_changes_samples_and_not_where_files_lie(token
     assert fingerprint(base, model()) == fingerprint(same, model())
     assert fingerprint(base, model()) != fingerprint(dataclasses.replace(base, seq_length=128), model())
     assert fingerprint(base, model()) != fingerprint(base, model(stack=2))
+    where = lambda log_mel: model(audio=dataclasses.replace(AUDIO, log_mel=log_mel))
+    assert fingerprint(base, where("worker")) == fingerprint(base, where("device"))

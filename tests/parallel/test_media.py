@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avlm import config
+from avlm.data.log_mel import window_rows
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.models.avlm import AVLM, init
@@ -57,7 +58,8 @@ def make_batch(model, num_images, num_clips, seed):
     samples = []
     for images, clips in [(1, 0)] * num_images + [(0, 1)] * num_clips + [(0, 0)]:
         kept = int(torch.randint(9, 21, (), generator=generator))
-        mels = [torch.randn(16, 2 * kept, generator=generator) for _ in range(clips)]
+        height = window_rows(model.audio) if model.audio else 0
+        mels = [torch.randn(height, 2 * kept, generator=generator) for _ in range(clips)]
         token_T = torch.tensor([-200] * (4 * images) + [-300] * (clips * math.ceil(kept / 2)) + [7])
         pixels = torch.randint(0, 255, (images, 3, 16, 16), generator=generator, dtype=torch.uint8)
         samples.append(EncodedSample("", "text", token_T, torch.full_like(token_T, -100), pixels, mels))
@@ -132,6 +134,11 @@ def all_cases(world_size):
     init(no_sound)
     apply_media(no_sound)
     found["no audio tower"] = compare(no_sound, world, [(3, 0)] + [(0, 0)] * (world_size - 1), balance=True)
+    of_device = AVLM(replace(MODEL, audio=replace(MODEL.audio, log_mel="device")))
+    init(of_device)
+    apply_media(of_device)
+    counts = [(3, 4)] + [(0, 0)] * (world_size - 1)
+    found["windows that come as samples"] = compare(of_device, world, counts, balance=True)
     batch = make_batch(MODEL, 1, 1, 0)
     is_same = media.split(batch, torch.arange(TOKENS), MODEL, world) is batch
     dist.destroy_process_group()
