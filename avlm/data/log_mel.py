@@ -63,7 +63,8 @@ def _log_mel(waveform_CS: Tensor, is_covered_CW: Tensor, audio: AudioConfig) -> 
     frames = min(whole, width + math.ceil(FFT / HOP))
     waveform_CS = F.pad(waveform_CS, (0, frames * HOP - waveform_CS.shape[1]))
     hann, filters_MB = _hann(waveform_CS.device), _filters(audio.num_mels, waveform_CS.device)
-    power_CBW = torch.stft(waveform_CS, FFT, HOP, window=hann, return_complex=True)[:, :, :-1].abs().square()
+    spectrum_CBW = torch.stft(waveform_CS, FFT, HOP, window=hann, return_complex=True)[:, :, :-1]
+    power_CBW = spectrum_CBW.real.square() + spectrum_CBW.imag.square()
     log_CMW = (filters_MB @ power_CBW).clamp_(min=1e-10).log10_()
     floor_C11 = log_CMW.amax((1, 2), keepdim=True) - 8.0
     log_CMW = log_CMW.maximum(floor_C11).add_(4.0).div_(4.0)
