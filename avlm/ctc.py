@@ -25,6 +25,8 @@ from avlm.config import Config
 from avlm.data import open_loader
 from avlm.data.batch import Batch
 from avlm.data.chat import Tokenizer
+from avlm.data.log_mel import at_tower
+from avlm.evaluation import find_sets
 from avlm.models.avlm import AVLM
 from avlm.text_metrics import wer
 
@@ -53,15 +55,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="file to write, for init_from.all")
     arguments = parser.parse_args()
     with preflight.one_line_errors():
-        held_out = dict(entry.split("=", 1) for entry in arguments.data)
-        align(arguments.config, arguments.train, held_out, arguments.out)
+        align(arguments.config, arguments.train, find_sets(arguments.data), arguments.out)
 
 
 def align(config: str, source: str, held_out: dict[str, str], out: Path) -> None:
     """Train, print the word error rate of features read as tokens, and write the projector's weights."""
-    cfg = config_file.load(
-        config, ["model.lora=null", "model.vision=null", "init_from.vision=null", "init_from.all=null"]
-    )
+    only_this = "stages=[{name: ctc, steps: 1, train: [audio_projector]}]"
+    cfg = config_file.load(config, ["model.lora=null", "init_from.all=null", only_this])
     if cfg.model.audio is None:
         raise ValueError(f"{config} has no model.audio: there is no projector to align")
     torch.manual_seed(cfg.seed)
@@ -81,7 +81,8 @@ def read(model: AVLM, source: str, cfg: Config) -> Iterator[Row]:
     """Every sample of a source once, through the encoder."""
     data = replace(cfg.data, seq_length=ROW)
     for batch in open_loader(source, data, cfg.model, rank=0, world=1, seed=0, train=False):
-        x_KC = model.audio(batch.mel, batch.mel_rows_K, batch.audio_segments)
+        mel_CMW = at_tower(batch.mel, cfg.model.audio)
+        x_KC = model.audio(mel_CMW, batch.mel_rows_K, batch.audio_segments)
         features_N, targets_N = (by_clip(rows, batch) for rows in (batch.audio_rows_G, batch.target_rows_R))
         answers_N = [answer[:-1] for answer in batch.target_R.split(targets_N)]
         yield Row(x_KC.bfloat16(), batch.frame_rows_G, features_N, answers_N)

@@ -5,7 +5,8 @@
 Both begin with the same bytes (a JPEG of 640 x 480, 10 s of WAV at 16 kHz) and end with the float32 tensors that the
 towers take. transformers: Pillow and CLIPImageProcessor (336 x 336), PyAV and WhisperFeatureExtractor, which makes 30 s
 of every clip. Ours, with the same windows, with windows that end with their clip (``model.audio.window: true``), and
-with those as samples, of which the device makes the rest (``model.audio.log_mel: device``). CPU times are interleaved; printed are medians, and the ratio for a whole sample.
+with those as samples, of which the device makes the rest (``model.audio.log_mel: device``). CPU times are interleaved;
+printed are medians, and the ratio for a whole sample.
 """
 
 import io
