@@ -31,7 +31,7 @@ from avlm.models.avlm import AVLM
 from avlm.text_metrics import wer
 
 BLANK = 3.0
-EPOCHS = 4
+EPOCHS = 3
 LEARNING_RATE, WARMUP = 2e-3, 50  # steps; then down to 0 in a line
 OTHERS = 1000  # tokens drawn at random that stand against those of a row
 ROW = 2048  # tokens of a row: some 30 clips
