@@ -15,7 +15,7 @@ VOICES = ("kal16", "awb", "rms", "slt")  # all at 16 kHz
 PACKAGES = ("libflite1", "libasound2", "fortunes")
 FORTUNES = "./usr/share/games/fortunes/"
 LEFT_OUT = ("drugs", "ethnic", "men-women", "zippy")  # of the fortune files
-MAX_WORDS = 12
+MAX_WORDS, SENTENCES = 12, 4000
 QUIET, LEAD, TAIL = 200, 800, 1600  # samples below which it is silence; kept of it before and after
 
 
@@ -74,7 +74,8 @@ def read_aloud(folder: Path, packages: dict[str, Path]) -> list[tuple[str, np.nd
     except (OSError, ValueError) as error:
         print(f"skipped: synthetic speech, Flite cannot run here: {error}", flush=True)
         return []
-    rng, clips, texts = np.random.default_rng(1), [], sentences(packages["fortunes"])
+    rng, clips = np.random.default_rng(1), []
+    texts = rng.permutation(sentences(packages["fortunes"]))[:SENTENCES].tolist()
     print(f"Flite reads {len(texts)} sentences aloud, which takes some minutes", flush=True)
     for i, text in enumerate(texts):
         voice, stretch = VOICES[rng.integers(len(VOICES))], rng.uniform(0.85, 1.2)
@@ -93,7 +94,7 @@ def sentences(fortunes: Path) -> list[str]:
                     saying = re.sub(r"(?ms)^\s*--.*", "", saying)  # whose it is
                     for sentence in re.split(r"(?<=[.?!])\s+", " ".join(saying.split())):
                         sentence = sentence.strip(" \"'")
-                        plain = re.fullmatch(r"[A-Z][a-z']*(?:,? [A-Za-z]?[a-z']+)*[.?!]", sentence)
+                        plain = re.fullmatch(r"[A-Z][a-z']*(?:,? [A-Za-z'][a-z']*)*[.?!]", sentence)
                         if plain and 2 <= len(sentence.split()) <= MAX_WORDS:
                             found[sentence] = None
     return list(found)
