@@ -71,7 +71,7 @@ def align(config: str, source: str, held_out: dict[str, str], out: Path) -> None
     model.requires_grad_(False)
     train(model, list(read(model, source, cfg)))
     for name, clips in held_out.items():
-        rate = word_errors(model, read(model, clips, cfg), Tokenizer(cfg.data.tokenizer))
+        rate = word_errors(model, read(model, clips, cfg), Tokenizer(cfg.stages[0].data.tokenizer))
         print(f"{name}: word error rate {rate:.3f} without the decoder", flush=True)
     torch.save({f"audio_projector.{name}": value for name, value in model.audio_projector.state_dict().items()}, out)
 
@@ -79,7 +79,7 @@ def align(config: str, source: str, held_out: dict[str, str], out: Path) -> None
 @torch.no_grad()
 def read(model: AVLM, source: str, cfg: Config) -> Iterator[Row]:
     """Every sample of a source once, through the encoder."""
-    data = replace(cfg.data, seq_length=ROW)
+    data = replace(cfg.stages[0].data, seq_length=ROW)
     for batch in open_loader(source, data, cfg.model, rank=0, world=1, seed=0, train=False):
         mel_CMW = at_tower(batch.mel, cfg.model.audio)
         x_KC = model.audio(mel_CMW, batch.mel_rows_K, batch.audio_segments)
