@@ -11,6 +11,7 @@ frozen, runs once over all clips and its features are kept in memory; one proces
 """
 
 import argparse
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,10 +29,11 @@ from avlm.data.chat import Tokenizer
 from avlm.data.log_mel import at_tower
 from avlm.evaluation import find_sets
 from avlm.models.avlm import AVLM
-from avlm.text_metrics import wer
+from avlm.text_metrics import total, wer
+from avlm.weights_sources import FILES
 
-BLANK = 3.0
-EPOCHS = 3
+BLANK = 3.0  # logit of nothing: what is like no token gets it, and a token has to be well above 0
+EPOCHS = 3  # as many rows are drawn as so many passes have
 LEARNING_RATE, WARMUP = 2e-3, 50  # steps; then down to 0 in a line
 OTHERS = 1000  # tokens drawn at random that stand against those of a row
 ROW = 2048  # tokens of a row: some 30 clips
@@ -59,31 +61,40 @@ def main() -> None:
 
 
 def align(config: str, source: str, held_out: dict[str, str], out: Path) -> None:
-    """Train, print the word error rate of features read as tokens, and write the projector's weights."""
-    only_this = "stages=[{name: ctc, steps: 1, train: [audio_projector]}]"
-    cfg = config_file.load(config, ["model.lora=null", "init_from.all=null", only_this])
-    if cfg.model.audio is None:
-        raise ValueError(f"{config} has no model.audio: there is no projector to align")
+    """Train, write the projector's weights, and print the word error rate of features read as tokens. ValueError for a
+    config that does not say which decoder and audio tower are to be joined, and for samples that are no clips."""
+    if out.suffix not in FILES:
+        raise ValueError(f"--out {out}: init_from reads files that end in {', '.join(FILES)}")
+    only_this = "stages=[{name: ctc, steps: 1, freeze_language_model: true, optimizer: {lr: 0.0}}]"
+    cfg = config_file.load(config, ["model.lora=null", "init_from.all=null", "init_from.adapter=null", only_this])
+    if cfg.model.audio is None or cfg.init_from.decoder is None or cfg.init_from.audio is None:
+        raise ValueError(f"{config}: model.audio, init_from.decoder and init_from.audio say what is to be joined")
     torch.manual_seed(cfg.seed)
     model = AVLM(cfg.model)
     for report in weights.start(model, cfg.init_from, cfg.seed):
         print(report, flush=True)
     model.requires_grad_(False)
+    tokenizer = Tokenizer(cfg.stages[0].data.tokenizer)
     train(model, list(read(model, source, cfg)))
-    for name, clips in held_out.items():
-        rate = word_errors(model, read(model, clips, cfg), Tokenizer(cfg.stages[0].data.tokenizer))
-        print(f"{name}: word error rate {rate:.3f} without the decoder", flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     torch.save({f"audio_projector.{name}": value for name, value in model.audio_projector.state_dict().items()}, out)
+    for name, clips in held_out.items():
+        rate = word_errors(model, read(model, clips, cfg), tokenizer)
+        print(f"{name}: word error rate {rate:.3f} without the decoder", flush=True)
 
 
 @torch.no_grad()
 def read(model: AVLM, source: str, cfg: Config) -> Iterator[Row]:
-    """Every sample of a source once, through the encoder."""
+    """Every sample of a source once, a clip and its answer, through the encoder."""
     data = replace(cfg.stages[0].data, seq_length=ROW)
     for batch in open_loader(source, data, cfg.model, rank=0, world=1, seed=0, train=False):
         mel_CMW = at_tower(batch.mel, cfg.model.audio)
         x_KC = model.audio(mel_CMW, batch.mel_rows_K, batch.audio_segments)
+        for key, reason in batch.skipped:
+            print(f"skipped sample {key} of {source}: {reason}", file=sys.stderr)
         features_N, targets_N = (by_clip(rows, batch) for rows in (batch.audio_rows_G, batch.target_rows_R))
+        if 0 in features_N:
+            raise ValueError(f"{source}, {batch.keys[features_N.index(0)]}: a sample without sound cannot be aligned")
         answers_N = [answer[:-1] for answer in batch.target_R.split(targets_N)]
         yield Row(x_KC.bfloat16(), batch.frame_rows_G, features_N, answers_N)
 
@@ -101,15 +112,18 @@ def project(model: AVLM, row: Row) -> Tensor:
     return model.audio_projector(empty_GD, torch.arange(G), row.x_KC.float(), row.frame_rows_GS)
 
 
-def log_p(features_GD: Tensor, embedding_VD: Tensor) -> Tensor:
-    """float32 (G, 1 + V): nothing, then each token."""
+def logits(features_GD: Tensor, embedding_VD: Tensor) -> Tensor:
+    """float32 (G, 1 + V): of nothing, then of each token."""
     logits_GV = features_GD @ embedding_VD.T
-    return torch.cat([logits_GV.new_full((len(logits_GV), 1), BLANK), logits_GV], dim=1).log_softmax(1)
+    return torch.cat([logits_GV.new_full((len(logits_GV), 1), BLANK), logits_GV], dim=1)
 
 
 def train(model: AVLM, rows: list[Row]) -> None:
     """A row a step; its tokens stand against each other and against OTHERS of all rows, drawn anew each time."""
     model.audio_projector.requires_grad_(True)
+    pairs = [(len(answer), features) for row in rows for answer, features in zip(row.answers_N, row.features_N)]
+    if short := sum(tokens > features for tokens, features in pairs):
+        print(f"nothing is learned of {short} of {len(pairs)} clips: they have fewer features than tokens", flush=True)
     known = torch.cat([answer for row in rows for answer in row.answers_N]).unique()
     adam = torch.optim.AdamW(model.audio_projector.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     steps, losses = EPOCHS * len(rows), []
@@ -120,7 +134,7 @@ def train(model: AVLM, rows: list[Row]) -> None:
         said = torch.cat(row.answers_N)
         drawn = known[torch.randint(len(known), (OTHERS,))]
         tokens, place = torch.cat([said, drawn]).unique(return_inverse=True)
-        log_p_GV = log_p(project(model, row), model.decoder.embedding.weight[tokens])
+        log_p_GV = logits(project(model, row), model.decoder.embedding.weight[tokens]).log_softmax(1)
         loss = F.ctc_loss(
             pad_sequence(log_p_GV.split(row.features_N)),
             1 + place[: len(said)],
@@ -141,18 +155,15 @@ def train(model: AVLM, rows: list[Row]) -> None:
 @torch.no_grad()
 def greedy(model: AVLM, row: Row) -> list[Tensor]:
     """Tokens of each clip: the likeliest of every feature, without repetitions and nothings."""
-    likeliest_G = log_p(project(model, row), model.decoder.embedding.weight).argmax(1)
+    likeliest_G = logits(project(model, row), model.decoder.embedding.weight).argmax(1)
     heard_N = (ids.unique_consecutive() for ids in likeliest_G.split(row.features_N))
     return [ids[ids > 0] - 1 for ids in heard_N]
 
 
 def word_errors(model: AVLM, rows: Iterable[Row], tokenizer: Tokenizer) -> float:
-    errors = words = 0.0
-    for row in rows:
-        for heard, answer in zip(greedy(model, row), row.answers_N):
-            wrong, length = wer(tokenizer.decode(heard.tolist()), [tokenizer.decode(answer.tolist())])
-            errors, words = errors + wrong, words + length
-    return errors / words
+    texts = lambda ids: tokenizer.decode(ids.tolist(), control=False)
+    pairs = (pair for row in rows for pair in zip(greedy(model, row), row.answers_N))
+    return total(wer(texts(heard), [texts(said)]) for heard, said in pairs)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ MAY_CHANGE = (
     "device",
     "debug",
     "model.audio.log_mel",
-)  # between a run and its resume
+)  # sections and keys, between a run and its resume
 MAY_CHANGE_IN_TRAIN = (
     *("log_every", "validate_every", "validate_batches", "validate_answers", "validate_new_tokens"),
     *("stop_after", "accumulate", "accumulate_mode", "recompute", "offload_activations", "compile"),

