@@ -251,6 +251,7 @@ def main() -> None:
     with torch.device("meta"):
         model = AVLM(config.model)
     parallel.apply(model, world, config)
+    model.requires_grad_(False)  # FSDP wants what trains in one dtype, and adapters may stand on a base in bf16
     checkpoint.load(path, model)
     run, step, results = path.resolve().parents[1], checkpoint.read_progress(path).step, []
     with torch.no_grad():
