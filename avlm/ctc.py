@@ -75,7 +75,10 @@ def align(config: str, source: str, held_out: dict[str, str], out: Path) -> None
         print(report, flush=True)
     model.requires_grad_(False)
     tokenizer = Tokenizer(cfg.stages[0].data.tokenizer)
-    train(model, list(read(model, source, cfg)))
+    rows = list(read(model, source, cfg))
+    if not any(len(answer) for row in rows for answer in row.answers_N):
+        raise ValueError(f"{source} has no clip with an answer: there is nothing to learn from")
+    train(model, rows)
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save({f"audio_projector.{name}": value for name, value in model.audio_projector.state_dict().items()}, out)
     for name, clips in held_out.items():

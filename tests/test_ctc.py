@@ -1,6 +1,7 @@
 """The start of the audio projector."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -108,3 +109,11 @@ def test_what_cannot_be_aligned_is_refused_before_it_trains(tmp_path, monkeypatc
     config = write_config(tmp_path, source, init_from={"decoder": str(tmp_path / "decoder.pt")})
     with pytest.raises(ValueError, match=r"init_from\.decoder and init_from\.audio"):
         ctc.align(config, str(source), {}, tmp_path / "p.pt")
+
+
+def test_a_source_whose_clips_say_nothing_is_refused(tmp_path):
+    source = write_clips(tmp_path)
+    source.write_text("".join(re.sub(r'"(one|two three|four)"', '""', line) + "\n" for line in source.open()))
+    with pytest.raises(ValueError, match=r"clips\.jsonl"):
+        ctc.align(write_config(tmp_path, source), str(source), {}, tmp_path / "p.pt")
+    assert not (tmp_path / "p.pt").exists()
