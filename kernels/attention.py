@@ -42,10 +42,7 @@ def attention_reference(q_THE, k_SKE, v_SKE, segments, *, causal, segments_k=Non
             lses.append(lse.transpose(1, 2).flatten(0, 1))
         else:
             shared = q.shape[1] != k.shape[1]
-            if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # there the backward is slower than in float32
-                q, k, v = q.float(), k.float(), v.float()
             out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=shared)
-            out = out.to(q_THE.dtype)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     out_THE = torch.cat(outs)[source_T]
     return (out_THE, torch.cat(lses)[source_T].T) if return_lse else out_THE

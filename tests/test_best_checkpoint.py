@@ -114,6 +114,20 @@ def test_predictions_of_a_step_and_the_best_checkpoint_are_evaluated(stopped):
     assert "| task | set | samples | cer |" in (folder / "report.md").read_text()
 
 
+def test_adapters_on_a_base_in_bf16_are_evaluated_as_during_the_run(tmp_path):
+    path = write_files(tmp_path, validate_every=2, validate_answers=1, stop_after=2)
+    changes = ("model.lora={rank: 2, targets: [decoder.*], base: bf16}", "stages.all.train=[lora, vision_projector]")
+    result = run(path, *changes, "data.metrics.some=[cer]")
+    assert result.returncode == 0, result.stderr
+    predictions = evaluation.predictions_path(tmp_path / "run", 2, "some")
+    during = predictions.read_text()
+    predictions.unlink()
+    sets = f"some={tmp_path / 'some.jsonl'}"
+    result = evaluate(str(tmp_path / "run"), "--data", sets, "--metrics", "cer", "--limit", "1")
+    assert result.returncode == 0, result.stderr
+    assert predictions.read_text() == during
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
