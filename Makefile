@@ -59,4 +59,4 @@ $(VENV)/.test: requirements-dev.txt $(VENV)/.demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs data
+	rm -rf $(VENV) $(RUN) $(RUN)_pretrained data/demo data/pretrained

@@ -130,6 +130,7 @@ def run_stage(
     costs = flops.costs(cfg, stage)
     saver = checkpoint.Saver(Path(cfg.output_dir), cfg.checkpoint, world)
     log.say(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(trained)}")
+    log.restart_clock()
 
     # 2. Steps.
     rows = world.share_rows(loader)

@@ -25,13 +25,17 @@ from avlm import config_file, preflight, weights
 from avlm.config import Config
 from avlm.data import open_loader
 from avlm.data.batch import Batch
-from avlm.data.chat import Tokenizer
+from avlm.data.chat import Chat, Tokenizer
 from avlm.data.log_mel import at_tower
 from avlm.evaluation import find_sets
 from avlm.models.avlm import AVLM
 from avlm.text_metrics import total, wer
 from avlm.weights_sources import FILES
 
+# Of the config: no other modality, no adapters, and none of its stages.
+ONLY_SOUND = [f"model.{part}=null" for part in ("lora", "vision", "vision_projector")]
+ONLY_SOUND += [f"init_from.{part}=null" for part in ("all", "adapter", "vision")]
+ONLY_SOUND += ["optimizer={lr: 0.0}", "stages=[{name: ctc, steps: 1, freeze_language_model: true}]"]
 BLANK = 3.0  # logit of nothing: what is like no token gets it, and a token has to be well above 0
 EPOCHS = 3  # as many rows are drawn as so many passes have
 LEARNING_RATE, WARMUP = 2e-3, 50  # steps; then down to 0 in a line
@@ -46,7 +50,7 @@ class Row:
     x_KC: Tensor  # of the encoder
     frame_rows_GS: Tensor  # encoder rows that make each feature
     features_N: list[int]  # of each clip
-    answers_N: list[Tensor]  # tokens, without the one that ends the turn
+    answers_N: list[Tensor]  # tokens, without those that end a turn
 
 
 def main() -> None:
@@ -65,8 +69,7 @@ def align(config: str, source: str, held_out: dict[str, str], out: Path) -> None
     config that does not say which decoder and audio tower are to be joined, and for samples that are no clips."""
     if out.suffix not in FILES:
         raise ValueError(f"--out {out}: init_from reads files that end in {', '.join(FILES)}")
-    only_this = "stages=[{name: ctc, steps: 1, freeze_language_model: true, optimizer: {lr: 0.0}}]"
-    cfg = config_file.load(config, ["model.lora=null", "init_from.all=null", "init_from.adapter=null", only_this])
+    cfg = config_file.load(config, ONLY_SOUND)
     if cfg.model.audio is None or cfg.init_from.decoder is None or cfg.init_from.audio is None:
         raise ValueError(f"{config}: model.audio, init_from.decoder and init_from.audio say what is to be joined")
     torch.manual_seed(cfg.seed)
@@ -74,31 +77,37 @@ def align(config: str, source: str, held_out: dict[str, str], out: Path) -> None
     for report in weights.start(model, cfg.init_from, cfg.seed):
         print(report, flush=True)
     model.requires_grad_(False)
-    tokenizer = Tokenizer(cfg.stages[0].data.tokenizer)
     rows = list(read(model, source, cfg))
     if not any(len(answer) for row in rows for answer in row.answers_N):
         raise ValueError(f"{source} has no clip with an answer: there is nothing to learn from")
+    held_out_rows = {name: list(read(model, clips, cfg, leave_out=False)) for name, clips in held_out.items()}
     train(model, rows)
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save({f"audio_projector.{name}": value for name, value in model.audio_projector.state_dict().items()}, out)
-    for name, clips in held_out.items():
-        rate = word_errors(model, read(model, clips, cfg), tokenizer)
-        print(f"{name}: word error rate {rate:.3f} without the decoder", flush=True)
+    tokenizer = Tokenizer(cfg.stages[0].data.tokenizer)
+    for name, clips in held_out_rows.items():
+        print(f"{name}: word error rate {word_errors(model, clips, tokenizer):.3f} without the decoder", flush=True)
 
 
 @torch.no_grad()
-def read(model: AVLM, source: str, cfg: Config) -> Iterator[Row]:
-    """Every sample of a source once, a clip and its answer, through the encoder."""
+def read(model: AVLM, source: str, cfg: Config, leave_out: bool = True) -> Iterator[Row]:
+    """Every sample of a source once, a clip and its answer, through the encoder. One that cannot be read is left out
+    with a line that says why, or a ValueError."""
     data = replace(cfg.stages[0].data, seq_length=ROW)
+    stop_ids = torch.tensor(Chat(Tokenizer(data.tokenizer), data.template).stop_ids)
     for batch in open_loader(source, data, cfg.model, rank=0, world=1, seed=0, train=False):
+        for key, reason in batch.skipped:
+            if not leave_out:
+                raise ValueError(f"{source}, {key}: {reason}")
+            print(f"skipped sample {key} of {source}: {reason}", file=sys.stderr)
+        if not batch.keys:  # all that were left were skipped
+            continue
         mel_CMW = at_tower(batch.mel, cfg.model.audio)
         x_KC = model.audio(mel_CMW, batch.mel_rows_K, batch.audio_segments)
-        for key, reason in batch.skipped:
-            print(f"skipped sample {key} of {source}: {reason}", file=sys.stderr)
         features_N, targets_N = (by_clip(rows, batch) for rows in (batch.audio_rows_G, batch.target_rows_R))
         if 0 in features_N:
             raise ValueError(f"{source}, {batch.keys[features_N.index(0)]}: a sample without sound cannot be aligned")
-        answers_N = [answer[:-1] for answer in batch.target_R.split(targets_N)]
+        answers_N = [answer[~torch.isin(answer, stop_ids)] for answer in batch.target_R.split(targets_N)]
         yield Row(x_KC.bfloat16(), batch.frame_rows_G, features_N, answers_N)
 
 
@@ -124,9 +133,10 @@ def logits(features_GD: Tensor, embedding_VD: Tensor) -> Tensor:
 def train(model: AVLM, rows: list[Row]) -> None:
     """A row a step; its tokens stand against each other and against OTHERS of all rows, drawn anew each time."""
     model.audio_projector.requires_grad_(True)
-    pairs = [(len(answer), features) for row in rows for answer, features in zip(row.answers_N, row.features_N)]
-    if short := sum(tokens > features for tokens, features in pairs):
-        print(f"nothing is learned of {short} of {len(pairs)} clips: they have fewer features than tokens", flush=True)
+    pairs = [pair for row in rows for pair in zip(row.answers_N, row.features_N)]
+    # Between equal tokens there has to be a nothing.
+    if short := sum(len(said) + int((said[1:] == said[:-1]).sum()) > features for said, features in pairs):
+        print(f"nothing is learned of {short} of {len(pairs)} clips: they have too few features", flush=True)
     known = torch.cat([answer for row in rows for answer in row.answers_N]).unique()
     adam = torch.optim.AdamW(model.audio_projector.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     steps, losses = EPOCHS * len(rows), []
@@ -143,7 +153,7 @@ def train(model: AVLM, rows: list[Row]) -> None:
             1 + place[: len(said)],
             torch.tensor(row.features_N),
             torch.tensor([len(answer) for answer in row.answers_N]),
-            zero_infinity=True,  # an answer with more tokens than the clip has features
+            zero_infinity=True,  # of clips with too few features
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.audio_projector.parameters(), 1.0)

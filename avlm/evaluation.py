@@ -24,6 +24,7 @@ from avlm.config import AudioConfig, Config, DataConfig, ParallelConfig, StageCo
 from avlm.data import audio
 from avlm.data.chat import Tokenizer
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder
+from avlm.data.video import has_sound
 from avlm.evaluation_report import ABLATIONS, report, table, words
 from avlm.generation import Ranks, generate
 from avlm.models.avlm import AVLM
@@ -154,7 +155,7 @@ def evaluate(
     encoder = SampleEncoder(model.config, data, Tokenizer(data.tokenizer))
     samples = read_set(source, data, metrics or [], limit)
     has_images, has_videos = any(s.images or s.videos for s in samples), any(s.videos for s in samples)
-    has_audio = any(len(_prompt(encoder, s, max_new_tokens).mels) for s in samples[:20])
+    has_audio = any(s.audios or (data.video.sound and any(map(has_sound, s.videos))) for s in samples)
     metrics = metrics or ["exact_match", *(["wer"] if has_audio and not has_images else [])]
     first = metrics[0]
     given = answers(model, samples, encoder, world, "", max_new_tokens)
@@ -164,7 +165,7 @@ def evaluate(
         if wanted:
             blind = answers(model, samples, encoder, world, key, max_new_tokens)
             ablations[key] = score(blind, samples, [first], world)[first]
-    chances = _chances(Path(source)) if first == "exact_match" else {}
+    chances = _chances(Path(source), len(samples)) if first == "exact_match" else {}
     task, _, part = name.partition("/")
     result = {"task": task, "set": part or "test", "metric": first, "value": values[first], "metrics": values}
     result |= {"count": len(samples), "chance": chances.get("blind"), "ablations": ablations}
@@ -189,9 +190,11 @@ def _prompt(encoder: SampleEncoder, sample: Sample, max_new_tokens: int) -> Enco
         raise ValueError(f"{sample.key}: {error}") from None
 
 
-def _chances(source: Path) -> dict[str, float]:
+def _chances(source: Path, count: int) -> dict[str, float]:
+    """What guessers reach on a set, where it says so and is asked whole."""
     path = source / "chance.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return found if found.get("count") == count else {}
 
 
 def _first(values: dict[str, float], keys: tuple[str, ...]) -> float | None:
@@ -206,12 +209,15 @@ def find_sets(given: list[str]) -> dict[str, str]:
         if equals:
             if not Path(source).exists():
                 raise FileNotFoundError(f"--data {item}: there is no {source}")
-            sets[name] = source
-            continue
-        found = sorted(path.parent for path in Path(item).glob("*/test*/.nv-meta"))
+            found = {name: source}
+        else:
+            folders = sorted(path.parent for path in Path(item).glob("*/test*/.nv-meta"))
+            found = {f"{path.parent.name}/{path.name}": str(path) for path in folders}
         if not found:
             raise ValueError(f"--data {item}: give NAME=SOURCE, or a folder that holds TASK/test*/ sets")
-        sets |= {f"{path.parent.name}/{path.name}": str(path) for path in found}
+        for name in found.keys() & sets.keys():
+            raise ValueError(f"--data {item}: {name} is {sets[name]} already, give it another name")
+        sets |= found
     return sets
 
 
@@ -248,6 +254,7 @@ def main() -> None:
     config, path = find_checkpoint(arguments.run, arguments.step)
     config = dataclasses.replace(config, parallel=ParallelConfig())  # on however many ranks there are
     world = mesh.start(config, mesh.choose_device(config))
+    path = world.gather(path)[0]  # the run may go on and save meanwhile
     with torch.device("meta"):
         model = AVLM(config.model)
     parallel.apply(model, world, config)

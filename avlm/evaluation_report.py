@@ -12,10 +12,14 @@ ABLATIONS = {
 
 def bound(chance: float, count: int) -> float:
     """The share that a guesser with this chance does not exceed in 95 of 100 sets of this size (exact binomial)."""
+    if not 0 < chance < 1:
+        return chance
     below, right = 0.0, -1
     while below < 0.95 and right < count:
         right += 1
-        below += math.comb(count, right) * chance**right * (1 - chance) ** (count - right)
+        wrong = count - right
+        log_ways = math.lgamma(count + 1) - math.lgamma(right + 1) - math.lgamma(wrong + 1)
+        below += math.exp(log_ways + right * math.log(chance) + wrong * math.log1p(-chance))
     return right / count
 
 
@@ -47,7 +51,7 @@ def report(results: list[dict[str, Any]]) -> str:
     for result in results:
         for example in result["examples"][:3]:
             cells = [f"{result['task']}/{result['set']}", *(example[key] for key in ("question", "truth", "answer"))]
-            lines.append("| " + " | ".join(cell.replace("\n", " ") for cell in cells) + " |")
+            lines.append("| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -95,7 +95,7 @@ def costs(config: Config, stage: StageConfig) -> Costs:
         tower = module.removesuffix("_projector")
         below = any(trains.values()) if module == "decoder" else trains.get(tower, False)
         mode = getattr(config.train.recompute, module, "none")
-        repeated = _repeated(module, config.model, mode)
+        repeated = _repeated(module, config.model, shapes, mode)
         for name, step in _steps(module, config.model):
             for path in step:
                 label = "head" if path == "decoder.head" else module
@@ -109,7 +109,7 @@ def costs(config: Config, stage: StageConfig) -> Costs:
     return {key: tuple(parts) for key, parts in found.items()}
 
 
-def _repeated(module: str, model: ModelConfig, mode: Recompute) -> set[str]:
+def _repeated(module: str, model: ModelConfig, shapes: Shapes, mode: Recompute) -> set[str]:
     """What a backward computes again in the blocks of a module (``avlm.parallel.recompute``), adapters apart.
 
     full: all but the last product, whose result nothing waits for (DoRA's magnitude does). selective: of the products,
@@ -122,8 +122,8 @@ def _repeated(module: str, model: ModelConfig, mode: Recompute) -> set[str]:
     blocks.pop("", None)
     if mode == "selective":
         blocks = {block: [path for path in paths if not path.endswith("core")][1::2] for block, paths in blocks.items()}
-    last = () if model.lora and model.lora.dora else ("down",)
-    return {path for paths in blocks.values() for path in paths if path.rpartition(".")[2] not in last}
+    is_last = lambda path: path.endswith(".down") and f"{path}.lora_magnitude" not in shapes
+    return {path for paths in blocks.values() for path in paths if not is_last(path)}
 
 
 def _block(path: str) -> str:

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from avlm import flops, timing
 from avlm.config import Config
+from avlm.config_file import to_dict
 from avlm.data.batch import KINDS, Batch
 from avlm.models.avlm import AVLM
 from avlm.parallel import compute_dtype
@@ -45,9 +47,7 @@ class Log:
             _cut(self.path, first_step)
             self.bar = tqdm(total=config.total_steps, initial=first_step, disable=not sys.stderr.isatty(), unit="step")
             if config.wandb.mode != "disabled":
-                import wandb  # half a second, and a process of its own: only for those who use it
-
-                self.run = wandb.init(project=config.wandb.project, mode=config.wandb.mode, dir=config.output_dir)
+                self.run = _wandb_run(config)
 
     def step(self, row: dict[str, Any], values: Tensor, keys: list[str]) -> None:
         """Note a step; ``values`` float32 (len(KINDS) + 2,): loss sum of each kind, gradient norm, own loss sum."""
@@ -83,8 +83,7 @@ class Log:
                 self.write(self.rows[: self.rows.index(row)])
                 own = f"; samples of this rank: {', '.join(keys)}" if not math.isfinite(own_loss) else ""
                 raise NonFiniteLoss(f"loss {row['loss']}, gradient norm {norm} at step {row['step']}{own}")
-            if self.world.device.type == "cuda":
-                row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            row["memory_gib"] = _peak_memory(self.world.device) / 2**30
             if row["step"] % self.config.train.log_every == 0 or row["step"] == 1:
                 mfu = f"  mfu {row['mfu']:.1%}" if self.peak else ""
                 self.say(
@@ -151,6 +150,24 @@ def tally(batches: list[Batch], costs: flops.Costs) -> dict[str, float]:
             total[f"flops/{module}"] += work[0] + work[1]
             total["recomputed_flops"] += work[2]
     return total
+
+
+def _wandb_run(config: Config) -> Any:
+    """The run of this folder at wandb: a resume goes on with the one that its first start began."""
+    import wandb  # half a second, and a process of its own: only for those who use it
+
+    path = Path(config.output_dir) / "wandb_id"
+    if not path.is_file():
+        path.write_text(wandb.util.generate_id())
+    options = {"project": config.wandb.project, "mode": config.wandb.mode, "dir": config.output_dir}
+    return wandb.init(**options, id=path.read_text(), resume="allow", config=to_dict(config))
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors of this rank took on its GPU, or on the CPU the most that its process did."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _cut(path: Path, step: int) -> None:

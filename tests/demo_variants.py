@@ -99,7 +99,7 @@ def main() -> None:
         overrides = [*overrides, f"output_dir={run}"]
         if run != Path(DEMO):
             launch("train.py", "configs/demo.yaml", *overrides)
-        launch("-m", "avlm.evaluation", str(run), *(f"--data={each}=data/demo/{each}" for each in sets))
+            launch("-m", "avlm.evaluation", str(run), *(f"--data={each}=data/demo/{each}" for each in sets))
         found = {f"{row['task']}/{row['set']}": row["value"] for row in report(run)}
         cells = [f"{100 * found[each]:.0f} %" if each in found else "" for each in SETS]
         lines.append(f"| {name} | {trained(overrides):,} | {' | '.join(cells)} |")

@@ -11,6 +11,7 @@ import yaml
 from avlm import config_file, ctc
 from avlm.config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig
 from avlm.ctc import Row
+from avlm.data.chat import Tokenizer
 from kernels.segments import Segments
 from tests.data.media import model as tiny
 from tests.data.media import tone, write_tokenizer
@@ -95,7 +96,21 @@ def test_a_projector_is_written_that_a_run_can_start_from(tmp_path, capsys):
     started = loaded(tiny(vision=None, stack=2), all=out)
     for name, value in torch.load(out).items():
         assert torch.equal(started.get_parameter(name), value)
-    assert not started.audio_projector.up.weight.isnan().any()
+
+
+def test_each_clip_is_read_with_its_own_answer(tmp_path):
+    source = write_clips(tmp_path)
+    with source.open("a") as file:
+        file.write('{"messages": "no conversation"}\n')
+    path = write_config(tmp_path, source)
+    cfg = config_file.load(path, ctc.ONLY_SOUND)
+    tokenizer = Tokenizer(tmp_path / "tokenizer")
+    model = loaded(cfg.model, decoder=tmp_path / "decoder.pt", audio=tmp_path / "audio.pt")
+    [row] = ctc.read(model, str(source), cfg)
+    found = {tokenizer.decode(ids.tolist(), control=False): n for ids, n in zip(row.answers_N, row.features_N)}
+    assert found == {"one": 25, "two three": 43, "four": 15}, "40 ms each"
+    with pytest.raises(ValueError, match=r"clips\.jsonl, clips\.jsonl:3: "):
+        list(ctc.read(model, str(source), cfg, leave_out=False))
 
 
 def test_what_cannot_be_aligned_is_refused_before_it_trains(tmp_path, monkeypatch):
@@ -106,6 +121,10 @@ def test_what_cannot_be_aligned_is_refused_before_it_trains(tmp_path, monkeypatc
         ctc.align(config, str(source), {}, tmp_path / "p.bin")
     with pytest.raises(ValueError, match=r"clips\.jsonl:0: a sample without sound"):
         ctc.align(config, str(source), {}, tmp_path / "p.pt")
+    silent = source.rename(tmp_path / "silent.jsonl")
+    source = write_clips(tmp_path)
+    with pytest.raises(ValueError, match=r"silent\.jsonl:0: a sample without sound"):
+        ctc.align(config, str(source), {"held out": str(silent)}, tmp_path / "p.pt")
     config = write_config(tmp_path, source, init_from={"decoder": str(tmp_path / "decoder.pt")})
     with pytest.raises(ValueError, match=r"init_from\.decoder and init_from\.audio"):
         ctc.align(config, str(source), {}, tmp_path / "p.pt")
@@ -114,6 +133,6 @@ def test_what_cannot_be_aligned_is_refused_before_it_trains(tmp_path, monkeypatc
 def test_a_source_whose_clips_say_nothing_is_refused(tmp_path):
     source = write_clips(tmp_path)
     source.write_text("".join(re.sub(r'"(one|two three|four)"', '""', line) + "\n" for line in source.open()))
-    with pytest.raises(ValueError, match=r"clips\.jsonl"):
+    with pytest.raises(ValueError, match=r"clips\.jsonl has no clip with an answer"):
         ctc.align(write_config(tmp_path, source), str(source), {}, tmp_path / "p.pt")
     assert not (tmp_path / "p.pt").exists()

@@ -115,7 +115,7 @@ def test_predictions_are_written_with_their_references_and_values(cfg, alone):
     assert second["references"] == ["the world", "a globe"]
     for line, answer in zip((first, second), answers):
         assert line["cer"] == text_metrics.value(text_metrics.cer(line["prediction"], line["references"]))
-        assert answer.startswith(line["prediction"][:4]), "the other answers have more tokens"
+        assert line["prediction"] and answer.startswith(line["prediction"][:4]), "the other answers have more tokens"
     scores = [text_metrics.cer(line["prediction"], line["references"]) for line in (first, second)]
     assert results["val/both/cer"] == pytest.approx(text_metrics.total(scores))
 
@@ -234,6 +234,12 @@ def test_a_guesser_stays_below_the_bound_in_95_of_100_sets():
     hits = torch.rand(20_000, 200, generator=torch.Generator().manual_seed(0)) < 0.1
     below = (hits.float().mean(1) <= evaluation_report.bound(0.1, 200)).float().mean().item()
     assert 0.945 < below < 0.98
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.1, 0.5, 1.0])
+def test_the_bound_of_a_large_set_is_that_of_the_normal_distribution(chance):
+    expected = chance + 1.645 * math.sqrt(chance * (1 - chance) / 5000)
+    assert evaluation_report.bound(chance, 5000) == pytest.approx(expected, abs=3e-4)
 
 
 def test_the_report_marks_an_ablation_above_its_bound():

@@ -59,6 +59,11 @@ CASES = {
         stages=staged(train=["lora"]),
         train={"recompute": {"decoder": "full", "audio": "selective"}},
     ),
+    "recompute with DoRA of queries": make_config(
+        model={**MODEL, "lora": {**LORA, "dora": True, "targets": ["decoder.*.q"]}},
+        stages=staged(train=["lora", "vision"]),
+        train={"recompute": {"decoder": "full", "vision": "full"}},
+    ),
     "text": make_config(model={"decoder": MODEL["decoder"]}, stages=staged(train=["decoder"])),
 }
 

@@ -127,7 +127,7 @@ def test_a_short_loss_curve_is_pinned(whole_run):
 
 
 def test_files_are_trained_validated_answered_and_resumed(tmp_path):
-    """JSONL from two ranks, with a bad sample, validation with answers at a checkpoint's step, and a resume."""
+    """JSONL from two ranks, with a bad sample, validation with answers at a checkpoint's step, a resume, and wandb."""
     lines = []
     for i in range(24):
         (tmp_path / f"{i}.png").write_bytes(image_file(picture(16, 16, seed=i)) if i != 5 else b"no picture")
@@ -144,15 +144,18 @@ def test_files_are_trained_validated_answered_and_resumed(tmp_path):
     path = write_config(tmp_path, data=data, model=model, train={"validate_every": 4, "validate_answers": 2})
     stopped = run(path, "data.max_bad_fraction=0.01", f"output_dir={tmp_path / 'strict'}", ranks=2)
     assert stopped.returncode != 0 and "samples were bad and skipped (named above)" in stopped.stderr
-    assert run(path, "train.stop_after=5", ranks=2).returncode == 0
-    result = run(path, ranks=2)
+    assert run(path, "wandb.mode=offline", "train.stop_after=5", ranks=2).returncode == 0
+    result = run(path, "wandb.mode=offline", ranks=2)
     assert result.returncode == 0, result.stderr
+    parts = [part.name.rpartition("-")[2] for part in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    assert parts == [(tmp_path / "run" / "wandb_id").read_text()] * 2, "one run at wandb, of one rank, gone on with"
     assert "resuming step_00000005 at step 5 of 12" in result.stdout
     assert "skipped sample all.jsonl:5: " in result.stderr
     rows = metrics.read_rows(tmp_path / "run" / "metrics.jsonl")
     validations = [row for row in rows if "val/one/loss" in row]
     assert [row["step"] for row in validations] == [4, 6, 8, 12]
     assert all(0 <= row["val/one/exact_match"] <= 1 for row in validations)
+    assert all(0.1 < row["memory_gib"] < 20 for row in rows if "loss" in row)
     assert losses(tmp_path)[12] < losses(tmp_path)[1]
 
 

@@ -246,7 +246,9 @@ class JinjaTemplate:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if not tokenizer.chat_template:
-            raise ValueError(f"{tokenizer.file} comes with no chat_template: choose another data.template")
+            raise ValueError(
+                f"{tokenizer.file} comes with no chat_template: choose another data.template (generate.py: --raw)"
+            )
         self._names = {"bos_token": tokenizer.bos or "", "eos_token": tokenizer.eos or ""}
         # A date in a prompt would make runs differ from day to day: strftime_now is left undefined.
         environment = ImmutableSandboxedEnvironment(
@@ -259,10 +261,10 @@ class JinjaTemplate:
         self._control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)) or "(?!)")
 
     def pieces(self, messages: Messages, prompt: bool) -> Iterator[Piece]:
-        for message in messages:
+        marked = [{**m, "content": TAG.sub(lambda tag: MARKS[tag[1]], m["content"])} for m in messages]
+        for message in marked:
             if found := self._control.search(message["content"]):
                 raise ValueError(f"text holds the control token {found[0]!r}, which a Jinja template would make real")
-        marked = [{**m, "content": TAG.sub(lambda tag: MARKS[tag[1]], m["content"])} for m in messages]
         if prompt or self._marks_turns:
             text = self._render(marked, prompt)
         else:

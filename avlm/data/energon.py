@@ -219,9 +219,10 @@ class EnergonLoader:
 def _loader(source: str, *, train: bool, **options: Any) -> SavableDataLoader:
     try:
         dataset = (get_train_dataset if train else get_val_dataset)(source, batch_size=None, **options)
-    except (AssertionError, KeyError, EmptyDatasetError) as error:
+    except (AssertionError, KeyError, ValueError, FileNotFoundError, EmptyDatasetError) as error:
         split = "train" if train else "val"
-        raise ValueError(f"{source} has no split {split!r} that Energon can read: {error}") from error
+        mend = "`energon prepare --split-parts` names one, and so does a blend"
+        raise ValueError(f"{source} has no split {split!r} that Energon can read ({mend}): {error}") from error
     # Energon has caught an exception whose traceback holds the frames of our callers in a cycle: without this, dropping
     # an EnergonLoader would not call __del__.
     gc.collect()
@@ -246,12 +247,12 @@ def check_source(path: Path) -> None:
         config = path / ".nv-meta" / "dataset.yaml"
         if not config.is_file():
             raise ValueError(f"{path} is no Energon dataset: run `energon prepare {path}` (crude)")
-        found = yaml.safe_load(config.read_text())
+        found = _read_yaml(config)
         kind = (found.get("__module__"), found.get("__class__"))
         if kind != ("megatron.energon", "CrudeWebdataset") or set(found) - {"__module__", "__class__", "subflavors"}:
             raise ValueError(f"{config} must name megatron.energon's CrudeWebdataset and nothing else, not {found}")
     elif path.suffix == ".yaml" and path.is_file():
-        found = yaml.safe_load(path.read_text())
+        found = _read_yaml(path)
         kind = (found.pop("__module__", None), found.pop("__class__", None))
         if kind not in (("megatron.energon", "Metadataset"), ("megatron.energon", "MetadatasetV2")):
             raise ValueError(f"{path} must be of megatron.energon's class MetadatasetV2, not {kind}")
@@ -259,6 +260,16 @@ def check_source(path: Path) -> None:
             check_source(path.parent / inner)
     else:
         raise FileNotFoundError(f"no Energon dataset {path}: give a prepared folder or a .yaml blend")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold keys and values, not {found!r:.80}")
+    return found
 
 
 def _paths(tree: Any, origin: Path) -> Iterator[str]:

@@ -1,10 +1,12 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from avlm import config_file
 from avlm.data.batch import AUDIO as AUDIO_ID
 from avlm.data.batch import IGNORE, IMAGE, KINDS
 from avlm.data.image import normalise
@@ -12,6 +14,7 @@ from avlm.data.packing import empty_batch, pack, patch_rows, select
 from avlm.data.sample import EncodedSample
 from tests.data.media import AUDIO, VISION, model
 
+ROOT = Path(__file__).parents[2]
 METHODS = ["knapsack", "first_fit"]
 STACK = 4
 MODEL = model(stack=STACK)
@@ -37,6 +40,14 @@ def test_the_knapsack_opens_with_the_first_and_takes_the_largest_that_still_fits
     assert select([3, 9, 5, 2, 1], 10, "knapsack") == [[0, 2, 3], [1, 4]]
     assert select([2, 4, 4, 6, 3, 1], 10, "knapsack") == [[0, 3, 5], [1, 2], [4]]
     assert select([3, 9, 5, 2, 1], 10, "first_fit") == [[0, 2, 3], [1, 4]]
+
+
+def test_rows_of_the_demo_are_full():
+    """As many samples as its packer sees at a time, of the lengths that it has."""
+    data = config_file.load(ROOT / "configs" / "demo.yaml").data
+    lengths = torch.randint(8, 64, (data.packing_buffer,), generator=torch.Generator().manual_seed(0)).tolist()
+    *full, _ = select(lengths, data.seq_length, data.packing)  # what the last row holds goes back into the buffer
+    assert len(full) >= 5 and sum(lengths[i] for row in full for i in row) >= 0.98 * len(full) * data.seq_length
 
 
 def test_a_sample_longer_than_a_row_is_refused():

@@ -100,9 +100,6 @@ def sent_by(name: str, args: tuple, n: int, rank: int) -> tuple[str, float]:
     raise AssertionError(f"{name} is not counted yet")
 
 
-# 2. Both.
-
-
 def count_all(layouts: dict[str, dict[str, Any]]) -> dict[str, tuple[Bytes, Bytes]]:
     """Runs on every rank: (counted, formula) of a step in each layout."""
     worlds: dict[tuple, World] = {}

@@ -50,9 +50,6 @@ def axis_of(axes: dict[str, list[int]], candidates: tuple[str, ...], ranks: list
     return " = ".join(same) if same[0] == "shard_context" else same[0]
 
 
-# 1. Counting.
-
-
 def formula(config: Config, world: World, rows: list[Batch]) -> Bytes:
     """What a step over ``rows``, one for each data rank, should send. Exact: padding is in it."""
     axes, sent = ranks_of_axes(world), Counter()

@@ -64,14 +64,16 @@ def build(out: Path) -> None:
     held_out = choose_held_out({name: text for name, _, text in prompts})
     spoken = {"train": join([clip for clip in prompts if clip[0] not in held_out])}
     unseen = {sentence for name, _, text in prompts if name in held_out for sentence in split_sentences(text)}
-    read = read_aloud(out / "packages/flite", files)
-    spoken["train"] += [clip for clip in read if not unseen.intersection(split_sentences(clip[2]))]
+    for clip in read_aloud(out / "packages/flite", files):
+        said = f" {' | '.join(split_sentences(clip[2]))} "
+        spoken["train"] += [clip] if not any(f" {sentence} " in said for sentence in unseen) else []
     spoken["test"] = [clip for clip in prompts if clip[0] in held_out]
     speech = {split: [transcription(out, clip) for clip in clips] for split, clips in spoken.items()}
     for split in ("train", "test"):
         write_jsonl(out / f"caption_{split}.jsonl", captions[split])
         write_jsonl(out / f"speech_{split}.jsonl", speech[split])
     write_jsonl(out / "both_train.jsonl", 3 * captions["train"] + speech["train"])
+    (out / "speech_other_test.jsonl").unlink(missing_ok=True)
     if "pocketsphinx" in files:
         sentences = [transcription(out, clip) for clip in read_librivox(files["pocketsphinx"])]
         write_jsonl(out / "speech_other_test.jsonl", sentences)

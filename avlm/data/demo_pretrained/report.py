@@ -4,11 +4,12 @@
 
 Reads the validation at the end of each stage and the evaluation after the last (report.json) from the run, and measures
 two ceilings with transformers, from the same folders and on the same held-out samples: a linear classifier on CLIP's
-features, fitted to the same training photos, and Whisper's own decoder, greedy. Writes report.md into the run folder.
+features, fitted to the same training photos, and Whisper's own decoder, greedy. Writes RUN/pretrained.md.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import jiwer
@@ -38,10 +39,14 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", type=Path, default=Path("data/pretrained"))
     arguments = parser.parse_args()
-    rows = read_stages(arguments.run) | read_evaluation(arguments.run)
+    try:
+        rows = read_stages(arguments.run) | read_evaluation(arguments.run)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     rows["ceiling: linear probe on CLIP; Whisper's own decoder"] = ceilings(arguments.data)
     text = story(rows, read_answers(arguments.run))
-    (arguments.run / "report.md").write_text(text)
+    (arguments.run / "pretrained.md").write_text(text)
     print(text)
 
 
@@ -60,7 +65,10 @@ def read_stages(run: Path) -> dict[str, Values]:
 
 def read_evaluation(run: Path) -> dict[str, Values]:
     """The evaluation of the last checkpoint: speech, and speech with the sound removed."""
-    results = {result["task"]: result for result in json.loads((run / "report.json").read_text())["results"]}
+    path = run / "report.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: python -m avlm.evaluation writes it (see the Makefile)")
+    results = {result["task"]: result for result in json.loads(path.read_text())["results"]}
     return {
         "the end, evaluated again": {name: result["value"] for name, result in results.items()},
         "... with the sound removed": {name: result["ablations"]["no_audio"] for name, result in results.items()},
