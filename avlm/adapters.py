@@ -1,10 +1,11 @@
 """The decoder's adapters as a PEFT folder, adapter_model.safetensors and adapter_config.json, in and out."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from avlm.config import ModelConfig
+from avlm.config import Config, ModelConfig
+from avlm.freezing import trained_names
 from avlm.models.lora import is_adapter
 from avlm.pretrained import read_json, resolve
 from avlm.weights_sources import Source, read_safetensors
@@ -75,3 +76,12 @@ def adapter_keys(config: ModelConfig, names: Iterable[str], base: str | None) ->
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+
+
+def left_behind(config: Config, names: Collection[str]) -> list[str]:
+    """Modules, and adapters of them, that a PEFT folder lacks of a run's parameters ``names``: all but the decoder's
+    adapters, and a decoder that no stage trains, as it is the base."""
+    trained = set().union(*(trained_names(stage, config.model, names) for stage in config.stages))
+    left = [name for name in names if not name.startswith("decoder.") or name in trained - peft_names(names).keys()]
+    parts = [(name.partition(".")[0], is_adapter(name)) for name in left]
+    return [f"adapters of {module}" if adapters else module for module, adapters in dict.fromkeys(parts)]

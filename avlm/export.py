@@ -14,7 +14,7 @@ from avlm.adapters import adapter_keys, peft_names
 from avlm.config import DataConfig, LoraConfig, ModelConfig
 from avlm.config_file import to_dict
 from avlm.data.chat import Chat, Tokenizer
-from avlm.export_configs import decoder_keys, llava_keys, picture_keys, sound_keys, voxtral_keys
+from avlm.export_configs import decoder_keys, llava_keys, picture_keys, processor_keys, sound_keys, voxtral_keys
 from avlm.model_folder import Lazy, publish, write_json, write_tensors
 from avlm.models.lora import is_adapter, merge
 from avlm.models.whisper import sinusoids
@@ -79,6 +79,8 @@ def export(
         if media:
             processor = picture_keys(config.vision) if format == "llava" else sound_keys(config.audio)
             write_json(partial / "preprocessor_config.json", processor)
+        if format == "llava":
+            write_json(partial / "processor_config.json", processor_keys(config.vision, media))
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         write_json(partial / "config.json", {**keys, "torch_dtype": stored})
 
@@ -198,11 +200,27 @@ def _copy_tokenizer(tokenizer: Tokenizer, template: str, folder: Path, word: str
         if tokenizer.file.with_name(name).is_file():
             shutil.copyfile(tokenizer.file.with_name(name), folder / name)
     shutil.copyfile(tokenizer.file, folder / "tokenizer.json")
-    tree = read_json(tokenizer.file)
-    added = tree.get("added_tokens") or []
-    if word is not None and all(each["content"] != word for each in added):
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        tree["added_tokens"] = [*added, {"id": token, "content": word, **flags, "special": True}]
-        write_json(folder / "tokenizer.json", tree)
+    if word is not None:
+        _add_token(folder, word, token)
     stops = {*stop_ids(tokenizer.file.parent), *Chat(tokenizer, template).stop_ids}
     write_json(folder / "generation_config.json", {"eos_token_id": sorted(stops)})
+
+
+def _add_token(folder: Path, word: str, token: int) -> None:
+    """Make a word a special token, unless it is one. Classes of transformers that build a tokenizer of their own, as
+    Qwen2Tokenizer does, take such tokens from the list of tokenizer_config.json where it has one."""
+    tree = read_json(folder / "tokenizer.json")
+    added = tree.get("added_tokens") or []
+    if any(each["content"] == word for each in added):
+        return
+    entry = {
+        "content": word,
+        **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+        "special": True,
+    }
+    write_json(folder / "tokenizer.json", {**tree, "added_tokens": [*added, {"id": token, **entry}]})
+    config_file = folder / "tokenizer_config.json"
+    config = read_json(config_file) if config_file.is_file() else {}
+    if "added_tokens_decoder" in config:
+        config["added_tokens_decoder"][str(token)] = entry
+        write_json(config_file, config)

@@ -1,5 +1,5 @@
-"""config.json and preprocessor_config.json of the formats of Hugging Face that we write; what a format cannot hold is
-refused by the name of the key."""
+"""config.json, preprocessor_config.json and processor_config.json of the formats of Hugging Face that we write; what a
+format cannot hold is refused by the name of the key."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ def llava_keys(config: ModelConfig, image_token: int) -> dict[str, Any]:
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": projector.bias,
         "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "default" if vision.class_token else "full",
+        "vision_feature_select_strategy": _feature_strategy(vision),
         "tie_word_embeddings": config.decoder.tie_embedding,
         "text_config": decoder_keys(config.decoder),
         "vision_config": {
@@ -154,3 +154,19 @@ def picture_keys(vision: VisionConfig) -> dict[str, Any]:
         "image_mean": vision.mean,
         "image_std": vision.std,
     }
+
+
+def processor_keys(vision: VisionConfig, image_word: str) -> dict[str, Any]:
+    """processor_config.json of a LLaVA: a picture is as many ``image_word`` as (side / patch_size)^2 and the additional
+    ones, less one under the strategy "default", which drops the class token."""
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": image_word,
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": int(vision.class_token),
+        "vision_feature_select_strategy": _feature_strategy(vision),
+    }
+
+
+def _feature_strategy(vision: VisionConfig) -> str:
+    return "default" if vision.class_token else "full"

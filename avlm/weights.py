@@ -2,7 +2,7 @@
 
     load(model, init_from)                    what ``avlm.weights_plan`` found out -> the model's parameters
     export(config, state, folder, format)     parameters -> safetensors, config.json and tokenizer (``avlm.export``)
-    python -m avlm.weights export RUN DIR --format avlm|decoder|llava|voxtral|adapter [--step N]
+    python -m avlm.weights export RUN DIR --format avlm|decoder|llava|voxtral|adapter [--step N] [--base NAME]
 
 A rank reads only the slice that it holds, one tensor at a time, whatever sharded the model and whatever layout wrote
 it. An export reads what one file of it holds at a time, and ``torchrun`` shares the files among its ranks.
@@ -13,6 +13,7 @@ import dataclasses
 
 import torch
 
+from avlm.adapters import left_behind
 from avlm.checkpoint import read_run
 from avlm.config import InitFrom, ParallelConfig
 from avlm.export import FORMATS, export
@@ -57,17 +58,30 @@ def main() -> None:
     command.add_argument("folder", help="folder to write, new or empty")
     command.add_argument("--format", choices=FORMATS, default="avlm")
     command.add_argument("--step", type=int, help="that checkpoint of the run; without it the newest")
-    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    command.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the tensors; without it bfloat16, and adapters as they are stored",
+    )
+    command.add_argument("--base", help="name of the decoder that an adapter belongs to; without it init_from.decoder")
     command.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export, when the new one is whole"
     )
     arguments = parser.parse_args()
     config, path = read_run(arguments.run, arguments.step)
-    options = {"data": config.stages[-1].data, "base": config.init_from.decoder}
-    options |= {"dtype": getattr(torch, arguments.dtype), "overwrite": arguments.overwrite}
+    to_peft = arguments.format == "adapter"
+    if arguments.base and not to_peft:
+        raise ValueError(f"--base {arguments.base} is for --format adapter, and the format is {arguments.format}")
+    dtype = arguments.dtype or (None if to_peft else "bfloat16")
+    options = {"data": config.stages[-1].data, "base": arguments.base or config.init_from.decoder}
+    options |= {"dtype": dtype and getattr(torch, dtype), "overwrite": arguments.overwrite}
     if mesh.ranks()[1] > 1:
         options["world"] = mesh.start(dataclasses.replace(config, parallel=ParallelConfig()), torch.device("cpu"))
-    export(config.model, open_checkpoint(path), arguments.folder, arguments.format, **options)
+        path = options["world"].gather(path)[0]  # the run may go on and save meanwhile
+    state = open_checkpoint(path)
+    export(config.model, state, arguments.folder, arguments.format, **options)
+    if to_peft and mesh.ranks()[0] == 0 and (left := left_behind(config, state)):
+        print(f"{arguments.folder} lacks {', '.join(left)}: --format avlm keeps them, with all adapters merged")
 
 
 if __name__ == "__main__":

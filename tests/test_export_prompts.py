@@ -1,0 +1,116 @@
+"""Exports with a tokenizer: transformers' own processors make the prompts, and the answers are ours token for token."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import transformers
+
+from avlm.config import DataConfig
+from avlm.data import audio
+from avlm.data.batch import AUDIO, IMAGE
+from avlm.data.chat import Tokenizer
+from avlm.data.packing import pack
+from avlm.data.sample import SampleEncoder
+from avlm.export import export
+from avlm.generation import generate
+from avlm.pretrained import read_config, stop_ids
+from tests.data.media import CONTROL, image_file, picture, tone, write_tokenizer
+from tests.models.handmade import build
+from tests.models.test_avlm import VISION_ONLY
+from tests.test_export import VOXTRAL
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SIGLIP = {"class_token": False, "pre_norm": False, "patch_bias": True, "activation": "gelu_tanh", "resize": "stretch"}
+LLAVA = dataclasses.replace(
+    VISION_ONLY, vision_projector=dataclasses.replace(VISION_ONLY.vision_projector, downsample=1)
+)
+
+
+def exported(config, folder, format, template="llava", control=CONTROL, **keys):
+    """(model of random weights, its prompt encoder) of an export in ``folder``."""
+    source = write_tokenizer(folder.with_name("tokenizer"), control, eos_token="</s>", chat_template=CHATML, **keys)
+    tokenizer = Tokenizer(source)
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, vocab_size=tokenizer.size))
+    data = DataConfig(train="x", tokenizer=str(source), template=template)
+    model = build(config)
+    export(config, model.state_dict(), folder, format, data=data)
+    return model, SampleEncoder(config, data, tokenizer)
+
+
+def assert_answers_alike(model, prompt, theirs, media_token, folder, **inputs):
+    """The same ids go in; the same logits, and the same ids with the same probabilities come out."""
+    ids = [media_token if token in (IMAGE, AUDIO) else token for token in prompt.token_T.tolist()]
+    assert inputs["input_ids"].tolist() == [ids]
+    batch = pack([prompt], len(prompt), model.config)
+    with torch.no_grad():
+        x_TD = model.decoder(model.embed(batch), batch.position_T, batch.segments)
+        ours = model.decoder.head(model.decoder.norm(x_TD), None)
+        expected = theirs(**inputs).logits[0, :, : ours.shape[1]]
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    [answer] = generate(model, [prompt], stop_ids=stop_ids(folder), max_new_tokens=16)
+    settings = {"do_sample": False, "max_new_tokens": 16, "return_dict_in_generate": True, "output_logits": True}
+    out = theirs.generate(**inputs, **settings)
+    assert answer.token_ids == out.sequences[0, len(ids) :].tolist()
+    logits = torch.stack(out.logits, 1)[0, :, : ours.shape[1]]  # without the media token's own row
+    logprobs = logits.log_softmax(-1).gather(-1, out.sequences[0, len(ids) :, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(answer.logprobs), logprobs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "template"), [("clip", "llava"), ("clip", "tokenizer"), ("siglip", "llava")])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_llava_export_answers_prompts_of_its_processor_as_we_do(family, template, known, tmp_path):
+    config, out = LLAVA, tmp_path / "out"
+    if family == "siglip":
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, **SIGLIP))
+    control = ["<image>", *CONTROL] if known else CONTROL
+    model, encoder = exported(config, out, "llava", template, control)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(out)
+    processor = transformers.AutoProcessor.from_pretrained(out)
+    image_token = theirs.config.image_token_index
+    assert (image_token < encoder.tokenizer.size) == known and processor.image_token_id == image_token
+    pictures, question = [picture(40, 30), picture(16, 48, seed=1)], "<image>\n<image> what is this picture of?"
+    messages = [{"role": "user", "content": question}]
+    text = f"<s>USER: {question} ASSISTANT:"
+    if template == "tokenizer":
+        text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=text, images=pictures, return_tensors="pt")
+    prompt = encoder.prompt(messages, [image_file(each) for each in pictures])
+    assert (prompt.token_T == IMAGE).sum() == 2 * 16
+    assert_answers_alike(model, prompt, theirs, image_token, out, **inputs)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_voxtral_export_answers_prompts_of_its_tokenizer_as_we_do(known, tmp_path):
+    """VoxtralProcessor reads Mistral's own tokenizers only, so the windows' tokens are written out here."""
+    out = tmp_path / "out"
+    control = ["[AUDIO]", *CONTROL] if known else CONTROL
+    model, encoder = exported(VOXTRAL, out, "voxtral", control=control)
+    theirs = transformers.VoxtralForConditionalGeneration.from_pretrained(out)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(out)
+    audio_token = theirs.config.audio_token_id
+    assert (audio_token < encoder.tokenizer.size) == known
+    assert tokenizer.convert_tokens_to_ids("[AUDIO]") == audio_token and "[AUDIO]" in tokenizer.get_added_vocab()
+    clips = [tone(0.7), tone(2.0, frequency=880.0)]
+    waves = [audio.decode(clip, 30.0).numpy() for clip in clips]
+    extractor = transformers.WhisperFeatureExtractor.from_pretrained(out)
+    features = extractor(waves, sampling_rate=16_000, return_tensors="pt").input_features
+    text = f"<s>USER: one {'[AUDIO]' * 25} two {'[AUDIO]' * 25} which? ASSISTANT:"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    prompt = encoder.prompt([{"role": "user", "content": "one <audio> two <audio> which?"}], audios=clips)
+    assert_answers_alike(model, prompt, theirs, audio_token, out, input_ids=ids, input_features=features)
+
+
+def test_a_tokenizer_class_that_reads_its_config_alone_knows_the_media_token(tmp_path):
+    entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    first = Tokenizer(write_tokenizer(tmp_path / "first")).size - len(CONTROL)
+    listed = {str(first + i): {"content": word, **entry} for i, word in enumerate(CONTROL)}
+    exported(LLAVA, tmp_path / "out", "llava", added_tokens_decoder=listed)
+    tokenizer = transformers.Qwen2Tokenizer.from_pretrained(tmp_path / "out")
+    image_token = json.loads((tmp_path / "out" / "config.json").read_text())["image_token_index"]
+    assert tokenizer.encode("<s><image>") == [first + CONTROL.index("<s>"), image_token]
+    assert read_config(tmp_path / "out").decoder.vocab_size == image_token + 1
