@@ -27,6 +27,7 @@ FORMATS = ("avlm", "decoder", "llava", "voxtral", "adapter")
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 TOKENIZER_FILES += ["chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"]
 PROMPT_KEYS = ["template", "system", "seq_length", "video", "max_media_bytes", "max_image_pixels", "max_audio_seconds"]
+ADAPTER = ("lora_down.weight", "lora_up.weight", "lora_magnitude")
 MEDIA_TOKENS = {"llava": "<image>", "voxtral": "[AUDIO]"}
 State = dict[str, Lazy]
 
@@ -113,21 +114,20 @@ def _formatted(
 
 
 def merged(state: State, config: LoraConfig, dtype: torch.dtype | None = None) -> State:
-    """``avlm.models.lora.merge``, one linear at a time and when it is read."""
-    parts = ("lora_down.weight", "lora_up.weight", "lora_magnitude")
+    """Weights with adapters in them, in ``dtype`` (None: that of the base), each computed when it is read."""
     done = {}
     for name, base in state.items():
-        path = name.removesuffix(".weight")
-        linear = {each: state[each] for each in (name, *(f"{path}.{part}" for part in parts)) if each in state}
-        if len(linear) > 1:
-            done[name] = Lazy(base.shape, dtype or base.dtype, functools.partial(_merge, name, linear, config, dtype))
+        adapter = [state.get(f"{name.removesuffix('.weight')}.{part}") for part in ADAPTER]
+        if adapter[0] is not None:
+            done[name] = base.changed(functools.partial(_merge, adapter, config), dtype=torch.float32)
+            done[name] = done[name].to(dtype or base.dtype)
         elif not is_adapter(name):
             done[name] = base
     return done
 
 
-def _merge(name: str, linear: State, config: LoraConfig, dtype: torch.dtype | None) -> Tensor:
-    return merge({each: tensor.read() for each, tensor in linear.items()}, config, dtype)[name]
+def _merge(adapter: list[Lazy | None], config: LoraConfig, base_OI: Tensor) -> Tensor:
+    return merge(base_OI, *(part and part.read() for part in adapter), config)
 
 
 def _renamed(state: State, prefixes: dict[str, str], head: str) -> State:

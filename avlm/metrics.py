@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def _wandb_run(config: Config) -> Any:
 
     path = Path(config.output_dir) / "wandb_id"
     if not path.is_file():
-        path.write_text(wandb.util.generate_id())
+        path.write_text(uuid.uuid4().hex[:8])
     options = {"project": config.wandb.project, "mode": config.wandb.mode, "dir": config.output_dir}
     return wandb.init(**options, id=path.read_text(), resume="allow", config=to_dict(config))
 

@@ -1,12 +1,15 @@
 """What can be known to be wrong with a run's data and what is to be measured on it, before ranks start."""
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 
 from avlm import text_metrics
-from avlm.config import Config, StageConfig
+from avlm.config import Config, DataConfig, StageConfig
 from avlm.data import open_loader
 from avlm.data.chat import Tokenizer, check_vocabulary
+from avlm.data.jsonl import Records, RowStream
+from avlm.data.sample import SampleEncoder
 
 
 def check_data(config: Config) -> None:
@@ -19,7 +22,12 @@ def check_data(config: Config) -> None:
             check_vocabulary(Tokenizer(stage.data.tokenizer), config.model.decoder.vocab_size)
         _check_metrics(config, stage)
     _check_best(config)
+    checked: list[DataConfig] = []
     for stage in config.stages:
+        data = replace(stage.data, validation={}, metrics={})
+        if data not in checked:
+            _check_train(config, stage)
+            checked.append(data)
         for name, source in stage.data.validation.items() if config.train.validate_every else ():
             _check_set(config, stage, name, source)
 
@@ -33,6 +41,22 @@ def _check_metrics(config: Config, stage: StageConfig) -> None:
         text_metrics.check_names(metrics, where)
         if not config.train.validate_answers:
             raise ValueError(f"{where} wants answers: set train.validate_answers to how many, it is 0")
+
+
+def _check_train(config: Config, stage: StageConfig) -> None:
+    """The training data of a stage, however late it comes, can be opened, and a sample of a file can be used. Samples
+    of an Energon folder are not read."""
+    data, model = stage.data, config.model
+    try:
+        if Path(data.train).suffix in (".json", ".jsonl"):
+            encoder = SampleEncoder(model, replace(data, packing_buffer=1), Tokenizer(data.tokenizer))
+            _, row, _ = next(iter(RowStream(Records(data.train, data), encoder, config.seed, True, 0, 1)))
+            if isinstance(row, str):
+                raise ValueError(row)
+        else:
+            open_loader(data.train, data, model, rank=0, world=1, seed=config.seed, train=True)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"stage {stage.name}: data.train: {error}") from None
 
 
 def _check_set(config: Config, stage: StageConfig, name: str, source: str) -> None:

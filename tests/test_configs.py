@@ -1,11 +1,14 @@
 """The configs that we stand behind: sizes of the published models, and what their headers promise."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from avlm import config_file, memory, preflight
+from avlm.config import InitFrom
+from avlm.layout import layout_of
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 PUBLISHED = [path for path in CONFIGS if not path.stem.startswith("demo")]
@@ -28,7 +31,9 @@ SIZES = {
 
 
 def header(path: Path) -> dict[str, str]:
-    return dict(re.findall(r"^#   (\w+) +(.+)$", path.read_text(), re.M))
+    """Its entries, those of several lines as one."""
+    text = re.sub(r"\n# {7,}", " ", path.read_text())
+    return dict(re.findall(r"^#   (\w+) +(.+)$", text, re.M))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -54,13 +59,32 @@ def test_a_model_has_the_parameters_that_were_published(path):
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_it_fits_the_hardware_that_its_header_names_with_the_memory_that_it_says(path):
     said = header(path)
-    world_size, device_gib = map(int, re.match(r"(\d+) GPUs? of (\d+) GB", said["hardware"]).groups())
+    hardware = re.findall(r"(\d+) GPUs? of (\d+) GB(?: with (\S+))?", said["hardware"])
+    estimates = re.findall(r"([\d.]+) GiB (?:a rank|on one GPU)", said["memory"])
+    [rows] = set(re.findall(r"of (\d+) rows", said["tokens"]))
+    assert hardware and said["hardware"].count("GPU") == len(hardware) == len(estimates)
+    for (ranks, device_gib, override), estimate in zip(hardware, estimates):
+        cfg, world_size = config_file.load(path, [override] if override else []), int(ranks)
+        preflight.check_layout(cfg, world_size)
+        shapes = memory.parameter_shapes(cfg.model)
+        gib = max(memory.estimate(cfg, stage, world_size, shapes).total for stage in cfg.stages) / 2**30
+        assert estimate == f"{gib:.1f}"
+        assert gib < 0.8 * int(device_gib), "some room is left for what is not estimated"
+        layout = layout_of(cfg, world_size)
+        assert layout.replicate * layout.shard * cfg.train.accumulate == int(rows), "the same step on any of them"
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_its_header_says_how_its_tokenizer_comes_to_its_folder(path):
+    [folder] = {stage.data.tokenizer for stage in config_file.load(path).stages}
+    command = rf"hf download \S+/\S+ tokenizer\.json tokenizer_config\.json --local-dir {re.escape(folder)}(?!\S)"
+    assert re.search(command, header(path)["needs"])
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_whoever_validates_has_something_to_validate_on_at_every_stage(path):
     cfg = config_file.load(path)
-    preflight.check_layout(cfg, world_size)
-    shapes = memory.parameter_shapes(cfg.model)
-    gib = max(memory.estimate(cfg, stage, world_size, shapes).total for stage in cfg.stages) / 2**30
-    assert said["memory"].startswith(f"{gib:.1f} GiB a rank")
-    assert gib < 0.8 * device_gib, "some room is left for what is not estimated"
+    assert [bool(stage.data.validation) for stage in cfg.stages] == [cfg.train.validate_every > 0] * len(cfg.stages)
 
 
 def test_the_8b_stages_have_the_numbers_of_nemo():
@@ -70,7 +94,18 @@ def test_the_8b_stages_have_the_numbers_of_nemo():
         o = stage.optimizer
         assert (o.lr, o.min_lr, o.warmup_steps, o.eps, o.weight_decay, o.clip_norm) == (lr, min_lr, 150, 1e-5, 0.1, 1.0)
         assert (o.betas, stage.steps, stage.data.seq_length) == ((0.9, 0.95), 5190, 8192)
-    parts = ("avlm_8b_vision_alignment", "avlm_8b_audio_alignment", "avlm_8b_finetune")
-    for stage, name in zip(cfg.stages, parts):
-        [alone] = config_file.load(CONFIGS[0].parent / f"{name}.yaml").stages
-        assert (alone.optimizer, alone.train, alone.data.train) == (stage.optimizer, stage.train, stage.data.train)
+
+
+def test_the_8b_stages_one_by_one_are_those_of_the_one_run():
+    """But for where they start; a run draws the data of its stages with its seed and the next ones."""
+    whole = config_file.load(CONFIGS[0].parent / "avlm_8b.yaml")
+    start = whole.init_from
+    for i, stage in enumerate(whole.stages):
+        path = CONFIGS[0].parent / f"avlm_8b_{stage.name}.yaml"
+        alone = config_file.load(path)
+        own = {"output_dir": f"runs/{path.stem}", "seed": whole.seed + i, "init_from": start, "stages": [stage]}
+        assert alone == replace(whole, **own)
+        assert i == 0 or f"configs/{Path(start.all).name}.yaml" in header(path)["needs"]
+        start = InitFrom(all=alone.output_dir)
+    lora = config_file.load(CONFIGS[0].parent / "avlm_8b_lora.yaml")
+    assert (lora.seed, lora.init_from, lora.stages[0].data) == (alone.seed, alone.init_from, alone.stages[0].data)

@@ -1,12 +1,15 @@
-"""What is found before ranks start in validation sets, in what is to be measured on them, and in checkpoint.best."""
+"""What is found before ranks start in the data of every stage, in what is to be measured on validation sets, and in
+checkpoint.best."""
 
 import json
+import tarfile
 
 import pytest
 
 from avlm import config_file, preflight
 from avlm.data.sample import fingerprint
 from tests.data.media import write_tokenizer
+from tests.data.test_energon import write_set
 from tests.parallel.small import TREE
 
 
@@ -19,13 +22,24 @@ def make(tmp_path_factory):
     (folder / "good.jsonl").write_text(record)
     (folder / "empty.jsonl").write_text("\n")
     (folder / "asked.jsonl").write_text(json.dumps({"messages": turns[:1]}) + "\n" + record)
+    (folder / "silent.jsonl").write_text(json.dumps({"messages": turns, "images": ["gone.png"]}) + "\n")
+    (folder / "text.yaml").write_text("captions and speech\n")
+    (folder / "torn.yaml").write_text("splits: {train: [\n")
+    (folder / "raw").mkdir()
+    with tarfile.open(folder / "raw" / "shard_000.tar", "w") as shard:
+        shard.add(folder / "good.jsonl", "0.json")
+    write_set(folder / "prepared", "train", 2)
+    write_set(folder / "held_out", "val", 2)
     tokenizer = str(write_tokenizer(folder / "tokenizer"))
     model = TREE["model"] | {"decoder": TREE["model"]["decoder"] | {"vocab_size": 400}}
 
-    def make(sets=("good",), data=None, train=None, best=None):
+    def make(sets=("good",), data=None, train=None, best=None, last=None):
         validation = {name: str(folder / f"{name}.jsonl") if name != "made" else "synthetic" for name in sets}
         data = {"train": "synthetic", "tokenizer": tokenizer, "template": "chatml", "seq_length": 64} | (data or {})
         changes = {"data": data | {"validation": validation}, "train": train or {}, "checkpoint": {"best": best}}
+        if last:  # the data of a second stage
+            stages = [{"name": name, "steps": 1, "train": ["decoder"]} for name in ("first", "last")]
+            changes["stages"] = [stages[0], stages[1] | {"data": {"train": str(folder / last)}}]
         return config_file.resolve(TREE | {"model": model} | changes, "test")
 
     return make
@@ -43,6 +57,9 @@ ANSWERS = {"validate_answers": 2}
         {"best": "val/good/token_accuracy"},
         {"sets": ["asked"]},
         {"sets": ["empty"], "train": {"validate_every": 0}},
+        {"last": "good.jsonl"},
+        {"last": "asked.jsonl"},
+        {"last": "prepared"},
     ],
 )
 def test_what_can_be_measured_passes(make, options):
@@ -52,6 +69,19 @@ def test_what_can_be_measured_passes(make, options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"last": "gone.jsonl"}, r"stage last: no data at .*gone.jsonl"),
+        ({"last": "empty.jsonl"}, r"stage last: data.train: .*empty.jsonl holds no records"),
+        (
+            {"last": "silent.jsonl"},
+            r"last: data.train: no sample of .*silent.jsonl can be used; silent.jsonl:0: no media",
+        ),
+        ({"last": "raw"}, r"last: data.train: .*raw is no Energon dataset: run `energon prepare .*raw`"),
+        (
+            {"last": "held_out"},
+            r"last: data.train: .*held_out has no split 'train' that .*`energon prepare --split-parts`",
+        ),
+        ({"last": "text.yaml"}, r"last: data.train: .*text.yaml must hold keys and values, not 'captions and speech'"),
+        ({"last": "torn.yaml"}, r"last: data.train: .*torn.yaml is not valid YAML: while parsing"),
         ({"sets": ["empty"]}, r"data.validation.empty: .*empty.jsonl holds no records"),
         (
             {"sets": ["asked"], "train": ANSWERS},

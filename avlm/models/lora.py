@@ -117,16 +117,9 @@ def start_magnitudes(model: nn.Module, skip: Collection[str] = ()) -> None:
             linear.lora_magnitude.copy_(row_lengths(linear.weight))
 
 
-def merge(state: dict[str, Tensor], config: LoraConfig, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Whole weights with adapters in them, computed in float32 and given in ``dtype`` (None: that of the base)."""
-    merged = {name: tensor for name, tensor in state.items() if not is_adapter(name)}
-    for name, up_OR in state.items():
-        path = name.removesuffix(".lora_up.weight")
-        if path == name:
-            continue
-        base_OI = state[f"{path}.weight"]
-        weight_OI = adapted(base_OI, state[f"{path}.lora_down.weight"], up_OR, config.scale)
-        if config.dora:
-            weight_OI *= (state[f"{path}.lora_magnitude"].float() / row_lengths(weight_OI))[:, None]
-        merged[f"{path}.weight"] = weight_OI.to(dtype or base_OI.dtype)
-    return merged
+def merge(base_OI: Tensor, down_RI: Tensor, up_OR: Tensor, magnitude_O: Tensor | None, config: LoraConfig) -> Tensor:
+    """A linear's weight with its adapter in it, float32 (O, I). ``magnitude_O``: of DoRA."""
+    weight_OI = adapted(base_OI, down_RI, up_OR, config.scale)
+    if magnitude_O is not None:
+        weight_OI *= (magnitude_O.float() / row_lengths(weight_OI))[:, None]
+    return weight_OI
