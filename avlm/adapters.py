@@ -82,6 +82,7 @@ def left_behind(config: Config, names: Collection[str]) -> list[str]:
     """Modules, and adapters of them, that a PEFT folder lacks of a run's parameters ``names``: all but the decoder's
     adapters, and a decoder that no stage trains, as it is the base."""
     trained = set().union(*(trained_names(stage, config.model, names) for stage in config.stages))
-    left = [name for name in names if not name.startswith("decoder.") or name in trained - peft_names(names).keys()]
+    beside = trained - peft_names(names).keys()
+    left = [name for name in names if not name.startswith("decoder.") or name in beside]
     parts = [(name.partition(".")[0], is_adapter(name)) for name in left]
     return [f"adapters of {module}" if adapters else module for module, adapters in dict.fromkeys(parts)]

@@ -25,7 +25,7 @@ from avlm import config_file, preflight, weights
 from avlm.config import Config
 from avlm.data import open_loader
 from avlm.data.batch import Batch
-from avlm.data.chat import Chat, Tokenizer
+from avlm.data.chat import Tokenizer
 from avlm.data.log_mel import at_tower
 from avlm.evaluation import find_sets
 from avlm.models.avlm import AVLM
@@ -56,20 +56,21 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file of configs/, with an audio tower and where its weights come from")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--train", required=True, help="clips and what they say, as data.train has them")
     parser.add_argument("--data", action="append", default=[], metavar="NAME=SOURCE", help="held-out clips")
     parser.add_argument("--out", type=Path, required=True, help="file to write, for init_from.all")
     arguments = parser.parse_args()
     with preflight.one_line_errors():
-        align(arguments.config, arguments.train, find_sets(arguments.data), arguments.out)
+        align(arguments.config, arguments.overrides, arguments.train, find_sets(arguments.data), arguments.out)
 
 
-def align(config: str, source: str, held_out: dict[str, str], out: Path) -> None:
+def align(config: str, overrides: list[str], source: str, held_out: dict[str, str], out: Path) -> None:
     """Train, write the projector's weights, and print the word error rate of features read as tokens. ValueError for a
     config that does not say which decoder and audio tower are to be joined, and for samples that are no clips."""
     if out.suffix not in FILES:
         raise ValueError(f"--out {out}: init_from reads files that end in {', '.join(FILES)}")
-    cfg = config_file.load(config, ONLY_SOUND)
+    cfg = config_file.load(config, [*ONLY_SOUND, *overrides])
     if cfg.model.audio is None or cfg.init_from.decoder is None or cfg.init_from.audio is None:
         raise ValueError(f"{config}: model.audio, init_from.decoder and init_from.audio say what is to be joined")
     torch.manual_seed(cfg.seed)
@@ -94,7 +95,8 @@ def read(model: AVLM, source: str, cfg: Config, leave_out: bool = True) -> Itera
     """Every sample of a source once, a clip and its answer, through the encoder. One that cannot be read is left out
     with a line that says why, or a ValueError."""
     data = replace(cfg.stages[0].data, seq_length=ROW)
-    stop_ids = torch.tensor(Chat(Tokenizer(data.tokenizer), data.template).stop_ids)
+    tokenizer = Tokenizer(data.tokenizer)
+    control = torch.tensor([tokenizer.id_of(token) for token in tokenizer.control_tokens], dtype=torch.int64)
     for batch in open_loader(source, data, cfg.model, rank=0, world=1, seed=0, train=False):
         for key, reason in batch.skipped:
             if not leave_out:
@@ -107,7 +109,7 @@ def read(model: AVLM, source: str, cfg: Config, leave_out: bool = True) -> Itera
         features_N, targets_N = (by_clip(rows, batch) for rows in (batch.audio_rows_G, batch.target_rows_R))
         if 0 in features_N:
             raise ValueError(f"{source}, {batch.keys[features_N.index(0)]}: a sample without sound cannot be aligned")
-        answers_N = [answer[~torch.isin(answer, stop_ids)] for answer in batch.target_R.split(targets_N)]
+        answers_N = [answer[~torch.isin(answer, control)] for answer in batch.target_R.split(targets_N)]
         yield Row(x_KC.bfloat16(), batch.frame_rows_G, features_N, answers_N)
 
 

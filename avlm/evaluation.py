@@ -154,11 +154,11 @@ def evaluate(
     """
     encoder = SampleEncoder(model.config, data, Tokenizer(data.tokenizer))
     samples = read_set(source, data, metrics or [], limit)
+    given = answers(model, samples, encoder, world, "", max_new_tokens)  # refuses what cannot be encoded
     has_images, has_videos = any(s.images or s.videos for s in samples), any(s.videos for s in samples)
     has_audio = any(s.audios or (data.video.sound and any(map(has_sound, s.videos))) for s in samples)
     metrics = metrics or ["exact_match", *(["wer"] if has_audio and not has_images else [])]
     first = metrics[0]
-    given = answers(model, samples, encoder, world, "", max_new_tokens)
     values = score(given, samples, metrics, world, predictions)
     ablations = {}
     for key, wanted in {"no_image": has_images, "no_audio": has_audio, "shuffled": has_videos}.items():

@@ -207,8 +207,8 @@ def _copy_tokenizer(tokenizer: Tokenizer, template: str, folder: Path, word: str
 
 
 def _add_token(folder: Path, word: str, token: int) -> None:
-    """Make a word a special token, unless it is one. Classes of transformers that build a tokenizer of their own, as
-    Qwen2Tokenizer does, take such tokens from the list of tokenizer_config.json where it has one."""
+    """Make a word a special token, unless it is an added one. Classes of transformers that build a tokenizer of their
+    own, as Qwen2Tokenizer does, take such tokens from the list of tokenizer_config.json where it has one."""
     tree = read_json(folder / "tokenizer.json")
     added = tree.get("added_tokens") or []
     if any(each["content"] == word for each in added):

@@ -112,8 +112,8 @@ def costs(config: Config, stage: StageConfig) -> Costs:
 def _repeated(module: str, model: ModelConfig, shapes: Shapes, mode: Recompute) -> set[str]:
     """What a backward computes again in the blocks of a module (``avlm.parallel.recompute``), adapters apart.
 
-    full: all but the last product, whose result nothing waits for (DoRA's magnitude does). selective: of the products,
-    without attention, those that are not kept.
+    full: all but the last product, whose result nothing waits for (a DoRA magnitude on it does). selective: of the
+    products, without attention, those that are not kept.
     """
     blocks: dict[str, list[str]] = defaultdict(list)
     for count, paths in _steps(module, model):

@@ -48,7 +48,7 @@ class Log:
             _cut(self.path, first_step)
             self.bar = tqdm(total=config.total_steps, initial=first_step, disable=not sys.stderr.isatty(), unit="step")
             if config.wandb.mode != "disabled":
-                self.run = _wandb_run(config)
+                self.run = _wandb_run(config, first_step)
 
     def step(self, row: dict[str, Any], values: Tensor, keys: list[str]) -> None:
         """Note a step; ``values`` float32 (len(KINDS) + 2,): loss sum of each kind, gradient norm, own loss sum."""
@@ -95,7 +95,7 @@ class Log:
         self.rows, self.values, self.keys, self.marks = [], [], [], []
 
     def restart_clock(self) -> None:
-        """Leave what happened since the last flush (validation, saving) out of the next steps' time."""
+        """Leave what happened since the last flush (start, validation, saving) out of the next steps' time."""
         self.timed_from = time.perf_counter()
 
     def write(self, rows: list[dict[str, Any]]) -> None:
@@ -153,12 +153,13 @@ def tally(batches: list[Batch], costs: flops.Costs) -> dict[str, float]:
     return total
 
 
-def _wandb_run(config: Config) -> Any:
-    """The run of this folder at wandb: a resume goes on with the one that its first start began."""
+def _wandb_run(config: Config, first_step: int) -> Any:
+    """The run of this folder at wandb: a resume goes on with the one that its first start began. Steps that are there
+    already, from before a crash, stay as they were."""
     import wandb  # half a second, and a process of its own: only for those who use it
 
     path = Path(config.output_dir) / "wandb_id"
-    if not path.is_file():
+    if not first_step or not path.is_file():
         path.write_text(uuid.uuid4().hex[:8])
     options = {"project": config.wandb.project, "mode": config.wandb.mode, "dir": config.output_dir}
     return wandb.init(**options, id=path.read_text(), resume="allow", config=to_dict(config))

@@ -50,7 +50,8 @@ def _check_train(config: Config, stage: StageConfig) -> None:
     try:
         if Path(data.train).suffix in (".json", ".jsonl"):
             encoder = SampleEncoder(model, replace(data, packing_buffer=1), Tokenizer(data.tokenizer))
-            _, row, _ = next(iter(RowStream(Records(data.train, data), encoder, config.seed, True, 0, 1)))
+            stream = RowStream(Records(data.train, data), encoder, config.seed, train=True, first_slot=0, num_slots=1)
+            _, row, _ = next(iter(stream))
             if isinstance(row, str):
                 raise ValueError(row)
         else:
@@ -68,7 +69,7 @@ def _check_set(config: Config, stage: StageConfig, name: str, source: str) -> No
         open_loader(source, stage.data, config.model, rank=0, world=1, seed=config.seed, train=False)
         if answers:
             text_metrics.read_set(source, stage.data, stage.data.metrics.get(name, []), answers)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"stage {stage.name}: data.validation.{name}: {error}") from None
 
 

@@ -91,7 +91,7 @@ def write_clips(folder, sound=True):
 def test_a_projector_is_written_that_a_run_can_start_from(tmp_path, capsys):
     source = write_clips(tmp_path)
     out = tmp_path / "new" / "projector.pt"
-    ctc.align(write_config(tmp_path, source), str(source), {"again": str(source)}, out)
+    ctc.align(write_config(tmp_path, source), [], str(source), {"again": str(source)}, out)
     assert "again: word error rate " in capsys.readouterr().out
     started = loaded(tiny(vision=None, stack=2), all=out)
     for name, value in torch.load(out).items():
@@ -118,21 +118,21 @@ def test_what_cannot_be_aligned_is_refused_before_it_trains(tmp_path, monkeypatc
     source = write_clips(tmp_path, sound=False)
     config = write_config(tmp_path, source)
     with pytest.raises(ValueError, match=r"--out .*p\.bin: init_from reads files that end in \.ckpt, \.pt, \.pth"):
-        ctc.align(config, str(source), {}, tmp_path / "p.bin")
+        ctc.align(config, [], str(source), {}, tmp_path / "p.bin")
     with pytest.raises(ValueError, match=r"clips\.jsonl:0: a sample without sound"):
-        ctc.align(config, str(source), {}, tmp_path / "p.pt")
+        ctc.align(config, [], str(source), {}, tmp_path / "p.pt")
     silent = source.rename(tmp_path / "silent.jsonl")
     source = write_clips(tmp_path)
     with pytest.raises(ValueError, match=r"silent\.jsonl:0: a sample without sound"):
-        ctc.align(config, str(source), {"held out": str(silent)}, tmp_path / "p.pt")
+        ctc.align(config, [], str(source), {"held out": str(silent)}, tmp_path / "p.pt")
     config = write_config(tmp_path, source, init_from={"decoder": str(tmp_path / "decoder.pt")})
     with pytest.raises(ValueError, match=r"init_from\.decoder and init_from\.audio"):
-        ctc.align(config, str(source), {}, tmp_path / "p.pt")
+        ctc.align(config, [], str(source), {}, tmp_path / "p.pt")
 
 
 def test_a_source_whose_clips_say_nothing_is_refused(tmp_path):
     source = write_clips(tmp_path)
     source.write_text("".join(re.sub(r'"(one|two three|four)"', '""', line) + "\n" for line in source.open()))
     with pytest.raises(ValueError, match=r"clips\.jsonl has no clip with an answer"):
-        ctc.align(write_config(tmp_path, source), str(source), {}, tmp_path / "p.pt")
+        ctc.align(write_config(tmp_path, source), [], str(source), {}, tmp_path / "p.pt")
     assert not (tmp_path / "p.pt").exists()

@@ -24,7 +24,8 @@ from train import validate
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory):
-    """One sample with a picture, one with a sound; validation of the first alone and of both."""
+    """One sample with a picture, one with a sound; validation of the first alone and of both. Prompts end in a
+    sign, as answers go on with the last token (``quieten``) and blanks around them are taken away."""
     folder = tmp_path_factory.mktemp("set")
     (folder / "a.png").write_bytes(image_file(picture(16, 16)))
     (folder / "b.wav").write_bytes(tone(0.3))
@@ -43,7 +44,7 @@ def cfg(tmp_path_factory):
     data = {
         **{"train": str(folder / "2.jsonl"), "num_workers": 0, "metrics": {"both": ["wer", "cer", "rouge_l"]}},
         "validation": {"one": str(folder / "1.jsonl"), "both": str(folder / "2.jsonl")},
-        **{"tokenizer": str(write_tokenizer(folder / "tokenizer")), "template": "chatml", "seq_length": 128},
+        **{"tokenizer": str(write_tokenizer(folder / "tokenizer")), "template": "llava", "seq_length": 128},
     }
     train = {"validate_answers": 5, "validate_new_tokens": 8}
     return config_file.resolve(TREE | {"model": model, "data": data, "train": train, "output_dir": str(folder)}, "test")
@@ -115,7 +116,8 @@ def test_predictions_are_written_with_their_references_and_values(cfg, alone):
     assert second["references"] == ["the world", "a globe"]
     for line, answer in zip((first, second), answers):
         assert line["cer"] == text_metrics.value(text_metrics.cer(line["prediction"], line["references"]))
-        assert line["prediction"] and answer.startswith(line["prediction"][:4]), "the other answers have more tokens"
+        assert answer.startswith(line["prediction"][:4]), "the other answers have more tokens"
+    assert first["prediction"] and second["prediction"], "otherwise this shows nothing"
     scores = [text_metrics.cer(line["prediction"], line["references"]) for line in (first, second)]
     assert results["val/both/cer"] == pytest.approx(text_metrics.total(scores))
 
@@ -247,6 +249,27 @@ def test_the_report_marks_an_ablation_above_its_bound():
     result |= {"ablations": {"no_image": 0.4}, "ablation_chances": {"no_image": 0.1}, "metrics": {"exact_match": 0.8}}
     assert "40.0 % (chance 10.0 %) (!)" in evaluation_report.table([result])
     assert "(!)" not in evaluation_report.table([result | {"ablations": {"no_image": 0.1}}])
+
+
+def test_a_bar_in_an_answer_does_not_end_its_cell():
+    example = {"key": "a", "question": "x|y?", "truth": "a\nb", "answer": "|"}
+    result = {"task": "caption", "set": "test", "metric": "exact_match", "value": 0.8, "count": 100}
+    result |= {"ablations": {}, "ablation_chances": {}, "metrics": {"exact_match": 0.8}, "chance": None}
+    assert "| caption/test | x\\|y? | a b | \\| |" in evaluation_report.report([result | {"examples": [example]}])
+
+
+def test_chances_are_those_of_the_whole_set(tmp_path):
+    (tmp_path / "chance.json").write_text('{"count": 9, "blind": 0.5}')
+    assert evaluation._chances(tmp_path, 9)["blind"] == 0.5
+    assert evaluation._chances(tmp_path, 8) == evaluation._chances(tmp_path / "none", 9) == {}
+
+
+def test_a_name_stands_for_one_set(tmp_path):
+    (tmp_path / "a").mkdir()
+    sets = [f"a={tmp_path / 'a'}", f"b={tmp_path}"]
+    assert evaluation.find_sets(sets) == {"a": str(tmp_path / "a"), "b": str(tmp_path)}
+    with pytest.raises(ValueError, match=f"--data a={tmp_path}: a is {tmp_path / 'a'} already, give it another name"):
+        evaluation.find_sets([*sets, f"a={tmp_path}"])
 
 
 def test_the_table_has_a_column_for_each_further_metric_of_any_set():

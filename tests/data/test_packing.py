@@ -44,7 +44,7 @@ def test_the_knapsack_opens_with_the_first_and_takes_the_largest_that_still_fits
 
 def test_rows_of_the_demo_are_full():
     """As many samples as its packer sees at a time, of the lengths that it has."""
-    data = config_file.load(ROOT / "configs" / "demo.yaml").data
+    data = config_file.load(ROOT / "configs" / "demo.yaml").stages[-1].data
     lengths = torch.randint(8, 64, (data.packing_buffer,), generator=torch.Generator().manual_seed(0)).tolist()
     *full, _ = select(lengths, data.seq_length, data.packing)  # what the last row holds goes back into the buffer
     assert len(full) >= 5 and sum(lengths[i] for row in full for i in row) >= 0.98 * len(full) * data.seq_length

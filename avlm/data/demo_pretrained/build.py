@@ -19,6 +19,7 @@ import re
 import sys
 import tarfile
 import wave
+from collections.abc import Iterable
 from pathlib import Path
 
 import av
@@ -64,9 +65,8 @@ def build(out: Path) -> None:
     held_out = choose_held_out({name: text for name, _, text in prompts})
     spoken = {"train": join([clip for clip in prompts if clip[0] not in held_out])}
     unseen = {sentence for name, _, text in prompts if name in held_out for sentence in split_sentences(text)}
-    for clip in read_aloud(out / "packages/flite", files):
-        said = f" {' | '.join(split_sentences(clip[2]))} "
-        spoken["train"] += [clip] if not any(f" {sentence} " in said for sentence in unseen) else []
+    read = read_aloud(out / "packages/flite", files)
+    spoken["train"] += [clip for clip in read if not is_heard(unseen, split_sentences(clip[2]))]
     spoken["test"] = [clip for clip in prompts if clip[0] in held_out]
     speech = {split: [transcription(out, clip) for clip in clips] for split, clips in spoken.items()}
     for split in ("train", "test"):
@@ -146,11 +146,16 @@ def choose_held_out(texts: dict[str, str], every: int = HELD_OUT) -> set[str]:
     sentences = {name: split_sentences(text) for name, text in texts.items()}
     unseen = []
     for name in sorted(texts):
-        others = " | ".join(sentence for other in texts if other != name for sentence in sentences[other])
-        heard = any(f" {sentence} " in f" {others} " for sentence in sentences[name])
-        if not heard and len(" ".join(sentences[name]).split()) >= 3:
+        others = [sentence for other in texts if other != name for sentence in sentences[other]]
+        if not is_heard(sentences[name], others) and len(" ".join(sentences[name]).split()) >= 3:
             unseen.append(name)
     return set(unseen[::every])
+
+
+def is_heard(sentences: Iterable[str], said: Iterable[str]) -> bool:
+    """Whether one of them is said, be it inside a longer sentence."""
+    text = f" {' | '.join(said)} "
+    return any(f" {sentence} " in text for sentence in sentences)
 
 
 def join(prompts: list[Clip]) -> list[Clip]:

@@ -41,11 +41,12 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         rows = read_stages(arguments.run) | read_evaluation(arguments.run)
+        answers = read_answers(arguments.run)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     rows["ceiling: linear probe on CLIP; Whisper's own decoder"] = ceilings(arguments.data)
-    text = story(rows, read_answers(arguments.run))
+    text = story(rows, answers)
     (arguments.run / "pretrained.md").write_text(text)
     print(text)
 
