@@ -50,7 +50,7 @@ class Row:
     x_KC: Tensor  # of the encoder
     frame_rows_GS: Tensor  # encoder rows that make each feature
     features_N: list[int]  # of each clip
-    answers_N: list[Tensor]  # tokens, without those that end a turn
+    answers_N: list[Tensor]  # tokens, without control tokens
 
 
 def main() -> None:

@@ -49,6 +49,7 @@ def _check_train(config: Config, stage: StageConfig) -> None:
     data, model = stage.data, config.model
     try:
         if Path(data.train).suffix in (".json", ".jsonl"):
+            # One row, by what a worker runs: a loader would start processes for it.
             encoder = SampleEncoder(model, replace(data, packing_buffer=1), Tokenizer(data.tokenizer))
             stream = RowStream(Records(data.train, data), encoder, config.seed, train=True, first_slot=0, num_slots=1)
             _, row, _ = next(iter(stream))
