@@ -18,10 +18,11 @@ import torch
 
 from avlm import weights
 from avlm.checkpoint import is_run, read_run
-from avlm.config import DataConfig, DecoderConfig, InitFrom, ModelConfig, VideoConfig
+from avlm.config import DataConfig, InitFrom, VideoConfig
 from avlm.data.chat import MEDIA, TAG, Messages, Piece, Tokenizer
 from avlm.data.sample import EncodedSample, SampleEncoder
 from avlm.generation import Completion, generate
+from avlm.model_config import DecoderConfig, ModelConfig
 from avlm.models.avlm import AVLM
 from avlm.preflight import one_line_errors
 from avlm.pretrained import read_config, read_json, resolve, stop_ids

@@ -4,8 +4,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from avlm.config import Config, ModelConfig
+from avlm.config import Config
 from avlm.freezing import trained_names
+from avlm.model_config import ModelConfig
 from avlm.models.lora import is_adapter
 from avlm.pretrained import read_json, resolve
 from avlm.weights_sources import Source, read_safetensors

@@ -20,13 +20,14 @@ import torch
 
 from avlm import checkpoint, parallel, preflight, text_metrics
 from avlm.checkpoint import Progress
-from avlm.config import AudioConfig, Config, DataConfig, ParallelConfig, StageConfig
+from avlm.config import Config, DataConfig, ParallelConfig, StageConfig
 from avlm.data import audio
 from avlm.data.chat import Tokenizer
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder
 from avlm.data.video import has_sound
 from avlm.evaluation_report import ABLATIONS, report, table, words
 from avlm.generation import Ranks, generate
+from avlm.model_config import AudioConfig
 from avlm.models.avlm import AVLM
 from avlm.parallel import mesh
 from avlm.parallel.mesh import World

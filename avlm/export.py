@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from avlm.adapters import adapter_keys, peft_names
-from avlm.config import DataConfig, LoraConfig, ModelConfig
+from avlm.config import DataConfig
 from avlm.config_file import to_dict
 from avlm.data.chat import Chat, Tokenizer
 from avlm.export_configs import decoder_keys, llava_keys, picture_keys, processor_keys, sound_keys, voxtral_keys
+from avlm.model_config import LoraConfig, ModelConfig
 from avlm.model_folder import Lazy, publish, write_json, write_tensors
 from avlm.models.lora import is_adapter, merge
 from avlm.models.whisper import sinusoids

@@ -3,8 +3,8 @@ format cannot hold is refused by the name of the key."""
 
 from typing import Any
 
-from avlm.config import AudioConfig, DecoderConfig, ModelConfig, VisionConfig
 from avlm.data.log_mel import FFT, HOP, SAMPLE_RATE
+from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, VisionConfig
 from avlm.pretrained import ACTIVATIONS
 
 

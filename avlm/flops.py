@@ -22,9 +22,10 @@ from collections.abc import Collection, Iterator
 
 import torch
 
-from avlm.config import AudioConfig, Config, DecoderConfig, ModelConfig, Recompute, StageConfig, VisionConfig
+from avlm.config import Config, Recompute, StageConfig
 from avlm.data.batch import Batch
 from avlm.memory import Shapes, parameter_shapes, trained_shapes
+from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, VisionConfig
 from avlm.models.lora import is_adapter
 from kernels.segments import Segments
 

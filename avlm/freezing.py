@@ -12,7 +12,8 @@ import difflib
 import re
 from collections.abc import Collection
 
-from avlm.config import FREEZE_FLAGS, MODULES, ModelConfig, StageConfig
+from avlm.config import FREEZE_FLAGS, StageConfig
+from avlm.model_config import MODULES, ModelConfig
 from avlm.models.avlm import AVLM
 from avlm.models.lora import collapse, frozen_base, is_adapter
 

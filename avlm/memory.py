@@ -24,11 +24,12 @@ from dataclasses import dataclass
 import torch
 from pydantic import TypeAdapter
 
-from avlm.config import AudioConfig, Config, DecoderConfig, ModelConfig, Recompute, StageConfig, VisionConfig
+from avlm.config import Config, Recompute, StageConfig
 from avlm.config_file import to_dict
 from avlm.data.log_mel import window_rows
 from avlm.freezing import trained_names
 from avlm.layout import Layout, layout_of
+from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, VisionConfig
 from avlm.models.avlm import AVLM
 from avlm.models.lora import frozen_base
 from avlm.parallel.tensor import tensor_share

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from avlm.config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, RopeScaling, VisionConfig
+from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, RopeScaling, VisionConfig
 
 DECODER_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DECODER_KEYS += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps")

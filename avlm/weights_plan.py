@@ -17,8 +17,9 @@ import torch
 
 from avlm.adapters import open_adapter
 from avlm.checkpoint import is_run, read_run
-from avlm.config import MODULES, AudioConfig, DecoderConfig, InitFrom, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config import InitFrom
 from avlm.freezing import matching
+from avlm.model_config import MODULES, AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.models.lora import is_adapter
 from avlm.models.whisper import sinusoids
 from avlm.pretrained import AnyConfig, may_be_on_hub

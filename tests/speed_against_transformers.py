@@ -29,10 +29,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from avlm.config import ModelConfig
 from avlm.config_file import load
 from avlm.data import demo, open_loader
 from avlm.data.batch import AUDIO, IGNORE, IMAGE, Batch
+from avlm.model_config import ModelConfig
 from avlm.models.avlm import AVLM, init
 from avlm.weights_tables import hugging_face_name
 from kernels.segments import Segments

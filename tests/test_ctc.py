@@ -9,9 +9,9 @@ import torch
 import yaml
 
 from avlm import config_file, ctc
-from avlm.config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig
 from avlm.ctc import Row
 from avlm.data.chat import Tokenizer
+from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig
 from kernels.segments import Segments
 from tests.data.media import model as tiny
 from tests.data.media import tone, write_tokenizer

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from avlm import model_folder, weights
 from avlm.checkpoint import read_run
-from avlm.config import AudioConfig, DataConfig, DecoderConfig, InitFrom, LoraConfig, ProjectorConfig, RopeScaling
+from avlm.config import DataConfig, InitFrom
 from avlm.data.audio import mels
 from avlm.data.batch import AUDIO, IMAGE
 from avlm.export import export
+from avlm.model_config import AudioConfig, DecoderConfig, LoraConfig, ProjectorConfig, RopeScaling
 from avlm.models.avlm import AVLM
 from avlm.pretrained import read_config
 from avlm.weights import load

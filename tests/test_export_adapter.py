@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from avlm import config_file, weights
-from avlm.config import InitFrom, LoraConfig
+from avlm.config import InitFrom
+from avlm.model_config import LoraConfig
 from tests.models.handmade import build
 from tests.models.test_avlm import TEXT_ONLY, WHOLE
 from tests.test_weights_sources import write_run

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from avlm import freezing, memory, optimizer, preflight
-from avlm.config import MODULES
 from avlm.config_file import dump, resolve
+from avlm.model_config import MODULES
 from avlm.models.avlm import AVLM, init
 from avlm.models.lora import is_adapter
 from tests.parallel.small import TREE, make_rows

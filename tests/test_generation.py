@@ -12,11 +12,12 @@ import transformers
 from PIL import Image
 
 import generate as command
-from avlm.config import DataConfig, InitFrom, LoraConfig, ModelConfig
+from avlm.config import DataConfig, InitFrom
 from avlm.data.batch import IGNORE, IMAGE
 from avlm.data.sample import EncodedSample
 from avlm.export import export
 from avlm.generation import Ranks, choose, generate
+from avlm.model_config import LoraConfig, ModelConfig
 from avlm.models.avlm import AVLM
 from avlm.pretrained import read_config
 from avlm.weights import load

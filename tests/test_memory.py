@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from avlm import config, config_file, freezing, memory, optimizer, parallel, preflight
+from avlm import config_file, freezing, memory, optimizer, parallel, preflight
 from avlm.data.packing import empty_batch
 from avlm.layout import layout_of
 from avlm.memory import GIB
+from avlm.model_config import MODULES
 from avlm.models.avlm import AVLM
 from avlm.models.decoder import rope_frequencies, rope_table
 from avlm.parallel import mesh
@@ -41,7 +42,7 @@ TREE = {
     },
     "data": {"train": "synthetic", "seq_length": 64},
     "optimizer": {"lr": 1e-3},
-    "stages": [{"name": "all", "steps": 4, "train": list(config.MODULES)}],
+    "stages": [{"name": "all", "steps": 4, "train": list(MODULES)}],
     "device": "cpu",
 }
 TEXT_ONLY = {

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from avlm.config import InitFrom, ModelConfig
+from avlm.config import InitFrom
 from avlm.export import export
 from avlm.generation import generate
+from avlm.model_config import ModelConfig
 from avlm.models.avlm import AVLM
 from avlm.pretrained import read_config, resolve, stop_ids
 from avlm.weights import load, start

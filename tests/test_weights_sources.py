@@ -8,8 +8,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from avlm import checkpoint, config_file, preflight
-from avlm.config import Config, DataConfig, InitFrom, LoraConfig, OptimizerConfig, StageConfig
+from avlm.config import Config, DataConfig, InitFrom, OptimizerConfig, StageConfig
 from avlm.export import export
+from avlm.model_config import LoraConfig
 from avlm.models.avlm import AVLM
 from avlm.models.lora import is_adapter
 from avlm.pretrained import read_config

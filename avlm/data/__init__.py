@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from avlm.config import DataConfig, ModelConfig
+from avlm.config import DataConfig
+from avlm.model_config import ModelConfig
 
 
 def open_loader(

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torchaudio.transforms import Resample
 
-from avlm.config import AudioConfig
 from avlm.data.log_mel import HOP, SAMPLE_RATE, window
+from avlm.model_config import AudioConfig
 
 SAMPLES_PER_ROW = 2 * HOP  # the tower's convolutions halve the frames
 MAX_RESAMPLE_KERNEL = 2**24  # floats; rates without a small ratio to 16 kHz would need gigabytes

@@ -33,12 +33,13 @@ from megatron.energon.errors import FatalSampleError, reraise_exception
 from megatron.energon.flavors import EmptyDatasetError
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
-from avlm.config import DataConfig, ModelConfig
+from avlm.config import DataConfig
 from avlm.data.batch import Batch
 from avlm.data.chat import Tokenizer
 from avlm.data.energon_state import from_json, to_json
 from avlm.data.packing import pack, select
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder, load_json, parse
+from avlm.model_config import ModelConfig
 
 SAMPLES_PER_SLICE = 100  # samples read one after the other before the reader jumps to another place of the shards
 EMPTY = ("empty dataset", "all empty datasets", "no samples in any")  # what Energon says of a worker without samples

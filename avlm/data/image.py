@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
 
-from avlm.config import VisionConfig
+from avlm.model_config import VisionConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_ASPECT = 20  # beyond it only the middle of the long side is resized: all that the crop keeps, and a margin

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from avlm.config import Config, ModelConfig, VisionConfig
+from avlm.config import Config
 from avlm.config_file import load
 from avlm.data import open_loader
 from avlm.data.batch import AUDIO, IMAGE, KINDS, Batch
 from avlm.data.chat import Tokenizer
 from avlm.data.image import denormalise
 from avlm.data.log_mel import at_tower
+from avlm.model_config import ModelConfig, VisionConfig
 
 STATISTICS_ROWS = 16
 MAX_PICTURES = 64  # of a sheet

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from avlm.config import DataConfig, ModelConfig
+from avlm.config import DataConfig
 from avlm.data.batch import Batch
 from avlm.data.chat import Tokenizer
 from avlm.data.packing import pack, select
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder, load_json, parse
+from avlm.model_config import ModelConfig
 
 Row = list[tuple[int, EncodedSample]]  # samples that share a row, with their record numbers
 

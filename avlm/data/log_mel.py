@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchaudio.functional import melscale_fbanks
 
-from avlm.config import AudioConfig
+from avlm.model_config import AudioConfig
 
 SAMPLE_RATE = 16_000  # Hz
 FFT = 400  # samples: 25 ms

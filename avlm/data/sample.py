@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avlm.config import DataConfig, ModelConfig
+from avlm.config import DataConfig
 from avlm.data import audio, image, video
 from avlm.data.batch import AUDIO, IGNORE, IMAGE, KINDS
 from avlm.data.chat import MEDIA, Chat, Messages, Tokenizer, check_vocabulary
+from avlm.model_config import ModelConfig
 
 LLAVA_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 

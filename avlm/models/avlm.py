@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, nn
 
-from avlm.config import ModelConfig
 from avlm.data.batch import Batch
 from avlm.data.log_mel import at_tower
+from avlm.model_config import ModelConfig
 from avlm.models.decoder import Decoder, decoder_start
 from avlm.models.lora import apply_lora, start_magnitudes
 from avlm.models.projector import Projector, projector_start

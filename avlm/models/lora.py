@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avlm.config import LoraConfig
+from avlm.model_config import LoraConfig
 
 
 class LowRankLinear(nn.Linear):

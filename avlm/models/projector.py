@@ -11,7 +11,7 @@ import math
 
 from torch import Tensor, nn
 
-from avlm.config import ProjectorConfig
+from avlm.model_config import ProjectorConfig
 from kernels.projector import place_projected, side_by_side
 
 

@@ -2,9 +2,10 @@
 
 import torch
 
-from avlm.config import Config, ModelConfig
+from avlm.config import Config
 from avlm.data.batch import Batch
 from avlm.data.packing import empty_batch
+from avlm.model_config import ModelConfig
 from avlm.models.avlm import AVLM
 from avlm.models.lora import frozen_base
 from avlm.parallel.context import cut

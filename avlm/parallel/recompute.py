@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from avlm.config import LoraConfig, Recompute, TrainConfig
+from avlm.config import Recompute, TrainConfig
+from avlm.model_config import LoraConfig
 from avlm.models.avlm import AVLM
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}

@@ -11,7 +11,8 @@ import tokenizers
 from PIL import Image
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from avlm.config import AudioConfig, DataConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config import DataConfig
+from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 
 VISION = VisionConfig(hidden_size=8, intermediate_size=8, num_layers=2, num_heads=1, image_size=28, patch_size=7)
 AUDIO = AudioConfig(hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1)

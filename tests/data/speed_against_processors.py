@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, WhisperFeatureExtractor
 
-from avlm.config import AudioConfig, VisionConfig
 from avlm.data import audio, image
+from avlm.model_config import AudioConfig, VisionConfig
 from tests.data.media import image_file, picture, tone
 
 VISION = VisionConfig(

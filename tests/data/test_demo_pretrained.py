@@ -15,12 +15,12 @@ import pytest
 import torch
 import transformers
 
-from avlm.config import ModelConfig
 from avlm.data.demo_pretrained.build import choose_held_out
 from avlm.data.demo_pretrained.convert import clip_weights
 from avlm.data.demo_pretrained.formats import dequantise_q4_1, dequantise_q8_0, read_ct2, read_onnx
 from avlm.data.demo_pretrained.packages import PACKAGES, check, fetch, read_deb
 from avlm.data.demo_pretrained.voices import FORTUNES, read_aloud, sentences
+from avlm.model_config import ModelConfig
 from avlm.pretrained import read_config
 from kernels.segments import Segments
 from tests.models.handmade import load_tower, loaded, make_batch

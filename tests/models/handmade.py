@@ -6,9 +6,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from avlm.config import AudioConfig, DecoderConfig, InitFrom, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config import InitFrom
 from avlm.data.batch import AUDIO, IGNORE, IMAGE, Batch
 from avlm.data.packing import patch_rows
+from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.models.avlm import AVLM, init
 from avlm.weights import Report, load
 from kernels.segments import Segments

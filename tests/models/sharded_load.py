@@ -5,10 +5,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from avlm.config import InitFrom, ModelConfig
+from avlm.config import InitFrom
 from avlm.data.batch import IGNORE
 from avlm.data.sample import EncodedSample
 from avlm.generation import Ranks, generate
+from avlm.model_config import ModelConfig
 from avlm.models.avlm import AVLM
 from avlm.weights import load
 

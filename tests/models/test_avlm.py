@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
-from avlm.config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.data.batch import AUDIO, IMAGE
+from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.pretrained import read_config
 from tests.models.handmade import assert_gradients_close, build, loaded, make_batch, save
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
-from avlm.config import DecoderConfig, ModelConfig, RopeScaling
 from avlm.data.batch import Batch
+from avlm.model_config import DecoderConfig, ModelConfig, RopeScaling
 from avlm.models.decoder import rope_frequencies
 from avlm.pretrained import read_config
 from avlm.weights_tables import hugging_face_name

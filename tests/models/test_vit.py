@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
-from avlm.config import VisionConfig
 from avlm.data.packing import patch_rows
+from avlm.model_config import VisionConfig
 from avlm.models.vit import VisionTower
 from avlm.pretrained import read_config
 from avlm.weights_tables import hugging_face_name

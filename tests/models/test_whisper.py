@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from avlm.config import AudioConfig
+from avlm.model_config import AudioConfig
 from avlm.pretrained import read_config
 from avlm.weights_tables import hugging_face_name
 from kernels.segments import Segments

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from avlm import config, config_file, freezing, parallel
+from avlm import config_file, freezing, parallel
 from avlm.config import Config
+from avlm.model_config import MODULES
 from avlm.models.avlm import AVLM, init
 from avlm.parallel import mesh
 from tests.parallel import demo_curve, no_hang
@@ -97,7 +98,7 @@ class Case:
         model["decoder"] = {**model["decoder"], "num_heads": 8, "num_kv_heads": 4, "tie_embedding": self.tied}
         model["decoder"] |= {"qkv_bias": self.tied, "qk_norm": not self.tied}
         tree = {**TREE, "model": model, "parallel": layout}
-        names = config.MODULES if self.trains == "everything" else ("vision_projector", "audio_projector")
+        names = MODULES if self.trains == "everything" else ("vision_projector", "audio_projector")
         tree["stages"] = [{"name": "all", "steps": 20, "train": list(names)}]
         recompute = dict.fromkeys(("decoder", "vision", "audio"), self.recompute)
         tree["train"] = {"accumulate_mode": self.accumulate_mode, "recompute": recompute}

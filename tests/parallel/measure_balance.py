@@ -14,9 +14,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from avlm import config
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
+from avlm.model_config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.models.avlm import AVLM, init
 from avlm.parallel import media
 from avlm.parallel.exchange import apply_media
@@ -25,15 +25,15 @@ from tests.parallel.spawn import run_ranks
 
 IMAGES = 20
 SIDE = 16  # patches
-MODEL = config.ModelConfig(
-    decoder=config.DecoderConfig(
+MODEL = ModelConfig(
+    decoder=DecoderConfig(
         vocab_size=32, hidden_size=64, intermediate_size=128, num_layers=1, num_heads=2, num_kv_heads=2
     ),
-    vision=config.VisionConfig(
+    vision=VisionConfig(
         **{"hidden_size": 192, "intermediate_size": 768, "num_layers": 5, "num_heads": 3},
         **{"image_size": 14 * SIDE, "patch_size": 14},
     ),
-    vision_projector=config.ProjectorConfig(downsample=2),
+    vision_projector=ProjectorConfig(downsample=2),
 )
 
 

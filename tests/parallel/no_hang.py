@@ -3,15 +3,16 @@ trainable, sharded in each way. Nothing here is timed out: a case that hangs is 
 
 import itertools
 
-from avlm import config, config_file
+from avlm import config_file
+from avlm.model_config import MODULES
 from avlm.parallel import mesh
 from tests.parallel.small import MEDIA, TREE, build, make_rows
 from tests.parallel.spawn import run_ranks
 
 PROJECTORS = ["vision_projector", "audio_projector"]
 KINDS = {  # how towers are sharded -> what trains
-    "unit": [list(config.MODULES), PROJECTORS, ["decoder"]],
-    "block": [list(config.MODULES), PROJECTORS, ["vision", "audio"]],
+    "unit": [list(MODULES), PROJECTORS, ["decoder"]],
+    "block": [list(MODULES), PROJECTORS, ["vision", "audio"]],
     "replicate": [PROJECTORS, ["decoder"]],
 }
 

@@ -5,11 +5,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from avlm import config, config_file, freezing, parallel, weights
+from avlm import config_file, freezing, parallel, weights
 from avlm.config import Config
 from avlm.data.batch import Batch
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
+from avlm.model_config import MODULES
 from avlm.models.avlm import AVLM
 from avlm.parallel import mesh
 
@@ -33,7 +34,7 @@ TREE = {
     },
     "data": {"train": "synthetic", "seq_length": 64},
     "optimizer": {"lr": 3e-3, "warmup_steps": 2},
-    "stages": [{"name": "all", "steps": 20, "train": list(config.MODULES)}],
+    "stages": [{"name": "all", "steps": 20, "train": list(MODULES)}],
 }
 MEDIA = {"text": (0, 0), "image": (2, 0), "audio": (0, 1), "both": (1, 1), "video": (4, 1)}  # pictures, clips
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from avlm.config import DecoderConfig, ModelConfig
 from avlm.data.batch import Batch
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
+from avlm.model_config import DecoderConfig, ModelConfig
 from avlm.models.attention import AttentionCore
 from avlm.models.avlm import AVLM
 from avlm.parallel.context import cut, plan

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from avlm import config, config_file, freezing, optimizer, parallel
+from avlm import config_file, freezing, optimizer, parallel
+from avlm.model_config import MODULES
 from avlm.models.avlm import AVLM, init
 from avlm.models.lora import LowRankLinear, is_adapter, row_lengths
 from avlm.parallel import mesh
@@ -25,9 +26,9 @@ SELECTIVE = {"recompute": {"decoder": "selective"}}
 CASES = {
     2: {
         "FSDP, DoRA": ({"tower_sharding": "block"}, FULL, {"dora": True}, {"train": ["lora", "vision_projector"]}),
-        "FSDP, all": ({}, {"accumulate_mode": "local"}, {"rslora": True}, {"train": list(config.MODULES)}),
+        "FSDP, all": ({}, {"accumulate_mode": "local"}, {"rslora": True}, {"train": list(MODULES)}),
         "TP": ({"tensor": 2}, FULL, {}, {"train": ["lora"]}),
-        "TP, all": ({"tensor": 2}, SELECTIVE, {}, {"train": list(config.MODULES)}),
+        "TP, all": ({"tensor": 2}, SELECTIVE, {}, {"train": list(MODULES)}),
         "ring": ({"context": 2, "context_mode": "ring"}, SELECTIVE, {}, {"freeze_language_model": True}),
         "FSDP, compiled": ({}, {"compile": True, **FULL}, {"targets": ["decoder.*"]}, {"train": ["lora"]}),
     },

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avlm import config
 from avlm.data.log_mel import window_rows
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
+from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.models.avlm import AVLM, init
 from avlm.parallel import media
 from avlm.parallel.exchange import RoutedSegments, apply_media
@@ -25,13 +25,13 @@ from tests.parallel.spawn import run_ranks
 
 TOKENS = 128
 SIZES = {"hidden_size": 24, "intermediate_size": 48, "num_heads": 2}
-MODEL = config.ModelConfig(
-    decoder=config.DecoderConfig(vocab_size=32, num_layers=1, num_kv_heads=2, **SIZES),
+MODEL = ModelConfig(
+    decoder=DecoderConfig(vocab_size=32, num_layers=1, num_kv_heads=2, **SIZES),
     # A class token and 16 patches, four of which make a feature.
-    vision=config.VisionConfig(num_layers=2, image_size=16, patch_size=4, feature_layer=-1, **SIZES),
-    audio=config.AudioConfig(num_layers=1, num_mels=16, max_positions=50, **SIZES),
-    vision_projector=config.ProjectorConfig(downsample=2),
-    audio_projector=config.ProjectorConfig(downsample=2),
+    vision=VisionConfig(num_layers=2, image_size=16, patch_size=4, feature_layer=-1, **SIZES),
+    audio=AudioConfig(num_layers=1, num_mels=16, max_positions=50, **SIZES),
+    vision_projector=ProjectorConfig(downsample=2),
+    audio_projector=ProjectorConfig(downsample=2),
 )
 
 # By world size: (replicate, shard, context, tensor), and of each case the (images, clips) of every data rank.
@@ -209,7 +209,7 @@ def test_the_slowest_rank_takes_at_most_a_third_longer_than_in_the_best_assignme
 
 def test_with_four_clips_to_a_rank_the_slowest_is_within_a_tenth_of_what_is_possible():
     """Of the mean, or of the largest clip where that is above the mean. Log-normal lengths, median 6 s, 1 to 30 s."""
-    whisper = config.AudioConfig(hidden_size=1280, intermediate_size=5120, num_layers=32, num_heads=20)
+    whisper = AudioConfig(hidden_size=1280, intermediate_size=5120, num_layers=32, num_heads=20)
     draw = random.Random(0)
     for _ in range(1000):
         num_ranks = draw.choice([2, 4, 8, 16, 32])
