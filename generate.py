@@ -75,7 +75,7 @@ def folder_config(folder: Path) -> tuple[ModelConfig, DataConfig]:
     if not isinstance(config, ModelConfig):
         raise ValueError(f"{folder} holds a tower, which cannot answer: give a decoder, a LLaVA, an export or a run")
     keys = read_json(folder / "config.json")
-    if keys.get("architecture") == "AVLM":
+    if "data" in keys:  # an export of ours, whatever its format
         data = keys["data"] | {"video": VideoConfig(**keys["data"].get("video", {}))}
     else:  # the chat template of LLaVA's folders wants a processor; these two are what they say
         control = Tokenizer(folder).control_tokens

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,18 @@ from torch import Tensor
 from avlm.adapters import adapter_keys, peft_names
 from avlm.config import DataConfig
 from avlm.config_file import to_dict
-from avlm.data.chat import Chat, Tokenizer
+from avlm.data.chat import Tokenizer
 from avlm.export_configs import decoder_keys, llava_keys, picture_keys, processor_keys, sound_keys, voxtral_keys
+from avlm.export_tokenizer import media_token, write_tokenizer
 from avlm.model_config import LoraConfig, ModelConfig
 from avlm.model_folder import Lazy, publish, write_json, write_tensors
 from avlm.models.lora import is_adapter, merge
 from avlm.models.whisper import sinusoids
 from avlm.parallel.mesh import World
-from avlm.pretrained import read_json, stop_ids
 from avlm.weights_sources import Stored
 from avlm.weights_tables import hugging_face_name
 
 FORMATS = ("avlm", "decoder", "llava", "voxtral", "adapter")
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
-TOKENIZER_FILES += ["chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"]
 PROMPT_KEYS = ["template", "system", "seq_length", "video", "max_media_bytes", "max_image_pixels", "max_audio_seconds"]
 ADAPTER = ("lora_down.weight", "lora_up.weight", "lora_magnitude")
 MEDIA_TOKENS = {"llava": "<image>", "voxtral": "[AUDIO]"}
@@ -47,12 +44,13 @@ def export(
 ) -> None:
     """Write a model folder: safetensors, config.json, generation_config.json and the tokenizer of ``data``.
 
-    avlm     every module under our names; ``config.json`` also holds what encoding a prompt needs
+    avlm     every module under our names
     decoder  LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM; towers are left out
     llava    LlavaForConditionalGeneration
     voxtral  VoxtralForConditionalGeneration; a tied head is written beside the embedding, as Voxtral ties none
     adapter  the decoder's adapters for PEFT, on the decoder ``base``; all other formats have adapters merged
 
+    ``config.json`` also holds what encoding a prompt needs, for generate.py.
     ``state`` holds tensors under our parameter names, whole on the CPU or stored, and read when they are written;
     ``dtype`` casts them. The folder is there when it is whole; one that was there stays until then, and is replaced
     only with ``overwrite``. The ranks of ``world`` share the work. Raises ValueError or OSError.
@@ -65,8 +63,8 @@ def export(
         lazy.pop("decoder.head.weight", None)
     tokenizer = Tokenizer(data.tokenizer) if data is not None and data.tokenizer else None
     media = MEDIA_TOKENS.get(format)
-    token = _media_token(tokenizer, media, config.decoder.vocab_size) if media else None
-    keys, tensors = _formatted(format, config, lazy, data, token, base)
+    token = media_token(tokenizer, media, config.decoder.vocab_size) if media else None
+    keys, tensors = _formatted(format, config, lazy, token, base)
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
@@ -77,25 +75,25 @@ def export(
         if format == "adapter":
             return write_json(partial / "adapter_config.json", keys)
         if tokenizer is not None:
-            _copy_tokenizer(tokenizer, data.template, partial, media, token)
+            write_tokenizer(tokenizer, data, partial, media, token)
         if media:
             processor = picture_keys(config.vision) if format == "llava" else sound_keys(config.audio)
             write_json(partial / "preprocessor_config.json", processor)
         if format == "llava":
             write_json(partial / "processor_config.json", processor_keys(config.vision, media))
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        write_json(partial / "config.json", {**keys, "torch_dtype": stored})
+        prompt = {key: value for key, value in to_dict(data).items() if key in PROMPT_KEYS} if data is not None else {}
+        write_json(partial / "config.json", {**keys, "data": prompt, "torch_dtype": stored})
 
     publish(folder, write, overwrite, world)
 
 
 def _formatted(
-    format: str, config: ModelConfig, state: State, data: DataConfig | None, token: int | None, base: str | None
+    format: str, config: ModelConfig, state: State, token: int | None, base: str | None
 ) -> tuple[dict[str, Any], State]:
     """The keys of a format's config, and its tensors under its names."""
     if format == "avlm":
-        prompt = {key: value for key, value in to_dict(data).items() if key in PROMPT_KEYS} if data is not None else {}
-        return {"architecture": "AVLM", "model": to_dict(config), "data": prompt}, state
+        return {"architecture": "AVLM", "model": to_dict(config)}, state
     if format == "decoder":
         return decoder_keys(config.decoder), _renamed(state, {"decoder": "model."}, "lm_head.weight")
     if format == "adapter":
@@ -184,44 +182,3 @@ def _padded(embedding: Lazy, rows: int) -> Lazy:
         return embedding
     pad = lambda table_VD: torch.cat([table_VD, table_VD.mean(0, keepdim=True).expand(short, -1)])
     return embedding.changed(pad, shape=(rows, embedding.shape[1]))
-
-
-def _media_token(tokenizer: Tokenizer | None, word: str, vocab_size: int) -> int:
-    """The id of a media token, or the first that the tokenizer leaves free."""
-    if tokenizer is None:
-        return vocab_size
-    added = read_json(tokenizer.file).get("added_tokens") or []
-    return {token["content"]: token["id"] for token in added}.get(word, tokenizer.size)
-
-
-def _copy_tokenizer(tokenizer: Tokenizer, template: str, folder: Path, word: str | None, token: int | None) -> None:
-    """The tokenizer's files, with a media token among its tokens where the format needs it, and the ids that end an
-    answer."""
-    for name in TOKENIZER_FILES:
-        if tokenizer.file.with_name(name).is_file():
-            shutil.copyfile(tokenizer.file.with_name(name), folder / name)
-    shutil.copyfile(tokenizer.file, folder / "tokenizer.json")
-    if word is not None:
-        _add_token(folder, word, token)
-    stops = {*stop_ids(tokenizer.file.parent), *Chat(tokenizer, template).stop_ids}
-    write_json(folder / "generation_config.json", {"eos_token_id": sorted(stops)})
-
-
-def _add_token(folder: Path, word: str, token: int) -> None:
-    """Make a word a special token, unless it is an added one. Classes of transformers that build a tokenizer of their
-    own, as Qwen2Tokenizer does, take such tokens from the list of tokenizer_config.json where it has one."""
-    tree = read_json(folder / "tokenizer.json")
-    added = tree.get("added_tokens") or []
-    if any(each["content"] == word for each in added):
-        return
-    entry = {
-        "content": word,
-        **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
-        "special": True,
-    }
-    write_json(folder / "tokenizer.json", {**tree, "added_tokens": [*added, {"id": token, **entry}]})
-    config_file = folder / "tokenizer_config.json"
-    config = read_json(config_file) if config_file.is_file() else {}
-    if "added_tokens_decoder" in config:
-        config["added_tokens_decoder"][str(token)] = entry
-        write_json(config_file, config)

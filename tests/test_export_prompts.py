@@ -10,12 +10,13 @@ import transformers
 from avlm.config import DataConfig
 from avlm.data import audio
 from avlm.data.batch import AUDIO, IMAGE
-from avlm.data.chat import Tokenizer
+from avlm.data.chat import Chat, Tokenizer
 from avlm.data.packing import pack
 from avlm.data.sample import SampleEncoder
 from avlm.export import export
 from avlm.generation import generate
 from avlm.pretrained import read_config, stop_ids
+from generate import folder_config
 from tests.data.media import CONTROL, image_file, picture, tone, write_tokenizer
 from tests.models.handmade import build
 from tests.models.test_avlm import VISION_ONLY
@@ -31,12 +32,12 @@ LLAVA = dataclasses.replace(
 )
 
 
-def exported(config, folder, format, template="llava", control=CONTROL, **keys):
+def exported(config, folder, format, template="llava", control=CONTROL, system=None, **keys):
     """(model of random weights, its prompt encoder) of an export in ``folder``."""
     source = write_tokenizer(folder.with_name("tokenizer"), control, eos_token="</s>", chat_template=CHATML, **keys)
     tokenizer = Tokenizer(source)
     config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, vocab_size=tokenizer.size))
-    data = DataConfig(train="x", tokenizer=str(source), template=template)
+    data = DataConfig(train="x", tokenizer=str(source), template=template, system=system)
     model = build(config)
     export(config, model.state_dict(), folder, format, data=data)
     return model, SampleEncoder(config, data, tokenizer)
@@ -61,7 +62,33 @@ def assert_answers_alike(model, prompt, theirs, media_token, folder, **inputs):
     torch.testing.assert_close(torch.tensor(answer.logprobs), logprobs, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "template"), [("clip", "llava"), ("clip", "tokenizer"), ("siglip", "llava")])
+@pytest.mark.parametrize("system", [None, 'Say "é" 👋 and\nTURN.'])
+@pytest.mark.parametrize("template", ["llama3", "chatml", "llava", "plain", "tokenizer"])
+def test_an_exported_chat_template_gives_the_ids_and_targets_of_training(template, system, tmp_path):
+    out = tmp_path / "out"
+    _, encoder = exported(LLAVA, out, "decoder", template, system=system if template != "tokenizer" else None)
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    talk = [("user", " one <image>\n"), ("assistant", " two "), ("user", "three"), ("assistant", "four")]
+    talk = [{"role": role, "content": content} for role, content in talk]
+    for messages in (talk, [{"role": "system", "content": " hello "}, *talk]):
+        for prompt in (False, True):
+            messages = messages[:-1] if prompt else messages
+            pieces = list(encoder.chat.encode(encoder.chat.pieces(messages, prompt=prompt)))
+            text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            assert text == "".join(piece.text for piece, _ in pieces)
+            before, after = text.split("<image>")  # theirs would read the tag as text, or as one token
+            ids = [theirs(part, add_special_tokens=False).input_ids for part in (before, after)]
+            assert ids[0] + ids[1] == [token for _, piece_ids in pieces for token in piece_ids]
+    data = folder_config(out)[1]  # what generate.py takes
+    assert (data.template, data.system) == (template, encoder.data.system)
+    again = Chat(Tokenizer(out), "tokenizer")
+    learned = lambda chat: "".join(piece.text for piece in chat.pieces(talk) if piece.learned)
+    assert learned(again) == learned(encoder.chat)
+
+
+@pytest.mark.parametrize(
+    ("family", "template"), [("clip", "llava"), ("clip", "llama3"), ("clip", "tokenizer"), ("siglip", "llava")]
+)
 @pytest.mark.parametrize("known", [False, True])
 def test_a_llava_export_answers_prompts_of_its_processor_as_we_do(family, template, known, tmp_path):
     config, out = LLAVA, tmp_path / "out"
@@ -73,11 +100,14 @@ def test_a_llava_export_answers_prompts_of_its_processor_as_we_do(family, templa
     processor = transformers.AutoProcessor.from_pretrained(out)
     image_token = theirs.config.image_token_index
     assert (image_token < encoder.tokenizer.size) == known and processor.image_token_id == image_token
-    pictures, question = [picture(40, 30), picture(16, 48, seed=1)], "<image>\n<image> what is this picture of?"
+    pictures, question = [picture(40, 30), picture(16, 48, seed=1)], "<image><image>\nwhat is this picture of?"
     messages = [{"role": "user", "content": question}]
-    text = f"<s>USER: {question} ASSISTANT:"
-    if template == "tokenizer":
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": question.removeprefix("<image><image>\n")}]
+    if template == "tokenizer":  # the processor has no template of its own then, and the tokenizer's wants a text
         text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        for_theirs = [{"role": "user", "content": parts}]
+        text = processor.apply_chat_template(for_theirs, tokenize=False, add_generation_prompt=True)
     inputs = processor(text=text, images=pictures, return_tensors="pt")
     prompt = encoder.prompt(messages, [image_file(each) for each in pictures])
     assert (prompt.token_T == IMAGE).sum() == 2 * 16
@@ -99,9 +129,10 @@ def test_a_voxtral_export_answers_prompts_of_its_tokenizer_as_we_do(known, tmp_p
     waves = [audio.decode(clip, 30.0).numpy() for clip in clips]
     extractor = transformers.WhisperFeatureExtractor.from_pretrained(out)
     features = extractor(waves, sampling_rate=16_000, return_tensors="pt").input_features
-    text = f"<s>USER: one {'[AUDIO]' * 25} two {'[AUDIO]' * 25} which? ASSISTANT:"
-    ids = tokenizer(text, return_tensors="pt").input_ids
-    prompt = encoder.prompt([{"role": "user", "content": "one <audio> two <audio> which?"}], audios=clips)
+    messages = [{"role": "user", "content": "one <audio> two <audio> which?"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text.replace("[AUDIO]", "[AUDIO]" * 25), return_tensors="pt").input_ids
+    prompt = encoder.prompt(messages, audios=clips)
     assert_answers_alike(model, prompt, theirs, audio_token, out, input_ids=ids, input_features=features)
 
 
