@@ -80,8 +80,11 @@ def main() -> None:
         path = options["world"].gather(path)[0]  # the run may go on and save meanwhile
     state = open_checkpoint(path)
     export(config.model, state, arguments.folder, arguments.format, **options)
-    if to_peft and mesh.ranks()[0] == 0 and (left := left_behind(config, state)):
-        print(f"{arguments.folder} lacks {', '.join(left)}: --format avlm keeps them, with all adapters merged")
+    if to_peft and mesh.ranks()[0] == 0:
+        if left := left_behind(config, state):
+            print(f"{arguments.folder} lacks {', '.join(left)}: --format avlm keeps them, with all adapters merged")
+        if options["base"] is None:
+            print(f"{arguments.folder} names no base decoder: --base NAME says which one its adapters belong to")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def command(monkeypatch, *arguments):
 )
 def test_what_a_peft_folder_lacks_is_said_in_one_line(model, targets, train, said, tmp_path, monkeypatch, capsys):
     run, _ = run_of(tmp_path / "run", model, targets, train)
-    command(monkeypatch, run, tmp_path / "out", "--format", "adapter")
+    command(monkeypatch, run, tmp_path / "out", "--format", "adapter", "--base", "my/base")
     line = f"{tmp_path / 'out'} lacks {said}: --format avlm keeps them, with all adapters merged\n"
     assert capsys.readouterr().out == ("" if said is None else line)
     command(monkeypatch, run, tmp_path / "whole")
@@ -69,13 +69,14 @@ def test_adapters_stay_as_they_are_stored_unless_a_dtype_is_asked_for(tmp_path, 
     assert dtypes == {torch.bfloat16}
 
 
-def test_the_base_of_an_adapter_is_named_by_the_command_or_by_the_run(tmp_path, monkeypatch):
+def test_the_base_of_an_adapter_is_named_by_the_command_or_by_the_run(tmp_path, monkeypatch, capsys):
     plain, _ = run_of(tmp_path / "plain", WHOLE, ["decoder.*"], ["lora"], InitFrom(all="a/run"))
     named, _ = run_of(tmp_path / "named", WHOLE, ["decoder.*"], ["lora"], InitFrom(decoder="org/decoder"))
     for run, given, expected in ((plain, None, None), (plain, "my/base", "my/base"), (named, None, "org/decoder")):
         arguments = ["--format", "adapter", "--overwrite", *(["--base", given] if given else [])]
         command(monkeypatch, run, tmp_path / "out", *arguments)
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == expected
+        assert ("out names no base decoder: --base NAME says" in capsys.readouterr().out) == (expected is None)
     with pytest.raises(ValueError, match="--base my/base is for --format adapter, and the format is decoder"):
         command(monkeypatch, plain, tmp_path / "decoder", "--format", "decoder", "--base", "my/base")
     assert not (tmp_path / "decoder").exists()
