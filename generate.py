@@ -25,7 +25,7 @@ from avlm.generation import Completion, generate
 from avlm.model_config import DecoderConfig, ModelConfig
 from avlm.models.avlm import AVLM
 from avlm.preflight import one_line_errors
-from avlm.pretrained import read_config, read_json, resolve, stop_ids
+from avlm.pretrained import read_config, read_json, resolve, stop_ids, template_of
 
 
 class RawChat:
@@ -34,6 +34,7 @@ class RawChat:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer.file))
         self.tokenizer.no_truncation()
+        self.stop_ids = [tokenizer.id_of(tokenizer.eos)] if tokenizer.eos else []
 
     def pieces(self, messages: Messages, *, prompt: bool) -> list[Piece]:
         return [Piece(p if i % 2 else "text", p) for i, p in enumerate(TAG.split(messages[-1]["content"]))]
@@ -53,12 +54,10 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, raw: bool) -
         folder = resolve(name)
         (model_config, data), stops = folder_config(folder), stop_ids(folder)
         entry = "decoder" if isinstance(read_config(folder), DecoderConfig) else "all"
-    data = dataclasses.replace(data, template="plain") if raw else data
-    encoder = SampleEncoder(model_config, data, Tokenizer(data.tokenizer))
+    tokenizer = Tokenizer(data.tokenizer)
+    encoder = SampleEncoder(model_config, data, tokenizer, RawChat(tokenizer) if raw else None)
     if not raw or not stops:
         stops = sorted({*stops, *encoder.chat.stop_ids})
-    if raw:
-        encoder.chat = RawChat(encoder.tokenizer)
     with torch.device("meta"):
         model = AVLM(model_config)
     model.to(dtype).to_empty(device=device).requires_grad_(False)
@@ -75,12 +74,10 @@ def folder_config(folder: Path) -> tuple[ModelConfig, DataConfig]:
     if not isinstance(config, ModelConfig):
         raise ValueError(f"{folder} holds a tower, which cannot answer: give a decoder, a LLaVA, an export or a run")
     keys = read_json(folder / "config.json")
-    if "data" in keys:  # an export of ours, whatever its format
+    if keys.get("architecture") == "AVLM":
         data = keys["data"] | {"video": VideoConfig(**keys["data"].get("video", {}))}
-    else:  # the chat template of LLaVA's folders wants a processor; these two are what they say
-        control = Tokenizer(folder).control_tokens
-        template = "tokenizer" if config.vision is None else "chatml" if "<|im_start|>" in control else "llava"
-        data = {"template": template}
+    else:
+        data = {"template": template_of(folder, config)}
     return config, DataConfig(train="", tokenizer=str(folder), **data)
 
 

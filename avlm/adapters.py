@@ -15,10 +15,12 @@ from avlm.weights_tables import hugging_face_name
 LEAVES = {"down.weight": "lora_A.weight", "up.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-EMPTY = ({}, [], None)
 # What of PEFT we do not compute, and the values under which there is none of it; the first is the default.
 ACCEPTED = {"peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,)}
-ACCEPTED |= dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices"), EMPTY)
+ACCEPTED |= {"init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}  # the others change the base
+ABSENT = "rank_pattern alpha_pattern modules_to_save trainable_token_indices target_parameters layer_replication"
+ABSENT += " alora_invocation_tokens use_qalora use_bdlora arrow_config kasa_config velora_config monteclora_config"
+ACCEPTED |= dict.fromkeys(ABSENT.split(), (None, False, {}, []))
 
 
 def peft_names(names: Iterable[str]) -> dict[str, str]:

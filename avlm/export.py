@@ -14,7 +14,7 @@ from avlm.config import DataConfig
 from avlm.config_file import to_dict
 from avlm.data.chat import Tokenizer
 from avlm.export_configs import decoder_keys, llava_keys, picture_keys, processor_keys, sound_keys, voxtral_keys
-from avlm.export_tokenizer import media_token, write_tokenizer
+from avlm.export_tokenizer import MEDIA_TOKENS, media_token, write_tokenizer
 from avlm.model_config import LoraConfig, ModelConfig
 from avlm.model_folder import Lazy, publish, write_json, write_tensors
 from avlm.models.lora import is_adapter, merge
@@ -26,7 +26,6 @@ from avlm.weights_tables import hugging_face_name
 FORMATS = ("avlm", "decoder", "llava", "voxtral", "adapter")
 PROMPT_KEYS = ["template", "system", "seq_length", "video", "max_media_bytes", "max_image_pixels", "max_audio_seconds"]
 ADAPTER = ("lora_down.weight", "lora_up.weight", "lora_magnitude")
-MEDIA_TOKENS = {"llava": "<image>", "voxtral": "[AUDIO]"}
 State = dict[str, Lazy]
 
 
@@ -44,13 +43,12 @@ def export(
 ) -> None:
     """Write a model folder: safetensors, config.json, generation_config.json and the tokenizer of ``data``.
 
-    avlm     every module under our names
+    avlm     every module under our names; ``config.json`` also holds what encoding a prompt needs
     decoder  LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM; towers are left out
     llava    LlavaForConditionalGeneration
     voxtral  VoxtralForConditionalGeneration; a tied head is written beside the embedding, as Voxtral ties none
     adapter  the decoder's adapters for PEFT, on the decoder ``base``; all other formats have adapters merged
 
-    ``config.json`` also holds what encoding a prompt needs, for generate.py.
     ``state`` holds tensors under our parameter names, whole on the CPU or stored, and read when they are written;
     ``dtype`` casts them. The folder is there when it is whole; one that was there stays until then, and is replaced
     only with ``overwrite``. The ranks of ``world`` share the work. Raises ValueError or OSError.
@@ -64,7 +62,7 @@ def export(
     tokenizer = Tokenizer(data.tokenizer) if data is not None and data.tokenizer else None
     media = MEDIA_TOKENS.get(format)
     token = media_token(tokenizer, media, config.decoder.vocab_size) if media else None
-    keys, tensors = _formatted(format, config, lazy, token, base)
+    keys, tensors = _formatted(format, config, lazy, data, token, base)
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
@@ -75,25 +73,25 @@ def export(
         if format == "adapter":
             return write_json(partial / "adapter_config.json", keys)
         if tokenizer is not None:
-            write_tokenizer(tokenizer, data, partial, media, token)
+            write_tokenizer(tokenizer, data, partial, format, token)
         if media:
             processor = picture_keys(config.vision) if format == "llava" else sound_keys(config.audio)
             write_json(partial / "preprocessor_config.json", processor)
         if format == "llava":
             write_json(partial / "processor_config.json", processor_keys(config.vision, media))
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        prompt = {key: value for key, value in to_dict(data).items() if key in PROMPT_KEYS} if data is not None else {}
-        write_json(partial / "config.json", {**keys, "data": prompt, "torch_dtype": stored})
+        write_json(partial / "config.json", {**keys, "torch_dtype": stored})
 
     publish(folder, write, overwrite, world)
 
 
 def _formatted(
-    format: str, config: ModelConfig, state: State, token: int | None, base: str | None
+    format: str, config: ModelConfig, state: State, data: DataConfig | None, token: int | None, base: str | None
 ) -> tuple[dict[str, Any], State]:
     """The keys of a format's config, and its tensors under its names."""
     if format == "avlm":
-        return {"architecture": "AVLM", "model": to_dict(config)}, state
+        prompt = {key: value for key, value in to_dict(data).items() if key in PROMPT_KEYS} if data is not None else {}
+        return {"architecture": "AVLM", "model": to_dict(config), "data": prompt}, state
     if format == "decoder":
         return decoder_keys(config.decoder), _renamed(state, {"decoder": "model."}, "lm_head.weight")
     if format == "adapter":

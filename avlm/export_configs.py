@@ -5,7 +5,7 @@ from typing import Any
 
 from avlm.data.log_mel import FFT, HOP, SAMPLE_RATE
 from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, VisionConfig
-from avlm.pretrained import ACTIVATIONS
+from avlm.pretrained import ACTIVATIONS, RESAMPLE
 
 
 def decoder_keys(config: DecoderConfig) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def picture_keys(vision: VisionConfig) -> dict[str, Any]:
         "size": {"shortest_edge": vision.image_size} if crop else side,
         "do_center_crop": crop,
         "crop_size": side,
-        "resample": 3,  # bicubic
+        "resample": {name: number for number, name in RESAMPLE.items()}[vision.resample],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

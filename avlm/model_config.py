@@ -80,6 +80,7 @@ class VisionConfig:
     mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])  # of RGB in 0..1
     std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
     resize: Literal["crop", "stretch"] = "crop"  # shortest side then centre crop (CLIP), or both sides (SigLIP)
+    resample: Literal["bicubic", "bilinear"] = "bicubic"  # SigLIP 2 is bilinear
 
     def __post_init__(self) -> None:
         require(

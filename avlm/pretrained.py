@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from avlm.data.chat import Chat, Tokenizer
 from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, RopeScaling, VisionConfig
 
 DECODER_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -43,6 +44,7 @@ DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 VOXTRAL_TEXT = dict(zip(DECODER_KEYS, (131072, 3072, 8192, 30, 32, 8, 131072, 1e-5)), rope_theta=1e8, head_dim=128)
 WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # two-tower models and the tower that we take
 SUPPORTED = (*DECODERS, "clip_vision_model", "siglip_vision_model", "whisper", *WHOLE, "llava", "voxtral")
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # numbers of Pillow
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 # Key -> the values under which our modules compute the same function; a key that is absent has the first of them.
@@ -103,9 +105,12 @@ def may_be_on_hub(name: str) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        keys = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(keys, dict):
+        raise ValueError(f"{path} holds no keys but {str(keys)[:80]}")
+    return keys
 
 
 def read_config(folder: str | Path) -> AnyConfig:
@@ -116,7 +121,8 @@ def read_config(folder: str | Path) -> AnyConfig:
     keys = read_json(path)
     try:
         if keys.get("architecture") == "AVLM":
-            return TypeAdapter(ModelConfig).validate_json(json.dumps(keys["model"]))  # a dict would have to be strict
+            text = json.dumps(keys.get("model"))  # a dict would have to be strict
+            return TypeAdapter(ModelConfig).validate_json(text)
         model_type = keys.get("model_type")
         if model_type in DECODERS:
             return _decoder(keys)
@@ -150,6 +156,21 @@ def stop_ids(folder: str | Path) -> list[int]:
             if ids is not None:
                 return [ids] if isinstance(ids, int) else list(ids)
     return []
+
+
+def template_of(folder: Path, config: ModelConfig) -> str:
+    """The ``data.template`` of a Hugging Face folder's prompts: its own, where that takes texts. Those of LLaVA folders
+    of the Hub want lists of parts; they are replaced by the one that says the same."""
+    tokenizer, question = Tokenizer(folder), [{"role": "user", "content": "question"}]
+    if config.vision is None:
+        return "tokenizer"
+    try:
+        pieces = Chat(tokenizer, "tokenizer").pieces(question, prompt=True)
+    except ValueError:
+        pieces = []
+    if any("question" in piece.text for piece in pieces):
+        return "tokenizer"
+    return "chatml" if "<|im_start|>" in tokenizer.control_tokens else "llava"
 
 
 def _require_accepted(kind: str, keys: dict[str, Any]) -> None:
@@ -215,12 +236,7 @@ def _vision(given: dict[str, Any], folder: Path, feature_layer: int = -2) -> Vis
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             processor = read_json(folder / name)
-            processor = processor.get("image_processor", processor)
-            for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-                if theirs in processor:
-                    seen[ours] = processor[theirs]
-            if "do_center_crop" in processor:
-                seen["resize"] = "crop" if processor["do_center_crop"] else "stretch"
+            seen |= _pixels(processor.get("image_processor", processor), keys["image_size"])
             break
     return VisionConfig(
         hidden_size=keys["hidden_size"],
@@ -237,6 +253,28 @@ def _vision(given: dict[str, Any], folder: Path, feature_layer: int = -2) -> Vis
         patch_bias=not clip,
         **seen,
     )
+
+
+def _pixels(processor: dict[str, Any], side: int) -> dict[str, Any]:
+    """The image processor's part of a VisionConfig. ValueError where it makes other pixels than ``avlm.data.image``."""
+    given = {key: value for key, value in processor.items() if value is not None}
+    crops = given.get("do_center_crop")
+    wanted = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "do_pad": False}
+    wanted |= dict.fromkeys(("size", "crop_size") if crops else ("size",), side)
+    for key, value in wanted.items():
+        found = given.get(key, value)
+        sizes = {size for size in found.values() if size} if isinstance(found, dict) else {found}
+        if sizes != {value}:
+            raise ValueError(f"{key}={found!r} of the image processor is not implemented (accepted: {value!r})")
+    if given.get("resample", 3) not in RESAMPLE:
+        raise ValueError(f"resample={given['resample']} of the image processor is not implemented (accepted: 2, 3)")
+    seen = {
+        "mean": given.get("image_mean"),
+        "std": given.get("image_std"),
+        "resample": RESAMPLE.get(given.get("resample")),
+    }
+    seen["resize"] = crops if crops is None else "crop" if crops else "stretch"
+    return {name: value for name, value in seen.items() if value is not None}
 
 
 def _audio(given: dict[str, Any]) -> AudioConfig:

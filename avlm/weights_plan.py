@@ -26,6 +26,7 @@ from avlm.pretrained import AnyConfig, may_be_on_hub
 from avlm.weights_sources import Source, check_shape, open_source
 from avlm.weights_tables import LAYOUTS, SKIPPED, hugging_face_name
 
+TIED = "a head tied to the embedding"
 ENTRIES = ("all", "decoder", "vision", "audio", "adapter")  # a tower's own source wins over the whole model's
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -191,6 +192,9 @@ def _plan(
         _check_sinusoids(held, prefixes["audio"], source.path)
     theirs = {} if source.own_names else prefixes
     reasons = {name: _skip_reason(name, entry, config, theirs) for name in sorted(held.keys() - chosen.values())}
+    for name, reason in reasons.items():
+        if reason == TIED and not source.own_names:
+            _check_tied(name, chosen.get("decoder.embedding.weight"), held, source.path)
     extra = [f"{name} {tuple(held[name].get_shape())}" for name, reason in reasons.items() if reason is None]
     if extra:
         raise ValueError(
@@ -260,12 +264,21 @@ def _check_sinusoids(held: Mapping, prefix: str, path: Path) -> None:
             raise ValueError(f"{path}: {name} is {distance:.2g} away from Whisper's sinusoids, which we compute")
 
 
+def _check_tied(head: str, embedding: str | None, held: Mapping, path: Path) -> None:
+    rows = slice(256)  # all of a head's rows move when it trains
+    if embedding is not None and not held[head][rows].equal(held[embedding][rows]):
+        raise ValueError(
+            f"{path}: {head} is not the embedding, to which tie_embedding (tie_word_embeddings in config.json) ties "
+            "the head: make that false, or leave the head out by init_from.allow_unused"
+        )
+
+
 def _skip_reason(name: str, entry: str, config: ModelConfig, prefixes: dict[str, str]) -> str | None:
     """Why a tensor of the source is not loaded, or None where nothing excuses it."""
     if name in ("lm_head.weight", "language_model.lm_head.weight", "decoder.head.weight"):
         if entry not in ("all", "decoder"):
             return "other modules"
-        return "a head tied to the embedding" if config.decoder.tie_embedding else None
+        return TIED if config.decoder.tie_embedding else None
     if not prefixes:  # our names
         return "other modules" if entry in MODULES and not name.startswith(f"{entry}.") else None
     for module, prefix in prefixes.items():

@@ -66,7 +66,7 @@ def assert_answers_alike(model, prompt, theirs, media_token, folder, **inputs):
 @pytest.mark.parametrize("template", ["llama3", "chatml", "llava", "plain", "tokenizer"])
 def test_an_exported_chat_template_gives_the_ids_and_targets_of_training(template, system, tmp_path):
     out = tmp_path / "out"
-    _, encoder = exported(LLAVA, out, "decoder", template, system=system if template != "tokenizer" else None)
+    _, encoder = exported(LLAVA, out, "decoder", template, system=system)
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     talk = [("user", " one <image>\n"), ("assistant", " two "), ("user", "three"), ("assistant", "four")]
     talk = [{"role": role, "content": content} for role, content in talk]
@@ -79,11 +79,24 @@ def test_an_exported_chat_template_gives_the_ids_and_targets_of_training(templat
             before, after = text.split("<image>")  # theirs would read the tag as text, or as one token
             ids = [theirs(part, add_special_tokens=False).input_ids for part in (before, after)]
             assert ids[0] + ids[1] == [token for _, piece_ids in pieces for token in piece_ids]
-    data = folder_config(out)[1]  # what generate.py takes
-    assert (data.template, data.system) == (template, encoder.data.system)
+    assert folder_config(out)[1].template == "tokenizer"  # what generate.py takes
     again = Chat(Tokenizer(out), "tokenizer")
     learned = lambda chat: "".join(piece.text for piece in chat.pieces(talk) if piece.learned)
     assert learned(again) == learned(encoder.chat)
+
+
+def test_parts_of_a_type_that_the_format_does_not_hold_are_refused(tmp_path):
+    for format, held in (("llava", "image"), ("decoder", None), ("avlm", "video")):
+        exported(LLAVA, tmp_path / format, format)
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / format)
+        for kind in ("image", "audio", "video", "image_url"):
+            part = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "what?"}]}
+            if kind == held or (format == "avlm" and kind != "image_url"):
+                text = tokenizer.apply_chat_template([part], tokenize=False)
+                assert text == f"<s>USER: <{kind}>\nwhat? "
+            else:
+                with pytest.raises(Exception, match=f"this template knows no part of type {kind}"):
+                    tokenizer.apply_chat_template([part], tokenize=False)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +109,7 @@ def test_a_llava_export_answers_prompts_of_its_processor_as_we_do(family, templa
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, **SIGLIP))
     control = ["<image>", *CONTROL] if known else CONTROL
     model, encoder = exported(config, out, "llava", template, control)
+    assert folder_config(out)[1].template == "tokenizer"  # what generate.py takes
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(out)
     processor = transformers.AutoProcessor.from_pretrained(out)
     image_token = theirs.config.image_token_index

@@ -264,6 +264,8 @@ def test_a_hugging_face_decoder_answers_with_its_own_template(tied, tokenizer_fo
         out, err, code = run(monkeypatch, capsys, *arguments)
         assert code == 0, err
         assert json.loads(out)["token_ids"] == expected[0, inputs["input_ids"].shape[1] :].tolist()
+    (tmp_path / "tokenizer_config.json").unlink()  # and with it the name of eos, which a prompt as it stands needs not
+    assert run(monkeypatch, capsys, *arguments)[0] == out
 
 
 def test_a_run_with_adapters_a_checkpoint_of_it_and_its_export_answer_alike(

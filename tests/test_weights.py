@@ -112,6 +112,39 @@ def test_the_hubs_llava_with_defaults_left_out_is_vicuna_with_a_large_tower(tmp_
             read_config(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_an_image_processor_is_read_or_refused_by_name(kind, tmp_path):
+    processors = {"clip": transformers.CLIPImageProcessor, "siglip": transformers.SiglipImageProcessor}
+    processors[kind]().save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    keys = json.loads(file.read_text())
+    keys |= {"size": {"height": 224, "width": 224}} if kind == "siglip" else {}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": f"{kind}_vision_model", "image_size": 224}))
+    for resample, name in ((3, "bicubic"), (2, "bilinear")):
+        file.write_text(json.dumps(keys | {"resample": resample, "do_pad": None}))
+        config = read_config(tmp_path)
+        assert (config.resize, config.resample) == ("crop" if kind == "clip" else "stretch", name)
+        assert (config.mean, config.std) == (keys["image_mean"], keys["image_std"])
+    refused = {"resample": 0, "size": {"height": 256, "width": 256}, "do_normalize": False, "do_rescale": False}
+    refused |= {"do_resize": False, "rescale_factor": 1.0, "do_pad": True}
+    for key, value in refused.items():
+        file.write_text(json.dumps(keys | {key: value}))
+        with pytest.raises(ValueError, match=f"{key}=.* of the image processor is not implemented"):
+            read_config(tmp_path)
+
+
+def test_a_head_that_is_not_the_embedding_is_not_tied_silently(tmp_path):
+    torch.manual_seed(0)
+    save(llama(), tmp_path)
+    edit(tmp_path, tmp_path, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"lm_head.weight is not the embedding, to which tie_embedding"):
+        loaded(ModelConfig(decoder=read_config(tmp_path)), decoder=str(tmp_path))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    loaded(ModelConfig(decoder=read_config(tmp_path)), decoder=str(tmp_path))
+
+
 def test_a_config_that_disagrees_with_the_folder_names_the_key(llama_folder):
     right = read_config(llama_folder)
     check = lambda ours: check_config(ours, right, llama_folder)

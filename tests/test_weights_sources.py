@@ -251,8 +251,9 @@ def test_adapters_go_to_a_peft_folder_and_come_back(tmp_path):
         with pytest.raises(ValueError, match=message):
             loaded_with(other, adapter=str(folder))
     keys = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(keys | {"rank_pattern": {"q_proj": 2}}))
-    with pytest.raises(ValueError, match=r"rank_pattern=.* is not implemented"):
-        loaded_with(config, adapter=str(folder))
+    for key, value in {"rank_pattern": {"q_proj": 2}, "init_lora_weights": "pissa", "use_qalora": True}.items():
+        (folder / "adapter_config.json").write_text(json.dumps(keys | {key: value}))
+        with pytest.raises(ValueError, match=rf"{key}=.* is not implemented"):
+            loaded_with(config, adapter=str(folder))
     with pytest.raises(FileNotFoundError, match="is no PEFT folder"):
         loaded_with(config, adapter=str(tmp_path / "base"))

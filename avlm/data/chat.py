@@ -75,6 +75,9 @@ class Tokenizer:
         # that goes on from another is encoded behind a line break, whose tokens are then dropped.
         line_break = self.encode("\n")
         self._before = line_break if self.encode("a") != self.encode("\na")[len(line_break) :] else []
+        # Behind a control token there is another such blank (prepend_scheme "always"), or none ("first").
+        control = next(iter(self.control_tokens), "")
+        self.blank_after_control = self.encode(control + "a", control=True)[bool(control) :] == self.encode("a")
 
     @property
     def size(self) -> int:
@@ -91,8 +94,11 @@ class Tokenizer:
         """Text of ids; ``control``: control tokens are shown."""
         return self._tokenizer.decode(ids, skip_special_tokens=not control)
 
+    def find(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
     def id_of(self, token: str) -> int:
-        number = self._tokenizer.token_to_id(token)
+        number = self.find(token)
         if number is None:
             raise ValueError(f"{self.file} has no token {token!r}")
         return number
@@ -166,7 +172,7 @@ class Chat:
                 yield piece, []
             elif piece.text:
                 yield piece, self.tokenizer.encode(piece.text, goes_on=goes_on, control=piece.kind == "markup")
-            goes_on = piece.kind in ("text", "markup")
+            goes_on = piece.kind in ("text", "markup") or not self.tokenizer.blank_after_control
 
     def _checked(self, messages: Messages, prompt: bool) -> Messages:
         for message in messages:

@@ -4,8 +4,8 @@ decode     JPEG, PNG or WebP bytes -> uint8 RGB (3, H, W)
 fit        -> uint8 (3, S, S), S = image_size, the way the tower was trained (CLIP: crop, SigLIP: stretch)
 normalise  uint8 (I, 3, S, S) -> float32, (x / 255 - mean) / std
 
-The numbers are those of transformers' CLIPImageProcessor: bicubic with antialiasing on bytes. Pictures stay bytes until
-their row is packed, so that a packing buffer holds a quarter of the memory.
+The numbers are those of transformers' CLIPImageProcessor, with antialiasing on bytes. Pictures stay bytes until their
+row is packed, so that a packing buffer holds a quarter of the memory.
 """
 
 import io
@@ -45,16 +45,16 @@ def decode(data: bytes, max_pixels: int) -> Tensor:
 
 def fit(image: Tensor, vision: VisionConfig) -> Tensor:
     """uint8 (3, H, W) of any size -> uint8 (3, S, S)."""
-    size = vision.image_size
+    size, mode = vision.image_size, InterpolationMode(vision.resample)
     if vision.resize == "stretch":
-        return resize(image, [size, size], InterpolationMode.BICUBIC, antialias=True)
+        return resize(image, [size, size], mode, antialias=True)
     height, width = image.shape[1:]
     if max(height, width) > MAX_ASPECT * min(height, width):
         image = _middle(image, MAX_ASPECT * min(height, width))
         height, width = image.shape[1:]
     # CLIP: the short side becomes S and the long side int(S * long / short), then the middle is kept.
     scaled = [int(size * height / width), size] if width <= height else [size, int(size * width / height)]
-    image = resize(image, scaled, InterpolationMode.BICUBIC, antialias=True)
+    image = resize(image, scaled, mode, antialias=True)
     top, left = (scaled[0] - size) // 2, (scaled[1] - size) // 2
     return image[:, top : top + size, left : left + size]
 

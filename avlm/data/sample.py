@@ -126,14 +126,15 @@ def _names(record: dict, kind: str) -> list[str]:
 
 
 class SampleEncoder:
-    """Encodes samples for one model. What is wrong with a sample raises ValueError with one line."""
+    """Encodes samples for one model, by ``data.template`` or a given chat. What is wrong with a sample raises
+    ValueError with one line."""
 
-    def __init__(self, model: ModelConfig, data: DataConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: ModelConfig, data: DataConfig, tokenizer: Tokenizer, chat: Chat | None = None) -> None:
         check_vocabulary(tokenizer, model.decoder.vocab_size)
         if data.video.sound and model.audio is None:
             raise ValueError("data.video.sound=true needs model.audio")
         self.model, self.data, self.tokenizer = model, data, tokenizer
-        self.chat = Chat(tokenizer, data.template, data.system)
+        self.chat = chat or Chat(tokenizer, data.template, data.system)
 
     def encode(self, sample: Sample) -> EncodedSample:
         """A training sample. Raises ValueError if it exceeds data.seq_length or has nothing to learn."""
@@ -213,8 +214,8 @@ def fingerprint(data: DataConfig, model: ModelConfig) -> str:
     settings["vocab_size"] = model.decoder.vocab_size
     for part in ("vision", "audio", "vision_projector", "audio_projector"):
         settings[part] = dataclasses.asdict(getattr(model, part)) if getattr(model, part) else None
-        for key in ("bias", "output_std", "log_mel") if settings[part] else ():  # no sample's length depends on them
-            settings[part].pop(key, None)
+        for key in ("bias", "output_std", "log_mel", "resample"):  # no sample's length depends on them
+            (settings[part] or {}).pop(key, None)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 import tokenizers
 import transformers
-from tokenizers import decoders, models, normalizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from avlm.data.chat import Chat, Tokenizer, check_vocabulary
 from tests.data.media import CONTROL, write_tokenizer
@@ -192,6 +192,25 @@ def sentencepiece_like(folder):
     (folder / "tokenizer.json").write_text(json.dumps(saved))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     return folder
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@pytest.mark.parametrize("name", ["llava", "chatml", "plain"])
+def test_blanks_in_front_of_texts_are_those_of_transformers(scheme, name, tmp_path):
+    """Llama 2 opens a text behind a control token with a blank again, newer SentencePiece vocabularies do not."""
+    file = tokenizers.Tokenizer(models.BPE())
+    file.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    texts = ["user USER: hello there assistant ASSISTANT: what is this? one two three"] * 9
+    file.train_from_iterator(texts + list("\n▁"), trainers.BpeTrainer(vocab_size=90, show_progress=False))
+    file.add_special_tokens([*CONTROL, "<image>"])
+    file.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    messages = [turn("user", "hello <image> there"), turn("assistant", "one"), turn("user", "<image>what?")]
+    chat = Chat(Tokenizer(tmp_path), name)
+    ids = [chat.tokenizer.id_of("<image>")]
+    found = [piece_ids or ids for _, piece_ids in chat.encode(chat.pieces(messages, prompt=True))]
+    text = "".join(piece.text for piece in chat.pieces(messages, prompt=True))
+    assert [i for each in found for i in each] == reference(tmp_path, "")(text, add_special_tokens=False)["input_ids"]
 
 
 def test_text_that_goes_on_gets_no_blank_from_a_sentencepiece_vocabulary(tmp_path):

@@ -32,11 +32,13 @@ def test_pixels_equal_those_of_clips_processor(size):
     torch.testing.assert_close(image.normalise(ours[None], CLIP)[0], normalised, atol=1e-5, rtol=0)
 
 
-def test_stretched_pixels_equal_those_of_siglips_processor():
-    stretch = dataclasses.replace(CLIP, resize="stretch", mean=[0.5] * 3, std=[0.5] * 3)
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+def test_stretched_pixels_equal_those_of_siglips_processor(resample):
+    stretch = dataclasses.replace(CLIP, resize="stretch", resample=resample, mean=[0.5] * 3, std=[0.5] * 3)
     original = picture(301, 177)
     ours = image.normalise(image.fit(image.decode(image_file(original), LIMIT), stretch)[None], stretch)
-    theirs = SiglipImageProcessor(size={"height": 224, "width": 224})(original, return_tensors="pt")["pixel_values"]
+    processor = SiglipImageProcessor(size={"height": 224, "width": 224}, resample=Image.Resampling[resample.upper()])
+    theirs = processor(original, return_tensors="pt")["pixel_values"]
     assert (ours - theirs).abs().max() <= 2 / 255
 
 

@@ -20,7 +20,9 @@ def run_ranks(function: Callable, world_size: int, *args: Any, timeout: float = 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    # Ranks are forks of one process that has imported what most of them need and run nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "hypothesis", "tests.parallel.equivalence"])
     answers = context.Queue()
     processes = [
         context.Process(target=_rank, args=(answers, function, rank, world_size, port, args), daemon=True)
