@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from avlm import checkpoint, metrics
+import train
+from avlm import checkpoint, config_file, metrics, preflight
 from tests.data.media import image_file, picture, write_tokenizer
 from tests.parallel.small import TREE
+from tests.parallel.spawn import run_ranks
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -48,6 +50,11 @@ def command(path: Path, *overrides: str, ranks: int = 1) -> list[str]:
 def run(path: Path, *overrides: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
     options |= {"cwd": ROOT, "env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 240}
     return subprocess.run(command(path, *overrides, ranks=ranks), **options)
+
+
+def train_to_end(path: Path, overrides: tuple[str, ...] = ()) -> None:
+    """What a rank does, for ``run_ranks``, which starts in a second."""
+    train.main(config_file.load(path, list(overrides)))
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -107,8 +114,7 @@ def test_stages_follow_each_other_and_leave_checkpoints(whole_run):
 
 def test_a_finished_run_has_nothing_left_to_do(whole_run):
     before = losses(whole_run)
-    result = run(whole_run / "config.yaml", ranks=2)
-    assert result.returncode == 0, result.stderr
+    run_ranks(train_to_end, 2, whole_run / "config.yaml")
     assert losses(whole_run) == before
 
 
@@ -211,13 +217,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         ("data.train=absent.jsonl", "no data at absent.jsonl"),
         ("parallel.replicate=2", "does not divide 1 ranks"),
         ("trian.log_every=1", "unknown key trian (did you mean train?)"),
-        ("resume=runs/none", "resume=runs/none is not a complete checkpoint"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, override, message):
-    result = run(write_config(tmp_path), override)
-    assert result.returncode == 2
-    assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, override, message, capsys):
+    with pytest.raises(SystemExit) as ended, preflight.one_line_errors():
+        train.main(config_file.load(write_config(tmp_path), [override]))
+    [line] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and message in line
+
+
+def test_a_mistake_that_shows_when_the_ranks_have_met_is_one_line_too(tmp_path):
+    result = run(write_config(tmp_path), "resume=runs/none")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "resume=runs/none is not a complete checkpoint" in result.stderr.splitlines()[-1]
 
 
 def test_print_shows_the_resolved_config_and_stops(tmp_path):

@@ -62,7 +62,8 @@ def test_without_its_packages_the_demo_ends_with_what_to_do(tmp_path):
     assert str(tmp_path / "out" / "packages") in error
 
 
-def test_an_optional_package_that_is_gone_is_skipped(tmp_path, capsys):
+def test_an_optional_package_that_is_gone_is_skipped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     gone = replace(PACKAGES[0], version="0.0.0.dev0", file="gone.whl", optional=True)
     assert fetch(tmp_path, (gone,)) == {}
     assert f"skipped: {gone.name}" in capsys.readouterr().out

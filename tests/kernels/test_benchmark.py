@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import triton
 
 from kernels.attention import attention_reference
 from kernels.benchmark import __main__ as command
@@ -12,6 +13,7 @@ from kernels.benchmark import attention, attention_providers, measure, report
 from kernels.benchmark.attention import CHUNK, Shape, packed_documents
 from kernels.segments import Segments
 
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter's speed tells nothing")
 UNEQUAL = Shape(name="documents", lengths=(1024, 512), heads=16, kv_heads=8, head_dim=64, causal=True)
 EQUAL = Shape(name="images", lengths=(512, 512), heads=8, kv_heads=8, head_dim=64)
 NEWEST = Shape(name="batch 2", lengths=(1024, 1024), heads=16, kv_heads=8, head_dim=64, decode=True)
