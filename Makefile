@@ -34,8 +34,8 @@ demo-pretrained: $(VENV)/.test
 	$(VENV)/bin/python generate.py $(RUN)_pretrained --audio $$clip --prompt Transcribe.; done
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/kernels
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/kernels
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
