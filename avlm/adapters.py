@@ -19,7 +19,7 @@ PREFIX = "base_model.model."
 ACCEPTED = {"peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,)}
 ACCEPTED |= {"init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}  # the others change the base
 ABSENT = "rank_pattern alpha_pattern modules_to_save trainable_token_indices target_parameters layer_replication"
-ABSENT += " alora_invocation_tokens use_qalora use_bdlora arrow_config kasa_config velora_config monteclora_config"
+ABSENT += " alora_invocation_tokens use_qalora use_bdlora arrow_config kasa_config monteclora_config"
 ACCEPTED |= dict.fromkeys(ABSENT.split(), (None, False, {}, []))
 
 

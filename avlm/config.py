@@ -1,6 +1,6 @@
 """What a run is: nested dataclasses, read from one YAML file by ``avlm.config_file``. Its model: ``avlm.model_config``.
 
-Fields stand in the order of their importance; sizes are whole-model sizes, never per-rank sizes.
+Fields stand in the order of their importance.
 """
 
 from dataclasses import field

@@ -7,6 +7,7 @@ name: a folder that loads gives the numbers that it was trained for.
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -161,15 +162,15 @@ def stop_ids(folder: str | Path) -> list[int]:
 def template_of(folder: Path, config: ModelConfig) -> str:
     """The ``data.template`` of a Hugging Face folder's prompts: its own, where that takes texts. Those of LLaVA folders
     of the Hub want lists of parts; they are replaced by the one that says the same."""
-    tokenizer, question = Tokenizer(folder), [{"role": "user", "content": "question"}]
     if config.vision is None:
         return "tokenizer"
-    try:
-        pieces = Chat(tokenizer, "tokenizer").pieces(question, prompt=True)
-    except ValueError:
-        pieces = []
-    if any("question" in piece.text for piece in pieces):
-        return "tokenizer"
+    tokenizer, question = Tokenizer(folder), [{"role": "user", "content": "question"}]
+    if not (folder / "chat_template.json").is_file():  # the processor's; the tokenizer's is then that of its decoder
+        try:
+            if any("question" in piece.text for piece in Chat(tokenizer, "tokenizer").pieces(question, prompt=True)):
+                return "tokenizer"
+        except ValueError:
+            pass
     return "chatml" if "<|im_start|>" in tokenizer.control_tokens else "llava"
 
 
@@ -236,7 +237,7 @@ def _vision(given: dict[str, Any], folder: Path, feature_layer: int = -2) -> Vis
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             processor = read_json(folder / name)
-            seen |= _pixels(processor.get("image_processor", processor), keys["image_size"])
+            seen |= _pixels(processor.get("image_processor", processor), keys["image_size"], name)
             break
     return VisionConfig(
         hidden_size=keys["hidden_size"],
@@ -255,26 +256,25 @@ def _vision(given: dict[str, Any], folder: Path, feature_layer: int = -2) -> Vis
     )
 
 
-def _pixels(processor: dict[str, Any], side: int) -> dict[str, Any]:
+def _pixels(processor: dict[str, Any], side: int, file: str) -> dict[str, Any]:
     """The image processor's part of a VisionConfig. ValueError where it makes other pixels than ``avlm.data.image``."""
     given = {key: value for key, value in processor.items() if value is not None}
-    crops = given.get("do_center_crop")
-    wanted = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "do_pad": False}
-    wanted |= dict.fromkeys(("size", "crop_size") if crops else ("size",), side)
-    for key, value in wanted.items():
-        found = given.get(key, value)
-        sizes = {size for size in found.values() if size} if isinstance(found, dict) else {found}
-        if sizes != {value}:
-            raise ValueError(f"{key}={found!r} of the image processor is not implemented (accepted: {value!r})")
-    if given.get("resample", 3) not in RESAMPLE:
-        raise ValueError(f"resample={given['resample']} of the image processor is not implemented (accepted: 2, 3)")
-    seen = {
-        "mean": given.get("image_mean"),
-        "std": given.get("image_std"),
-        "resample": RESAMPLE.get(given.get("resample")),
-    }
-    seen["resize"] = crops if crops is None else "crop" if crops else "stretch"
-    return {name: value for name, value in seen.items() if value is not None}
+    size, crops = given.get("size", side), given.get("do_center_crop")
+    shortest = isinstance(size, dict) and bool(size.get("shortest_edge"))
+    wanted = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_pad": False, "size": side}
+    wanted |= {"crop_size": side} if crops else {}
+    wanted |= {"do_center_crop": True} if shortest else {}  # or pictures would not become squares
+    values = lambda found: found.values() if isinstance(found, dict) else found if isinstance(found, list) else [found]
+    wrong = [key for key, value in wanted.items() if set(values(given.get(key, value))) - {None} != {value}]
+    wrong += [] if given.get("resample", 3) in RESAMPLE else ["resample"]
+    wrong += [] if math.isclose(given.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-5) else ["rescale_factor"]
+    if wrong:
+        raise ValueError(f"{wrong[0]}={given[wrong[0]]!r} in {file} is not implemented")
+    seen = {name: given[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in given}
+    seen |= {"resample": RESAMPLE[given["resample"]]} if "resample" in given else {}
+    if shortest or crops is not None or not isinstance(size, int):
+        seen["resize"] = "crop" if shortest or (crops and isinstance(size, int)) else "stretch"
+    return seen
 
 
 def _audio(given: dict[str, Any]) -> AudioConfig:

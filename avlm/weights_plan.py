@@ -119,8 +119,8 @@ def check_config(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None
     """Raise ValueError with the key where our config describes another model than ``theirs``, that of ``origin``.
 
     Of a whole model the modules that both have are compared. Not compared: ``max_position`` (ours may be shorter),
-    ``window``, ``log_mel``, ``resize``, and for a plain tower ``feature_layer`` and ``post_norm``, which choose what is
-    taken from it. In a whole model the number of vision layers that are built counts.
+    ``window``, ``log_mel``, ``resize``, ``resample``, and for a plain tower ``feature_layer`` and ``post_norm``, which
+    choose what is taken from it. In a whole model the number of vision layers that are built counts.
     """
     part = {DecoderConfig: "decoder", VisionConfig: "vision", AudioConfig: "audio", ModelConfig: "all"}[type(ours)]
     whole = isinstance(ours, ModelConfig)
@@ -145,7 +145,7 @@ def check_config(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None
 
 def _comparable(config: Any, owner: Any, whole: bool) -> dict[str, Any]:
     values = dict(vars(config))
-    for key in ("max_position", "window", "log_mel", "resize"):
+    for key in ("max_position", "window", "log_mel", "resize", "resample"):
         values.pop(key, None)
     if isinstance(config, VisionConfig):
         feature_layer, post_norm = values.pop("feature_layer"), values.pop("post_norm")

@@ -129,8 +129,17 @@ def test_an_image_processor_is_read_or_refused_by_name(kind, tmp_path):
     refused |= {"do_resize": False, "rescale_factor": 1.0, "do_pad": True}
     for key, value in refused.items():
         file.write_text(json.dumps(keys | {key: value}))
-        with pytest.raises(ValueError, match=f"{key}=.* of the image processor is not implemented"):
+        with pytest.raises(ValueError, match=f"{key}=.* in preprocessor_config.json is not implemented"):
             read_config(tmp_path)
+    sizes = {"crop": [(224, True), ({"shortest_edge": 224}, True)]}
+    sizes |= {"stretch": [(224, False), ({"height": 224, "width": 224}, True), ([224, 224], False)]}
+    for resize, given in sizes.items():
+        for size, crops in given:
+            file.write_text(json.dumps(keys | {"size": size, "do_center_crop": crops, "crop_size": 224}))
+            assert read_config(tmp_path).resize == resize
+    file.write_text(json.dumps(keys | {"size": {"shortest_edge": 224}, "do_center_crop": False}))
+    with pytest.raises(ValueError, match="do_center_crop=False in preprocessor_config"):
+        read_config(tmp_path)
 
 
 def test_a_head_that_is_not_the_embedding_is_not_tied_silently(tmp_path):

@@ -158,7 +158,7 @@ class Chat:
     def encode(self, pieces: list[Piece]) -> Iterator[tuple[Piece, list[int]]]:
         """Each piece with its ids, none for media. Neighbouring texts with the same fate are tokenised as one."""
         merged: list[Piece] = []
-        for piece in pieces:
+        for piece in filter(lambda piece: piece.text, pieces):
             last = merged[-1] if merged else None
             if last and piece.kind in ("text", "markup") and (last.kind, last.learned) == (piece.kind, piece.learned):
                 merged[-1] = Piece(piece.kind, last.text + piece.text, piece.learned)
@@ -170,9 +170,10 @@ class Chat:
                 yield piece, [self.tokenizer.id_of(piece.text)]
             elif piece.kind in MEDIA:
                 yield piece, []
-            elif piece.text:
+            else:
                 yield piece, self.tokenizer.encode(piece.text, goes_on=goes_on, control=piece.kind == "markup")
-            goes_on = piece.kind in ("text", "markup") or not self.tokenizer.blank_after_control
+            in_control = piece.kind == "markup" and piece.text.endswith(tuple(self.tokenizer.control_tokens))
+            goes_on = (piece.kind in ("text", "markup") and not in_control) or not self.tokenizer.blank_after_control
 
     def _checked(self, messages: Messages, prompt: bool) -> Messages:
         for message in messages:
@@ -262,7 +263,10 @@ class JinjaTemplate:
         )
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         environment.globals["raise_exception"] = _raise
-        self._template = environment.from_string(tokenizer.chat_template)
+        try:
+            self._template = environment.from_string(tokenizer.chat_template)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat_template of {tokenizer.file.parent} is no Jinja template: {error}") from None
         self._marks_turns = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template) is not None
         self._control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)) or "(?!)")
 
@@ -303,7 +307,7 @@ class JinjaTemplate:
     def _render(self, messages: Messages, prompt: bool) -> str:
         try:
             return self._template.render(messages=messages, add_generation_prompt=prompt, **self._names)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the tokenizer's chat_template fails: {error}") from None
 
 

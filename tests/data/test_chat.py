@@ -27,6 +27,10 @@ LLAVA = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 PUBLIC = {"llama3": LLAMA3, "chatml": CHATML, "llava": LLAVA}
+ZEPHYR = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 GENERATION = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
@@ -195,7 +199,7 @@ def sentencepiece_like(folder):
 
 
 @pytest.mark.parametrize("scheme", ["always", "first", "never"])
-@pytest.mark.parametrize("name", ["llava", "chatml", "plain"])
+@pytest.mark.parametrize("name", ["llava", "chatml", "plain", "tokenizer"])
 def test_blanks_in_front_of_texts_are_those_of_transformers(scheme, name, tmp_path):
     """Llama 2 opens a text behind a control token with a blank again, newer SentencePiece vocabularies do not."""
     file = tokenizers.Tokenizer(models.BPE())
@@ -204,13 +208,19 @@ def test_blanks_in_front_of_texts_are_those_of_transformers(scheme, name, tmp_pa
     file.train_from_iterator(texts + list("\n▁"), trainers.BpeTrainer(vocab_size=90, show_progress=False))
     file.add_special_tokens([*CONTROL, "<image>"])
     file.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    messages = [turn("user", "hello <image> there"), turn("assistant", "one"), turn("user", "<image>what?")]
+    names = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": ZEPHYR}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    messages = [turn("user", "<image>"), turn("assistant", "one"), turn("user", "hello <image> there <image>what?")]
+    messages += [turn("assistant", " two"), turn("user", ""), turn("assistant", "three")]
     chat = Chat(Tokenizer(tmp_path), name)
     ids = [chat.tokenizer.id_of("<image>")]
-    found = [piece_ids or ids for _, piece_ids in chat.encode(chat.pieces(messages, prompt=True))]
-    text = "".join(piece.text for piece in chat.pieces(messages, prompt=True))
-    assert [i for each in found for i in each] == reference(tmp_path, "")(text, add_special_tokens=False)["input_ids"]
+    for prompt in (False, True):
+        pieces = chat.pieces(messages[:-1] if prompt else messages, prompt=prompt)
+        found = [piece_ids or ids for _, piece_ids in chat.encode(pieces)]
+        expected = reference(tmp_path, "")("".join(piece.text for piece in pieces), add_special_tokens=False)[
+            "input_ids"
+        ]
+        assert [i for each in found for i in each] == expected
 
 
 def test_text_that_goes_on_gets_no_blank_from_a_sentencepiece_vocabulary(tmp_path):

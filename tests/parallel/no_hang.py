@@ -44,7 +44,7 @@ def steps(quick: bool) -> list[str]:
 def run(world_sizes: list[int], quick: bool) -> list[str]:
     failed = []
     for world_size in (size for size in world_sizes if size > 1):
-        failed += run_ranks(steps, world_size, quick)[0]
+        failed += run_ranks(steps, world_size, quick, method="spawn")[0]
         count = sum(map(len, KINDS.values())) * len(range(0, len(MEDIA) ** 2, 3 if quick else 1))
         print(f"{world_size}  no hang: {count} combinations of media, frozen parts and tower sharding went through")
     return failed

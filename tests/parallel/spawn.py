@@ -12,17 +12,21 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 
-def run_ranks(function: Callable, world_size: int, *args: Any, timeout: float = 300) -> list[Any]:
+def run_ranks(
+    function: Callable, world_size: int, *args: Any, timeout: float = 300, method: str = "forkserver"
+) -> list[Any]:
     """``function(*args)`` in ``world_size`` processes with torchrun's environment; plain data back, in rank order.
 
-    Fails as soon as a rank does or dies, and after ``timeout`` seconds: ranks that wait for each other never end.
+    Fails as soon as a rank does or dies, and after ``timeout`` seconds: ranks that wait for each other never end. Ranks
+    are forks of one process that has imported what most of them need; with ``method`` "spawn" each starts anew, with a
+    hash seed of its own, as those of torchrun do.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # Ranks are forks of one process that has imported what most of them need and run nothing.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "hypothesis", "tests.parallel.equivalence"])
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["pytest", "hypothesis", "tests.parallel.equivalence"])
     answers = context.Queue()
     processes = [
         context.Process(target=_rank, args=(answers, function, rank, world_size, port, args), daemon=True)
