@@ -217,9 +217,8 @@ def test_blanks_in_front_of_texts_are_those_of_transformers(scheme, name, tmp_pa
     for prompt in (False, True):
         pieces = chat.pieces(messages[:-1] if prompt else messages, prompt=prompt)
         found = [piece_ids or ids for _, piece_ids in chat.encode(pieces)]
-        expected = reference(tmp_path, "")("".join(piece.text for piece in pieces), add_special_tokens=False)[
-            "input_ids"
-        ]
+        text = "".join(piece.text for piece in pieces)
+        expected = reference(tmp_path, "")(text, add_special_tokens=False)["input_ids"]
         assert [i for each in found for i in each] == expected
 
 
