@@ -34,7 +34,7 @@ def train_step(
     batches: list[Batch],
     num_targets: float,
     adam: torch.optim.AdamW,
-    clip_norm: float,
+    clip_norm: float | None,
     world: World,
     accumulate_mode: str = "sharded",
     clock: PartClock | None = None,

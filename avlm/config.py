@@ -1,6 +1,6 @@
 """What a run is: nested dataclasses, read from one YAML file by ``avlm.config_file``. Its model: ``avlm.model_config``.
 
-Fields stand in the order of their importance.
+Fields stand in the order of their importance; every number has its range.
 """
 
 from dataclasses import field
@@ -8,8 +8,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from avlm.model_config import Count, ModelConfig, Module, config, require
+from avlm.model_config import (
+    Count,
+    Epsilon,
+    ModelConfig,
+    Module,
+    NonNegative,
+    Positive,
+    Share,
+    ShareBelowOne,
+    Tokens,
+    Whole,
+    config,
+    require,
+)
 
+Ranks = Annotated[int, Field(gt=0, le=2**20)]
+Frames = Annotated[int, Field(gt=0, le=2**20)]
 Part = Literal[Module, "lora"]  # lora: the adapters of all towers
 FREEZE_FLAGS = {
     "freeze_language_model": "decoder",
@@ -36,9 +51,9 @@ class InitFrom:
 
 @config
 class VideoConfig:
-    num_frames: int | None = 8  # frames spread evenly over the clip; give this or fps
-    fps: float | None = None  # frames per second of video
-    max_frames: int = 64  # bound for fps
+    num_frames: Frames | None = 8  # frames spread evenly over the clip; give this or fps
+    fps: Positive | None = None  # frames per second of video
+    max_frames: Frames = 64  # bound for fps
     sound: bool = False  # encode the clip's own sound track after its frames
 
     def __post_init__(self) -> None:
@@ -53,17 +68,17 @@ class DataConfig:
     # exact_match, wer, cer, rouge_l, vqa_accuracy (avlm.text_metrics); for others exact_match
     tokenizer: str = ""  # folder with tokenizer.json, or the file
     template: Literal["plain", "llava", "llama3", "chatml", "tokenizer"] = "llama3"  # tokenizer: its own Jinja template
-    seq_length: Count = 8192  # tokens of a packed row
+    seq_length: Tokens = 8192  # tokens of a packed row
     system: str | None = None  # system prompt of samples that have none
     media_root: str | None = None  # folder that media names of a JSON file are relative to; null: the file's own
-    num_workers: int = 2
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = 2  # processes of each rank; 0: the rank's own
     packing: Literal["knapsack", "first_fit"] = "knapsack"
     packing_buffer: Count = 200  # samples that a packer chooses from
-    shuffle_buffer: int = 1000  # samples
-    max_bad_fraction: float = 0.01  # of the samples read; above it the run stops
-    max_media_bytes: int = 256 * 2**20  # of one picture, clip or film, before it is decoded
-    max_image_pixels: int = 100_000_000
-    max_audio_seconds: float = 600.0
+    shuffle_buffer: Whole = 1000  # samples
+    max_bad_fraction: Share = 0.01  # of the samples read; above it the run stops
+    max_media_bytes: Count = 256 * 2**20  # of one picture, clip or film, before it is decoded
+    max_image_pixels: Count = 100_000_000
+    max_audio_seconds: Annotated[float, Field(gt=0, le=1e9)] = 600.0
     video: VideoConfig = field(default_factory=VideoConfig)
 
 
@@ -71,14 +86,22 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with linear warmup and a cosine to min_lr."""
 
-    lr: float
-    min_lr: float | None = None  # null: lr / 10
-    warmup_steps: int = 150
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-5
-    weight_decay: float = 0.1  # not on biases, norms and embeddings of positions
-    clip_norm: float = 1.0
-    lr_scale: dict[Part, float] = field(default_factory=dict)  # factor on lr and min_lr; lora before an adapter's tower
+    lr: NonNegative
+    min_lr: NonNegative | None = None  # null: lr / 10
+    warmup_steps: Whole = 150
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
+    eps: Epsilon = 1e-5
+    weight_decay: NonNegative = 0.1  # not on biases, norms and embeddings of positions
+    clip_norm: NonNegative | None = 1.0  # of all gradients; null: no clipping
+    lr_scale: dict[Part, NonNegative] = field(default_factory=dict)  # factor on lr and min_lr; lora goes before the
+    # tower of an adapter
+
+    def __post_init__(self) -> None:
+        require(
+            self.min_lr is None or self.min_lr <= self.lr,
+            f"min_lr={self.min_lr} is above lr={self.lr}: the learning rate would rise to the end",
+        )
+        require(self.clip_norm != 0, "clip_norm=0 would train nothing: for no clipping set clip_norm: null")
 
 
 @config
@@ -135,9 +158,9 @@ class TrainConfig:
     offload_activations: bool = False  # what recompute "full" keeps, block inputs, in host memory; each block waits
     compile: bool = False  # torch.compile, block by block
     log_every: Count = 10  # steps between console lines; metrics.jsonl has every step
-    validate_every: int = 500  # steps; 0: never
+    validate_every: Whole = 500  # steps; 0: never
     validate_batches: Count = 20  # packed rows of each set and rank
-    validate_answers: int = 0  # samples of each set that are answered by generation, for data.metrics
+    validate_answers: Whole = 0  # samples of each set that are answered by generation, for data.metrics
     validate_new_tokens: Count = 64  # most tokens of such an answer
     stop_after: Count | None = None  # end cleanly after so many steps in all
 
@@ -146,16 +169,21 @@ class TrainConfig:
 class ParallelConfig:
     """Mesh of ranks: replicate x shard x context x tensor. Rows are loaded for replicate x shard data ranks."""
 
-    shard: int = -1  # ranks that share one copy of weights, gradients and optimizer state; -1: what is left
-    replicate: Count = 1  # copies
-    context: Count = 1  # ranks that share the tokens of a row
-    tensor: Count = 1  # ranks that share the heads, widths and vocabulary of the decoder
+    shard: Annotated[
+        int, Field(ge=-1, le=2**20)
+    ] = -1  # ranks that share one copy of weights, gradients and optimizer state; -1: what is left
+    replicate: Ranks = 1  # copies
+    context: Ranks = 1  # ranks that share the tokens of a row
+    tensor: Ranks = 1  # ranks that share the heads, widths and vocabulary of the decoder
     context_mode: Literal["auto", "ring", "allgather", "ulysses"] = "auto"  # auto: ulysses if it divides the heads
     tower_sharding: Literal["unit", "block", "replicate"] = "unit"  # gather a tower whole, by block; or frozen copies
     # of the compute dtype, in checkpoints and exports too
     balance_media: bool = False  # share images and clips of all data ranks evenly; else of a row's own ranks
     reshard: bool = True  # free the gathered weights of a block between forward and backward
     cpu_offload: bool = False  # weights, gradients and optimizer state in host memory
+
+    def __post_init__(self) -> None:
+        require(self.shard != 0, "shard=0 is no number of ranks; -1 takes what is left")
 
 
 @config
@@ -181,9 +209,9 @@ class WandbConfig:
 class Config:
     output_dir: str
     model: ModelConfig
-    stages: list[StageConfig]
+    stages: Annotated[list[StageConfig], Field(max_length=1000)]
     resume: str = "auto"  # auto: the newest complete checkpoint of output_dir; never; or a checkpoint folder
-    seed: int = 1
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False  # deterministic kernels: bit-exact resume on a GPU too
     init_from: InitFrom = field(default_factory=InitFrom)

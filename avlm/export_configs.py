@@ -50,7 +50,7 @@ def llava_keys(config: ModelConfig, image_token: int) -> dict[str, Any]:
         raise ValueError(f"the llava format has no vision_projector.hidden_size={projector.hidden_size}")
     if not vision.class_token == vision.pre_norm != vision.patch_bias:
         raise ValueError("the llava format holds a CLIP or a SigLIP tower")
-    num_patches = (vision.image_size // vision.patch_size) ** 2
+    num_patches = vision.num_patches
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",

@@ -317,7 +317,7 @@ def _media_tokens(name: str, model: ModelConfig, stage: StageConfig, layout: Lay
 def media_rows(name: str, model: ModelConfig) -> tuple[int, int]:
     """(rows in the tower, rows in the decoder) of an image, or of a whole window of sound."""
     if name == "vision":
-        side = model.vision.image_size // model.vision.patch_size
-        return side * side + model.vision.class_token, (side // model.vision_projector.downsample) ** 2
+        side = model.vision.patches_per_side // model.vision_projector.downsample
+        return model.vision.num_patches + model.vision.class_token, side**2
     rows = model.audio.max_positions
     return rows, -(-rows // model.audio_projector.downsample)

@@ -1,10 +1,11 @@
 """What a model is: towers, projectors and adapters, with their sizes.
 
-Fields stand in the order of their importance; sizes are whole-model sizes, never per-rank sizes.
+Fields stand in the order of their importance; sizes are whole-model sizes, never per-rank sizes. Every number has its
+range, so that a slip is named when the file is read, before anything is computed with it.
 """
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -13,38 +14,56 @@ MODULES = ("decoder", "vision", "audio", "vision_projector", "audio_projector")
 Module = Literal["decoder", "vision", "audio", "vision_projector", "audio_projector"]
 
 config = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, le=2**53)]  # as far as JSON's numbers are exact
+Whole = Annotated[int, Field(ge=0, le=2**53)]
 Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
+Epsilon = Annotated[float, Field(gt=0, le=1)]  # 0 would divide zeros by zero: features of media without gradients
+# About ten times the largest published models: no product of them overflows 64 bits, 1,000 layers are built in seconds.
+Layers = Annotated[int, Field(gt=0, le=1000)]
+Width = Annotated[int, Field(gt=0, le=2**20)]
+WidthOrDefault = Annotated[int, Field(ge=0, le=2**20)]
+Heads = Annotated[int, Field(gt=0, le=2**14)]
+Tokens = Annotated[int, Field(gt=0, le=2**31 - 1)]  # their offsets are int32
+Pixels = Annotated[int, Field(gt=0, le=2**14)]
 
 
 @config
 class RopeScaling:
     """Llama-3 frequency scaling (rope_type "llama3")."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int  # tokens
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_max_position: Tokens
+
+    def __post_init__(self) -> None:
+        require(
+            self.low_freq_factor < self.high_freq_factor,
+            f"low_freq_factor={self.low_freq_factor} is not below high_freq_factor={self.high_freq_factor}",
+        )
 
 
 @config
 class DecoderConfig:
     """Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
-    vocab_size: Count
-    hidden_size: Count
-    intermediate_size: Count
-    num_layers: Count
-    num_heads: Count
-    num_kv_heads: Count
-    head_dim: int = 0  # 0: hidden_size / num_heads
-    rope_theta: float = 500_000.0
+    vocab_size: Tokens
+    hidden_size: Width
+    intermediate_size: Width
+    num_layers: Layers
+    num_heads: Heads
+    num_kv_heads: Heads
+    head_dim: Annotated[int, Field(ge=0, le=2**14)] = 0  # 0: hidden_size / num_heads
+    rope_theta: Annotated[float, Field(gt=0, le=1e15)] = 500_000.0
     rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     tie_embedding: bool = False  # the head is the embedding
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3: RMSNorm on every query and key head
-    max_position: int = 8192  # tokens the checkpoint was made for; data.seq_length must not exceed it
+    max_position: Tokens = 8192  # tokens the checkpoint was made for; data.seq_length must not exceed it
 
     def __post_init__(self) -> None:
         if not self.head_dim:
@@ -64,28 +83,34 @@ class DecoderConfig:
 class VisionConfig:
     """CLIP ViT; SigLIP is the same tower without class token and pre-norm, with a patch bias and another GELU."""
 
-    hidden_size: Count
-    intermediate_size: Count
-    num_layers: Count
-    num_heads: Count
-    image_size: Count  # pixels, square
-    patch_size: Count  # pixels, square
-    feature_layer: int = -2  # -1: output of the last layer, -2: of the one before; later layers are not built
+    hidden_size: Width
+    intermediate_size: Width
+    num_layers: Layers
+    num_heads: Heads
+    image_size: Pixels  # square
+    patch_size: Pixels  # square; pixels right and below of the last whole patch are cut, as a convolution cuts them
+    feature_layer: Annotated[
+        int, Field(ge=-1000, le=-1)
+    ] = -2  # -1: output of the last layer, -2: of the one before; later layers are not built
     activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     class_token: bool = True  # dropped from the features
     pre_norm: bool = True
     patch_bias: bool = False
     post_norm: bool = False  # normalise the features; SigLIP does where feature_layer is -1
-    mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])  # of RGB in 0..1
-    std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    mean: Annotated[list[Share], Field(min_length=3, max_length=3)] = field(
+        default_factory=lambda: [0.48145466, 0.4578275, 0.40821073]
+    )  # of RGB in 0..1
+    std: Annotated[list[Annotated[float, Field(ge=1e-3)]], Field(min_length=3, max_length=3)] = field(
+        default_factory=lambda: [0.26862954, 0.26130258, 0.27577711]
+    )
     resize: Literal["crop", "stretch"] = "crop"  # shortest side then centre crop (CLIP), or both sides (SigLIP)
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # SigLIP 2 is bilinear
 
     def __post_init__(self) -> None:
         require(
-            self.image_size % self.patch_size == 0,
-            f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}",
+            self.patch_size <= self.image_size,
+            f"patch_size={self.patch_size} is more than image_size={self.image_size}",
         )
         require(
             self.hidden_size % self.num_heads == 0,
@@ -96,17 +121,25 @@ class VisionConfig:
             f"feature_layer={self.feature_layer} must lie in -{self.num_layers}..-1",
         )
 
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.patches_per_side**2
+
 
 @config
 class AudioConfig:
     """Whisper encoder."""
 
-    hidden_size: Count
-    intermediate_size: Count
-    num_layers: Count
-    num_heads: Count
-    num_mels: Count = 80
-    max_positions: Count = 1500  # rows of a full window: 20 ms each
+    hidden_size: Width
+    intermediate_size: Width
+    num_layers: Layers
+    num_heads: Heads
+    num_mels: Annotated[int, Field(gt=0, le=2**10)] = 80
+    max_positions: Annotated[int, Field(gt=0, le=2**20)] = 1500  # rows of a full window: 20 ms each
     window: Literal["true", "fixed"] = "true"  # rows of the clip only, or of the whole window whatever the clip holds
     log_mel: Literal["worker", "device"] = "worker"  # where it is made: clip by clip, or of a row at once at the tower
 
@@ -120,8 +153,10 @@ class AudioConfig:
 @config
 class ProjectorConfig:
     type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
-    downsample: Count = 1  # vision: pixel shuffle of n x n patches; audio: n frames stacked; before the projection
-    hidden_size: int = 0  # of mlp2x_gelu; 0: the decoder's width
+    downsample: Annotated[int, Field(gt=0, le=2**10)] = (
+        1  # vision: pixel shuffle of n x n patches; audio: n frames stacked; before the projection
+    )
+    hidden_size: WidthOrDefault = 0  # of mlp2x_gelu; 0: the decoder's width
     bias: bool = True  # Voxtral has none
     output_std: Positive = 0.02  # of the features at random start, about; the decoder's token embedding is a good guide
 
@@ -130,12 +165,12 @@ class ProjectorConfig:
 class LoraConfig:
     """Low-rank adapters (``avlm.models.lora``)."""
 
-    rank: Count = 32
-    alpha: float = 32.0  # adapters are scaled by alpha / rank
+    rank: Width = 32
+    alpha: Positive = 32.0  # adapters are scaled by alpha / rank
     targets: Annotated[list[str], Field(min_length=1)] = field(
         default_factory=lambda: [f"decoder.*.{name}" for name in ("q", "k", "v", "o", "gate", "up", "down")]
     )  # linears by their paths from the model; * stands for anything
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the adapters' inputs
+    dropout: ShareBelowOne = 0.0  # of the adapters' inputs
     rslora: bool = False  # scale by alpha / sqrt(rank)
     dora: bool = False  # a magnitude for each output, trained apart from the direction
     base: Literal["fp32", "bf16"] = "fp32"  # how adapted towers are held; bf16: half the memory, no stage trains them
@@ -159,7 +194,7 @@ class ModelConfig:
             if (getattr(self, tower) is None) != (getattr(self, f"{tower}_projector") is None):
                 raise ValueError(f"{tower} and {tower}_projector come together: give both or neither")
         if self.vision:
-            side = self.vision.image_size // self.vision.patch_size
+            side = self.vision.patches_per_side
             require(
                 side % self.vision_projector.downsample == 0,
                 f"vision_projector.downsample={self.vision_projector.downsample} does not divide {side} patches a side",
@@ -173,3 +208,10 @@ class ModelConfig:
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def shown(value: Any, most: int = 200) -> str:
+    """What a user gave, as an error shows it: on one line, and no more than ``most`` printable characters of it."""
+    text = value if isinstance(value, str) else repr(value)
+    text = "".join(character if character.isprintable() else " " for character in text[: most + 1])
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -66,8 +66,9 @@ def schedule(optimizer: torch.optim.AdamW, config: OptimizerConfig, step: int, n
 
 
 @torch.no_grad()
-def clip_gradients(model: AVLM, max_norm: float) -> Tensor:
-    """Scale all gradients to a global norm of at most ``max_norm``; returns the norm before, a scalar where they are.
+def clip_gradients(model: AVLM, max_norm: float | None) -> Tensor:
+    """Scale all gradients to a global norm of at most ``max_norm``, or by nothing if that is None; returns the norm
+    before, a scalar where they are.
 
     Parameters may live on different meshes of all ranks: squares are summed over the ranks once, those of a tensor that
     several ranks hold divided by their number.
@@ -81,7 +82,8 @@ def clip_gradients(model: AVLM, max_norm: float) -> Tensor:
     if any(isinstance(g, DTensor) for g in gradients):
         dist.all_reduce(total)
     norm = total.sqrt()
-    torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    if max_norm is not None:
+        torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 

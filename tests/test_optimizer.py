@@ -65,6 +65,8 @@ def test_clipping_keeps_the_direction_and_gives_the_norm_before(model):
     expected = math.sqrt(sum(g.square().sum().item() for g in before.values()))
     assert optimizer.clip_gradients(model, 1e9).item() == pytest.approx(expected, rel=1e-5)
     assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters())
+    assert optimizer.clip_gradients(model, None).item() == pytest.approx(expected, rel=1e-5)
+    assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters()), "null: no clipping"
     optimizer.clip_gradients(model, expected / 4)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, before[name] / 4)

@@ -114,7 +114,7 @@ def _images(samples: list[EncodedSample], model: ModelConfig) -> dict[str, Tenso
         return {"pixels": torch.empty(0, 3, 1, 1), "image_segments": Segments.of([]), "patch_rows_F": nothing}
     empty = torch.empty(0, 3, vision.image_size, vision.image_size, dtype=torch.uint8)
     pixels = torch.cat([empty, *(sample.pixels for sample in samples)])
-    patches = (vision.image_size // vision.patch_size) ** 2 + vision.class_token
+    patches = vision.num_patches + vision.class_token
     return {
         "pixels": normalise(pixels, vision),
         "image_segments": Segments.of([patches] * len(pixels)),
@@ -125,7 +125,7 @@ def _images(samples: list[EncodedSample], model: ModelConfig) -> dict[str, Tenso
 def patch_rows(num_images: int, vision: VisionConfig, downsample: int) -> Tensor:
     """Rows of the tower's output that make each image feature, (F, downsample^2): neighbouring patches, line by line
     (pixel shuffle). The class token of an image is its first row and belongs to none."""
-    side = vision.image_size // vision.patch_size
+    side = vision.patches_per_side
     patch = torch.arange(side * side) + vision.class_token
     pattern = "(y fy x fx) -> (y x) (fy fx)"
     of_one = rearrange(patch, pattern, fy=downsample, x=side // downsample, fx=downsample)

@@ -222,7 +222,7 @@ def fingerprint(data: DataConfig, model: ModelConfig) -> str:
 def image_features(model: ModelConfig) -> int:
     """Rows that one image takes in the decoder."""
     vision = model.vision
-    return (vision.image_size // vision.patch_size // model.vision_projector.downsample) ** 2
+    return (vision.patches_per_side // model.vision_projector.downsample) ** 2
 
 
 def audio_features(model: ModelConfig, mel: Tensor) -> int:

@@ -61,10 +61,9 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         D, P = config.hidden_size, config.patch_size
-        num_patches = (config.image_size // P) ** 2
         self.patch = nn.Linear(3 * P * P, D, bias=config.patch_bias)  # the patch convolution, as the product that it is
         self.class_token = nn.Parameter(torch.empty(1, D)) if config.class_token else None
-        self.position = nn.Parameter(torch.empty(num_patches + config.class_token, D))
+        self.position = nn.Parameter(torch.empty(config.num_patches + config.class_token, D))
         self.pre_norm = nn.LayerNorm(D, config.norm_eps) if config.pre_norm else nn.Identity()
         num_built = config.num_layers + 1 + config.feature_layer  # what lies above the feature layer would never run
         self.blocks = nn.ModuleList(
@@ -74,7 +73,8 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels_I3SS: Tensor, segments: Segments) -> Tensor:
         """Features of every token, a class token first: (T, D) in the weights' dtype. Zero images are legal."""
-        P, side = self.config.patch_size, self.config.image_size // self.config.patch_size
+        P, side = self.config.patch_size, self.config.patches_per_side
+        pixels_I3SS = pixels_I3SS[:, :, : side * P, : side * P]  # a convolution cuts what is no whole patch
         patches = pixels_I3SS.to(self.patch.weight.dtype).unflatten(3, (side, P)).unflatten(2, (side, P))
         x_IND = self.patch(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
         if self.class_token is not None:

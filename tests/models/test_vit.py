@@ -34,7 +34,7 @@ def siglip():
 
 
 def segments(config: VisionConfig, num_images: int) -> Segments:
-    return Segments.of([(config.image_size // config.patch_size) ** 2 + config.class_token] * num_images)
+    return Segments.of([config.num_patches + config.class_token] * num_images)
 
 
 def patches(tower: VisionTower, pixels: torch.Tensor) -> torch.Tensor:
@@ -73,6 +73,24 @@ def test_the_last_features_of_siglip_can_be_normalised(tmp_path):
     print(f"parity siglip post-norm: {error:.2e}")
     assert error <= 1e-4
     assert set(report.skipped) == {"attention-pooling head"}
+
+
+@pytest.mark.parametrize("make", [clip, siglip])
+def test_pixels_past_the_last_whole_patch_are_cut_as_by_transformers(make, tmp_path, monkeypatch):
+    """As in SigLIP so400m-patch14-384: 27 x 27 patches of 14 pixels, and 6 pixels that no patch has."""
+    monkeypatch.setitem(SIZES, "image_size", 30)
+    monkeypatch.setitem(SIZES, "patch_size", 7)
+    theirs = make()
+    save(theirs, tmp_path)
+    config = read_config(tmp_path)
+    assert (config.image_size, config.patches_per_side) == (30, 4)
+    tower, _ = load_tower(config, tmp_path)
+    pixels = torch.randn(2, 3, 30, 30, requires_grad=True)
+    features = patches(tower, pixels)
+    expected = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, int(config.class_token) :]
+    assert features.shape == (2, 16, 32) and (features - expected).abs().max() <= 1e-4
+    features.sum().backward()
+    assert not pixels.grad[:, :, 28:].any() and not pixels.grad[:, :, :, 28:].any() and pixels.grad[:, :, 27, 27].any()
 
 
 @pytest.mark.parametrize("family", ["CLIP", "Siglip"])
