@@ -5,42 +5,67 @@ fit        -> uint8 (3, S, S), S = image_size, the way the tower was trained (CL
 normalise  uint8 (I, 3, S, S) -> float32, (x / 255 - mean) / std
 
 The numbers are those of transformers' CLIPImageProcessor, with antialiasing on bytes. Pictures stay bytes until their
-row is packed, so that a packing buffer holds a quarter of the memory.
+row is packed, so that a packing buffer holds a quarter of the memory. What is transparent is shown on white, so that
+colours that its author never saw do not appear.
 """
 
 import io
 import warnings
+import zlib
 
+import numpy
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
 
+from avlm.data import signature
 from avlm.model_config import VisionConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_ASPECT = 20  # beyond it only the middle of the long side is resized: all that the crop keeps, and a margin
+MAX_BYTES = 2**30  # that decoding a picture may take
+BYTES_PER_PIXEL = 10  # that decoding may take where data.max_image_pixels is so large that it exceeds MAX_BYTES
+MAX_SCAN_PIXELS = 2 * 10**9  # pixels times scans of a JPEG: 10 scans are usual, and each passes over all pixels
+MAX_PNG_CHUNKS = 2**20
+STRIP = 2**19  # pixels that are converted at a time
+
+ORIENTATION = 0x0112  # the EXIF tag
+# Orientation -> whether rows and columns change places, and whether what results is upside down and mirrored.
+UPRIGHT = {
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")
+PNG_DEPTH = 24  # the byte of a PNG that holds the bits of a channel
+PNG_TEXTS = (b"exif", b"Raw profile type exif", b"XML:com.adobe.xmp", b"xmp")  # where Pillow looks for orientation
+
+Image.core.set_blocks_max(32)  # MiB that Pillow keeps for the next picture: fresh pages cost large pictures a third
 
 
 def decode(data: bytes, max_pixels: int) -> Tensor:
-    """uint8 (3, H, W), upright by its EXIF orientation, alpha dropped. ValueError for what is no whole picture.
+    """uint8 (3, H, W), upright by its metadata, on white where transparent. ValueError for what is no whole picture.
 
-    The size is read from the header before anything is decoded: a small file can hold a huge picture.
+    Size and memory are read from the header before anything is decoded: a small file can hold a huge picture. Of an
+    animation it is the first frame.
     """
-    width, height, file_format = _header(data)
-    if file_format not in FORMATS:
-        raise ValueError(f"picture is {file_format}, which is not read: convert it to {', '.join(FORMATS)}")
-    if width * height > max_pixels:
-        raise ValueError(f"picture of {width} x {height} pixels exceeds data.max_image_pixels={max_pixels}")
-    try:
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError as error:
-        raise ValueError(f"picture cannot be decoded: {str(error).splitlines()[0]}") from None
-    if image.dtype == torch.uint16:  # 16-bit PNG
-        image = (image.int() >> 8).to(torch.uint8)
-    return image
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's on size, which is bounded here, and on damaged metadata
+        image = _open(data)
+        _check_size(image, data, max_pixels)
+        try:
+            image.load()
+        except Exception as error:  # Pillow promises no type for damaged files
+            raise ValueError(f"picture cannot be decoded: {_line(error)}") from None
+        if image.format == "PNG":
+            _scale_key(image, data[PNG_DEPTH])
+        return _rgb(image, _orientation(image))
 
 
 def fit(image: Tensor, vision: VisionConfig) -> Tensor:
@@ -71,19 +96,121 @@ def denormalise(pixels: Tensor, vision: VisionConfig) -> Tensor:
     return ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def _header(data: bytes) -> tuple[int, int, str]:
-    """(width, height, format) without decoding."""
+def _open(data: bytes) -> Image.Image:
+    """The picture with its header read and nothing decoded."""
+    kind = signature.name(data)
+    if kind not in ("JPEG", "PNG", "WebP"):
+        if kind is None:
+            raise ValueError(f"{len(data)} bytes are not a picture: give {', '.join(FORMATS)}")
+        raise ValueError(f"picture is {kind}, which is not read: convert it to {', '.join(FORMATS)}")
+    needed = {"JPEG": _needed_of_jpeg, "PNG": _needed_of_png, "WebP": bytes}[kind](data)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own size warning: the bound is ours
-            with Image.open(io.BytesIO(data)) as image:
-                return *image.size, image.format or "unknown"
+        return Image.open(io.BytesIO(needed), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ValueError(f"picture is too large: {error}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError):
-        raise ValueError(f"{len(data)} bytes are not a picture: give {', '.join(FORMATS)}") from None
+    except Exception:  # Pillow promises no type for damaged files
+        raise ValueError(f"{len(data)} bytes are not a picture: their {kind} header is damaged") from None
+
+
+def _needed_of_jpeg(data: bytes) -> bytes:
+    """A JPEG's first picture without the metadata that says nothing of its pixels and orientation: Pillow refuses some
+    pictures for damage there, and takes a telephone's file of several for another format."""
+    kept, at = [data[:2]], 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker, length = data[at + 1], 2 + int.from_bytes(data[at + 2 : at + 4])
+        if marker == 0xDA or marker < 0xC0 or marker == 0xFF or 0xD0 <= marker <= 0xD9:
+            break
+        if marker in (0xE0, 0xE1, 0xEE) or not (0xE0 <= marker <= 0xEF or marker == 0xFE):  # not APPn, no comment
+            kept.append(data[at : at + length])
+        at += length
+    return b"".join([*kept, data[at:]])
+
+
+def _needed_of_png(data: bytes) -> bytes:
+    """The chunks of pixels, palette and orientation: Pillow refuses pictures with long texts or colour profiles, and
+    for damage in what is not needed, but does not notice any in the pixels."""
+    kept, at, count = [PNG_START], 8, 0
+    while len(head := data[at : at + 8]) == 8:
+        kind, end = head[4:], at + 12 + int.from_bytes(head[:4])
+        text = kind in (b"tEXt", b"zTXt", b"iTXt") and data[at + 8 : at + 88].split(b"\0")[0] in PNG_TEXTS
+        if kind in PNG_CHUNKS or text:
+            chunk = memoryview(data)[at:end]
+            whole = len(chunk) == end - at and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
+            if not whole and kind in (b"IHDR", b"PLTE", b"IDAT"):
+                raise ValueError(f"picture cannot be decoded: its PNG chunk {kind.decode()} is damaged or cut")
+            kept += [chunk] if whole else []
+        at, count = end, count + 1
+        if kind == b"IEND":
+            break
+        if count > MAX_PNG_CHUNKS:
+            raise ValueError(f"picture cannot be decoded: it has more than {MAX_PNG_CHUNKS} PNG chunks")
+    return b"".join(kept)
+
+
+def _check_size(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    """ValueError for what decoding would cost too much memory or time."""
+    (width, height), layers = image.size, getattr(image, "layer", [])
+    size, pixels = f"picture of {width} x {height} pixels", width * height
+    if pixels > max_pixels:
+        raise ValueError(f"{size} exceeds data.max_image_pixels={max_pixels}")
+    scans = data.count(b"\xff\xda") if image.format == "JPEG" else 1
+    if scans * pixels > MAX_SCAN_PIXELS:
+        raise ValueError(f"{size} has {scans} scans, too many to decode: save it as a baseline JPEG")
+    # Pillow's image and ours; libjpeg has 2 bytes for each coefficient of a picture in scans, libwebp three canvases.
+    largest = max((across * down for _, across, down, _ in layers), default=1)
+    coefficients = 2 * sum(across * down for _, across, down, _ in layers) / largest if scans > 1 else 0
+    needed = pixels * {"JPEG": 4 + max(coefficients, 3), "PNG": 7, "WEBP": 17}[image.format]
+    if needed > max(MAX_BYTES, BYTES_PER_PIXEL * max_pixels):
+        raise ValueError(f"{size} would take {needed / 2**20:.0f} MiB to decode as {image.format}: scale it down")
+
+
+def _scale_key(image: Image.Image, depth: int) -> None:
+    """The transparent colour of a PNG in the 8 bits that Pillow has the pixels in; Pillow keeps it as it is written."""
+    key = image.info.get("transparency")
+    if image.mode in ("L", "RGB") and key is not None and depth != 8:
+        scaled = [value >> 8 if depth == 16 else value * 255 // (2**depth - 1) for value in numpy.atleast_1d(key)]
+        image.info["transparency"] = tuple(map(int, scaled)) if image.mode == "RGB" else int(scaled[0])
+
+
+def _orientation(image: Image.Image) -> int:
+    """Of EXIF or XMP, as Pillow's exif_transpose finds it; 1 where that is damaged: the picture stays as it is."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # Pillow promises no type for damaged metadata
+        return 1
+
+
+def _rgb(image: Image.Image, orientation: int) -> Tensor:
+    """uint8 (3, H, W), a view of (H, W, 3). Converted and turned strip by strip, which bounds the memory."""
+    width, height = image.size
+    transposed, flipped, mirrored = UPRIGHT.get(orientation, (False, False, False))
+    upright = numpy.empty((width, height, 3) if transposed else (height, width, 3), numpy.uint8)
+    as_stored = upright[:: -1 if flipped else 1, :: -1 if mirrored else 1]
+    as_stored = as_stored.transpose(1, 0, 2) if transposed else as_stored
+    rows = max(1, STRIP // width)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(height, top + rows))) if rows < height else image
+        as_stored[top : top + rows] = _on_white(strip)
+    return torch.from_numpy(upright).permute(2, 0, 1)
+
+
+def _on_white(strip: Image.Image) -> numpy.ndarray:
+    """uint8 (H, W, 3) of any mode of Pillow's."""
+    if strip.mode == "I;16":  # of a 16-bit PNG, the others of which Pillow has as their high bytes
+        deep = numpy.asarray(strip)
+        grey = (deep >> 8).astype(numpy.uint8)
+        grey[deep == strip.info.get("transparency", -1)] = 255
+        return grey[:, :, None]
+    if strip.has_transparency_data:
+        strip = strip.convert("RGBA")
+        strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+    return numpy.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
 
 
 def _middle(image: Tensor, length: int) -> Tensor:
     """The middle of the long side."""
     return center_crop(image, [min(length, image.shape[1]), min(length, image.shape[2])])
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
