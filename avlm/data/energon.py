@@ -9,13 +9,13 @@ counted in the row that it lands in. So the counts survive a resume like the sam
 """
 
 import gc
+import tarfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from megatron.energon import (
     Cooker,
     DefaultTaskEncoder,
@@ -36,12 +36,14 @@ from megatron.energon.wrappers.buffer import SavableSampleBuffer
 from avlm.config import DataConfig
 from avlm.data.batch import Batch
 from avlm.data.chat import Tokenizer
+from avlm.data.energon_source import check_source
 from avlm.data.energon_state import from_json, to_json
 from avlm.data.packing import pack, select
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder, load_json, parse
-from avlm.model_config import ModelConfig
+from avlm.model_config import ModelConfig, shown
 
 SAMPLES_PER_SLICE = 100  # samples read one after the other before the reader jumps to another place of the shards
+DAMAGE = (ValueError, AssertionError, RuntimeError, LookupError, OSError, tarfile.TarError)  # of shards and indexes
 EMPTY = ("empty dataset", "all empty datasets", "no samples in any")  # what Energon says of a worker without samples
 
 
@@ -84,7 +86,14 @@ class RawEncoder(DefaultTaskEncoder):
 def read_samples(source: str, data: DataConfig) -> Iterator[Sample]:
     check_source(Path(source))
     alone = WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler=reraise_exception)
-    for raw in _loader(source, train=False, worker_config=alone, task_encoder=RawEncoder()):
+    samples = iter(_loader(source, train=False, worker_config=alone, task_encoder=RawEncoder()))
+    while True:
+        try:
+            raw = next(samples, None)
+        except DAMAGE as error:
+            raise ValueError(f"{source} is damaged: {shown(_last_line(error))}") from None
+        if raw is None:
+            return
         try:
             yield to_sample(raw)
         except ValueError as error:
@@ -240,48 +249,6 @@ def _loader(source: str, *, train: bool, **options: Any) -> SavableDataLoader:
     loader.generator = torch.Generator()  # iter(DataLoader) would draw from the global one
     loader.pin_memory = torch.cuda.is_available()
     return loader
-
-
-def check_source(path: Path) -> None:
-    """Refuse what is no prepared crude dataset or blend of them, and whatever would make Energon run foreign code."""
-    if path.is_dir():
-        config = path / ".nv-meta" / "dataset.yaml"
-        if not config.is_file():
-            raise ValueError(f"{path} is no Energon dataset: run `energon prepare {path}` (crude)")
-        found = _read_yaml(config)
-        kind = (found.get("__module__"), found.get("__class__"))
-        if kind != ("megatron.energon", "CrudeWebdataset") or set(found) - {"__module__", "__class__", "subflavors"}:
-            raise ValueError(f"{config} must name megatron.energon's CrudeWebdataset and nothing else, not {found}")
-    elif path.suffix == ".yaml" and path.is_file():
-        found = _read_yaml(path)
-        kind = (found.pop("__module__", None), found.pop("__class__", None))
-        if kind not in (("megatron.energon", "Metadataset"), ("megatron.energon", "MetadatasetV2")):
-            raise ValueError(f"{path} must be of megatron.energon's class MetadatasetV2, not {kind}")
-        for inner in _paths(found, path):
-            check_source(path.parent / inner)
-    else:
-        raise FileNotFoundError(f"no Energon dataset {path}: give a prepared folder or a .yaml blend")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold keys and values, not {found!r:.80}")
-    return found
-
-
-def _paths(tree: Any, origin: Path) -> Iterator[str]:
-    """Every dataset that a blend names."""
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
-        if key in ("joiner", "aux", "dataset_config") or str(key).startswith("__"):
-            raise ValueError(f"{origin}: {key!r} is not supported")
-        if key == "path":
-            yield value
-        else:
-            yield from _paths(value, origin)
 
 
 def _part(parts: dict[str, bytes], name: str) -> bytes:

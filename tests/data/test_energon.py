@@ -182,6 +182,112 @@ def test_a_folder_that_brings_its_own_python_is_refused(loader, root):
         loader("outer.yaml")
 
 
+MARK = "{mark}"
+CALL = {"__module__": "subprocess", "__function__": "getoutput", "cmd": f"touch {MARK}"}
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda code: ("evil/.nv-meta/dataset.yaml", CRUDE | {"subflavors": {"x": code}}),
+        lambda code: ("evil/.nv-meta/dataset.yaml", CRUDE | {"subflavors": code}),
+        lambda code: ("evil/.nv-meta/dataset.yaml", CRUDE | {"subflavors": {"x": [{"y": {"z": code}}]}}),
+        lambda code: ("evil/.nv-meta/split.yaml", {"split_parts": {"train": [code]}, "exclude": []}),
+        lambda code: ("evil/.nv-meta/split.yaml", {"split_parts": {"train": ["shard_0.tar"]}, "exclude": code}),
+        lambda code: ("evil/.nv-meta/.info.json", {"shard_counts": {"shard_0.tar": 2}, "x": code}),
+        lambda code: ("blend.yaml", {"splits": {"train": {"path": "evil", "subflavors": {"x": code}}}}),
+        lambda code: ("blend.yaml", {"splits": {"train": {"blend": [{"path": "evil", "weight": code}]}}}),
+        lambda code: ("blend.yaml", {"splits": {"train": code}}),
+        lambda code: ("evil/.nv-meta/other.yaml", {"split_parts": {"train": code}, "exclude": []}),
+    ],
+)
+def test_no_file_of_a_dataset_names_code_at_any_depth(place, tmp_path, tokenizer_folder, recwarn):
+    write_set(tmp_path / "evil", "train", 2)
+    header = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
+    blend = {"splits": {"train": {"path": "evil", "split_config": "other.yaml"}}}
+    splits = tmp_path / "evil/.nv-meta/split.yaml"
+    (tmp_path / "evil/.nv-meta/other.yaml").write_text(splits.read_text())
+    (tmp_path / "blend.yaml").write_text(yaml.safe_dump(header | blend))
+    open_at = lambda name: open_loader(
+        str(tmp_path / name), data(tokenizer_folder), model(), rank=0, world=1, seed=1, train=True
+    )
+    for name in ("evil", "blend.yaml"):
+        open_at(name)
+    mark = tmp_path / "ran"
+    file, tree = place(json.loads(json.dumps(CALL).replace(MARK, str(mark))))
+    text = json.dumps(header | tree if file == "blend.yaml" else tree)
+    for written in (text, text.replace('"__', '"\\x5f_')):  # JSON is YAML; an escape hides the name from a search
+        if file.endswith(".json"):
+            written = written.replace("\\x5f", "\\u005f")
+        (tmp_path / file).write_text(written)
+        with pytest.raises(ValueError, match=r"'__\w+__' is not supported: it could name code|must name|must be of"):
+            open_at("blend.yaml" if "other" in file else file.partition("/")[0])
+    assert not mark.exists()
+
+
+def test_damaged_and_endless_descriptions_are_one_line_that_names_the_file(tmp_path, tokenizer_folder):
+    write_set(tmp_path / "a", "train", 2)
+    meta, kept = tmp_path / "a/.nv-meta", {}
+    header = "__module__: megatron.energon\n__class__: MetadatasetV2\n"
+    broken = {
+        "dataset.yaml": [b"", b"- a", b"\xff\xfe", b"a: [1", b"[" * 2000, b"x" * 300_000],
+        "split.yaml": [
+            b"",
+            b"[]",
+            b"a: {b",
+            b"split_parts: {train: ['s_{0..99999999}.tar']}",
+            b"split_parts: {train: 5}",
+        ],
+        ".info.json": [b"", b"[]", b"{", b"[" * 100_000, b"{}", b'{"shard_counts": {"shard_0.tar": "x"}}', b"\xff"],
+    }
+    open_at = lambda name: open_loader(
+        str(tmp_path / name), data(tokenizer_folder), model(), rank=0, world=1, seed=1, train=True
+    )
+    for name, contents in broken.items():
+        kept[name] = (meta / name).read_bytes()
+        for content in contents:
+            (meta / name).write_bytes(content)
+            with pytest.raises(ValueError, match=str(tmp_path)) as error:
+                open_at("a")
+            assert "\n" not in str(error.value) and len(str(error.value)) < 500, content[:20]
+        (meta / name).write_bytes(kept[name])
+    open_at("a")
+    blends = {
+        "itself.yaml": "itself.yaml",
+        "round.yaml": "trip.yaml",
+        "trip.yaml": "round.yaml",
+        "remote.yaml": "s3://a",
+    }
+    for name, inner in blends.items():
+        (tmp_path / name).write_text(header + f"splits: {{train: {{path: '{inner}'}}}}")
+    for name in blends:
+        with pytest.raises(ValueError, match=r"is itself a part of|no path of a file or folder here"):
+            open_at(name)
+    for i in range(6):  # 10 of 10 of 10 ...
+        inner = "a" if i == 0 else f"level{i - 1}.yaml"
+        entries = ", ".join([f"{{weight: 1, path: {inner}}}"] * 10)
+        (tmp_path / f"level{i}.yaml").write_text(header + f"splits: {{train: {{blend: [{entries}]}}}}")
+    with pytest.raises(ValueError, match="names more than 10,000 datasets"):
+        open_at("level5.yaml")
+
+
+def test_a_damaged_shard_ends_an_evaluation_with_one_line(tmp_path, tokenizer_folder):
+    write_set(tmp_path / "a", "val", 6, shards=1)
+    shard, info = tmp_path / "a/shard_0.tar", tmp_path / "a/.nv-meta/.info.json"
+    whole, counts = shard.read_bytes(), info.read_text()
+    for content, said in (
+        (b"", counts),
+        (whole[:2000], counts),
+        (b"x" * len(whole), counts),
+        (whole, counts.replace("6", "99")),
+    ):
+        shard.write_bytes(content)
+        info.write_text(said)
+        with pytest.raises(ValueError, match=r"/a(, k\d+)?: |/a is damaged: ") as error:
+            list(open_samples(str(tmp_path / "a"), data(tokenizer_folder)))
+        assert "\n" not in str(error.value)
+
+
 def test_unprepared_folders_are_refused_with_the_mend(loader, root):
     (root / "raw").mkdir()
     with pytest.raises(ValueError, match=r"run `energon prepare .*raw`"):
