@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from avlm import config_file
+from avlm.checkpoint_reader import Reader, cause_of
 from avlm.config import CheckpointConfig, Config
 from avlm.data.redistribute import redistribute
 from avlm.models.avlm import AVLM
@@ -128,7 +129,7 @@ class Saver:
             shutil.rmtree(path, ignore_errors=True)
         done = complete_checkpoints(self.run)
         kept = f"the newest complete checkpoint is {done[-1]}" if done else "there is no earlier checkpoint"
-        cause = " ".join(str(failure).split())[-300:] if failure else "another rank failed"
+        cause = cause_of(failure) if failure else "another rank failed"
         raise OSError(f"could not write checkpoint {path}: {cause}; {kept}")
 
 
@@ -136,15 +137,13 @@ def load(path: Path, model: AVLM, optimizer: torch.optim.Optimizer | None = None
     """Read the weights, and with them the state of an optimizer, in place; strict about what weights there are."""
     tensors = state_tensors(model, optimizer)
     try:
-        stored = {
-            name for name in dcp.FileSystemReader(path).read_metadata().state_dict_metadata if name[:6] == "model."
-        }
+        stored = {name for name in Reader(path).read_metadata().state_dict_metadata if name[:6] == "model."}
         ours = {f"model.{name}" for name in tensors["model"]}
         if stored != ours:
             raise ValueError(f"it and the model differ in {', '.join(sorted(stored ^ ours)[:5])}")
-        dcp.load(tensors, checkpoint_id=path)
+        dcp.load(tensors, storage_reader=Reader(path))
     except (Exception, CheckpointException) as error:
-        raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())[-300:]}") from error
+        raise ValueError(f"{path} cannot be loaded: {cause_of(error)}") from error
 
 
 def load_random_state(path: Path, world: World) -> None:
@@ -179,7 +178,10 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run, or a checkpoint of one, complete or not."""
+    """Whether a folder is a run, or a checkpoint of one, complete or not. What has a config.json is a Hugging Face
+    folder or an export, whatever else is in it."""
+    if (path / "config.json").is_file():
+        return False
     return _is_checkpoint(path) or (path / "config.yaml").is_file() or (path / "checkpoints").is_dir()
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index  # what DCP itself cuts chunks with
@@ -28,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from avlm.checkpoint import is_run, read_run
+from avlm.checkpoint_reader import Reader, cause_of
 from avlm.pretrained import AnyConfig, read_config, read_json, resolve
 from avlm.weights_tables import OWN_ANCHORS, RESHAPED, WRAPPERS
 
@@ -50,7 +50,7 @@ class Whole:
 class Stored:
     """A tensor of a DCP folder: indexed by slices, it reads the chunks that lie in them, one chunk at a time."""
 
-    def __init__(self, reader: dcp.FileSystemReader, name: str, metadata: TensorStorageMetadata):
+    def __init__(self, reader: Reader, name: str, metadata: TensorStorageMetadata):
         self.reader, self.name, self.metadata = reader, name, metadata
         self.shape, self.dtype = metadata.size, metadata.properties.dtype
 
@@ -69,9 +69,7 @@ class Stored:
         try:
             self.reader.read_data(LoadPlan(items), _Into(value)).wait()
         except Exception as error:  # a file that is missing, cut short or no zip: each has its own
-            raise ValueError(
-                f"{self.reader.path}: {self.name} cannot be read: {' '.join(str(error).split())}"
-            ) from None
+            raise ValueError(f"{self.reader.path}: {self.name} cannot be read: {cause_of(error)}") from None
         return value
 
 
@@ -117,11 +115,8 @@ def open_source(given: str | Path) -> Source:
 
 def open_checkpoint(path: Path) -> dict[str, Stored]:
     """Our names -> tensors of a checkpoint folder, without the optimizer's."""
-    reader = dcp.FileSystemReader(path)
-    try:
-        metadata = reader.read_metadata()
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    reader = Reader(path)
+    metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     named = metadata.state_dict_metadata.items()
     return {name[6:]: Stored(reader, name, value) for name, value in named if name.startswith("model.")}

@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from avlm import checkpoint, config_file, preflight
 from avlm.config import Config, DataConfig, InitFrom, OptimizerConfig, StageConfig
@@ -114,6 +117,81 @@ def test_files_that_are_no_weights_are_one_line_and_run_no_code(tmp_path, capsys
             load(AVLM(WHOLE), InitFrom(all=str(tmp_path / name)))
         assert "\n" not in str(caught.value) and name in str(caught.value)
     assert "must not" not in capsys.readouterr().out
+
+
+class Touch:
+    """What its pickle runs leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+def test_a_checkpoint_runs_no_code_and_reads_no_file_outside_its_folder(tmp_path):
+    model, mark = build(WHOLE), tmp_path / "ran"
+    path = write_run(tmp_path / "run", model)
+    index = path / ".metadata"
+    good, name = index.read_bytes(), "model.decoder.norm.weight"
+    place = next(key for key in pickle.loads(good).storage_data if key.fqn == name)
+
+    def hide(metadata):
+        """Bytes that DCP would unpickle as they are, where the model has a tensor."""
+        metadata.state_dict_metadata[name] = BytesStorageMetadata()
+        metadata.storage_data = {**metadata.storage_data, MetadataIndex(name): metadata.storage_data[place]}
+
+    def change(attribute, value):
+        return lambda metadata: setattr(metadata, attribute, value)
+
+    changes = {
+        "path.*touch|Path.touch": change("planner_data", Touch(mark)),
+        "is no tensor|BytesStorage": hide,
+        "no plain file": lambda metadata: setattr(metadata.storage_data[place], "relative_path", "../../x"),
+        "zstd.*no plain file|no plain file": lambda m: setattr(
+            m.storage_data[place], "transform_descriptors", ["zstd"]
+        ),
+        "names no files": change("storage_data", None),
+        "holds no Metadata": change("state_dict_metadata", None),
+        "has no shape": lambda metadata: setattr(metadata.state_dict_metadata[name], "size", [2, 3]),
+    }
+    for message, edit in changes.items():
+        metadata = pickle.loads(good)
+        edit(metadata)
+        index.write_bytes(pickle.dumps(metadata))
+        for read in (open_source, lambda folder: checkpoint.load(folder, build(WHOLE))):
+            with pytest.raises(ValueError, match=message) as error:
+                read(path)
+            assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    for damaged in (pickle.dumps(Touch(mark)), pickle.dumps([1]), good[:500], b"", b"\x80\x05junk"):
+        index.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"\.metadata is no index of a checkpoint"):
+            open_source(path)
+    index.unlink()
+    with pytest.raises(ValueError, match=r"\.metadata cannot be read: No such file"):
+        open_source(path)
+    assert not mark.exists()
+    index.write_bytes(good)
+    assert equal(model, loaded(WHOLE, all=path))
+
+
+def test_a_folder_with_a_config_json_is_a_model_folder_whatever_else_it_holds(tmp_path):
+    theirs = llava()
+    folder = tmp_path / "checkpoints" / "step_00000010"  # a name that a trainer of others may give as well
+    save(theirs, folder)
+    (folder / "config.yaml").write_text("a: 1")
+    (folder / checkpoint.MARKER).write_text("{}")
+    inner = folder / "checkpoints" / "step_00000001"
+    inner.mkdir(parents=True)
+    (inner / checkpoint.MARKER).write_text("{}")
+    (inner / ".metadata").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
+    assert not checkpoint.is_run(folder) and checkpoint.is_run(inner)
+    config = read_config(folder)
+    model = loaded(config, all=folder)
+    assert (
+        model.vision.position.equal(theirs.model.vision_tower.embeddings.position_embedding.weight)
+        and not (tmp_path / "ran").exists()
+    )
 
 
 def test_what_is_missing_or_has_no_place_is_named_unless_it_is_allowed(tmp_path):
