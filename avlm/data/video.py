@@ -13,7 +13,7 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from avlm.config import VideoConfig
-from avlm.data.audio import open_container
+from avlm.data.container import open_container
 
 SEEK_SECONDS = 4.0  # a gap that is worth a seek: nearer frames are decoded on the way
 

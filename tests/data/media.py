@@ -84,21 +84,22 @@ def tone(seconds: float, rate: int = 16_000, channels: int = 1, frequency: float
 
 
 def film(
-    seconds: float, rate: int = 8, sound: bool = False, container: str = "matroska", codec: str = "mpeg4"
+    seconds: float, rate: int = 8, sound: bool | float = False, container: str = "matroska", codec: str = "mpeg4"
 ) -> bytes:
-    """Frame n is grey of brightness 2 n; its sound is as long."""
+    """Frame n is grey of brightness 2 n; its sound is as long, or of the given seconds (0.0: an empty track)."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", container) as file:
         stream = file.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.codec_context.gop_size = 8
-        track = file.add_stream("pcm_s16le", rate=16_000, layout="mono") if sound else None
+        track = file.add_stream("pcm_s16le", rate=16_000, layout="mono") if sound is not False else None
         for n in range(round(seconds * rate)):
             pixels = np.full((48, 64, 3), min(255, 2 * n), np.uint8)
             file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         file.mux(stream.encode(None))
-        if track:
-            noise = np.random.default_rng(0).normal(0, 1000, (1, round(seconds * 16_000))).astype(np.int16)
+        if track and sound:
+            num_samples = round((seconds if sound is True else sound) * 16_000)
+            noise = np.random.default_rng(0).normal(0, 1000, (1, num_samples)).astype(np.int16)
             frame = av.AudioFrame.from_ndarray(noise, format="s16", layout="mono")
             frame.sample_rate = 16_000
             file.mux(track.encode(frame))

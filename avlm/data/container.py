@@ -1,0 +1,81 @@
+"""Files of sound and video in memory, opened and decoded as ffmpeg does: packets that no decoder takes are left out."""
+
+import io
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+
+import av
+
+from avlm.data import signature
+
+MAX_LINES = 10
+FAULTS = (av.FFmpegError, UnicodeError)  # UnicodeError: names in the file that PyAV decodes strictly
+
+
+def open_container(data: bytes) -> av.container.InputContainer:
+    """FFmpeg may open nothing else: playlists name other files, and a sample is not trusted."""
+    return av.open(io.BytesIO(data), options={"protocol_whitelist": "pipe"}, metadata_errors="replace")
+
+
+def reason(error: Exception, data: bytes) -> str:
+    """FFmpeg's words for an error, and what the file is where its first bytes say so."""
+    kind = signature.name(data)
+    return (getattr(error, "strerror", None) or "it is damaged") + (f" (the file is {kind})" if kind else "")
+
+
+class Decoder:
+    """Frames of one stream. ``packets`` were read, and ``errors`` holds why some of them gave none."""
+
+    def __init__(self, container: av.container.InputContainer, stream: av.stream.Stream) -> None:
+        if stream.codec_context is None:
+            raise ValueError(f"{stream.type} stream has a codec that FFmpeg does not know: convert the file")
+        self.container, self.stream = container, stream
+        self.packets = 0
+        self.errors: list[av.FFmpegError] = []
+        self.key_time: int | None = None
+
+    def frames(self, from_key: bool = False) -> Iterator[av.frame.Frame]:
+        """From where the container stands, in the order of their times. With ``from_key``, for a container that was
+        seeked, from the next packet that needs no other: its time becomes ``key_time``."""
+        self.key_time = None
+        for packet in self._demux():
+            if from_key and packet.size:
+                if not packet.is_keyframe or packet.pts is None:
+                    continue
+                self.key_time, from_key = packet.pts, False
+            self.packets += packet.size > 0
+            try:
+                frames = packet.decode()
+            except FAULTS as error:
+                self.errors.append(error)
+                continue
+            yield from frames
+
+    def _demux(self) -> Iterator[av.Packet]:
+        """Packets up to the end, or up to where the file cannot be read any further."""
+        packets = self.container.demux(self.stream)
+        while True:
+            try:
+                packet = next(packets, None)
+            except FAULTS as error:
+                self.errors.append(error)
+                packet = av.Packet()
+                packet.stream = self.stream  # an empty packet makes the decoder give the frames that it holds
+                yield packet
+                return
+            if packet is None:
+                return
+            yield packet
+
+
+def has_packets(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> bool:
+    """Whether one of the streams holds anything: screen recorders leave tracks empty."""
+    return bool(streams) and any(packet.size for packet in container.demux(*streams))
+
+
+@lru_cache(maxsize=MAX_LINES)
+def say_once(line: str) -> None:
+    """On stderr, once in a process: a file is read again in each epoch. There are at most MAX_LINES of them."""
+    if (said := say_once.cache_info().currsize) < MAX_LINES:
+        print(line + "; further files are not named" * (said == MAX_LINES - 1), file=sys.stderr, flush=True)
