@@ -212,9 +212,12 @@ def attention(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     layout = (segments.cu_seqlens, segments_k.cu_seqlens, segments.lengths, segments_k.lengths)
-    # Views: of a tensor that a Function gets twice, torch.compile (2.11) loses one of the gradients.
-    k_SKE, v_SKE = k_SKE.view_as(k_SKE), v_SKE.view_as(v_SKE)
-    out_THE, lse_HT = _Attention.apply(q_THE, k_SKE, v_SKE, *layout, causal, scale, deterministic)
+    if backend.needs_graph(q_THE, k_SKE, v_SKE):
+        # Views: of a tensor that a Function gets twice, torch.compile (2.11) loses one of the gradients.
+        k_SKE, v_SKE = k_SKE.view_as(k_SKE), v_SKE.view_as(v_SKE)
+        out_THE, lse_HT = _Attention.apply(q_THE, k_SKE, v_SKE, *layout, causal, scale, deterministic)
+    else:
+        out_THE, lse_HT = _forward_op(q_THE, k_SKE, v_SKE, *layout, causal, scale)
     return (out_THE, lse_HT) if return_lse else out_THE
 
 

@@ -27,6 +27,12 @@ def runs_triton(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and _is_large(x.device.index)
 
 
+def needs_graph(*tensors: Tensor) -> bool:
+    """Whether autograd records a function of these tensors. Where it does not, call the op and not its Function:
+    torch.compile (2.11) cannot trace a Function whose forward takes no ctx when no input needs a gradient."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 @torch.compiler.assume_constant_result
 @cache
 def _is_large(device: int) -> bool:

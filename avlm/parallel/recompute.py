@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from avlm.config import Recompute, TrainConfig
 from avlm.model_config import LoraConfig
 from avlm.models.avlm import AVLM
+from kernels.segments import Segments
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 ATTENTION = ("attention_forward", "_scaled_dot_product")  # begins the name of our op, and of PyTorch's
@@ -34,8 +35,8 @@ def apply_recompute(model: AVLM, config: TrainConfig) -> None:
 def apply_compile(model: AVLM) -> None:
     """Compile each block on its own: alike blocks share their graphs, and gathering weights stays between them.
 
-    A rank's token rows are as many in every step, so the decoder's graphs are made for that number; of media there are
-    always others. Generation, whose rows become fewer and fewer, runs as it is.
+    The decoder sees the same number of tokens in every step, so its graphs have static shapes, but for the number of
+    documents; media vary, so towers have dynamic shapes. Generation is not compiled.
     """
     for block in model.decoder.blocks:
         block.forward = _compiled_unless_cached(block.forward)
@@ -48,7 +49,11 @@ def _compiled_unless_cached(forward: Callable[..., Any]) -> Callable[..., Any]:
     compiled = torch.compile(forward, dynamic=False)
 
     def run(x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Any, cache: Any = None) -> Tensor:
-        return forward(x_TD, rope, segments, cache) if cache is not None else compiled(x_TD, rope, segments, None)
+        if cache is not None:
+            return forward(x_TD, rope, segments, cache)
+        if isinstance(segments, Segments):  # else a plan for context ranks, which no graph reads
+            torch._dynamo.maybe_mark_dynamic(segments.cu_seqlens, 0)  # one graph for any number of documents
+        return compiled(x_TD, rope, segments, None)
 
     return functools.wraps(forward)(run)
 

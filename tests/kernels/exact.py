@@ -47,17 +47,25 @@ def results(function, inputs: list[Tensor], dtype: torch.dtype, segments, segmen
 def assert_as_exact_as_pytorch(
     inputs: list[Tensor], dtype: torch.dtype, segments: Segments, segments_k: Segments, **options
 ) -> None:
-    """Our largest error is at most twice that of PyTorch in the same dtype, plus a few units in the last place."""
+    """Our largest error is at most twice that of PyTorch in the same dtype, plus a few units in the last place: of the
+    result, and for dq and dk of the gradients of probabilities, whose differences may cancel to nothing."""
     exact = results(attention_reference, inputs, torch.float64, segments, segments_k, **_of_reference(options))
     theirs = results(attention_reference, inputs, dtype, segments, segments_k, **_of_reference(options))
     ours = results(attention, inputs, dtype, segments, segments_k, **options)
+    q, _, v, dout, _ = (x.nan_to_num() for x in inputs)
+    cancelled = (
+        (v.norm(dim=-1).max() * dout.norm(dim=-1).max()).item() * q.shape[-1] ** -0.5
+        if v.numel() * dout.numel()
+        else 0.0
+    )
     for name in NAMES:
         e, t, o = exact[name], theirs[name], ours[name]
         assert (o == -torch.inf).equal(e == -torch.inf), f"{name}: other rows are empty"
         finite = e.isfinite()
         if not finite.any():
             continue
-        floor = 4 * torch.finfo(dtype).eps * max(1.0, e[finite].abs().max().item())
+        terms = cancelled if name in ("dq", "dk") else 0.0
+        floor = 4 * torch.finfo(dtype).eps * max(1.0, e[finite].abs().max().item(), terms)
         theirs_off, ours_off = ((x[finite] - e[finite]).abs().max().item() for x in (t, o))
         assert ours_off <= 2 * theirs_off + floor, f"{name}: {ours_off:.3g} off, PyTorch {theirs_off:.3g}"
 
