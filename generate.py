@@ -18,14 +18,15 @@ import torch
 
 from avlm import weights
 from avlm.checkpoint import is_run, read_run
-from avlm.config import DataConfig, InitFrom, VideoConfig
+from avlm.config import DataConfig, InitFrom
 from avlm.data.chat import MEDIA, TAG, Messages, Piece, Tokenizer
 from avlm.data.sample import EncodedSample, SampleEncoder
 from avlm.generation import Completion, generate
-from avlm.model_config import DecoderConfig, ModelConfig
+from avlm.model_config import DecoderConfig, ModelConfig, validated
+from avlm.model_folder import read_json
 from avlm.models.avlm import AVLM
 from avlm.preflight import one_line_errors
-from avlm.pretrained import read_config, read_json, resolve, stop_ids, template_of
+from avlm.pretrained import read_config, resolve, stop_ids, template_of
 
 
 class RawChat:
@@ -73,12 +74,12 @@ def folder_config(folder: Path) -> tuple[ModelConfig, DataConfig]:
         config = ModelConfig(decoder=config)
     if not isinstance(config, ModelConfig):
         raise ValueError(f"{folder} holds a tower, which cannot answer: give a decoder, a LLaVA, an export or a run")
-    keys = read_json(folder / "config.json")
-    if keys.get("architecture") == "AVLM":
-        data = keys["data"] | {"video": VideoConfig(**keys["data"].get("video", {}))}
-    else:
-        data = {"template": template_of(folder, config)}
-    return config, DataConfig(train="", tokenizer=str(folder), **data)
+    path = folder / "config.json"
+    keys = read_json(path)
+    data = keys.get("data") if keys.get("architecture") == "AVLM" else {"template": template_of(folder, config)}
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} does not say how its model was trained: it has no data")
+    return config, validated(DataConfig, {**data, "train": "", "tokenizer": str(folder)}, f"{path}: data")
 
 
 def encode(prompt: str, media: dict[str, list[bytes]], encoder: SampleEncoder) -> EncodedSample:

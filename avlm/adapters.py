@@ -6,14 +6,16 @@ from typing import Any
 
 from avlm.config import Config
 from avlm.freezing import trained_names
-from avlm.model_config import ModelConfig
+from avlm.model_config import ModelConfig, shown
+from avlm.model_folder import read_json
 from avlm.models.lora import is_adapter
-from avlm.pretrained import read_json, resolve
-from avlm.weights_sources import Source, read_safetensors
+from avlm.pretrained import resolve
+from avlm.weight_files import ADAPTER, choose
+from avlm.weights_sources import Source, read_files
 from avlm.weights_tables import hugging_face_name
 
 LEAVES = {"down.weight": "lora_A.weight", "up.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 # What of PEFT we do not compute, and the values under which there is none of it; the first is the default.
 ACCEPTED = {"peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,)}
@@ -36,15 +38,15 @@ def peft_names(names: Iterable[str]) -> dict[str, str]:
 def open_adapter(given: str | Path, config: ModelConfig, names: Iterable[str]) -> Source:
     """A PEFT folder under our ``names``; ValueError where it computes something else than ``config``."""
     folder = resolve(given)
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(f"{folder} is no PEFT folder: it wants {CONFIG} and {WEIGHTS}")
+    if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in ADAPTER):
+        raise FileNotFoundError(f"{folder} is no PEFT folder: it wants {CONFIG} and {' or '.join(ADAPTER)}")
     ours = {theirs: name for name, theirs in peft_names(names).items()}
     if config.lora is None or not ours:
         raise ValueError(f"init_from.adapter is {str(given)!r}, and the decoder has no adapters (model.lora)")
     keys = read_json(folder / CONFIG)
     for key, values in ACCEPTED.items():
         if keys.get(key, values[0]) not in values:
-            raise ValueError(f"{folder / CONFIG}: {key}={keys[key]!r} is not implemented")
+            raise ValueError(f"{folder / CONFIG}: {key}={shown(repr(keys[key]))} is not implemented")
     for name, theirs, default in (
         ("rank", "r", 8),
         ("alpha", "lora_alpha", 8),
@@ -54,10 +56,11 @@ def open_adapter(given: str | Path, config: ModelConfig, names: Iterable[str]) -
         if keys.get(theirs, default) != getattr(config.lora, name):
             raise ValueError(
                 f"model.lora.{name} is {getattr(config.lora, name)!r}, and {folder} was made with "
-                f"{theirs}={keys.get(theirs, default)!r}"
+                f"{theirs}={shown(repr(keys.get(theirs, default)))}"
             )
-    tensors = read_safetensors(folder / WEIGHTS)
-    return Source(folder, {ours.get(name, name): tensor for name, tensor in tensors.items()}, None, True)
+    files = choose(folder, ADAPTER)
+    tensors = read_files(folder, files)
+    return Source(folder, {ours.get(name, name): tensor for name, tensor in tensors.items()}, None, True, files)
 
 
 def adapter_keys(config: ModelConfig, names: Iterable[str], base: str | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from avlm.config import Config
-from avlm.model_config import shown
+from avlm.model_config import first_error, shown
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**18, 10_000, 50  # of a config, aliases written out; shipped ones: 4 KB, 100, 5
 SHARED = ("optimizer", "data")  # keys of the run that are defaults of every stage's own
@@ -51,7 +51,7 @@ def resolve(tree: dict[str, Any], origin: str) -> Config:
     try:
         return TypeAdapter(Config).validate_json(json.dumps(tree, default=str))  # strict types, as JSON has them
     except ValidationError as error:
-        raise ValueError(f"{origin}: {_explain(error.errors()[0], whole)}") from None
+        raise ValueError(f"{origin}: {_explain(error, whole)}") from None
 
 
 def to_dict(value: Any) -> dict[str, Any]:
@@ -177,18 +177,18 @@ def _merge(base: Any, over: Any) -> Any:
     return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
 
 
-def _explain(error: dict[str, Any], tree: dict[str, Any]) -> str:
+def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
     """One line for the first thing that pydantic found, with the full key and the nearest known one."""
-    loc = _as_written(error["loc"], tree)
+    first = error.errors()[0]
+    loc = _as_written(first["loc"], tree)
     where = shown(".".join(str(part) for part in loc))
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _known_keys(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1])[:100], known, n=1, cutoff=0.5)
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1])[:100], known, n=1, cutoff=0.5)
         return f"unknown key {where}" + (f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(known)})")
-    if error["type"] in ("missing", "missing_argument"):
+    if first["type"] in ("missing", "missing_argument"):
         return f"missing key {where}"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" + ("" if error["type"] == "value_error" else f", got {shown(repr(error['input']))}")
+    return first_error(error, loc)
 
 
 def _as_written(loc: tuple, tree: dict[str, Any]) -> tuple:

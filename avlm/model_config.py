@@ -4,10 +4,11 @@ Fields stand in the order of their importance; sizes are whole-model sizes, neve
 range, so that a slip is named when the file is read, before anything is computed with it.
 """
 
+import json
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 MODULES = ("decoder", "vision", "audio", "vision_projector", "audio_projector")
@@ -208,6 +209,23 @@ class ModelConfig:
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def validated(cls: type, keys: Any, origin: Any) -> Any:
+    """A config class from the values of a JSON file ``origin``; ValueError with one line."""
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(keys))  # a dict would have to be strict: no list for a tuple
+    except ValidationError as error:
+        raise ValueError(f"{origin}: {first_error(error)}") from None
+
+
+def first_error(error: ValidationError, loc: tuple | None = None) -> str:
+    """One line for the first thing that pydantic found, ``loc`` its key if that is known better."""
+    first = error.errors()[0]
+    where = shown(".".join(str(part) for part in loc or first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if first["type"] in ("value_error", "missing") else f", got {shown(repr(first['input']))}"
+    return f"{where}: {message}{given}" if where else f"{message}{given}"
 
 
 def shown(value: Any, most: int = 200) -> str:

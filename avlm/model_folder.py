@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from avlm.model_config import shown
 from avlm.parallel.mesh import World
 
 SHARD_BYTES = 5 * 10**9
+MAX_JSON_BYTES = 2**26  # of a config or an index; those of 400 billion parameters have 2**17
 CONFIGS = ("config.json", "adapter_config.json")  # every model folder has one of them
 
 
@@ -126,6 +128,24 @@ def _shards(tensors: dict[str, Lazy]) -> list[list[str]]:
         shards[-1].append(name)
         size += tensor.nbytes
     return shards
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The keys of a JSON file. ValueError with one line for anything else."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise ValueError(f"it has {size:,} bytes, and more than {MAX_JSON_BYTES:,} are not read")
+        keys = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: it is nested too deep") from None
+    except ValueError as error:  # of its encoding and of too long numbers too
+        raise ValueError(f"{path} is not valid JSON: {shown(str(error))}") from None
+    if not isinstance(keys, dict):
+        raise ValueError(f"{path} holds no keys but {shown(keys, 80)}")
+    return keys
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:

@@ -6,15 +6,26 @@ name: a folder that loads gives the numbers that it was trained for.
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from avlm.data.chat import Chat, Tokenizer
-from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, RopeScaling, VisionConfig
+from avlm.model_config import (
+    AudioConfig,
+    DecoderConfig,
+    ModelConfig,
+    ProjectorConfig,
+    RopeScaling,
+    VisionConfig,
+    first_error,
+    shown,
+    validated,
+)
+from avlm.model_folder import read_json
+from avlm.weight_files import to_fetch
 
 DECODER_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DECODER_KEYS += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
@@ -67,6 +78,17 @@ ACCEPTED = {
     "voxtral": {"projector_hidden_act": ("gelu",), "quantization_config": (None,)},
 }
 
+# Types of the keys that we read before pydantic sees them. A flag of the text "false" would be true.
+NUMBER = (int, float)
+FLAGS = "tie_word_embeddings use_sliding_window multimodal_projector_bias"
+INTEGERS = "num_hidden_layers max_position_embeddings sliding_window max_window_layers num_key_value_heads head_dim"
+INTEGERS += " num_attention_heads image_size intermediate_size hidden_size max_source_positions"
+OBJECTS = ["text_config", "vision_config", "audio_config", "rope_scaling", "rope_parameters"]
+TYPES: dict[str, Any] = {"model_type": str, "hidden_act": str, "layer_types": list, **dict.fromkeys(OBJECTS, dict)}
+TYPES |= dict.fromkeys(FLAGS.split(), bool) | dict.fromkeys(INTEGERS.split(), int)
+TYPES |= dict.fromkeys(("rope_theta", "partial_rotary_factor", "factor"), NUMBER)
+NAMES_OF_TYPES = {str: "text", list: "list", dict: "object of keys", bool: "true or false", int: "integer"}
+
 AnyConfig = DecoderConfig | VisionConfig | AudioConfig | ModelConfig
 
 
@@ -81,16 +103,13 @@ def resolve(name_or_folder: str | Path) -> Path:
     import huggingface_hub  # slow to import, and of use only here
     from huggingface_hub import errors
 
-    small = ["*.json", "*.jinja", "*.model", "*.txt"]
+    fetch = lambda patterns: Path(
+        huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
+    )
     try:
-        for weights in ("*.safetensors", "pytorch_model*.bin"):
-            path = Path(
-                huggingface_hub.snapshot_download(
-                    name, allow_patterns=[*small, weights], ignore_patterns=["*/*", "consolidated*"]
-                )
-            )
-            if any(path.glob(weights)):
-                break
+        path = fetch(["*.json", "*.jinja", "*.model", "*.txt"])
+        for files in to_fetch(path):
+            fetch(files)
         return path
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -104,16 +123,6 @@ def may_be_on_hub(name: str) -> bool:
     return not Path(name).expanduser().is_absolute() and not name.startswith(".") and name.count("/") == 1
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        keys = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(keys, dict):
-        raise ValueError(f"{path} holds no keys but {str(keys)[:80]}")
-    return keys
-
-
 def read_config(folder: str | Path) -> AnyConfig:
     """The config of a supported decoder, tower, LLaVA, Voxtral or of our own export."""
     path = Path(folder) / "config.json"
@@ -122,29 +131,47 @@ def read_config(folder: str | Path) -> AnyConfig:
     keys = read_json(path)
     try:
         if keys.get("architecture") == "AVLM":
-            text = json.dumps(keys.get("model"))  # a dict would have to be strict
-            return TypeAdapter(ModelConfig).validate_json(text)
-        model_type = keys.get("model_type")
-        if model_type in DECODERS:
-            return _decoder(keys)
-        if model_type in ("clip_vision_model", "siglip_vision_model"):
-            return _vision(keys, Path(folder))
-        if model_type in WHOLE:
-            return _vision({"model_type": WHOLE[model_type], **(keys.get("vision_config") or {})}, Path(folder))
-        if model_type == "whisper":
-            return _audio(keys)
-        if model_type == "llava":
-            return _llava(keys, Path(folder))
-        if model_type == "voxtral":
-            return _voxtral(keys)
+            return validated(ModelConfig, keys.get("model"), "model")
+        return _hugging_face(_typed(keys), Path(folder))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(
-            f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}"
-        ) from None
+        raise ValueError(f"{path}: {first_error(error)}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    raise ValueError(f"{path}: model_type {model_type!r} is not supported (supported: {', '.join(SUPPORTED)})")
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{path} is not understood ({type(error).__name__}: {shown(str(error))})") from None
+
+
+def _hugging_face(keys: dict[str, Any], folder: Path) -> AnyConfig:
+    model_type = keys.get("model_type")
+    if model_type in DECODERS:
+        return _decoder(keys)
+    if model_type in WHOLE.values():
+        return _vision(keys, folder)
+    if model_type in WHOLE:
+        vision = {"model_type": WHOLE[model_type], **(keys.get("vision_config") or {})}
+        if vision["model_type"] not in WHOLE.values():
+            raise ValueError(f"vision_config.model_type {shown(repr(vision['model_type']))} is not supported")
+        return _vision(vision, folder)
+    if model_type == "whisper":
+        return _audio(keys)
+    if model_type == "llava":
+        return _llava(keys, folder)
+    if model_type == "voxtral":
+        return _voxtral(keys)
+    raise ValueError(f"model_type {shown(repr(model_type))} is not supported (supported: {', '.join(SUPPORTED)})")
+
+
+def _typed(keys: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """``keys``, those that we read of the types that they have in transformers, or null; ValueError otherwise."""
+    for key, value in keys.items():
+        kind = TYPES.get(key)
+        is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) if kind else True
+        if value is not None and not is_right:
+            name = "number" if kind == NUMBER else NAMES_OF_TYPES[kind]
+            raise ValueError(f"{where}{key} is no {name} but {shown(repr(value))}")
+        if key in OBJECTS and value:
+            _typed(value, f"{where}{key}.")
+    return keys
 
 
 def stop_ids(folder: str | Path) -> list[int]:
@@ -152,10 +179,14 @@ def stop_ids(folder: str | Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         keys = read_json(path) if path.is_file() else {}
-        for tree in (keys, keys.get("text_config") or {}):
+        inner = keys.get("text_config")
+        for tree in (keys, inner if isinstance(inner, dict) else {}):
             ids = tree.get("eos_token_id")
             if ids is not None:
-                return [ids] if isinstance(ids, int) else list(ids)
+                ids = ids if isinstance(ids, list) else [ids]
+                if any(type(each) is not int for each in ids):
+                    raise ValueError(f"{path}: eos_token_id is no number or list of numbers but {shown(repr(ids))}")
+                return ids
     return []
 
 
@@ -177,7 +208,8 @@ def template_of(folder: Path, config: ModelConfig) -> str:
 def _require_accepted(kind: str, keys: dict[str, Any]) -> None:
     for key, values in ACCEPTED[kind].items():
         if keys.get(key, values[0]) not in values:
-            raise ValueError(f"{key}={keys[key]!r} is not implemented (accepted: {', '.join(map(repr, values))})")
+            found = shown(repr(keys[key]))
+            raise ValueError(f"{key}={found} is not implemented (accepted: {', '.join(map(repr, values))})")
 
 
 def _decoder(given: dict[str, Any]) -> DecoderConfig:
@@ -185,8 +217,9 @@ def _decoder(given: dict[str, Any]) -> DecoderConfig:
     keys = {**DEFAULTS[model_type], **given}
     _require_accepted("decoder", keys)
     window = keys.get("sliding_window") if keys.get("use_sliding_window", model_type in ("mistral", "llama")) else None
-    if model_type.startswith("qwen") and keys.get("max_window_layers", 28) >= keys["num_hidden_layers"]:
-        window = None  # the window is used by the layers from max_window_layers on
+    if window is not None and model_type.startswith("qwen"):
+        first = keys.get("max_window_layers", 28)  # the window is used by the layers from this one on
+        window = window if first is None or first < keys["num_hidden_layers"] else None
     window_cuts = window is not None and window < keys["max_position_embeddings"]
     if window_cuts or "sliding_attention" in (keys.get("layer_types") or ()):
         raise ValueError(
@@ -221,10 +254,10 @@ def _rope(keys: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if rope_type == "default" and not any(isinstance(value, dict) for value in rope.values()):
         return theta, None
     if rope_type != "llama3":
-        raise ValueError(f"rope_type {rope_type!r} is not implemented (accepted: default, llama3)")
+        raise ValueError(f"rope_type {shown(repr(rope_type))} is not implemented (accepted: default, llama3)")
     names = {"original_max_position_embeddings": "original_max_position"}
     if set(rope) != {"factor", "low_freq_factor", "high_freq_factor", *names}:
-        raise ValueError(f"rope_type 'llama3' with the keys {sorted(rope)} is not implemented")
+        raise ValueError(f"rope_type 'llama3' with the keys {shown(sorted(rope))} is not implemented")
     return theta, RopeScaling(**{names.get(key, key): value for key, value in rope.items()})
 
 
@@ -237,7 +270,10 @@ def _vision(given: dict[str, Any], folder: Path, feature_layer: int = -2) -> Vis
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             processor = read_json(folder / name)
-            seen |= _pixels(processor.get("image_processor", processor), keys["image_size"], name)
+            processor = processor.get("image_processor", processor)
+            if not isinstance(processor, dict):
+                raise ValueError(f"image_processor in {name} is no object of keys but {shown(repr(processor))}")
+            seen |= _pixels(processor, keys["image_size"], name)
             break
     return VisionConfig(
         hidden_size=keys["hidden_size"],
@@ -265,11 +301,14 @@ def _pixels(processor: dict[str, Any], side: int, file: str) -> dict[str, Any]:
     wanted |= {"crop_size": side} if crops else {}
     wanted |= {"do_center_crop": True} if shortest else {}  # or pictures would not become squares
     values = lambda found: found.values() if isinstance(found, dict) else found if isinstance(found, list) else [found]
-    wrong = [key for key, value in wanted.items() if set(values(given.get(key, value))) - {None} != {value}]
-    wrong += [] if given.get("resample", 3) in RESAMPLE else ["resample"]
-    wrong += [] if math.isclose(given.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-5) else ["rescale_factor"]
+    sides = lambda found: [value for value in values(found) if value is not None]
+    is_right = lambda found, value: bool(sides(found)) and all(side == value for side in sides(found))
+    wrong = [key for key, value in wanted.items() if not is_right(given.get(key, value), value)]
+    resample, factor = given.get("resample", 3), given.get("rescale_factor", 1 / 255)
+    wrong += [] if type(resample) is int and resample in RESAMPLE else ["resample"]
+    wrong += [] if isinstance(factor, NUMBER) and math.isclose(factor, 1 / 255, rel_tol=1e-5) else ["rescale_factor"]
     if wrong:
-        raise ValueError(f"{wrong[0]}={given[wrong[0]]!r} in {file} is not implemented")
+        raise ValueError(f"{wrong[0]}={shown(repr(given[wrong[0]]))} in {file} is not implemented")
     seen = {name: given[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in given}
     seen |= {"resample": RESAMPLE[given["resample"]]} if "resample" in given else {}
     if shortest or crops is not None or not isinstance(size, int):
@@ -297,17 +336,20 @@ def _llava(keys: dict[str, Any], folder: Path) -> ModelConfig:
     vision = keys.get("vision_config") or large_336
     vision = {"model_type": "clip_vision_model", **vision}
     if text["model_type"] not in DECODERS or vision["model_type"] not in WHOLE.values():
-        raise ValueError(f"a LLaVA of {text['model_type']} and {vision['model_type']} is not implemented")
+        found = shown(f"{text['model_type']} and {vision['model_type']}")
+        raise ValueError(f"a LLaVA of {found} is not implemented")
     text["tie_word_embeddings"] = keys.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
     layer = keys.get("vision_feature_layer", -2)
-    if not isinstance(layer, int):
-        raise ValueError(f"vision_feature_layer={layer!r}: features of several layers are not implemented")
+    if type(layer) is not int:
+        raise ValueError(f"vision_feature_layer={shown(repr(layer))}: features of several layers are not implemented")
     if layer >= 0:  # hidden_states[0] is the input of the first layer
         layer -= 1 + {**DEFAULTS[vision["model_type"]], **vision}["num_hidden_layers"]
     tower = _vision(vision, folder, layer)
     strategy = keys.get("vision_feature_select_strategy", "default")
     if (strategy == "default") != tower.class_token:
-        raise ValueError(f"vision_feature_select_strategy={strategy!r} of a {vision['model_type']} is not implemented")
+        raise ValueError(
+            f"vision_feature_select_strategy={shown(repr(strategy))} of a {vision['model_type']} is not implemented"
+        )
     projector = ProjectorConfig(bias=keys.get("multimodal_projector_bias", True))
     return ModelConfig(decoder=_decoder(text), vision=tower, vision_projector=projector)
 
@@ -318,7 +360,7 @@ def _voxtral(keys: dict[str, Any]) -> ModelConfig:
     text = {"model_type": "llama", **(keys.get("text_config") or {})}
     audio = {**DEFAULTS["voxtral_encoder"], **(keys.get("audio_config") or {})}
     if text["model_type"] not in DECODERS:
-        raise ValueError(f"a Voxtral of {text['model_type']} is not implemented")
+        raise ValueError(f"a Voxtral of {shown(text['model_type'])} is not implemented")
     named = {theirs: audio[key] for theirs, key in zip(AUDIO_KEYS, VOXTRAL_ENCODER_KEYS)}
     tower = dataclasses.replace(_audio({**audio, **named}), window="fixed")
     stacked, rest = divmod(tower.intermediate_size, tower.hidden_size)

@@ -23,6 +23,7 @@ from avlm.model_config import MODULES, AudioConfig, DecoderConfig, ModelConfig, 
 from avlm.models.lora import is_adapter
 from avlm.models.whisper import sinusoids
 from avlm.pretrained import AnyConfig, may_be_on_hub
+from avlm.weight_files import WeightFiles
 from avlm.weights_sources import Source, check_shape, open_source
 from avlm.weights_tables import LAYOUTS, SKIPPED, hugging_face_name
 
@@ -42,13 +43,15 @@ class Report:
     total: int  # tensors in the source
     skipped: dict[str, int]
     anew: dict[str, int]
+    files: WeightFiles | None = None  # of a model folder
 
     def __str__(self) -> str:
         skipped, anew = (
             ", ".join(f"{count} of {what}" for what, count in counts.items()) for counts in (self.skipped, self.anew)
         )
+        files = f" ({self.files})" if self.files else ""
         return (
-            f"{self.entry} from {self.path}: {len(self.names)} of {self.total} tensors loaded, skipped: "
+            f"{self.entry} from {self.path}{files}: {len(self.names)} of {self.total} tensors loaded, skipped: "
             f"{skipped or 'none'}" + (f"; parameters that start anew: {anew}" if anew else "")
         )
 
@@ -204,7 +207,8 @@ def _plan(
     skipped = Counter(reasons.values())
     if len(held) < len(source.tensors):
         skipped["init_from.allow_unused"] = len(source.tensors) - len(held)
-    return Plan(source, chosen, Report(entry, source.path, list(chosen), len(source.tensors), dict(skipped), {}))
+    total = len(source.tensors)
+    return Plan(source, chosen, Report(entry, source.path, list(chosen), total, dict(skipped), {}, source.files))
 
 
 def _prefixes(entry: str, source: Source, held: Mapping) -> dict[str, str]:

@@ -28,7 +28,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from avlm.checkpoint import is_run, read_run
 from avlm.checkpoint_reader import Reader, cause_of
-from avlm.pretrained import AnyConfig, read_config, read_json, resolve
+from avlm.model_config import shown
+from avlm.model_folder import read_json
+from avlm.pretrained import AnyConfig, read_config, resolve
+from avlm.weight_files import WeightFiles, choose
 from avlm.weights_tables import OWN_ANCHORS, RESHAPED, WRAPPERS
 
 FILES = (".ckpt", ".pt", ".pth")
@@ -95,6 +98,7 @@ class Source:
     tensors: dict[str, Any]  # Whole, Stored or a slice of safetensors
     config: AnyConfig | None
     own_names: bool
+    files: WeightFiles | None = None  # of a model folder
 
 
 def open_source(given: str | Path) -> Source:
@@ -109,8 +113,9 @@ def open_source(given: str | Path) -> Source:
         config, path = read_run(path)
         return Source(path, open_checkpoint(path), config.model, True)
     path = resolve(given)
-    config = read_config(path)
-    return Source(path, open_folder(path), config, read_json(path / "config.json").get("architecture") == "AVLM")
+    config, files = read_config(path), choose(path)
+    own_names = read_json(path / "config.json").get("architecture") == "AVLM"
+    return Source(path, read_files(path, files), config, own_names, files)
 
 
 def open_checkpoint(path: Path) -> dict[str, Stored]:
@@ -123,22 +128,25 @@ def open_checkpoint(path: Path) -> dict[str, Stored]:
 
 
 def open_folder(folder: Path) -> dict[str, Any]:
-    """Name -> lazy tensor of every weight file of a model folder."""
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).is_file():
-            files = sorted(set(read_json(folder / index)["weight_map"].values()))
-            break
-    else:
-        files = [name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()][:1]
-    if not files:
-        raise FileNotFoundError(f"no model.safetensors, pytorch_model.bin or index of shards in {folder}")
-    tensors = {}
-    for name in files:
-        if Path(name).name != name:
-            raise ValueError(f"{folder}: the index names {name!r}, which lies outside the folder")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing")
-        tensors |= read_safetensors(folder / name) if name.endswith(".safetensors") else read_pickle(folder / name)
+    """Name -> lazy tensor of the weight files of a model folder."""
+    return read_files(folder, choose(folder))
+
+
+def read_files(folder: Path, files: WeightFiles) -> dict[str, Any]:
+    """Name -> lazy tensor. Where several files have it the last one counts, as in transformers, if it is that of the
+    index; ValueError otherwise."""
+    tensors: dict[str, Any] = {}
+    found: dict[str, str] = {}
+    for name in files.read:
+        path = folder / name
+        held = read_safetensors(path) if name.endswith(".safetensors") else read_pickle(path)
+        tensors |= held
+        found |= dict.fromkeys(held, name)
+    for tensor, name in files.places.items():
+        if found.get(tensor, name) != name:
+            raise ValueError(f"{folder}: {shown(tensor)} is in {found[tensor]}, and the index says in {shown(name)}")
+    if not tensors:
+        raise ValueError(f"{folder}: {files} holds no tensor")
     return tensors
 
 
@@ -147,7 +155,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
         file = safe_open(path, framework="pt")
         return {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} cannot be read: {cause_of(error)}") from None
 
 
 def read_pickle(path: Path) -> dict[str, Whole]:
@@ -160,11 +168,14 @@ def read_pickle(path: Path) -> dict[str, Whole]:
             "save its state_dict alone"
         ) from None
     except Exception as error:  # what is no zip or ends early has many names
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} cannot be read: {cause_of(error)}") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     odd = [key for key, value in state.items() if not isinstance(value, Tensor)] if isinstance(state, dict) else ["it"]
+    odd += [key for key in state or () if not isinstance(key, str)] if isinstance(state, dict) else []
     if odd:
-        raise ValueError(f"{path} holds no state_dict, and is none: {odd[0]!r} is no tensor")
+        raise ValueError(f"{path} holds no state_dict, and is none: {shown(repr(odd[0]))} is no tensor")
+    if not state:
+        raise ValueError(f"{path} holds no tensor")
     return {key: Whole(value) for key, value in state.items()}
 
 
