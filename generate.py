@@ -19,7 +19,7 @@ import torch
 from avlm import weights
 from avlm.checkpoint import is_run, read_run
 from avlm.config import DataConfig, InitFrom
-from avlm.data.chat import MEDIA, TAG, Messages, Piece, Tokenizer
+from avlm.data.chat import MEDIA, TAG, Chat, Messages, Piece, Tokenizer
 from avlm.data.sample import EncodedSample, SampleEncoder
 from avlm.generation import Completion, generate
 from avlm.model_config import DecoderConfig, ModelConfig, validated
@@ -51,12 +51,15 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, raw: bool) -
     if is_run(Path(name)):
         config, folder = read_run(name)
         model_config, data, stops, entry = config.model, config.stages[-1].data, [], "all"
+        published = False
     else:
         folder = resolve(name)
         (model_config, data), stops = folder_config(folder), stop_ids(folder)
         entry = "decoder" if isinstance(read_config(folder), DecoderConfig) else "all"
+        published = True
     tokenizer = Tokenizer(data.tokenizer)
-    encoder = SampleEncoder(model_config, data, tokenizer, RawChat(tokenizer) if raw else None)
+    chat = RawChat(tokenizer) if raw else Chat(tokenizer, data.template, data.system, published=published)
+    encoder = SampleEncoder(model_config, data, tokenizer, chat)
     if not raw or not stops:
         stops = sorted({*stops, *encoder.chat.stop_ids})
     with torch.device("meta"):

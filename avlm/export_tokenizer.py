@@ -4,15 +4,25 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from avlm.config import DataConfig
 from avlm.data.chat import MEDIA, Chat, Tokenizer
+from avlm.data.jinja_template import JinjaTemplate
+from avlm.data.tokenizer import EXTRA, texts
 from avlm.model_folder import write_json
 from avlm.pretrained import read_json, stop_ids
 
 MEDIA_TOKENS = {"llava": "<image>", "voxtral": "[AUDIO]"}  # format -> what stands for features
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
-TOKENIZER_FILES += ["chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"]
+TOKENIZER_FILES = ["chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"]
+# Of tokenizer_config.json: what tokenizer.json says too, and what would have transformers build a tokenizer of its own.
+OWN_KEYS = ("added_tokens_decoder", "auto_map", "tokenizer_file", "split_special_tokens")
+# Model types for which transformers takes its own class whatever tokenizer_config.json names, unless that has an
+# "auto_map", which it then leaves aside (transformers 5.17, AutoTokenizer.from_pretrained).
+REBUILT = ("qwen2",)
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # avlm.data.chat's templates as expressions of Jinja: what opens a conversation, a turn, what asks for an answer.
 TURNS = {
     "llama3": (
@@ -58,18 +68,32 @@ CHAT_TEMPLATE = """\
 """
 
 
-def write_tokenizer(tokenizer: Tokenizer, data: DataConfig, folder: Path, format: str, token: int | None) -> None:
+def write_tokenizer(
+    tokenizer: Tokenizer, data: DataConfig, folder: Path, format: str, token: int | None, model_type: str | None = None
+) -> None:
     """The files of ``data.tokenizer``, with the chat template of ``data`` and the format's media token, if it has one,
-    under the id ``token``; and generation_config.json with the ids that end an answer."""
+    under the id ``token``; and generation_config.json with the ids that end an answer.
+
+    tokenizer.json says all of what we encode with. So that transformers, for a model of ``model_type``, encodes with
+    nothing else, tokenizer_config.json names the class that reads that file as it is, and lists no tokens of its own.
+    """
     for name in TOKENIZER_FILES:
         if tokenizer.file.with_name(name).is_file():
             shutil.copyfile(tokenizer.file.with_name(name), folder / name)
-    shutil.copyfile(tokenizer.file, folder / "tokenizer.json")
-    if data.template != "tokenizer" or data.system:
-        (folder / "chat_template.jinja").write_text(chat_template(tokenizer, data, format))
-        config_file = folder / "tokenizer_config.json"
-        if config_file.is_file():
-            write_json(config_file, {k: v for k, v in read_json(config_file).items() if k != "chat_template"})
+    tree = read_json(tokenizer.file)
+    rebuilt = model_type in REBUILT and not _is_qwen2(tree)
+    write_json(folder / "tokenizer.json", {**tree, "added_tokens": tokenizer.added_entries()})
+    config = {key: value for key, value in tokenizer.config.items() if key not in (*OWN_KEYS, *EXTRA)}
+    config |= tokenizer.names
+    extra = [word for key in EXTRA for word in texts(tokenizer.config.get(key)) if tokenizer.find(word) is not None]
+    config |= {EXTRA[0]: list(dict.fromkeys(extra))} if extra else {}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config |= {"auto_map": {"AutoTokenizer": [None, None]}} if rebuilt else {}
+    template = chat_template(tokenizer, data, format)
+    if template != tokenizer.chat_template:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        config.pop("chat_template", None)
+    write_json(folder / "tokenizer_config.json", config)
     if format in MEDIA_TOKENS:
         _add_token(folder, MEDIA_TOKENS[format], token)
     stops = {*stop_ids(tokenizer.file.parent), *Chat(tokenizer, data.template).stop_ids}
@@ -83,7 +107,12 @@ def chat_template(tokenizer: Tokenizer, data: DataConfig, format: str) -> str:
     words = {"decoder": {}, "llava": {"image": tags["image"]}, "voxtral": {"audio": MEDIA_TOKENS["voxtral"]}}
     words = words.get(format, tags)
     template = tokenizer.chat_template
-    if data.template != "tokenizer":
+    if data.template == "tokenizer":
+        block = JinjaTemplate(tokenizer).block  # what stands before an answer in training, besides the prompt
+        if block:
+            asks = f"{{%+ if add_generation_prompt %}}{{{{ {json.dumps(block, ensure_ascii=False)} }}}}{{% endif %}}"
+            template = template.removesuffix("\n") + asks  # a line break at the end of a template is not written
+    else:
         values = dict(zip(("OPENING", "TURN", "QUESTION"), TURNS[data.template], strict=True))
         values |= {"MEDIA": json.dumps(words), "AUDIO": json.dumps((tags | words)["audio"])}
         template = re.sub("|".join(values), lambda name: values[name[0]], CHAT_TEMPLATE)
@@ -100,21 +129,22 @@ def media_token(tokenizer: Tokenizer | None, word: str, vocab_size: int) -> int:
     return tokenizer.size if tokenizer.find(word) is None else tokenizer.find(word)
 
 
+def _is_qwen2(tree: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is what transformers' Qwen2Tokenizer makes of its vocabulary."""
+    words = [{"type": "Split", "pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated", "invert": False}]
+    words += [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
+    splitter, model = tree.get("pre_tokenizer") or {}, tree.get("model") or {}
+    found = [{key: part.get(key) for key in word} for part, word in zip(splitter.get("pretokenizers") or [], words)]
+    plain = not any(model.get(key) for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"))
+    return found == words and tree.get("normalizer") == {"type": "NFC"} and model.get("type") == "BPE" and plain
+
+
 def _add_token(folder: Path, word: str, token: int) -> None:
-    """Make a word a special token, unless it is an added one. Classes of transformers that build a tokenizer of their
-    own, as Qwen2Tokenizer does, take such tokens from the list of tokenizer_config.json where it has one."""
+    """Make a word a special token, unless it is an added one."""
     tree = read_json(folder / "tokenizer.json")
     added = tree.get("added_tokens") or []
     if any(each["content"] == word for each in added):
         return
-    entry = {
-        "content": word,
-        **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
-        "special": True,
-    }
-    write_json(folder / "tokenizer.json", {**tree, "added_tokens": [*added, {"id": token, **entry}]})
-    config_file = folder / "tokenizer_config.json"
-    config = read_json(config_file) if config_file.is_file() else {}
-    if "added_tokens_decoder" in config:
-        config["added_tokens_decoder"][str(token)] = entry
-        write_json(config_file, config)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    entry = {"id": token, "content": word, **flags, "special": True}
+    write_json(folder / "tokenizer.json", {**tree, "added_tokens": [*added, entry]})

@@ -1,0 +1,25 @@
+"""What a conversation is made of: turns with tags for media, and the pieces that a template makes of them."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+ROLES = ("system", "user", "assistant")
+MEDIA = ("image", "audio", "video")
+TAG = re.compile(r"<(image|audio|video)>")
+
+Messages = list[dict[str, Any]]  # of "role" and "content"; an assistant's turn with "learn": False is not learned
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``kind``: text (as it stands), control (one control token), markup (text in which control tokens are read) or a
+    medium of MEDIA."""
+
+    kind: str
+    text: str
+    learned: bool = False
+
+
+def is_learned(message: dict[str, Any]) -> bool:
+    return message["role"] == "assistant" and message.get("learn", True)
