@@ -73,7 +73,7 @@ def export(
         if format == "adapter":
             return write_json(partial / "adapter_config.json", keys)
         if tokenizer is not None:
-            write_tokenizer(tokenizer, data, partial, format, token)
+            write_tokenizer(tokenizer, data, partial, format, token, keys.get("model_type"))
         if media:
             processor = picture_keys(config.vision) if format == "llava" else sound_keys(config.audio)
             write_json(partial / "preprocessor_config.json", processor)

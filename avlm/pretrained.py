@@ -198,7 +198,8 @@ def template_of(folder: Path, config: ModelConfig) -> str:
     tokenizer, question = Tokenizer(folder), [{"role": "user", "content": "question"}]
     if not (folder / "chat_template.json").is_file():  # the processor's; the tokenizer's is then that of its decoder
         try:
-            if any("question" in piece.text for piece in Chat(tokenizer, "tokenizer").pieces(question, prompt=True)):
+            chat = Chat(tokenizer, "tokenizer", published=True)
+            if any("question" in piece.text for piece in chat.pieces(question, prompt=True)):
                 return "tokenizer"
         except ValueError:
             pass
