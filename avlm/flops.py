@@ -27,6 +27,7 @@ from avlm.data.batch import Batch
 from avlm.memory import Shapes, parameter_shapes, trained_shapes
 from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, VisionConfig
 from avlm.models.lora import is_adapter
+from avlm.models.projector import LAYERS
 from kernels.segments import Segments
 
 Costs = dict[tuple[str, str], tuple[int, int, int]]  # (module, name of a count) -> (forward, backward, again) of each
@@ -171,7 +172,7 @@ def _steps(module: str, model: ModelConfig) -> Iterator[Step]:
         steps = _audio(config)
     else:
         count = "image_features" if module == "vision_projector" else "audio_features"
-        steps = ((count, (name,)) for name in (("linear",) if config.type == "linear" else ("up", "down")))
+        steps = ((count, (name,)) for name in LAYERS[config.type])
     for count, names in steps:
         yield count, tuple(f"{module}.{name}" for name in names)
 

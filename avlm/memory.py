@@ -29,7 +29,7 @@ from avlm.config_file import to_dict
 from avlm.data.log_mel import window_rows
 from avlm.freezing import trained_names
 from avlm.layout import Layout, layout_of
-from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, VisionConfig
+from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.models.avlm import AVLM
 from avlm.models.lora import frozen_base
 from avlm.parallel.tensor import tensor_share
@@ -248,12 +248,18 @@ def _kept_by_tower(name: str, config: Config, stage: StageConfig, layout: Layout
         offloaded = mode == "full" and config.train.offload_activations
         host, blocks = (blocks, 0) if offloaded else (0, blocks)
         device += blocks + c * tokens * (inputs + stem * tower.hidden_size)
-    if trains or projector_trains:  # tower rows, and the input of the GELU
-        hidden = projector.hidden_size or config.model.decoder.hidden_size
+    if trains or projector_trains:
         features = stage.data.seq_length // layout.row_ranks
         gathered = projector.downsample ** (2 if is_vision else 1)
-        device += c * features * (gathered * tower.hidden_size + (hidden if projector.type == "mlp2x_gelu" else 0))
+        device += c * features * projector_numbers(projector, gathered * tower.hidden_size, config.model.decoder)
     return device, host
+
+
+def projector_numbers(projector: ProjectorConfig, width: int, decoder: DecoderConfig) -> int:
+    """What a projector keeps for each of its features: the tower rows, ``width`` numbers, and by its type what is
+    placed among the tokens, or the input of the GELU."""
+    hidden = projector.hidden_size or decoder.hidden_size
+    return width + {"linear": decoder.hidden_size, "mlp2x_gelu": hidden}[projector.type]
 
 
 def block_bytes(name: str, config: Config, layout: Layout, mode: Recompute, trained: Shapes) -> int:

@@ -1,5 +1,6 @@
 """FLOPs counted from shapes against those that PyTorch counts while it computes, on the plain path."""
 
+import typing
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from avlm import flops, freezing, metrics
 from avlm.data.batch import KINDS
 from avlm.data.packing import empty_batch
 from avlm.data.synthetic import SyntheticLoader
+from avlm.model_config import ProjectorConfig
 from avlm.models import decoder
 from avlm.models.avlm import AVLM, init
 from avlm.parallel import recompute
@@ -64,6 +66,17 @@ CASES = {
         stages=staged(train=["lora", "vision"]),
         train={"recompute": {"decoder": "full", "vision": "full"}},
     ),
+    **{
+        f"projectors of type {kind}": make_config(
+            model={
+                **MODEL,
+                "vision_projector": {"type": kind, "downsample": 2, "hidden_size": 24},
+                "audio_projector": {"type": kind, "downsample": 3, "bias": False},
+            },
+            stages=staged(train=[*PROJECTORS, "vision"]),
+        )
+        for kind in typing.get_args(typing.get_type_hints(ProjectorConfig)["type"])
+    },
     "text": make_config(model={"decoder": MODEL["decoder"]}, stages=staged(train=["decoder"])),
 }
 

@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import typing
 from dataclasses import replace
 
 import pytest
@@ -13,9 +14,10 @@ from avlm import config_file, freezing, memory, optimizer, parallel, preflight
 from avlm.data.packing import empty_batch
 from avlm.layout import layout_of
 from avlm.memory import GIB
-from avlm.model_config import MODULES
+from avlm.model_config import MODULES, ProjectorConfig
 from avlm.models.avlm import AVLM
 from avlm.models.decoder import rope_frequencies, rope_table
+from avlm.models.projector import Projector
 from avlm.parallel import mesh
 from avlm.parallel.recompute import apply_recompute
 from kernels.segments import Segments
@@ -176,6 +178,29 @@ def test_what_adapters_keep_is_as_estimated(mode, lora):
     for tower in ("decoder", "vision", "audio"):
         said = memory.block_bytes(tower, cfg, layout, mode, trained)
         assert said == pytest.approx(kept_by_a_block(tower, torch.bfloat16, False, cfg), rel=0.1), tower
+
+
+@pytest.mark.parametrize("kind", typing.get_args(typing.get_type_hints(ProjectorConfig)["type"]))
+def test_what_a_projector_of_any_type_keeps_is_as_estimated(kind):
+    decoder = make_config().model.decoder
+    config = ProjectorConfig(type=kind, hidden_size=40)
+    projector, features = Projector(config, tower_size=7, gathered=4, decoder_size=decoder.hidden_size), 50
+    rows, source = torch.arange(features), torch.arange(4 * features).view(-1, 4)
+    kept = {}
+
+    def keep(tensor):
+        if tensor.is_floating_point() and not any(tensor.data_ptr() == p.data_ptr() for p in projector.parameters()):
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        projector(torch.zeros(features, decoder.hidden_size), rows, torch.randn(4 * features, 7), source)
+    more = {
+        "linear": 0,
+        "mlp2x_gelu": 40 + decoder.hidden_size,
+    }  # what the plain path keeps besides: GELU's result, too
+    said = memory.projector_numbers(config, 4 * 7, decoder)
+    assert sum(kept.values()) == features * (said + more[kind])
 
 
 def test_activations_shrink_with_recomputation_and_with_the_ranks_of_a_row():

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from avlm.model_config import ProjectorConfig
 from kernels.projector import place_projected, side_by_side
 
+LAYERS = {"linear": ("linear",), "mlp2x_gelu": ("up", "down")}  # of each type, in the order in which they run
+
 
 class Projector(nn.Module):
     def __init__(self, config: ProjectorConfig, tower_size: int, gathered: int, decoder_size: int):
@@ -23,9 +25,10 @@ class Projector(nn.Module):
         hidden_size = config.hidden_size or decoder_size
         if config.type == "linear":
             self.linear = nn.Linear(tower_size * gathered, decoder_size, bias=config.bias)
-        else:
+        elif config.type == "mlp2x_gelu":
             self.up = nn.Linear(tower_size * gathered, hidden_size, bias=config.bias)
             self.down = nn.Linear(hidden_size, decoder_size, bias=config.bias)
+        assert tuple(name for name, _ in self.named_children()) == LAYERS[config.type]
 
     def forward(self, into_TD: Tensor, rows_R: Tensor, x_PC: Tensor, source_RS: Tensor) -> Tensor:
         """``into`` with the projected features written at ``rows``; ``into`` itself is used up.
