@@ -7,7 +7,6 @@ Read from the bottom: main() builds the parts in order, then runs the stages.
 """
 
 import argparse
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -23,7 +22,7 @@ from avlm.data import demo, open_loader
 from avlm.data.batch import KINDS, Batch
 from avlm.data.packing import empty_batch
 from avlm.models.avlm import AVLM
-from avlm.parallel import agreement, mesh
+from avlm.parallel import agreement, exit, mesh
 from avlm.parallel.mesh import World
 from avlm.timing import PartClock
 from avlm.weights_plan import pinned
@@ -69,7 +68,9 @@ def train_step(
 
 
 @torch.no_grad()
-def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World, step: int) -> dict[str, float]:
+def validate(
+    model: AVLM, stage: StageConfig, cfg: Config, world: World, log: metrics.Log, step: int
+) -> dict[str, float]:
     """Of each validation set the mean loss per target, the share of targets that are the likeliest token, and scores of
     generated answers if asked for.
 
@@ -87,8 +88,8 @@ def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World, step: i
             batch = next(rows, None)
             if world.sum([batch is not None])[0] == 0:
                 break
-            for key, reason in batch.skipped if batch and world.leads_row else ():
-                print(f"skipped sample {key} of {name}: {reason}", file=sys.stderr)
+            if batch and world.leads_row:
+                log.skipped(batch, f" of {name}")
             batch = parallel.own_part(batch or empty_batch(stage.data.seq_length, cfg.model), cfg, world)
             batch = batch.to(world.device)
             batch_loss, _, token_R = model(batch, predict=True)
@@ -133,7 +134,7 @@ def run_stage(
     log.restart_clock()
 
     # 2. Steps.
-    rows = world.share_rows(loader)
+    rows, unsaved = world.share_rows(loader), False
     last = min(stage.steps, at.stage_step + (cfg.train.stop_after or cfg.total_steps) - at.step)
     while at.stage_step < last:
         started = time.perf_counter()
@@ -144,8 +145,8 @@ def run_stage(
         counts = metrics.tally(own, costs) | {"stop": float(bool(stopping))}
         counts = dict(zip(counts, world.sum(list(counts.values()))))
         stop, read, skipped = (counts.pop(name) for name in ("stop", "read", "skipped"))
-        for key, reason in (bad for batch in own for bad in batch.skipped):
-            print(f"skipped sample {key}: {reason}", file=sys.stderr)
+        for batch in own:
+            log.skipped(batch)
         lr = optimizer.schedule(adam, stage.optimizer, at.stage_step, stage.steps)
         if cfg.debug.check_collectives:
             agreement.check_step(world, model, at.step, parts)
@@ -164,18 +165,25 @@ def run_stage(
         every = cfg.train.validate_every
         if stage.data.validation and every and (at.step % every == 0 or at.stage_step == stage.steps):
             log.flush()
-            results = validate(model, stage, cfg, world, at.step)
+            results = validate(model, stage, cfg, world, log, at.step)
             log.write([{"step": at.step, "stage": stage.name, **results}])
-            at = evaluation.judge(at, results, cfg.checkpoint.best)
+            before, at = at, evaluation.judge(at, results, cfg.checkpoint.best)
             mark = "  (the best so far)" if at.best_step == at.step else ""
             log.say("  ".join(f"{key} {value:.4f}" for key, value in results.items()) + mark)
             log.restart_clock()
-        if at.step % cfg.checkpoint.every == 0 or at.best_step == at.step or ends:
+        if at.step % cfg.checkpoint.every == 0 or at.best_step == at.step or ends or unsaved:
             log.flush()
-            saver.save(at, model, adam, loader.state() if world.leads_row else {})
+            failure = saver.save(at, model, adam, loader.state() if world.leads_row else {})
+            if failure and ends:
+                raise OSError(failure)
+            if failure and not unsaved:
+                log.say(f"warning: {failure}; the run goes on and tries again after the next step")
+            if failure and at.best_step == at.step:  # not kept, so a later one may be the best
+                at = replace(at, **{key: getattr(before, key) for key in ("best_step", "best_metric", "best_value")})
+            unsaved = bool(failure)
             log.restart_clock()
         if stop:
-            log.say(f"stopped by a signal after step {at.step}; the same command goes on from there")
+            log.say(f"stopped by a signal after step {at.step}; the same command continues from there")
             break
     return at
 
@@ -193,8 +201,7 @@ def main(cfg: Config) -> None:
     world.barrier()
     if world.is_first:
         checkpoint.write_durably(Path(cfg.output_dir) / "config.yaml", config_file.dump(cfg))
-    stopping: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
+    stopping = exit.listen()
 
     # 2. Model: shapes first (meta), then layout and memory, then values: a checkpoint's, or the start's.
     torch.manual_seed(cfg.seed + world.rank)  # ranks with other rows drop other inputs of adapters
@@ -227,9 +234,12 @@ def main(cfg: Config) -> None:
             break
         at, resume_from, loader_state = replace(at, stage=at.stage + 1, stage_step=0), None, None
     log.close()
+    stopped_by = max(world.gather(max(stopping, default=0)))
     mesh.stop()
     if lock is not None:
         lock.close()
+    if stopped_by and at.step < cfg.total_steps:
+        sys.exit(128 + stopped_by)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
         rank_00000.safetensors    torch's random state of that rank (CPU, and the GPU's when there is one)
         rank_00000.json           python's and numpy's
         loader_00000.json         where the loader of that data rank stands
-        complete                  marker, written last: step, stage and step within the stage, as JSON
+        complete                  marker, written last: where the run stands, and checksums of the small files (JSON)
     <run>/checkpoints/latest      name of the newest complete one
     <run>/checkpoints/best        name of the best one by checkpoint.best
 
@@ -13,31 +13,33 @@ A checkpoint folder is trusted like code; to share a model, export it (``python 
 """
 
 import dataclasses
+import functools
 import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
+from pydantic import ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.utils._pytree import tree_leaves
 
 from avlm import config_file
-from avlm.checkpoint_reader import Reader, cause_of
+from avlm.checkpoint_reader import MARKER, Reader, cause_of, digest, marker_text, read_checked, read_marker
 from avlm.config import CheckpointConfig, Config
 from avlm.data.redistribute import redistribute
+from avlm.model_config import config, shown
 from avlm.models.avlm import AVLM
 from avlm.parallel.mesh import World
 
-MARKER = "complete"
 
-
-@dataclasses.dataclass(frozen=True)
+@config
 class Progress:
     """Where a run stands: steps done over all stages, the stage it is in, steps done within it."""
 
@@ -83,8 +85,18 @@ def find(config: Config) -> tuple[Path | None, str]:
 
 
 def read_progress(path: Path, run: Path | None = None) -> Progress:
-    """Where a checkpoint stands. For another ``run`` that goes on from it, without the best step, which is not its."""
-    progress = Progress(**json.loads((path / MARKER).read_text()))
+    """Where a checkpoint stands. If ``run`` is another run that continues from it, the best step is dropped: it belongs
+    to the old run. ValueError for a marker that is damaged, or that lies."""
+    found = {key: value for key, value in read_marker(path).items() if key != "files"}
+    try:
+        progress = Progress(**found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path / MARKER}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if path.name.startswith("step_") and path.name != folder_of(path, progress.step).name:
+        raise ValueError(
+            f"{path / MARKER} says step {progress.step}: the folder has another name, or the file is damaged"
+        )
     if run is not None and path.resolve().parents[1] != run.resolve():
         return dataclasses.replace(progress, best_step=0, best_metric="", best_value=0.0)
     return progress
@@ -96,41 +108,83 @@ class Saver:
     def __init__(self, run: Path, config: CheckpointConfig, world: World):
         self.run, self.config, self.world = run, config, world
 
-    def save(self, progress: Progress, model: AVLM, optimizer: torch.optim.Optimizer, loader_state: dict) -> None:
-        """Write a checkpoint. On any failure, of any rank, the ones before stay as they are and OSError is raised."""
+    def save(self, progress: Progress, model: AVLM, optimizer: torch.optim.Optimizer, loader_state: dict) -> str:
+        """Write a checkpoint. Returns "", or why it could not be written, on every rank alike: the ones before are as
+        they were, and nothing is left of this one."""
         path = folder_of(self.run, progress.step)
+        tensors = state_tensors(model, optimizer)
+        files: dict[str, str] = {}
+        need = sum(tensor.nbytes for tensor in tree_leaves(tensors))
+        attempt = functools.partial(self._attempt, path, need)
+        failure = (
+            attempt(lambda: self._make_folder(path))
+            or attempt(lambda: files.update(_write_rank_state(path, self.world, loader_state)))
+            or attempt(lambda: dcp.save(tensors, checkpoint_id=path))
+        )
+        if failure:
+            return failure
+        files = dict(item for of_rank in self.world.gather(files) for item in of_rank.items())
+        return attempt(lambda: self._publish(path, progress, files))
+
+    def _make_folder(self, path: Path) -> None:
         if self.world.is_first:
             shutil.rmtree(path, ignore_errors=True)  # what an interrupted run left there
             path.mkdir(parents=True)
-        self.world.barrier()
-        self._attempt(path, lambda: _write_rank_state(path, self.world, loader_state))
-        self._attempt(path, lambda: dcp.save(state_tensors(model, optimizer), checkpoint_id=path))
-        if self.world.is_first:
-            write_durably(path / MARKER, json.dumps(dataclasses.asdict(progress)))
-            write_durably(path.parent / "latest", path.name)
-            done, best = complete_checkpoints(self.run), folder_of(self.run, progress.best_step)
-            if best in done:
-                write_durably(path.parent / "best", best.name)
-            for old in set(done[: -self.config.keep]) - {best}:
-                (old / MARKER).unlink()  # first, so that a half-removed one is not taken for complete
-                shutil.rmtree(old)
-        self.world.barrier()
 
-    def _attempt(self, path: Path, write: Callable[[], Any]) -> None:
-        """Write, and find out whether every rank could (a full disk, most often)."""
-        failure = None
+    def _publish(self, path: Path, progress: Progress, files: dict[str, str]) -> None:
+        """The marker makes a checkpoint complete; then older ones go."""
+        if not self.world.is_first:
+            return
+        files = {**files, ".metadata": digest((path / ".metadata").read_bytes())}
+        write_durably(path / MARKER, marker_text(dataclasses.asdict(progress), files))
+        write_durably(path.parent / "latest", path.name)
+        done, best = complete_checkpoints(self.run), folder_of(self.run, progress.best_step)
+        if best in done:
+            write_durably(path.parent / "best", best.name)
+        for old in set(done[: -self.config.keep]) - {best}:
+            (old / MARKER).unlink()  # first, so that a half-removed one is not taken for complete
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _attempt(self, path: Path, need: int, write: Callable[[], Any]) -> str:
+        """Write, and find out whether every rank could (a full disk, most often): "" or why not, on all ranks.
+
+        Only errors that leave every rank at the same place are caught: those of files, and DCP's own, which it raises
+        on all ranks. Any other may come from the middle of a collective, as that of a data worker that died does: it
+        ends this rank, and with it the others, which wait in there.
+        """
+        reason = ""
         try:
             write()
-        except (Exception, CheckpointException) as error:
-            failure = error
-        if self.world.sum([float(failure is not None)])[0] == 0:
-            return
+        except (OSError, CheckpointException) as error:
+            reason = _reason(error, path, need)
+        reasons = [each for each in self.world.gather(reason) if each]
+        if not reasons:
+            return ""
         if self.world.is_first:
             shutil.rmtree(path, ignore_errors=True)
         done = complete_checkpoints(self.run)
         kept = f"the newest complete checkpoint is {done[-1]}" if done else "there is no earlier checkpoint"
-        cause = cause_of(failure) if failure else "another rank failed"
-        raise OSError(f"could not write checkpoint {path}: {cause}; {kept}")
+        return f"could not write checkpoint {path}: {reasons[0]}; {kept}"
+
+
+def _reason(error: BaseException, path: Path, need: int) -> str:
+    """Why a checkpoint of ``need`` bytes could not be written: PyTorch's zip writer never names a full disk."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror.lower()
+    free = shutil.disk_usage(path.parent).free
+    if free < need:
+        return f"no space left on device ({free / 2**20:.0f} MiB are free, {need / 2**20:.0f} are needed)"
+    return cause_of(error)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it arose from; DCP's own has one of each rank that failed."""
+    while error is not None:
+        yield error
+        for failed, _ in error.failures.values() if isinstance(error, CheckpointException) else ():
+            yield from _causes(failed)
+        error = error.__cause__ or error.__context__
 
 
 def load(path: Path, model: AVLM, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -151,7 +205,11 @@ def load_random_state(path: Path, world: World) -> None:
     than before it stays that of the seed."""
     if len(list(path.glob("rank_*.json"))) != world.size:
         return
-    tensors = load_file(path / f"rank_{world.rank:05d}.safetensors")
+    file = path / f"rank_{world.rank:05d}.safetensors"
+    try:
+        tensors = safetensors.torch.load(read_checked(file))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {cause_of(error)}") from None
     torch.set_rng_state(tensors["cpu"])
     if world.device.type == "cuda" and "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"], world.device)
@@ -172,9 +230,12 @@ def read_loader_state(path: Path, world: World) -> dict[str, Any]:
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        state = json.loads(read_checked(path))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {cause_of(error)}") from None
+    if not isinstance(state, dict):  # null would start the data from its beginning
+        raise ValueError(f"{path} holds no state but {shown(str(state))}: remove this checkpoint folder")
+    return state
 
 
 def is_run(path: Path) -> bool:
@@ -216,23 +277,29 @@ def state_tensors(model: AVLM, optimizer: torch.optim.Optimizer | None = None) -
     return tensors
 
 
-def _write_rank_state(path: Path, world: World, loader_state: dict) -> None:
+def _write_rank_state(path: Path, world: World, loader_state: dict) -> dict[str, str]:
+    """The small files of this rank; file name -> checksum."""
     tensors = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
         tensors["cuda"] = torch.cuda.get_rng_state(world.device)
-    save_file(tensors, path / f"rank_{world.rank:05d}.safetensors")
     name, keys, *rest = np.random.get_state()
     state = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
-    write_durably(path / f"rank_{world.rank:05d}.json", json.dumps(state))
+    files = {
+        f"rank_{world.rank:05d}.safetensors": safetensors.torch.save(tensors),
+        f"rank_{world.rank:05d}.json": json.dumps(state).encode(),
+    }
     if world.leads_row:
-        write_durably(path / f"loader_{world.data_rank:05d}.json", json.dumps(loader_state))
+        files[f"loader_{world.data_rank:05d}.json"] = json.dumps(loader_state).encode()
+    for name, content in files.items():
+        write_durably(path / name, content)
+    return {name: digest(content) for name, content in files.items()}
 
 
-def write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, content: str | bytes) -> None:
     """Replace a file in one step, on disk before it takes the name."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        file.write(text)
+    with open(partial, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)

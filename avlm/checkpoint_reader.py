@@ -1,13 +1,19 @@
-"""Reads checkpoints of torch.distributed.checkpoint (DCP) without running code that they hold.
+"""Reads checkpoints of torch.distributed.checkpoint (DCP) without running code that they hold, and notices damage.
 
 DCP pickles its index, ``.metadata``, and unpickles whatever it finds there. Ours are indexes of tensors: a few classes,
 listed here, and nothing else is built. The tensors themselves DCP reads with ``weights_only``.
+
+Damage: the marker ``complete`` has a checksum of itself and of every small file. The large ones, ``*.distcp``, are rows
+of zip files, one for each tensor, whose CRC-32 is checked for each tensor that is read.
 """
 
+import hashlib
 import io
+import json
 import pickle
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -17,6 +23,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from avlm.model_config import shown
 
+MARKER = "complete"
+DAMAGED = "it is not what was written: remove this checkpoint folder to continue from an earlier one"
 METADATA = "torch.distributed.checkpoint.metadata"
 CLASSES = dict.fromkeys(("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"), METADATA)
 CLASSES |= dict.fromkeys(("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"), METADATA)
@@ -29,15 +37,68 @@ class Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
+        content = read_checked(path)
         try:
-            metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+            metadata = _Unpickler(io.BytesIO(content)).load()
             _check(metadata)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         except Exception as error:  # a pickle that is damaged fails with any of Python's own
             raise ValueError(f"{path} is no index of a checkpoint: {cause_of(error)}") from None
         metadata.storage_meta = None
         return metadata
+
+    def _slice_file(self, file: IO[bytes], place: _StorageInfo) -> IO[bytes]:
+        """The zip file of one tensor. torch.load does not compare its contents with their CRC-32."""
+        content = io.BytesIO(super()._slice_file(file, place).read())  # DCP's own view seeks wrongly from its end
+        try:
+            damaged = zipfile.ZipFile(content).testzip()
+        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+            damaged = cause_of(error)
+        if damaged:
+            raise ValueError(f"{Path(self.path) / place.relative_path} is damaged ({damaged}): {DAMAGED}")
+        content.seek(0)
+        return content
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def read_marker(path: Path) -> dict[str, Any]:
+    """The marker of the checkpoint ``path``; ValueError where it is damaged, or names files that are not there."""
+    marker = path / MARKER
+    try:
+        found = json.loads(marker.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{marker} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{marker} is not valid JSON: {cause_of(error)}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{marker} holds no keys but {shown(str(found))}")
+    checksum = found.pop("checksum", None)
+    if checksum is not None and checksum != digest(json.dumps(found).encode()):
+        raise ValueError(f"{marker} is damaged: {DAMAGED}")
+    for name in found.get("files", {}):
+        if not (path / name).is_file():
+            raise ValueError(f"{path} lacks {name}, which its marker names: {DAMAGED}")
+    return found
+
+
+def marker_text(progress: dict[str, Any], files: dict[str, str]) -> str:
+    content = {**progress, "files": files}
+    return json.dumps({**content, "checksum": digest(json.dumps(content).encode())})
+
+
+def read_checked(file: Path) -> bytes:
+    """A small file of a checkpoint. ValueError unless it is the one whose checksum the marker has, where it has one:
+    checkpoints of earlier versions have none."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    written = read_marker(file.parent).get("files", {}).get(file.name) if (file.parent / MARKER).is_file() else None
+    if written is not None and written != digest(content):
+        raise ValueError(f"{file} is damaged: {DAMAGED}")
+    return content
 
 
 class _Unpickler(pickle.Unpickler):
@@ -76,5 +137,7 @@ def cause_of(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return (
-        shown(line) if line and not isinstance(error, LookupError) else f"{type(error).__name__} {shown(line)}".strip()
+        shown(line, 400)
+        if line and not isinstance(error, LookupError)
+        else f"{type(error).__name__} {shown(line)}".strip()
     )

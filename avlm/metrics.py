@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl, console lines, wandb, and the curves of ``python -m avlm.metrics RUN``."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -19,13 +20,11 @@ from avlm import flops, timing
 from avlm.config import Config
 from avlm.config_file import to_dict
 from avlm.data.batch import KINDS, Batch
+from avlm.model_config import shown
 from avlm.models.avlm import AVLM
 from avlm.parallel import compute_dtype
+from avlm.parallel.exit import NonFiniteLoss, one_line_errors
 from avlm.parallel.mesh import World
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient norm became NaN or infinite."""
 
 
 class Log:
@@ -40,6 +39,8 @@ class Log:
         self.keys: list[list[str]] = []  # sample keys of this rank, per row
         self.marks: list[list[timing.Mark]] = []  # where the step's time went on this rank, per row
         self.timed_from = time.perf_counter()
+        self.unwritten: list[dict[str, Any]] = []  # while the disk is full
+        self.bad: set[str] = set()  # keys of samples that were said to be skipped
         # A share of the bf16 peak says nothing of steps in float32.
         is_bf16 = compute_dtype(config, world.device) == torch.bfloat16
         self.peak = flops.peak(world.device) if is_bf16 else None
@@ -99,13 +100,25 @@ class Log:
         self.timed_from = time.perf_counter()
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Append rows and put them on disk."""
+        """Append rows and put them on disk. Where that is full they wait for the next ones."""
         if not self.world.is_first:
             return
-        with open(self.path, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
+        rows, waited = [*self.unwritten, *rows], bool(self.unwritten)
+        with open(self.path, "ab") as file:
+            end = file.tell()
+            try:
+                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                os.truncate(self.path, end)
+                self.unwritten = rows
+                if not waited:
+                    self.say(f"warning: {self.path}: {error.strerror.lower()}; its lines wait until there is room")
+                return
+        self.unwritten = []
         if self.run is not None:
             for row in rows:
                 self.run.log(row, step=row["step"])
@@ -113,12 +126,28 @@ class Log:
     def say(self, line: str) -> None:
         """One line for the person at the terminal, from the first rank."""
         if self.world.is_first:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            self._print(line, sys.stdout)
+
+    def skipped(self, batch: Batch, where: str = "") -> None:
+        """Name the samples of a row that were skipped, from each rank its own, each once however often it is read."""
+        for key, reason in batch.skipped:
+            if key not in self.bad:
+                self.bad.add(key)
+                self._print(f"skipped sample {key}{where}: {reason}", sys.stderr)
+
+    def _print(self, line: str, file: TextIO) -> None:
+        try:
+            tqdm.write(line, file=file)
+            file.flush()
+        except OSError as error:
+            if error.errno != errno.EIO:  # a terminal that was closed; the signal that says so comes by itself
+                raise
 
     def close(self) -> None:
         if self.world.is_first:
             self.bar.close()
+            if self.unwritten:
+                raise OSError(f"no space left for the last {len(self.unwritten)} lines of {self.path}")
             if self.run is not None:
                 self.run.finish()
 
@@ -173,7 +202,7 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Drop the rows after ``step``: a resumed run writes them again. A line that a crash cut in two goes as well."""
+    """Drop the rows after ``step``: a resumed run writes them again. What a crash left half-written goes as well."""
     rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -181,10 +210,22 @@ def _cut(path: Path, step: int) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, without a last line that is not whole. ValueError for any other that is no row."""
     if not path.is_file():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(lines, 1):
+        if not line.strip(b"\0 \t\r"):  # blocks that a power cut left empty
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} is not valid JSON ({shown(str(error))}): remove it") from None
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise ValueError(f"{path}, line {number} is no row with a step: remove it")
+        rows.append(row)
+    return rows
 
 
 def describe(model: AVLM) -> str:
@@ -200,8 +241,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     from avlm.plots import plot  # slow to import, and only for this
 
-    try:
+    with one_line_errors():
         print(plot(arguments.run))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -1,7 +1,7 @@
 """The curves of a run, drawn by ``python -m avlm.metrics RUN``: one picture with what to look at first."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from avlm.metrics import read_rows
 
 Row = dict[str, Any]
+SPAN = 5  # steps to either side that a mean takes in
 
 
 def plot(run: Path) -> Path:
@@ -31,6 +32,7 @@ def plot(run: Path) -> Path:
         panel.tick_params(labelbottom=True)  # the panel below may be hidden
     for panel in axes[-1]:
         panel.set_xlabel("step")
+    figure.suptitle(f"{run}: thin lines are steps, bold ones means of {2 * SPAN + 1} steps around each", fontsize=10)
     figure.tight_layout()
     figure.savefig(run / "metrics.png", dpi=110)
     pyplot.close(figure)
@@ -48,7 +50,7 @@ def _loss(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
 
 
 def _optimizer(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
-    _curve(axes, steps, lambda row: row["lr"], "learning rate", "C0", smooth=0.0)
+    _curve(axes, steps, lambda row: row["lr"], "learning rate", "C0", span=0)
     axes.set(ylabel="learning rate", title="learning rate and gradient norm")
     other = axes.twinx()
     _curve(other, steps, lambda row: row["grad_norm"], "gradient norm", "C1")
@@ -121,16 +123,19 @@ def _curve(
     colour: str,
     width: float = 1.1,
     style: str = "-",
-    smooth: float = 0.9,
+    span: int = SPAN,
 ) -> None:
-    """One value over the steps, smoothed within each stage; steps that lack it are left out."""
+    """One value over the steps, and bolder its mean within each stage; steps that lack it are left out."""
     for _, stage in itertools.groupby(steps, key=lambda row: row["stage"]):
         points = [(row["step"], value(row)) for row in stage]
         points = [(step, y) for step, y in points if y is not None]
-        if points:
-            x, y = zip(*points)
-            axes.plot(x, list(_smooth(y, smooth)), color=colour, lw=width, ls=style, label=label)
-            label = "_"  # once in the legend
+        if not points:
+            continue
+        x, y = zip(*points)
+        if span:
+            axes.plot(x, y, color=colour, lw=0.5, alpha=0.35)
+        axes.plot(x, centred_means(y, span), color=colour, lw=width, ls=style, label=label)
+        label = "_"  # once in the legend
 
 
 def _legend(axes: Axes, other: Axes) -> None:
@@ -139,8 +144,12 @@ def _legend(axes: Axes, other: Axes) -> None:
     axes.legend(handles=lines, fontsize=8)
 
 
-def _smooth(values: Iterable[float], weight: float) -> Iterable[float]:
-    return itertools.accumulate(values, lambda mean, value: weight * mean + (1 - weight) * value)
+def centred_means(values: Sequence[float], span: int) -> list[float]:
+    """Of each value and up to ``span`` to either side, as many on the left as on the right: the mean lies on a straight
+    line where the values do, and begins and ends with their first and last."""
+    sums = list(itertools.accumulate(values, initial=0.0))
+    reach = [min(span, i, len(values) - 1 - i) for i in range(len(values))]
+    return [(sums[i + n + 1] - sums[i - n]) / (2 * n + 1) for i, n in enumerate(reach)]
 
 
 def _mark_stages(axes: Axes, steps: list[Row]) -> None:

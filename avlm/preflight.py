@@ -1,27 +1,21 @@
 """Everything that can be known to be wrong before ranks start, and the errors that a person sees."""
 
-import contextlib
-import fcntl
 import functools
 import math
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
-from avlm import config_file, memory, weights_plan
+from avlm import config_file, locks, memory, weights_plan
 from avlm.checkpoint import complete_checkpoints, find
 from avlm.config import Config, StageConfig
 from avlm.freezing import trained_names
 from avlm.layout import layout_of
 from avlm.memory import GIB
-from avlm.metrics import NonFiniteLoss
 from avlm.parallel import mesh
 from avlm.parallel.context_attention import choose_mode
+from avlm.parallel.exit import one_line_errors as one_line_errors  # commands find it here
 from avlm.parallel.mesh import World
 from avlm.parallel.tensor import check_sizes
 from avlm.preflight_data import check_data
@@ -160,9 +154,7 @@ def claim(config: Config, world: World) -> IO[str] | None:
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+")  # noqa: SIM115  (held until the run ends)
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would live on in forked loader workers
-        except (BlockingIOError, PermissionError):
+        if not locks.lock(lock, wait=False):
             lock.seek(0)
             failure = f"{folder} belongs to a run that is live ({lock.read().strip()}): wait for it, or set output_dir"
     if world.sum([float(bool(failure))])[0]:
@@ -279,44 +271,3 @@ def _turned(config: Config, key: str, value: Any, world_size: int) -> Config | N
     except ValueError:
         return None
     return changed
-
-
-# What gloo, the rendezvous store and NCCL say of a rank that is gone.
-LOST_RANK = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed", "remote process exited")
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Print what a user got wrong as one line, without a traceback, and exit with 2. A rank that only lost another
-    says so in one line, as the other's own error is the one to read; what is neither keeps its traceback. A rank that
-    is part of a group leaves at once, as the others may wait for it in a collective."""
-    try:
-        yield
-        if mesh.ranks()[1] > 1:
-            # Threads of gloo may still be running; one that outlives the interpreter's own end aborts the process,
-            # and the launcher would call a finished run failed.
-            sys.stdout.flush()
-            os._exit(0)
-    except Exception as error:
-        started, (rank, size) = torch.distributed.is_initialized(), mesh.ranks()
-        lost = _lost_rank(error)
-        if not lost and not isinstance(error, ValueError | OSError | NonFiniteLoss):
-            if not started:
-                raise
-            sys.excepthook(type(error), error, error.__traceback__)  # torch's, which puts the rank before every line
-            sys.stderr.flush()
-            os._exit(1)
-        if not started and rank > 0:
-            time.sleep(2)  # most often the first rank says the same, and the launcher ends this one before it wakes up
-        where = f" (rank {rank})" if size > 1 and (started or rank > 0) else ""
-        print(f"error{where}: {lost or ' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        os._exit(2) if started else sys.exit(2)
-
-
-def _lost_rank(error: Exception) -> str:
-    """What to say of an error that is no more than another rank being gone; nothing of any other."""
-    cause = error.__cause__ or error  # reading a checkpoint names the checkpoint
-    text = str(cause).partition("\n")[0]
-    if not isinstance(cause, RuntimeError) or not any(phrase in text for phrase in LOST_RANK):
-        return ""
-    return f"another rank ended, look for its own error ({text.partition('] ')[2] or text})"

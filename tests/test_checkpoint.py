@@ -1,12 +1,16 @@
 """Saving and loading in process; tests/test_train.py kills and resumes whole runs."""
 
+import errno
+import re
 import resource
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from avlm import checkpoint, optimizer, parallel
+from avlm import checkpoint, optimizer, parallel, weights_sources
 from avlm.checkpoint import Progress, Saver
 from avlm.config import CheckpointConfig
 from avlm.models.avlm import AVLM
@@ -57,19 +61,123 @@ def fail_on_one_rank(cfg, folder):
     saver.save(Progress(step=1), model, adam, {})
     if world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    try:
-        saver.save(Progress(step=2), model, adam, {"large": "x" * 2000})
-    except OSError as error:
-        message = str(error)
+    message = saver.save(Progress(step=2), model, adam, {"large": "x" * 2000})
     mesh.stop()
     return message
 
 
 def test_a_full_disk_of_one_rank_is_heard_of_by_all_and_harms_nothing(tmp_path):
     first, second = run_ranks(fail_on_one_rank, 2, make_config(), str(tmp_path))
-    assert "another rank failed" in first and "step_00000001" in first
-    assert "File too large" in second
+    assert first == second and "step_00000002: file too large; the newest complete checkpoint is" in first
     assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000001"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint of one process."""
+    folder = tmp_path_factory.mktemp("saved")
+    run_ranks(save_once, 1, make_config(), str(folder))
+    [path] = checkpoint.complete_checkpoints(folder)
+    return path
+
+
+def save_once(cfg, folder):
+    world, model = build(cfg)
+    adam = optimizer.build(model, cfg.stages[0].optimizer)
+    assert not Saver(Path(folder), CheckpointConfig(), world).save(Progress(step=3), model, adam, {"workers": 1})
+    mesh.stop()
+
+
+def flip(content: bytes, place: float) -> bytes:
+    """One bit, at this part of the way."""
+    at = int(len(content) * place)
+    return content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]
+
+
+def read_all(path):
+    world = SimpleNamespace(rank=0, size=1, data_rank=0, data_size=1, device=torch.device("cpu"))
+    checkpoint.read_progress(path)
+    checkpoint.load_random_state(path, world)
+    checkpoint.read_loader_state(path, world)
+    checkpoint.load(path, AVLM(make_config().model))
+
+
+@pytest.mark.parametrize("place", [0.01, 0.4, 0.9])
+@pytest.mark.parametrize(
+    "name", [".metadata", "rank_00000.safetensors", "rank_00000.json", "loader_00000.json", "complete"]
+)
+def test_a_flipped_bit_in_a_small_file_of_a_checkpoint_is_noticed(saved, tmp_path, name, place):
+    path = shutil.copytree(saved, tmp_path / saved.name)
+    read_all(path)
+    (path / name).write_bytes(flip((path / name).read_bytes(), place))
+    with pytest.raises(ValueError, match=re.escape(str(path / name))):
+        read_all(path)
+
+
+def test_a_flipped_bit_in_any_stored_weight_is_noticed(saved, tmp_path):
+    for i, stored in enumerate(weights_sources.open_checkpoint(saved).values()):
+        path = shutil.copytree(saved, tmp_path / str(i) / saved.name)
+        [place] = [info for index, info in stored.reader.storage_data.items() if index.fqn == stored.name]
+        file = path / place.relative_path
+        content = file.read_bytes()
+        of_tensor = content[place.offset : place.offset + place.length]
+        at = of_tensor.find(stored[:].numpy().tobytes()) + 2
+        assert at > 2
+        changed = of_tensor[:at] + bytes([of_tensor[at] ^ 0x10]) + of_tensor[at + 1 :]
+        file.write_bytes(content[: place.offset] + changed + content[place.offset + place.length :])
+        with pytest.raises(ValueError, match=r"__0_0.distcp is damaged \(archive/data/0\): it is not what was written"):
+            read_all(path)
+        if i == 2:
+            break
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("complete", b"", "complete is not valid JSON"),
+        ("complete", b"null", "complete holds no keys but None"),
+        ("complete", b'{"step": 3, "x": 1}', "complete: x: "),
+        ("complete", b'{"step": "3"}', "complete: step: "),
+        ("complete", b'{"step": 4}', "complete says step 4"),
+        ("complete", b"[" * 10**5, "complete is not valid JSON"),
+        ("complete", b'{"step": 3, "files": {"loader_00001.json": ""}}', "lacks loader_00001.json"),
+        ("loader_00000.json", b"null", "loader_00000.json holds no state but None"),
+        ("loader_00000.json", b"[" * 10**5, "loader_00000.json is not valid JSON"),
+        ("rank_00000.safetensors", b"\0" * 9, "rank_00000.safetensors cannot be read"),
+    ],
+)
+def test_files_of_an_older_checkpoint_that_are_not_what_they_should_be_are_named(
+    saved, tmp_path, name, content, message
+):
+    """Those had no checksums."""
+    path = shutil.copytree(saved, tmp_path / saved.name)
+    (path / "complete").write_text('{"step": 3}')
+    read_all(path)
+    (path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_all(path)
+
+
+def test_a_full_disk_is_called_so(monkeypatch, tmp_path):
+    """What PyTorch's zip writer says of it is "unexpected pos 704 vs 598"."""
+    writer = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert "unexpected pos" in checkpoint._reason(writer, tmp_path / "step", need=1)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    found = checkpoint._reason(writer, tmp_path / "step", need=2**30)
+    assert found == "no space left on device (1 MiB are free, 1024 are needed)"
+    wrapped = checkpoint.CheckpointException("write", {1: (OSError(errno.EDQUOT, "Disk quota exceeded"), None)})
+    assert checkpoint._reason(wrapped, tmp_path / "step", need=2**30) == "disk quota exceeded"
+
+
+def test_only_errors_that_all_ranks_can_agree_on_are_agreed_on(monkeypatch, tmp_path):
+    """A data worker that dies raises in whatever the process is doing, which may be a collective of dcp.save."""
+
+    def dies(*arguments, **options):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(checkpoint.dcp, "save", dies)
+    with pytest.raises(AssertionError, match="RuntimeError: DataLoader worker"):
+        run_ranks(save_once, 1, make_config(), str(tmp_path), method="fork")
 
 
 def refuse_other_weights(cfg, other, folder):

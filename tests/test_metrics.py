@@ -1,10 +1,15 @@
 """metrics.jsonl survives a crash, and its plot shows every stage."""
 
+import errno
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from avlm import metrics, plots
+from avlm.models.avlm import AVLM
+from tests.parallel.small import make_config, make_rows
 
 
 def rows(steps):
@@ -22,6 +27,60 @@ def test_a_resume_cuts_the_rows_that_it_writes_again(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(range(1, 9))))
     metrics._cut(path, 5)
     assert [row["step"] for row in metrics.read_rows(path)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "line", [b"[1]", b'{"a": 1}', b'{"step": "x"}', b'{"st', b'{"step": 1, "a": "\xff"}', b"[" * 10**5]
+)
+def test_a_line_in_the_middle_that_is_no_row_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 .*: remove it$"):
+        metrics.read_rows(path)
+
+
+def test_blocks_that_a_power_cut_left_empty_are_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + b"\0" * 20 + b'\n\n{"step": 2}\n')
+    assert [row["step"] for row in metrics.read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.fixture
+def log(tmp_path):
+    cfg = make_config(output_dir=str(tmp_path))
+    world = SimpleNamespace(is_first=True, size=1, device=torch.device("cpu"))
+    return metrics.Log(cfg, world, AVLM(cfg.model), 0)
+
+
+def test_rows_wait_while_the_disk_is_full(log, monkeypatch, capsys):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log.write([{"step": 1}])
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.os, "fsync", full)
+        log.write([{"step": 2}])
+        log.write([{"step": 3}])
+    assert [row["step"] for row in metrics.read_rows(log.path)] == [1]
+    assert capsys.readouterr().out.count("no space left on device") == 1
+    log.write([{"step": 4}])
+    assert [row["step"] for row in metrics.read_rows(log.path)] == [1, 2, 3, 4]
+
+
+def test_a_bad_sample_is_named_once_however_often_it_is_read(log, capsys):
+    [row] = make_rows(make_config(), ["text"])
+    row.skipped.extend([("a:1", "no picture"), ("a:2", "no picture"), ("a:1", "no picture")])
+    log.skipped(row)
+    log.skipped(row)
+    assert capsys.readouterr().err == "skipped sample a:1: no picture\nskipped sample a:2: no picture\n"
+
+
+def test_a_curve_is_drawn_where_its_values_are():
+    line = [float(i) for i in range(40)]
+    assert plots.centred_means(line, 5) == pytest.approx(line)
+    falling = [0.9**i for i in range(40)]
+    means = plots.centred_means(falling, 5)
+    assert (means[0], means[-1]) == pytest.approx((falling[0], falling[-1]))
+    assert means[20] == pytest.approx(sum(falling[15:26]) / 11)
 
 
 def test_the_plot_shows_every_curve_once_and_wants_steps(tmp_path, monkeypatch):
@@ -43,5 +102,6 @@ def test_the_plot_shows_every_curve_once_and_wants_steps(tmp_path, monkeypatch):
     assert labels[2] == ["tokens/s without padding", "wait for data", "padding"]
     assert labels[3] == ["tokens/image", "tokens/audio", "flops/decoder"]
     assert labels[4:] == [["seconds/decoder", "seconds/other"], ["val/x/wer"]]
-    decoder = figures[0].axes[4].lines[0].get_ydata()
+    assert "bold ones means of 11 steps" in figures[0].get_suptitle()
+    decoder = figures[0].axes[4].lines[1].get_ydata()
     assert decoder == pytest.approx([75.0] * len(decoder))

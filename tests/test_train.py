@@ -26,6 +26,21 @@ STAGES = [
 ]
 
 
+TEXT_STAGE = {"name": "words", "train": ["decoder"]}
+WORDS = TREE["model"] | {"decoder": TREE["model"]["decoder"] | {"vocab_size": 400}}
+
+
+def text_data(folder: Path) -> dict:
+    """Settings of a set that worker processes read."""
+    turns = [{"role": "user", "content": "hello?"}, {"role": "assistant", "content": "one two"}]
+    (folder / "text.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 24)
+    tokenizer = str(write_tokenizer(folder / "tokenizer"))
+    return {
+        **{"train": str(folder / "text.jsonl"), "tokenizer": tokenizer, "template": "chatml"},
+        **{"seq_length": 64, "num_workers": 2},
+    }
+
+
 def write_config(folder: Path, **changes) -> Path:
     tree = {
         **TREE,
@@ -165,15 +180,24 @@ def test_files_are_trained_validated_answered_and_resumed(tmp_path):
     assert losses(tmp_path)[12] < losses(tmp_path)[1]
 
 
-def test_sigterm_saves_and_ends_cleanly(tmp_path):
-    path = write_config(tmp_path, stages=[{**STAGES[0], "steps": 100000}])
-    process = subprocess.Popen(command(path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_and_ends(tmp_path, number):
+    """SIGTERM to the process alone; the others to its whole group, data workers and launcher too, as terminals and
+    many schedulers send them."""
+    ranks = 2 if number == signal.SIGHUP else 1
+    path = write_config(tmp_path, data=text_data(tmp_path), model=WORDS, stages=[{**TEXT_STAGE, "steps": 100000}])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command(path, ranks=ranks), cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
     wait_until(lambda: len(metrics.read_rows(tmp_path / "run" / "metrics.jsonl")) >= 3 or process.poll() is not None)
-    refused = run(path)
-    assert refused.returncode == 2 and "belongs to a run that is live" in refused.stderr
-    process.send_signal(signal.SIGTERM)
+    if number == signal.SIGTERM:
+        refused = run(path)
+        assert refused.returncode == 2 and "belongs to a run that is live" in refused.stderr
+        process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert process.returncode == (128 + number if ranks == 1 else 1), err  # torchrun has a code of its own
+    assert "error" not in err.lower() or ranks == 2
     newest = checkpoint.complete_checkpoints(tmp_path / "run")[-1]
     assert checkpoint.read_progress(newest).step == max(losses(tmp_path))
     assert "stopped by a signal after step" in out
@@ -191,17 +215,36 @@ def test_a_half_written_checkpoint_is_passed_over_and_said(tmp_path):
     assert max(losses(tmp_path)) == 12
 
 
-def test_a_disk_that_fills_leaves_the_previous_checkpoint(tmp_path):
+def test_a_run_goes_on_while_its_disk_is_full(tmp_path):
     """A limit on the size of a file stands for the full disk: a write fails in the middle, with the system's error."""
-    path = write_config(tmp_path)
+    path = write_config(tmp_path, stages=[{**STAGES[0], "steps": 200}], checkpoint={"every": 4, "keep": 1000})
     assert run(path, "train.stop_after=4").returncode == 0
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    result = run(path, preexec_fn=limit)
-    assert result.returncode == 2
-    assert "could not write checkpoint" in result.stderr and "step_00000004" in result.stderr.splitlines()[-1]
-    assert [p.name for p in checkpoint.complete_checkpoints(tmp_path / "run")] == ["step_00000004"]
-    assert run(path).returncode == 0
-    assert max(losses(tmp_path)) == 12
+    small, none = 100_000, resource.RLIM_INFINITY
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (small, none))
+    full = run(path, "train.stop_after=8", preexec_fn=limit)
+    line = full.stderr.splitlines()[-1]
+    assert full.returncode == 2 and line.startswith("error: could not write checkpoint")
+    assert line.endswith("the newest complete checkpoint is " + str(tmp_path / "run/checkpoints/step_00000004"))
+
+    process = subprocess.Popen(
+        command(path), cwd=ROOT, env=ENVIRONMENT, preexec_fn=limit, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("warning: could not write checkpoint"):
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (none, none))  # somebody makes room
+            break
+    assert "step_00000008: " in line and "tries again after the next step" in line
+    process.communicate(timeout=240)
+    assert process.returncode == 0
+    steps = [checkpoint.read_progress(each).step for each in checkpoint.complete_checkpoints(tmp_path / "run")]
+    assert steps[0] == 4 and steps[-1] == 200 and steps[1] > 8, "tried again until there was room"
+    assert [step for step in steps if step > 100] == list(range(104, 201, 4))
+
+
+def test_the_end_of_a_pipe_is_no_error(tmp_path):
+    shown = f"{sys.executable} train.py {write_config(tmp_path)} --print | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", shown], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from avlm import checkpoint, metrics, preflight
+from avlm.parallel import exit
 from tests.data.media import image_file, picture, write_tokenizer
 from tests.parallel.small import TREE, make_config
 from tests.parallel.spawn import run_ranks
@@ -225,12 +226,21 @@ def test_ranks_that_were_started_with_another_config_are_named(tmp_path):
 
 
 def test_an_error_that_only_a_later_rank_has_is_said_by_it(monkeypatch, capsys):
-    monkeypatch.setattr(preflight.mesh, "ranks", lambda: (3, 4))
-    monkeypatch.setattr(preflight.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(exit.mesh, "ranks", lambda: (3, 4))
+    monkeypatch.setattr(exit.time, "sleep", lambda seconds: None)
     with pytest.raises(SystemExit) as ended, preflight.one_line_errors():
         raise FileNotFoundError("no data at /scratch/train.jsonl")
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error (rank 3): no data at /scratch/train.jsonl\n"
+
+
+def test_a_data_worker_that_died_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended, preflight.one_line_errors():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert ended.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: a data worker ended (DataLoader worker (pid 7) is killed by signal: Killed.)")
+    assert line.count("\n") == 1
 
 
 def test_an_error_of_the_program_keeps_its_traceback():

@@ -15,7 +15,6 @@ import collections
 import concurrent.futures
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import io
 import json
@@ -31,6 +30,7 @@ from pathlib import Path
 import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from avlm import locks
 from avlm.config import Config
 from avlm.data.demo_bank import FOLDER, load
 from avlm.data.demo_bank.shards import write_shard
@@ -97,7 +97,7 @@ def build(out_dir: str | Path, seed: int = 1, sets: dict[str, dict[str, int]] = 
         return out_dir
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with open(out_dir.parent / f".{out_dir.name}.lock", "w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)  # falls with this process, whatever its workers do
+        locks.lock(lock, wait=True)  # falls with this process, whatever its workers do
         found = read_recipe(out_dir)
         if found == recipe:
             return out_dir

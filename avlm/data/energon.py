@@ -8,6 +8,7 @@ A sample that cannot be used is not dropped where that is found out: it goes thr
 counted in the row that it lands in. So the counts survive a resume like the samples do.
 """
 
+import functools
 import gc
 import tarfile
 import warnings
@@ -34,6 +35,7 @@ from megatron.energon.flavors import EmptyDatasetError
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
 from avlm.config import DataConfig
+from avlm.data import worker
 from avlm.data.batch import Batch
 from avlm.data.chat import Tokenizer
 from avlm.data.energon_source import check_source
@@ -248,6 +250,7 @@ def _loader(source: str, *, train: bool, **options: Any) -> SavableDataLoader:
         )
     loader.generator = torch.Generator()  # iter(DataLoader) would draw from the global one
     loader.pin_memory = torch.cuda.is_available()
+    loader.worker_init_fn = functools.partial(worker.start, then=loader.worker_init_fn)
     return loader
 
 

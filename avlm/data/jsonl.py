@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from avlm.config import DataConfig
+from avlm.data import worker
 from avlm.data.batch import Batch
 from avlm.data.chat import Tokenizer
 from avlm.data.packing import pack, select
@@ -137,12 +138,13 @@ class JsonlLoader:
             num_workers=self.num_workers,  # torch runs each with one thread
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # iter(DataLoader) would draw from the global one
+            worker_init_fn=worker.start,
         )
-        for worker, batch, state in loader:
+        for slot, batch, state in loader:
             if isinstance(batch, str):
                 raise ValueError(batch)
-            self._slots[worker] = state
-            self._turn = (worker + 1) % len(self._slots)
+            self._slots[slot] = state
+            self._turn = (slot + 1) % len(self._slots)
             yield batch
 
     def state(self) -> dict[str, Any]:
@@ -168,30 +170,52 @@ class RowStream(IterableDataset):
     def __iter__(self) -> Iterator[tuple[int, Batch | str, dict]]:
         # torch asks process 0 first: after a resume that process plays the worker whose turn it is.
         info = get_worker_info()
-        worker = ((info.id if info else 0) + self.turn) % len(self.slots)
+        slot = ((info.id if info else 0) + self.turn) % len(self.slots)
         try:
-            for batch, state in self._batches(self.first_slot + worker, self.slots[worker]):
-                yield worker, batch, state
+            for batch, state in self._batches(self.first_slot + slot, self.slots[slot]):
+                yield slot, batch, state
         except ValueError as error:
-            yield worker, str(error), {}
+            yield slot, str(error), {}
 
     def _batches(self, slot: int, state: dict) -> Iterator[tuple[Batch, dict]]:
         data, model = self.encoder.data, self.encoder.model
         place = state["place"]
-        rows: list[Row] = [[(number, self._encode(number)) for number in row] for row in state["rows"]]
+        rows, skipped = self._held(state["rows"])
         while True:
-            skipped, read = [], 0
+            read = 0
             if len(rows) <= self.train:  # the last row of training is packed again, with what follows
                 held = rows.pop() if rows else []
-                buffer, skipped, read = self._fill(held, slot, place)
-                place += read
+                buffer, bad, read = self._fill(held, slot, place)
+                place, skipped = place + read, skipped + bad
                 if not read:
                     return
                 lengths = [len(sample) for _, sample in buffer]
                 rows = [[buffer[i] for i in row] for row in select(lengths, data.seq_length, data.packing)] or [[]]
             row = rows.pop(0)
             batch = pack([sample for _, sample in row], data.seq_length, model, skipped, read)
+            skipped = []
             yield batch, {"place": place, "rows": [[number for number, _ in row] for row in rows]}
+
+    def _held(self, numbers: list[list[int]]) -> tuple[list[Row], list[tuple[str, str]]]:
+        """The rows that a state had planned, and (key, reason) of their samples that have gone bad since."""
+        rows: list[Row] = []
+        skipped: list[tuple[str, str]] = []
+        for row in numbers:
+            encoded, bad = self._try(row)
+            rows += [encoded] if encoded else []
+            skipped += bad
+        return rows, skipped
+
+    def _try(self, numbers: list[int]) -> tuple[Row, list[tuple[str, str]]]:
+        """The samples of these numbers that can be used, and (key, reason) of the others."""
+        good: Row = []
+        bad: list[tuple[str, str]] = []
+        for number in numbers:
+            try:
+                good.append((number, self.encoder.encode(self.records.sample(number))))
+            except ValueError as error:
+                bad.append((self.records.key(number), str(error)))
+        return good, bad
 
     def _fill(self, held: Row, slot: int, place: int) -> tuple[Row, list[tuple[str, str]], int]:
         """(good samples, (key, reason) of the bad ones, how many were read) from a place of the slot's stream on; the
@@ -204,10 +228,9 @@ class RowStream(IterableDataset):
             if number is None:
                 break
             read += 1
-            try:
-                buffer.append((number, self._encode(number)))
-            except ValueError as error:
-                skipped.append((self.records.key(number), str(error)))
+            good, bad = self._try([number])
+            buffer += good
+            skipped += bad
             if self.train and not buffer and len(skipped) >= len(self.records):
                 raise ValueError(f"no sample of {self.records.file} can be used; {skipped[-1][0]}: {skipped[-1][1]}")
         return buffer, skipped, read
@@ -222,9 +245,6 @@ class RowStream(IterableDataset):
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
             self._epoch, self._order = epoch, torch.randperm(len(self.records), generator=generator)
         return self._order[offset].item()
-
-    def _encode(self, number: int) -> EncodedSample:
-        return self.encoder.encode(self.records.sample(number))
 
 
 def _as_it_is(item: Any) -> Any:

@@ -1,0 +1,29 @@
+"""Locks on files, also where a file system has none."""
+
+import errno
+import fcntl
+import sys
+from typing import IO
+
+ABSENT = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre mounted with noflock, NFS without lockd
+
+
+def lock(file: IO[str], wait: bool) -> bool:
+    """Take the lock of an open file until it is closed; False if another process has it and we do not ``wait``.
+
+    A file system without locks is said so, and counts as locked: whoever starts two runs there has to know.
+    """
+    try:
+        fcntl.lockf(
+            file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+        )  # flock would live on in forked loader workers
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        if error.errno not in ABSENT:
+            raise
+        print(
+            f"{file.name} cannot be locked here ({error.strerror}): start nothing else that writes to its folder",
+            file=sys.stderr,
+        )
+    return True
