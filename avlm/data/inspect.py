@@ -1,8 +1,12 @@
-"""Shows samples as the model sees them:  python -m avlm.data.inspect CONFIG [--stage NAME] [--count N] [--out DIR]
+"""Shows what a stage of a config trains on, as the model sees it:
 
-Text is decoded from the token ids of packed rows; <image x576> stands for 576 placeholders, [what is learned] for
-targets (green on a terminal). Below: how full the rows are, what they hold, how long samples are and how fast they
-come. --out saves the pictures and sounds of the shown rows.
+    python -m avlm.data.inspect CONFIG [section.key=value ...] [--stage NAME] [--count N] [--out DIR]
+
+First N samples, in the order of their packed rows. Text is decoded from the token ids; <image x576> stands for 576
+placeholders, [brackets], green on a terminal, for what is learned. Then of the first 16 rows: how full they are, what
+they hold, what was skipped and why, how long samples are and how fast they come. --out draws a sheet for each row that
+has one of the N samples, DIR/row_000.png for the first: up to 64 images as the tower gets them, and up to 64 windows
+of sound as log-mel spectrograms.
 """
 
 import argparse
@@ -25,20 +29,26 @@ from avlm.data.log_mel import at_tower
 from avlm.model_config import ModelConfig, VisionConfig
 
 STATISTICS_ROWS = 16
-MAX_PICTURES = 64  # of a sheet
+MAX_PICTURES = 64  # of a sheet, and as many windows of sound
 GREEN, CYAN = 32, 36  # terminal colours
 PLACEHOLDERS = {IMAGE: "image", AUDIO: "audio"}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", help="section.key=value")
-    parser.add_argument("--stage", help="name of a stage; the first by default")
-    parser.add_argument("--count", type=int, default=4, help="samples to show")
-    parser.add_argument("--out", type=Path, help="folder for sheets of pictures and sounds")
+    parser = argparse.ArgumentParser(
+        prog="python -m avlm.data.inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file of a run")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, as for train.py")
+    parser.add_argument("--stage", help="name of a stage (default: the first)")
+    parser.add_argument("--count", type=int, default=4, help="number of samples to show (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder for the sheets (default: none are drawn)")
     options = parser.parse_intermixed_args(arguments)
     try:
+        if options.count < 0:
+            raise ValueError(f"--count is a number of samples, not {options.count}")
         config = load(options.config, options.overrides)
         show(config, stage_index(config, options.stage), options.count, options.out)
     except (ValueError, FileNotFoundError) as error:

@@ -4,6 +4,7 @@ import json
 import pytest
 import yaml
 
+from avlm.data import inspect
 from avlm.data.inspect import main
 from tests.data.media import data, image_file, model, picture, tone
 
@@ -47,6 +48,26 @@ def test_lengths_and_speed_are_shown(config, capsys):
     assert "samples per second from 1 workers" in shown
 
 
+def test_the_help_says_what_happens(config, capsys, tmp_path):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "usage: python -m avlm.data.inspect [-h]",
+        f"of the first {inspect.STATISTICS_ROWS} rows",
+        f"up to {inspect.MAX_PICTURES} images as the tower gets them, and up to {inspect.MAX_PICTURES} windows",
+        "section.key=value ...",
+        "DIR/row_000.png for the first",
+        "(default: 4)",
+    ):
+        assert words in said
+    main([str(config), "data.seq_length=64", "--out", str(tmp_path / "sheets")])  # rows of one sample each
+    shown = capsys.readouterr().out
+    assert shown.count(" learned\n") == 4 and "16 rows of 64 tokens" in shown
+    assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == [f"row_00{i}.png" for i in range(4)]
+    assert shown.index(" learned\n") < shown.index("[one<|im_end|>]") < shown.index("16 rows")
+
+
 def test_what_is_learned_is_green_on_a_terminal(config, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     main([str(config), "--count", "1"])
@@ -63,7 +84,7 @@ def test_sheets_are_written(config, tmp_path, capsys):
 
 
 def test_mistakes_are_one_line_and_exit_with_2(config, capsys):
-    for arguments in (["--stage", "third"], ["data.train=nowhere.json"], ["data.seq_lenght=3"]):
+    for arguments in (["--count=-1"], ["--stage", "third"], ["data.train=nowhere.json"], ["data.seq_lenght=3"]):
         with pytest.raises(SystemExit, match="2"):
             main([str(config), *arguments])
         error = capsys.readouterr().err
