@@ -9,7 +9,16 @@ import pytest
 import yaml
 
 from avlm import config_file
-from avlm.config import Config
+from avlm.config import (
+    Config,
+    DataConfig,
+    InitFrom,
+    OptimizerConfig,
+    RecomputeConfig,
+    StageConfig,
+    VideoConfig,
+)
+from avlm.model_config import DecoderConfig, LoraConfig, ModelConfig, ProjectorConfig, RopeScaling, VisionConfig
 from tests.parallel.small import TREE
 
 TINY = {
@@ -117,6 +126,36 @@ def test_a_mistake_is_named_in_one_line(write, override, message):
         config_file.load(write(), [override])
     assert message in str(error.value)
     assert str(error.value).isprintable() and len(str(error.value)) < 600
+
+
+SECTIONS = {
+    "": Config,
+    "init_from": InitFrom,
+    "model": ModelConfig,
+    "model.decoder": DecoderConfig,
+    "model.decoder.rope_scaling": RopeScaling,
+    "model.vision": VisionConfig,
+    "model.audio_projector": ProjectorConfig,
+    "model.lora": LoraConfig,
+    "data": DataConfig,
+    "data.video": VideoConfig,
+    "optimizer": OptimizerConfig,
+    "stages.all": StageConfig,
+    "stages.all.data": DataConfig,
+    "stages.all.data.video": VideoConfig,
+    "stages.all.optimizer": OptimizerConfig,
+    "train.recompute": RecomputeConfig,
+}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_an_unknown_key_comes_with_all_keys_of_its_place(write, section):
+    needed = [f"{key}={value}" for key, value in NEEDED.items() if section.startswith(key)]
+    with pytest.raises(ValueError, match=r"unknown key .*\(known: ") as error:
+        config_file.load(write(TREE), [*needed, f"{section}.qqqqqqq=1".strip(".")])
+    listed = str(error.value).partition("(known: ")[2].removesuffix(")").split(", ")
+    fields = [field.name for field in dataclasses.fields(SECTIONS[section])]
+    assert listed == fields + ["optimizer", "data"] * (section == "")
 
 
 def test_a_missing_key_is_named(write):
