@@ -10,6 +10,7 @@ import av
 from avlm.data import signature
 
 MAX_LINES = 10
+STREAMED = ("mpeg", "mpegts")  # where a packet without a place of its own has no time of its own: FFmpeg guesses one
 FAULTS = (av.FFmpegError, UnicodeError)  # UnicodeError: names in the file that PyAV decodes strictly
 
 
@@ -36,12 +37,12 @@ class Decoder:
         self.key_time: int | None = None
 
     def frames(self, from_key: bool = False) -> Iterator[av.frame.Frame]:
-        """From where the container stands, in the order of their times. With ``from_key``, for a container that was
-        seeked, from the next packet that needs no other: its time becomes ``key_time``."""
-        self.key_time = None
-        for packet in self._demux():
+        """From where the container stands, in the order in which they are shown. With ``from_key``, after a seek, from
+        the next packet that needs no other: its time becomes ``key_time``."""
+        guessed = self.container.format.name in STREAMED
+        for packet in self.demux():
             if from_key and packet.size:
-                if not packet.is_keyframe or packet.pts is None:
+                if not packet.is_keyframe or packet.pts is None or (guessed and packet.pos is None):
                     continue
                 self.key_time, from_key = packet.pts, False
             self.packets += packet.size > 0
@@ -52,7 +53,7 @@ class Decoder:
                 continue
             yield from frames
 
-    def _demux(self) -> Iterator[av.Packet]:
+    def demux(self) -> Iterator[av.Packet]:
         """Packets up to the end, or up to where the file cannot be read any further."""
         packets = self.container.demux(self.stream)
         while True:

@@ -1,55 +1,50 @@
 """Films: bytes -> frames spread over the film, each a picture, with their times.
 
-Frames are looked up by time: those that ``num_frames`` or ``fps`` ask for, never more than ``max_frames``. Between
-distant times the film is seeked, so that an hour costs little more than a minute.
+Frames are looked up by time: those that ``num_frames`` or ``fps`` ask for, never more than ``max_frames``. Times count
+from the first frame to the end of the last one, whatever the file says of its length or its sound does before and
+after. Between distant times the film is seeked, so that an hour costs little more than a minute.
 """
 
+import contextlib
+import math
+import struct
 from collections.abc import Iterator
 from fractions import Fraction
 
 import av
 import torch
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from avlm.config import VideoConfig
-from avlm.data.container import open_container
+from avlm.data.container import FAULTS, Decoder, has_packets, open_container, reason
 
 SEEK_SECONDS = 4.0  # a gap that is worth a seek: nearer frames are decoded on the way
+SEEK_MARGIN = 1  # seconds before the end: the packet that is shown last need not be the last packet
+MAX_SEEKS = 6  # for one time, each twice as far before it as the one that landed after it
+MAX_FRAME_PIXELS = 2**25  # 8K; a decoder holds up to 17 frames
+FURTHEST = 2**63 - 1  # time that FFmpeg can count to
 
 
 def decode(data: bytes, video: VideoConfig, max_pixels: int) -> Iterator[tuple[Tensor, float]]:
     """Frames uint8 (3, H, W) with their times in seconds, one at a time. ValueError without a readable video stream."""
-    count = 0
     try:
-        with open_container(data) as container:
-            if not container.streams.video:
-                raise ValueError("file has no video stream")
-            stream = container.streams.video[0]
-            width, height = stream.codec_context.width, stream.codec_context.height
-            _check_size(width, height, max_pixels)
-            stream.codec_context.thread_count = (
-                1  # the loader's workers are the parallelism; threads cost small films most
-            )
+        with _Film(data, min(max_pixels, MAX_FRAME_PIXELS)) as film:
             convert = VideoReformatter()  # one for all frames: it keeps its tables
-            for frame in _frames_at(container, stream, times(_seconds(container, stream), video)):
-                count += 1
-                _check_size(frame.width, frame.height, max_pixels)  # a stream may change it under way
-                yield _rgb(frame, convert), _time(frame, stream)
-    except av.FFmpegError as error:
-        raise ValueError(f"film cannot be decoded: {error.strerror}") from None
-    if count == 0:
-        raise ValueError("film has no frame")
-
-
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise ValueError(f"film of {width} x {height} pixels exceeds data.max_image_pixels={max_pixels}")
+            for seconds, frame in film.frames_at(times(film.seconds, video)):
+                yield _rgb(frame, convert), seconds
+    except FAULTS as error:
+        raise ValueError(f"film cannot be decoded: {reason(error, data)}") from None
 
 
 def has_sound(data: bytes) -> bool:
-    with open_container(data) as container:
-        return bool(container.streams.audio)
+    """Whether it has a sound track that is not empty. ``decode`` says what is wrong with a film that cannot be read."""
+    try:
+        with open_container(data) as container:
+            return has_packets(container, container.streams.audio)
+    except FAULTS:
+        return False
 
 
 def times(seconds: float, video: VideoConfig) -> list[float]:
@@ -63,41 +58,164 @@ def times(seconds: float, video: VideoConfig) -> list[float]:
     return [(i + 0.5) * seconds / count for i in range(count)]
 
 
-def _seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """Duration: of the stream, of the container, or (streamed files know neither) up to the end of the last packet."""
-    if stream.duration is not None:
-        return float(stream.duration * stream.time_base)
-    if container.duration is not None:
-        return container.duration / av.time_base
-    ends = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
-    container.seek(0)
-    return float(max(ends, default=0) * stream.time_base)
+class _Film:
+    """Frames by their times in ``seconds``, its length."""
+
+    def __init__(self, data: bytes, max_pixels: int) -> None:
+        self.data, self.max_pixels = data, max_pixels
+        self.container: av.container.InputContainer | None = None
+        self.seekable = True
+        self.start: int | None = None  # time of the first frame, in the stream's time base
+        self.delay: int | None = None  # of an AVI, whose time base is a frame: frames that its decoder holds back
+        self._restart()
+        self.following: tuple[float, av.VideoFrame] | None = next(self.frames, None)
+        if self.following is None:
+            raise self.decoder.errors[0] if self.decoder.errors else ValueError("film has no frame")
+        self.seconds = self._length()
+
+    def __enter__(self) -> "_Film":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.container.close()
+
+    def frames_at(self, wanted: list[float]) -> Iterator[tuple[float, av.VideoFrame]]:
+        """The frame on screen at each time (ascending): the last that starts at or before it."""
+        shown = None
+        for seconds in wanted:
+            if self.seekable and self.following is not None and seconds - self.following[0] > SEEK_SECONDS:
+                self._seek(seconds)
+            while self.following is not None and (shown is None or self.following[0] <= seconds):
+                shown, self.following = self.following, next(self.frames, None)
+            if shown is not None:
+                yield shown
+
+    def _restart(self) -> None:
+        """At the first frame, where no seek leads for sure."""
+        if self.container is not None:
+            self.container.close()
+        self.container = open_container(self.data)
+        stream = _stream(self.container)
+        self.decoder = Decoder(self.container, stream)
+        self._check_size(stream.codec_context.width, stream.codec_context.height)
+        # The loader's workers are the parallelism; threads cost small films most.
+        stream.codec_context.thread_count = 1
+        self.time_base, self.rate = stream.time_base, stream.average_rate
+        self.frames = self._timed(self.decoder.frames())
+
+    def _timed(self, frames: Iterator[av.VideoFrame]) -> Iterator[tuple[float, av.VideoFrame]]:
+        """With the time of each. Frames of bare streams have none: they follow each other, each for as long as it
+        lasts. AVI knows only when packets are decoded, which delays each frame as much as the first one."""
+        ended = 0.0
+        for frame in frames:
+            self._check_size(frame.width, frame.height)  # a stream may change it under way
+            shown_at = frame.pts
+            if self.container.format.name == "avi" and frame.dts is not None:
+                self.delay = self.decoder.packets - 1 if self.delay is None else self.delay
+                shown_at = frame.dts - self.delay
+            if shown_at is None:
+                self.seekable = False
+                yield ended, frame
+                ended += float(frame.duration * self.time_base if frame.duration else 1 / (self.rate or 25))
+            else:
+                self.start = shown_at if self.start is None else self.start
+                yield float((shown_at - self.start) * self.time_base), frame
+
+    def _seek(self, seconds: float) -> None:
+        """To a frame at or before the time, from which on all can be decoded. A seek may land anywhere: what it found
+        is looked at, and where none helps the film is decoded from its start, without another seek."""
+        before, back = self.following[0], 0.0
+        for _ in range(MAX_SEEKS):
+            if seconds - back <= before or not self.seekable:
+                break
+            try:
+                self._jump(Fraction(seconds - back) / self.time_base + self.start)
+                self.following = next(self.frames, None)
+            except FAULTS:
+                break
+            if self.following is not None and self.following[0] <= seconds:
+                self.seekable = self.seekable and self.following[0] > before
+                return
+            back = 2 * back or SEEK_SECONDS
+        self.seekable = False
+        self._restart()
+        self.following = next(self.frames, None)
+
+    def _jump(self, target: Fraction) -> None:
+        """To about a time of the stream. Frames before the key frame, which lack what they refer to, are left out."""
+        self.container.seek(max(-FURTHEST, min(FURTHEST, int(target))), stream=self.decoder.stream)
+        frames = self.decoder.frames(from_key=True)
+        whole = (frame for frame in frames if frame.pts is None or frame.pts >= self.decoder.key_time)
+        self.frames = self._timed(whole)
+
+    def _length(self) -> float:
+        """From the first frame to the end of the last packet, which is looked for near the end that the file claims, or
+        else in all of it: files claim the length of their sound, what was cut off since, or nothing."""
+        stream = self.decoder.stream
+        claimed = (stream.start_time or 0) + (stream.duration or 0)
+        if not stream.duration and self.container.duration:
+            claimed = int(Fraction(self.container.duration, av.time_base) / self.time_base)
+        end = None
+        if self.container.format.name != "mpeg":  # whose times are guesses from where reading began
+            with contextlib.suppress(*FAULTS):  # of files that cannot be seeked
+                end = self._last_end(max(-FURTHEST, min(FURTHEST, claimed - int(SEEK_MARGIN / self.time_base))))
+        if end is None:
+            end = self._last_end(None)
+        return max(0.0, float((end - (self.start or 0)) * self.time_base)) if end is not None else 0.0
+
+    def _last_end(self, seek_to: int | None) -> int | None:
+        """End of the last packet, of those from a place to which the stream is seeked, or of all."""
+        untimed, latest, before, length = 0, None, None, 0
+        with open_container(self.data) as container:
+            decoder = Decoder(container, container.streams[self.decoder.stream.index])
+            if seek_to is not None:
+                container.seek(seek_to, stream=decoder.stream)
+            for packet in decoder.demux():
+                shown_at = packet.pts if packet.pts is not None else packet.dts
+                if not packet.size or packet.is_discard:
+                    continue
+                if shown_at is None:
+                    untimed += packet.duration or 0
+                elif latest is None or shown_at > latest:
+                    before, latest, length = latest, shown_at, packet.duration
+        if latest is None:
+            return untimed if untimed and seek_to is None else None
+        period = int(1 / (self.time_base * (self.rate or 25)))
+        return latest + (length or (latest - before if before is not None else period))
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self.max_pixels:
+            bound = f"data.max_image_pixels={self.max_pixels}" if self.max_pixels < MAX_FRAME_PIXELS else "8K"
+            raise ValueError(f"film of {width} x {height} pixels exceeds {bound}")
 
 
-def _frames_at(
-    container: av.container.InputContainer, stream: av.VideoStream, wanted: list[float]
-) -> Iterator[av.VideoFrame]:
-    """The frame on screen at each time (ascending): the last that starts at or before it."""
-    decoder = container.decode(stream)
-    start = (stream.start_time or 0) * stream.time_base
-    shown, following = None, next(decoder, None)
-    for seconds in wanted:
-        if following is not None and seconds - _time(following, stream) > SEEK_SECONDS:
-            container.seek(int((Fraction(seconds) + start) / stream.time_base), stream=stream)  # to a key frame before
-            decoder = container.decode(stream)
-            following = next(decoder, None)
-        while following is not None and (shown is None or _time(following, stream) <= seconds):
-            shown, following = following, next(decoder, None)
-        if shown is not None:
-            yield shown
-
-
-def _time(frame: av.VideoFrame, stream: av.VideoStream) -> float:
-    """Seconds since the start of the stream."""
-    return float(((frame.pts or 0) - (stream.start_time or 0)) * stream.time_base)
+def _stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The first that is not the cover of a recording."""
+    streams = container.streams.video
+    if not streams:
+        raise ValueError("file has no video stream")
+    return next((stream for stream in streams if not stream.disposition & Disposition.attached_pic), streams[0])
 
 
 def _rgb(frame: av.VideoFrame, convert: VideoReformatter) -> Tensor:
-    """uint8 (3, H, W), upright: telephones film sideways and say so in the metadata."""
+    """uint8 (3, H, W), upright: telephones film sideways or mirrored and say so in the metadata."""
     image = torch.from_numpy(convert.reformat(frame, format="rgb24", threads=1).to_ndarray()).permute(2, 0, 1)
-    return torch.rot90(image, k=round(frame.rotation / 90), dims=(1, 2)).contiguous()
+    across_x, down_x, across_y, down_y = _matrix(frame)
+    turned = abs(down_x) + abs(across_y) > abs(across_x) + abs(down_y)
+    if turned:
+        image, across_x, down_y = image.transpose(1, 2), across_y, down_x
+    flips = [dim for dim, scale in ((1, down_y), (2, across_x)) if scale < 0]
+    return image.flip(flips) if flips else image
+
+
+def _matrix(frame: av.VideoFrame) -> tuple[float, float, float, float]:
+    """How the display matrix scales: x to across and down, then y to across and down."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # next to it there is data of a kind that PyAV has no name for: it still knows the angle
+        turn = math.radians(-frame.rotation)
+        return math.cos(turn), math.sin(turn), -math.sin(turn), math.cos(turn)
+    if matrix is None:
+        return 1, 0, 0, 1
+    values = struct.unpack("=9i", bytes(matrix))
+    return values[0], values[1], values[3], values[4]
