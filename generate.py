@@ -27,6 +27,7 @@ from avlm.model_folder import read_json
 from avlm.models.avlm import AVLM
 from avlm.preflight import one_line_errors
 from avlm.pretrained import read_config, resolve, stop_ids, template_of
+from avlm.weight_files import local
 
 
 class RawChat:
@@ -48,8 +49,8 @@ class RawChat:
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype, raw: bool) -> tuple[AVLM, SampleEncoder, list[int]]:
     """Model, prompt encoder and the ids that end an answer."""
-    if is_run(Path(name)):
-        config, folder = read_run(name)
+    if is_run(local(name)):
+        config, folder = read_run(local(name))
         model_config, data, stops, entry = config.model, config.stages[-1].data, [], "all"
         published = False
     else:

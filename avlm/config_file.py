@@ -26,7 +26,11 @@ SHARED = ("optimizer", "data")  # keys of the run that are defaults of every sta
 def load(path: str | Path, overrides: list[str] = ()) -> Config:
     """The checked config of a YAML file. Raises ValueError or FileNotFoundError with one line for the user."""
     path = Path(path)
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except (OSError, ValueError):  # no file can have that name
+        is_there = False
+    if not is_there:
         raise FileNotFoundError(f"no config file {shown(str(path))}")
     tree = read_yaml(path)
     for override in overrides:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection
 
 from avlm.config import FREEZE_FLAGS, StageConfig
-from avlm.model_config import MODULES, ModelConfig
+from avlm.model_config import MODULES, ModelConfig, shown
 from avlm.models.avlm import AVLM
 from avlm.models.lora import collapse, frozen_base, is_adapter
 
@@ -57,11 +57,11 @@ def matching(pattern: str, key: str, names: Collection[str], what: str = "parame
     """The names that a regular expression of the config's ``key`` matches from their start; ValueError for none."""
     try:
         found = [name for name in names if re.match(pattern, name)]
-    except re.error as error:
-        raise ValueError(f"{key} holds {pattern!r}, no regular expression: {error}") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{key} holds {shown(repr(pattern))}, no regular expression: {error}") from None
     if not found:
         known = sorted({collapse(name) for name in names})
         plain = re.sub(r"[\\^$+?()\[\]|]", "", pattern)
         near = difflib.get_close_matches(plain, known, n=4, cutoff=0.3) or known[:8]
-        raise ValueError(f"{key} holds {pattern!r}, which matches no {what}; near are {near}")
+        raise ValueError(f"{key} holds {shown(repr(pattern))}, which matches no {what}; near are {shown(near, 400)}")
     return found

@@ -25,7 +25,7 @@ from avlm.model_config import (
     validated,
 )
 from avlm.model_folder import read_json
-from avlm.weight_files import to_fetch
+from avlm.weight_files import local, to_fetch
 
 DECODER_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DECODER_KEYS += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
@@ -94,12 +94,12 @@ AnyConfig = DecoderConfig | VisionConfig | AudioConfig | ModelConfig
 
 def resolve(name_or_folder: str | Path) -> Path:
     """The local folder, or the downloaded snapshot of a Hub name; only files that we read are fetched."""
-    folder = Path(name_or_folder).expanduser()
+    folder = local(name_or_folder)
     if folder.is_dir():
         return folder
     name = str(name_or_folder)
     if not may_be_on_hub(name):
-        raise FileNotFoundError(f"no model folder {name} (a name of the Hub has the form owner/model)")
+        raise FileNotFoundError(f"no model folder {shown(name)} (a name of the Hub has the form owner/model)")
     import huggingface_hub  # slow to import, and of use only here
     from huggingface_hub import errors
 
@@ -112,9 +112,9 @@ def resolve(name_or_folder: str | Path) -> Path:
             fetch(files)
         return path
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = shown(next(iter(str(error).strip().splitlines()), type(error).__name__))
         raise ValueError(
-            f"{name} is no folder here and could not be fetched from the Hub ({reason}); "
+            f"{shown(name)} is no folder here and could not be fetched from the Hub ({reason}); "
             "download it elsewhere and give the folder"
         ) from None
 

@@ -30,6 +30,18 @@ class WeightFiles:
         return _few(self.read) + (f", leaving aside {_few(self.aside)}" if self.aside else "")
 
 
+def local(given: str | Path) -> Path:
+    """A path that a user gave, with ~ written out. ValueError where nothing can have that name."""
+    try:
+        path = Path(given).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{shown(str(given))} is no path: {getattr(error, 'strerror', None) or error}") from None
+    return path
+
+
 def choose(folder: Path, kind: tuple[str, ...] = MODEL) -> WeightFiles:
     """Raises FileNotFoundError or ValueError where the first of them that is there is not whole."""
     order = _order(folder, kind)

@@ -19,11 +19,11 @@ from avlm.adapters import open_adapter
 from avlm.checkpoint import is_run, read_run
 from avlm.config import InitFrom
 from avlm.freezing import matching
-from avlm.model_config import MODULES, AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.model_config import MODULES, AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, shown
 from avlm.models.lora import is_adapter
 from avlm.models.whisper import sinusoids
 from avlm.pretrained import AnyConfig, may_be_on_hub
-from avlm.weight_files import WeightFiles
+from avlm.weight_files import WeightFiles, local
 from avlm.weights_sources import Source, check_shape, open_source
 from avlm.weights_tables import LAYOUTS, SKIPPED, hugging_face_name
 
@@ -66,12 +66,12 @@ class Plan:
 def check(config: ModelConfig, shapes: Shapes, init_from: InitFrom) -> None:
     """Raise ValueError or FileNotFoundError for what is known to be wrong without fetching anything from the Hub."""
     given = _given(init_from)
-    here = {entry: path for entry, path in given.items() if Path(path).expanduser().exists()}
+    here = {entry: path for entry, path in given.items() if local(path).exists()}
     for path in set(given.values()) - set(here.values()):
         if not may_be_on_hub(path):
             entry = next(entry for entry in given if given[entry] == path)
             raise FileNotFoundError(
-                f"init_from.{entry} is {path}, and there is nothing: give a folder, file or Hub name"
+                f"init_from.{entry} is {shown(path)}, and there is nothing: give a folder, file or Hub name"
             )
     if here == given:
         plan(config, shapes, init_from)
@@ -84,7 +84,7 @@ def check(config: ModelConfig, shapes: Shapes, init_from: InitFrom) -> None:
 
 def pinned(init_from: InitFrom) -> InitFrom:
     """Runs replaced by their newest checkpoints, for all ranks to read the same while a run is still writing."""
-    runs = {entry: Path(path).expanduser() for entry, path in _given(init_from).items() if entry != "adapter"}
+    runs = {entry: local(path) for entry, path in _given(init_from).items() if entry != "adapter"}
     return replace(init_from, **{entry: str(read_run(path)[1]) for entry, path in runs.items() if is_run(path)})
 
 
@@ -198,7 +198,9 @@ def _plan(
     for name, reason in reasons.items():
         if reason == TIED and not source.own_names:
             _check_tied(name, chosen.get("decoder.embedding.weight"), held, source.path)
-    extra = [f"{name} {tuple(held[name].get_shape())}" for name, reason in reasons.items() if reason is None]
+    extra = [
+        f"{shown(name, 100)} {tuple(held[name].get_shape())}" for name, reason in reasons.items() if reason is None
+    ]
     if extra:
         raise ValueError(
             f"{source.path} has {len(extra)} tensors that the model has no place for: {', '.join(extra[:5])}; those to "

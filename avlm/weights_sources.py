@@ -31,7 +31,7 @@ from avlm.checkpoint_reader import Reader, cause_of
 from avlm.model_config import shown
 from avlm.model_folder import read_json
 from avlm.pretrained import AnyConfig, read_config, resolve
-from avlm.weight_files import WeightFiles, choose
+from avlm.weight_files import WeightFiles, choose, local
 from avlm.weights_tables import OWN_ANCHORS, RESHAPED, WRAPPERS
 
 FILES = (".ckpt", ".pt", ".pth")
@@ -103,7 +103,7 @@ class Source:
 
 def open_source(given: str | Path) -> Source:
     """Raises ValueError or FileNotFoundError for what is none of the four kinds, not whole or not readable."""
-    path = Path(given).expanduser()
+    path = local(given)
     if path.is_file():
         if path.suffix not in FILES:
             raise ValueError(f"{path} is a file, and none that ends in {', '.join(FILES)}: give its folder")
@@ -188,6 +188,15 @@ def _unwrapped(tensors: dict[str, Whole]) -> tuple[dict[str, Whole], bool]:
 
 
 def check_shape(name: str, shape: tuple[int, ...], source: Any, origin: str) -> None:
+    if isinstance(source, Whole):
+        is_float, dtype = source.tensor.is_floating_point(), str(source.tensor.dtype)
+    elif isinstance(source, Stored):
+        is_float, dtype = source.dtype.is_floating_point, str(source.dtype)
+    else:
+        dtype = str(source.get_dtype())
+        is_float = dtype.startswith(("F", "BF"))
+    if not is_float:
+        raise ValueError(f"{origin} is of {dtype}, whole numbers: weights that are quantised are not read")
     there = tuple(source.get_shape())
     reshaped = name in RESHAPED and len(there) != len(shape) and math.prod(there) == math.prod(shape)
     if there != tuple(shape) and not reshaped:

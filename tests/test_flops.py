@@ -42,6 +42,7 @@ CASES = {
         stages=staged(train=PROJECTORS),
     ),
     "one tower": make_config(stages=staged(train=["audio"])),
+    "pixels past the last whole patch": make_config(model={**MODEL, "vision": {**MODEL["vision"], "image_size": 19}}),
     "upper layers": make_config(stages=staged(train=["decoder"], freeze_params=[r"decoder\.(embedding|blocks\.0)"])),
     "one norm": make_config(
         stages=staged(freeze_params=[""], prevent_freeze_params=[r"decoder\.blocks\.1\.attention_norm"])

@@ -202,6 +202,20 @@ def test_of_two_adapter_files_the_one_that_peft_reads_is_read_and_said(tmp_path)
         (folder / "adapter_model.safetensors").unlink(missing_ok=True)
 
 
-def test_a_name_that_is_no_folder_is_said_so():
-    with pytest.raises(FileNotFoundError, match="no model folder /nowhere"):
-        resolve("/nowhere")
+def test_whole_numbers_are_no_weights(states, tmp_path):
+    save(states[0], tmp_path)
+    state = {name: tensor.clone() for name, tensor in states[0].state_dict().items()}
+    state[EMBEDDING] = (100 * state[EMBEDDING]).to(torch.int8)
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "state.pt")
+    for source in (tmp_path, tmp_path / "state.pt"):
+        with pytest.raises(ValueError, match=rf"{EMBEDDING} is of .*(I8|int8), whole numbers"):
+            load(AVLM(ModelConfig(decoder=read_config(tmp_path))), InitFrom(decoder=str(source)))
+
+
+@pytest.mark.parametrize("name", ["/nowhere", "/" + "x" * 5000, "a\0b", "a\nb/c/d", "~nobody-has-this-name/x"])
+def test_a_name_that_is_no_folder_is_said_so_in_one_line(name):
+    for read in (resolve, open_source):
+        with pytest.raises((FileNotFoundError, ValueError), match=r"no model folder|is no path") as error:
+            read(name)
+        assert str(error.value).isprintable() and len(str(error.value)) < 400
