@@ -6,13 +6,14 @@ many slots there are. A slot's whole state is its place in the stream and the sa
 but not yet handed out. Validation reads once, in the order of the file.
 """
 
+import codecs
 import errno
 import os
+import re
 import zlib
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -23,9 +24,10 @@ from avlm.data.batch import Batch
 from avlm.data.chat import Tokenizer
 from avlm.data.packing import pack, select
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder, load_json, parse
-from avlm.model_config import ModelConfig
+from avlm.model_config import ModelConfig, shown
 
 Row = list[tuple[int, EncodedSample]]  # samples that share a row, with their record numbers
+ROOT_FORMS = (os.path.abspath, os.path.realpath)  # a whole name may go through a link or past it
 
 
 class Records:
@@ -40,9 +42,7 @@ class Records:
         self._records: list[dict] | None = None
         if self.file.suffix == ".jsonl":
             with self.file.open("rb") as lines:
-                starts = [0, *(lines.tell() for _ in iter(lines.readline, b""))]
-            # (start, length) of every line that is not empty
-            self._lines = [(start, end - start) for start, end in pairwise(starts) if end - start > 1]
+                self._lines = list(_lines_of(lines))
         else:
             self._records = self._load(self.file.read_bytes())
             if not isinstance(self._records, list):
@@ -68,11 +68,22 @@ class Records:
         return f"{self.file.name}:{number}"
 
     def media(self, name: str) -> bytes:
-        """A file of the media folder. Names that lead out of it are refused; its symbolic links are followed."""
-        relative = os.path.normpath(name)
-        if os.path.isabs(relative) or relative.split(os.sep)[0] == "..":
-            raise ValueError(f"media name {name!r} leads out of {self.media_root}: set data.media_root")
-        path = self.media_root / relative
+        """A file of the media folder, by its name there or its whole name, which may also lie in the folder of the JSON
+        file. Names that lead out of them are refused; symbolic links in them are followed."""
+        path = Path(os.path.normpath(name))
+        if path.is_absolute():
+            roots = [Path(form(root)) for root in (self.media_root, self.file.parent) for form in ROOT_FORMS]
+            if not any(path.is_relative_to(root) for root in roots):
+                raise ValueError(
+                    f"media name {shown(name)!r} leads out of {self.media_root}: set data.media_root to a folder that "
+                    "holds it"
+                )
+        elif path.parts[:1] == ("..",):
+            raise ValueError(
+                f"media name {shown(name)!r} leads out of {self.media_root}: set data.media_root to a folder that "
+                "holds all media, and write names relative to it, without .."
+            )
+        path = self.media_root / path
         try:
             if not path.is_file():
                 raise ValueError(f"no media file {path!s:.200}")
@@ -89,6 +100,17 @@ class Records:
             return load_json(text)
         except ValueError as error:
             raise ValueError(f"{self.file} is not valid JSON: {error}") from None
+
+
+def _lines_of(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """(start, length) of every line that holds more than blanks; lines end with \\n, \\r\\n or \\r."""
+    start = 0
+    for line in file:
+        # No text in JSON holds either of them as it is.
+        for part in re.split(rb"(?<=\r)(?!\n)", line) if b"\r" in line[:-2] else [line]:
+            if part.removeprefix(codecs.BOM_UTF8).strip():
+                yield start, len(part)
+            start += len(part)
 
 
 def read_samples(file: str, data: DataConfig) -> Iterator[Sample]:

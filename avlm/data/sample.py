@@ -8,7 +8,6 @@ in the order of the media, so the n-th IMAGE id belongs to the n-th image featur
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +18,13 @@ from torch import Tensor
 from avlm.config import DataConfig
 from avlm.data import audio, image, video
 from avlm.data.batch import AUDIO, IGNORE, IMAGE, KINDS
-from avlm.data.chat import MEDIA, Chat, Messages, Tokenizer, check_vocabulary
+from avlm.data.chat import MEDIA, TAG, Chat, Messages, Tokenizer, check_vocabulary
+from avlm.data.records import read_record
 from avlm.model_config import ModelConfig
 
-LLAVA_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+# A text up to LONG_TEXT characters is tokenised whole, whatever its tokens may hold; of a longer one than PROBE the
+# beginning is tokenised first.
+LONG_TEXT, PROBE = 2**20, 2**18
 
 
 @dataclass(frozen=True)
@@ -60,24 +62,10 @@ class EncodedSample:
         return self.token_T.shape[0]
 
 
-def parse(record: dict, media: Callable[[str], bytes], key: str) -> Sample:
-    """A sample from one JSON record of three forms; ``media`` reads a file by the name in the record.
-
-    messages      {"messages": [{"role", "content"}], "images": [name], "audios": [...], "videos": [...]}
-    LLaVA         {"conversations": [{"from": "human", "value": ...}], "image": name or list, "audio", "video"}
-    NeMo AVLM     {"context": [user text], "answers": [assistant text], "images": ...}
-
-    The first two may hold "answers": [text], the references of the last turn.
-    """
-    if not isinstance(record, dict):
-        raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
-    names = {kind: _names(record, kind) for kind in MEDIA}
-    parts = {f"{kind}s": [media(name) for name in names[kind]] for kind in MEDIA}
-    messages, references = _messages(record), _references(record)
-    for text in (*references, *(turn["content"] for turn in messages)):
-        if isinstance(text, str) and re.search("[\ud800-\udfff]", text):  # JSON can write it, UTF-8 cannot
-            raise ValueError("text holds half of a surrogate pair")
-    return Sample(key=key, messages=messages, **parts, answers=references)
+def parse(record: Any, media: Callable[[str], bytes], key: str) -> Sample:
+    """A sample from one JSON record (``avlm.data.records``); ``media`` reads a file by the name in the record."""
+    messages, files, references = read_record(record, media)
+    return Sample(key=key, messages=messages, **{f"{kind}s": files[kind] for kind in MEDIA}, answers=references)
 
 
 def load_json(text: bytes) -> Any:
@@ -86,43 +74,6 @@ def load_json(text: bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError(f"nested too deep: {error}") from None
-
-
-def _messages(record: dict) -> Messages:
-    try:
-        if "messages" in record:
-            return [{"role": turn["role"], "content": turn["content"]} for turn in record["messages"]]
-        if "conversations" in record:
-            turns = record["conversations"]
-            return [{"role": LLAVA_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in turns]
-        if "context" in record and "answers" in record:
-            context, answers = record["context"], record["answers"]
-            if not (isinstance(context, list) and isinstance(answers, list) and len(context) == len(answers)):
-                raise ValueError(f"context and answers must be lists of one length: {context!s:.60}, {answers!s:.60}")
-            turns = zip(context, answers)
-            pairs = ((("user", question), ("assistant", answer)) for question, answer in turns)
-            return [{"role": role, "content": text} for pair in pairs for role, text in pair]
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"turns are not of the form that sample.parse describes: {error}") from None
-    raise ValueError(f"record has neither messages, conversations nor context and answers: {sorted(record)}")
-
-
-def _references(record: dict) -> list[str]:
-    if "answers" not in record or not ("messages" in record or "conversations" in record):
-        return []
-    answers = record["answers"]
-    if not (isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)):
-        raise ValueError(f"answers must be a list of texts, not {answers!r:.80}")
-    return [answer.strip() for answer in answers]
-
-
-def _names(record: dict, kind: str) -> list[str]:
-    """Names under "images" or "image": a list, one name or null."""
-    given = record.get(f"{kind}s", record.get(kind))
-    names = [] if given is None else given if isinstance(given, list) else [given]
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{kind}s must be file names, not {given!r:.80}")
-    return names
 
 
 class SampleEncoder:
@@ -156,6 +107,7 @@ class SampleEncoder:
         return self._encode(Sample("prompt", messages, list(images), list(audios), list(videos)), prompt=True)
 
     def _encode(self, sample: Sample, prompt: bool) -> EncodedSample:
+        self._check_length(sample.messages, self.model.decoder.max_position if prompt else self.data.seq_length)
         pieces = self.chat.pieces(sample.messages, prompt=prompt)
         media = {"image": sample.images, "audio": sample.audios, "video": sample.videos}
         for kind, files in media.items():
@@ -167,7 +119,7 @@ class SampleEncoder:
         mels: list[Tensor] = []
         for piece, piece_ids in self.chat.encode(pieces):
             if piece.kind in MEDIA:
-                new_frames, new_mels = self._read(piece.kind, next(unread[piece.kind]))
+                new_frames, new_mels = self._read(piece.kind, next(unread[piece.kind]), sample.key)
                 piece_ids = [IMAGE] * sum(image_features(self.model) for _ in new_frames)
                 piece_ids += [AUDIO] * sum(audio_features(self.model, mel) for mel in new_mels)
                 frames += new_frames
@@ -181,6 +133,20 @@ class SampleEncoder:
         pixels = torch.stack(frames) if frames else torch.empty(0, 3, side, side, dtype=torch.uint8)
         return EncodedSample(sample.key, _kind(media), token_T, target_T, pixels, mels)
 
+    def _check_length(self, messages: Messages, most: int) -> None:
+        """Refuse text of more than ``most`` tokens before all of it is tokenised: by its length, and by the tokens of
+        the beginning of a long one."""
+        texts = [turn["content"] for turn in messages if isinstance(turn.get("content"), str)]
+        length = sum(map(len, texts))
+        if length > max(LONG_TEXT, most * self.tokenizer.longest):
+            raise ValueError(f"sample has a text of {length:,} characters, which {most} tokens cannot hold")
+        for text in texts:
+            if (
+                len(text) > PROBE
+                and len(self.tokenizer.encode(TAG.sub("", text[:PROBE]))) > most + self.tokenizer.longest
+            ):
+                raise ValueError(f"sample has a text of {len(text):,} characters, which are more than {most} tokens")
+
     def _check_media(self, kind: str, files: list[bytes], num_tags: int) -> None:
         if num_tags != len(files):
             raise ValueError(f"sample has {num_tags} <{kind}> tags but {len(files)} {kind}s")
@@ -193,8 +159,8 @@ class SampleEncoder:
                     f"{kind} of {len(data)} bytes exceeds data.max_media_bytes={self.data.max_media_bytes}"
                 )
 
-    def _read(self, kind: str, data: bytes) -> tuple[list[Tensor], list[Tensor]]:
-        """(uint8 frames (3, S, S), windows of sound) of one file."""
+    def _read(self, kind: str, data: bytes, key: str) -> tuple[list[Tensor], list[Tensor]]:
+        """(uint8 frames (3, S, S), windows of sound) of one file of the sample."""
         config, vision, frames, mels = self.data, self.model.vision, [], []
         if kind == "image":
             frames = [image.fit(image.decode(data, config.max_image_pixels), vision)]
@@ -203,7 +169,7 @@ class SampleEncoder:
             frames = [image.fit(frame, vision) for frame, _ in films]
         # A film without a sound track simply has no sound.
         if kind == "audio" or (kind == "video" and config.video.sound and video.has_sound(data)):
-            mels = audio.mels(audio.decode(data, config.max_audio_seconds), self.model.audio)
+            mels = audio.mels(audio.decode(data, config.max_audio_seconds, f"{kind} of {key}"), self.model.audio)
         return frames, mels
 
 
