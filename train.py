@@ -177,7 +177,7 @@ def run_stage(
             if failure and ends:
                 raise OSError(failure)
             if failure and not unsaved:
-                log.say(f"warning: {failure}; the run goes on and tries again after the next step")
+                log.say(f"warning: {failure}; the run continues and tries again after the next step")
             if failure and at.best_step == at.step:  # not kept, so a later one may be the best
                 at = replace(at, **{key: getattr(before, key) for key in ("best_step", "best_metric", "best_value")})
             unsaved = bool(failure)

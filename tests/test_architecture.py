@@ -25,6 +25,9 @@ ALLOWED = {
         "avlm.data",
         "kernels.segments",
     ),
+    # Commands.
+    "avlm.data.inspect": ("avlm.model_config", "avlm.config", "avlm.config_file", "avlm.data", "avlm.parallel.exit"),
+    "avlm.data.demo_pretrained": ("avlm.data", "avlm.parallel.exit"),
     "avlm.models": ("avlm.model_config", "avlm.data.batch", "avlm.data.log_mel", "avlm.models", "kernels"),
     "avlm.parallel": (
         *("avlm.model_config", "avlm.config", "avlm.data.batch", "avlm.data.packing", "avlm.data.worker"),

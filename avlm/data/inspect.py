@@ -27,6 +27,7 @@ from avlm.data.chat import Tokenizer
 from avlm.data.image import denormalise
 from avlm.data.log_mel import at_tower
 from avlm.model_config import ModelConfig, VisionConfig
+from avlm.parallel.exit import one_line_errors
 
 STATISTICS_ROWS = 16
 MAX_PICTURES = 64  # of a sheet, and as many windows of sound
@@ -46,14 +47,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=4, help="number of samples to show (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for the sheets (default: none are drawn)")
     options = parser.parse_intermixed_args(arguments)
-    try:
+    with one_line_errors():
         if options.count < 0:
             raise ValueError(f"--count is a number of samples, not {options.count}")
         config = load(options.config, options.overrides)
         show(config, stage_index(config, options.stage), options.count, options.out)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def stage_index(config: Config, name: str | None) -> int:

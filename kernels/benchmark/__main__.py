@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import signal
 from pathlib import Path
 
 from kernels.benchmark import attention, cross_entropy, projector, report
@@ -59,4 +60,5 @@ def seconds(text: str) -> float:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()

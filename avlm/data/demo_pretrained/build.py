@@ -16,7 +16,6 @@ import gzip
 import io
 import json
 import re
-import sys
 import tarfile
 import wave
 from collections.abc import Iterable
@@ -32,6 +31,7 @@ from avlm.data.demo_bank import SAMPLE_RATE, load
 from avlm.data.demo_pretrained.convert import convert
 from avlm.data.demo_pretrained.packages import PACKAGES, fetch, read_deb
 from avlm.data.demo_pretrained.voices import read_aloud
+from avlm.parallel.exit import one_line_errors
 
 THINGS = ("a T-shirt", "trousers", "a pullover", "a dress", "a coat", "a sandal", "a shirt", "a sneaker", "a bag")
 THINGS += ("an ankle boot",)
@@ -49,11 +49,9 @@ Clip = tuple[str, np.ndarray, str]  # name, int16 at SAMPLE_RATE, what it says
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/pretrained"))
-    try:
-        build(parser.parse_args().out)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    out = parser.parse_args().out
+    with one_line_errors():
+        build(out)
 
 
 def build(out: Path) -> None:

@@ -9,7 +9,6 @@ features, fitted to the same training photos, and Whisper's own decoder, greedy.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import jiwer
@@ -26,6 +25,7 @@ from transformers import (
 from whisper_normalizer.english import EnglishTextNormalizer
 
 from avlm.data import audio
+from avlm.parallel.exit import one_line_errors
 
 METRICS = {"caption": "exact_match", "speech": "wer", "speech_other": "wer"}  # set -> metric
 HEADS = ("photos named right", "word error rate, same speaker", "word error rate, another speaker")
@@ -39,16 +39,13 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", type=Path, default=Path("data/pretrained"))
     arguments = parser.parse_args()
-    try:
+    with one_line_errors():
         rows = read_stages(arguments.run) | read_evaluation(arguments.run)
         answers = read_answers(arguments.run)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    rows["ceiling: linear probe on CLIP; Whisper's own decoder"] = ceilings(arguments.data)
-    text = story(rows, answers)
-    (arguments.run / "pretrained.md").write_text(text)
-    print(text)
+        rows["ceiling: linear probe on CLIP; Whisper's own decoder"] = ceilings(arguments.data)
+        text = story(rows, answers)
+        (arguments.run / "pretrained.md").write_text(text)
+        print(text)
 
 
 def read_stages(run: Path) -> dict[str, Values]:

@@ -1,0 +1,50 @@
+"""What README, docs and config headers tell a reader to run is there, and measurements and checks reach their end."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.test_train import ENVIRONMENT, ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").glob("*.yaml"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+NAMED = sorted(set(re.findall(r"python (?:-m )?((?:tests|avlm|kernels)[\w./]*\w|train\.py|generate\.py)", TEXT)))
+# Scripts of tests/, each with arguments that shorten it. Those of avlm/ and kernels/ have tests of their own.
+SCRIPTS = {
+    "tests.parallel.equivalence": [],  # what `make equivalence` runs
+    "tests.parallel.wire": [],
+    "tests.parallel.measure_balance": ["--repeats", "1"],
+    "tests.kernels.test_compiled": [],
+    "tests.measurements.fuzz": ["--count", "100"],
+    "tests/data/packing_against_bucketing.py": [],
+    "tests/data/speed_against_processors.py": [],
+    "tests/speed_against_transformers.py": [],
+}
+AFTER_MAKE_DEMO = {"tests/demo_variants.py"}  # hours
+
+
+def test_every_command_of_the_pages_names_a_file_that_is_there():
+    assert len(NAMED) > 15
+    for name in NAMED:
+        path = name if name.endswith(".py") else name.replace(".", "/")
+        places = [ROOT / path, ROOT / f"{path}.py", ROOT / path / "__main__.py"]
+        assert any(place.is_file() for place in places), f"{name} is not there"
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"`make ([a-z-]+)", TEXT))
+    assert named <= targets, f"no make targets: {named - targets}"
+
+
+def test_every_script_of_the_pages_is_run_to_its_end_by_a_test():
+    assert {name for name in NAMED if name.startswith("tests")} <= SCRIPTS.keys() | AFTER_MAKE_DEMO
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_of_the_pages_reaches_its_end(name):
+    where = [name] if name.endswith(".py") else ["-m", name]
+    result = subprocess.run(
+        [sys.executable, *where, *SCRIPTS[name]], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
