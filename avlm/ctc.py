@@ -11,6 +11,7 @@ frozen, runs once over all clips and its features are kept in memory; one proces
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from avlm.data.chat import Tokenizer
 from avlm.data.log_mel import at_tower
 from avlm.evaluation import find_sets
 from avlm.models.avlm import AVLM
-from avlm.text_metrics import total, wer
+from avlm.text_metrics import scorer, total
 from avlm.weights_sources import FILES
 
 # Of the config: no other modality, no adapters, and none of its stages.
@@ -177,8 +178,9 @@ def greedy(model: AVLM, row: Row) -> list[Tensor]:
 
 def word_errors(model: AVLM, rows: Iterable[Row], tokenizer: Tokenizer) -> float:
     texts = lambda ids: tokenizer.decode(ids.tolist(), control=False)
-    pairs = (pair for row in rows for pair in zip(greedy(model, row), row.answers_N))
-    return total(wer(texts(heard), [texts(said)]) for heard, said in pairs)
+    pairs = [pair for row in rows for pair in zip(greedy(model, row), row.answers_N)]
+    spelled = [(texts(heard), [texts(said)]) for heard, said in pairs]
+    return total(itertools.starmap(scorer("wer", spelled), spelled))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Writes report.json and report.md into the run folder, and every answer into pred
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -99,7 +100,7 @@ def score(
     """metric -> its value on a set. Into ``predictions`` goes a line of JSON for each sample, with its own values: null
     where its references hold no word."""
     pairs = [(answer, references(sample)) for answer, sample in zip(given, samples, strict=True)]
-    scores = {name: [text_metrics.METRICS[name](*pair) for pair in pairs] for name in metrics}
+    scores = {name: list(itertools.starmap(text_metrics.scorer(name, pairs), pairs)) for name in metrics}
     if predictions is not None and world.is_first:
         lines = []
         for i, (sample, (answer, truths)) in enumerate(zip(samples, pairs)):

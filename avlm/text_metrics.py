@@ -1,8 +1,7 @@
 """How a generated answer is scored against its references.
 
     exact_match    1 if it equals a reference
-    wer, cer       words or characters to edit, per word or character of the reference; both in Whisper's English
-                   normal form (Radford et al. 2022, appendix C)
+    wer, cer       words or characters to edit, per word or character of the reference, in a normal form
     rouge_l        F1 of the longest common subsequence of words (Lin 2004), words not stemmed
     vqa_accuracy   ten people answered: min(1, others who say it / 3), averaged over leaving each of them out
                    (Antol et al. 2015; visualqa.org/evaluation)
@@ -10,7 +9,12 @@
 Of several references the one that is best for the answer counts, but for vqa_accuracy. A score is a fraction (part,
 whole); that of a set is the sum of the parts over the sum of the wholes, so that long transcripts weigh more.
 
-Whisper's normal form writes numbers as digits and joins them: "three five one" is the one word "351".
+Normal forms: ``english`` is Whisper's (Radford et al. 2022, appendix C). It writes numbers as digits and joins them,
+"three five one" is the one word "351"; and it drops accents and the vowel signs of other scripts. ``basic`` is
+Whisper's for other languages but keeps letters with their marks: small letters, and blanks for punctuation. wer and cer
+choose by the letters of a set, basic where one word in a hundred has a letter beyond a to z; wer_english, wer_basic,
+cer_english and cer_basic say which. Scripts that put no blanks between words (Chinese, Japanese, Thai, Lao, Khmer,
+Burmese) want cer; there blanks between their letters do not count.
 """
 
 import difflib
@@ -18,10 +22,12 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 import jiwer
+from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
 from avlm.config import DataConfig
@@ -29,6 +35,11 @@ from avlm.data import open_samples
 from avlm.data.sample import Sample
 
 Score = tuple[float, float]
+FEW_WORDS = 200
+# A blank between letters of scripts that write none: Thai, Lao, Burmese, Khmer, kana, Han and what marks them.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+UNSPACED += "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+UNSPACED_BLANK = re.compile(f"(?<=[{UNSPACED}])\\s+(?=[{UNSPACED}])|^\\s+|\\s+$")
 VQA_ANSWERS = 10  # of different people to a question
 VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 VQA_NUMBERS = "zero one two three four five six seven eight nine ten"
@@ -57,11 +68,28 @@ def exact_match(answer: str, references: list[str]) -> Score:
 
 
 def wer(answer: str, references: list[str]) -> Score:
-    return _nearest(jiwer.process_words, answer, references)
+    return scorer("wer", [(answer, references)])(answer, references)
 
 
 def cer(answer: str, references: list[str]) -> Score:
-    return _nearest(jiwer.process_characters, answer, references)
+    return scorer("cer", [(answer, references)])(answer, references)
+
+
+def wer_english(answer: str, references: list[str]) -> Score:
+    return _nearest(jiwer.process_words, english_normalizer(), answer, references)
+
+
+def wer_basic(answer: str, references: list[str]) -> Score:
+    return _nearest(jiwer.process_words, basic_form, answer, references)
+
+
+def cer_english(answer: str, references: list[str]) -> Score:
+    return _nearest(jiwer.process_characters, english_normalizer(), answer, references)
+
+
+def cer_basic(answer: str, references: list[str]) -> Score:
+    form = lambda text: UNSPACED_BLANK.sub("", basic_form(text))
+    return _nearest(jiwer.process_characters, form, answer, references)
 
 
 def rouge_l(answer: str, references: list[str]) -> Score:
@@ -77,10 +105,26 @@ def vqa_accuracy(answer: str, references: list[str]) -> Score:
     return sum(min(1.0, count / 3) for count in others) / len(others), 1.0
 
 
+FORMS = (wer_english, wer_basic, cer_english, cer_basic)
 METRICS = {
-    function.__name__: function for function in (exact_match, wer, cer, rouge_l, vqa_accuracy)
+    function.__name__: function for function in (exact_match, wer, cer, rouge_l, vqa_accuracy, *FORMS)
 }  # name -> Score of (answer, references)
-LOWER_IS_BETTER = ("loss", "wer", "cer")
+LOWER_IS_BETTER = ("loss", "wer", "cer", *(function.__name__ for function in FORMS))
+
+
+def scorer(metric: str, pairs: list[tuple[str, list[str]]]) -> Callable[[str, list[str]], Score]:
+    """The function of a metric for a set of (answer, references): wer and cer in one form for all of it.
+
+    Answers are looked at in small sets alone, where no reference may happen to have a letter of its language: a model's
+    mistakes are to change no form.
+    """
+    if metric not in ("wer", "cer"):
+        return METRICS[metric]
+    words = [word for _, references in pairs for text in references for word in text.split()]
+    if len(words) < FEW_WORDS:
+        words += [word for answer, _ in pairs for word in answer.split()]
+    foreign = sum(any(ord(c) > 127 and unicodedata.category(c)[0] in "LM" for c in word) for word in words)
+    return METRICS[f"{metric}_{'basic' if foreign and 100 * foreign >= len(words) else 'english'}"]
 
 
 def value(score: Score) -> float | None:
@@ -116,6 +160,10 @@ def read_set(source: str, data: DataConfig, metrics: list[str], limit: int | Non
         last = sample.messages[-2:]
         if [turn["role"] for turn in last] != ["user", "assistant"] or not isinstance(last[-1]["content"], str):
             raise ValueError(f"{source}, {sample.key}: its last two turns must be a user's and an assistant's text")
+        if not sample.answers and not last[-1].get("learn", True):
+            raise ValueError(
+                f"{source}, {sample.key}: its last turn is marked as one not to be learned: it is no reference"
+            )
         if "vqa_accuracy" in metrics and len(sample.answers) != VQA_ANSWERS:
             raise ValueError(
                 f'{source}, {sample.key}: vqa_accuracy wants {VQA_ANSWERS} texts under "answers", '
@@ -151,16 +199,28 @@ def english_normalizer() -> EnglishTextNormalizer:
 
 
 @functools.cache
+def _basic_normalizer() -> BasicTextNormalizer:
+    return BasicTextNormalizer(preserve_marks=True)
+
+
+def basic_form(text: str) -> str:
+    """Small letters with their marks, one blank for punctuation and symbols, without [...] and (...)."""
+    return _basic_normalizer()(unicodedata.normalize("NFKC", text)).strip()
+
+
+@functools.cache
 def _rouge_scorer():
     from rouge_score import rouge_scorer  # half a second, and only for this
 
-    words = SimpleNamespace(tokenize=lambda text: re.findall(r"\w+", text.lower()))  # its own knows a to z alone
+    # Its own knows a to z alone, and \w no vowel signs.
+    is_part = lambda c: c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M"
+    spaced = lambda text: "".join(c if is_part(c) else " " for c in unicodedata.normalize("NFC", text.lower()))
+    words = SimpleNamespace(tokenize=lambda text: spaced(text).split())
     return rouge_scorer.RougeScorer(["rougeL"], tokenizer=words)
 
 
-def _nearest(process, answer: str, references: list[str]) -> Score:
+def _nearest(process: Callable, normal: Callable[[str], str], answer: str, references: list[str]) -> Score:
     """(edits, length) of the reference with the fewest edits for its length."""
-    normal = english_normalizer()
     counts = [process(normal(reference), normal(answer)) for reference in references]
     scores = [(c.substitutions + c.deletions + c.insertions, c.hits + c.substitutions + c.deletions) for c in counts]
     return min(scores, key=lambda score: score[0] / max(score[1], 1))

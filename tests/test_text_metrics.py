@@ -56,8 +56,50 @@ def test_error_rates_of_a_set_are_jiwers_of_all_its_texts(metric, theirs):
     answers = SENTENCES[1:] + SENTENCES[:1]
     normal = EnglishTextNormalizer({})
     expected = theirs([normal(s) for s in SENTENCES], [normal(s) for s in answers])
-    found = total(METRICS[metric](answer, [truth]) for answer, truth in zip(answers, SENTENCES))
+    found = total(METRICS[f"{metric}_english"](answer, [truth]) for answer, truth in zip(answers, SENTENCES))
     assert found == pytest.approx(expected, rel=1e-12) and expected > 0.5
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "wer", "cer"),
+    [
+        ("schön", "schon", (1, 1), (1, 5)),
+        ("schon", "schön", (1, 1), (1, 5)),
+        ("scho\u0308n", "schön", (0, 1), (0, 5)),  # the same letter, written as two characters
+        ("Das Haus, schön!", "das haus schön", (0, 3), (0, 14)),
+        ("कि", "का", (1, 1), (1, 2)),
+        ("மொழி", "மழி", (1, 1), (1, 4)),
+        ("ไม่", "ไม้", (1, 1), (1, 3)),
+        ("été à Noël", "ete a noel", (3, 3), (4, 10)),
+        ("ой", "ои", (1, 1), (1, 2)),
+        ("שָׁלוֹם", "שלום", (1, 1), (3, 7)),
+        (
+            "你好\uff0c世界\u3002",
+            "你好世界",
+            (2, 2),
+            (0, 4),
+        ),  # what stands between letters without blanks is no character
+        ("今日は", "今日わ", (1, 1), (1, 3)),
+        ("\uff21\uff22\uff23 def", "abc def", (0, 2), (0, 7)),
+    ],
+)
+def test_letters_beyond_english_keep_their_marks(reference, answer, wer, cer):
+    assert METRICS["wer"](answer, [reference]) == wer and METRICS["cer"](answer, [reference]) == cer
+
+
+def test_the_normal_form_is_chosen_for_a_whole_set_or_by_name():
+    german = [("schon", ["schön"]), ("zwanzig eins", ["zwanzig eins"]), ("three", ["3"])]
+    assert [text_metrics.scorer("wer", german)(*pair)[0] for pair in german] == [1, 0, 1]
+    english = [("the cafe", ["the café"]), ("three", ["3"]), *[("a word", ["a word"])] * 150]
+    assert [text_metrics.scorer("wer", english)(*pair)[0] for pair in english[:2]] == [0, 0]
+    assert text_metrics.scorer("wer", [("ünd", ["and"]), *english]) is METRICS["wer_english"], "by its references"
+    assert METRICS["wer_english"]("schon", ["schön"]) == (0, 1) and METRICS["wer_basic"]("three", ["3"]) == (1, 1)
+    assert {"wer_basic", "cer_english"} <= set(text_metrics.LOWER_IS_BETTER)
+
+
+def test_rouge_words_keep_their_vowel_signs():
+    assert METRICS["rouge_l"]("कि", ["का"]) == (0, 1)
+    assert METRICS["rouge_l"]("scho\u0308n", ["schön"]) == (1, 1)
 
 
 def test_the_nearest_of_several_references_counts():
