@@ -16,7 +16,7 @@ from avlm.pretrained import read_json, stop_ids
 MEDIA_TOKENS = {"llava": "<image>", "voxtral": "[AUDIO]"}  # format -> what stands for features
 TOKENIZER_FILES = ["chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"]
 # Of tokenizer_config.json: what tokenizer.json says too, and what would have transformers build a tokenizer of its own.
-OWN_KEYS = ("added_tokens_decoder", "auto_map", "tokenizer_file", "split_special_tokens")
+OWN_KEYS = ("added_tokens_decoder", "auto_map", "tokenizer_file", "split_special_tokens", "add_prefix_space")
 # Model types for which transformers takes its own class whatever tokenizer_config.json names, unless that has an
 # "auto_map", which it then leaves aside (transformers 5.17, AutoTokenizer.from_pretrained).
 REBUILT = ("qwen2",)
@@ -135,7 +135,10 @@ def _is_qwen2(tree: dict[str, Any]) -> bool:
     words += [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
     splitter, model = tree.get("pre_tokenizer") or {}, tree.get("model") or {}
     found = [{key: part.get(key) for key in word} for part, word in zip(splitter.get("pretokenizers") or [], words)]
-    plain = not any(model.get(key) for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"))
+    has_pad = any(token["content"] == "<|endoftext|>" for token in tree.get("added_tokens") or [])  # else it is added
+    plain = has_pad and not any(
+        model.get(key) for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    )
     return found == words and tree.get("normalizer") == {"type": "NFC"} and model.get("type") == "BPE" and plain
 
 

@@ -5,8 +5,10 @@ import json
 
 import jinja2
 import pytest
+import tokenizers
 import torch
 import transformers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from avlm.config import DataConfig
 from avlm.data import audio
@@ -15,10 +17,12 @@ from avlm.data.chat import Chat, Tokenizer
 from avlm.data.packing import pack
 from avlm.data.sample import SampleEncoder
 from avlm.export import export
+from avlm.export_tokenizer import QWEN2_WORDS
 from avlm.generation import generate
+from avlm.model_config import ModelConfig
 from avlm.pretrained import read_config, stop_ids
 from generate import folder_config
-from tests.data.media import CONTROL, image_file, picture, tone, write_tokenizer
+from tests.data.media import CONTROL, CORPUS, image_file, picture, tone, write_tokenizer
 from tests.models.handmade import build
 from tests.models.test_avlm import VISION_ONLY
 from tests.test_export import VOXTRAL
@@ -35,7 +39,8 @@ LLAVA = dataclasses.replace(
 
 def exported(config, folder, format, template="llava", control=CONTROL, system=None, **keys):
     """(model of random weights, its prompt encoder) of an export in ``folder``."""
-    source = write_tokenizer(folder.with_name("tokenizer"), control, eos_token="</s>", chat_template=CHATML, **keys)
+    keys = {"eos_token": "</s>", "chat_template": CHATML, **keys}
+    source = write_tokenizer(folder.with_name("tokenizer"), control, **keys)
     tokenizer = Tokenizer(source)
     config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, vocab_size=tokenizer.size))
     data = DataConfig(train="x", tokenizer=str(source), template=template, system=system)
@@ -160,3 +165,133 @@ def test_a_tokenizer_class_that_reads_its_config_alone_knows_the_media_token(tmp
     image_token = json.loads((tmp_path / "out" / "config.json").read_text())["image_token_index"]
     assert tokenizer.encode("<s><image>") == [first + CONTROL.index("<s>"), image_token]
     assert read_config(tmp_path / "out").decoder.vocab_size == image_token + 1
+
+
+def llama2():
+    """Blanks are part of tokens, what is no token is its bytes."""
+    made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False)
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    made.train_from_iterator(CORPUS * 5, trainer)
+    made.pre_tokenizer = None
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tree = json.loads(made.to_str())
+    return tree | {"added_tokens": tree["added_tokens"][:3]}
+
+
+def byte_level(regex=None, normalizer=None, more=()):
+    made = tokenizers.Tokenizer(models.BPE())
+    made.normalizer = normalizer
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if regex:
+        split = pre_tokenizers.Split(tokenizers.Regex(regex), "isolated")
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(CORPUS * 5, trainer)
+    made.add_special_tokens([*CONTROL, "<unk>", *more])
+    return json.loads(made.to_str())
+
+
+def unigram():
+    made = tokenizers.Tokenizer(models.Unigram())
+    made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    made.decoder = decoders.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.UnigramTrainer(vocab_size=70, special_tokens=special, unk_token="<unk>", show_progress=False)
+    made.train_from_iterator(CORPUS * 5, trainer)
+    return json.loads(made.to_str())
+
+
+def word_piece():
+    made = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
+    made.normalizer = normalizers.BertNormalizer(strip_accents=False, lowercase=False)
+    made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    made.train_from_iterator(CORPUS * 5, trainer)
+    return json.loads(made.to_str())
+
+
+TOKENIZERS = {
+    "Llama 2": llama2,
+    "GPT-2": byte_level,
+    "Qwen2": lambda: byte_level(QWEN2_WORDS, normalizers.NFC(), ["<|endoftext|>"]),
+    "Qwen2 without its pad": lambda: byte_level(QWEN2_WORDS, normalizers.NFC()),
+    "digits in threes": lambda: byte_level(r"\p{N}{1,3}|[^\p{N}]+"),
+    "Unigram": unigram,
+    "WordPiece": word_piece,
+}
+CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer", "PreTrainedTokenizerFast", None)
+TEXTS = [
+    *(
+        "hello world",
+        "  two  blanks ",
+        "a\n\nb\r\n\tc \n",
+        "",
+        " ",
+        "über Größe",
+        "e\u0301te",
+        "你好\uff0c世界",
+        "👋🏽 hi",
+        "12345 67",
+    ),
+    *(
+        "<s>hello</s> world",
+        "a <s> b</s>",
+        "<unk>",
+        "a<|endoftext|>",
+        "USER: what is this? ASSISTANT: one</s>USER: two",
+        "\u00a0x\u200b",
+    ),
+]
+KINDS = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}  # transformers' type of the decoder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("made", TOKENIZERS)
+def test_an_exported_tokenizer_gives_the_trained_ids_whatever_class_its_folder_names(made, kind, tmp_path):
+    tree = TOKENIZERS[made]()
+    decoder = dataclasses.replace(LLAVA.decoder, vocab_size=400, **KINDS[kind])
+    config = ModelConfig(decoder=decoder)
+    state = build(config).state_dict()
+    for name in CLASSES:
+        source, out = tmp_path / f"{name}", tmp_path / f"{name}_out"
+        source.mkdir()
+        (source / "tokenizer.json").write_text(json.dumps(tree, ensure_ascii=False))
+        keys = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_prefix_space": True}
+        keys |= {"tokenizer_class": name, "legacy": False, "auto_map": {"AutoTokenizer": [None, None]}} if name else {}
+        listed = {str(each.pop("id")): each for each in json.loads(json.dumps(tree["added_tokens"]))}
+        keys |= {"added_tokens_decoder": listed} if name == "Qwen2Tokenizer" else {}
+        if name == "GPT2Tokenizer":
+            (source / "special_tokens_map.json").write_text(json.dumps(keys | {"pad_token": {"content": "</s>"}}))
+        (source / "tokenizer_config.json").write_text(json.dumps(keys))
+        export(config, state, out, "decoder", data=DataConfig(train="x", tokenizer=str(source), template="plain"))
+        ours, theirs = Tokenizer(source), transformers.AutoTokenizer.from_pretrained(out)
+        found = [theirs(text, add_special_tokens=False).input_ids for text in TEXTS]
+        assert found == [ours.encode(text, control=True) for text in TEXTS], name
+        assert ours.names.items() <= theirs.special_tokens_map.items() and Tokenizer(out).names == ours.names
+
+
+def test_an_exported_generation_prompt_holds_the_block_that_stood_before_answers(tmp_path):
+    block = "<think>\n\n</think>\n\n"
+    template = CHATML.replace(
+        "\n{{ m.content }}", "\n{% if m.role == 'assistant' and loop.last %}BLOCK{% endif %}{{ m.content }}"
+    )
+    template = template.replace("BLOCK", block.replace("\n", "{{ '\\n' }}")) + "\n"
+    _, encoder = exported(LLAVA, tmp_path / "out", "decoder", "tokenizer", chat_template=template)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    talk = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    for messages in (talk[:1], [*talk, *talk[:1]]):
+        text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert text == "".join(piece.text for piece in encoder.chat.pieces(messages, prompt=True))
+        assert text.endswith("assistant\n" + block)
+        again = Chat(Tokenizer(tmp_path / "out"), "tokenizer")
+        assert text == "".join(piece.text for piece in again.pieces(messages, prompt=True))
+    assert [piece.text for piece in again.pieces(talk) if piece.learned] == ["two<|im_end|>"]
+    stops = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert encoder.tokenizer.id_of("<|im_end|>") in stops
