@@ -185,6 +185,29 @@ def test_names_that_lead_out_of_the_media_folder_are_refused(folder, tokenizer_f
         list(open_samples(str(folder / "evil.jsonl"), data(tokenizer_folder)))
 
 
+def test_whole_names_in_the_media_folder_are_taken(folder, tokenizer_folder, tmp_path):
+    name = str(folder / "pictures/1.png")
+    (folder / "whole.jsonl").write_text(json.dumps(record(1) | {"images": [name]}))
+    (tmp_path / "whole.jsonl").write_text(json.dumps(record(1) | {"images": ["file://" + name]}))
+    (tmp_path / "link").symlink_to(folder)
+    read = lambda file, **changes: next(open_samples(str(file), data(tokenizer_folder, **changes))).images
+    expected = [(folder / "pictures/1.png").read_bytes()]
+    assert read(folder / "whole.jsonl") == read(folder / "whole.jsonl", media_root=str(tmp_path)) == expected
+    for root in (folder, "/", tmp_path / "link"):  # what the refusal says to do
+        assert read(tmp_path / "whole.jsonl", media_root=str(root)) == expected
+    with pytest.raises(ValueError, match=r"leads out of .*: set data\.media_root to a folder that holds it"):
+        read(tmp_path / "whole.jsonl")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_in_any_way_and_blank_ones_are_none(folder, tokenizer_folder, end):
+    lines = ["", json.dumps(record(1)), "", "  \t ", json.dumps(record(2)), "", ""]
+    for number, text in enumerate((end.join(lines), "\ufeff" + end.join(lines[1:]), "\ufeff" + end.join(lines))):
+        (folder / f"lines{number}.jsonl").write_bytes(text.encode())
+        samples = list(open_samples(str(folder / f"lines{number}.jsonl"), data(tokenizer_folder)))
+        assert [sample.messages[1]["content"] for sample in samples] == ["one " * 2, "one " * 3]
+
+
 def test_media_are_looked_up_in_media_root_and_bounded(loader, folder, tmp_path):
     (tmp_path / "moved.jsonl").write_text(json.dumps(record(1)))
     load = lambda **changes: list(loader(tmp_path / "moved.jsonl", train=False, media_root=str(folder), **changes))

@@ -10,7 +10,7 @@ from avlm.data.batch import AUDIO as AUDIO_ID
 from avlm.data.batch import IGNORE, IMAGE
 from avlm.data.chat import Tokenizer
 from avlm.data.sample import Sample, SampleEncoder, audio_features, fingerprint, parse
-from tests.data.media import AUDIO, VISION, data, film, image_file, model, picture, tone
+from tests.data.media import AUDIO, VISION, data, film, image_file, model, picture, tone, write_tokenizer
 
 SECONDS = [0.1, 0.5, 1.0, 1.007, 2.51, 9.99, 29.99, 30.0, 30.01, 65.0]
 
@@ -154,6 +154,45 @@ def test_wrong_samples_are_refused_with_their_numbers(tokenizer_folder):
         encoder(tokenizer_folder, model(audio=None)).encode(sample("<audio>", audios=[tone(1)]))
     with pytest.raises(ValueError, match=r"video\.sound=true needs model\.audio"):
         encoder(tokenizer_folder, model(audio=None), video=VideoConfig(sound=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x" * 30_000_000, "a text of 30,000,003 characters, which 256 tokens cannot hold"),
+        ("ab cd " * 170_000, "a text of 1,020,000 characters, which are more than 256 tokens"),
+    ],
+    ids=["by its length", "by its beginning"],
+)
+def test_a_text_that_no_row_holds_is_not_tokenised(tokenizer_folder, monkeypatch, text, message):
+    encode, longest = encoder(tokenizer_folder, seq_length=256), []
+    tokenise = encode.tokenizer.encode
+    monkeypatch.setattr(encode.tokenizer, "encode", lambda text, **_: longest.append(len(text)) or tokenise(text))
+    with pytest.raises(ValueError, match=message):
+        encode.encode(sample(text))
+    assert max(longest, default=0) <= 2**18
+
+
+def test_a_long_text_of_few_tokens_is_encoded(tmp_path):
+    tree = json.loads((write_tokenizer(tmp_path) / "tokenizer.json").read_text())
+    longest = max(token["id"] for token in tree["added_tokens"]) + 1
+    word = {"id": longest, "content": "x" * 300_000, **dict.fromkeys(("single_word", "lstrip", "rstrip"), False)}
+    tree["added_tokens"].append({**word, "normalized": False, "special": False})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    encoded = encoder(tmp_path, seq_length=256).encode(sample("x" * 1_500_000))
+    assert (encoded.token_T == longest).sum() == 5
+
+
+def test_turns_that_are_not_to_be_learned_have_no_targets(tokenizer_folder):
+    for template in ("llama3", "chatml", "llava", "plain"):
+        encode = encoder(tokenizer_folder, template=template)
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "wrong", "learn": False}]
+        right = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "right"}]
+        encoded = encode.encode(Sample("k", turns + right))
+        learned = encode.tokenizer.decode(encoded.target_T[encoded.target_T != IGNORE].tolist(), control=False)
+        assert learned.strip() == "right"
+        with pytest.raises(ValueError, match="no token of the sample is learned"):
+            encode.encode(Sample("k", turns))
 
 
 @pytest.mark.parametrize("towers", [{"vision": None}, {"audio": None}, {"vision": None, "audio": None}])

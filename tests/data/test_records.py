@@ -1,0 +1,181 @@
+"""Records in the forms of others: what they mean is read, or refused by name."""
+
+import base64
+import json
+
+import pytest
+
+from avlm.data.sample import Sample, parse
+
+FILES = {"a.png": b"picture", "b.png": b"other", "c.wav": b"sound", "d.mp4": b"film"}
+USER, ANSWER = {"role": "user", "content": "who?"}, {"role": "assistant", "content": "a friend"}
+DATA = base64.b64encode(b"inside").decode()
+
+
+def read(record) -> Sample:
+    return parse(json.loads(json.dumps(record)), FILES.__getitem__, "k")
+
+
+def spoken(sample: Sample) -> list[tuple[str, str]]:
+    """(role, text) of each turn; the text of a turn that is not learned in brackets."""
+    return [(m["role"], m["content"] if m.get("learn", True) else f"[{m['content']}]") for m in sample.messages]
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+@pytest.mark.parametrize("turns", [{"messages": [USER, ANSWER]}, {"context": ["who?"], "answers": ["a friend"]}])
+def test_a_system_prompt_next_to_the_turns_is_their_first(key, turns):
+    assert spoken(read({key: "be brief", **turns}))[0] == ("system", "be brief")
+    assert len(read({key: "", **turns}).messages) == len(read({key: None, **turns}).messages) == 2
+    system = {"role": "system", "content": "be brief"}
+    assert spoken(read({key: "be brief", "messages": [system, USER, ANSWER]})) == spoken(
+        read({"messages": [system, USER, ANSWER]})
+    )
+    with pytest.raises(ValueError, match="another one among them"):
+        read({key: "be long", "messages": [system, USER, ANSWER]})
+
+
+@pytest.mark.parametrize(
+    ("flag", "learned"),
+    [
+        *(({key: 0}, False) for key in ("weight", "loss", "loss_scale", "train", "training")),
+        *(({key: False}, False) for key in ("weight", "loss", "train")),
+        *(({key: 1}, True) for key in ("weight", "loss", "loss_scale", "train")),
+        *(
+            ({key: value}, True)
+            for key, value in {"loss_scale": 1.0, "loss": None, "mask": False, "train": True}.items()
+        ),
+        *[({"mask": True}, False), ({"weight": 0, "loss": False}, False), ({"weight": 1, "mask": 0}, True)],
+    ],
+)
+def test_a_turn_that_other_trainers_do_not_learn_is_not_learned(flag, learned):
+    expected = ("assistant", "a friend" if learned else "[a friend]")
+    assert spoken(read({"messages": [USER, ANSWER | flag]}))[1] == expected
+    assert (
+        spoken(
+            read({"conversations": [{"from": "human", "value": "who?"}, {"from": "gpt", "value": "a friend", **flag}]})
+        )[1]
+        == expected
+    )
+
+
+def test_weights_of_nemos_answers_are_read():
+    record = {"context": ["who?", "and?"], "answers": ["a friend", "mine"], "answer_weights": [0, 1]}
+    assert spoken(read(record))[1::2] == [("assistant", "[a friend]"), ("assistant", "mine")]
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "images", "audios"),
+    [
+        ([{"type": "text", "text": "who?"}], "who?", [], []),
+        (["who?", {"text": " you"}], "who? you", [], []),
+        (
+            [{"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}, {"type": "text", "text": "who?"}],
+            "<image>\nwho?",
+            ["picture"],
+            [],
+        ),
+        ([{"type": "image_url", "image_url": f"data:image/png;base64,{DATA}"}], "<image>", ["inside"], []),
+        ([{"type": "input_audio", "input_audio": {"data": DATA, "format": "wav"}}], "<audio>", [], ["inside"]),
+        (
+            [{"type": "image", "image": "a.png"}, {"type": "audio", "audio": "c.wav"}, "x"],
+            "<image><audio>\nx",
+            ["picture"],
+            ["sound"],
+        ),
+        ([{"type": "image", "path": "a.png"}, {"image": "b.png"}], "<image><image>", ["picture", "other"], []),
+        (
+            [{"type": "image"}, {"type": "image", "image": "a.png"}, {"type": "image", "image": None}],
+            "<image><image><image>",
+            ["other", "picture", "picture"],
+            [],
+        ),
+    ],
+    ids=["text", "texts", "openai", "data", "sound", "qwen", "names", "some from the record"],
+)
+def test_lists_of_parts_are_texts_and_media(content, text, images, audios):
+    record = {"messages": [{"role": "user", "content": content}, ANSWER]}
+    if "other" in images[:1]:
+        record["images"] = ["b.png", "a.png"]  # of the parts that bring none
+    sample = read(record)
+    assert spoken(sample) == [("user", text), ("assistant", "a friend")]
+    assert (sample.images, sample.audios) == ([x.encode() for x in images], [x.encode() for x in audios])
+
+
+def test_turns_of_a_type_are_nemos():
+    record = {
+        "conversations": [
+            {"from": "user", "value": "c.wav", "type": "audio", "duration": 1.0},
+            {"from": "user", "value": "who?", "type": "text"},
+            {"from": "assistant", "value": "a friend", "type": "text"},
+        ]
+    }
+    sample = read(record)
+    assert spoken(sample) == [("user", "<audio> who?"), ("assistant", "a friend")] and sample.audios == [b"sound"]
+
+
+@pytest.mark.parametrize("roles", [("human", "gpt"), ("user", "chatgpt"), ("User", "Assistant"), ("user", "model")])
+def test_sharegpt_in_all_its_spellings(roles):
+    names = [("from", "value"), ("role", "content")]
+    for form in ("conversations", "messages"):
+        for name, text in names:
+            turns = [{name: role, text: said} for role, said in zip(roles, ("who?", "a friend"))]
+            assert spoken(read({form: turns, "id": 1})) == [("user", "who?"), ("assistant", "a friend")]
+
+
+def test_what_says_nothing_or_changes_nothing_is_taken():
+    nothing = {"tools": "[]", "history": [], "rejected": None, "objects": {}, "reasoning_content": ""}
+    about = {"id": "x", "model": "", "source": "coco", "width": 1, "height": 2, "metadata": {"tools": 1}, "task": "vqa"}
+    turn = ANSWER | {"tool_calls": None, "refusal": None, "name": None, "annotations": [], "id": 3, "type": "text"}
+    record = {**nothing, **about, "messages": [USER, turn], "image": "a.png", "images": ["a.png"], "mask": "User"}
+    assert spoken(read(record))[1] == ("assistant", "a friend") and read(record).images == [b"picture"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            ({key: [1]}, f"the record has the key '{key}', which is not read")
+            for key in (
+                "tools",
+                "functions",
+                "history",
+                "rejected",
+                "chosen",
+                "objects",
+                "loss_weight",
+                "weight",
+                "audio_filepath",
+            )
+        ),
+        ({"messages": [USER, ANSWER | {"tool_calls": [1]}]}, "a turn of assistant has the key 'tool_calls'"),
+        ({"messages": [USER, ANSWER | {"reasoning_content": "hm"}]}, "the key 'reasoning_content', which is not read"),
+        ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "weight=0.5 of a turn"),
+        ({"messages": [USER, ANSWER | {"weight": "0"}]}, "weight=0 of a turn"),
+        ({"messages": [USER, ANSWER | {"weight": 1, "loss": False}]}, "contradict each other"),
+        ({"messages": [USER | {"train": True}, ANSWER]}, "only assistant's turns are learned"),
+        ({"messages": [USER | {"value": "x"}, ANSWER]}, "both 'content' and 'value', which differ"),
+        ({"messages": [USER | {"type": "image_url"}, ANSWER]}, "a turn of type 'image_url' is not read"),
+        ({"messages": [USER | {"content": [{"type": "tool_use"}]}, ANSWER]}, "a part of type 'tool_use' is not read"),
+        (
+            {"messages": [USER | {"content": [{"type": "image", "image": "a.png", "max_pixels": 9}]}]},
+            "key 'max_pixels'",
+        ),
+        ({"messages": [USER | {"content": [{"type": "video", "video": ["a.png"]}]}]}, "must name one file"),
+        ({"messages": [USER | {"content": [{"type": "text"}]}]}, "has no text"),
+        ({"messages": [USER | {"content": [7]}]}, "must be a text or an object, not 7"),
+        ({"images": ["https://x.org/a.png"]}, "is an address: media are read from files"),
+        ({"images": ["data:image/png;base64,?"]}, "is not valid base64"),
+        ({"images": ["data:image/png,abc"]}, "must be of the form data:TYPE;base64,DATA"),
+        ({"images": ["a.png"], "image": "b.png"}, "image and images, which differ"),
+        ({"conversations": [USER, ANSWER]}, "has its turns twice"),
+        ({"system": ["x"]}, "system must be a text"),
+        ({"system": "x", "system_prompt": "y"}, "system and system_prompt of the record differ"),
+        ({"system": "see <image>"}, "a medium's tag in the record's system prompt"),
+        ({"offset": 1.5}, "offset=1.5 asks for a part of a file"),
+        ({"mask": "Assistant"}, "mask='Assistant' is not read"),
+    ],
+)
+def test_what_others_act_on_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read({"messages": [USER, ANSWER], **change})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
