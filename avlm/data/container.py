@@ -55,7 +55,7 @@ class Decoder:
 
     def demux(self) -> Iterator[av.Packet]:
         """Packets up to the end, or up to where the file cannot be read any further."""
-        packets = self.container.demux(self.stream)
+        packets = _demux(self.container, [self.stream])
         while True:
             try:
                 packet = next(packets, None)
@@ -72,7 +72,14 @@ class Decoder:
 
 def has_packets(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> bool:
     """Whether one of the streams holds anything: screen recorders leave tracks empty."""
-    return bool(streams) and any(packet.size for packet in container.demux(*streams))
+    return bool(streams) and any(packet.size for packet in _demux(container, streams))
+
+
+def _demux(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> Iterator[av.Packet]:
+    try:
+        yield from container.demux(*streams)
+    except IndexError:  # PyAV's own, at the end of a file that has gained a stream under way
+        return
 
 
 @lru_cache(maxsize=MAX_LINES)

@@ -63,6 +63,8 @@ def decode(data: bytes, max_pixels: int) -> Tensor:
             image.load()
         except Exception as error:  # Pillow promises no type for damaged files
             raise ValueError(f"picture cannot be decoded: {_line(error)}") from None
+        if image.mode == "P" and image.palette is None:
+            raise ValueError("picture cannot be decoded: it has no palette")
         if image.format == "PNG":
             _scale_key(image, data[PNG_DEPTH])
         return _rgb(image, _orientation(image))
@@ -153,15 +155,16 @@ def _check_size(image: Image.Image, data: bytes, max_pixels: int) -> None:
     size, pixels = f"picture of {width} x {height} pixels", width * height
     if pixels > max_pixels:
         raise ValueError(f"{size} exceeds data.max_image_pixels={max_pixels}")
-    scans = data.count(b"\xff\xda") if image.format == "JPEG" else 1
+    kind = "JPEG" if image.format == "MPO" else image.format
+    scans = data.count(b"\xff\xda") if kind == "JPEG" else 1
     if scans * pixels > MAX_SCAN_PIXELS:
         raise ValueError(f"{size} has {scans} scans, too many to decode: save it as a baseline JPEG")
     # Pillow's image and ours; libjpeg has 2 bytes for each coefficient of a picture in scans, libwebp three canvases.
-    largest = max((across * down for _, across, down, _ in layers), default=1)
+    largest = max([1, *(across * down for _, across, down, _ in layers)])
     coefficients = 2 * sum(across * down for _, across, down, _ in layers) / largest if scans > 1 else 0
-    needed = pixels * {"JPEG": 4 + max(coefficients, 3), "PNG": 7, "WEBP": 17}[image.format]
+    needed = pixels * {"JPEG": 4 + max(coefficients, 3), "PNG": 7, "WEBP": 17}[kind]
     if needed > max(MAX_BYTES, BYTES_PER_PIXEL * max_pixels):
-        raise ValueError(f"{size} would take {needed / 2**20:.0f} MiB to decode as {image.format}: scale it down")
+        raise ValueError(f"{size} would take {needed / 2**20:.0f} MiB to decode as {kind}: scale it down")
 
 
 def _scale_key(image: Image.Image, depth: int) -> None:

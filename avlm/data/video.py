@@ -23,14 +23,16 @@ from avlm.data.container import FAULTS, Decoder, has_packets, open_container, re
 SEEK_SECONDS = 4.0  # a gap that is worth a seek: nearer frames are decoded on the way
 SEEK_MARGIN = 1  # seconds before the end: the packet that is shown last need not be the last packet
 MAX_SEEKS = 6  # for one time, each twice as far before it as the one that landed after it
-MAX_FRAME_PIXELS = 2**25  # 8K; a decoder holds up to 17 frames
+MAX_WASTED = 3  # seeks in a film that went back: its key frames are further apart than the frames asked for
+MAX_FRAME_PIXELS = 2**25  # 8K, more than which no decoder is given: some hold 17 frames
+MAX_FRAME_BITS = 24 * MAX_FRAME_PIXELS
 FURTHEST = 2**63 - 1  # time that FFmpeg can count to
 
 
 def decode(data: bytes, video: VideoConfig, max_pixels: int) -> Iterator[tuple[Tensor, float]]:
     """Frames uint8 (3, H, W) with their times in seconds, one at a time. ValueError without a readable video stream."""
     try:
-        with _Film(data, min(max_pixels, MAX_FRAME_PIXELS)) as film:
+        with _Film(data, max_pixels) as film:
             convert = VideoReformatter()  # one for all frames: it keeps its tables
             for seconds, frame in film.frames_at(times(film.seconds, video)):
                 yield _rgb(frame, convert), seconds
@@ -64,7 +66,7 @@ class _Film:
     def __init__(self, data: bytes, max_pixels: int) -> None:
         self.data, self.max_pixels = data, max_pixels
         self.container: av.container.InputContainer | None = None
-        self.seekable = True
+        self.seekable, self.wasted = True, 0
         self.start: int | None = None  # time of the first frame, in the stream's time base
         self.delay: int | None = None  # of an AVI, whose time base is a frame: frames that its decoder holds back
         self._restart()
@@ -97,9 +99,12 @@ class _Film:
         self.container = open_container(self.data)
         stream = _stream(self.container)
         self.decoder = Decoder(self.container, stream)
-        self._check_size(stream.codec_context.width, stream.codec_context.height)
+        if not stream.time_base:
+            raise ValueError("film cannot be decoded: its times have no unit")
+        self._check_size(stream.codec_context)
         # The loader's workers are the parallelism; threads cost small films most.
         stream.codec_context.thread_count = 1
+        stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # of frames that grow under way
         self.time_base, self.rate = stream.time_base, stream.average_rate
         self.frames = self._timed(self.decoder.frames())
 
@@ -108,7 +113,7 @@ class _Film:
         lasts. AVI knows only when packets are decoded, which delays each frame as much as the first one."""
         ended = 0.0
         for frame in frames:
-            self._check_size(frame.width, frame.height)  # a stream may change it under way
+            self._check_size(frame)  # a stream may change it under way
             shown_at = frame.pts
             if self.container.format.name == "avi" and frame.dts is not None:
                 self.delay = self.decoder.packets - 1 if self.delay is None else self.delay
@@ -134,7 +139,8 @@ class _Film:
             except FAULTS:
                 break
             if self.following is not None and self.following[0] <= seconds:
-                self.seekable = self.seekable and self.following[0] > before
+                self.wasted += self.following[0] <= before
+                self.seekable = self.seekable and self.wasted < MAX_WASTED
                 return
             back = 2 * back or SEEK_SECONDS
         self.seekable = False
@@ -183,10 +189,12 @@ class _Film:
         period = int(1 / (self.time_base * (self.rate or 25)))
         return latest + (length or (latest - before if before is not None else period))
 
-    def _check_size(self, width: int, height: int) -> None:
-        if width * height > self.max_pixels:
-            bound = f"data.max_image_pixels={self.max_pixels}" if self.max_pixels < MAX_FRAME_PIXELS else "8K"
-            raise ValueError(f"film of {width} x {height} pixels exceeds {bound}")
+    def _check_size(self, of: av.VideoCodecContext | av.VideoFrame) -> None:
+        size, pixels = f"film of {of.width} x {of.height} pixels", of.width * of.height
+        if pixels > self.max_pixels:
+            raise ValueError(f"{size} exceeds data.max_image_pixels={self.max_pixels}")
+        if pixels * max(24, of.format.padded_bits_per_pixel if of.format else 0) > MAX_FRAME_BITS:
+            raise ValueError(f"{size} would take too much memory to decode: scale it down to 8K, or to fewer bits")
 
 
 def _stream(container: av.container.InputContainer) -> av.VideoStream:

@@ -175,6 +175,8 @@ def test_damage_in_metadata_ends_nothing_and_damage_in_pixels_is_noticed():
     for data in good:
         expected = jpeg if data[:2] == jpeg[:2] else plain
         assert torch.equal(image.decode(data, LIMIT), image.decode(expected, LIMIT))
+    with pytest.raises(ValueError, match="it has no palette"):
+        image.decode(png(1, 1, 8, 3, b"\0\0"), LIMIT)
     at = plain.index(b"IDAT") + 100
     with pytest.raises(ValueError, match="chunk IDAT is damaged"):
         image.decode(plain[:at] + bytes([plain[at] ^ 1]) + plain[at + 1 :], LIMIT)

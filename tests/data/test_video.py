@@ -218,6 +218,9 @@ def test_what_is_no_film_is_refused():
         list(video.decode(b"no film", VideoConfig(), LIMIT))
     with pytest.raises(ValueError, match=r"64 x 48 pixels exceeds data\.max_image_pixels=100"):
         list(video.decode(film(1), VideoConfig(), 100))
+    header = b"YUV4MPEG2 W8200 H8200 F25:1 C420jpeg\nFRAME\n"
+    with pytest.raises(ValueError, match="8200 x 8200 pixels would take too much memory"):
+        list(video.decode(header + bytes(8200 * 8200 * 3 // 2), VideoConfig(), 10**9))
     with pytest.raises(ValueError, match="video stream has a codec that FFmpeg does not know"):
         list(video.decode(film(1).replace(b"V_MPEG4/ISO/ASP", b"V_XPEG4/XSO/XSP"), VideoConfig(), LIMIT))
 
