@@ -9,7 +9,8 @@
     <run>/checkpoints/latest      name of the newest complete one
     <run>/checkpoints/best        name of the best one by checkpoint.best
 
-A checkpoint folder is trusted like code; to share a model, export it (``python -m avlm.weights export``).
+Reading one runs no code and notices damage (checkpoint_reader.py). To share a model, export it
+(``python -m avlm.weights export``).
 """
 
 import dataclasses

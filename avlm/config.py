@@ -37,8 +37,8 @@ FREEZE_FLAGS = {
 
 @config
 class InitFrom:
-    """Weights to start from: Hugging Face folders or Hub names, exports, runs or checkpoints of runs (trusted like
-    code), and .ckpt, .pt or .pth files. What none of them holds starts from random weights."""
+    """Weights to start from: Hugging Face folders or Hub names, exports, runs or checkpoints of runs,
+    and .ckpt, .pt or .pth files. What none of them holds starts from random weights."""
 
     decoder: str | None = None
     vision: str | None = None
