@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import tokenizers
 import torch
 
 from avlm import weights
@@ -34,8 +33,7 @@ class RawChat:
     """Stands in for avlm.data.chat.Chat: no template, only what the tokenizer itself puts around a text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer.file))
-        self.tokenizer.no_truncation()
+        self.tokenizer = tokenizer
         self.stop_ids = [tokenizer.id_of(tokenizer.eos)] if tokenizer.eos else []
 
     def pieces(self, messages: Messages, *, prompt: bool) -> list[Piece]:
@@ -44,7 +42,7 @@ class RawChat:
     def encode(self, pieces: list[Piece]) -> Iterator[tuple[Piece, list[int]]]:
         for i, piece in enumerate(pieces):
             text = "" if piece.kind in MEDIA else piece.text
-            yield piece, self.tokenizer.encode(text, add_special_tokens=i == 0).ids
+            yield piece, self.tokenizer.encode_as_published(text, begins=i == 0)
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype, raw: bool) -> tuple[AVLM, SampleEncoder, list[int]]:

@@ -53,6 +53,8 @@ class Chat:
             )
         if template == "tokenizer":
             self._jinja = JinjaTemplate(tokenizer)
+            if tokenizer.make_control(self._jinja.ends):  # so that no answer shows them
+                self._jinja = JinjaTemplate(tokenizer)
 
     @property
     def stop_ids(self) -> list[int]:

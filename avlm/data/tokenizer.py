@@ -6,7 +6,7 @@ it where the config lists no ``added_tokens_decoder``. Added tokens come from to
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -75,6 +75,12 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = not control
         with one_line(f"{self.file} cannot encode a text"):
             return self._tokenizer.encode("\n" + text if skip else text, add_special_tokens=False).ids[skip:]
+
+    def encode_as_published(self, text: str, begins: bool) -> list[int]:
+        """Ids of a text in which control tokens are read, with what the file itself puts around one that ``begins``."""
+        self._tokenizer.encode_special_tokens = False
+        with one_line(f"{self.file} cannot encode a text"):
+            return self._tokenizer.encode(text, add_special_tokens=begins).ids
 
     def decode(self, ids: list[int], *, control: bool = True) -> str:
         """Text of ids; ``control``: control tokens are shown."""
@@ -166,7 +172,10 @@ class Tokenizer:
         needed = (self.bos, self.eos)
         for number, token in self._listed(config):
             known = self.find(token.content)
-            if token.content in self.added_tokens or not token.content:
+            if not token.content:
+                continue
+            if token.content in self.added_tokens:
+                self.make_control([token.content] if token.special else [])
                 continue
             if known is None and token.content not in needed and token.content not in (self.chat_template or ""):
                 continue
@@ -179,9 +188,19 @@ class Tokenizer:
         extra = [token for key in EXTRA for token in texts(config.get(key))]
         if "added_tokens_decoder" not in config:
             extra += [token for key in EXTRA for token in texts(self._keys("special_tokens_map.json").get(key))]
-        for content in filter(None, [self.bos, self.eos, *extra]):
-            if self.find(content) is not None and content not in self.control_tokens:
-                self._add(AddedToken(content, special=True, normalized=False))
+        self.make_control([token for token in (self.bos, self.eos, *extra) if token and self.find(token) is not None])
+
+    def make_control(self, tokens: Iterable[str]) -> bool:
+        """Read tokens of the vocabulary as control tokens from here on. Whether any of them was none before."""
+        new = [token for token in tokens if token not in self.control_tokens]
+        known = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
+        for content in new:
+            flags = ("single_word", "lstrip", "rstrip", "normalized")
+            kept = (
+                {flag: getattr(known[content], flag) for flag in flags} if content in known else {"normalized": False}
+            )
+            self._add(AddedToken(content, **kept, special=True))
+        return bool(new)
 
     def _add(self, token: AddedToken) -> None:
         self._tokenizer.add_tokens([token])

@@ -94,6 +94,22 @@ def test_a_vocabulary_word_that_ends_texts_is_a_control_token(tmp_path):
     assert chat.stop_ids == [chat.tokenizer.id_of("</s>")] and len(chat.tokenizer.encode("</s>")) > 1
 
 
+def test_an_end_of_turn_that_is_no_special_token_shows_in_no_answer(tmp_path):
+    """As in Gemma's first folders; the list of tokenizer_config.json may say that it is one."""
+    template = "{% for m in messages %}{{ m.role + '<sep>' + m.content + '<end_of_turn>' }}{% endfor %}"
+    tree = json.loads((write_tokenizer(tmp_path, chat_template=template) / "tokenizer.json").read_text())
+    number = tree["added_tokens"][-1]["id"] + 1
+    entry = {**tree["added_tokens"][-1], "id": number, "content": "<end_of_turn>", "special": False}
+    tree["added_tokens"].append(entry)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    chat = Chat(Tokenizer(tmp_path), "tokenizer")
+    assert number in chat.stop_ids and chat.tokenizer.decode([number], control=False) == ""
+    listed = {"eos_token": "</s>", "added_tokens_decoder": {str(number): {"content": "<end_of_turn>", "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(listed))
+    ours, theirs = Tokenizer(tmp_path), transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert ours.decode([number], control=False) == theirs.decode([number], skip_special_tokens=True) == ""
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
