@@ -83,14 +83,16 @@ class JinjaTemplate:
 
     @cached_property
     def ends(self) -> set[str]:
-        """The control tokens that end an assistant's turn; none where plain text does, or where the template takes no
-        ordinary conversation."""
+        """The control tokens that end an assistant's turn, or begin the turn after it; none where plain text does, or
+        where the template takes no ordinary conversation."""
         talk = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-        try:
-            _, turns = self._turns([{"role": role, "content": content} for role, content in talk])
-        except ValueError:
-            return set()
-        return {turn.token for turn in turns if turn.token}
+        messages = [{"role": role, "content": content} for role, content in talk]
+        for length in (4, 2):
+            try:
+                return {turn.token for turn in self._turns(messages[:length])[1] if turn.token}
+            except ValueError:  # some templates write one question and its answer only
+                continue
+        return set()
 
     @cached_property
     def block(self) -> str:
@@ -164,8 +166,9 @@ class JinjaTemplate:
         done = 0
         for i, turn in enumerate(turns):
             tail = text[turn.end : turns[i + 1].end if i + 1 < len(turns) else len(text)]
-            stop = self._end.search(tail) if self._end.search(closing) else None
+            stop = self._end.search(tail)
             turn.token = stop[0] if stop else None
+            stop = stop if self._end.search(closing) else None  # else it is the next turn's
             end = turn.end + (stop.end() if stop else _shared(tail, closing))
             if not self._has_blocks:
                 start = self._begin(text, messages[: speakers[i]], turn, done)

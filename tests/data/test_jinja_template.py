@@ -66,6 +66,11 @@ TEMPLATES = {  # name -> template, its ends, what is learned of an answer " one\
         "{% if add_generation_prompt %}assistant:{% endif %}",
         *(set(), "  one\n\n##\n", " two\n##\n", "assistant:"),
     ),
+    "the next turn ends a turn": (  # GLM
+        OWN
+        + "<|assistant|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        *({"<|user|>"}, " one\n", "two", "<|assistant|>"),
+    ),
     "marks do not pass": (
         "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content + (m.content|length)|string }}<|im_end|>\n"
         "{% endfor %}" + ASKS,
@@ -99,6 +104,14 @@ def test_turns_end_where_the_template_ends_them_and_prompts_are_what_stands_befo
     assert whole[: len(asked)] == asked, "a prompt is the beginning of what is trained"
     muted = [TALK[0], TALK[1] | {"learn": False}, *TALK[2:]]
     assert f"[{first}]" not in spell(chat, muted) and f"[{last}]" in spell(chat, muted)
+
+
+def test_a_template_that_writes_the_last_turns_only_has_an_end_but_teaches_no_longer_talks(tmp_path):
+    chat = with_template(tmp_path, CHATML.replace("in messages", "in messages[-2:]"))
+    assert chat.tokenizer.id_of("<|im_end|>") in chat.stop_ids
+    assert "[two<|im_end|>]" in spell(chat, TALK[2:])
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        chat.pieces(TALK)
 
 
 def test_published_prompts_are_those_of_transformers(tmp_path):
