@@ -1,5 +1,6 @@
 """Scores of answers against values worked out by hand, and against jiwer and transformers' normaliser."""
 
+import json
 import math
 
 import jiwer
@@ -7,6 +8,7 @@ import pytest
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from avlm import text_metrics
+from avlm.config import DataConfig
 from avlm.text_metrics import METRICS, total, value
 
 SENTENCES = [
@@ -178,3 +180,14 @@ def test_an_unknown_metric_is_refused_with_the_nearest():
         text_metrics.check_names(["zzz"], "--metrics")
     with pytest.raises(ValueError, match="--metrics names no metric"):
         text_metrics.check_names([], "--metrics")
+
+
+def test_an_answer_that_is_not_to_be_learned_is_no_reference(tmp_path):
+    turns = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "nobody", "weight": 0}]
+    file = tmp_path / "set.jsonl"
+    read = lambda: text_metrics.read_set(str(file), DataConfig(train="x"), ["exact_match"], None)
+    file.write_text(json.dumps({"messages": turns, "answers": ["a friend"]}))
+    assert text_metrics.references(read()[0]) == ["a friend"]
+    file.write_text(json.dumps({"messages": turns}))
+    with pytest.raises(ValueError, match=r"set\.jsonl:0: its last turn is marked as one not to be learned"):
+        read()
