@@ -156,18 +156,21 @@ class _Film:
 
     def _length(self) -> float:
         """From the first frame to the end of the last packet, which is looked for near the end that the file claims, or
-        else in all of it: files claim the length of their sound, what was cut off since, or nothing."""
+        else in all of it: files claim the length of their sound, what was cut off since, or nothing. A claim that is
+        right to within a frame counts."""
         stream = self.decoder.stream
-        claimed = (stream.start_time or 0) + (stream.duration or 0)
-        if not stream.duration and self.container.duration:
-            claimed = int(Fraction(self.container.duration, av.time_base) / self.time_base)
+        claimed = Fraction(self.container.duration or 0, av.time_base)
+        if stream.duration:
+            claimed = stream.duration * self.time_base
         end = None
         if self.container.format.name != "mpeg":  # whose times are guesses from where reading began
+            target = (stream.start_time or 0) + int((claimed - SEEK_MARGIN) / self.time_base)
             with contextlib.suppress(*FAULTS):  # of files that cannot be seeked
-                end = self._last_end(max(-FURTHEST, min(FURTHEST, claimed - int(SEEK_MARGIN / self.time_base))))
+                end = self._last_end(max(-FURTHEST, min(FURTHEST, target)))
         if end is None:
             end = self._last_end(None)
-        return max(0.0, float((end - (self.start or 0)) * self.time_base)) if end is not None else 0.0
+        found = ((end or 0) - (self.start or 0)) * self.time_base
+        return float(claimed if abs(claimed - found) <= 1 / (self.rate or 25) else max(0, found))
 
     def _last_end(self, seek_to: int | None) -> int | None:
         """End of the last packet, of those from a place to which the stream is seeked, or of all."""
