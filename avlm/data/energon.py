@@ -189,7 +189,7 @@ class EnergonLoader:
         try:
             for packed in self._loader:
                 yield packed.batch
-        except (ValueError, AssertionError, RuntimeError) as error:
+        except DAMAGE as error:
             self._end_workers()
             raise self._explained(error) from error
         finally:
@@ -213,6 +213,8 @@ class EnergonLoader:
             )
         if isinstance(error, ValueError) and not isinstance(error, FatalSampleError):
             return ValueError(f"{self.source}: {_last_line(error)}")
+        if isinstance(error, LookupError | OSError | tarfile.TarError) and not isinstance(error, FatalSampleError):
+            return ValueError(f"{self.source} is damaged: {shown(_last_line(error))}")
         return error
 
     def state(self) -> dict[str, Any]:

@@ -271,8 +271,9 @@ def test_damaged_and_endless_descriptions_are_one_line_that_names_the_file(tmp_p
         open_at("level5.yaml")
 
 
-def test_a_damaged_shard_ends_an_evaluation_with_one_line(tmp_path, tokenizer_folder):
-    write_set(tmp_path / "a", "val", 6, shards=1)
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_a_damaged_shard_ends_training_and_evaluation_with_one_line(split, tmp_path, tokenizer_folder):
+    write_set(tmp_path / "a", split, 6, shards=1)
     shard, info = tmp_path / "a/shard_0.tar", tmp_path / "a/.nv-meta/.info.json"
     whole, counts = shard.read_bytes(), info.read_text()
     for content, said in (
@@ -284,7 +285,11 @@ def test_a_damaged_shard_ends_an_evaluation_with_one_line(tmp_path, tokenizer_fo
         shard.write_bytes(content)
         info.write_text(said)
         with pytest.raises(ValueError, match=r"/a(, k\d+)?: |/a is damaged: ") as error:
-            list(open_samples(str(tmp_path / "a"), data(tokenizer_folder)))
+            if split == "val":
+                list(open_samples(str(tmp_path / "a"), data(tokenizer_folder)))
+            settings = data(tokenizer_folder, num_workers=0)
+            source = {"rank": 0, "world": 1, "seed": 1, "train": True}
+            list(islice(open_loader(str(tmp_path / "a"), settings, model(), **source), 20))
         assert "\n" not in str(error.value)
 
 
