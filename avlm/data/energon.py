@@ -45,7 +45,8 @@ from avlm.data.sample import EncodedSample, Sample, SampleEncoder, load_json, pa
 from avlm.model_config import ModelConfig, shown
 
 SAMPLES_PER_SLICE = 100  # samples read one after the other before the reader jumps to another place of the shards
-DAMAGE = (ValueError, AssertionError, RuntimeError, LookupError, OSError, tarfile.TarError)  # of shards and indexes
+# What Energon raises where shards, indexes or blends are not what they should be.
+DAMAGE = (ValueError, AssertionError, RuntimeError, LookupError, OSError, ArithmeticError, tarfile.TarError)
 EMPTY = ("empty dataset", "all empty datasets", "no samples in any")  # what Energon says of a worker without samples
 
 
@@ -213,7 +214,9 @@ class EnergonLoader:
             )
         if isinstance(error, ValueError) and not isinstance(error, FatalSampleError):
             return ValueError(f"{self.source}: {_last_line(error)}")
-        if isinstance(error, LookupError | OSError | tarfile.TarError) and not isinstance(error, FatalSampleError):
+        if isinstance(error, LookupError | OSError | ArithmeticError | tarfile.TarError) and not isinstance(
+            error, FatalSampleError
+        ):
             return ValueError(f"{self.source} is damaged: {shown(_last_line(error))}")
         return error
 
@@ -233,10 +236,12 @@ class EnergonLoader:
 def _loader(source: str, *, train: bool, **options: Any) -> SavableDataLoader:
     try:
         dataset = (get_train_dataset if train else get_val_dataset)(source, batch_size=None, **options)
-    except (AssertionError, KeyError, ValueError, FileNotFoundError, EmptyDatasetError) as error:
+    except (*DAMAGE, TypeError, AttributeError, EmptyDatasetError) as error:
         split = "train" if train else "val"
         mend = "`energon prepare --split-parts` names one, and so does a blend"
-        raise ValueError(f"{source} has no split {split!r} that Energon can read ({mend}): {error}") from error
+        raise ValueError(
+            f"{source} has no split {split!r} that Energon can read ({mend}): {shown(str(error))}"
+        ) from error
     # Energon has caught an exception whose traceback holds the frames of our callers in a cycle: without this, dropping
     # an EnergonLoader would not call __del__.
     gc.collect()

@@ -63,6 +63,12 @@ def _check_folder(folder: Path, splits: str | None) -> None:
         if not file.is_file():
             raise ValueError(f"{file} is missing: run `energon prepare {folder}`")
         _refuse_code(found := _read_yaml(file), file)
+        counts = found.get("shard_counts")
+        for name, count in counts.items() if isinstance(counts, dict) else ():
+            if type(count) is not int or not 0 <= count < 2**40:
+                raise ValueError(
+                    f"{file}: {shown(name)} has {shown(repr(count))} samples: run `energon prepare {folder}`"
+                )
         for text in _texts(found):
             if _num_expanded(text) > MAX_SHARDS:
                 raise ValueError(f"{file}: {shown(text)!r} stands for more than {MAX_SHARDS:,} files")
@@ -99,6 +105,8 @@ def _parts(tree: Any, origin: Path) -> Iterator[tuple[str, str | None]]:
     if refused:
         raise ValueError(f"{origin}: {refused[0]!r} is not supported")
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        if key in ("weight", "repetitions") and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ValueError(f"{origin}: {key}={shown(repr(value))} is no number above 0")  # 0 repetitions never end
         if key == "path":
             splits = tree.get("split_config")
             for text in (value, splits or "split.yaml"):

@@ -263,6 +263,10 @@ def test_damaged_and_endless_descriptions_are_one_line_that_names_the_file(tmp_p
     for name in blends:
         with pytest.raises(ValueError, match=r"is itself a part of|no path of a file or folder here"):
             open_at(name)
+    for numbers in ("weight: 0", "weight: -1", "weight: x", "weight: 1, repetitions: -1", "weight: 1e999"):
+        (tmp_path / "odd.yaml").write_text(header + f"splits: {{train: {{blend: [{{{numbers}, path: a}}]}}}}")
+        with pytest.raises(ValueError, match="is no number above 0"):
+            open_at("odd.yaml")
     for i in range(6):  # 10 of 10 of 10 ...
         inner = "a" if i == 0 else f"level{i - 1}.yaml"
         entries = ", ".join([f"{{weight: 1, path: {inner}}}"] * 10)
