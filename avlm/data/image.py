@@ -27,7 +27,7 @@ MAX_ASPECT = 20  # beyond it only the middle of the long side is resized: all th
 MAX_BYTES = 2**30  # that decoding a picture may take
 BYTES_PER_PIXEL = 10  # that decoding may take where data.max_image_pixels is so large that it exceeds MAX_BYTES
 MAX_SCAN_PIXELS = 2 * 10**9  # pixels times scans of a JPEG: 10 scans are usual, and each passes over all pixels
-MAX_PNG_CHUNKS = 2**20
+MAX_PNG_CHUNKS, MAX_JPEG_SEGMENTS = 2**20, 2**16
 STRIP = 2**19  # pixels that are converted at a time
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -41,6 +41,8 @@ UPRIGHT = {
     7: (True, True, True),
     8: (True, True, False),
 }
+JPEG_METADATA = [bytes([marker]) for marker in (*range(0xE0, 0xF0), 0xFE)]  # APP0 to APP15 and comments
+JPEG_ORIENTATION = (b"\xe0", b"\xe1", b"\xee")  # JFIF, EXIF or XMP, and Adobe's, which says how colours are stored
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")
 PNG_DEPTH = 24  # the byte of a PNG that holds the bits of a channel
@@ -118,14 +120,19 @@ def _needed_of_jpeg(data: bytes) -> bytes:
     """A JPEG's first picture without the metadata that says nothing of its pixels and orientation: Pillow refuses some
     pictures for damage there, and takes a telephone's file of several for another format."""
     kept, at = [data[:2]], 2
-    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
-        marker, length = data[at + 1], 2 + int.from_bytes(data[at + 2 : at + 4])
-        if marker == 0xDA or marker < 0xC0 or marker == 0xFF or 0xD0 <= marker <= 0xD9:
-            break
-        if marker in (0xE0, 0xE1, 0xEE) or not (0xE0 <= marker <= 0xEF or marker == 0xFE):  # not APPn, no comment
-            kept.append(data[at : at + length])
-        at += length
-    return b"".join([*kept, data[at:]])
+    for _ in range(MAX_JPEG_SEGMENTS):
+        at = data.find(b"\xff", at)
+        marker = data[at + 1 : at + 2] if at >= 0 else b""
+        if marker in (b"\xff", b"\0"):  # fill, and what is no marker
+            at += 1
+        elif marker in JPEG_METADATA or b"\xc0" <= marker < b"\xd0" or b"\xda" < marker <= b"\xfe":
+            end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
+            if marker in JPEG_ORIENTATION or marker not in JPEG_METADATA:
+                kept.append(data[at:end])
+            at = end
+        else:  # the pixels, or nothing
+            return b"".join([*kept, data[at:] if marker else b""])
+    raise ValueError(f"picture cannot be decoded: it has more than {MAX_JPEG_SEGMENTS} JPEG segments")
 
 
 def _needed_of_png(data: bytes) -> bytes:

@@ -22,7 +22,7 @@ from avlm.data.container import FAULTS, Decoder, has_packets, open_container, re
 
 SEEK_SECONDS = 4.0  # a gap that is worth a seek: nearer frames are decoded on the way
 SEEK_MARGIN = 1  # seconds before the end: the packet that is shown last need not be the last packet
-MAX_SEEKS = 6  # for one time, each twice as far before it as the one that landed after it
+MAX_SEEKS = 4  # for one time, each twice as far before it as the one that landed after it
 MAX_WASTED = 3  # seeks in a film that went back: its key frames are further apart than the frames asked for
 MAX_FRAME_PIXELS = 2**25  # 8K, more than which no decoder is given: some hold 17 frames
 MAX_FRAME_BITS = 24 * MAX_FRAME_PIXELS

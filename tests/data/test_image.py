@@ -165,6 +165,7 @@ def test_damage_in_metadata_ends_nothing_and_damage_in_pixels_is_noticed():
     bad_exif = b"Exif\0\0II*\0\xff\xff\xff\xff"
     good = [
         jpeg[:20] + app1(bad_exif) + jpeg[20:],
+        jpeg[:20] + b"junk" + b"\xff" * 5 + jpeg[20:],
         jpeg[:20] + b"\xff\xe2\0\x16MPF\0" + b"MM\0*\0\0\0\x08" + b"\xff" * 8 + jpeg[20:],
         plain[:33] + png_chunk(b"eXIf", bad_exif[6:]) + plain[33:],
         plain[:33] + png_chunk(b"tEXt", b"Comment\0damaged")[:-1] + b"?" + plain[33:],
@@ -246,6 +247,8 @@ def test_a_picture_that_would_take_too_much_memory_or_time_is_refused_before_dec
     vast = jpeg[:size] + struct.pack(">HH", 12_000, 10_000) + jpeg[size + 4 :]
     with pytest.raises(ValueError, match="12000 pixels has 22 scans, too many"):
         image.decode(vast + b"\xff\xda" * 12, 2 * LIMIT)
+    with pytest.raises(ValueError, match="more than 65536 JPEG segments"):
+        image.decode(b"\xff\xd8" + b"\xff" * 70_000 + jpeg[2:], LIMIT)
     webp = image_file(picture(20, 20), "WEBP")
     vast = webp[:26] + struct.pack("<HH", 9_000, 9_000) + webp[30:]
     with pytest.raises(ValueError, match="9000 x 9000 pixels would take 1313 MiB to decode as WEBP"):
