@@ -18,21 +18,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.visitor import NodeTransformer
 
 STEPS = 20_000_000  # of a rendering; ten are an empty pass of a loop, which takes a microsecond
-WORK = 10**9  # characters that are read or written in a rendering, each item of a list counted as ITEM of them
+WORK = 3 * 10**8  # characters that are read or written in a rendering, each item of a list counted as ITEM of them
 ITEM = 50
-TEXT = 64 * 2**20  # characters of one value
+TEXT = 10**7  # characters of one value
 ITEMS = 10**6  # of one value, nested ones included
 BITS = 10_000  # of one number
 WIDTH = 10**6  # of padding, and any other number that a filter or method takes
 NUMBERS = ("default", "d", "int", "float", "truncate")  # filters whose numbers make nothing longer
-MULTIPLIES = (
-    "wordwrap",
-    "indent",
-    "urlize",
-    "xmlattr",
-)  # filters whose text is inserted as often as the value asks for
-
-
+MULTIPLIES = ("wordwrap", "indent", "urlize", "xmlattr")  # filters that insert a text as often as the value asks for
+# Filters that take a text apart into its characters.
+ITERATES = ("list", "sort", "map", "select", "reject", "selectattr", "rejectattr", "groupby")
+ITERATES += ("batch", "slice", "unique", "sum", "min", "max", "join", "items")
 HOLDERS = (list, tuple, dict, set, frozenset)
 
 
@@ -98,7 +94,7 @@ class Bounded(ImmutableSandboxedEnvironment):
         # The names are Jinja's: no keyword argument of a template can be one of them.
         if __obj is __self.count or __obj is __self.measure:
             return __obj(*args)
-        __self.step()
+        __self.step(30)
         if isinstance(__obj, types.BuiltinMethodType) and isinstance(__obj.__self__, (str, bytes, int, float)):
             args = __self._checked(__obj.__name__, __obj.__self__, args, kwargs)
         return __self.copied(super().call(__context, __obj, *args, **kwargs))
@@ -120,7 +116,7 @@ class Bounded(ImmutableSandboxedEnvironment):
 
         @wraps(function)  # with the mark for what it gets first
         def bounded(*args: Any, **kwargs: Any) -> Any:
-            self.step()
+            self.step(60)
             first, (value, *rest) = args[:before], args[before:]
             if isinstance(value, types.GeneratorType):
                 value = list(value)
@@ -137,6 +133,8 @@ class Bounded(ImmutableSandboxedEnvironment):
             raise TooMuch(f"{name} is given a number above {WIDTH:,}")
         characters, items = self._size(value)
         self._add(characters, items)
+        if isinstance(value, (str, bytes)) and name in ITERATES and not hasattr(value, name):
+            self._check_size(characters, characters)
         texts = [len(arg) for arg in given if isinstance(arg, (str, bytes))]
         if name == "replace" and len(texts) > 1:
             old = next(arg for arg in given if isinstance(arg, (str, bytes)))
