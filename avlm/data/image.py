@@ -28,7 +28,7 @@ MAX_BYTES = 2**30  # that decoding a picture may take
 BYTES_PER_PIXEL = 10  # that decoding may take where data.max_image_pixels is so large that it exceeds MAX_BYTES
 MAX_SCAN_PIXELS = 2 * 10**9  # pixels times scans of a JPEG: 10 scans are usual, and each passes over all pixels
 MAX_PNG_CHUNKS, MAX_JPEG_SEGMENTS = 2**20, 2**16
-STRIP = 2**19  # pixels that are converted at a time
+STRIP = 2**21  # pixels that are converted at a time
 
 ORIENTATION = 0x0112  # the EXIF tag
 # Orientation -> whether rows and columns change places, and whether what results is upside down and mirrored.
