@@ -65,7 +65,8 @@ class DataConfig:
     train: str  # Energon folder or metadataset YAML, .json or .jsonl file, or "synthetic"
     validation: dict[str, str] = field(default_factory=dict)  # name -> source
     metrics: dict[str, list[str]] = field(default_factory=dict)  # of the answers to a validation set, by its name:
-    # exact_match, wer, cer, rouge_l, vqa_accuracy (avlm.text_metrics); for others exact_match
+    # exact_match, wer, cer, rouge_l, vqa_accuracy, and wer_basic, wer_english, cer_basic, cer_english where the choice
+    # by the letters of a set is not wanted (avlm.text_metrics); for others exact_match
     tokenizer: str = ""  # folder with tokenizer.json, or the file
     template: Literal["plain", "llava", "llama3", "chatml", "tokenizer"] = "llama3"  # tokenizer: its own Jinja template
     seq_length: Tokens = 8192  # tokens of a packed row

@@ -18,6 +18,7 @@ SCRIPTS = {
     "tests.parallel.measure_balance": ["--repeats", "1"],
     "tests.kernels.test_compiled": [],
     "tests.measurements.fuzz": ["--count", "100"],
+    "tests.measurements.checkpoint_checks": ["0.05"],
     "tests/data/packing_against_bucketing.py": [],
     "tests/data/speed_against_processors.py": [],
     "tests/speed_against_transformers.py": [],

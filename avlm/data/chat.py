@@ -49,7 +49,7 @@ class Chat:
         missing = [token for token in needed if token and token not in tokenizer.control_tokens]
         if missing:
             raise ValueError(
-                f"template {template} needs control tokens that {tokenizer.file} lacks: {', '.join(missing)}"
+                f"template {template} needs control tokens that {tokenizer.file} lacks: {shown(', '.join(missing))}"
             )
         if template == "tokenizer":
             self._jinja = JinjaTemplate(tokenizer)
@@ -101,7 +101,7 @@ class Chat:
             if message.get("role") not in ROLES:
                 raise ValueError(f"unknown role {shown(repr(message.get('role')))}: give one of {', '.join(ROLES)}")
             if not isinstance(message.get("content"), str):
-                raise ValueError(f"content of a {message['role']} turn is not text: {message.get('content')!r:.80}")
+                raise ValueError(f"content of a {message['role']} turn is not text: {shown(message.get('content'))}")
             if MARK.search(message["content"]):
                 raise ValueError("text holds a Unicode noncharacter (U+FDD0 to U+FDD6)")
         roles = [message["role"] for message in messages]

@@ -86,14 +86,14 @@ class Records:
         path = self.media_root / path
         try:
             if not path.is_file():
-                raise ValueError(f"no media file {path!s:.200}")
+                raise ValueError(f"no media file {shown(str(path))}")
             if (size := path.stat().st_size) > self.max_media_bytes:
                 raise ValueError(f"{path} has {size} bytes, more than data.max_media_bytes={self.max_media_bytes}")
             return path.read_bytes()
         except OSError as error:
             if error.errno not in (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP):
                 raise  # a disk that fails is no fault of the sample
-            raise ValueError(f"media file {path!s:.200} cannot be read: {error.strerror}") from None
+            raise ValueError(f"media file {shown(str(path))} cannot be read: {error.strerror}") from None
 
     def _load(self, text: bytes) -> Any:
         try:

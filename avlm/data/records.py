@@ -223,7 +223,7 @@ def _part(part: Any) -> tuple[str, str | None]:
     if not isinstance(part, dict):
         raise ValueError(f"a part of a turn must be a text or an object, not {shown(part)}")
     name = part.get("type", next((key for key in ("text", *MEDIA) if key in part), None))
-    if name not in PARTS:
+    if not isinstance(name, str) or name not in PARTS:
         raise ValueError(f"a part of type {shown(name)!r} is not read: give {', '.join(PARTS)}")
     kind = PARTS[name]
     if kind == "text":
@@ -251,7 +251,7 @@ def _read_pairs(record: dict[str, Any], turns: Turns) -> None:
     """Questions under "context", answers under "answers"."""
     context, answers = record["context"], record["answers"]
     if not (isinstance(context, list) and isinstance(answers, list) and len(context) == len(answers)):
-        raise ValueError(f"context and answers must be lists of one length: {context!s:.60}, {answers!s:.60}")
+        raise ValueError(f"context and answers must be lists of one length: {shown(context, 60)}, {shown(answers, 60)}")
     weights = record.get("answer_weights") or [1] * len(answers)
     if not isinstance(weights, list) or len(weights) != len(answers):
         raise ValueError(f"answer_weights must be a list of {len(answers)} numbers, not {shown(weights)}")
@@ -314,7 +314,7 @@ def _references(record: dict[str, Any]) -> list[str]:
         return []
     answers = record["answers"]
     if not (isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)):
-        raise ValueError(f"answers must be a list of texts, not {answers!r:.80}")
+        raise ValueError(f"answers must be a list of texts, not {shown(answers)}")
     return [answer.strip() for answer in answers]
 
 
@@ -325,7 +325,7 @@ def _names(record: dict[str, Any], kind: str) -> list[str]:
         given = record.get(key)
         names = [] if given is None else given if isinstance(given, list) else [given]
         if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{kind}s must be file names, not {given!r:.80}")
+            raise ValueError(f"{kind}s must be file names, not {shown(given)}")
         listed.append(names)
     if all(listed) and listed[0] != listed[1]:
         raise ValueError(f"the record has {kind} and {kind}s, which differ: give one")

@@ -1,5 +1,6 @@
 """Small files and records of every kind, and damage to them, for fuzz.py."""
 
+import copy
 import io
 import json
 import random
@@ -103,11 +104,11 @@ def mutated(tree: Any, rng: random.Random) -> Any:
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         holders = list(_holders(tree))
         if not holders:
-            return rng.choice(JUNK)
+            return copy.deepcopy(rng.choice(JUNK))
         holder, key = rng.choice(holders)
         kind = rng.randrange(6)
         if kind < 3:
-            holder[key] = rng.choice(JUNK)
+            holder[key] = copy.deepcopy(rng.choice(JUNK))
         elif kind == 3:
             holder[key] = [holder[key]] if rng.random() < 0.5 else {"x": holder[key]}
         elif kind == 4 and isinstance(holder, dict):
