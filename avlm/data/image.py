@@ -193,11 +193,13 @@ def _orientation(image: Image.Image) -> int:
 def _rgb(image: Image.Image, orientation: int) -> Tensor:
     """uint8 (3, H, W), a view of (H, W, 3). Converted and turned strip by strip, which bounds the memory."""
     width, height = image.size
+    rows = max(1, STRIP // width)
+    if rows >= height and orientation not in UPRIGHT and image.mode == "RGB" and not image.has_transparency_data:
+        return torch.from_numpy(numpy.asarray(image)).permute(2, 0, 1)  # most pictures; shares Pillow's copy
     transposed, flipped, mirrored = UPRIGHT.get(orientation, (False, False, False))
     upright = numpy.empty((width, height, 3) if transposed else (height, width, 3), numpy.uint8)
     as_stored = upright[:: -1 if flipped else 1, :: -1 if mirrored else 1]
     as_stored = as_stored.transpose(1, 0, 2) if transposed else as_stored
-    rows = max(1, STRIP // width)
     for top in range(0, height, rows):
         strip = image.crop((0, top, width, min(height, top + rows))) if rows < height else image
         as_stored[top : top + rows] = _on_white(strip)
