@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from avlm import config_file, evaluation, evaluation_report, text_metrics
+from avlm import config_file, evaluation, evaluation_report, metrics, text_metrics
 from avlm.checkpoint import Progress
 from avlm.data import open_loader, open_samples
 from avlm.data.chat import Tokenizer
@@ -66,7 +66,8 @@ def validate_and_answer(cfg, tensor, step):
     cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, tensor=tensor))
     world, model = build(cfg)
     quieten(model)
-    results = validate(model, cfg.stages[0], cfg, world, step)
+    log = metrics.Log(cfg, world, model, 0)
+    results = validate(model, cfg.stages[0], cfg, world, log, step)
     data = cfg.stages[0].data
     encoder = SampleEncoder(cfg.model, data, Tokenizer(data.tokenizer))
     with torch.no_grad():

@@ -80,7 +80,7 @@ def test_what_can_be_measured_passes(make, options):
             {"last": "held_out"},
             r"last: data.train: .*held_out has no split 'train' that .*`energon prepare --split-parts`",
         ),
-        ({"last": "text.yaml"}, r"last: data.train: .*text.yaml must hold keys and values, not 'captions and speech'"),
+        ({"last": "text.yaml"}, r"last: data.train: .*text.yaml must hold keys and values, not str"),
         ({"last": "torn.yaml"}, r"last: data.train: .*torn.yaml is not valid YAML: while parsing"),
         ({"sets": ["empty"]}, r"data.validation.empty: .*empty.jsonl holds no records"),
         (

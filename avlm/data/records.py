@@ -314,7 +314,7 @@ def _references(record: dict[str, Any]) -> list[str]:
         return []
     answers = record["answers"]
     if not (isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)):
-        raise ValueError(f"answers must be a list of texts, not {shown(answers)}")
+        raise ValueError(f"answers must be a list of texts, not {shown(repr(answers))}")
     return [answer.strip() for answer in answers]
 
 
@@ -325,7 +325,7 @@ def _names(record: dict[str, Any], kind: str) -> list[str]:
         given = record.get(key)
         names = [] if given is None else given if isinstance(given, list) else [given]
         if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{kind}s must be file names, not {shown(given)}")
+            raise ValueError(f"{kind}s must be file names, not {shown(repr(given))}")
         listed.append(names)
     if all(listed) and listed[0] != listed[1]:
         raise ValueError(f"the record has {kind} and {kind}s, which differ: give one")
