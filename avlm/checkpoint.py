@@ -13,7 +13,9 @@ Reading one runs no code and notices damage (checkpoint_reader.py). To share a m
 (``python -m avlm.weights export``).
 """
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -118,26 +120,37 @@ class Saver:
         need = sum(tensor.nbytes for tensor in tree_leaves(tensors))
         attempt = functools.partial(self._attempt, path, need)
         failure = (
-            attempt(lambda: self._make_folder(path))
+            attempt(lambda: self._make_folder(path, need))
             or attempt(lambda: files.update(_write_rank_state(path, self.world, loader_state)))
             or attempt(lambda: dcp.save(tensors, checkpoint_id=path))
         )
         if failure:
             return failure
         files = dict(item for of_rank in self.world.gather(files) for item in of_rank.items())
-        return attempt(lambda: self._publish(path, progress, files))
+        failure = attempt(lambda: self._complete(path, progress, files))
+        if self.world.is_first and not failure:
+            with contextlib.suppress(OSError):  # the checkpoint is there; what is left over goes after the next one
+                self._tidy(path, progress)
+        self.world.barrier()
+        return failure
 
-    def _make_folder(self, path: Path) -> None:
-        if self.world.is_first:
-            shutil.rmtree(path, ignore_errors=True)  # what an interrupted run left there
-            path.mkdir(parents=True)
-
-    def _publish(self, path: Path, progress: Progress, files: dict[str, str]) -> None:
-        """The marker makes a checkpoint complete; then older ones go."""
+    def _make_folder(self, path: Path, need: int) -> None:
         if not self.world.is_first:
             return
-        files = {**files, ".metadata": digest((path / ".metadata").read_bytes())}
-        write_durably(path / MARKER, marker_text(dataclasses.asdict(progress), files))
+        shutil.rmtree(path, ignore_errors=True)  # what an interrupted run left there
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(path.parent).free < need:  # or a full disk would be filled to the brim at each attempt
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        path.mkdir()
+
+    def _complete(self, path: Path, progress: Progress, files: dict[str, str]) -> None:
+        """The marker makes a checkpoint complete."""
+        if self.world.is_first:
+            files = {**files, ".metadata": digest((path / ".metadata").read_bytes())}
+            write_durably(path / MARKER, marker_text(dataclasses.asdict(progress), files))
+
+    def _tidy(self, path: Path, progress: Progress) -> None:
+        """Names for the newest and the best; older ones go."""
         write_durably(path.parent / "latest", path.name)
         done, best = complete_checkpoints(self.run), folder_of(self.run, progress.best_step)
         if best in done:
@@ -162,6 +175,7 @@ class Saver:
         if not reasons:
             return ""
         if self.world.is_first:
+            (path / MARKER).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
         done = complete_checkpoints(self.run)
         kept = f"the newest complete checkpoint is {done[-1]}" if done else "there is no earlier checkpoint"

@@ -87,16 +87,16 @@ def read_yaml(path: Path, max_bytes: int = MAX_BYTES, max_values: int = MAX_VALU
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 floats: 1e-3 is a number. A key that stands twice in a mapping is an error, not the last one."""
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
-        if isinstance(node, yaml.MappingNode):
-            lines: dict[tuple[str, str], int] = {}
-            for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                    line, first = key.start_mark.line + 1, lines.get((key.tag, key.value))
-                    if first is not None:
-                        raise ValueError(f"the key {shown(key.value)!r} stands on line {first} and on line {line}")
-                    lines[key.tag, key.value] = line
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line, first = key.start_mark.line + 1, lines.get((key.tag, key.value))
+                if first is not None:
+                    raise ValueError(f"the key {shown(key.value)!r} stands on line {first} and on line {line}")
+                lines[key.tag, key.value] = line
+        return node
 
 
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d+)([eE][-+]?\d+)$")

@@ -26,6 +26,8 @@ from avlm.parallel import compute_dtype
 from avlm.parallel.exit import NonFiniteLoss, one_line_errors
 from avlm.parallel.mesh import World
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class Log:
     """Rows of a run. Values of a step stay on the device until ``flush``, which fetches all of them together."""
@@ -104,16 +106,17 @@ class Log:
         if not self.world.is_first:
             return
         rows, waited = [*self.unwritten, *rows], bool(self.unwritten)
-        with open(self.path, "ab") as file:
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        with open(self.path, "ab", buffering=0) as file:  # what a buffer holds would be written again on closing
             end = file.tell()
             try:
-                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-                file.flush()
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in FULL:
                     raise
-                os.truncate(self.path, end)
+                file.truncate(end)
                 self.unwritten = rows
                 if not waited:
                     self.say(f"warning: {self.path}: {error.strerror.lower()}; its lines wait until there is room")

@@ -49,7 +49,7 @@ def choose(folder: Path, kind: tuple[str, ...] = MODEL) -> WeightFiles:
     there = sorted(path.name for path in folder.iterdir() if any(fnmatch.fnmatch(path.name, each) for each in WEIGHTS))
     if first is None:
         beside = f": there is {_few(there)}" if there else ""
-        raise FileNotFoundError(f"no {', '.join(order[:-1])} or {order[-1]} in {folder}{beside}")
+        raise FileNotFoundError(f"no {' or '.join(order)} in {folder}{beside}")
     places = read_index(folder / first) if first.endswith(INDEX) else {}
     files = sorted(set(places.values())) or [first]
     for name in files:

@@ -194,9 +194,9 @@ def check_shape(name: str, shape: tuple[int, ...], source: Any, origin: str) -> 
         is_float, dtype = source.dtype.is_floating_point, str(source.dtype)
     else:
         dtype = str(source.get_dtype())
-        is_float = dtype.startswith(("F", "BF"))
+        is_float = dtype.startswith(("F16", "F32", "F64", "BF16"))
     if not is_float:
-        raise ValueError(f"{origin} is of {dtype}, whole numbers: weights that are quantised are not read")
+        raise ValueError(f"{origin} is of {dtype}: weights that are quantised are not read")
     there = tuple(source.get_shape())
     reshaped = name in RESHAPED and len(there) != len(shape) and math.prod(there) == math.prod(shape)
     if there != tuple(shape) and not reshaped:

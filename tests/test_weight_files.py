@@ -209,7 +209,7 @@ def test_whole_numbers_are_no_weights(states, tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     torch.save(state, tmp_path / "state.pt")
     for source in (tmp_path, tmp_path / "state.pt"):
-        with pytest.raises(ValueError, match=rf"{EMBEDDING} is of .*(I8|int8), whole numbers"):
+        with pytest.raises(ValueError, match=rf"{EMBEDDING} is of .*(I8|int8): weights that are quantised"):
             load(AVLM(ModelConfig(decoder=read_config(tmp_path))), InitFrom(decoder=str(source)))
 
 

@@ -192,7 +192,10 @@ class EnergonLoader:
                 yield packed.batch
         except DAMAGE as error:
             self._end_workers()
-            raise self._explained(error) from error
+            explained = self._explained(error)
+            if explained is None:
+                raise
+            raise explained from error
         finally:
             if not self.train:
                 self._end_workers()
@@ -202,11 +205,11 @@ class EnergonLoader:
 
     def _end_workers(self) -> None:
         """Energon's loader refers to itself, and torch needs 5 seconds a worker for what the garbage collector ends."""
-        if self._loader is not None and self._loader._iterator is not None:
-            self._loader._iterator._shutdown_workers()
+        if self._loader is not None:
+            worker.end(self._loader._iterator)
 
-    def _explained(self, error: Exception) -> Exception:
-        """One line for a fault of the data; a fault of the code (Energon calls it fatal) stays what it is."""
+    def _explained(self, error: Exception) -> ValueError | None:
+        """One line for a fault of the data; None for a fault of the code (Energon calls it fatal)."""
         if any(words in str(error) for words in EMPTY):
             workers = self._workers.world_size * max(1, self._workers.num_workers)
             return ValueError(
@@ -218,7 +221,7 @@ class EnergonLoader:
             error, FatalSampleError
         ):
             return ValueError(f"{self.source} is damaged: {shown(_last_line(error))}")
-        return error
+        return None
 
     def state(self) -> dict[str, Any]:
         """Plain JSON: where the stream stands after the last row that was handed out."""

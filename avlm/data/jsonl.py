@@ -162,12 +162,16 @@ class JsonlLoader:
             generator=torch.Generator(),  # iter(DataLoader) would draw from the global one
             worker_init_fn=worker.start,
         )
-        for slot, batch, state in loader:
-            if isinstance(batch, str):
-                raise ValueError(batch)
-            self._slots[slot] = state
-            self._turn = (slot + 1) % len(self._slots)
-            yield batch
+        rows = iter(loader)
+        try:
+            for slot, batch, state in rows:
+                if isinstance(batch, str):
+                    raise ValueError(batch)
+                self._slots[slot] = state
+                self._turn = (slot + 1) % len(self._slots)
+                yield batch
+        finally:
+            worker.end(rows)
 
     def state(self) -> dict[str, Any]:
         """Plain JSON: where the stream stands after the last row that was handed out."""

@@ -9,10 +9,12 @@
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from typing import TextIO
 
 import torch
 
@@ -60,17 +62,28 @@ def one_line_errors() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except SystemExit as end:
-        _leave(end.code if isinstance(end.code, int) else bool(end.code), at_once=mesh.ranks()[1] > 1)
+        if mesh.ranks()[1] == 1:
+            raise
+        _leave(int(end.code or 0), at_once=True)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _leave(128 + signal.SIGINT, at_once=torch.distributed.is_initialized())
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        if not _is_unread(sys.stdout):
+            _explain(error)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
         _leave(128 + signal.SIGPIPE, at_once=torch.distributed.is_initialized())
     except Exception as error:
         _explain(error)
     if mesh.ranks()[1] > 1:
         _leave(0, at_once=True)
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether a stream is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _explain(error: Exception) -> None:
