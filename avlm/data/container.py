@@ -3,13 +3,13 @@
 import io
 import sys
 from collections.abc import Iterator
-from functools import lru_cache
 
 import av
 
 from avlm.data import signature
 
 MAX_LINES = 10
+SAID: set[str] = set()  # lines of this process
 STREAMED = ("mpeg", "mpegts")  # where a packet without a place of its own has no time of its own: FFmpeg guesses one
 FAULTS = (av.FFmpegError, UnicodeError)  # UnicodeError: names in the file that PyAV decodes strictly
 
@@ -82,8 +82,8 @@ def _demux(container: av.container.InputContainer, streams: list[av.stream.Strea
         return
 
 
-@lru_cache(maxsize=MAX_LINES)
 def say_once(line: str) -> None:
     """On stderr, once in a process: a file is read again in each epoch. There are at most MAX_LINES of them."""
-    if (said := say_once.cache_info().currsize) < MAX_LINES:
-        print(line + "; further files are not named" * (said == MAX_LINES - 1), file=sys.stderr, flush=True)
+    if line not in SAID and len(SAID) < MAX_LINES:
+        SAID.add(line)
+        print(line + "; further files are not named" * (len(SAID) == MAX_LINES), file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ colours that its author never saw do not appear.
 """
 
 import io
+import re
 import warnings
 import zlib
 
@@ -29,6 +30,7 @@ BYTES_PER_PIXEL = 10  # that decoding may take where data.max_image_pixels is so
 MAX_SCAN_PIXELS = 2 * 10**9  # pixels times scans of a JPEG: 10 scans are usual, and each passes over all pixels
 MAX_PNG_CHUNKS, MAX_JPEG_SEGMENTS = 2**20, 2**16
 STRIP = 2**21  # pixels that are converted at a time
+PLAIN = 2**22  # pixels up to which a picture that needs no change is not cut into strips
 
 ORIENTATION = 0x0112  # the EXIF tag
 # Orientation -> whether rows and columns change places, and whether what results is upside down and mirrored.
@@ -42,13 +44,16 @@ UPRIGHT = {
     8: (True, True, False),
 }
 JPEG_METADATA = [bytes([marker]) for marker in (*range(0xE0, 0xF0), 0xFE)]  # APP0 to APP15 and comments
+JPEG_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # but those without a segment, and what pixels may look like
 JPEG_ORIENTATION = (b"\xe0", b"\xe1", b"\xee")  # JFIF, EXIF or XMP, and Adobe's, which says how colours are stored
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")
 PNG_DEPTH = 24  # the byte of a PNG that holds the bits of a channel
 PNG_TEXTS = (b"exif", b"Raw profile type exif", b"XML:com.adobe.xmp", b"xmp")  # where Pillow looks for orientation
 
-Image.core.set_blocks_max(32)  # MiB that Pillow keeps for the next picture: fresh pages cost large pictures a third
+# Blocks of 16 MiB that Pillow keeps for the next picture, as fresh pages cost large ones a third of their time. The
+# documented way, an environment variable, is read before we are imported.
+Image.core.set_blocks_max(4)
 
 
 def decode(data: bytes, max_pixels: int) -> Tensor:
@@ -59,8 +64,8 @@ def decode(data: bytes, max_pixels: int) -> Tensor:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's on size, which is bounded here, and on damaged metadata
-        image = _open(data)
-        _check_size(image, data, max_pixels)
+        image, scans = _open(data)
+        _check_size(image, scans, max_pixels)
         try:
             image.load()
         except Exception as error:  # Pillow promises no type for damaged files
@@ -100,16 +105,17 @@ def denormalise(pixels: Tensor, vision: VisionConfig) -> Tensor:
     return ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def _open(data: bytes) -> Image.Image:
-    """The picture with its header read and nothing decoded."""
+def _open(data: bytes) -> tuple[Image.Image, int]:
+    """The picture with its header read and nothing decoded; and the number of its scans, 1 but in JPEGs."""
     kind = signature.name(data)
     if kind not in ("JPEG", "PNG", "WebP"):
         if kind is None:
             raise ValueError(f"{len(data)} bytes are not a picture: give {', '.join(FORMATS)}")
         raise ValueError(f"picture is {kind}, which is not read: convert it to {', '.join(FORMATS)}")
     needed = {"JPEG": _needed_of_jpeg, "PNG": _needed_of_png, "WebP": bytes}[kind](data)
+    scans = _scans(needed, 2)[0] if kind == "JPEG" else 1
     try:
-        return Image.open(io.BytesIO(needed), formats=FORMATS)
+        return Image.open(io.BytesIO(needed), formats=FORMATS), scans
     except Image.DecompressionBombError as error:
         raise ValueError(f"picture is too large: {error}") from None
     except Exception:  # Pillow promises no type for damaged files
@@ -130,9 +136,21 @@ def _needed_of_jpeg(data: bytes) -> bytes:
             if marker in JPEG_ORIENTATION or marker not in JPEG_METADATA:
                 kept.append(data[at:end])
             at = end
-        else:  # the pixels, or nothing
-            return b"".join([*kept, data[at:] if marker else b""])
+        else:  # the pixels, or nothing; what is appended (telephones: a video) is another matter
+            return b"".join([*kept, data[at : _scans(data, at)[1]] if marker else b""])
     raise ValueError(f"picture cannot be decoded: it has more than {MAX_JPEG_SEGMENTS} JPEG segments")
+
+
+def _scans(data: bytes, at: int) -> tuple[int, int]:
+    """How many scans a JPEG has from a place on, and where it ends."""
+    count = 0
+    while found := JPEG_MARKER.search(data, at):
+        marker, at = found[0][1], found.end()
+        if marker == 0xD9:
+            return count, at
+        count += marker == 0xDA
+        at += int.from_bytes(data[at : at + 2])  # of its segment; coded pixels follow, in which no marker is found
+    return count, len(data)
 
 
 def _needed_of_png(data: bytes) -> bytes:
@@ -156,14 +174,13 @@ def _needed_of_png(data: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _check_size(image: Image.Image, data: bytes, max_pixels: int) -> None:
+def _check_size(image: Image.Image, scans: int, max_pixels: int) -> None:
     """ValueError for what decoding would cost too much memory or time."""
     (width, height), layers = image.size, getattr(image, "layer", [])
     size, pixels = f"picture of {width} x {height} pixels", width * height
     if pixels > max_pixels:
         raise ValueError(f"{size} exceeds data.max_image_pixels={max_pixels}")
     kind = "JPEG" if image.format == "MPO" else image.format
-    scans = data.count(b"\xff\xda") if kind == "JPEG" else 1
     if scans * pixels > MAX_SCAN_PIXELS:
         raise ValueError(f"{size} has {scans} scans, too many to decode: save it as a baseline JPEG")
     # Pillow's image and ours; libjpeg has 2 bytes for each coefficient of a picture in scans, libwebp three canvases.
@@ -194,7 +211,8 @@ def _rgb(image: Image.Image, orientation: int) -> Tensor:
     """uint8 (3, H, W), a view of (H, W, 3). Converted and turned strip by strip, which bounds the memory."""
     width, height = image.size
     rows = max(1, STRIP // width)
-    if rows >= height and orientation not in UPRIGHT and image.mode == "RGB" and not image.has_transparency_data:
+    is_plain = orientation not in UPRIGHT and image.mode == "RGB" and not image.has_transparency_data
+    if is_plain and width * height <= PLAIN:
         return torch.from_numpy(numpy.asarray(image)).permute(2, 0, 1)  # most pictures; shares Pillow's copy
     transposed, flipped, mirrored = UPRIGHT.get(orientation, (False, False, False))
     upright = numpy.empty((width, height, 3) if transposed else (height, width, 3), numpy.uint8)

@@ -69,17 +69,24 @@ class _Film:
         self.seekable, self.wasted = True, 0
         self.start: int | None = None  # time of the first frame, in the stream's time base
         self.delay: int | None = None  # of an AVI, whose time base is a frame: frames that its decoder holds back
-        self._restart()
-        self.following: tuple[float, av.VideoFrame] | None = next(self.frames, None)
-        if self.following is None:
-            raise self.decoder.errors[0] if self.decoder.errors else ValueError("film has no frame")
-        self.seconds = self._length()
+        self.frames: Iterator[tuple[float, av.VideoFrame]] = iter(())
+        self.following: tuple[float, av.VideoFrame] | None = None
 
     def __enter__(self) -> "_Film":
+        with contextlib.ExitStack() as unless_all_is_well:
+            unless_all_is_well.push(self.__exit__)
+            self._restart()
+            self.following = next(self.frames, None)
+            if self.following is None:
+                raise self.decoder.errors[0] if self.decoder.errors else ValueError("film has no frame")
+            self.seconds = self._length()
+            unless_all_is_well.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.container.close()
+        self.frames = self.following = None  # a generator that holds this object, and so the whole file
+        if self.container is not None:
+            self.container.close()
 
     def frames_at(self, wanted: list[float]) -> Iterator[tuple[float, av.VideoFrame]]:
         """The frame on screen at each time (ascending): the last that starts at or before it."""

@@ -1,6 +1,8 @@
+import gc
 import io
 import math
 import struct
+import weakref
 from fractions import Fraction
 from functools import cache
 
@@ -260,3 +262,18 @@ def test_frames_that_grow_under_way_are_bounded_too():
     assert len(list(video.decode(growing, VideoConfig(num_frames=8), 256 * 256))) == 8
     with pytest.raises(ValueError, match="film of 256 x 256 pixels exceeds"):
         list(video.decode(growing, VideoConfig(num_frames=8), 10_000))
+
+
+def test_a_film_is_let_go_of_when_its_last_frame_was_taken(monkeypatch):
+    """Without waiting for Python's collector of cycles: a film may have hundreds of megabytes."""
+    films = weakref.WeakSet()
+    opened = video._Film.__enter__
+    monkeypatch.setattr(video._Film, "__enter__", lambda film: (films.add(film), opened(film))[1])
+    gc.disable()
+    try:
+        list(video.decode(film(2.0), VideoConfig(), 10**8))
+        with pytest.raises(ValueError, match="exceeds"):
+            list(video.decode(film(2.0), VideoConfig(), 100))
+        assert not films
+    finally:
+        gc.enable()
