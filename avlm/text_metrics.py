@@ -12,9 +12,9 @@ whole); that of a set is the sum of the parts over the sum of the wholes, so tha
 Normal forms: ``english`` is Whisper's (Radford et al. 2022, appendix C). It writes numbers as digits and joins them,
 "three five one" is the one word "351"; and it drops accents and the vowel signs of other scripts. ``basic`` is
 Whisper's for other languages but keeps letters with their marks: small letters, and blanks for punctuation. wer and cer
-choose by the letters of a set, basic where one word in a hundred has a letter beyond a to z; wer_english, wer_basic,
-cer_english and cer_basic say which. Scripts that put no blanks between words (Chinese, Japanese, Thai, Lao, Khmer,
-Burmese) want cer; there blanks between their letters do not count.
+choose one for a set by its references: basic where one word in a hundred or more has a letter beyond a to z, unless it
+is a lone loanword. wer_english, wer_basic, cer_english and cer_basic say which. Scripts that put no blanks between
+words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) want cer; there blanks between their letters do not count.
 """
 
 import difflib
@@ -35,7 +35,7 @@ from avlm.data import open_samples
 from avlm.data.sample import Sample
 
 Score = tuple[float, float]
-FEW_WORDS = 200
+MANY_WORDS = 100  # of references; one foreign word in so many makes a set foreign
 # A blank between letters of scripts that write none: Thai, Lao, Burmese, Khmer, kana, Han and what marks them.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
 UNSPACED += "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
@@ -113,18 +113,23 @@ LOWER_IS_BETTER = ("loss", "wer", "cer", *(function.__name__ for function in FOR
 
 
 def scorer(metric: str, pairs: list[tuple[str, list[str]]]) -> Callable[[str, list[str]], Score]:
-    """The function of a metric for a set of (answer, references): wer and cer in one form for all of it.
+    """The function of a metric for a set of (answer, references): wer and cer in one form for all of it, which the
+    references choose alone, so that a model's mistakes change no form.
 
-    Answers are looked at in small sets alone, where no reference may happen to have a letter of its language: a model's
-    mistakes are to change no form.
+    One foreign word among ten or more is no proof of another language, and fewer than MANY_WORDS words without one are
+    no proof of English. In such sets the form is English, with letters that keep their marks: "schön" is no "schon",
+    and numbers and spellings are compared as in English all the same.
     """
     if metric not in ("wer", "cer"):
         return METRICS[metric]
     words = [word for _, references in pairs for text in references for word in text.split()]
-    if len(words) < FEW_WORDS:
-        words += [word for answer, _ in pairs for word in answer.split()]
-    foreign = sum(any(ord(c) > 127 and unicodedata.category(c)[0] in "LM" for c in word) for word in words)
-    return METRICS[f"{metric}_{'basic' if foreign and 100 * foreign >= len(words) else 'english'}"]
+    foreign = [word for word in words if _foreign_letters(word)]
+    is_lone = len(set(map(str.lower, foreign))) == 1 and 10 * len(foreign) < len(words)
+    if foreign and not is_lone and MANY_WORDS * len(foreign) >= len(words):
+        return METRICS[f"{metric}_basic"]
+    if len(words) >= MANY_WORDS and MANY_WORDS * len(foreign) < len(words):
+        return METRICS[f"{metric}_english"]
+    return functools.partial(_with_marks, jiwer.process_words if metric == "wer" else jiwer.process_characters)
 
 
 def value(score: Score) -> float | None:
@@ -206,6 +211,21 @@ def _basic_normalizer() -> BasicTextNormalizer:
 def basic_form(text: str) -> str:
     """Small letters with their marks, one blank for punctuation and symbols, without [...] and (...)."""
     return _basic_normalizer()(unicodedata.normalize("NFKC", text)).strip()
+
+
+def _foreign_letters(text: str) -> set[str]:
+    """Letters and marks beyond a to z, but for other shapes of these, such as the wide ones of East Asia."""
+    found = {c for c in text if ord(c) > 127 and unicodedata.category(c)[0] in "LM"}
+    return {c for c in found if not unicodedata.normalize("NFKC", c).isascii()}
+
+
+def _with_marks(process: Callable, answer: str, references: list[str]) -> Score:
+    """In the English form, but for letters beyond a to z, which stay different from all others. In their place stand
+    ideographs, which Whisper's form leaves as they are."""
+    plain = lambda text: unicodedata.normalize("NFC", text.lower())
+    letters = sorted(set().union(*(_foreign_letters(plain(text)) for text in (answer, *references))))
+    stand_ins = {ord(letter): chr(0x20000 + i) for i, letter in enumerate(letters)}
+    return _nearest(process, lambda text: english_normalizer()(plain(text).translate(stand_ins)), answer, references)
 
 
 @functools.cache

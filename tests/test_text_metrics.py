@@ -99,6 +99,32 @@ def test_the_normal_form_is_chosen_for_a_whole_set_or_by_name():
     assert {"wer_basic", "cer_english"} <= set(text_metrics.LOWER_IS_BETTER)
 
 
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([("351", "three five one")] * 19 + [("déjà", "three five one")], [0] * 19 + [1]),
+        ([("351", "three five one")] * 99 + [("déjà", "three five one")], [0] * 99 + [1]),
+        ([("351", "three five one")] * 20 + [("a café", "a café"), ("cafe", "café")], [0] * 21 + [1]),
+        ([("the color", "the colour"), ("schön", "schon")], [0, 1]),
+        ([("\uff33chon", "schon"), ("Scho\u0308n", "schön")], [0, 0]),
+        ([("schon", "schön"), ("fruh", "früh"), ("three", "3")], [1, 1, 1]),  # two words are another language
+        (
+            [
+                (
+                    "er war am fruhen Morgen schon lange wieder zu Hause",
+                    "er war am frühen Morgen schon lange wieder zu Hause",
+                )
+            ],
+            [1],
+        ),
+        ([("", ""), ("schön", "")], [0, 1]),
+    ],
+)
+def test_the_form_of_a_small_set_is_chosen_by_its_references_alone(pairs, expected):
+    pairs = [(answer, [reference]) for answer, reference in pairs]
+    assert [text_metrics.scorer("wer", pairs)(*pair)[0] for pair in pairs] == expected
+
+
 def test_rouge_words_keep_their_vowel_signs():
     assert METRICS["rouge_l"]("कि", ["का"]) == (0, 1)
     assert METRICS["rouge_l"]("scho\u0308n", ["schön"]) == (1, 1)
