@@ -11,7 +11,7 @@ that follows a medium begins a line, as in an export's chat template. NeMo's SAL
 value is a file.
 
 A key that is neither read nor listed here as harmless is refused: what another trainer acts on is never dropped. A key
-without a value (null, "", [], {}) says nothing.
+without a value (null, "", [], {}) says nothing, nor does false under a record's key that is not read.
 """
 
 import base64
@@ -32,9 +32,10 @@ ROLE_NAMES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant"),
 }
 SYSTEM = ("system", "system_prompt")
-READ = {"messages", "conversations", "context", "answers", "answer_weights", "mask", "offset", *SYSTEM}
+READ = {"messages", "conversations", "context", "answers", "answer_weights", "mask", "offset", "prompt", *SYSTEM}
 READ |= {name for kind in MEDIA for name in (kind, f"{kind}s")}
-# Keys that are left aside. Of a record: where it comes from and what its media are, which changes nothing in it.
+# Keys that are left aside, in lower case. Of a record: where it comes from and what its media are, which changes
+# nothing in it.
 HARMLESS = """
     id idx index key uid uuid guid name no number split part subset fold task tasks task_type task_name type kind
     category categories subcategory topic topics domain tag tags skill difficulty level quality score scores rating
@@ -47,10 +48,14 @@ HARMLESS = """
     num_tokens num_turns num_rounds token_count tokens fps num_frames frame_count nframes sampling_rate sample_rate
     channels format caption captions up_votes down_votes metadata meta meta_info extra extra_info info
     additional_info comment comments note notes facts md5 sha1 sha256 hash filename file_name taxonomy_path
+    prompt_id doc_id document_id qid dialog_id dialogue_id example_id instance_id row_id conversation_hash hashed_ip
+    country state header turn toxic redacted openai_moderation detoxify_moderation moderation is_truncated keyword
+    keywords label entity entities n_frames num_clips num_images
 """
 HARMLESS_OF_TURN = """
     id idx index key uid turn turn_id message_id parent_id timestamp time date created_at model source lang language
-    duration metadata meta extra info comment note tokens num_tokens
+    duration metadata meta extra info comment note tokens num_tokens turn_identifier hashed_ip country state header
+    toxic redacted openai_moderation detoxify_moderation
 """
 TURN = {"role", "content", "from", "value", "type"}
 LEARNED_IF_TRUE = ("weight", "loss", "loss_scale", "train", "training", "trainable", "learn")
@@ -94,14 +99,16 @@ def read_record(
     if form is None or (form == "context" and "answers" not in record):
         given = shown(str(sorted(map(str, record))))
         raise ValueError(f"record has neither messages, conversations nor context and answers: {given}")
-    _check_keys(record, READ | set(HARMLESS.split()), "the record")
-    _check_meaning(record)
+    flags = {key for key, value in record.items() if value is False and str(key).lower() not in LEARNED_IF_TRUE}
+    _check_keys(record, READ | flags, "the record", HARMLESS)
+    _check_meaning(record, form)
     turns = Turns()
     system = _system(record)
     if form == "context":
         _read_pairs(record, turns)
     else:
         _read_turns(record[form], turns)
+    _check_prompt(record.get("prompt"), turns)
     _prepend_system(turns, system)
     files = {kind: _files(record, kind, turns, media) for kind in MEDIA}
     references = _references(record) if form != "context" else []
@@ -115,24 +122,47 @@ def _says_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, (str, list, dict)) and not value) or value in ("[]", "{}", "null")
 
 
-def _check_keys(keys: dict[str, Any], known: set[str], where: str) -> None:
+def _check_keys(keys: dict[str, Any], known: set[str], where: str, harmless: str = "") -> None:
+    harmless = set(harmless.split())
     for key, value in keys.items():
-        if key not in known and not _says_nothing(value):
+        if key not in known and str(key).lower() not in harmless and not _says_nothing(value):
             raise ValueError(
                 f"{where} has the key {shown(str(key))!r}, which is not read: remove it, or put it under "
                 '"metadata" if nothing depends on it'
             )
 
 
-def _check_meaning(record: dict[str, Any]) -> None:
+def _check_meaning(record: dict[str, Any], form: str) -> None:
     """Keys that are harmless with some values only."""
     if record.get("offset"):
         raise ValueError(f"offset={shown(record['offset'])} asks for a part of a file: cut the file")
+    lengths = [value for key, value in record.items() if str(key).lower() == "duration" and not _says_nothing(value)]
+    if lengths and not _says_nothing(record.get("offset")):  # NeMo: so many seconds from there
+        raise ValueError(
+            f"offset={shown(record['offset'])} and duration={shown(lengths[0])} ask for a part of a file: cut the "
+            "file, or remove offset if it is no longer than that"
+        )
+    if any(str(key).lower() == "label" and value is False for key, value in record.items()):  # ms-swift's for KTO
+        raise ValueError("label=false marks an answer that is not wanted: remove the record, or the key")
     mask = record.get("mask")  # NeMo: whose turns are not learned
     if not _says_nothing(mask) and not (isinstance(mask, str) and ROLE_NAMES.get(mask.lower()) == "user"):
         raise ValueError(f"mask={shown(mask)!r} is not read: only user's turns are left out as a whole")
+    if form != "context" and not _says_nothing(record.get("context")) and not isinstance(record.get("answers"), list):
+        raise ValueError(f"the record has the key 'context' next to its {form}, which is not read: put it into a turn")
     if sum(not _says_nothing(record.get(form)) for form in ("messages", "conversations", "context")) > 1:
         raise ValueError("the record has its turns twice: give one of messages, conversations and context")
+
+
+def _check_prompt(prompt: Any, turns: Turns) -> None:
+    """A key "prompt" must repeat the first question."""
+    if _says_nothing(prompt):
+        return
+    plain = lambda text: " ".join(TAG.sub("", text).split()) if isinstance(text, str) else text
+    first = next((turn["content"] for turn in turns.messages if turn["role"] == "user"), None)
+    if plain(prompt) != plain(first):
+        raise ValueError(
+            f"the record has the key 'prompt', which is not read and is not its first question: {shown(prompt, 80)}"
+        )
 
 
 def _read_turns(given: Any, turns: Turns) -> None:
@@ -146,8 +176,7 @@ def _read_turns(given: Any, turns: Turns) -> None:
         if not isinstance(turn, dict):
             raise ValueError(f"a turn is not of the form that records.py describes: {shown(turn)}")
         role, content = (_either(turn, *names) for names in (("role", "from"), ("content", "value")))
-        known = TURN | set(HARMLESS_OF_TURN.split()) | {*LEARNED_IF_TRUE, *LEARNED_IF_FALSE}
-        _check_keys(turn, known, f"a turn of {shown(role)}")
+        _check_keys(turn, {*TURN, *LEARNED_IF_TRUE, *LEARNED_IF_FALSE}, f"a turn of {shown(role)}", HARMLESS_OF_TURN)
         role = ROLE_NAMES.get(role.lower(), role) if isinstance(role, str) else role
         text, sources = _content(content, turn.get("type"))
         read.append((role, text, _learned(turn, role), sources))
@@ -169,6 +198,7 @@ def _either(turn: dict[str, Any], name: str, other: str) -> Any:
     found = [turn[key] for key in (name, other) if key in turn]
     if not found:
         raise ValueError(f"a turn is not of the form that records.py describes: it has no {name!r}: {shown(turn)}")
+    found = [value for value in found if value is not None] or found[:1]
     if len(found) == 2 and found[0] != found[1]:
         raise ValueError(f"a turn has both {name!r} and {other!r}, which differ: give one")
     return found[0]
@@ -179,7 +209,7 @@ def _learned(turn: dict[str, Any], role: Any) -> bool:
     wanted = set()
     for key in (*LEARNED_IF_TRUE, *LEARNED_IF_FALSE):
         value = turn.get(key)
-        if value is None:
+        if _says_nothing(value):
             continue
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise ValueError(f"{key}={shown(value)} of a turn: a turn is learned (1 or true) or not (0 or false)")
@@ -222,7 +252,7 @@ def _part(part: Any) -> tuple[str, str | None]:
     """(kind, text or source) of a part of a turn's content."""
     if not isinstance(part, dict):
         raise ValueError(f"a part of a turn must be a text or an object, not {shown(part)}")
-    name = part.get("type", next((key for key in ("text", *MEDIA) if key in part), None))
+    name = part.get("type") or next((key for key in ("text", *MEDIA) if part.get(key) is not None), None)
     if not isinstance(name, str) or name not in PARTS:
         raise ValueError(f"a part of type {shown(name)!r} is not read: give {', '.join(PARTS)}")
     kind = PARTS[name]
@@ -233,18 +263,20 @@ def _part(part: Any) -> tuple[str, str | None]:
         return kind, part["text"]
     names = (name, kind, f"{kind}_url", *SOURCES)
     _check_keys(part, {"type", *names, *BESIDE_DATA}, f"a part of type {name}")
-    given = next((part[key] for key in names if not _says_nothing(part.get(key))), None)
+    key, given = _first(part, names)
     if isinstance(given, dict):
         _check_keys(given, {*SOURCES, *BESIDE_DATA}, f"the {name} of a part")
-        is_data = "data" in given
-        given = next((given[key] for key in SOURCES if not _says_nothing(given.get(key))), None)
-    else:
-        is_data = given is not None and given == part.get("data")
+        key, given = _first(given, SOURCES)
     if given is None:
         return kind, None
     if not isinstance(given, str):
         raise ValueError(f"a part of type {name} must name one file, not {shown(given)}")
-    return kind, f"data:;base64,{given}" if is_data and not given.startswith("data:") else given
+    return kind, f"data:;base64,{given}" if key == "data" and not given.startswith("data:") else given
+
+
+def _first(keys: dict[str, Any], names: tuple[str, ...]) -> tuple[str | None, Any]:
+    """The first of some keys that has a value, and that; (None, None) without one."""
+    return next(((name, keys[name]) for name in names if not _says_nothing(keys.get(name))), (None, None))
 
 
 def _read_pairs(record: dict[str, Any], turns: Turns) -> None:
@@ -310,10 +342,10 @@ def _read(name: str, kind: str, media: Callable[[str], bytes]) -> bytes:
 
 
 def _references(record: dict[str, Any]) -> list[str]:
-    if "answers" not in record:
+    answers = record.get("answers")
+    if _says_nothing(answers):
         return []
-    answers = record["answers"]
-    if not (isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)):
+    if not (isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)):
         raise ValueError(f"answers must be a list of texts, not {shown(repr(answers))}")
     return [answer.strip() for answer in answers]
 
@@ -323,8 +355,9 @@ def _names(record: dict[str, Any], kind: str) -> list[str]:
     listed = []
     for key in (f"{kind}s", kind):
         given = record.get(key)
-        names = [] if given is None else given if isinstance(given, list) else [given]
-        if not all(isinstance(name, str) for name in names):
+        names = given if isinstance(given, list) else [given]
+        names = [] if all(map(_says_nothing, names)) else names
+        if not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"{kind}s must be file names, not {shown(repr(given))}")
         listed.append(names)
     if all(listed) and listed[0] != listed[1]:

@@ -131,6 +131,43 @@ def test_what_says_nothing_or_changes_nothing_is_taken():
 
 
 @pytest.mark.parametrize(
+    "about",
+    [
+        {"prompt": "who?", "prompt_id": "f00"},  # UltraChat and No Robots
+        {"prompt": " who?\n", "image": "a.png", "messages": [USER | {"content": "<image>\nwho?"}, ANSWER]},
+        {"toxic": False, "redacted": True, "openai_moderation": [{"flagged": True}], "turn": 1},  # WildChat, LMSYS
+        {"messages": [USER | {"toxic": False, "hashed_ip": "0", "turn_identifier": 4}, ANSWER | {"state": "x"}]},
+        {"ID": 1, "Id": 2, "question_ID": 3, "doc_id": 4, "qid": 5, "dialog_id": 6, "Label": "yes", "entities": ["x"]},
+        {"tools": False, "stream": False, "is_truncated": True, "n_frames": 8, "num_clips": 2, "keywords": ["x"]},
+        {"offset": 0, "duration": None},
+        {"offset": None, "duration": 5},
+        {"answers": None, "image": "", "audio": [""], "videos": [None], "images": None},
+        {"answers": [], "context": "", "conversations": None, "audio": "null"},
+        {"messages": [USER | {"from": None, "value": None, "weight": None}, ANSWER | {"loss": ""}]},
+        {"messages": [USER | {"content": [{"type": None, "text": "who?", "image": None}]}, ANSWER]},
+    ],
+)
+def test_what_sets_say_besides_is_left_aside(about):
+    sample = read({"messages": [USER, ANSWER], **about})
+    assert [text.removeprefix("<image>\n") for _, text in spoken(sample)] == ["who?", "a friend"]
+    assert (sample.answers, sample.audios, sample.videos) == ([], [], [])
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ({"type": "image", "image": {"url": "a.png", "data": None}}, "picture"),
+        ({"type": "image", "image": {"url": None, "data": DATA}}, "inside"),
+        ({"type": "image", "image": "a.png", "data": None, "url": ""}, "picture"),
+        ({"type": "image", "image": "a.png", "data": "a.png"}, "picture"),
+        ({"type": "image", "image": None, "data": DATA}, "inside"),
+    ],
+)
+def test_columns_that_arrow_fills_with_null_do_not_change_what_a_source_is(part, expected):
+    assert read({"messages": [USER | {"content": [part]}, ANSWER]}).images == [expected.encode()]
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         *(
@@ -173,6 +210,17 @@ def test_what_says_nothing_or_changes_nothing_is_taken():
         ({"system": "see <image>"}, "a medium's tag in the record's system prompt"),
         ({"offset": 1.5}, "offset=1.5 asks for a part of a file"),
         ({"mask": "Assistant"}, "mask='Assistant' is not read"),
+        ({"offset": 0, "duration": 5}, "offset=0 and duration=5 ask for a part of a file"),
+        ({"prompt": "why?"}, "the key 'prompt', which is not read and is not its first question: why"),
+        ({"prompt": [USER]}, "the key 'prompt', which is not read"),
+        ({"context": "A page."}, "the key 'context' next to its messages, which is not read"),
+        ({"context": ["A page."]}, "the key 'context' next to its messages, which is not read"),
+        ({"context": ["why?"], "answers": ["so"]}, "has its turns twice"),
+        ({"Messages": [USER]}, "the key 'Messages', which is not read"),
+        ({"label": False}, "label=false marks an answer that is not wanted"),
+        ({"train": False}, "the record has the key 'train'"),
+        ({"messages": [USER, ANSWER | {"compute_loss": False}]}, "the key 'compute_loss', which is not read"),
+        ({"images": ["a.png", ""]}, "images must be file names"),
     ],
 )
 def test_what_others_act_on_is_refused_by_name(change, message):
