@@ -14,6 +14,7 @@ from avlm.model_folder import write_json
 from avlm.pretrained import read_json, stop_ids
 
 MEDIA_TOKENS = {"llava": "<image>", "voxtral": "[AUDIO]"}  # format -> what stands for features
+MAX_BYTES = 2**28  # of a tokenizer.json: those of 262,144 words have 33 MB
 TOKENIZER_FILES = ["chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"]
 # Of tokenizer_config.json: what tokenizer.json says too, and what would have transformers build a tokenizer of its own.
 OWN_KEYS = ("added_tokens_decoder", "auto_map", "tokenizer_file", "split_special_tokens", "add_prefix_space")
@@ -80,7 +81,7 @@ def write_tokenizer(
     for name in TOKENIZER_FILES:
         if tokenizer.file.with_name(name).is_file():
             shutil.copyfile(tokenizer.file.with_name(name), folder / name)
-    tree = read_json(tokenizer.file)
+    tree = read_json(tokenizer.file, MAX_BYTES)
     rebuilt = model_type in REBUILT and not _is_qwen2(tree)
     write_json(folder / "tokenizer.json", {**tree, "added_tokens": tokenizer.added_entries()})
     config = {key: value for key, value in tokenizer.config.items() if key not in (*OWN_KEYS, *EXTRA)}
@@ -144,7 +145,7 @@ def _is_qwen2(tree: dict[str, Any]) -> bool:
 
 def _add_token(folder: Path, word: str, token: int) -> None:
     """Make a word a special token, unless it is an added one."""
-    tree = read_json(folder / "tokenizer.json")
+    tree = read_json(folder / "tokenizer.json", MAX_BYTES)
     added = tree.get("added_tokens") or []
     if any(each["content"] == word for each in added):
         return

@@ -130,12 +130,12 @@ def _shards(tensors: dict[str, Lazy]) -> list[list[str]]:
     return shards
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The keys of a JSON file. ValueError with one line for anything else."""
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The keys of a JSON file of ``limit`` bytes or fewer. ValueError with one line for anything else."""
     try:
         size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise ValueError(f"it has {size:,} bytes, and more than {MAX_JSON_BYTES:,} are not read")
+        if size > limit:
+            raise ValueError(f"it has {size:,} bytes, and more than {limit:,} are not read")
         keys = json.loads(path.read_bytes())
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None

@@ -10,6 +10,7 @@ import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from avlm import model_folder
 from avlm.config import DataConfig
 from avlm.data import audio
 from avlm.data.batch import AUDIO, IMAGE
@@ -295,3 +296,9 @@ def test_an_exported_generation_prompt_holds_the_block_that_stood_before_answers
     assert [piece.text for piece in again.pieces(talk) if piece.learned] == ["two<|im_end|>"]
     stops = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
     assert encoder.tokenizer.id_of("<|im_end|>") in stops
+
+
+def test_a_tokenizer_may_be_larger_than_a_config(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_folder.read_json, "__defaults__", (5_000,))  # a tokenizer.json has 10,000 here
+    exported(LLAVA, tmp_path / "folder", "llava")
+    assert (tmp_path / "folder" / "tokenizer.json").stat().st_size > 5_000

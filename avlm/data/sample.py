@@ -141,8 +141,8 @@ class SampleEncoder:
         if length > max(LONG_TEXT, most * self.tokenizer.longest):
             raise ValueError(f"sample has a text of {length:,} characters, which {most} tokens cannot hold")
         for text in texts:
-            beginning = TAG.sub("", text[:PROBE]) if len(text) > PROBE else ""
-            if len(self.tokenizer.encode(beginning)) > most + self.tokenizer.longest:
+            limit = most + self.tokenizer.longest
+            if len(text) > PROBE and len(self.tokenizer.encode(TAG.sub("", text[:PROBE]))) > limit:
                 raise ValueError(f"sample has a text of {len(text):,} characters, which are more than {most} tokens")
 
     def _check_media(self, kind: str, files: list[bytes], num_tags: int) -> None:

@@ -45,11 +45,11 @@ class Tokenizer:
         self.bos, self.eos = self.names.get("bos_token"), self.names.get("eos_token")
         self.chat_template = self._chat_template(config)
         self._add_tokens(config)
-        # SentencePiece vocabularies open every text with a blank. Inside a line that blank would be wrong, so a text
-        # that goes on from another is encoded behind a line break, whose tokens are then dropped.
+        # SentencePiece vocabularies open every text with a blank. Inside a line that blank would be wrong, so a
+        # continuation is encoded after a newline whose ids are dropped.
         line_break = self.encode("\n")
         self._before = line_break if self.encode("a") != self.encode("\na")[len(line_break) :] else []
-        # Behind a control token there is another such blank (prepend_scheme "always"), or none ("first").
+        # After a control token SentencePiece adds the blank again ("always") or not ("first").
         control = next(iter(self.control_tokens), "")
         self.blank_after_control = self.encode(control + "a", control=True)[bool(control) :] == self.encode("a")
 
@@ -169,41 +169,44 @@ class Tokenizer:
         """What the other files call an added or special token and tokenizer.json does not. Those without an id in the
         vocabulary are added only where the chat template or a turn's ends need them: an id that nothing uses is no
         reason to ask for a larger embedding."""
-        needed = (self.bos, self.eos)
+        needed, known = (self.bos, self.eos), set(self.added_tokens)
+        missing, control = [], []  # the library goes over all of them in each call, so they are added in one
         for number, token in self._listed(config):
-            known = self.find(token.content)
-            if not token.content:
-                continue
-            if token.content in self.added_tokens:
-                self.make_control([token.content] if token.special else [])
-                continue
-            if known is None and token.content not in needed and token.content not in (self.chat_template or ""):
-                continue
-            self._add(token)
+            content = token.content
+            if content in known:
+                control += [content] if token.special else []
+            elif content and (
+                self.find(content) is not None or content in needed or content in (self.chat_template or "")
+            ):
+                missing.append((number, token))
+                known.add(content)
+        self._add([token for _, token in missing])
+        for number, token in missing:
             if self.find(token.content) != number:
                 raise ValueError(
                     f"{self.file.parent} gives the token {shown(token.content)!r} the id {number}, but tokenizer.json "
                     f"has {self.find(token.content)} for it: they belong to different tokenizers"
                 )
-        extra = [token for key in EXTRA for token in texts(config.get(key))]
+        control += [token for key in EXTRA for token in texts(config.get(key))]
         if "added_tokens_decoder" not in config:
-            extra += [token for key in EXTRA for token in texts(self._keys("special_tokens_map.json").get(key))]
-        self.make_control([token for token in (self.bos, self.eos, *extra) if token and self.find(token) is not None])
+            control += [token for key in EXTRA for token in texts(self._keys("special_tokens_map.json").get(key))]
+        control = [self.bos, self.eos, *control]
+        self.make_control([token for token in control if token and self.find(token) is not None])
 
     def make_control(self, tokens: Iterable[str]) -> bool:
         """Read tokens of the vocabulary as control tokens from here on. Whether any of them was none before."""
-        new = [token for token in tokens if token not in self.control_tokens]
+        present = set(self.control_tokens)
+        new = [token for token in dict.fromkeys(tokens) if token not in present]
+        if not new:
+            return False
         known = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
-        for content in new:
-            flags = ("single_word", "lstrip", "rstrip", "normalized")
-            kept = (
-                {flag: getattr(known[content], flag) for flag in flags} if content in known else {"normalized": False}
-            )
-            self._add(AddedToken(content, **kept, special=True))
-        return bool(new)
+        flags = ("single_word", "lstrip", "rstrip", "normalized")
+        kept = lambda token: {flag: getattr(known[token], flag) for flag in flags if token in known}
+        self._add([AddedToken(token, **{"normalized": False, **kept(token)}, special=True) for token in new])
+        return True
 
-    def _add(self, token: AddedToken) -> None:
-        self._tokenizer.add_tokens([token])
+    def _add(self, tokens: list[AddedToken]) -> None:
+        self._tokenizer.add_tokens(tokens)
         self.__dict__.pop("control_tokens", None)
         self.__dict__.pop("added_tokens", None)
 

@@ -171,6 +171,9 @@ def test_a_text_that_no_row_holds_is_not_tokenised(tokenizer_folder, monkeypatch
     with pytest.raises(ValueError, match=message):
         encode.encode(sample(text))
     assert max(longest, default=0) <= 2**18
+    longest.clear()
+    encode.encode(sample("who?"))
+    assert 0 not in longest, "a short turn is tokenised once"
 
 
 def test_a_long_text_of_few_tokens_is_encoded(tmp_path):

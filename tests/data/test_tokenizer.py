@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 import transformers
@@ -83,6 +84,24 @@ def test_an_id_that_nothing_needs_asks_for_no_larger_embedding(tmp_path):
     size = Tokenizer(write_tokenizer(tmp_path)).size
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": size}))
     assert Tokenizer(tmp_path).size == size
+
+
+@pytest.mark.parametrize("listed_in_both", [True, False])
+def test_thousands_of_control_tokens_are_read_in_no_time(tmp_path, listed_in_both):
+    tokens = [f"<|reserved_{i}|>" for i in range(3000)]
+    size = Tokenizer(write_tokenizer(tmp_path)).size
+    tree = json.loads((tmp_path / "tokenizer.json").read_text())
+    if listed_in_both:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+        tree["added_tokens"] += [{"id": size + i, "content": token, **flags} for i, token in enumerate(tokens)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    listed = {str(size + i): {"content": token, "special": True} for i, token in enumerate(tokens)}
+    config = {"eos_token": "</s>", "added_tokens_decoder": listed, "extra_special_tokens": tokens}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": " ".join(tokens)}))
+    begun = time.process_time()
+    tokenizer = Tokenizer(tmp_path)
+    assert time.process_time() - begun < 2
+    assert tokenizer.find(tokens[-1]) == size + 2999 and set(tokens) <= set(tokenizer.control_tokens)
 
 
 def test_a_vocabulary_word_that_ends_texts_is_a_control_token(tmp_path):
