@@ -8,7 +8,7 @@ renders a conversation.
 
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from functools import wraps
 from typing import Any
 
@@ -29,6 +29,11 @@ MULTIPLIES = ("wordwrap", "indent", "urlize", "xmlattr")  # filters that insert 
 # Filters that take a text apart into its characters.
 ITERATES = ("list", "sort", "map", "select", "reject", "selectattr", "rejectattr", "groupby")
 ITERATES += ("batch", "slice", "unique", "sum", "min", "max", "join", "items")
+# Filters and tests that look at no more of a value than its type, its length or one of its items, and build nothing: a
+# conversation that a template passes to them in a loop is not gone over each time.
+CONSTANT_FILTERS = {"length", "count", "first", "last", "default", "d", "attr"}
+CONSTANT_TESTS = {"defined", "undefined", "none", "boolean", "true", "false", "integer", "float", "number", "string"}
+CONSTANT_TESTS |= {"mapping", "sequence", "iterable", "callable", "sameas", "filter", "test", "escaped"}
 HOLDERS = (list, tuple, dict, set, frozenset)
 
 
@@ -44,8 +49,8 @@ class Bounded(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, optimized=False, finalize=self.wrote)
         del self.globals["lipsum"]
-        self.filters = {name: self.bounded(name, function) for name, function in self.filters.items()}
-        self.tests = {name: self.bounded(name, function) for name, function in self.tests.items()}
+        self.filters = {name: self.bounded(name, each, CONSTANT_FILTERS) for name, each in self.filters.items()}
+        self.tests = {name: self.bounded(name, each, CONSTANT_TESTS) for name, each in self.tests.items()}
         self.count, self.measure = self.step, self.copied  # one object each, which ``call`` knows
         self.begin()
 
@@ -97,6 +102,8 @@ class Bounded(ImmutableSandboxedEnvironment):
         __self.step(30)
         if isinstance(__obj, types.BuiltinMethodType) and isinstance(__obj.__self__, (str, bytes, int, float)):
             args = __self._checked(__obj.__name__, __obj.__self__, args, kwargs)
+        elif isinstance(__obj, types.BuiltinMethodType) and isinstance(__obj.__self__, (list, tuple)):
+            __self.copied(__obj.__self__)  # count and index go over it
         return __self.copied(super().call(__context, __obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -110,15 +117,18 @@ class Bounded(ImmutableSandboxedEnvironment):
 
         return format_text
 
-    def bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter or test whose arguments and result are checked."""
+    def bounded(self, name: str, function: Callable[..., Any], constant: Container[str] = ()) -> Callable[..., Any]:
+        """A filter or test whose arguments and result are checked, unless its time is ``constant``."""
         before = hasattr(function, "jinja_pass_arg")  # it gets Jinja's context or environment first
 
         @wraps(function)  # with the mark for what it gets first
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self.step(60)
             first, (value, *rest) = args[:before], args[before:]
-            if isinstance(value, types.GeneratorType):
+            is_generator = isinstance(value, types.GeneratorType)
+            if name in constant and not (is_generator and name in CONSTANT_FILTERS):
+                return function(*args, **kwargs)
+            if is_generator:
                 value = list(value)
             value, *rest = value, *self._checked(name, value, tuple(rest), kwargs)
             return self.copied(function(*first, value, *rest, **kwargs))

@@ -22,7 +22,7 @@ from avlm.data.pieces import MEDIA, TAG, Messages, Piece, is_learned
 from avlm.data.tokenizer import Tokenizer, one_line
 
 # Unicode noncharacters, which no text may hold.
-LEARN, LEARNT, OPEN, CLOSE = "\ufdd0\ufdd1\ufdd5\ufdd6"  # around an answer, and around a generation block
+ANSWER, ANSWER_END, OPEN, CLOSE = "\ufdd0\ufdd1\ufdd5\ufdd6"  # around an answer, and around a generation block
 MARKS = dict(zip(MEDIA, "\ufdd2\ufdd3\ufdd4", strict=True))
 MARK = re.compile("[\ufdd0-\ufdd6]")
 REWRITES = (
@@ -113,6 +113,22 @@ class JinjaTemplate:
             )
         return blocks.pop() if blocks else ""
 
+    @cached_property
+    def _asks(self) -> str:
+        """How every prompt ends, from the end of the question on; nothing where that is only blanks."""
+        talks = [[("user", "a")], [("user", "b")], [("user", "a"), ("assistant", "b"), ("user", "c")]]
+        talks += [[("system", "s"), ("user", "d")]]
+        ends = []
+        for talk in talks:
+            try:
+                ends.append(self._render([{"role": role, "content": text} for role, text in talk], True)[::-1])
+            except ValueError:  # many templates take no system's turn, and some one question only
+                continue
+        if len(ends) < 2:
+            return ""
+        end = ends[0][: min(_shared(ends[0], other) for other in ends[1:])][::-1]
+        return end if end.strip() else ""
+
     def _prompt(self, messages: Messages) -> str:
         """What stands before an answer in training: the template's generation prompt and the block it puts there."""
         published = self._render(messages, True)
@@ -186,18 +202,31 @@ class JinjaTemplate:
         that and the answer, or if the template took the answer apart; else where the answer begins."""
         if turn.start is not None and not (turn.start and text[turn.start - 1].isspace()):
             return turn.start
-        prompt, limit = self._render(before, True), turn.end if turn.start is None else turn.start
-        begin = len(prompt)
-        if not (text.startswith(prompt) and begin <= limit):  # the template wrote the earlier turns anew
-            silent = self._render(before, False)
-            header = prompt[len(silent) :] if prompt.startswith(silent) else ""
-            found = text.find(header, done, limit) if header else -1
-            begin = found + len(header) if found >= 0 else -1
+        limit = turn.end if turn.start is None else turn.start
+        begin = self._end_of_header(text, turn, done)
+        if begin is None:
+            prompt = self._render(before, True)
+            begin = len(prompt)
+            if not (text.startswith(prompt) and begin <= limit):  # the template wrote the earlier turns anew
+                silent = self._render(before, False)
+                header = prompt[len(silent) :] if prompt.startswith(silent) else ""
+                found = text.find(header, done, limit) if header else -1
+                begin = found + len(header) if found >= 0 else -1
         if turn.start is None:
             if begin < 0:
                 raise ValueError(REWRITES)
             return begin
         return begin if begin >= 0 and not text[begin : turn.start].strip() else turn.start
+
+    def _end_of_header(self, text: str, turn: Turn, done: int) -> int | None:
+        """Where what ends every prompt stands before an answer, so that the turns before need no rendering of their
+        own; None where that cannot be told: the answer is taken apart and might hold such a text itself."""
+        limit = turn.end if turn.start is None else turn.start
+        found = text.rfind(self._asks, done, limit) if self._asks else -1
+        is_sure = turn.start is not None or (
+            self._control.search(self._asks) and text.count(self._asks, done, limit) == 1
+        )
+        return found + len(self._asks) if found >= 0 and is_sure else None
 
     def _answers(self, messages: Messages) -> tuple[str, list[Turn], list[Span]] | None:
         """(rendering, where each answer stands in it, its generation blocks), by marks that leave it what it is. They
@@ -217,14 +246,14 @@ class JinjaTemplate:
                 found, marks = self._render_marked(marked)
             except ValueError:
                 continue
-            marks = [(mark, place) for mark, place in marks if mark in (LEARN, LEARNT)]
+            marks = [(mark, place) for mark, place in marks if mark in (ANSWER, ANSWER_END)]
             order = "".join(mark for mark, _ in marks)
-            if found == text and re.fullmatch(f"(?:{LEARN}?{LEARNT}){{{number}}}", order):
+            if found == text and re.fullmatch(f"(?:{ANSWER}?{ANSWER_END}){{{number}}}", order):
                 turns, start = [], None
                 for mark, place in marks:
-                    if mark == LEARNT:
+                    if mark == ANSWER_END:
                         turns.append(Turn(start, place))
-                    start = place if mark == LEARN else None
+                    start = place if mark == ANSWER else None
                 return text, turns, blocks
         return None
 
@@ -259,7 +288,7 @@ class JinjaTemplate:
         text, marks = "", []
         with one_line("the tokenizer's chat_template fails"):
             rendered = self._template.render(messages=given, add_generation_prompt=prompt, **self._names)
-        for i, part in enumerate(re.split(f"([{LEARN}{LEARNT}{OPEN}{CLOSE}])", rendered)):
+        for i, part in enumerate(re.split(f"([{ANSWER}{ANSWER_END}{OPEN}{CLOSE}])", rendered)):
             if i % 2:
                 marks.append((part, len(text)))
             else:
@@ -285,13 +314,14 @@ def _with_marks(message: dict[str, str], left: str, right: str) -> dict[str, str
     core = text.strip()
     lead = text[: len(text) - len(text.lstrip())] if core else text
     trail = text[len(lead) + len(core) :]
-    front = {"outer": LEARN + lead, "inner": lead + LEARN, "none": lead}[left]
-    back = {"outer": trail + LEARNT, "inner": LEARNT + trail}[right]
+    front = {"outer": ANSWER + lead, "inner": lead + ANSWER, "none": lead}[left]
+    back = {"outer": trail + ANSWER_END, "inner": ANSWER_END + trail}[right]
     return {**message, "content": front + core + back}
 
 
 class _Absent(jinja2.Undefined):
-    """A token that the tokenizer has not: undefined, as in transformers, but nothing where it is added to a text."""
+    """A special token that the tokenizer lacks: undefined, as in transformers, but nothing where it is added to a
+    text."""
 
     def __add__(self, other: str) -> str:
         return other

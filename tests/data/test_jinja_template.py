@@ -114,6 +114,28 @@ def test_a_template_that_writes_the_last_turns_only_has_an_end_but_teaches_no_lo
         chat.pieces(TALK)
 
 
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "marks do not pass"])
+def test_a_conversation_of_many_turns_takes_few_renderings(tmp_path, monkeypatch, name):
+    chat, renderings = with_template(tmp_path, TEMPLATES[name][0]), []
+    spelled = spell(chat, TALK)
+    render = chat._jinja._template.render
+    monkeypatch.setattr(chat._jinja._template, "render", lambda **names: renderings.append(1) or render(**names))
+    assert spell(chat, TALK) == spelled and len(renderings) <= 7
+    renderings.clear()
+    assert spell(chat, TALK * 10).count("[") >= 20 and len(renderings) <= 7
+
+
+def test_a_long_conversation_is_not_gone_over_in_each_of_its_turns(tmp_path):
+    looks = "{% if loop.index0 == messages|length - 1 and messages is sequence and (messages|last).role is string %}"
+    chat = with_template(
+        tmp_path, CHATML.replace("{% for m in messages %}", "{% for m in messages %}" + looks + "{% endif %}")
+    )
+    talk = [turn(("user", "assistant")[i % 2], "word " * 200) for i in range(600)]
+    begun = time.process_time()
+    assert sum(piece.learned for piece in chat.pieces(talk)) == 300
+    assert time.process_time() - begun < 2
+
+
 def test_published_prompts_are_those_of_transformers(tmp_path):
     chat = with_template(tmp_path, QWEN3)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
@@ -149,6 +171,7 @@ def test_reasoning_of_an_answers_own_is_learned_only_where_prompts_leave_room_fo
         "{% macro m(x) %}[{{ x }}{{ caller() if caller }}]{% endmacro %}{{ m(1) }}{% call m(2) %}z{% endcall %}",
         "{% for m in messages recursive %}{{ m.role if m.role else m }}{{ loop(['x']) if m.role == 'user' }}"
         "{% endfor %}",
+        "{% set roles = messages|map(attribute='role') %}{{ roles is iterable }}{{ roles|list }}",
         "{{ messages|map(attribute='role')|list }}{{ messages|selectattr('role', 'equalto', 'user')|list|length }}",
     ],
 )
@@ -196,6 +219,10 @@ HOSTILE = [
     "{{ ('a\n' * 1000000)|indent(999999) }}",
     "{{ ('ab ' * 1000000)|wordwrap(1, wrapstring='x' * 100000) }}",
     "{{ ([range(99999)] * 1000)|map('list')|list|length }}",
+    "{% set l = range(99999)|list %}{% for i in range(99999) %}{% if l.count(7) %}{% endif %}{% endfor %}",
+    "{% for i in range(99999) %}{% if range(99999)|select('lt', 0)|first %}{% endif %}{% endfor %}",
+    "{% for i in range(99999) %}{% if range(99999)|map('string')|length %}{% endif %}{% endfor %}",
+    DOUBLED + "[ns.x, ns.x]|first ~ ns.x %}{% endfor %}",
     DOUBLED + "ns.x ~ ns.x %}{% endfor %}",
     DOUBLED + "ns.x + ns.x %}{% endfor %}",
     DOUBLED + "ns.x|replace('a', ns.x) %}{% endfor %}",
