@@ -127,9 +127,8 @@ def test_a_conversation_of_many_turns_takes_few_renderings(tmp_path, monkeypatch
 
 def test_a_long_conversation_is_not_gone_over_in_each_of_its_turns(tmp_path):
     looks = "{% if loop.index0 == messages|length - 1 and messages is sequence and (messages|last).role is string %}"
-    chat = with_template(
-        tmp_path, CHATML.replace("{% for m in messages %}", "{% for m in messages %}" + looks + "{% endif %}")
-    )
+    loop = CHATML[: CHATML.index("%}") + 2]
+    chat = with_template(tmp_path, CHATML.replace(loop, loop + looks + "{% endif %}"))
     talk = [turn(("user", "assistant")[i % 2], "word " * 200) for i in range(600)]
     begun = time.process_time()
     assert sum(piece.learned for piece in chat.pieces(talk)) == 300
