@@ -112,6 +112,7 @@ def run_stage(
     cfg: Config,
     world: World,
     log: metrics.Log,
+    saver: checkpoint.Saver,
     at: checkpoint.Progress,
     resume_from: Path | None,
     loader_state: dict | None,
@@ -129,12 +130,11 @@ def run_stage(
     if world.leads_row:
         loader = open_loader(stage.data.train, stage.data, cfg.model, **who, train=True, state=loader_state)
     costs = flops.costs(cfg, stage)
-    saver = checkpoint.Saver(Path(cfg.output_dir), cfg.checkpoint, world)
     log.say(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(trained)}")
     log.restart_clock()
 
     # 2. Steps.
-    rows, unsaved = world.share_rows(loader), False
+    rows = world.share_rows(loader)
     last = min(stage.steps, at.stage_step + (cfg.train.stop_after or cfg.total_steps) - at.step)
     while at.stage_step < last:
         started = time.perf_counter()
@@ -171,16 +171,16 @@ def run_stage(
             mark = "  (the best so far)" if at.best_step == at.step else ""
             log.say("  ".join(f"{key} {value:.4f}" for key, value in results.items()) + mark)
             log.restart_clock()
-        if at.step % cfg.checkpoint.every == 0 or at.best_step == at.step or ends or unsaved:
+        if at.step % cfg.checkpoint.every == 0 or at.best_step == at.step or ends or saver.failed:
             log.flush()
+            had_failed = saver.failed
             failure = saver.save(at, model, adam, loader.state() if world.leads_row else {})
-            if failure and ends:
+            if failure and (stop or at.step in (cfg.total_steps, cfg.train.stop_after)):
                 raise OSError(failure)
-            if failure and not unsaved:
+            if failure and not had_failed:
                 log.say(f"warning: {failure}; the run continues and tries again after the next step")
             if failure and at.best_step == at.step:  # not kept, so a later one may be the best
                 at = replace(at, **{key: getattr(before, key) for key in ("best_step", "best_metric", "best_value")})
-            unsaved = bool(failure)
             log.restart_clock()
         if stop:
             log.say(f"stopped by a signal after step {at.step}; the same command continues from there")
@@ -227,9 +227,10 @@ def main(cfg: Config) -> None:
             loader_state = checkpoint.read_loader_state(resume_from, world)
 
     # 3. Stages.
+    saver = checkpoint.Saver(run, cfg.checkpoint, world)
     while at.stage < len(cfg.stages):
         if at.stage_step < cfg.stages[at.stage].steps:
-            at = run_stage(model, cfg, world, log, at, resume_from, loader_state, stopping)
+            at = run_stage(model, cfg, world, log, saver, at, resume_from, loader_state, stopping)
         if at.stage_step < cfg.stages[at.stage].steps or at.step == cfg.train.stop_after:
             break
         at, resume_from, loader_state = replace(at, stage=at.stage + 1, stage_step=0), None, None

@@ -9,7 +9,7 @@
     <run>/checkpoints/latest      name of the newest complete one
     <run>/checkpoints/best        name of the best one by checkpoint.best
 
-Reading one runs no code and notices damage (checkpoint_reader.py). To share a model, export it
+Reading one runs no code and notices damage (checkpoint_files.py). To share a model, export it
 (``python -m avlm.weights export``).
 """
 
@@ -34,10 +34,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils._pytree import tree_leaves
 
 from avlm import config_file
-from avlm.checkpoint_reader import MARKER, Reader, cause_of, digest, marker_text, read_checked, read_marker
+from avlm.checkpoint_files import (
+    MARKER,
+    Reader,
+    Writer,
+    cause_of,
+    digest,
+    fingerprint,
+    marker_text,
+    read_checked,
+    read_marker,
+)
 from avlm.config import CheckpointConfig, Config
 from avlm.data.redistribute import redistribute
-from avlm.model_config import config, shown
+from avlm.model_config import NonNegative, Whole, config, shown
 from avlm.models.avlm import AVLM
 from avlm.parallel.mesh import World
 
@@ -46,12 +56,12 @@ from avlm.parallel.mesh import World
 class Progress:
     """Where a run stands: steps done over all stages, the stage it is in, steps done within it."""
 
-    step: int = 0
-    stage: int = 0
-    stage_step: int = 0
-    read: float = 0.0  # samples
-    skipped: float = 0.0  # bad ones among them
-    best_step: int = 0  # whose validation was the best so far; 0: none
+    step: Whole = 0
+    stage: Whole = 0
+    stage_step: Whole = 0
+    read: NonNegative = 0.0  # samples
+    skipped: NonNegative = 0.0  # bad ones among them
+    best_step: Whole = 0  # whose validation was the best so far; 0: none
     best_metric: str = ""  # in what: val/NAME/METRIC
     best_value: float = 0.0
 
@@ -110,10 +120,16 @@ class Saver:
 
     def __init__(self, run: Path, config: CheckpointConfig, world: World):
         self.run, self.config, self.world = run, config, world
+        self.failed = False  # the last time
 
     def save(self, progress: Progress, model: AVLM, optimizer: torch.optim.Optimizer, loader_state: dict) -> str:
         """Write a checkpoint. Returns "", or why it could not be written, on every rank alike: the ones before are as
         they were, and nothing is left of this one."""
+        failure = self._save(progress, model, optimizer, loader_state)
+        self.failed = bool(failure)
+        return failure
+
+    def _save(self, progress: Progress, model: AVLM, optimizer: torch.optim.Optimizer, loader_state: dict) -> str:
         path = folder_of(self.run, progress.step)
         tensors = state_tensors(model, optimizer)
         files: dict[str, str] = {}
@@ -122,7 +138,7 @@ class Saver:
         failure = (
             attempt(lambda: self._make_folder(path, need))
             or attempt(lambda: files.update(_write_rank_state(path, self.world, loader_state)))
-            or attempt(lambda: dcp.save(tensors, checkpoint_id=path))
+            or attempt(lambda: files.update(self._write_tensors(path, tensors)))
         )
         if failure:
             return failure
@@ -139,9 +155,17 @@ class Saver:
             return
         shutil.rmtree(path, ignore_errors=True)  # what an interrupted run left there
         path.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(path.parent).free < need:  # or a full disk would be filled to the brim at each attempt
+        disk = shutil.disk_usage(path.parent)
+        if disk.total and disk.free < need:  # or a full disk would be filled to the brim at each attempt
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         path.mkdir()
+
+    def _write_tensors(self, path: Path, tensors: dict[str, Any]) -> dict[str, str]:
+        """All ranks together; file name -> checksum of this rank's files."""
+        writer = Writer(path)
+        dcp.save(tensors, storage_writer=writer)
+        own = {place.relative_path for place in writer.places}
+        return {name: fingerprint(path / name, writer.places) for name in own}
 
     def _complete(self, path: Path, progress: Progress, files: dict[str, str]) -> None:
         """The marker makes a checkpoint complete."""
@@ -189,7 +213,7 @@ def _reason(error: BaseException, path: Path, need: int) -> str:
             return cause.strerror.lower()
     free = shutil.disk_usage(path.parent).free
     if free < need:
-        return f"no space left on device ({free / 2**20:.0f} MiB are free, {need / 2**20:.0f} are needed)"
+        return f"no space left on device ({free / 2**20:.1f} MiB are free, {need / 2**20:.1f} are needed)"
     return cause_of(error)
 
 
@@ -218,7 +242,7 @@ def load(path: Path, model: AVLM, optimizer: torch.optim.Optimizer | None = None
 def load_random_state(path: Path, world: World) -> None:
     """Restore the random state of this rank. Only the dropout of adapters draws from it; where there are other ranks
     than before it stays that of the seed."""
-    if len(list(path.glob("rank_*.json"))) != world.size:
+    if len(_files(path, "rank_*.json")) != world.size:
         return
     file = path / f"rank_{world.rank:05d}.safetensors"
     try:
@@ -229,18 +253,32 @@ def load_random_state(path: Path, world: World) -> None:
     if world.device.type == "cuda" and "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"], world.device)
     state = _read_state(path / f"rank_{world.rank:05d}.json")
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    try:
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        where = path / f"rank_{world.rank:05d}.json"
+        raise ValueError(f"{where} holds no random state ({cause_of(error)}): remove this checkpoint folder") from None
 
 
 def read_loader_state(path: Path, world: World) -> dict[str, Any]:
     """The loader state of this rank's data rank; the streams of data are dealt out anew where there were others."""
-    files = sorted(path.glob("loader_*.json"))
+    files = _files(path, "loader_*.json")
     if len(files) == world.data_size:
         return _read_state(files[world.data_rank])
-    return redistribute([_read_state(file) for file in files], world.data_rank, world.data_size)
+    try:
+        return redistribute([_read_state(file) for file in files], world.data_rank, world.data_size)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no states of loaders ({cause_of(error)}): remove this folder") from None
+
+
+def _files(path: Path, pattern: str) -> list[Path]:
+    """The small files of a kind, in their order: those that the marker names, where it names any."""
+    named = read_marker(path).get("files")
+    found = sorted(path.glob(pattern))
+    return [file for file in found if file.name in named] if named else found
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -21,7 +21,9 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
-Epsilon = Annotated[float, Field(gt=0, le=1)]  # 0 would divide zeros by zero: features of media without gradients
+Epsilon = Annotated[
+    float, Field(ge=1e-37, le=1)
+]  # 0, in float32 too, would divide zeros by zero: features of media without gradients
 # About ten times the largest published models: no product of them overflows 64 bits, 1,000 layers are built in seconds.
 Layers = Annotated[int, Field(gt=0, le=1000)]
 Width = Annotated[int, Field(gt=0, le=2**20)]
@@ -102,7 +104,7 @@ class VisionConfig:
     mean: Annotated[list[Share], Field(min_length=3, max_length=3)] = field(
         default_factory=lambda: [0.48145466, 0.4578275, 0.40821073]
     )  # of RGB in 0..1
-    std: Annotated[list[Annotated[float, Field(ge=1e-3)]], Field(min_length=3, max_length=3)] = field(
+    std: Annotated[list[Annotated[float, Field(ge=1e-3, le=1)]], Field(min_length=3, max_length=3)] = field(
         default_factory=lambda: [0.26862954, 0.26130258, 0.27577711]
     )
     resize: Literal["crop", "stretch"] = "crop"  # shortest side then centre crop (CLIP), or both sides (SigLIP)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from avlm import config_file, locks, memory, weights_plan
-from avlm.checkpoint import complete_checkpoints, find
+from avlm.checkpoint import complete_checkpoints, find, read_progress
 from avlm.config import Config, StageConfig
 from avlm.freezing import trained_names
 from avlm.layout import layout_of
@@ -112,6 +112,7 @@ def check_resume(config: Config, checkpoint: Path | None) -> None:
                 f"{config.output_dir} holds an earlier run: set resume=auto to go on, or another output_dir"
             )
         return
+    at, steps = read_progress(checkpoint), [stage.steps for stage in config.stages]
     stored = config_file.to_dict(config_file.load(checkpoint.parent.parent / "config.yaml"))
     for key, (was, wanted) in _differences(stored, config_file.to_dict(config)).items():
         section, _, name = key.partition(".")
@@ -121,6 +122,11 @@ def check_resume(config: Config, checkpoint: Path | None) -> None:
             continue
         raise ValueError(
             f"{key} is {wanted!r}, but {checkpoint} was made with {was!r}: set it back, or choose another output_dir"
+        )
+    if at.stage >= len(steps) or at.stage_step > steps[at.stage] or at.step != sum(steps[: at.stage]) + at.stage_step:
+        raise ValueError(
+            f"{checkpoint} says step {at.step}, which is step {at.stage_step} of stage {at.stage}: the stages have "
+            f"{steps} steps, so it is damaged"
         )
 
 

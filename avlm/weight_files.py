@@ -48,6 +48,9 @@ def choose(folder: Path, kind: tuple[str, ...] = MODEL) -> WeightFiles:
     first = next((name for name in order if (folder / name).is_file()), None)
     there = sorted(path.name for path in folder.iterdir() if any(fnmatch.fnmatch(path.name, each) for each in WEIGHTS))
     if first is None:
+        for name in order:
+            if (folder / name).is_symlink():  # a cache of the Hub whose file is gone
+                raise FileNotFoundError(f"{folder / name} is a link to a file that is not there: download it again")
         beside = f": there is {_few(there)}" if there else ""
         raise FileNotFoundError(f"no {' or '.join(order)} in {folder}{beside}")
     places = read_index(folder / first) if first.endswith(INDEX) else {}

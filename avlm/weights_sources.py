@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from avlm.checkpoint import is_run, read_run
-from avlm.checkpoint_reader import Reader, cause_of
+from avlm.checkpoint_files import Reader, cause_of
 from avlm.model_config import shown
 from avlm.model_folder import read_json
 from avlm.pretrained import AnyConfig, read_config, resolve
@@ -137,13 +137,15 @@ def read_files(folder: Path, files: WeightFiles) -> dict[str, Any]:
     index; ValueError otherwise."""
     tensors: dict[str, Any] = {}
     found: dict[str, str] = {}
+    several: set[str] = set()
     for name in files.read:
         path = folder / name
         held = read_safetensors(path) if name.endswith(".safetensors") else read_pickle(path)
+        several |= tensors.keys() & held.keys()
         tensors |= held
         found |= dict.fromkeys(held, name)
     for tensor, name in files.places.items():
-        if found.get(tensor, name) != name:
+        if tensor in several and found[tensor] != name:
             raise ValueError(f"{folder}: {shown(tensor)} is in {found[tensor]}, and the index says in {shown(name)}")
     if not tensors:
         raise ValueError(f"{folder}: {files} holds no tensor")

@@ -142,6 +142,8 @@ def test_a_flipped_bit_in_a_stored_weight_is_noticed(saved, tmp_path):
         ("complete", b'{"step": 3, "files": {"loader_00001.json": ""}}', "lacks loader_00001.json"),
         ("complete", b'{"step": 3, "files": 5}', "complete does not list files"),
         ("complete", b'{"step": 3, "files": {"../x": ""}}', "complete does not list files"),
+        ("complete", b'{"step": 3, "stage": -1}', "complete: stage: "),
+        ("rank_00000.json", b"{}", "rank_00000.json holds no random state"),
         ("loader_00000.json", b"null", "loader_00000.json holds no state but None"),
         ("loader_00000.json", b"[" * 10**5, "loader_00000.json is not valid JSON"),
         ("rank_00000.safetensors", b"\0" * 9, "rank_00000.safetensors cannot be read"),
@@ -165,9 +167,25 @@ def test_a_full_disk_is_called_so(monkeypatch, tmp_path):
     assert "unexpected pos" in checkpoint._reason(writer, tmp_path / "step", need=1)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     found = checkpoint._reason(writer, tmp_path / "step", need=2**30)
-    assert found == "no space left on device (1 MiB are free, 1024 are needed)"
+    assert found == "no space left on device (1.0 MiB are free, 1024.0 are needed)"
     wrapped = checkpoint.CheckpointException("write", {1: (OSError(errno.EDQUOT, "Disk quota exceeded"), None)})
     assert checkpoint._reason(wrapped, tmp_path / "step", need=2**30) == "disk quota exceeded"
+
+
+def test_a_file_of_another_step_is_noticed(saved, tmp_path):
+    """It has the same layout, and is whole."""
+    folder = tmp_path / "other"
+    run_ranks(save_once, 1, make_config(seed=2), str(folder))
+    [other] = checkpoint.complete_checkpoints(folder)
+    path = shutil.copytree(saved, tmp_path / saved.name)
+    shutil.copyfile(other / "__0_0.distcp", path / "__0_0.distcp")
+    with pytest.raises(ValueError, match=r"__0_0.distcp is of another checkpoint"):
+        read_all(path)
+    with pytest.raises(ValueError, match=r"__0_0.distcp is of another checkpoint"):
+        next(iter(weights_sources.open_checkpoint(path).values()))[:]
+    (path / "__0_0.distcp").unlink()
+    with pytest.raises(ValueError, match=r"lacks __0_0.distcp, which its marker names"):
+        read_all(path)
 
 
 def test_only_errors_that_all_ranks_can_agree_on_are_agreed_on(monkeypatch, tmp_path):

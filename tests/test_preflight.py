@@ -57,6 +57,16 @@ def test_a_resume_may_change_where_and_how_often(saved, change):
     preflight.check_resume(config_file.resolve({**TREE, "output_dir": cfg.output_dir, **change}, "test"), path)
 
 
+@pytest.mark.parametrize(
+    "progress", ['"stage": 7, "stage_step": 3', '"stage": 0, "stage_step": 300', '"stage_step": 2']
+)
+def test_a_marker_that_lies_is_noticed(saved, progress):
+    cfg, path = saved
+    (path / checkpoint.MARKER).write_text('{"step": 3, ' + progress + "}")
+    with pytest.raises(ValueError, match=r"says step 3, which is step .* so it is damaged"):
+        preflight.check_resume(cfg, path)
+
+
 def test_a_new_run_is_not_begun_over_an_old_one(saved):
     with pytest.raises(ValueError, match="holds an earlier run: set resume=auto"):
         preflight.check_resume(saved[0], None)

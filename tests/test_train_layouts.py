@@ -246,6 +246,21 @@ def test_a_data_worker_that_died_is_one_line(capsys):
     assert line.count("\n") == 1
 
 
+def test_a_data_worker_that_died_while_it_was_waited_for_is_one_line_too(capsys):
+    with pytest.raises(SystemExit) as ended, preflight.one_line_errors():
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly") from ConnectionRefusedError(
+            111, "refused"
+        )
+    assert ended.value.code == 2 and "a data worker ended" in capsys.readouterr().err
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_an_error(monkeypatch, capfd):
+    monkeypatch.setattr(exit.sys, "stdout", exit.sys.__stdout__)
+    with pytest.raises(SystemExit) as ended, preflight.one_line_errors():
+        raise BrokenPipeError(32, "Broken pipe")
+    assert ended.value.code == 2 and "Broken pipe" in capfd.readouterr().err
+
+
 def test_an_error_of_the_program_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="a size that is wrong"), preflight.one_line_errors():
         raise RuntimeError("a size that is wrong")

@@ -48,7 +48,14 @@ def open_loader(
         from avlm.data.energon import EnergonLoader as Loader
     else:
         raise ValueError(f"data source {source!r} is no Energon folder or .yaml blend, .json or .jsonl, or synthetic")
-    return Loader(source, data, model, rank=rank, identity=identity, seed=seed, train=train, state=state)
+    try:
+        return Loader(source, data, model, rank=rank, identity=identity, seed=seed, train=train, state=state)
+    except (LookupError, TypeError, AttributeError) as error:
+        if state is None:
+            raise
+        raise ValueError(
+            f"the loader state is not one of {source} ({error!r:.100}): start anew with resume=never"
+        ) from error
 
 
 def open_samples(source: str, data: DataConfig) -> Iterator[Any]:

@@ -60,7 +60,8 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed from the start
+            sys.stdout.flush()
     except SystemExit as end:
         if mesh.ranks()[1] == 1:
             raise
@@ -103,17 +104,23 @@ def _explain(error: Exception) -> None:
 
 
 def _leave(code: int, at_once: bool) -> None:
-    sys.stderr.flush()
     if not at_once:
         sys.exit(code)
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 
 def _lost(error: Exception) -> str:
     """What to say of an error that is no more than another process being gone; nothing of any other."""
-    cause = error.__cause__ or error  # reading a checkpoint names the checkpoint
+    for cause in filter(None, (error.__cause__, error)):  # reading a checkpoint names the checkpoint
+        if said := _loss(cause):
+            return said
+    return ""
+
+
+def _loss(cause: BaseException) -> str:
     text = str(cause).partition("\n")[0]
     if not isinstance(cause, RuntimeError):
         return ""

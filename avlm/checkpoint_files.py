@@ -1,10 +1,11 @@
-"""Reads checkpoints of torch.distributed.checkpoint (DCP) without running code that they hold, and notices damage.
+"""The files of a checkpoint of torch.distributed.checkpoint (DCP): read without running code, and with damage noticed.
 
 DCP pickles its index, ``.metadata``, and unpickles whatever it finds there. Ours are indexes of tensors: a few classes,
 listed here, and nothing else is built. The tensors themselves DCP reads with ``weights_only``.
 
-Damage: the marker ``complete`` has a checksum of itself and of every small file. The large ones, ``*.distcp``, are rows
-of zip files, one for each tensor, whose CRC-32 is checked for each tensor that is read.
+Damage: the marker ``complete`` has a checksum of itself and of every other file. The large ones, ``*.distcp``, are rows
+of zip files, one for each tensor: their checksum is one of the CRC-32s that these hold, and the contents of each tensor
+that is read are compared with its own.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import io
 import json
 import pickle
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +22,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # it stands in every .metadata
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from avlm.model_config import shown
 
@@ -44,11 +49,13 @@ class Reader(dcp.FileSystemReader):
         except Exception as error:  # a pickle that is damaged fails with any of Python's own
             raise ValueError(f"{path} is no index of a checkpoint: {cause_of(error)}") from None
         metadata.storage_meta = None
+        self.metadata, self.checked = metadata, set()
         return metadata
 
     def _slice_file(self, file: IO[bytes], place: _StorageInfo) -> IO[bytes]:
         """The zip file of one tensor. torch.load does not compare its contents with their CRC-32. (A method of DCP's
         own, in torch 2.11: where it goes, tests/test_checkpoint.py misses damage.)"""
+        self._check_file(place.relative_path)
         content = io.BytesIO(super()._slice_file(file, place).read())  # DCP's own view seeks wrongly from its end
         try:
             damaged = zipfile.ZipFile(content).testzip()
@@ -58,6 +65,67 @@ class Reader(dcp.FileSystemReader):
             raise ValueError(f"{Path(self.path) / place.relative_path} is damaged ({damaged}): {DAMAGED}")
         content.seek(0)
         return content
+
+    def _check_file(self, name: str) -> None:
+        """ValueError unless the file is that of this checkpoint: one of another step has the same layout."""
+        if name not in self.checked:
+            written = written_digest(Path(self.path) / name)
+            if written is not None and written != fingerprint(
+                Path(self.path) / name, self.metadata.storage_data.values()
+            ):
+                raise ValueError(f"{Path(self.path) / name} is of another checkpoint: {DAMAGED}")
+            self.checked.add(name)
+
+
+class Writer(dcp.FileSystemWriter):
+    """DCP's writer, which notes the places of what this rank wrote."""
+
+    places: list[_StorageInfo]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        written = super().write_data(plan, planner)
+        self.places = [result.storage_data for result in written.value()]
+        return written
+
+
+class _Part(io.RawIOBase):
+    """Some bytes of an open file, as a file."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        super().__init__()
+        self.file, self.start, self.length, self.place = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.place = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.length}[whence])
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.start + self.place)
+        found = self.file.read(max(0, min(len(buffer), self.length - self.place)))
+        buffer[: len(found)] = found
+        self.place += len(found)
+        return len(found)
+
+
+def fingerprint(file: Path, places: Iterable[_StorageInfo]) -> str:
+    """A checksum of the CRC-32s in a file of tensors, which stand at some of the ``places``: of its contents, without
+    reading them."""
+    places = [place for place in places if place.relative_path == file.name]
+    entries = []
+    try:
+        with file.open("rb") as content:
+            for place in sorted(places, key=lambda place: place.offset):
+                part = _Part(content, place.offset, place.length)
+                entries += [(place.offset, info.filename, info.CRC) for info in zipfile.ZipFile(part).infolist()]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+        raise ValueError(f"{file} is damaged ({cause_of(error)}): {DAMAGED}") from None
+    return digest(repr(entries).encode())
 
 
 def digest(content: bytes) -> str:
@@ -92,6 +160,11 @@ def marker_text(progress: dict[str, Any], files: dict[str, str]) -> str:
     return json.dumps({**content, "checksum": digest(json.dumps(content).encode())})
 
 
+def written_digest(file: Path) -> str | None:
+    """What the marker says of a file of its checkpoint, if anything."""
+    return read_marker(file.parent).get("files", {}).get(file.name) if (file.parent / MARKER).is_file() else None
+
+
 def read_checked(file: Path) -> bytes:
     """A small file of a checkpoint. ValueError unless it is the one whose checksum the marker has, where it has one:
     checkpoints of earlier versions have none."""
@@ -99,7 +172,7 @@ def read_checked(file: Path) -> bytes:
         content = file.read_bytes()
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-    written = read_marker(file.parent).get("files", {}).get(file.name) if (file.parent / MARKER).is_file() else None
+    written = written_digest(file)
     if written is not None and written != digest(content):
         raise ValueError(f"{file} is damaged: {DAMAGED}")
     return content
