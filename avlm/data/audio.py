@@ -54,14 +54,16 @@ def decode(data: bytes, max_seconds: float, name: str = "audio") -> Tensor:
             if decoder.packets:
                 break
         clip = torch.from_numpy(numpy.concatenate(parts))
-        if not len(clip) and decoder.errors:
-            raise decoder.errors[0]
+        if not len(clip) and (faults := decoder.faults()):
+            raise faults[0]
     except FAULTS as error:
         raise ValueError(f"audio cannot be decoded: {reason(error, data)}") from None
     if not len(clip):
         raise ValueError("audio is empty")
     if decoder.errors:
         say_once(f"{name}: {len(decoder.errors)} of {decoder.packets} packets of sound cannot be decoded, left out")
+    if decoder.stopped:
+        say_once(f"{name}: cannot be read past {decoder.reached:.1f} s: {reason(decoder.stopped, data)}")
     return clip
 
 

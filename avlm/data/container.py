@@ -9,6 +9,7 @@ import av
 from avlm.data import signature
 
 MAX_LINES = 10
+MAX_RETRIES = 100  # of reads for which FFmpeg asks where a stream is damaged
 SAID: set[str] = set()  # lines of this process
 STREAMED = ("mpeg", "mpegts")  # where a packet without a place of its own has no time of its own: FFmpeg guesses one
 FAULTS = (av.FFmpegError, UnicodeError)  # UnicodeError: names in the file that PyAV decodes strictly
@@ -26,14 +27,17 @@ def reason(error: Exception, data: bytes) -> str:
 
 
 class Decoder:
-    """Frames of one stream. ``packets`` were read, and ``errors`` holds why some of them gave none."""
+    """Frames of one stream. ``packets`` were read, ``errors`` holds why some of them gave none, and ``stopped`` why the
+    file cannot be read past ``reached`` seconds."""
 
     def __init__(self, container: av.container.InputContainer, stream: av.stream.Stream) -> None:
         if stream.codec_context is None:
             raise ValueError(f"{stream.type} stream has a codec that FFmpeg does not know: convert the file")
         self.container, self.stream = container, stream
         self.packets = 0
-        self.errors: list[av.FFmpegError] = []
+        self.errors: list[Exception] = []
+        self.stopped: Exception | None = None
+        self.reached = 0.0
         self.key_time: int | None = None
 
     def frames(self, from_key: bool = False) -> Iterator[av.frame.Frame]:
@@ -53,20 +57,36 @@ class Decoder:
                 continue
             yield from frames
 
+    def faults(self) -> list[Exception]:
+        """Why frames are missing."""
+        return self.errors + ([self.stopped] if self.stopped else [])
+
     def demux(self) -> Iterator[av.Packet]:
-        """Packets up to the end, or up to where the file cannot be read any further."""
-        packets = _demux(self.container, [self.stream])
+        """Packets up to the end, or up to where the file cannot be read any further. ValueError where that is for want
+        of a feature, as then nothing is wrong with the rest of the file."""
+        packets, retries = _demux(self.container, [self.stream]), 0
         while True:
             try:
                 packet = next(packets, None)
+            except av.PatchWelcomeError:
+                raise ValueError(
+                    f"file changes its form at {self.reached:.1f} s in a way that FFmpeg does not read: "
+                    "convert or split it"
+                ) from None
             except FAULTS as error:
-                self.errors.append(error)
+                if isinstance(error, av.BlockingIOError) and retries < MAX_RETRIES:
+                    packets, retries = _demux(self.container, [self.stream]), retries + 1
+                    continue
+                self.stopped = error
                 packet = av.Packet()
                 packet.stream = self.stream  # an empty packet makes the decoder give the frames that it holds
                 yield packet
                 return
             if packet is None:
                 return
+            if packet.pts is not None and packet.time_base:
+                end = packet.pts + (packet.duration or 0) - (self.stream.start_time or 0)
+                self.reached = max(self.reached, float(end * packet.time_base))
             yield packet
 
 

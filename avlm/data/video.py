@@ -78,7 +78,7 @@ class _Film:
             self._restart()
             self.following = next(self.frames, None)
             if self.following is None:
-                raise self.decoder.errors[0] if self.decoder.errors else ValueError("film has no frame")
+                raise next(iter(self.decoder.faults()), ValueError("film has no frame"))
             self.seconds = self._length()
             unless_all_is_well.pop_all()
         return self

@@ -203,6 +203,16 @@ def test_junk_between_packets_is_left_out_and_said_once(place, capfd):
     assert all(f"{place}.mp3: 1 of 4" in line and "cannot be decoded, left out" in line for line in said)
 
 
+def test_a_file_that_cannot_be_read_to_its_end_says_from_where_on(capfd):
+    block = encode("wavpack", "wv", "mono", "s16p", RATE)
+    assert len(audio.decode(block + b"junk" * 99, 10, "torn.wv")) == RATE
+    assert capfd.readouterr().err.startswith("torn.wv: cannot be read past 1.0 s: Invalid data found")
+    mono, stereo = (encode("libopus", "ogg", layout, "flt", 48_000) for layout in ("mono", "stereo"))
+    assert len(audio.decode(mono + mono, 10)) == pytest.approx(2 * RATE, rel=0.05), "a chain of one form"
+    with pytest.raises(ValueError, match=r"file changes its form at 1\.0 s .* convert or split it"):
+        audio.decode(mono + stereo, 10)
+
+
 def test_names_in_a_file_need_not_be_utf_8():
     listed = b"INFOINAM\x04\0\0\0\xff\xfe\xe9\0"
     named = b"LIST" + struct.pack("<I", len(listed)) + listed
