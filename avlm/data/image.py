@@ -27,6 +27,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_ASPECT = 20  # beyond it only the middle of the long side is resized: all that the crop keeps, and a margin
 MAX_BYTES = 2**30  # that decoding a picture may take
 BYTES_PER_PIXEL = 10  # that decoding may take where data.max_image_pixels is so large that it exceeds MAX_BYTES
+BYTES_PER_ROW = 16  # more for a PNG, whose rows Pillow keeps one by one: those of a narrow one hold few pixels
 MAX_SCAN_PIXELS = 2 * 10**9  # pixels times scans of a JPEG: 10 scans are usual, and each passes over all pixels
 MAX_PNG_CHUNKS, MAX_JPEG_SEGMENTS = 2**20, 2**16
 STRIP = 2**21  # pixels that are converted at a time
@@ -186,7 +187,7 @@ def _check_size(image: Image.Image, scans: int, max_pixels: int) -> None:
     # Pillow's image and ours; libjpeg has 2 bytes for each coefficient of a picture in scans, libwebp three canvases.
     largest = max([1, *(across * down for _, across, down, _ in layers)])
     coefficients = 2 * sum(across * down for _, across, down, _ in layers) / largest if scans > 1 else 0
-    needed = pixels * {"JPEG": 4 + max(coefficients, 3), "PNG": 7, "WEBP": 17}[kind]
+    needed = pixels * {"JPEG": 4 + max(coefficients, 3), "PNG": 7 + BYTES_PER_ROW / width, "WEBP": 17}[kind]
     if needed > max(MAX_BYTES, BYTES_PER_PIXEL * max_pixels):
         raise ValueError(f"{size} would take {needed / 2**20:.0f} MiB to decode as {kind}: scale it down")
 

@@ -68,6 +68,7 @@ class _Film:
         self.container: av.container.InputContainer | None = None
         self.seekable, self.wasted = True, 0
         self.start: int | None = None  # time of the first frame, in the stream's time base
+        self.timed: bool | None = None  # whether its packets have times, where that was looked for
         self.delay: int | None = None  # of an AVI, whose time base is a frame: frames that its decoder holds back
         self.frames: Iterator[tuple[float, av.VideoFrame]] = iter(())
         self.following: tuple[float, av.VideoFrame] | None = None
@@ -117,21 +118,34 @@ class _Film:
 
     def _timed(self, frames: Iterator[av.VideoFrame]) -> Iterator[tuple[float, av.VideoFrame]]:
         """With the time of each. Frames of bare streams have none: they follow each other, each for as long as it
-        lasts. AVI knows only when packets are decoded, which delays each frame as much as the first one."""
-        ended = 0.0
+        lasts. In files with times, frames without one that come first are before time 0, for others to refer to, and
+        not shown. AVI knows only when packets are decoded, which delays each frame as much as the first one."""
+        ended = None
         for frame in frames:
             self._check_size(frame)  # a stream may change it under way
             shown_at = frame.pts
             if self.container.format.name == "avi" and frame.dts is not None:
                 self.delay = self.decoder.packets - 1 if self.delay is None else self.delay
                 shown_at = frame.dts - self.delay
-            if shown_at is None:
-                self.seekable = False
-                yield ended, frame
-                ended += float(frame.duration * self.time_base if frame.duration else 1 / (self.rate or 25))
-            else:
+            if shown_at is not None:
                 self.start = shown_at if self.start is None else self.start
-                yield float((shown_at - self.start) * self.time_base), frame
+                seconds = float((shown_at - self.start) * self.time_base)
+            elif ended is not None:
+                seconds = ended
+            elif self._has_times():
+                continue
+            else:
+                self.seekable, seconds = False, 0.0
+            yield seconds, frame
+            ended = seconds + float(frame.duration * self.time_base if frame.duration else 1 / (self.rate or 25))
+
+    def _has_times(self) -> bool:
+        """Whether any packet says when it is shown."""
+        if self.timed is None:
+            with open_container(self.data) as container:
+                decoder = Decoder(container, container.streams[self.decoder.stream.index])
+                self.timed = any(packet.pts is not None for packet in decoder.demux())
+        return self.timed
 
     def _seek(self, seconds: float) -> None:
         """To a frame at or before the time, from which on all can be decoded. A seek may land anywhere: what it found
@@ -174,6 +188,8 @@ class _Film:
             target = (stream.start_time or 0) + int((claimed - SEEK_MARGIN) / self.time_base)
             with contextlib.suppress(*FAULTS):  # of files that cannot be seeked
                 end = self._last_end(max(-FURTHEST, min(FURTHEST, target)))
+                if end is not None and end < target:  # only the last packet was seen
+                    end = max(end, self._last_end(end - int(SEEK_MARGIN / self.time_base)) or end)
         if end is None:
             end = self._last_end(None)
         found = ((end or 0) - (self.start or 0)) * self.time_base
