@@ -255,6 +255,8 @@ def test_a_picture_that_would_take_too_much_memory_or_time_is_refused_before_dec
     vast = webp[:26] + struct.pack("<HH", 9_000, 9_000) + webp[30:]
     with pytest.raises(ValueError, match="9000 x 9000 pixels would take 1313 MiB to decode as WEBP"):
         image.decode(vast, LIMIT)
+    with pytest.raises(ValueError, match="1 x 50000000 pixels would take 1097 MiB to decode as PNG"):
+        image.decode(png(1, 50_000_000, 8, 2, b""), LIMIT)
 
 
 def test_denormalised_pixels_are_the_pixels():
