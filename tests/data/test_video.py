@@ -129,6 +129,18 @@ def test_a_film_is_as_long_as_its_pictures_whatever_its_sound(form):
     check_brightness(rising(form, seconds=12, late=5, sound=14), 12.0, (4,))
 
 
+def test_a_film_ends_with_the_frame_that_is_shown_last_which_need_not_be_the_last_packet():
+    every_frame = VideoConfig(num_frames=None, fps=25.0, max_frames=1000)
+    assert len(brightness(rising("ts, MPEG-2", seconds=12, sound=40), every_frame)[0]) == 300
+
+
+def test_frames_before_time_0_are_not_shown():
+    cut = rising("mkv", seconds=12, late=-1.5, avoid_negative_ts="disabled")  # as ffmpeg -ss leaves it
+    shown, found = brightness(cut, VideoConfig(num_frames=8))
+    assert found == pytest.approx([(i + 0.5) * 10.5 / 8 for i in range(8)], abs=0.121)
+    assert shown == pytest.approx([10 * at + 15 for at in found], abs=2.6)
+
+
 def test_a_film_without_an_index_or_a_length_is_as_long_as_its_packets():
     check_brightness(rising("webm, VP8", live="1"))
     check_brightness(rising("mkv", seconds=12, sound=25, live="1"), 12.0)
