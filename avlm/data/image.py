@@ -10,6 +10,7 @@ colours that its author never saw do not appear.
 """
 
 import io
+import math
 import re
 import warnings
 import zlib
@@ -17,14 +18,15 @@ import zlib
 import numpy
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK, MAX_TEXT_MEMORY
 from torch import Tensor
-from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
+from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from avlm.data import signature
 from avlm.model_config import VisionConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_ASPECT = 20  # beyond it only the middle of the long side is resized: all that the crop keeps, and a margin
+MAX_ASPECT = 20  # beyond it only what the crop keeps is resized
 MAX_BYTES = 2**30  # that decoding a picture may take
 BYTES_PER_PIXEL = 10  # that decoding may take where data.max_image_pixels is so large that it exceeds MAX_BYTES
 BYTES_PER_ROW = 16  # more for a PNG, whose rows Pillow keeps one by one: those of a narrow one hold few pixels
@@ -84,14 +86,47 @@ def fit(image: Tensor, vision: VisionConfig) -> Tensor:
     if vision.resize == "stretch":
         return resize(image, [size, size], mode, antialias=True)
     height, width = image.shape[1:]
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        image = _middle(image, MAX_ASPECT * min(height, width))
-        height, width = image.shape[1:]
     # CLIP: the short side becomes S and the long side int(S * long / short), then the middle is kept.
     scaled = [int(size * height / width), size] if width <= height else [size, int(size * width / height)]
-    image = resize(image, scaled, mode, antialias=True)
     top, left = (scaled[0] - size) // 2, (scaled[1] - size) // 2
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        return _middle(image, max(scaled), vision)
+    image = resize(image, scaled, mode, antialias=True)
     return image[:, top : top + size, left : left + size]
+
+
+def _middle(image: Tensor, scaled: int, vision: VisionConfig) -> Tensor:
+    """As ``fit`` would crop it with its long side resized to ``scaled``, without what the crop does not keep."""
+    size, sides = vision.image_size, list(image.shape[1:])
+    short, long = sorted(sides)
+    dim, start, margin = sides.index(long), (scaled - size) // 2, 2 * size + 4  # a bicubic filter sees no further
+    steps = math.gcd(long, scaled)  # at which pixels before and after resizing start together
+    before, after = long // steps, scaled // steps
+    if before > MAX_ASPECT * short:
+        return _resize_box(image, dim + 1, start * long / scaled, (start + size) * long / scaled, vision)
+    first, last = max(0, (start - margin) // after), min(steps, -(-(start + size + margin) // after))
+    part = image.narrow(dim + 1, first * before, (last - first) * before)
+    resized = [size, size]
+    resized[dim] = (last - first) * after
+    part = resize(part, resized, InterpolationMode(vision.resample), antialias=True)
+    return part.narrow(dim + 1, start - first * after, size)
+
+
+def _resize_box(image: Tensor, dim: int, start: float, end: float, vision: VisionConfig) -> Tensor:
+    """uint8 (3, S, S) of what is between two places along a dimension, which may cut pixels; the filter sees what is
+    beside it too. It is Pillow that resizes boxes, up to 2 of 255 from torch."""
+    size, margin = vision.image_size, 2 * min(image.shape[1:]) + 4
+    first = max(0, int(start) - margin)
+    part = image.narrow(dim, first, min(image.shape[dim], int(end) + margin) - first).permute(1, 2, 0).contiguous()
+    height, width = part.shape[:2]
+    box = [(0, height), (0, width)]
+    box[dim - 1] = (start - first, min(end - first, part.shape[dim - 1]))
+    (top, bottom), (left, right) = box
+    mode = Image.Resampling[vision.resample.upper()]
+    # In two passes, the first one along rows, as torch does: values are rounded and clipped between them.
+    resized = Image.fromarray(part.numpy()).resize((size, height), mode, (left, 0, right, height))
+    resized = resized.resize((size, size), mode, (0, top, size, bottom))
+    return torch.from_numpy(numpy.array(resized)).permute(2, 0, 1).contiguous()
 
 
 def normalise(pixels: Tensor, vision: VisionConfig) -> Tensor:
@@ -157,7 +192,7 @@ def _scans(data: bytes, at: int) -> tuple[int, int]:
 def _needed_of_png(data: bytes) -> bytes:
     """The chunks of pixels, palette and orientation: Pillow refuses pictures with long texts or colour profiles, and
     for damage in what is not needed, but does not notice any in the pixels."""
-    kept, at, count = [PNG_START], 8, 0
+    kept, at, count, characters = [PNG_START], 8, 0, 0
     while len(head := data[at : at + 8]) == 8:
         kind, end = head[4:], at + 12 + int.from_bytes(head[:4])
         text = kind in (b"tEXt", b"zTXt", b"iTXt") and data[at + 8 : at + 88].split(b"\0")[0] in PNG_TEXTS
@@ -166,6 +201,10 @@ def _needed_of_png(data: bytes) -> bytes:
             whole = len(chunk) == end - at and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
             if not whole and kind in (b"IHDR", b"PLTE", b"IDAT"):
                 raise ValueError(f"picture cannot be decoded: its PNG chunk {kind.decode()} is damaged or cut")
+            if text and whole:
+                size = _characters(kind, bytes(chunk[8:-4]))
+                whole = characters + size <= MAX_TEXT_MEMORY
+                characters += size if whole else 0
             kept += [chunk] if whole else []
         at, count = end, count + 1
         if kind == b"IEND":
@@ -173,6 +212,23 @@ def _needed_of_png(data: bytes) -> bytes:
         if count > MAX_PNG_CHUNKS:
             raise ValueError(f"picture cannot be decoded: it has more than {MAX_PNG_CHUNKS} PNG chunks")
     return b"".join(kept)
+
+
+def _characters(kind: bytes, body: bytes) -> int:
+    """How long a text of a PNG is when it is unpacked; where Pillow would not unpack it, longer than all may be."""
+    value = body.partition(b"\0")[2]
+    if kind == b"zTXt":
+        packed = value[1:]
+    elif kind == b"iTXt" and value[:1] == b"\1":
+        packed = value[2:].split(b"\0", 2)[-1]
+    else:
+        return len(value)
+    unpacking = zlib.decompressobj()
+    try:
+        length = len(unpacking.decompress(packed, MAX_TEXT_CHUNK))
+    except zlib.error:
+        return 0  # which Pillow leaves out
+    return MAX_TEXT_MEMORY + 1 if unpacking.unconsumed_tail else length
 
 
 def _check_size(image: Image.Image, scans: int, max_pixels: int) -> None:
@@ -236,11 +292,6 @@ def _on_white(strip: Image.Image) -> numpy.ndarray:
         strip = strip.convert("RGBA")
         strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
     return numpy.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
-
-
-def _middle(image: Tensor, length: int) -> Tensor:
-    """The middle of the long side."""
-    return center_crop(image, [min(length, image.shape[1]), min(length, image.shape[2])])
 
 
 def _line(error: Exception) -> str:

@@ -16,7 +16,6 @@ STARTS = (
     (b"II\xbc\x01", "JPEG XR"),
     (b"8BPS", "PSD"),
     (b"\0\0\1\0", "ICO"),
-    (b"\0\0\2\0", "ICO"),
     (b"icns", "ICNS"),
     (b"qoif", "QOI"),
     (b"DDS ", "DDS"),
@@ -62,6 +61,12 @@ def name(data: bytes) -> str | None:
     for start, found in STARTS:
         if data.startswith(start):
             return found
+    if _is_tga(data):
+        return "TGA"
+    if data.startswith(b"\0\0\2\0") and data[4:6] != b"\0\0":
+        return "ICO"  # a pointer, as many as these bytes say
+    if data[:1] == b"\n" and data[1:2] in b"\0\2\3\4\5" and data[2:3] in b"\0\1" and data[3:4] in b"\1\2\4\x08":
+        return "PCX"
     if data[4:8] == b"ftyp":
         brands = {data[8:12], *(data[i : i + 4] for i in range(16, min(len(data), int.from_bytes(data[:4]), 256), 4))}
         return next((found for names, found in BRANDS if brands & set(names)), "MP4 or QuickTime")
@@ -77,3 +82,12 @@ def name(data: bytes) -> str | None:
     if text.startswith("<"):
         return next((found for tag, found in TEXTS if tag in text), None)
     return None
+
+
+def _is_tga(data: bytes) -> bool:
+    """By its header, which has no start of its own: whether there are colours to choose from, and which kind it is."""
+    if len(data) < 18 or 0 in (int.from_bytes(data[12:14], "little"), int.from_bytes(data[14:16], "little")):
+        return False
+    if data[1] == 0:
+        return data[2] in (2, 3, 10, 11) and not any(data[3:8]) and data[16] in (8, 15, 16, 24, 32)
+    return data[1] == 1 and data[2] in (1, 9) and data[7] in (15, 16, 24, 32) and data[16] in (8, 16)

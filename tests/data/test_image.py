@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torchvision.transforms.v2.functional import InterpolationMode, resize
 from transformers import CLIPImageProcessor, SiglipImageProcessor
 
 from avlm.data import image
@@ -30,6 +31,17 @@ def test_pixels_equal_those_of_clips_processor(size):
     assert (ours / 255 - theirs).abs().max() <= 1 / 255
     normalised = clip_processor(True)(original, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(image.normalise(ours[None], CLIP)[0], normalised, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(2021, 101), (101, 2021), (450, 10_000), (3, 500), (1000, 47)])
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+def test_the_middle_of_a_very_long_picture_lies_on_the_grid_of_the_whole(size, resample):
+    noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *size), dtype=np.uint8))
+    scaled = [int(224 * side / min(size)) for side in size]
+    top, left = ((side - 224) // 2 for side in scaled)
+    whole = resize(noise, scaled, InterpolationMode(resample), antialias=True)[:, top : top + 224, left : left + 224]
+    fitted = image.fit(noise, dataclasses.replace(CLIP, resample=resample))
+    assert (fitted.int() - whole.int()).abs().max() <= 2
 
 
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
@@ -115,6 +127,9 @@ XMP = (
 )
 
 
+PNG_EXIF, PNG_XMP = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"
+
+
 def app1(body: bytes) -> bytes:
     return b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body
 
@@ -127,7 +142,6 @@ def with_orientation(orientation: int, original: Image.Image) -> dict[str, bytes
     packet = (XMP % f'tiff:Orientation="{orientation}"').encode()
     xmp, extension = (b"http://ns.adobe.com/" + name for name in (b"xap/1.0/\0", b"xmp/extension/\0"))
     raw = f"\nexif\n{len(exif):8}\n{exif.hex()}\n".encode()
-    profile, xml = b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"
     jpeg, plain = image_file(original, "JPEG", quality=95), image_file(original)
     in_jpeg = lambda *bodies: jpeg[:20] + b"".join(map(app1, bodies)) + jpeg[20:]  # after JFIF's 18 bytes
     in_png = lambda kind, body: plain[:33] + png_chunk(kind, body) + plain[33:]
@@ -143,10 +157,11 @@ def with_orientation(orientation: int, original: Image.Image) -> dict[str, bytes
         "WebP, XMP": image_file(original, "WEBP", lossless=True, xmp=packet),
         "PNG, eXIf": in_png(b"eXIf", exif[6:]),
         "PNG, eXIf after the pixels": plain[:-12] + png_chunk(b"eXIf", exif[6:]) + plain[-12:],
-        "PNG, zTXt": in_png(b"zTXt", profile + b"\0" + zlib.compress(raw)),
-        "PNG, tEXt": in_png(b"tEXt", profile + raw),
-        "PNG, iTXt": in_png(b"iTXt", profile + b"\0\0\0\0" + raw),
-        "PNG, XMP": in_png(b"iTXt", xml + b"\0\0\0\0" + packet),
+        "PNG, zTXt": in_png(b"zTXt", PNG_EXIF + b"\0" + zlib.compress(raw)),
+        "PNG, tEXt": in_png(b"tEXt", PNG_EXIF + raw),
+        "PNG, iTXt": in_png(b"iTXt", PNG_EXIF + b"\0\0\0\0" + raw),
+        "PNG, XMP": in_png(b"iTXt", PNG_XMP + b"\0\0\0\0" + packet),
+        "PNG, XMP that is packed": in_png(b"iTXt", PNG_XMP + b"\1\0\0\0" + zlib.compress(packet)),
     }
 
 
@@ -171,6 +186,9 @@ def test_damage_in_metadata_ends_nothing_and_damage_in_pixels_is_noticed():
         plain[:33] + png_chunk(b"tEXt", b"Comment\0damaged")[:-1] + b"?" + plain[33:],
         plain[:33] + png_chunk(b"tEXt", b"transparency\0x") + plain[33:],
         plain[:33] + png_chunk(b"tEXt", b"Raw profile type exif\0\nexif\n8\nxyz") + plain[33:],
+        plain[:33] + png_chunk(b"zTXt", PNG_EXIF + b"\0" + zlib.compress(bytes(2**21))) + plain[33:],
+        plain[:-12] + png_chunk(b"iTXt", PNG_XMP + b"\1\0\0\0" + zlib.compress(bytes(2**21))) + plain[-12:],
+        plain[:33] + png_chunk(b"iTXt", PNG_XMP + b"\1\0\0\0" + zlib.compress(bytes(2**20))) * 65 + plain[33:],
         plain[:33] + png_chunk(b"iCCP", b"large\0\0" + zlib.compress(bytes(2**21))) + plain[33:],
     ]
     for data in good:
@@ -215,6 +233,10 @@ def test_what_is_no_picture_is_refused():
         (image_file(picture(20, 20), "GIF"), "GIF"),
         (image_file(picture(20, 20), "BMP"), "BMP"),
         (image_file(picture(20, 20), "TIFF"), "TIFF"),
+        (image_file(picture(20, 20), "ICO"), "ICO"),
+        (image_file(picture(20, 20), "PCX"), "PCX"),
+        (image_file(picture(20, 20), "TGA"), "TGA"),
+        (image_file(picture(20, 20).convert("P"), "TGA", compression="tga_rle"), "TGA"),
         (image_file(picture(20, 20), "JPEG2000"), "JPEG 2000"),
         (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
         (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "AVIF"),
