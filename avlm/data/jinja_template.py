@@ -3,26 +3,24 @@
 What a turn's answer becomes is found by marks, Unicode noncharacters put around it before the template is rendered. So
 a template may put a block before an answer (Qwen3's empty ``<think>``), drop it from earlier turns, or end each turn in
 its own way. Of the text between the generation prompt and the answer, blanks are learned with it; a block is not: it
-belongs to the prompt, in training and when the model is asked. The first control token after an answer ends it.
+belongs to the prompt, in training and when the model is asked. The first control token after an answer ends it. Where
+the template ends no turn by a token, the token that begins the next turn does (GLM-4), or the tokenizer's eos, which is
+added after the last answer of a conversation that is trained, so that the model learns to stop.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, pairwise, product
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-
 from avlm.data.bounded_jinja import Bounded
+from avlm.data.jinja_names import CLOSE, OPEN, Absent, Date, Generation, raise_exception, to_json
 from avlm.data.pieces import MEDIA, TAG, Messages, Piece, is_learned
 from avlm.data.tokenizer import Tokenizer, one_line
 
 # Unicode noncharacters, which no text may hold.
-ANSWER, ANSWER_END, OPEN, CLOSE = "\ufdd0\ufdd1\ufdd5\ufdd6"  # around an answer, and around a generation block
+ANSWER, ANSWER_END = "\ufdd0\ufdd1"  # around an answer
 MARKS = dict(zip(MEDIA, "\ufdd2\ufdd3\ufdd4", strict=True))
 MARK = re.compile("[\ufdd0-\ufdd6]")
 REWRITES = (
@@ -35,12 +33,14 @@ Span = tuple[int, int]
 @dataclass
 class Turn:
     """An assistant's turn in a rendering. ``start`` of its answer is None where the template takes that apart;
-    ``end`` of the answer; what is ``learned``; the token that ends the turn, if one does."""
+    ``end`` of the answer; what is ``learned``; the token that ends the turn, if one does; whether the template itself
+    ``closes`` it with a token."""
 
     start: int | None
     end: int
     learned: list[Span] = field(default_factory=list)
     token: str | None = None
+    closes: bool = True
 
 
 class JinjaTemplate:
@@ -52,23 +52,27 @@ class JinjaTemplate:
             raise ValueError(
                 f"{tokenizer.file} comes with no chat_template: choose another data.template (generate.py: --raw)"
             )
-        # A date in a prompt would make runs differ from day to day: strftime_now is left undefined.
         self._environment = Bounded(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
         )
-        self._environment.filters["tojson"] = self._environment.bounded("tojson", _to_json)
-        self._environment.globals["raise_exception"] = _raise
-        absent = {f"{name}_token": _Absent(name=f"{name}_token") for name in ("bos", "eos")}
+        self._environment.filters["tojson"] = self._environment.bounded("tojson", to_json)
+        self._environment.globals["raise_exception"] = raise_exception
+        absent = {f"{name}_token": Absent(name=f"{name}_token") for name in ("bos", "eos")}
+        absent["strftime_now"] = Date(name="strftime_now")
         self._names = {**absent, **tokenizer.names, "tools": None, "documents": None}
+        self._eos = tokenizer.eos if tokenizer.eos and tokenizer.find(tokenizer.eos) is not None else None
         with one_line(f"the chat_template of {tokenizer.file.parent} is no Jinja template"):
             self._template = self._environment.from_string(tokenizer.chat_template)
         self._has_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template) is not None
         self._control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)) or "(?!)")
         ends = [token for token in tokenizer.added_tokens if token.strip(" \n\t\r▁")]
         self._end = re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or "(?!)")
+        # Asked here, so that no conversation that is too long for a budget decides what they are.
+        self._habits = (self._opening, self._asks, self._usual_block)
 
     def pieces(self, messages: Messages, prompt: bool, published: bool = False) -> Iterator[Piece]:
         """``published``: a prompt is the template's own, even if an answer of training stands after more than that."""
+        self._environment.begin()
         marked = [{**m, "content": TAG.sub(lambda tag: MARKS[tag[1]], m["content"])} for m in messages]
         for message in marked:
             if found := self._control.search(message["content"]):
@@ -85,19 +89,39 @@ class JinjaTemplate:
     def ends(self) -> set[str]:
         """The control tokens that end an assistant's turn, or begin the turn after it; none where plain text does, or
         where the template takes no ordinary conversation."""
-        talk = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-        messages = [{"role": role, "content": content} for role, content in talk]
-        for length in (4, 2):
+        self._environment.begin()
+        talk = _talk("system", "user", "assistant", "user", "assistant")
+        for messages in (talk[1:], talk[1:3], talk, talk[:3]):
             try:
-                return {turn.token for turn in self._turns(messages[:length])[1] if turn.token}
-            except ValueError:  # some templates write one question and its answer only
+                turns = self._turns(messages)[1]
+            except ValueError:  # some templates write one question and its answer only, or want a system's turn
                 continue
+            tokens = {turn.token for turn in turns} | (set() if turns[-1].closes else {self._opening})
+            return tokens - {None}
         return set()
+
+    @cached_property
+    def _opening(self) -> str | None:
+        """The token with which the turn after an answer begins, if one does; of templates that end no turn by a
+        token."""
+        talk = _talk("system", "user", "assistant", "user")
+        for messages in (talk[1:], talk):
+            try:
+                found, final = self._answers(messages), self._answers(messages[:-1])
+                text, before = self._render(messages, False), self._render(messages[:-1], False)
+            except ValueError:
+                continue
+            if found and final:
+                text, before = found[0][found[1][-1].end :], final[0][final[1][-1].end :]
+            rest = self._end.match(text[_shared(text, before) :].lstrip())
+            return rest[0] if rest else None
+        return None
 
     @cached_property
     def block(self) -> str:
         """What stands between the template's generation prompt and an answer, in training and in our prompts.
         ValueError where that depends on the conversation."""
+        self._environment.begin()
         user, system = {"role": "user", "content": "a"}, {"role": "system", "content": "s"}
         blocks = set()
         for talk in ([user], [system, user], [user, {"role": "assistant", "content": "b"}, user]):
@@ -155,6 +179,15 @@ class JinjaTemplate:
             )
         spoken = [message for message in messages if message["role"] == "assistant"]
         kept = [turn.learned for turn, message in zip(turns, spoken, strict=True) if is_learned(message)]
+        if is_learned(messages[-1]) and not turns[-1].closes and kept[-1]:
+            end = self._opening or self._eos
+            if end is None:
+                raise ValueError(
+                    "the tokenizer's chat_template puts no token after an answer, so the model would never learn to "
+                    "stop: name an eos_token in tokenizer_config.json or choose another data.template"
+                )
+            kept[-1].append((kept[-1][-1][1], len(text) + len(end)))
+            text += end
         return text, [span for spans in kept for span in spans]
 
     def _is_asked_so(self, question: Messages, before: str) -> bool:
@@ -163,9 +196,11 @@ class JinjaTemplate:
 
     @cached_property
     def _usual_block(self) -> str:
-        question = [{"role": "user", "content": "a"}]
+        talk = _talk("user", "assistant")
         try:
-            return self._prompt(question)[len(self._render(question, True)) :]
+            if self._answers(talk) is None:
+                return ""
+            return self._prompt(talk[:1])[len(self._render(talk[:1], True)) :]
         except ValueError:
             return ""
 
@@ -184,8 +219,8 @@ class JinjaTemplate:
             tail = text[turn.end : turns[i + 1].end if i + 1 < len(turns) else len(text)]
             stop = self._end.search(tail)
             turn.token = stop[0] if stop else None
-            stop = stop if self._end.search(closing) else None  # else it is the next turn's
-            end = turn.end + (stop.end() if stop else _shared(tail, closing))
+            turn.closes = self._end.search(closing) is not None  # else the token is the next turn's
+            end = turn.end + (stop.end() if stop and turn.closes else _shared(tail, closing))
             if not self._has_blocks:
                 start = self._begin(text, messages[: speakers[i]], turn, done)
                 turn.learned = [(start, end)]
@@ -195,7 +230,18 @@ class JinjaTemplate:
             inside = owner.start is not None and start < owner.start <= end
             start = owner.start if inside and text[start : owner.start].strip() else start
             owner.learned.append((start, end))
+        for turn in turns:
+            if not turn.closes and turn.learned:
+                turn.learned += self._next(
+                    text, max(turn.learned[-1][1], turn.end + _shared(text[turn.end :], closing))
+                )
         return text, turns
+
+    def _next(self, text: str, end: int) -> list[Span]:
+        """Where the token that begins the next turn stands after a turn that nothing else ends."""
+        found = self._end.search(text, end)
+        is_next = found and found[0] == self._opening and not text[end : found.start()].strip()
+        return [found.span()] if is_next else []
 
     def _begin(self, text: str, before: Messages, turn: Turn, done: int) -> int:
         """Where an assistant's turn begins to be its own: after the generation prompt, if only blanks stand between
@@ -266,9 +312,13 @@ class JinjaTemplate:
                 if not (after.startswith(before) and whole.startswith(after)):
                     raise ValueError(REWRITES)
                 found = list(self._control.finditer(after, len(before)))
-                closed = found and not after[found[-1].end() :].strip()
-                end = found[-1].end() if closed else len(after)
-                turns.append(Turn(len(before), end, [(len(before), end)], found[-1][0] if closed else None))
+                closes = bool(found) and not after[found[-1].end() :].strip()
+                end = found[-1].end() if closes else len(after)
+                block = _shared(after[len(before) :], self._usual_block)  # an empty answer may lack blanks at its end
+                start = len(before) + (block if block >= len(self._usual_block.rstrip()) else 0)
+                opening = [] if closes else self._next(whole, end)
+                token = found[-1][0] if closes else self._opening if opening else None
+                turns.append(Turn(start, end, [(start, end), *opening], token, closes))
             elif message["role"] == "assistant":
                 turns.append(Turn(None, len(whole)))
         places = [place for mark, place in marks if mark in (OPEN, CLOSE)]
@@ -284,7 +334,6 @@ class JinjaTemplate:
     def _render_marked(self, messages: Messages, prompt: bool = False) -> tuple[str, list[tuple[str, int]]]:
         """(rendering, the marks that stood in it and where), but for those of media, which stay."""
         given = [{"role": message["role"], "content": message["content"]} for message in messages]
-        self._environment.begin()
         text, marks = "", []
         with one_line("the tokenizer's chat_template fails"):
             rendered = self._template.render(messages=given, add_generation_prompt=prompt, **self._names)
@@ -294,6 +343,10 @@ class JinjaTemplate:
             else:
                 text += part
         return text, marks
+
+
+def _talk(*roles: str) -> Messages:
+    return [{"role": role, "content": "abcde"[i]} for i, role in enumerate(roles)]
 
 
 def _shared(one: str, other: str) -> int:
@@ -317,42 +370,3 @@ def _with_marks(message: dict[str, str], left: str, right: str) -> dict[str, str
     front = {"outer": ANSWER + lead, "inner": lead + ANSWER, "none": lead}[left]
     back = {"outer": trail + ANSWER_END, "inner": ANSWER_END + trail}[right]
     return {**message, "content": front + core + back}
-
-
-class _Absent(jinja2.Undefined):
-    """A special token that the tokenizer lacks: undefined, as in transformers, but nothing where it is added to a
-    text."""
-
-    def __add__(self, other: str) -> str:
-        return other
-
-    __radd__ = __add__
-
-
-class _Generation(Extension):
-    """``{% generation %} ... {% endgeneration %}``: the text of an assistant."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: jinja2.runtime.Macro) -> str:
-        return OPEN + caller() + CLOSE
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """transformers' filter ``tojson``, which escapes no HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)

@@ -1,6 +1,7 @@
 """The tokenizer's own template: what is learned, where turns end, what prompts hold, and that it ends."""
 
 import time
+from itertools import groupby
 
 import jinja2
 import pytest
@@ -64,12 +65,12 @@ TEMPLATES = {  # name -> template, its ends, what is learned of an answer " one\
     "plain text ends a turn": (
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\n##\n' }}{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}",
-        *(set(), "  one\n\n##\n", " two\n##\n", "assistant:"),
+        *(set(), "  one\n\n##\n", " two\n##\n</s>", "assistant:"),
     ),
     "the next turn ends a turn": (  # GLM
         OWN
         + "<|assistant|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
-        *({"<|user|>"}, " one\n", "two", "<|assistant|>"),
+        *({"<|user|>"}, " one\n<|user|>", "two<|user|>", "<|assistant|>"),
     ),
     "marks do not pass": (
         "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content + (m.content|length)|string }}<|im_end|>\n"
@@ -86,8 +87,9 @@ def with_template(tmp_path, template, **keys) -> Chat:
 
 def spell(chat, messages, **options) -> str:
     """The text of a conversation, with what is learned in brackets."""
-    pieces = chat.pieces(messages, **options)
-    return "".join(f"[{piece.text}]" if piece.learned else piece.text for piece in pieces)
+    groups = groupby(chat.pieces(messages, **options), key=lambda piece: piece.learned)
+    texts = [(learned, "".join(piece.text for piece in group)) for learned, group in groups]
+    return "".join(f"[{text}]" if learned else text for learned, text in texts)
 
 
 TALK = [turn("user", "a"), turn("assistant", " one\n"), turn("user", "b "), turn("assistant", "two")]
@@ -104,6 +106,79 @@ def test_turns_end_where_the_template_ends_them_and_prompts_are_what_stands_befo
     assert whole[: len(asked)] == asked, "a prompt is the beginning of what is trained"
     muted = [TALK[0], TALK[1] | {"learn": False}, *TALK[2:]]
     assert f"[{first}]" not in spell(chat, muted) and f"[{last}]" in spell(chat, muted)
+
+
+GLM = TEMPLATES["the next turn ends a turn"][0]
+PLAIN = TEMPLATES["plain text ends a turn"][0]
+BLOCKS = "<|assistant|>{% generation %}{{ m.content }}{% endgeneration %}"
+NO_MARKS = "<|assistant|>{{ m.content }}{{ m.content|length }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "added"),
+    [
+        (GLM, "<|user|>a<|assistant|>[ one\n<|user|>]b <|assistant|>[two<|user|>]", "<|user|>"),
+        (PLAIN, "user: a\n##\nassistant:[  one\n\n##\n]user: b \n##\nassistant:[ two\n##\n</s>]", "</s>"),
+        (
+            GLM.replace("<|assistant|>{{ m.content }}", BLOCKS + "{{ '\\n' }}"),
+            "<|user|>a<|assistant|>[ one\n]\n[<|user|>]b <|assistant|>[two\n<|user|>]",
+            "<|user|>",
+        ),
+        (
+            GLM.replace("<|assistant|>{{ m.content }}", NO_MARKS),
+            "<|user|>a<|assistant|>[ one\n5<|user|>]b <|assistant|>[two3<|user|>]",
+            "<|user|>",
+        ),
+        (GLM.replace("<|user|>", ""), "a<|assistant|>[ one\n]b <|assistant|>[two</s>]", "</s>"),
+        (
+            GLM.replace("<|user|>", "Q: <|user|>"),
+            "Q: <|user|>a<|assistant|>[ one\n]Q: <|user|>b <|assistant|>[two</s>]",
+            "</s>",
+        ),
+    ],
+)
+def test_where_a_template_ends_no_turn_the_last_answer_gets_a_token_that_stops_the_model(
+    tmp_path, template, text, added
+):
+    chat = with_template(tmp_path, template)
+    assert spell(chat, TALK) == text and chat.tokenizer.id_of(added) in chat.stop_ids
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert theirs.apply_chat_template(TALK, tokenize=False) + added == text.replace("[", "").replace("]", "")
+    prompt = theirs.apply_chat_template(TALK[:3], tokenize=False, add_generation_prompt=True)
+    assert spell(chat, TALK[:3], prompt=True) == prompt
+
+
+def test_nothing_is_added_after_an_answer_that_is_not_learned_or_not_the_last(tmp_path):
+    chat = with_template(tmp_path, GLM)
+    muted = [*TALK[:3], TALK[3] | {"learn": False}]
+    assert spell(chat, muted) == "<|user|>a<|assistant|>[ one\n<|user|>]b <|assistant|>two"
+    assert spell(chat, TALK[:3]) == "<|user|>a<|assistant|>[ one\n<|user|>]b "
+
+
+def test_a_template_without_any_token_that_could_stop_a_model_is_not_learned(tmp_path):
+    chat = with_template(tmp_path, PLAIN, eos_token=None)
+    assert spell(chat, TALK[:3], prompt=True).endswith("assistant:")
+    with pytest.raises(ValueError, match=r"would never learn to stop: name an eos_token in tokenizer_config\.json"):
+        chat.pieces(TALK)
+
+
+def test_a_block_before_an_empty_answer_is_not_learned(tmp_path):  # GLM-4.5
+    template = GLM.replace(
+        "{{ m.content }}{% endif %}", "\n<think></think>{{ '\n' + m.content if m.content }}{% endif %}"
+    )
+    talk = [turn("user", "a"), turn("assistant", ""), turn("user", "b"), turn("assistant", "c")]
+    assert spell(with_template(tmp_path, template), talk) == (
+        "<|user|>a<|assistant|>\n<think></think>[<|user|>]b<|assistant|>\n<think></think>\n[c<|user|>]"
+    )
+
+
+def test_a_template_that_asks_for_the_date_says_what_to_do(tmp_path):  # SmolLM3, Granite 3.1
+    dated = "{% if messages[0].role != 'system' %}{{ strftime_now('%d %B %Y') }}{% endif %}" + CHATML
+    chat = with_template(tmp_path, dated)
+    with pytest.raises(ValueError, match=r"asks for the date, .* put it into data\.system, or write the date into the"):
+        chat.pieces(TALK)
+    system = Chat(chat.tokenizer, "tokenizer", "today")
+    assert "[two<|im_end|>]" in spell(system, TALK) and chat.tokenizer.id_of("<|im_end|>") in system.stop_ids
 
 
 def test_a_template_that_writes_the_last_turns_only_has_an_end_but_teaches_no_longer_talks(tmp_path):

@@ -1,0 +1,61 @@
+"""What transformers gives a chat template besides Jinja's own: names, the filter ``tojson``, generation blocks."""
+
+import json
+from typing import NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+
+OPEN, CLOSE = "\ufdd5\ufdd6"  # around a generation block: Unicode noncharacters, which no text may hold
+
+
+class Absent(jinja2.Undefined):
+    """A special token that the tokenizer lacks: undefined, as in transformers, but nothing where it is added to a
+    text."""
+
+    def __add__(self, other: str) -> str:
+        return other
+
+    __radd__ = __add__
+
+
+class Date(jinja2.Undefined):
+    """``strftime_now``: undefined where a template asks whether it is, and no date where it is called."""
+
+    def _fail_with_undefined_error(self, *args: object, **kwargs: object) -> NoReturn:
+        raise jinja2.TemplateError(
+            "it asks for the date, which would change a run from day to day: put it into data.system, or write the "
+            "date into the template"
+        )
+
+    __call__ = _fail_with_undefined_error
+
+
+class Generation(Extension):
+    """``{% generation %} ... {% endgeneration %}``: the text of an assistant."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: jinja2.runtime.Macro) -> str:
+        return OPEN + caller() + CLOSE
+
+
+def to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """transformers' filter ``tojson``, which escapes no HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
