@@ -16,7 +16,7 @@ from kernels.segments import Segments
 from tests.parallel.small import make_config, make_rows
 
 pytestmark = pytest.mark.interpreter
-DOCUMENTS = [5, 1, 40, 2, 3, 17, 8, 33, 64, 9, 12, 27, 4, 21]  # in rows of 64 tokens
+DOCUMENTS = [5, 1, 13, 2, 14, 3, 7, 8, 11, 9, 12, 6, 4, 10]  # in rows of 16 tokens
 
 
 @pytest.fixture
@@ -46,15 +46,19 @@ def built(frozen: str = "", recompute: str = "none") -> tuple[AVLM, AVLM]:
 def test_any_number_of_documents_shares_one_graph_of_a_decoder_block(graphs, learns):
     plain, compiled = built()
     for count in DOCUMENTS:
-        lengths = [1] * (count - 1) + [64 - count + 1]
+        lengths = [1] * (count - 1) + [16 - count + 1]
         rope = rope_table(rope_frequencies(plain.config.decoder, "cpu"), torch.cat([torch.arange(n) for n in lengths]))
-        x, segments = torch.randn(64, 32, requires_grad=learns), Segments.of(lengths)
+        x, segments = torch.randn(16, 32, requires_grad=learns), Segments.of(lengths)
+        run = lambda model: model.decoder.blocks[0].forward(x, rope, segments, None)  # noqa: B023 (called at once)
         with torch.set_grad_enabled(learns):
-            y, z = (model.decoder.blocks[0].forward(x, rope, segments, None) for model in (plain, compiled))
-        assert torch.allclose(y, z, atol=1e-5), count
-        if learns:
-            of_plain, of_compiled = (torch.autograd.grad(out.square().sum(), x)[0] for out in (y, z))
-            assert torch.allclose(of_plain, of_compiled, rtol=1e-4, atol=1e-5), count
+            found = run(compiled)
+            gradient = torch.autograd.grad(found.square().sum(), x)[0] if learns else None
+            if count % 4 == 1:
+                expected = run(plain)
+                assert torch.allclose(found, expected, atol=1e-5), count
+                if learns:
+                    [of_plain] = torch.autograd.grad(expected.square().sum(), x)
+                    assert torch.allclose(gradient, of_plain, rtol=1e-4, atol=1e-5), count
     assert graphs.frame_count == 1
 
 
