@@ -72,7 +72,7 @@ class JinjaTemplate:
 
     def pieces(self, messages: Messages, prompt: bool, published: bool = False) -> Iterator[Piece]:
         """``published``: a prompt is the template's own, even if an answer of training stands after more than that."""
-        self._environment.begin()
+        self._environment.begin(len(messages))
         marked = [{**m, "content": TAG.sub(lambda tag: MARKS[tag[1]], m["content"])} for m in messages]
         for message in marked:
             if found := self._control.search(message["content"]):
@@ -89,7 +89,6 @@ class JinjaTemplate:
     def ends(self) -> set[str]:
         """The control tokens that end an assistant's turn, or begin the turn after it; none where plain text does, or
         where the template takes no ordinary conversation."""
-        self._environment.begin()
         talk = _talk("system", "user", "assistant", "user", "assistant")
         for messages in (talk[1:], talk[1:3], talk, talk[:3]):
             try:
@@ -121,7 +120,6 @@ class JinjaTemplate:
     def block(self) -> str:
         """What stands between the template's generation prompt and an answer, in training and in our prompts.
         ValueError where that depends on the conversation."""
-        self._environment.begin()
         user, system = {"role": "user", "content": "a"}, {"role": "system", "content": "s"}
         blocks = set()
         for talk in ([user], [system, user], [user, {"role": "assistant", "content": "b"}, user]):

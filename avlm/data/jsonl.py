@@ -70,7 +70,7 @@ class Records:
     def media(self, name: str) -> bytes:
         """A file of the media folder, by its name there or its whole name, which may also lie in the folder of the JSON
         file. Names that lead out of them are refused; symbolic links in them are followed."""
-        path = Path(os.path.normpath(name))
+        path = Path(os.path.normpath(f"/{name.lstrip('/')}" if name.startswith("//") else name))
         if path.is_absolute():
             roots = [Path(form(root)) for root in (self.media_root, self.file.parent) for form in ROOT_FORMS]
             if not any(path.is_relative_to(root) for root in roots):
@@ -88,7 +88,9 @@ class Records:
             if not path.is_file():
                 raise ValueError(f"no media file {shown(str(path))}")
             if (size := path.stat().st_size) > self.max_media_bytes:
-                raise ValueError(f"{path} has {size} bytes, more than data.max_media_bytes={self.max_media_bytes}")
+                raise ValueError(
+                    f"{shown(str(path))} has {size} bytes, more than data.max_media_bytes={self.max_media_bytes}"
+                )
             return path.read_bytes()
         except OSError as error:
             if error.errno not in (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP):

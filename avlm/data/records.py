@@ -10,8 +10,9 @@ OpenAI's API and in Qwen's files: texts and media, with data of their own or wit
 that follows a medium begins a line, as in an export's chat template. NeMo's SALM has turns of "type": "audio", whose
 value is a file.
 
-A key that is neither read nor listed here as harmless is refused: what another trainer acts on is never dropped. A key
-without a value (null, "", [], {}) says nothing, nor does false under a record's key that is not read.
+A key that is neither read nor listed in harmless_keys.py is refused: what another trainer acts on is never dropped. A
+key without a value (null, "", [], {}, or lists and objects of nothing else) says nothing, nor does false under a
+record's key that is not read.
 """
 
 import base64
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
+from avlm.data.harmless_keys import HARMLESS, HARMLESS_OF_TURN
 from avlm.data.pieces import MEDIA, TAG, Messages
 from avlm.model_config import shown
 
@@ -34,29 +36,6 @@ ROLE_NAMES = {
 SYSTEM = ("system", "system_prompt")
 READ = {"messages", "conversations", "context", "answers", "answer_weights", "mask", "offset", "prompt", *SYSTEM}
 READ |= {name for kind in MEDIA for name in (kind, f"{kind}s")}
-# Keys that are left aside, in lower case. Of a record: where it comes from and what its media are, which changes
-# nothing in it.
-HARMLESS = """
-    id idx index key uid uuid guid name no number split part subset fold task tasks task_type task_name type kind
-    category categories subcategory topic topics domain tag tags skill difficulty level quality score scores rating
-    source sources dataset dataset_name data_source origin original_id conversation_id conv_id session_id sample_id
-    question_id answer_id question_type answer_type image_id image_ids img_id video_id audio_id clip_id utt_id
-    utterance_id segment_id speaker speaker_id client_id gender age accent accents locale variant lang language
-    languages src_lang tgt_lang model model_id model_name generator author license licence copyright url urls link
-    date time timestamp created created_at updated_at version revision width height image_size image_width
-    image_height size sizes resolution orig_size original_size ratio aspect_ratio duration durations length lengths
-    num_tokens num_turns num_rounds token_count tokens fps num_frames frame_count nframes sampling_rate sample_rate
-    channels format caption captions up_votes down_votes metadata meta meta_info extra extra_info info
-    additional_info comment comments note notes facts md5 sha1 sha256 hash filename file_name taxonomy_path
-    prompt_id doc_id document_id qid dialog_id dialogue_id example_id instance_id row_id conversation_hash hashed_ip
-    country state header turn toxic redacted openai_moderation detoxify_moderation moderation is_truncated keyword
-    keywords label entity entities n_frames num_clips num_images
-"""
-HARMLESS_OF_TURN = """
-    id idx index key uid turn turn_id message_id parent_id timestamp time date created_at model source lang language
-    duration metadata meta extra info comment note tokens num_tokens turn_identifier hashed_ip country state header
-    toxic redacted openai_moderation detoxify_moderation
-"""
 TURN = {"role", "content", "from", "value", "type"}
 LEARNED_IF_TRUE = ("weight", "loss", "loss_scale", "train", "training", "trainable", "learn")
 LEARNED_IF_FALSE = ("mask", "masked")
@@ -122,10 +101,22 @@ def _says_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, (str, list, dict)) and not value) or value in ("[]", "{}", "null")
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether a value says nothing, nor anything in it, to any depth."""
+    left = [value]
+    while left:
+        each = left.pop()
+        if not _says_nothing(each):
+            if not isinstance(each, (list, dict)):
+                return False
+            left += each.values() if isinstance(each, dict) else each
+    return True
+
+
 def _check_keys(keys: dict[str, Any], known: set[str], where: str, harmless: str = "") -> None:
     harmless = set(harmless.split())
     for key, value in keys.items():
-        if key not in known and str(key).lower() not in harmless and not _says_nothing(value):
+        if key not in known and str(key).lower() not in harmless and not _is_empty(value):
             raise ValueError(
                 f"{where} has the key {shown(str(key))!r}, which is not read: remove it, or put it under "
                 '"metadata" if nothing depends on it'
@@ -134,14 +125,7 @@ def _check_keys(keys: dict[str, Any], known: set[str], where: str, harmless: str
 
 def _check_meaning(record: dict[str, Any], form: str) -> None:
     """Keys that are harmless with some values only."""
-    if record.get("offset"):
-        raise ValueError(f"offset={shown(record['offset'])} asks for a part of a file: cut the file")
-    lengths = [value for key, value in record.items() if str(key).lower() == "duration" and not _says_nothing(value)]
-    if lengths and not _says_nothing(record.get("offset")):  # NeMo: so many seconds from there
-        raise ValueError(
-            f"offset={shown(record['offset'])} and duration={shown(lengths[0])} ask for a part of a file: cut the "
-            "file, or remove offset if it is no longer than that"
-        )
+    _check_whole(record)
     if any(str(key).lower() == "label" and value is False for key, value in record.items()):  # ms-swift's for KTO
         raise ValueError("label=false marks an answer that is not wanted: remove the record, or the key")
     mask = record.get("mask")  # NeMo: whose turns are not learned
@@ -151,6 +135,18 @@ def _check_meaning(record: dict[str, Any], form: str) -> None:
         raise ValueError(f"the record has the key 'context' next to its {form}, which is not read: put it into a turn")
     if sum(not _says_nothing(record.get(form)) for form in ("messages", "conversations", "context")) > 1:
         raise ValueError("the record has its turns twice: give one of messages, conversations and context")
+
+
+def _check_whole(keys: dict[str, Any]) -> None:
+    """Refuse what asks for a part of a file."""
+    if keys.get("offset"):
+        raise ValueError(f"offset={shown(keys['offset'])} asks for a part of a file: cut the file")
+    lengths = [value for key, value in keys.items() if str(key).lower() == "duration" and not _says_nothing(value)]
+    if lengths and not _says_nothing(keys.get("offset")):  # NeMo: so many seconds from there
+        raise ValueError(
+            f"offset={shown(keys['offset'])} and duration={shown(lengths[0])} ask for a part of a file: cut the "
+            "file, or remove offset if it is no longer than that"
+        )
 
 
 def _check_prompt(prompt: Any, turns: Turns) -> None:
@@ -171,14 +167,16 @@ def _read_turns(given: Any, turns: Turns) -> None:
         raise ValueError(
             f"turns are not of the form that records.py describes: they must be a list, not {shown(given)}"
         )
-    read = []
+    read, seen = [], dict.fromkeys(MEDIA, 0)
     for turn in given:
         if not isinstance(turn, dict):
             raise ValueError(f"a turn is not of the form that records.py describes: {shown(turn)}")
         role, content = (_either(turn, *names) for names in (("role", "from"), ("content", "value")))
-        _check_keys(turn, {*TURN, *LEARNED_IF_TRUE, *LEARNED_IF_FALSE}, f"a turn of {shown(role)}", HARMLESS_OF_TURN)
+        known = {*TURN, *LEARNED_IF_TRUE, *LEARNED_IF_FALSE} | ({"offset"} if turn.get("type") == "audio" else set())
+        _check_keys(turn, known, f"a turn of {shown(role)}", HARMLESS_OF_TURN)
+        _check_whole(turn)
         role = ROLE_NAMES.get(role.lower(), role) if isinstance(role, str) else role
-        text, sources = _content(content, turn.get("type"))
+        text, sources = _content(content, turn.get("type"), seen)
         read.append((role, text, _learned(turn, role), sources))
     if any(
         turn.get("type") in MEDIA for turn in given if isinstance(turn.get("type"), str)
@@ -223,9 +221,16 @@ def _learned(turn: dict[str, Any], role: Any) -> bool:
     return role != "assistant" or wanted != {False}
 
 
-def _content(content: Any, kind: Any) -> tuple[Any, list[tuple[str, str | None]]]:
+def _content(content: Any, kind: Any, seen: dict[str, int]) -> tuple[Any, list[tuple[str, str | None]]]:
     """(text with tags, kind and source of every tag) of a turn's content. What is neither text nor parts stays, for
-    ``Chat`` to refuse."""
+    ``Chat`` to refuse. ``seen``: how many files of each kind the turns before take of the record."""
+    text, sources = _text(content, kind, seen)
+    for tag, source in sources:
+        seen[tag] += source is None
+    return text, sources
+
+
+def _text(content: Any, kind: Any, seen: dict[str, int]) -> tuple[Any, list[tuple[str, str | None]]]:
     if kind in MEDIA:
         if not isinstance(content, str):
             raise ValueError(f"a turn of type {kind} must have a file name as its value, not {shown(content)}")
@@ -242,6 +247,12 @@ def _content(content: Any, kind: Any) -> tuple[Any, list[tuple[str, str | None]]
             text += ("\n" if after_medium else "") + given
             sources += [(tag, None) for tag in TAG.findall(given)]
         else:
+            number = seen[kind] + sum(source == (kind, None) for source in sources)
+            if not _says_nothing(index := part.get("index")) and (given is not None or index != number):
+                raise ValueError(
+                    f"index={shown(index)} of a part of type {kind} is not read: parts take the record's files in "
+                    f"their order, and this one the {kind} of index {number}"
+                )
             text += f"<{kind}>"
             sources.append((kind, given))
         after_medium = kind != "text"
@@ -262,7 +273,7 @@ def _part(part: Any) -> tuple[str, str | None]:
             raise ValueError(f"a part of type text has no text: {shown(part)}")
         return kind, part["text"]
     names = (name, kind, f"{kind}_url", *SOURCES)
-    _check_keys(part, {"type", *names, *BESIDE_DATA}, f"a part of type {name}")
+    _check_keys(part, {"type", "index", *names, *BESIDE_DATA}, f"a part of type {name}")
     key, given = _first(part, names)
     if isinstance(given, dict):
         _check_keys(given, {*SOURCES, *BESIDE_DATA}, f"the {name} of a part")
@@ -287,9 +298,10 @@ def _read_pairs(record: dict[str, Any], turns: Turns) -> None:
     weights = record.get("answer_weights") or [1] * len(answers)
     if not isinstance(weights, list) or len(weights) != len(answers):
         raise ValueError(f"answer_weights must be a list of {len(answers)} numbers, not {shown(weights)}")
+    seen = dict.fromkeys(MEDIA, 0)
     for question, answer, weight in zip(context, answers, weights):
         for role, text in (("user", question), ("assistant", answer)):
-            text, sources = _content(text, None)
+            text, sources = _content(text, None, seen)
             turns.add(role, text, _learned({"weight": weight} if role == "assistant" else {}, role), sources)
 
 
@@ -351,11 +363,11 @@ def _references(record: dict[str, Any]) -> list[str]:
 
 
 def _names(record: dict[str, Any], kind: str) -> list[str]:
-    """Names under "images" or "image": a list, one name or null."""
+    """Names under "images" or "image": a list, one name or null; a name may be an object with it under "path"."""
     listed = []
     for key in (f"{kind}s", kind):
         given = record.get(key)
-        names = given if isinstance(given, list) else [given]
+        names = [_path(each, kind) for each in (given if isinstance(given, list) else [given])]
         names = [] if all(map(_says_nothing, names)) else names
         if not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"{kind}s must be file names, not {shown(repr(given))}")
@@ -363,3 +375,11 @@ def _names(record: dict[str, Any], kind: str) -> list[str]:
     if all(listed) and listed[0] != listed[1]:
         raise ValueError(f"the record has {kind} and {kind}s, which differ: give one")
     return list(listed[0] or listed[1])
+
+
+def _path(name: Any, kind: str) -> Any:
+    """The name in {"path": name, "bytes": null}, as Arrow writes a file."""
+    if not isinstance(name, dict) or "path" not in name:
+        return name
+    _check_keys(name, {"path"}, f"an object under {kind}s")
+    return name.get("path")

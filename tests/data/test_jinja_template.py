@@ -210,6 +210,19 @@ def test_a_long_conversation_is_not_gone_over_in_each_of_its_turns(tmp_path):
     assert time.process_time() - begun < 2
 
 
+def test_all_renderings_of_a_conversation_share_one_budget(tmp_path, monkeypatch):
+    chat = with_template(tmp_path, "{% for i in range(5000) %}{% endfor %}" + CHATML)
+    assert spell(chat, TALK)
+    steps = chat._jinja._environment.steps
+    spell(chat, TALK)
+    assert chat._jinja._environment.steps == steps > 3 * 50_000, "each conversation has its own"
+    monkeypatch.setattr(bounded_jinja, "STEPS", steps - 1)
+    with pytest.raises(ValueError, match="it takes more than"):
+        chat.pieces(TALK)
+    number = 200 // len(TALK)
+    assert spell(chat, TALK * number).count("[") == 2 * number, "a long conversation may take more"
+
+
 def test_published_prompts_are_those_of_transformers(tmp_path):
     chat = with_template(tmp_path, QWEN3)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
@@ -296,6 +309,11 @@ HOSTILE = [
     "{% set l = range(99999)|list %}{% for i in range(99999) %}{% if l.count(7) %}{% endif %}{% endfor %}",
     "{% for i in range(99999) %}{% if range(99999)|select('lt', 0)|first %}{% endif %}{% endfor %}",
     "{% for i in range(99999) %}{% if range(99999)|map('string')|length %}{% endif %}{% endfor %}",
+    "{{ ([[1]] * 99999)|sum(start=[])|length }}",
+    "{% set l = range(99999)|list %}{% for i in range(99) %}{% set k = l|sort(reverse=true) %}{% endfor %}",
+    "{{ range(99999)|list|groupby('real')|list|length }}{{ range(99999)|list|groupby('real')|list|length }}",
+    "{{ ('http://a.b ' * 500000)|urlize }}",
+    "{{ ('a ' * 2000000)|wordwrap(1) }}",
     DOUBLED + "[ns.x, ns.x]|first ~ ns.x %}{% endfor %}",
     DOUBLED + "ns.x ~ ns.x %}{% endfor %}",
     DOUBLED + "ns.x + ns.x %}{% endfor %}",

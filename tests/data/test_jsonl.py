@@ -167,9 +167,10 @@ def test_a_file_without_one_good_sample_ends_the_run_with_one_line(loader, worke
         (json.dumps(record(1)).replace("one", "\\ud800", 1), "half of a surrogate pair"),
         (json.dumps(record(1) | {"answers": ["\ud800"]}), "half of a surrogate pair"),
         (json.dumps(record(1) | {"images": ["x" * 5000]}), "media file"),
+        (json.dumps(record(1) | {"images": ["a\0b.png"]}), "/a b.png"),
         ("[" * 100_000 + "]" * 100_000, "is not valid JSON"),
     ],
-    ids=["surrogate", "in an answer", "long name", "nested"],
+    ids=["surrogate", "in an answer", "long name", "NUL in a name", "nested"],
 )
 def test_what_only_a_hostile_file_holds_is_skipped_too(loader, folder, line, reason):
     (folder / "hostile.jsonl").write_text(f"{json.dumps(record(1))}\n{line}\n")
@@ -187,7 +188,9 @@ def test_names_that_lead_out_of_the_media_folder_are_refused(folder, tokenizer_f
 
 def test_whole_names_in_the_media_folder_are_taken(folder, tokenizer_folder, tmp_path):
     name = str(folder / "pictures/1.png")
-    (folder / "whole.jsonl").write_text(json.dumps(record(1) | {"images": [name]}))
+    (folder / "whole.jsonl").write_text(
+        json.dumps(record(1) | {"images": ["/" + name]})
+    )  # // is / in every file system
     (tmp_path / "whole.jsonl").write_text(json.dumps(record(1) | {"images": ["file://" + name]}))
     (tmp_path / "link").symlink_to(folder)
     read = lambda file, **changes: next(open_samples(str(file), data(tokenizer_folder, **changes))).images

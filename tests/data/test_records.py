@@ -139,6 +139,12 @@ def test_what_says_nothing_or_changes_nothing_is_taken():
         {"messages": [USER | {"toxic": False, "hashed_ip": "0", "turn_identifier": 4}, ANSWER | {"state": "x"}]},
         {"ID": 1, "Id": 2, "question_ID": 3, "doc_id": 4, "qid": 5, "dialog_id": 6, "Label": "yes", "entities": ["x"]},
         {"tools": False, "stream": False, "is_truncated": True, "n_frames": 8, "num_clips": 2, "keywords": ["x"]},
+        {"path": "x.mp3", "sentence": "hi", "segment": "s", "text": "HI", "chapter_id": 2},  # Common Voice, LibriSpeech
+        {"skip_prompt_formatting": True, "views": 9, "title": "t", "avatarUrl": "u", "custom_instruction": "c"},
+        {"choice_list": ["a"], "width_list": [1], "height_list": [2], "full_topic": "t", "channel": "math"},
+        {"ground_truth": "x", "solution": "x", "questionId": 1, "docId": 2, "fig_caption": "x"},
+        {"__key__": "x", "__index__": 3, "objects": {"ref": [], "bbox": [[], {"a": [None, ""]}]}},
+        {"messages": [USER | {"name": "bob"}, ANSWER | {"markdown": "**x**"}]},
         {"offset": 0, "duration": None},
         {"offset": None, "duration": 5},
         {"answers": None, "image": "", "audio": [""], "videos": [None], "images": None},
@@ -151,6 +157,48 @@ def test_what_sets_say_besides_is_left_aside(about):
     sample = read({"messages": [USER, ANSWER], **about})
     assert [text.removeprefix("<image>\n") for _, text in spoken(sample)] == ["who?", "a friend"]
     assert (sample.answers, sample.audios, sample.videos) == ([], [], [])
+
+
+@pytest.mark.parametrize("given", [{"path": "a.png", "bytes": None}, [{"bytes": None, "path": "a.png"}, None][:1]])
+def test_a_file_may_be_an_object_with_its_path(given):
+    for key in ("image", "images"):
+        assert read({"messages": [USER | {"content": "<image>"}, ANSWER], key: given}).images == [b"picture"]
+    nothing = {"path": None, "bytes": None}
+    assert read({"messages": [USER, ANSWER], "image": nothing, "videos": [nothing]}).images == []
+
+
+def test_the_number_of_a_parts_file_must_be_the_one_that_it_gets():
+    image = lambda index: {"type": "image", "index": index, "text": None}
+    text = {"type": "text", "index": None, "text": "who?"}
+    talk = lambda *indices: [
+        USER | {"content": [image(index), text]} if index is not None else ANSWER for index in indices
+    ]
+    record = {"messages": talk(0, None, 1, None), "images": ["a.png", "b.png"]}
+    assert read(record).images == [b"picture", b"other"]
+    for indices in ((1, None, 0, None), (0, None, 0, None), ("0", None, 1, None)):
+        with pytest.raises(ValueError, match=r"index=. of a part of type image is not read: parts take the record's"):
+            read(record | {"messages": talk(*indices)})
+    with pytest.raises(ValueError, match="index=0 of a part of type image is not read"):
+        read({"messages": [USER | {"content": [image(0) | {"image": "b.png"}]}, ANSWER]})
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"offset": 0}, None),
+        ({"offset": 0.0, "duration": None}, None),
+        ({"offset": 1.0}, "offset=1.0 asks for a part of a file"),
+        ({"offset": 0.0, "duration": 2.0}, "offset=0.0 and duration=2.0 ask for a part of a file"),
+        ({"offset": 0, "type": "text"}, "the key 'offset', which is not read"),
+    ],
+)
+def test_a_turn_of_a_type_reads_a_whole_file(turn, message):
+    record = {"conversations": [{"from": "user", "value": "c.wav", "type": "audio", **turn}, ANSWER]}
+    if message is None:
+        assert read(record).audios == [b"sound"]
+    else:
+        with pytest.raises(ValueError, match=message):
+            read(record)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +258,10 @@ def test_columns_that_arrow_fills_with_null_do_not_change_what_a_source_is(part,
         ({"system": "see <image>"}, "a medium's tag in the record's system prompt"),
         ({"offset": 1.5}, "offset=1.5 asks for a part of a file"),
         ({"mask": "Assistant"}, "mask='Assistant' is not read"),
+        ({"objects": {"ref": ["a"], "bbox": [[1, 2]]}}, "the key 'objects', which is not read"),
+        ({"bbox": [1, 2]}, "the key 'bbox', which is not read"),
+        ({"start": 1.5}, "the key 'start', which is not read"),
+        ({"images": [{"path": "a.png", "bytes": "AA=="}]}, "an object under images has the key 'bytes'"),
         ({"offset": 0, "duration": 5}, "offset=0 and duration=5 ask for a part of a file"),
         ({"prompt": "why?"}, "the key 'prompt', which is not read and is not its first question: why"),
         ({"prompt": [USER]}, "the key 'prompt', which is not read"),
