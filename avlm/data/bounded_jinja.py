@@ -195,6 +195,7 @@ class Bounded(ImmutableSandboxedEnvironment):
         characters, items, left = 0, 0, [value]
         while left:
             each = left.pop()
+            self.steps += 20  # many small ones take longer than their items
             parts = [*each, *each.values()] if isinstance(each, dict) else each
             kinds = set(map(type, parts))
             texts = tuple(kind for kind in kinds if issubclass(kind, (str, bytes)))
