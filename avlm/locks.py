@@ -14,16 +14,13 @@ def lock(file: IO[str], wait: bool) -> bool:
     A file system without locks is said so, and counts as locked: whoever starts two runs there has to know.
     """
     try:
-        fcntl.lockf(
-            file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
-        )  # flock would live on in forked loader workers
+        # flock would live on in forked loader workers.
+        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return False
         if error.errno not in ABSENT:
             raise
-        print(
-            f"{file.name} cannot be locked here ({error.strerror}): start nothing else that writes to its folder",
-            file=sys.stderr,
-        )
+        advice = "start nothing else that writes to its folder"
+        print(f"{file.name} cannot be locked here ({error.strerror}): {advice}", file=sys.stderr)
     return True

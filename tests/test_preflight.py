@@ -1,10 +1,11 @@
 """What is found before ranks start, and what a resume may change."""
 
+import errno
 from dataclasses import replace
 
 import pytest
 
-from avlm import checkpoint, config_file, preflight
+from avlm import checkpoint, config_file, locks, preflight
 from tests.parallel.small import TREE, make_config
 
 
@@ -84,3 +85,18 @@ def test_an_older_checkpoint_is_not_resumed_beside_later_ones(saved, tmp_path):
 def test_the_report_counts_parameters_tokens_and_memory():
     text = preflight.report(make_config(stages=[{"name": "see", "steps": 3, "train": ["vision"]}]), world_size=2)
     assert text.startswith("see: 3 steps of up to 128 tokens; trains ") and "GiB a rank" in text
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EAGAIN, errno.EIO])
+def test_a_file_system_without_locks_is_said_and_counts_as_locked(tmp_path, monkeypatch, capsys, number):
+    def lockf(file, flags):
+        raise OSError(number, "as it is there")
+
+    monkeypatch.setattr(locks.fcntl, "lockf", lockf)
+    with open(tmp_path / ".lock", "w") as file:
+        if number == errno.EIO:
+            with pytest.raises(OSError):
+                locks.lock(file, wait=False)
+            return
+        assert locks.lock(file, wait=False) == (number != errno.EAGAIN)
+    assert ("cannot be locked here (as it is there)" in capsys.readouterr().err) == (number != errno.EAGAIN)
