@@ -24,6 +24,7 @@ from avlm.model_config import (
 )
 
 Ranks = Annotated[int, Field(gt=0, le=2**20)]
+RanksOrRest = Annotated[int, Field(ge=-1, le=2**20)]
 Frames = Annotated[int, Field(gt=0, le=2**20)]
 Part = Literal[Module, "lora"]  # lora: the adapters of all towers
 FREEZE_FLAGS = {
@@ -170,9 +171,7 @@ class TrainConfig:
 class ParallelConfig:
     """Mesh of ranks: replicate x shard x context x tensor. Rows are loaded for replicate x shard data ranks."""
 
-    shard: Annotated[
-        int, Field(ge=-1, le=2**20)
-    ] = -1  # ranks that share one copy of weights, gradients and optimizer state; -1: what is left
+    shard: RanksOrRest = -1  # ranks that share one copy of weights, gradients and optimizer state; -1: what is left
     replicate: Ranks = 1  # copies
     context: Ranks = 1  # ranks that share the tokens of a row
     tensor: Ranks = 1  # ranks that share the heads, widths and vocabulary of the decoder

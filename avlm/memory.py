@@ -256,8 +256,8 @@ def _kept_by_tower(name: str, config: Config, stage: StageConfig, layout: Layout
 
 
 def projector_numbers(projector: ProjectorConfig, width: int, decoder: DecoderConfig) -> int:
-    """What a projector keeps for each of its features: the tower rows, ``width`` numbers, and by its type what is
-    placed among the tokens, or the input of the GELU."""
+    """Numbers that a projector keeps for the backward, per feature: the tower rows, ``width``, and its output (linear)
+    or the input of its GELU (mlp2x_gelu)."""
     hidden = projector.hidden_size or decoder.hidden_size
     return width + {"linear": decoder.hidden_size, "mlp2x_gelu": hidden}[projector.type]
 

@@ -26,6 +26,8 @@ Epsilon = Annotated[
 ]  # 0, in float32 too, would divide zeros by zero: features of media without gradients
 # About ten times the largest published models: no product of them overflows 64 bits, 1,000 layers are built in seconds.
 Layers = Annotated[int, Field(gt=0, le=1000)]
+FromTheEnd = Annotated[int, Field(ge=-1000, le=-1)]
+Stack = Annotated[int, Field(gt=0, le=2**10)]
 Width = Annotated[int, Field(gt=0, le=2**20)]
 WidthOrDefault = Annotated[int, Field(ge=0, le=2**20)]
 Heads = Annotated[int, Field(gt=0, le=2**14)]
@@ -92,9 +94,7 @@ class VisionConfig:
     num_heads: Heads
     image_size: Pixels  # square
     patch_size: Pixels  # square; pixels right and below of the last whole patch are cut, as a convolution cuts them
-    feature_layer: Annotated[
-        int, Field(ge=-1000, le=-1)
-    ] = -2  # -1: output of the last layer, -2: of the one before; later layers are not built
+    feature_layer: FromTheEnd = -2  # -1: output of the last layer, -2: of the one before; later layers are not built
     activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
     norm_eps: Epsilon = 1e-5
     class_token: bool = True  # dropped from the features
@@ -156,9 +156,7 @@ class AudioConfig:
 @config
 class ProjectorConfig:
     type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
-    downsample: Annotated[int, Field(gt=0, le=2**10)] = (
-        1  # vision: pixel shuffle of n x n patches; audio: n frames stacked; before the projection
-    )
+    downsample: Stack = 1  # vision: pixel shuffle of n x n patches; audio: n frames stacked; before the projection
     hidden_size: WidthOrDefault = 0  # of mlp2x_gelu; 0: the decoder's width
     bias: bool = True  # Voxtral has none
     output_std: Positive = 0.02  # of the features at random start, about; the decoder's token embedding is a good guide

@@ -145,8 +145,8 @@ def _legend(axes: Axes, other: Axes) -> None:
 
 
 def centred_means(values: Sequence[float], span: int) -> list[float]:
-    """Of each value and up to ``span`` to either side, as many on the left as on the right: the mean lies on a straight
-    line where the values do, and begins and ends with their first and last."""
+    """The mean of each value and its neighbours, up to ``span`` on each side and the same number on both. Means of
+    values on a straight line lie on it, and the first and last are the values themselves."""
     sums = list(itertools.accumulate(values, initial=0.0))
     reach = [min(span, i, len(values) - 1 - i) for i in range(len(values))]
     return [(sums[i + n + 1] - sums[i - n]) / (2 * n + 1) for i, n in enumerate(reach)]

@@ -241,9 +241,9 @@ def _loader(source: str, *, train: bool, **options: Any) -> SavableDataLoader:
         dataset = (get_train_dataset if train else get_val_dataset)(source, batch_size=None, **options)
     except (*DAMAGE, TypeError, AttributeError, EmptyDatasetError) as error:
         split = "train" if train else "val"
-        mend = "`energon prepare --split-parts` names one, and so does a blend"
+        fix = "`energon prepare --split-parts` names one, and so does a blend"
         raise ValueError(
-            f"{source} has no split {split!r} that Energon can read ({mend}): {shown(str(error))}"
+            f"{source} has no split {split!r} that Energon can read ({fix}): {shown(str(error))}"
         ) from error
     # Energon has caught an exception whose traceback holds the frames of our callers in a cycle: without this, dropping
     # an EnergonLoader would not call __del__.

@@ -18,10 +18,8 @@ from tokenizers import AddedToken
 from avlm.model_config import shown
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-EXTRA = (
-    "extra_special_tokens",
-    "additional_special_tokens",
-)  # lists of more special tokens; the first may be an object
+# Lists of more special tokens; the first may be an object.
+EXTRA = ("extra_special_tokens", "additional_special_tokens")
 
 
 class Tokenizer:
