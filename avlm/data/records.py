@@ -35,7 +35,7 @@ ROLE_NAMES = {
 }
 SYSTEM = ("system", "system_prompt")
 READ = {"messages", "conversations", "context", "answers", "answer_weights", "mask", "offset", "prompt", *SYSTEM}
-READ |= {name for kind in MEDIA for name in (kind, f"{kind}s")}
+READ |= {name for kind in MEDIA for name in (kind, f"{kind}s", f"{kind}_url")}
 TURN = {"role", "content", "from", "value", "type"}
 LEARNED_IF_TRUE = ("weight", "loss", "loss_scale", "train", "training", "trainable", "learn")
 LEARNED_IF_FALSE = ("mask", "masked")
@@ -128,6 +128,11 @@ def _check_meaning(record: dict[str, Any], form: str) -> None:
     _check_whole(record)
     if any(str(key).lower() == "label" and value is False for key, value in record.items()):  # ms-swift's for KTO
         raise ValueError("label=false marks an answer that is not wanted: remove the record, or the key")
+    for kind in MEDIA:  # where a file comes from; alone it is the file
+        if not _says_nothing(record.get(f"{kind}_url")) and all(
+            _says_nothing(record.get(name)) for name in (kind, f"{kind}s")
+        ):
+            raise ValueError(f"{kind}_url is an address: download the file and name it under {kind}s")
     mask = record.get("mask")  # NeMo: whose turns are not learned
     if not _says_nothing(mask) and not (isinstance(mask, str) and ROLE_NAMES.get(mask.lower()) == "user"):
         raise ValueError(f"mask={shown(mask)!r} is not read: only user's turns are left out as a whole")

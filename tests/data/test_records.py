@@ -279,3 +279,11 @@ def test_what_others_act_on_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message) as error:
         read({"messages": [USER, ANSWER], **change})
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_an_address_next_to_its_file_is_left_aside_and_refused_alone():
+    record = {"messages": [USER, ANSWER], "image_url": "https://example.org/a.png"}
+    with pytest.raises(ValueError, match="image_url is an address: download the file and name it under images"):
+        read(record)
+    question = {"role": "user", "content": "<image> who?"}
+    assert len(read({**record, "messages": [question, ANSWER], "image": "a.png"}).images) == 1
