@@ -21,6 +21,7 @@ import json
 import os
 import random
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,10 @@ class Saver:
         """All ranks together; file name -> checksum of this rank's files."""
         writer = Writer(path)
         dcp.save(tensors, storage_writer=writer)
-        own = {place.relative_path for place in writer.places}
-        return {name: fingerprint(path / name, writer.places) for name in own}
+        places = defaultdict(list)
+        for place in writer.places:
+            places[place.relative_path].append(place)
+        return {name: fingerprint(path / name, of_file) for name, of_file in places.items()}
 
     def _complete(self, path: Path, progress: Progress, files: dict[str, str]) -> None:
         """The marker makes a checkpoint complete."""

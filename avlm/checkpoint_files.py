@@ -13,6 +13,7 @@ import io
 import json
 import pickle
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -49,7 +50,9 @@ class Reader(dcp.FileSystemReader):
         except Exception as error:  # a pickle that is damaged fails with any of Python's own
             raise ValueError(f"{path} is no index of a checkpoint: {cause_of(error)}") from None
         metadata.storage_meta = None
-        self.metadata, self.checked = metadata, set()
+        self.written, self.places = written_digests(path.parent), defaultdict(list)
+        for place in metadata.storage_data.values():
+            self.places[place.relative_path].append(place)
         return metadata
 
     def _slice_file(self, file: IO[bytes], place: _StorageInfo) -> IO[bytes]:
@@ -68,13 +71,10 @@ class Reader(dcp.FileSystemReader):
 
     def _check_file(self, name: str) -> None:
         """ValueError unless the file is that of this checkpoint: one of another step has the same layout."""
-        if name not in self.checked:
-            written = written_digest(Path(self.path) / name)
-            if written is not None and written != fingerprint(
-                Path(self.path) / name, self.metadata.storage_data.values()
-            ):
-                raise ValueError(f"{Path(self.path) / name} is of another checkpoint: {DAMAGED}")
-            self.checked.add(name)
+        written = self.written.get(name)
+        if written is not None and written != fingerprint(Path(self.path) / name, self.places[name]):
+            raise ValueError(f"{Path(self.path) / name} is of another checkpoint: {DAMAGED}")
+        self.written.pop(name, None)  # looked at once
 
 
 class Writer(dcp.FileSystemWriter):
@@ -114,9 +114,8 @@ class _Part(io.RawIOBase):
 
 
 def fingerprint(file: Path, places: Iterable[_StorageInfo]) -> str:
-    """A checksum of the CRC-32s in a file of tensors, which stand at some of the ``places``: of its contents, without
-    reading them."""
-    places = [place for place in places if place.relative_path == file.name]
+    """A checksum of the CRC-32s in a file of tensors, which stand at the ``places``: of its contents, without reading
+    them."""
     entries = []
     try:
         with file.open("rb") as content:
@@ -157,9 +156,9 @@ def marker_text(progress: dict[str, Any], files: dict[str, str]) -> str:
     return json.dumps({**content, "checksum": digest(json.dumps(content).encode())})
 
 
-def written_digest(file: Path) -> str | None:
-    """What the marker says of a file of its checkpoint, if anything."""
-    return read_marker(file.parent).get("files", {}).get(file.name) if (file.parent / MARKER).is_file() else None
+def written_digests(path: Path) -> dict[str, str]:
+    """File name -> checksum, of what the marker of a checkpoint names."""
+    return read_marker(path).get("files", {}) if (path / MARKER).is_file() else {}
 
 
 def read_checked(file: Path) -> bytes:
@@ -169,7 +168,7 @@ def read_checked(file: Path) -> bytes:
         content = file.read_bytes()
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-    written = written_digest(file)
+    written = written_digests(file.parent).get(file.name)
     if written is not None and written != digest(content):
         raise ValueError(f"{file} is damaged: {DAMAGED}")
     return content

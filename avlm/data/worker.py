@@ -31,4 +31,5 @@ def _kill() -> None:
     """A process that is done does not wait for the row that a worker is reading."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an error
     for process in multiprocessing.active_children():
-        process.kill()
+        if process.daemon:  # as data workers are; multiprocessing would end it too, by the signal that they ignore
+            process.kill()

@@ -65,12 +65,12 @@ def one_line_errors() -> Iterator[None]:
     except SystemExit as end:
         if mesh.ranks()[1] == 1:
             raise
-        _leave(int(end.code or 0), at_once=True)
+        _leave(end.code if isinstance(end.code, int) else int(bool(end.code)), at_once=True)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _leave(128 + signal.SIGINT, at_once=torch.distributed.is_initialized())
     except BrokenPipeError as error:
-        if not _is_unread(sys.stdout):
+        if sys.stdout is None or not _is_unread(sys.stdout):
             _explain(error)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
         _leave(128 + signal.SIGPIPE, at_once=torch.distributed.is_initialized())
