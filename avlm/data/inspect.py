@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from avlm.config import Config
-from avlm.config_file import load
-from avlm.data import open_loader
-from avlm.data.batch import AUDIO, IMAGE, KINDS, Batch
-from avlm.data.chat import Tokenizer
-from avlm.data.image import denormalise
-from avlm.data.log_mel import at_tower
-from avlm.model_config import ModelConfig, VisionConfig
-from avlm.parallel.exit import one_line_errors
+from avlm.config.load import load_config
+from avlm.config.model import ModelConfig, VisionConfig
+from avlm.config.run import Config
+from avlm.data.loader import open_loader
+from avlm.data.media.image import denormalise
+from avlm.data.text.chat import Tokenizer
+from avlm.models.batch import AUDIO, IMAGE, KINDS, Batch
+from avlm.models.log_mel import at_tower
+from avlm.process.exit import one_line_errors
 
 STATISTICS_ROWS = 16
 MAX_PICTURES = 64  # of a sheet, and as many windows of sound
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     with one_line_errors():
         if options.count < 0:
             raise ValueError(f"--count is a number of samples, not {options.count}")
-        config = load(options.config, options.overrides)
+        config = load_config(options.config, options.overrides)
         show(config, stage_index(config, options.stage), options.count, options.out)
 
 

@@ -18,13 +18,13 @@ from typing import Any, BinaryIO
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from avlm.config import DataConfig
-from avlm.data import worker
-from avlm.data.batch import Batch
-from avlm.data.chat import Tokenizer
+from avlm.config.model import ModelConfig, shown
+from avlm.config.run import DataConfig
 from avlm.data.packing import pack, select
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder, load_json, parse
-from avlm.model_config import ModelConfig, shown
+from avlm.data.text.chat import Tokenizer
+from avlm.models.batch import Batch
+from avlm.process import worker
 
 Row = list[tuple[int, EncodedSample]]  # samples that share a row, with their record numbers
 ROOT_FORMS = (os.path.abspath, os.path.realpath)  # a whole name may go through a link or past it

@@ -10,12 +10,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from avlm.data.audio import rows
-from avlm.data.batch import AUDIO, IGNORE, IMAGE, KINDS, Batch
-from avlm.data.image import normalise
-from avlm.data.log_mel import window_rows
+from avlm.config.model import ModelConfig, VisionConfig
+from avlm.data.media.audio import rows
+from avlm.data.media.image import normalise
 from avlm.data.sample import EncodedSample
-from avlm.model_config import ModelConfig, VisionConfig
+from avlm.models.batch import AUDIO, IGNORE, IMAGE, KINDS, Batch
+from avlm.models.log_mel import window_rows
 from kernels.segments import Segments
 
 PAD = 0  # token id after the last sample; nothing is learned from it

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
+from avlm.config.model import shown
 from avlm.data.harmless_keys import HARMLESS, HARMLESS_OF_TURN
-from avlm.data.pieces import MEDIA, TAG, Messages
-from avlm.model_config import shown
+from avlm.data.text.pieces import MEDIA, TAG, Messages
 
 ROLE_NAMES = {
     **dict.fromkeys(("system", "developer"), "system"),

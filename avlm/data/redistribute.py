@@ -23,7 +23,7 @@ def redistribute(states: list[dict[str, Any]], rank: int, world: int) -> dict[st
     if "slots" in state:
         return {**state, "slots": [slot for given in states for slot in given["slots"]][own], "turn": 0}
     if "energon" in state and states[0]["workers"]:
-        from avlm.data.energon_state import from_json, to_json  # slow to import
+        from avlm.data.energon.state import from_json, to_json  # slow to import
 
         merged = [from_json(given["energon"]) for given in states]
         merged[0].worker_states = [worker for given in merged for worker in given.worker_states][own]

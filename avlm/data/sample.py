@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avlm.config import DataConfig
-from avlm.data import audio, image, video
-from avlm.data.batch import AUDIO, IGNORE, IMAGE, KINDS
-from avlm.data.chat import MEDIA, TAG, Chat, Messages, Tokenizer, check_vocabulary
+from avlm.config.model import ModelConfig
+from avlm.config.run import DataConfig
+from avlm.data.media import audio, image, video
 from avlm.data.records import read_record
-from avlm.model_config import ModelConfig
+from avlm.data.text.chat import MEDIA, TAG, Chat, Messages, Tokenizer, check_vocabulary
+from avlm.models.batch import AUDIO, IGNORE, IMAGE, KINDS
 
 # A text up to LONG_TEXT characters is tokenised whole, whatever its tokens may hold; of a longer one than PROBE the
 # beginning is tokenised first.

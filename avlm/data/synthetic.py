@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from avlm.config import DataConfig
-from avlm.data import audio
-from avlm.data.batch import AUDIO, IGNORE, IMAGE, Batch
+from avlm.config.model import ModelConfig
+from avlm.config.run import DataConfig
+from avlm.data.media import audio
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample, audio_features, image_features
-from avlm.model_config import ModelConfig
+from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch
 
 MIX = {"documents": 4, "images": 2, "clips": 1, "seconds": 10}
 VALIDATION_ROWS = 8

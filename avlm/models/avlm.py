@@ -1,6 +1,6 @@
 """The audio-vision language model: encode each modality, write it at its rows, decode, loss.
 
-T tokens   D decoder width   R rows with a target   I images   K audio rows (see ``avlm.data.batch.Batch``)
+T tokens   D decoder width   R rows with a target   I images   K audio rows (see ``avlm.models.batch.Batch``)
 """
 
 import zlib
@@ -9,10 +9,10 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, nn
 
-from avlm.data.batch import Batch
-from avlm.data.log_mel import at_tower
-from avlm.model_config import ModelConfig
+from avlm.config.model import ModelConfig
+from avlm.models.batch import Batch
 from avlm.models.decoder import Decoder, decoder_start
+from avlm.models.log_mel import at_tower
 from avlm.models.lora import apply_lora, start_magnitudes
 from avlm.models.projector import Projector, projector_start
 from avlm.models.vit import VisionTower, vision_start

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avlm.model_config import DecoderConfig
+from avlm.config.model import DecoderConfig
 from avlm.models.attention import AttentionCore
 from avlm.models.lora import lora_start
 from kernels.cross_entropy import linear_argmax, linear_cross_entropy

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avlm.model_config import LoraConfig
+from avlm.config.model import LoraConfig
 
 
 class LowRankLinear(nn.Linear):

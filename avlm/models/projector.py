@@ -11,7 +11,7 @@ import math
 
 from torch import Tensor, nn
 
-from avlm.model_config import ProjectorConfig
+from avlm.config.model import ProjectorConfig
 from kernels.projector import place_projected, side_by_side
 
 LAYERS = {"linear": ("linear",), "mlp2x_gelu": ("up", "down")}  # of each type, in the order in which they run

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avlm.model_config import VisionConfig
+from avlm.config.model import VisionConfig
 from avlm.models.attention import AttentionCore
 from avlm.models.lora import lora_start
 from kernels.segments import Segments

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avlm.model_config import AudioConfig
+from avlm.config.model import AudioConfig
 from avlm.models.vit import EncoderBlock, encoder_start
 from kernels.segments import Segments
 

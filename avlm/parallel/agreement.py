@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from avlm.data.batch import Batch
 from avlm.models.avlm import AVLM, trains
+from avlm.models.batch import Batch
 from avlm.parallel.mesh import World
 
 ROOT = Path(__file__).parents[2]

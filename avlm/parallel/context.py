@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from avlm.data.batch import Batch
+from avlm.models.batch import Batch
 from kernels.segments import Segments
 
 

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from avlm.data.batch import Batch
-from avlm.model_config import AudioConfig, ModelConfig, VisionConfig
+from avlm.config.model import AudioConfig, ModelConfig, VisionConfig
+from avlm.models.batch import Batch
 from avlm.parallel.exchange import RoutedSegments, swap
 from avlm.parallel.mesh import World
 from kernels.segments import Segments

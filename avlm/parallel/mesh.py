@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from avlm.config import Config, ParallelConfig
+from avlm.config.run import Config, ParallelConfig
+from avlm.process.launch import ranks
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: a signal for this process when its parent dies
 
@@ -93,11 +94,6 @@ class World:
 
     def barrier(self) -> None:
         self.sum([0.0])
-
-
-def ranks() -> tuple[int, int]:
-    """(rank, world size) that the launcher gave this process; (0, 1) without a launcher."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int, int, int]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from avlm.config import Recompute, TrainConfig
-from avlm.model_config import LoraConfig
+from avlm.config.model import LoraConfig
+from avlm.config.run import Recompute, TrainConfig
 from avlm.models.avlm import AVLM
 from kernels.segments import Segments
 

@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from avlm.model_config import ModelConfig
+from avlm.config.model import ModelConfig
 from avlm.models.decoder import Decoder
 from avlm.models.lora import LowRankLinear
 from kernels.cross_entropy import linear_argmax, linear_cross_entropy

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.data.media import write_tokenizer
+from tests.data.small_files import write_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import yaml
 
 from avlm.data import inspect
 from avlm.data.inspect import main
-from tests.data.media import data, image_file, model, picture, tone
+from tests.data.small_files import data, image_file, model, picture, tone
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from itertools import islice
 import pytest
 import torch
 
-from avlm.data import open_loader, open_samples
-from avlm.data.batch import Batch
-from tests.data.media import data, image_file, model, picture, tone
+from avlm.data.loader import open_loader, open_samples
+from avlm.models.batch import Batch
+from tests.data.small_files import data, image_file, model, picture, tone
 
 RECORDS = 23
 BAD = {3: "2 <image> tags but 1 images", 11: "no media file"}

@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avlm import config_file
-from avlm.data.batch import AUDIO as AUDIO_ID
-from avlm.data.batch import IGNORE, IMAGE, KINDS
-from avlm.data.image import normalise
+from avlm.config.load import load_config
+from avlm.data.media.image import normalise
 from avlm.data.packing import empty_batch, pack, patch_rows, select
 from avlm.data.sample import EncodedSample
-from tests.data.media import AUDIO, VISION, model
+from avlm.models.batch import AUDIO as AUDIO_ID
+from avlm.models.batch import IGNORE, IMAGE, KINDS
+from tests.data.small_files import AUDIO, VISION, model
 
 ROOT = Path(__file__).parents[2]
 METHODS = ["knapsack", "first_fit"]
@@ -44,7 +44,7 @@ def test_the_knapsack_opens_with_the_first_and_takes_the_largest_that_still_fits
 
 def test_rows_of_the_demo_are_full():
     """As many samples as its packer sees at a time, of the lengths that it has."""
-    data = config_file.load(ROOT / "configs" / "demo.yaml").stages[-1].data
+    data = load_config(ROOT / "configs" / "demo.yaml").stages[-1].data
     lengths = torch.randint(8, 64, (data.packing_buffer,), generator=torch.Generator().manual_seed(0)).tolist()
     *full, _ = select(lengths, data.seq_length, data.packing)  # what the last row holds goes back into the buffer
     assert len(full) >= 5 and sum(lengths[i] for row in full for i in row) >= 0.98 * len(full) * data.seq_length

@@ -6,8 +6,8 @@ from itertools import islice
 import pytest
 
 from avlm.data.redistribute import redistribute
-from tests.data.test_energon import content, root  # noqa: F401 (a fixture)
-from tests.data.test_energon import loader as energon_loader
+from tests.data.energon.test_loader import content, root  # noqa: F401 (a fixture)
+from tests.data.energon.test_loader import loader as energon_loader
 from tests.data.test_jsonl import folder  # noqa: F401 (a fixture)
 from tests.data.test_jsonl import loader as jsonl_loader
 

@@ -4,13 +4,13 @@ import json
 import pytest
 import torch
 
-from avlm.config import VideoConfig
-from avlm.data import audio, image
-from avlm.data.batch import AUDIO as AUDIO_ID
-from avlm.data.batch import IGNORE, IMAGE
-from avlm.data.chat import Tokenizer
+from avlm.config.run import VideoConfig
+from avlm.data.media import audio, image
 from avlm.data.sample import Sample, SampleEncoder, audio_features, fingerprint, parse
-from tests.data.media import AUDIO, VISION, data, film, image_file, model, picture, tone, write_tokenizer
+from avlm.data.text.chat import Tokenizer
+from avlm.models.batch import AUDIO as AUDIO_ID
+from avlm.models.batch import IGNORE, IMAGE
+from tests.data.small_files import AUDIO, VISION, data, film, image_file, model, picture, tone, write_tokenizer
 
 SECONDS = [0.1, 0.5, 1.0, 1.007, 2.51, 9.99, 29.99, 30.0, 30.01, 65.0]
 

@@ -3,9 +3,9 @@ from itertools import islice
 import pytest
 import torch
 
-from avlm.data import open_loader
-from avlm.data.batch import AUDIO, IMAGE
-from tests.data.media import data, model
+from avlm.data.loader import open_loader
+from avlm.models.batch import AUDIO, IMAGE
+from tests.data.small_files import data, model
 
 
 def loader(folder, source="synthetic:seconds=1", towers=None, rank=0, state=None, train=True, **changes):

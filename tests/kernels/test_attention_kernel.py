@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from avlm.model_config import DecoderConfig
+from avlm.config.model import DecoderConfig
 from avlm.models.decoder import Decoder, rope_frequencies, rope_table
 from kernels import attention_backward, attention_forward, attention_tiles
 from kernels.attention import _backward_op, _forward_op, attention, attention_reference

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from avlm.config import RecomputeConfig
+from avlm.config.run import RecomputeConfig
 from avlm.models.avlm import AVLM, init
 from avlm.models.decoder import rope_frequencies, rope_table
 from avlm.parallel.recompute import apply_compile, apply_recompute

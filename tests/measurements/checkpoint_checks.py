@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from avlm.checkpoint_files import Reader
+from avlm.storage.checkpoint_files import Reader
 
 
 def main() -> None:

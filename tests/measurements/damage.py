@@ -11,7 +11,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from tests.data import media
+from tests.data import small_files as media
+from tests.data.small_files import film, image_file, tone
 
 
 def images() -> list[bytes]:
@@ -19,18 +20,18 @@ def images() -> list[bytes]:
     clear = Image.merge("RGBA", [*media.picture(32, 32, 3).split(), media.picture(32, 32, 4).convert("L")])
     exif = Image.Exif()
     exif[0x112] = 6
-    files = [media.image_file(picture, kind) for picture in pictures for kind in ("PNG", "WEBP", "GIF", "BMP", "TIFF")]
-    files += [media.image_file(picture.convert("RGB"), "JPEG", exif=exif) for picture in pictures]
+    files = [image_file(picture, kind) for picture in pictures for kind in ("PNG", "WEBP", "GIF", "BMP", "TIFF")]
+    files += [image_file(picture.convert("RGB"), "JPEG", exif=exif) for picture in pictures]
     deep = Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16)
-    files += [media.image_file(clear), media.image_file(clear, "WEBP"), media.image_file(deep)]
-    files += [media.image_file(pictures[0], "JPEG", progressive=True)]
-    return [*files, media.image_file(pictures[0].convert("CMYK"), "JPEG")]
+    files += [image_file(clear), image_file(clear, "WEBP"), image_file(deep)]
+    files += [image_file(pictures[0], "JPEG", progressive=True)]
+    return [*files, image_file(pictures[0].convert("CMYK"), "JPEG")]
 
 
 def sounds() -> list[bytes]:
     forms = [("wav", "pcm_s16le"), ("flac", "flac"), ("mp3", "mp3"), ("ogg", "libopus"), ("matroska", "libopus")]
     forms += [("adts", "aac"), ("ac3", "ac3")]
-    return [media.tone(0.3), media.tone(0.2, 44_100, 2), *(_sound(*form) for form in forms)]
+    return [tone(0.3), tone(0.2, 44_100, 2), *(_sound(*form) for form in forms)]
 
 
 def _sound(container: str, codec: str) -> bytes:
@@ -49,8 +50,8 @@ def _sound(container: str, codec: str) -> bytes:
 def videos() -> list[bytes]:
     kinds = [("matroska", "mpeg4"), ("avi", "mpeg4"), ("nut", "mpeg4")]
     kinds += [("mpegts", "mpeg2video"), ("mpeg", "mpeg2video")]
-    files = [media.film(1.5, rate=25, container=container, codec=codec) for container, codec in kinds]
-    return [*files, media.film(1.0, sound=True)]
+    files = [film(1.5, rate=25, container=container, codec=codec) for container, codec in kinds]
+    return [*files, film(1.0, sound=True)]
 
 
 def records() -> list[dict]:

@@ -30,13 +30,18 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from avlm import checkpoint, config_file, pretrained, weights_sources
-from avlm.config import VideoConfig
-from avlm.data import audio, image, video
-from avlm.data.chat import Chat, Tokenizer
+from avlm.config.load import load_config, resolve_config
+from avlm.config.run import VideoConfig
+from avlm.data.media import audio, image, video
 from avlm.data.sample import SampleEncoder, load_json, parse
+from avlm.data.text.chat import Chat, Tokenizer
+from avlm.families import pretrained
 from avlm.models.avlm import AVLM
-from tests.data import media
+from avlm.storage.run_folder import read_progress, read_run
+from avlm.training import checkpoint
+from avlm.weights.sources import open_checkpoint, open_folder
+from tests.data import small_files as media
+from tests.data.small_files import AUDIO, VISION, film, tone, write_tokenizer
 from tests.measurements.damage import JUNK, damaged, images, mutated, records, sounds, videos
 from tests.parallel.small import TREE
 
@@ -52,7 +57,7 @@ Case = Callable[[], Any]
 
 
 def media_cases(folder: Path, rng: random.Random) -> Iterator[Case]:
-    vision, tower = media.VISION, media.AUDIO
+    vision, tower = VISION, AUDIO
     read = {
         "image": lambda data: image.fit(image.decode(data, 10**8), vision),
         "audio": lambda data: audio.mels(audio.decode(data, 600.0), tower),
@@ -76,9 +81,9 @@ def check_finite(value: Any) -> Any:
 
 
 def record_cases(folder: Path, rng: random.Random) -> Iterator[Case]:
-    files = {"a.png": images()[0], "a.wav": media.tone(0.3), "a.mkv": media.film(0.5)}
+    files = {"a.png": images()[0], "a.wav": tone(0.3), "a.mkv": film(0.5)}
     seeds = records()
-    tokenizer = Tokenizer(media.write_tokenizer(folder / "tokenizer"))
+    tokenizer = Tokenizer(write_tokenizer(folder / "tokenizer"))
     encoder = SampleEncoder(media.model(), media.data(folder / "tokenizer", seq_length=2048), tokenizer)
 
     def open_file(name: str) -> bytes:
@@ -108,7 +113,7 @@ def config_cases(folder: Path, rng: random.Random) -> Iterator[Case]:
 
 def _load_config(path: Path, content: bytes, overrides: list[str]) -> Any:
     path.write_bytes(content)
-    return config_file.load(path, overrides)
+    return load_config(path, overrides)
 
 
 def folder_cases(folder: Path, rng: random.Random) -> Iterator[Case]:
@@ -149,18 +154,18 @@ def _model_folder(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
     save_file({"language_model.lm_head.weight": torch.zeros(4, 8)}, folder / "model-00001-of-00001.safetensors")
     index = {"weight_map": {"language_model.lm_head.weight": "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    media.write_tokenizer(folder)
+    write_tokenizer(folder)
 
     def use(folder: Path) -> Any:
         config = pretrained.read_config(folder)
         pretrained.template_of(folder, config)
-        return pretrained.stop_ids(folder), weights_sources.open_folder(folder)
+        return pretrained.stop_ids(folder), open_folder(folder)
 
     return folder, use
 
 
 def _tokenizer_folder(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
-    media.write_tokenizer(folder)
+    write_tokenizer(folder)
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
     template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     (folder / "chat_template.jinja").write_text(template)
@@ -188,18 +193,18 @@ def _run_folder(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
     tree["data"] = {"train": "synthetic:documents=1,images=0,clips=0", "seq_length": 64}
     if os.fork() == 0:  # with a process group that ends with it
         with contextlib.redirect_stdout(io.StringIO()):
-            train.main(config_file.resolve(tree, "fuzz"))
+            train.main(resolve_config(tree, "fuzz"))
         os._exit(0)
     os.wait()
-    config, path = checkpoint.read_run(folder)
-    state = lambda config, path: {name: stored[:] for name, stored in weights_sources.open_checkpoint(path).items()}
-    expected, progress = state(config, path), checkpoint.read_progress(path)
+    config, path = read_run(folder)
+    state = lambda config, path: {name: stored[:] for name, stored in open_checkpoint(path).items()}
+    expected, progress = state(config, path), read_progress(path)
 
     def use(folder: Path) -> Any:
-        config, path = checkpoint.read_run(folder)
-        assert checkpoint.read_progress(path) == progress, "the run stands elsewhere"
+        config, path = read_run(folder)
+        assert read_progress(path) == progress, "the run stands elsewhere"
         model = AVLM(config.model)
-        checkpoint.load(path, model)
+        checkpoint.load_checkpoint(path, model)
         for name, tensor in state(config, path).items():
             assert tensor.equal(expected[name]), f"{name} is another"
         return len(expected)

@@ -6,12 +6,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from avlm.config import InitFrom
-from avlm.data.batch import AUDIO, IGNORE, IMAGE, Batch
+from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.run import InitFrom
 from avlm.data.packing import patch_rows
-from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.models.avlm import AVLM, init
-from avlm.weights import Report, load
+from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch
+from avlm.weights.load import Report, load_weights
 from kernels.segments import Segments
 
 transformers.utils.logging.set_verbosity_error()
@@ -101,7 +101,7 @@ def loaded(config: ModelConfig, **init_from: Path) -> AVLM:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
-    load(model, InitFrom(**{key: str(folder) for key, folder in init_from.items()}))
+    load_weights(model, InitFrom(**{key: str(folder) for key, folder in init_from.items()}))
     return model
 
 
@@ -135,5 +135,5 @@ def load_tower(config: VisionConfig | AudioConfig, folder: Path) -> tuple[nn.Mod
     """A tower with the weights of a folder, and the report of the loading."""
     name, config = around(config)
     model = AVLM(config)
-    [report] = load(model, InitFrom(**{name: str(folder)}))
+    [report] = load_weights(model, InitFrom(**{name: str(folder)}))
     return getattr(model, name), report

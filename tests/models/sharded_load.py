@@ -5,13 +5,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from avlm.config import InitFrom
-from avlm.data.batch import IGNORE
+from avlm.config.model import ModelConfig
+from avlm.config.run import InitFrom
 from avlm.data.sample import EncodedSample
-from avlm.generation import Ranks, generate
-from avlm.model_config import ModelConfig
+from avlm.evaluation.generation import Ranks, generate
 from avlm.models.avlm import AVLM
-from avlm.weights import load
+from avlm.models.batch import IGNORE
+from avlm.weights.load import load_weights
 
 
 def sharded(config: ModelConfig, folder: str) -> AVLM:
@@ -22,7 +22,7 @@ def sharded(config: ModelConfig, folder: str) -> AVLM:
     for unit in (*model.decoder.blocks, model.vision, model.audio, model):
         fully_shard(unit, mesh=mesh)
     model.to_empty(device="cpu")
-    load(model, InitFrom(all=folder))
+    load_weights(model, InitFrom(all=folder))
     return model
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from avlm.data.batch import AUDIO, IMAGE
-from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
-from avlm.pretrained import read_config
+from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.families.pretrained import read_config
+from avlm.models.batch import AUDIO, IMAGE
 from tests.models.handmade import assert_gradients_close, build, loaded, make_batch, save
 
 DECODER = DecoderConfig(

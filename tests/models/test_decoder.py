@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 
-from avlm.data.batch import Batch
-from avlm.model_config import DecoderConfig, ModelConfig, RopeScaling
+from avlm.config.model import DecoderConfig, ModelConfig, RopeScaling
+from avlm.families.pretrained import read_config
+from avlm.families.tables import hugging_face_name
+from avlm.models.batch import Batch
 from avlm.models.decoder import rope_frequencies
-from avlm.pretrained import read_config
-from avlm.weights_tables import hugging_face_name
 from tests.models.handmade import assert_gradients_close, build, loaded, make_batch, save
 
 SIZES = {

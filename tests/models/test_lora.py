@@ -8,14 +8,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from avlm.config_file import resolve
-from avlm.export import export, merged
-from avlm.model_folder import Lazy
+from avlm.config.load import resolve_config
+from avlm.families.pretrained import read_config
 from avlm.models.avlm import AVLM, init
 from avlm.models.lora import LowRankLinear, is_adapter
 from avlm.parallel.recompute import apply_compile, apply_recompute
-from avlm.pretrained import read_config
-from avlm.weights import load, start
+from avlm.storage.model_folder import Lazy
+from avlm.weights.export import export, merged
+from avlm.weights.load import init_weights, load_weights
 from tests.models.handmade import assert_gradients_close, build, loaded, make_batch
 from tests.parallel.small import TREE, make_rows
 
@@ -25,7 +25,7 @@ KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}}
 
 def make(lora, **decoder):
     model = {**TREE["model"], "decoder": {**TREE["model"]["decoder"], **decoder}, "lora": lora}
-    return resolve({**TREE, "model": model}, "test")
+    return resolve_config({**TREE, "model": model}, "test")
 
 
 def only_adapters_train(model):
@@ -112,7 +112,7 @@ def test_a_whole_model_loads_strictly_into_one_with_adapters(tmp_path):
     for name, parameter in model.named_parameters():
         assert parameter.isnan().all() if is_adapter(name) else parameter.equal(plain.get_parameter(name)), name
     dora = AVLM(make({"targets": EVERYWHERE, "dora": True}).model)
-    [report] = start(dora, dataclasses.replace(cfg.init_from, all=str(tmp_path / "base")), seed=1)
+    [report] = init_weights(dora, dataclasses.replace(cfg.init_from, all=str(tmp_path / "base")), seed=1)
     assert len(report.names) == len(list(plain.parameters()))
     linear = dora.decoder.blocks[1].attention.q
     torch.testing.assert_close(linear.lora_magnitude, plain.decoder.blocks[1].attention.q.weight.norm(dim=1))
@@ -127,7 +127,7 @@ def test_every_other_format_is_written_with_the_adapters_merged(tmp_path):
     [row] = make_rows(cfg, ["both"])
     torch.testing.assert_close(loaded(read_config(tmp_path / "avlm"), all=tmp_path / "avlm")(row)[0], model(row)[0])
     again = AVLM(cfg.model)
-    load(again, dataclasses.replace(cfg.init_from, all=str(tmp_path / "avlm")))  # to go on with adapters anew
+    load_weights(again, dataclasses.replace(cfg.init_from, all=str(tmp_path / "avlm")))  # to go on with adapters anew
 
 
 @pytest.mark.parametrize("kind", KINDS)

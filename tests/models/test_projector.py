@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from avlm.model_config import ProjectorConfig
+from avlm.config.model import ProjectorConfig
 from avlm.models.projector import Projector, projector_start
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 
+from avlm.config.model import VisionConfig
 from avlm.data.packing import patch_rows
-from avlm.model_config import VisionConfig
+from avlm.families.pretrained import read_config
+from avlm.families.tables import hugging_face_name
 from avlm.models.vit import VisionTower
-from avlm.pretrained import read_config
-from avlm.weights_tables import hugging_face_name
 from kernels.segments import Segments
 from tests.models.handmade import assert_gradients_close, build_tower, load_tower, save
 

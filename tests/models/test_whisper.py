@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers
 
-from avlm.model_config import AudioConfig
-from avlm.pretrained import read_config
-from avlm.weights_tables import hugging_face_name
+from avlm.config.model import AudioConfig
+from avlm.families.pretrained import read_config
+from avlm.families.tables import hugging_face_name
 from kernels.segments import Segments
 from tests.models.handmade import assert_gradients_close, build_tower, load_tower, save
 

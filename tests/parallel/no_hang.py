@@ -3,8 +3,8 @@ trainable, sharded in each way. Nothing here is timed out: a case that hangs is 
 
 import itertools
 
-from avlm import config_file
-from avlm.model_config import MODULES
+from avlm.config.load import resolve_config
+from avlm.config.model import MODULES
 from avlm.parallel import mesh
 from tests.parallel.small import MEDIA, TREE, build, make_rows
 from tests.parallel.spawn import run_ranks
@@ -23,7 +23,7 @@ def steps(quick: bool) -> list[str]:
     failed, losses = [], {}
     for sharding, trained in itertools.chain(*([(k, t) for t in v] for k, v in KINDS.items())):
         tree = {**TREE, "parallel": {"tower_sharding": sharding}}
-        cfg = config_file.resolve({**tree, "stages": [{"name": "all", "steps": 1, "train": trained}]}, "no hang")
+        cfg = resolve_config({**tree, "stages": [{"name": "all", "steps": 1, "train": trained}]}, "no hang")
         world, model = build(cfg, worlds)
         pairs = list(itertools.product(MEDIA, MEDIA))
         for pair in pairs[:: 3 if quick else 1]:

@@ -5,14 +5,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from avlm import config_file, freezing, parallel, weights
-from avlm.config import Config
-from avlm.data.batch import Batch
+from avlm.config.load import resolve_config
+from avlm.config.model import MODULES
+from avlm.config.run import Config
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
-from avlm.model_config import MODULES
+from avlm.models import freezing
 from avlm.models.avlm import AVLM
+from avlm.models.batch import Batch
 from avlm.parallel import mesh
+from avlm.parallel.apply import apply_parallel, warm_up
+from avlm.weights.load import init_weights
 
 TREE = {
     "output_dir": "unused",
@@ -40,7 +43,7 @@ MEDIA = {"text": (0, 0), "image": (2, 0), "audio": (0, 1), "both": (1, 1), "vide
 
 
 def make_config(**overrides) -> Config:
-    return config_file.resolve({**TREE, **overrides}, "test")
+    return resolve_config({**TREE, **overrides}, "test")
 
 
 def make_rows(cfg: Config, mixes: list[str], seed: int = 0) -> list[Batch]:
@@ -80,9 +83,9 @@ def build(cfg: Config, worlds: dict[tuple, mesh.World] | None = None) -> tuple[m
     world = worlds[shape]
     with torch.device("meta"):
         model = AVLM(cfg.model)
-    parallel.apply(model, world, cfg)
-    weights.start(model, cfg.init_from, cfg.seed)
-    parallel.warm_up(model, cfg, world)
+    apply_parallel(model, world, cfg)
+    init_weights(model, cfg.init_from, cfg.seed)
+    warm_up(model, cfg, world)
     freezing.freeze(model, cfg.stages[0])
     return world, model
 

@@ -26,7 +26,7 @@ def run_ranks(
         port = probe.getsockname()[1]
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["pytest", "hypothesis", "tests.parallel.equivalence"])
+        context.set_forkserver_preload(["pytest", "hypothesis", "tests.measurements.equivalence"])
     answers = context.Queue()
     processes = [
         context.Process(target=_rank, args=(answers, function, rank, world_size, port, args), daemon=True)

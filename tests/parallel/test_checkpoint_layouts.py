@@ -10,13 +10,18 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from avlm import config_file, model_folder, optimizer, weights
-from avlm.checkpoint import Progress, Saver, read_run
-from avlm.config import CheckpointConfig, InitFrom
-from avlm.export import export
+from avlm.config.load import dump_config, to_dict
+from avlm.config.run import CheckpointConfig, InitFrom
 from avlm.models.avlm import AVLM
 from avlm.parallel import mesh
-from avlm.weights_sources import open_checkpoint
+from avlm.storage import model_folder
+from avlm.storage.run_folder import Progress, read_run
+from avlm.training import optimizer
+from avlm.training.checkpoint import Saver
+from avlm.weights.__main__ import main
+from avlm.weights.export import export
+from avlm.weights.load import init_weights, load_weights
+from avlm.weights.sources import open_checkpoint
 from tests.parallel.small import build, make_config, make_rows, whole
 from tests.parallel.spawn import run_ranks
 from train import train_step
@@ -26,7 +31,7 @@ LAYOUTS = {2: {"tensor": 2}, 3: {}}  # ranks -> parallel
 
 
 def config_of(folder, **keys):
-    model = {**config_file.to_dict(make_config().model), "lora": LORA}
+    model = {**to_dict(make_config().model), "lora": LORA}
     return make_config(output_dir=str(folder), model=model, **keys)
 
 
@@ -42,7 +47,7 @@ def train_and_save(folder):
         saver.save(Progress(step=step), model, adam, {})
         found.append({name: whole(parameter).numpy() for name, parameter in model.named_parameters()})
     if world.is_first:
-        (Path(folder) / "config.yaml").write_text(config_file.dump(cfg))
+        (Path(folder) / "config.yaml").write_text(dump_config(cfg))
     mesh.stop()
     return found
 
@@ -66,7 +71,7 @@ def export_together(run, folder):
     """What ``torchrun -m avlm.weights export`` does on each rank, with small files."""
     model_folder.SHARD_BYTES = 20_000
     sys.argv = ["weights", "export", run, folder, "--dtype", "float32"]
-    weights.main()
+    main()
     mesh.stop()
 
 
@@ -91,12 +96,12 @@ def test_its_export_is_read_back_with_the_same_logits(saved, tmp_path):
     run, _, last = saved
     cfg = config_of(run)
     expected = AVLM(cfg.model)
-    weights.start(expected, InitFrom(all=str(run)), seed=1)  # a process alone
+    init_weights(expected, InitFrom(all=str(run)), seed=1)  # a process alone
     assert all((parameter.detach().numpy() == last[name]).all() for name, parameter in expected.named_parameters())
     config, path = read_run(run)
     export(config.model, open_checkpoint(path), tmp_path / "out")
     merged = AVLM(dataclasses.replace(cfg.model, lora=None))
-    weights.load(merged, InitFrom(all=str(tmp_path / "out")))
+    load_weights(merged, InitFrom(all=str(tmp_path / "out")))
     torch.testing.assert_close(logits(merged, cfg), logits(expected, cfg), atol=1e-5, rtol=1e-5)
 
 

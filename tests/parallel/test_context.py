@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from avlm.data.batch import Batch
+from avlm.config.model import DecoderConfig, ModelConfig
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
-from avlm.model_config import DecoderConfig, ModelConfig
 from avlm.models.attention import AttentionCore
 from avlm.models.avlm import AVLM
+from avlm.models.batch import Batch
 from avlm.parallel.context import cut, plan
 from avlm.parallel.context_attention import (
     AllGatherAttention,

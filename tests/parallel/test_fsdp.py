@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from avlm import config_file, freezing, optimizer
+from avlm.config.load import load_config
+from avlm.models import freezing
 from avlm.parallel import mesh
+from avlm.training import optimizer
 from tests.parallel.small import build, make_config, make_rows, whole
 from tests.parallel.spawn import run_ranks
 from train import train_step
@@ -92,4 +94,4 @@ def test_a_world_that_the_mesh_does_not_fit_is_refused(layout, world_size, messa
 
 def test_an_unknown_axis_is_named_with_the_nearest_known_one():
     with pytest.raises(ValueError, match=r"unknown key parallel\.tensors \(did you mean tensor\?\)"):
-        config_file.load("configs/demo.yaml", ["parallel.tensors=2"])
+        load_config("configs/demo.yaml", ["parallel.tensors=2"])

@@ -6,14 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from avlm import config_file, freezing, optimizer, parallel
-from avlm.model_config import MODULES
+from avlm.config.load import resolve_config
+from avlm.config.model import MODULES
+from avlm.models import freezing
 from avlm.models.avlm import AVLM, init
 from avlm.models.lora import LowRankLinear, is_adapter, row_lengths
 from avlm.parallel import mesh
+from avlm.parallel.apply import own_part
 from avlm.parallel.fsdp import reshard
-from avlm.weights_sources import Whole, copy_slice
-from tests.parallel.equivalence import TOLERANCE, distance, relative
+from avlm.training import optimizer
+from avlm.weights.sources import Whole, copy_slice
+from tests.measurements.equivalence import TOLERANCE, distance, relative
 from tests.parallel.small import TREE, build, make_rows, whole
 from tests.parallel.spawn import run_ranks
 from train import train_step
@@ -45,7 +48,7 @@ def make(layout, train, lora, stage):
     decoder = {**TREE["model"]["decoder"], "num_heads": 8, "num_kv_heads": 4, "qkv_bias": True}
     model = {**TREE["model"], "decoder": decoder, "lora": {"rank": 3, "targets": EVERY_KIND, **lora}}
     stages = [{"name": "one", "steps": 4, **stage}]
-    return config_file.resolve({**TREE, "model": model, "parallel": layout, "train": train, "stages": stages}, "test")
+    return resolve_config({**TREE, "model": model, "parallel": layout, "train": train, "stages": stages}, "test")
 
 
 def start(cfg, worlds):
@@ -66,7 +69,7 @@ def step(cfg, world, model):
     """(loss, whole gradients) of one step, of a row for each data rank."""
     rows = make_rows(cfg, MIXES[: world.data_size])
     num_targets = sum(len(row.target_R) for row in rows)
-    part = parallel.own_part(rows[world.data_rank], cfg, world)
+    part = own_part(rows[world.data_rank], cfg, world)
     found = {}
 
     class Observed:
@@ -127,7 +130,7 @@ def train_in_bf16(worlds):
         for i in range(6):
             optimizer.schedule(adam, stage.optimizer, i, 6)
             [row] = make_rows(cfg, ["both"])
-            part = parallel.own_part(row, cfg, world)
+            part = own_part(row, cfg, world)
             values = train_step(model, [part], 2.0 * len(row.target_R), adam, 1.0, world)
             losses.append(values[:-2].sum().item())
     moved = {name for name, parameter in model.named_parameters() if not whole(parameter).equal(before[name])}

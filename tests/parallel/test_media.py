@@ -12,11 +12,11 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avlm.data.log_mel import window_rows
+from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
-from avlm.model_config import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.models.avlm import AVLM, init
+from avlm.models.log_mel import window_rows
 from avlm.parallel import media
 from avlm.parallel.exchange import RoutedSegments, apply_media
 from avlm.parallel.mesh import lay_out

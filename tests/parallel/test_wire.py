@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from tests.parallel.equivalence import LAYOUTS
+from tests.measurements.equivalence import LAYOUTS
 from tests.parallel.spawn import run_ranks
 from tests.parallel.wire import CHOSEN, count_all, count_options
 

@@ -21,11 +21,12 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from avlm import optimizer, parallel
 from avlm.parallel import mesh
+from avlm.parallel.apply import own_part
 from avlm.parallel.fsdp import fsdp_modules
 from avlm.parallel.mesh import World
-from tests.parallel.equivalence import LAYOUTS, Case
+from avlm.training import optimizer
+from tests.measurements.equivalence import LAYOUTS, Case
 from tests.parallel.small import build, make_config, make_rows
 from tests.parallel.spawn import run_ranks
 from tests.parallel.wire_formula import ASKERS, Bytes, axis_of, formula, ranks_of_axes
@@ -115,7 +116,7 @@ def count_all(layouts: dict[str, dict[str, Any]]) -> dict[str, tuple[Bytes, Byte
         for wire in (Wire(world), Wire(world)):
             # The first does not count: after a forward without a backward FSDP2 gathers one unit for nothing.
             with wire:
-                part = parallel.own_part(rows[world.data_rank], config, world)
+                part = own_part(rows[world.data_rank], config, world)
                 train_step(model, [part], num_targets, adam, 1.0, world)
         found[name] = wire.sent, formula(config, world, rows)
     mesh.stop()
@@ -134,7 +135,7 @@ def count_options(options: list[dict[str, Any]], num_batches: int) -> list[tuple
         adam = optimizer.build(model, config.stages[0].optimizer)
         for wire in (Wire(world), Wire(world)):
             with wire:
-                parts = [parallel.own_part(row, config, world)] * num_batches
+                parts = [own_part(row, config, world)] * num_batches
                 train_step(model, parts, 10.0, adam, 1.0, world, config.train.accumulate_mode)
         state = model.decoder.blocks[0]._get_fsdp_state()
         found.append((wire.sent, len(fsdp_modules(model)), bool(state._states_to_forward_prefetch)))

@@ -13,9 +13,9 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from avlm.config import Config
-from avlm.data.batch import KINDS, Batch
+from avlm.config.run import Config
 from avlm.models.avlm import AVLM
+from avlm.models.batch import KINDS, Batch
 from avlm.parallel import media
 from avlm.parallel.context import cut
 from avlm.parallel.mesh import World
@@ -29,7 +29,7 @@ ASKERS = {
     OURS + "exchange.py": ("row", "world"),
     FSDP: ("replicate", "shard_context", "shard_context_tensor"),
     OURS + "mesh.py": ("world",),
-    "avlm/optimizer.py": ("world",),
+    "avlm/training/optimizer.py": ("world",),
     "train.py": ("world",),
 }
 Bytes = Counter[tuple[str, str]]  # (axis, kind) -> bytes that this rank sends

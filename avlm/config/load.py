@@ -1,0 +1,230 @@
+"""A run's YAML file -> Config, with ``section.key=value`` overrides; and back.
+
+A key that does not exist, is missing, has the wrong type or lies outside its range is an error that names it. A file
+is bounded before it is read: in bytes, in depth and in the values that its aliases stand for.
+"""
+
+import dataclasses
+import datetime
+import difflib
+import json
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from avlm.config.model import first_error, shown
+from avlm.config.run import Config
+
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**18, 10_000, 50  # of a config, aliases written out; shipped ones: 4 KB, 100, 5
+SHARED = ("optimizer", "data")  # keys of the run that are defaults of every stage's own
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """The checked config of a YAML file. Raises ValueError or FileNotFoundError with one line for the user."""
+    path = Path(path)
+    try:
+        is_there = path.is_file()
+    except (OSError, ValueError):  # no file can have that name
+        is_there = False
+    if not is_there:
+        raise FileNotFoundError(f"no config file {shown(str(path))}")
+    tree = read_yaml(path)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ValueError(f"override {shown(override)!r} is not of the form section.key=value")
+        _set(tree, key.split("."), parse_yaml(text, f"override {shown(override)!r}"))
+    return resolve_config(tree, str(path))
+
+
+def resolve_config(tree: dict[str, Any], origin: str) -> Config:
+    """Check a parsed tree. The run's ``optimizer`` and ``data`` are the defaults of every stage's own."""
+    whole, tree = tree, dict(tree)
+    shared = {key: tree.pop(key, {}) for key in SHARED}
+    if isinstance(tree.get("stages"), list) and len(tree["stages"]) <= 1000:
+        tree["stages"] = [
+            {**stage, **{key: _merge(shared[key], stage.get(key, {})) for key in shared}}
+            if isinstance(stage, dict)
+            else stage
+            for stage in tree["stages"]
+        ]
+    try:
+        return TypeAdapter(Config).validate_json(json.dumps(tree, default=str))  # strict types, as JSON has them
+    except ValidationError as error:
+        raise ValueError(f"{origin}: {_explain(error, whole)}") from None
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """The config as plain data; ``resolve_config(to_dict(config))`` gives it back."""
+    return dataclasses.asdict(value)
+
+
+def dump_config(value: Any) -> str:
+    return yaml.safe_dump(to_dict(value), sort_keys=False, width=120)
+
+
+def read_yaml(path: Path, max_bytes: int = MAX_BYTES, max_values: int = MAX_VALUES) -> dict[str, Any]:
+    """Keys and plain values of a YAML file. ValueError with one line where it holds anything else."""
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise ValueError(f"{path} has {size:,} bytes: more than {max_bytes:,} are not read")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    tree = parse_yaml(text, str(path), max_values)
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold keys and values, not {type(tree).__name__}")
+    return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: 1e-3 is a number. A key that stands twice in a mapping is an error, not the last one."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line, first = key.start_mark.line + 1, lines.get((key.tag, key.value))
+                if first is not None:
+                    raise ValueError(f"the key {shown(key.value)!r} stands on line {first} and on line {line}")
+                lines[key.tag, key.value] = line
+        return node
+
+
+_FLOAT = re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d+)([eE][-+]?\d+)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def parse_yaml(text: str, origin: str, max_values: int = MAX_VALUES) -> Any:
+    """What a YAML text says, as fresh dicts, lists, texts, numbers and None, every alias a copy."""
+    try:
+        tree = yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError(f"{origin} is nested deeper than {MAX_DEPTH} levels") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{origin} is not valid YAML: {shown(' '.join(str(error).split()), 300)}") from None
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
+        # PyYAML's own words for values that are not of the type which their form or their tag says
+        raise ValueError(f"{origin} is not valid YAML: {shown(' '.join(str(error).split()))}") from None
+    return _plain(tree, origin, max_values)
+
+
+def _plain(tree: Any, origin: str, max_values: int) -> Any:
+    left = max_values
+
+    def copy(value: Any, where: str, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(
+                f"{origin} holds more than {max_values:,} values, each alias counted as what it stands for"
+            )
+        if depth > MAX_DEPTH:
+            raise ValueError(f"{origin} is nested deeper than {MAX_DEPTH} levels, or in itself")
+        if isinstance(value, dict):
+            keys = {key: _scalar(key, origin, where or "a key") for key in value}
+            return {key: copy(value[old], f"{where}.{key}"[-100:].strip("."), depth + 1) for old, key in keys.items()}
+        if isinstance(value, list):
+            return [copy(item, f"{where}.{i}"[-100:], depth + 1) for i, item in enumerate(value)]
+        return _scalar(value, origin, where)
+
+    return copy(tree, "", 0)
+
+
+def _scalar(value: Any, origin: str, where: str) -> str | int | float | bool | None:
+    if isinstance(value, datetime.date):  # datetimes too
+        return str(value)
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise ValueError(f"{origin}: {shown(where)} is a number of {value.bit_length():,} bits")
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{origin}: {shown(where)} holds half of a surrogate pair, which is no text")
+    if value is not None and not isinstance(value, str | int | float):
+        raise ValueError(
+            f"{origin}: {shown(where)} is a YAML {type(value).__name__}: give a text, number, list or keys"
+        )
+    return value
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Override one value; ``stages.NAME.key`` reaches into the stage of that name."""
+    for i, key in enumerate(keys):
+        where = shown(".".join(keys[:i]))
+        if isinstance(tree, list):
+            named = [item for item in tree if isinstance(item, dict) and item.get("name") == key]
+            if not named:
+                names = [item["name"] for item in tree if isinstance(item, dict) and "name" in item]
+                raise ValueError(f"there is no stage {shown(key)!r}: {shown(names)}")
+            if i == len(keys) - 1:
+                raise ValueError(
+                    f"{where}.{shown(key)} is a whole stage: give a key of it, {where}.{shown(key)}.KEY=value"
+                )
+            tree = named[0]
+        elif not isinstance(tree, dict):
+            raise ValueError(f"{where} is a value, it has no key {shown(key)!r}")
+        elif i < len(keys) - 1:
+            tree = tree.setdefault(key, {})
+        else:
+            tree[key] = value
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
+
+
+def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
+    """One line for the first thing that pydantic found, with the full key and the nearest known one."""
+    first = error.errors()[0]
+    loc = _as_written(first["loc"], tree)
+    where = shown(".".join(str(part) for part in loc))
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1])[:100], known, n=1, cutoff=0.5)
+        return f"unknown key {where}" + (f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(known)})")
+    if first["type"] in ("missing", "missing_argument"):
+        return f"missing key {where}"
+    return first_error(error, loc)
+
+
+def _as_written(loc: tuple, tree: dict[str, Any]) -> tuple:
+    """The key of the file: what a stage took over from the run's ``optimizer`` or ``data`` stands there."""
+    if len(loc) < 4 or loc[0] != "stages" or loc[2] not in SHARED:
+        return loc
+    _, index, section, *keys = loc
+    stands_in = lambda part: _holds(part.get(section), keys)
+    return loc[2:] if stands_in(tree) and not stands_in(tree["stages"][index]) else loc
+
+
+def _holds(tree: Any, keys: list[str | int]) -> bool:
+    try:
+        for key in keys:
+            tree = tree[key]
+    except (LookupError, TypeError):
+        return False
+    return True
+
+
+def _known_keys(loc: tuple) -> list[str]:
+    """The keys that may stand at a place of the file."""
+    cls: Any = Config
+    for part in loc:
+        if isinstance(part, str) and dataclasses.is_dataclass(cls):
+            cls = _dataclass_in(typing.get_type_hints(cls).get(part))
+    names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    return [*names, *SHARED] if cls is Config else names
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """The config class in a type such as ``list[StageConfig]`` or ``LoraConfig | None``."""
+    if dataclasses.is_dataclass(hint):
+        return hint
+    return next((found for part in typing.get_args(hint) if (found := _dataclass_in(part))), None)

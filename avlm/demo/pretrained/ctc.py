@@ -1,0 +1,190 @@
+"""A start for the audio projector: connectionist temporal classification (Graves et al. 2006) against the decoder's own
+token embeddings, before anything is trained through the decoder.
+
+    python -m avlm.demo.pretrained.ctc configs/demo_pretrained.yaml --train speech_train.jsonl \\
+        --data test=speech_test.jsonl --out P.pt
+
+Learning by the next token, a projector that starts at random has to find out what a clip says through a frozen decoder
+that cannot read it yet: in the minutes of a demo it does not. Here each feature f of a clip is asked directly which
+token it is, p(token) ~ exp(f . embedding), p(nothing) ~ exp(BLANK), and the tokens of the answer have to come in their
+order, with any nothing between them. The features so learn to be embeddings of what is said. The encoder, which is
+frozen, runs once over all clips and its features are kept in memory; one process, on the CPU.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from avlm.config.load import load_config
+from avlm.config.run import Config
+from avlm.data.loader import open_loader
+from avlm.data.text.chat import Tokenizer
+from avlm.evaluation.answers import find_sets
+from avlm.evaluation.scores import scorer, total
+from avlm.models.avlm import AVLM
+from avlm.models.batch import Batch
+from avlm.models.log_mel import at_tower
+from avlm.process.exit import one_line_errors
+from avlm.weights.load import init_weights
+from avlm.weights.sources import FILES
+
+# Of the config: no other modality, no adapters, and none of its stages.
+ONLY_SOUND = [f"model.{part}=null" for part in ("lora", "vision", "vision_projector")]
+ONLY_SOUND += [f"init_from.{part}=null" for part in ("all", "adapter", "vision")]
+ONLY_SOUND += ["optimizer={lr: 0.0}", "stages=[{name: ctc, steps: 1, freeze_language_model: true}]"]
+BLANK = 3.0  # logit of nothing: what is like no token gets it, and a token has to be well above 0
+EPOCHS = 3  # as many rows are drawn as so many passes have
+LEARNING_RATE, WARMUP = 2e-3, 50  # steps; then down to 0 in a line
+OTHERS = 1000  # tokens drawn at random that stand against those of a row
+ROW = 2048  # tokens of a row: some 30 clips
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of a packed row what the loss depends on. K encoder rows, G features, N clips."""
+
+    x_KC: Tensor  # of the encoder
+    frame_rows_GS: Tensor  # encoder rows that make each feature
+    features_N: list[int]  # of each clip
+    answers_N: list[Tensor]  # tokens, without control tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file of configs/, with an audio tower and where its weights come from")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--train", required=True, help="clips and what they say, as data.train has them")
+    parser.add_argument("--data", action="append", default=[], metavar="NAME=SOURCE", help="held-out clips")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, for init_from.all")
+    arguments = parser.parse_args()
+    with one_line_errors():
+        align(arguments.config, arguments.overrides, arguments.train, find_sets(arguments.data), arguments.out)
+
+
+def align(config: str, overrides: list[str], source: str, held_out: dict[str, str], out: Path) -> None:
+    """Train, write the projector's weights, and print the word error rate of features read as tokens. ValueError for a
+    config that does not say which decoder and audio tower are to be joined, and for samples that are no clips."""
+    if out.suffix not in FILES:
+        raise ValueError(f"--out {out}: init_from reads files that end in {', '.join(FILES)}")
+    cfg = load_config(config, [*ONLY_SOUND, *overrides])
+    if cfg.model.audio is None or cfg.init_from.decoder is None or cfg.init_from.audio is None:
+        raise ValueError(f"{config}: model.audio, init_from.decoder and init_from.audio say what is to be joined")
+    torch.manual_seed(cfg.seed)
+    model = AVLM(cfg.model)
+    for report in init_weights(model, cfg.init_from, cfg.seed):
+        print(report, flush=True)
+    model.requires_grad_(False)
+    rows = list(read(model, source, cfg))
+    if not any(len(answer) for row in rows for answer in row.answers_N):
+        raise ValueError(f"{source} has no clip with an answer: there is nothing to learn from")
+    held_out_rows = {name: list(read(model, clips, cfg, leave_out=False)) for name, clips in held_out.items()}
+    train(model, rows)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({f"audio_projector.{name}": value for name, value in model.audio_projector.state_dict().items()}, out)
+    tokenizer = Tokenizer(cfg.stages[0].data.tokenizer)
+    for name, clips in held_out_rows.items():
+        print(f"{name}: word error rate {word_errors(model, clips, tokenizer):.3f} without the decoder", flush=True)
+
+
+@torch.no_grad()
+def read(model: AVLM, source: str, cfg: Config, leave_out: bool = True) -> Iterator[Row]:
+    """Every sample of a source once, a clip and its answer, through the encoder. One that cannot be read is left out
+    with a line that says why, or a ValueError."""
+    data = replace(cfg.stages[0].data, seq_length=ROW)
+    tokenizer = Tokenizer(data.tokenizer)
+    control = torch.tensor([tokenizer.id_of(token) for token in tokenizer.control_tokens], dtype=torch.int64)
+    for batch in open_loader(source, data, cfg.model, rank=0, world=1, seed=0, train=False):
+        for key, reason in batch.skipped:
+            if not leave_out:
+                raise ValueError(f"{source}, {key}: {reason}")
+            print(f"skipped sample {key} of {source}: {reason}", file=sys.stderr)
+        if not batch.keys:  # all that were left were skipped
+            continue
+        mel_CMW = at_tower(batch.mel, cfg.model.audio)
+        x_KC = model.audio(mel_CMW, batch.mel_rows_K, batch.audio_segments)
+        features_N, targets_N = (by_clip(rows, batch) for rows in (batch.audio_rows_G, batch.target_rows_R))
+        if 0 in features_N:
+            raise ValueError(f"{source}, {batch.keys[features_N.index(0)]}: a sample without sound cannot be aligned")
+        answers_N = [answer[~torch.isin(answer, control)] for answer in batch.target_R.split(targets_N)]
+        yield Row(x_KC.bfloat16(), batch.frame_rows_G, features_N, answers_N)
+
+
+def by_clip(rows: Tensor, batch: Batch) -> list[int]:
+    """How many rows each document has, each one clip and its answer; what fills the row has none."""
+    documents = torch.bucketize(rows, batch.segments.cu_seqlens[1:], right=True)
+    return documents.bincount(minlength=len(batch.keys)).tolist()
+
+
+def project(model: AVLM, row: Row) -> Tensor:
+    """Features of a row, float32 (G, D)."""
+    G = len(row.frame_rows_GS)
+    empty_GD = torch.zeros(G, model.config.decoder.hidden_size)
+    return model.audio_projector(empty_GD, torch.arange(G), row.x_KC.float(), row.frame_rows_GS)
+
+
+def logits(features_GD: Tensor, embedding_VD: Tensor) -> Tensor:
+    """float32 (G, 1 + V): of nothing, then of each token."""
+    logits_GV = features_GD @ embedding_VD.T
+    return torch.cat([logits_GV.new_full((len(logits_GV), 1), BLANK), logits_GV], dim=1)
+
+
+def train(model: AVLM, rows: list[Row]) -> None:
+    """A row a step; its tokens stand against each other and against OTHERS of all rows, drawn anew each time."""
+    model.audio_projector.requires_grad_(True)
+    pairs = [pair for row in rows for pair in zip(row.answers_N, row.features_N)]
+    # Between equal tokens there has to be a nothing.
+    if short := sum(len(said) + int((said[1:] == said[:-1]).sum()) > features for said, features in pairs):
+        print(f"nothing is learned of {short} of {len(pairs)} clips: they have too few features", flush=True)
+    known = torch.cat([answer for row in rows for answer in row.answers_N]).unique()
+    adam = torch.optim.AdamW(model.audio_projector.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    steps, losses = EPOCHS * len(rows), []
+    rate = lambda step: min(1, (step + 1) / WARMUP) * (1 - step / steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, rate)
+    for step in range(steps):
+        row = rows[torch.randint(len(rows), ()).item()]
+        said = torch.cat(row.answers_N)
+        drawn = known[torch.randint(len(known), (OTHERS,))]
+        tokens, place = torch.cat([said, drawn]).unique(return_inverse=True)
+        log_p_GV = logits(project(model, row), model.decoder.embedding.weight[tokens]).log_softmax(1)
+        loss = F.ctc_loss(
+            pad_sequence(log_p_GV.split(row.features_N)),
+            1 + place[: len(said)],
+            torch.tensor(row.features_N),
+            torch.tensor([len(answer) for answer in row.answers_N]),
+            zero_infinity=True,  # of clips with too few features
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.audio_projector.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad()
+        schedule.step()
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}/{steps}  loss {sum(losses[-100:]) / 100:.3f} a token", flush=True)
+
+
+@torch.no_grad()
+def greedy(model: AVLM, row: Row) -> list[Tensor]:
+    """Tokens of each clip: the likeliest of every feature, without repetitions and nothings."""
+    likeliest_G = logits(project(model, row), model.decoder.embedding.weight).argmax(1)
+    heard_N = (ids.unique_consecutive() for ids in likeliest_G.split(row.features_N))
+    return [ids[ids > 0] - 1 for ids in heard_N]
+
+
+def word_errors(model: AVLM, rows: Iterable[Row], tokenizer: Tokenizer) -> float:
+    texts = lambda ids: tokenizer.decode(ids.tolist(), control=False)
+    pairs = [pair for row in rows for pair in zip(greedy(model, row), row.answers_N)]
+    spelled = [(texts(heard), [texts(said)]) for heard, said in pairs]
+    return total(itertools.starmap(scorer("wer", spelled), spelled))
+
+
+if __name__ == "__main__":
+    main()

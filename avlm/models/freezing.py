@@ -1,0 +1,72 @@
+"""What a stage trains, parameter by parameter.
+
+    train                       modules by name; "lora" is the adapters of all towers, a tower's name includes its own
+    freeze_language_model ...   NeMo's five flags instead: everything trains but what they freeze, and adapters always
+    freeze_params               on top, SALM's lists of regular expressions, matched from the start of a parameter's
+    prevent_freeze_params       name: the first freeze what matches (adapters never), the second train it after all
+
+A frozen parameter has no gradient and no optimizer state.
+"""
+
+import difflib
+import re
+from collections.abc import Collection
+
+from avlm.config.model import MODULES, ModelConfig, shown
+from avlm.config.run import FREEZE_FLAGS, Config, StageConfig
+from avlm.models.avlm import AVLM
+from avlm.models.lora import collapse, frozen_base, is_adapter
+from avlm.models.shapes import Shapes
+
+
+def freeze(model: AVLM, stage: StageConfig) -> list[str]:
+    """Train what the stage says, and nothing else; returns that in short: modules, and "lora" for adapters."""
+    trained = trained_names(stage, model.config, [name for name, _ in model.named_parameters()])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    parts = {"lora" if is_adapter(name) else name.split(".")[0] for name in trained}
+    return [part for part in (*MODULES, "lora") if part in parts]
+
+
+def trained_names(stage: StageConfig, model: ModelConfig, names: Collection[str]) -> set[str]:
+    """Those of the model's parameters ``names`` that a stage trains. Raises ValueError for a stage that cannot be."""
+    trained = {name for name in names if _is_chosen(name, stage)}
+    said = f"stage {stage.name}: "
+    for pattern in stage.freeze_params:
+        trained -= {name for name in matching(pattern, f"{said}freeze_params", names) if not is_adapter(name)}
+    for pattern in stage.prevent_freeze_params:
+        trained |= set(matching(pattern, f"{said}prevent_freeze_params", names))
+    if not trained:
+        raise ValueError(f"stage {stage.name} trains nothing: every parameter is frozen")
+    if model.lora and model.lora.base == "bf16" and (refused := sorted(trained & frozen_base(names))):
+        raise ValueError(
+            f"stage {stage.name} trains {refused[0]} and {len(refused) - 1} more of a tower with adapters, which "
+            "model.lora.base=bf16 holds without float32: set it to fp32, or train lora and not the tower"
+        )
+    return trained
+
+
+def _is_chosen(name: str, stage: StageConfig) -> bool:
+    module = name.split(".")[0]
+    if stage.train is not None:
+        return module in stage.train or (is_adapter(name) and "lora" in stage.train)
+    flags = {frozen: getattr(stage, flag) for flag, frozen in FREEZE_FLAGS.items()}
+    return is_adapter(name) or not flags[module]
+
+
+def matching(pattern: str, key: str, names: Collection[str], what: str = "parameter") -> list[str]:
+    """The names that a regular expression of the config's ``key`` matches from their start; ValueError for none."""
+    try:
+        found = [name for name in names if re.match(pattern, name)]
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{key} holds {shown(repr(pattern))}, no regular expression: {error}") from None
+    if not found:
+        known = sorted({collapse(name) for name in names})
+        plain = re.sub(r"[\\^$+?()\[\]|]", "", pattern)
+        near = difflib.get_close_matches(plain, known, n=4, cutoff=0.3) or known[:8]
+        raise ValueError(f"{key} holds {shown(repr(pattern))}, which matches no {what}; near are {shown(near, 400)}")
+    return found
+
+
+def trained_shapes(config: Config, stage: StageConfig, shapes: Shapes) -> Shapes:
+    return {name: shapes[name] for name in trained_names(stage, config.model, shapes)}

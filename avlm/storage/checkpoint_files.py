@@ -1,0 +1,216 @@
+"""The files of a checkpoint of torch.distributed.checkpoint (DCP): read without running code, and with damage noticed.
+
+DCP pickles its index, ``.metadata``, and unpickles whatever it finds there. Ours are indexes of tensors: a few classes,
+listed here, and nothing else is built. The tensors themselves DCP reads with ``weights_only``.
+
+Damage: the marker ``complete`` has a checksum of itself and of every other file. The large ones, ``*.distcp``, are rows
+of zip files, one for each tensor: their checksum is one of the CRC-32s that these hold, and the contents of each tensor
+that is read are compared with its own.
+"""
+
+import hashlib
+import io
+import json
+import pickle
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # it stands in every .metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from avlm.config.model import shown
+
+MARKER = "complete"
+DAMAGED = "it is not what was written: remove this checkpoint folder to continue from an earlier one"
+METADATA = "torch.distributed.checkpoint.metadata"
+CLASSES = dict.fromkeys(("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"), METADATA)
+CLASSES |= dict.fromkeys(("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"), METADATA)
+CLASSES |= {"_StorageInfo": "torch.distributed.checkpoint.filesystem", "_get_layout": "torch.serialization"}
+PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")  # the folder that was written, as a note
+
+
+class Reader(dcp.FileSystemReader):
+    """DCP's reader of a folder. ValueError where its index is more than one of tensors in files of the folder."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        content = read_checked(path)
+        try:
+            metadata = _Unpickler(io.BytesIO(content)).load()
+            _check(metadata)
+        except Exception as error:  # a pickle that is damaged fails with any of Python's own
+            raise ValueError(f"{path} is no index of a checkpoint: {cause_of(error)}") from None
+        metadata.storage_meta = None
+        self.written, self.places = written_digests(path.parent), defaultdict(list)
+        for place in metadata.storage_data.values():
+            self.places[place.relative_path].append(place)
+        return metadata
+
+    def _slice_file(self, file: IO[bytes], place: _StorageInfo) -> IO[bytes]:
+        """The zip file of one tensor. torch.load does not compare its contents with their CRC-32. (A method of DCP's
+        own, in torch 2.11: where it goes, tests/training/test_checkpoint.py misses damage.)"""
+        self._check_file(place.relative_path)
+        content = io.BytesIO(super()._slice_file(file, place).read())  # DCP's own view seeks wrongly from its end
+        try:
+            damaged = zipfile.ZipFile(content).testzip()
+        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+            damaged = cause_of(error)
+        if damaged:
+            raise ValueError(f"{Path(self.path) / place.relative_path} is damaged ({damaged}): {DAMAGED}")
+        content.seek(0)
+        return content
+
+    def _check_file(self, name: str) -> None:
+        """ValueError unless the file is that of this checkpoint: one of another step has the same layout."""
+        written = self.written.get(name)
+        if written is not None and written != fingerprint(Path(self.path) / name, self.places[name]):
+            raise ValueError(f"{Path(self.path) / name} is of another checkpoint: {DAMAGED}")
+        self.written.pop(name, None)  # looked at once
+
+
+class Writer(dcp.FileSystemWriter):
+    """DCP's writer, which notes the places of what this rank wrote."""
+
+    places: list[_StorageInfo]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        written = super().write_data(plan, planner)
+        self.places = [result.storage_data for result in written.value()]
+        return written
+
+
+class _Part(io.RawIOBase):
+    """Some bytes of an open file, as a file."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        super().__init__()
+        self.file, self.start, self.length, self.place = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.place = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.length}[whence])
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.start + self.place)
+        found = self.file.read(max(0, min(len(buffer), self.length - self.place)))
+        buffer[: len(found)] = found
+        self.place += len(found)
+        return len(found)
+
+
+def fingerprint(file: Path, places: Iterable[_StorageInfo]) -> str:
+    """A checksum of the CRC-32s in a file of tensors, which stand at the ``places``: of its contents, without reading
+    them."""
+    entries = []
+    try:
+        with file.open("rb") as content:
+            for place in sorted(places, key=lambda place: place.offset):
+                part = _Part(content, place.offset, place.length)
+                entries += [(place.offset, info.filename, info.CRC) for info in zipfile.ZipFile(part).infolist()]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+        raise ValueError(f"{file} is damaged ({cause_of(error)}): {DAMAGED}") from None
+    return digest(repr(entries).encode())
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def read_marker(path: Path) -> dict[str, Any]:
+    """The marker of the checkpoint ``path``; ValueError where it is damaged, or names files that are not there."""
+    marker = path / MARKER
+    try:
+        found = json.loads(marker.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{marker} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{marker} is not valid JSON: {cause_of(error)}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{marker} holds no keys but {shown(str(found))}")
+    checksum = found.pop("checksum", None)
+    if (checksum is not None or "files" in found) and checksum != digest(json.dumps(found).encode()):
+        raise ValueError(f"{marker} is damaged: {DAMAGED}")
+    for name in found.get("files", {}):
+        if not (path / name).is_file():
+            raise ValueError(f"{path} lacks {name}, which its marker names: {DAMAGED}")
+    return found
+
+
+def marker_text(progress: dict[str, Any], files: dict[str, str]) -> str:
+    content = {**progress, "files": files}
+    return json.dumps({**content, "checksum": digest(json.dumps(content).encode())})
+
+
+def written_digests(path: Path) -> dict[str, str]:
+    """File name -> checksum, of what the marker of a checkpoint names."""
+    return read_marker(path).get("files", {}) if (path / MARKER).is_file() else {}
+
+
+def read_checked(file: Path) -> bytes:
+    """A small file of a checkpoint. ValueError unless it is the one whose checksum the marker has, where it has one:
+    checkpoints of earlier versions have none."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    written = written_digests(file.parent).get(file.name)
+    if written is not None and written != digest(content):
+        raise ValueError(f"{file} is damaged: {DAMAGED}")
+    return content
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
+            return getattr(torch, name)
+        if module in ("pathlib", "pathlib._local") and name in PATHS:
+            return lambda *parts: "/".join(map(str, parts))
+        if CLASSES.get(name) == module:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {shown(f'{module}.{name}')}, which is not built from a checkpoint")
+
+
+def _check(metadata: Any) -> None:
+    """Raise ValueError for what ``_Unpickler`` lets pass and DCP would stumble over, or read outside the folder."""
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+        raise ValueError("it holds no Metadata")
+    for name, value in metadata.state_dict_metadata.items():  # what is no tensor DCP would unpickle as it is
+        if not isinstance(value, TensorStorageMetadata) or not isinstance(value.properties.dtype, torch.dtype):
+            raise ValueError(f"{shown(str(name))} is no tensor")
+        cuts = [(chunk.offsets, chunk.sizes) for chunk in value.chunks]
+        if not all(isinstance(size, torch.Size) for size in (value.size, *(size for cut in cuts for size in cut))):
+            raise ValueError(f"{shown(str(name))} has no shape")
+    if not isinstance(metadata.storage_data, dict):
+        raise ValueError("it names no files")
+    for index, place in metadata.storage_data.items():
+        if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
+            raise ValueError("its files are not listed by tensor")
+        if Path(place.relative_path).name != place.relative_path or getattr(place, "transform_descriptors", None):
+            raise ValueError(f"it names {shown(str(place.relative_path))}, which is no plain file of the folder")
+
+
+def cause_of(error: BaseException) -> str:
+    """What went wrong, on one line. DCP's own exception holds those of the ranks, with tracebacks."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return (
+        shown(line, 400)
+        if line and not isinstance(error, LookupError)
+        else f"{type(error).__name__} {shown(line)}".strip()
+    )

@@ -1,0 +1,152 @@
+"""A model folder on disk: it appears whole or not at all, and is never whole in memory."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from avlm.config.model import shown
+from avlm.parallel.mesh import World
+
+SHARD_BYTES = 5 * 10**9
+MAX_JSON_BYTES = 2**26  # of a config or an index; those of 400 billion parameters have 2**17
+CONFIGS = ("config.json", "adapter_config.json")  # every model folder has one of them
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor that is to be written: read, and computed, when its file is."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @staticmethod
+    def of(tensor: Any) -> "Lazy":
+        """Of a tensor, or of what has a shape and a dtype and is read by indexing."""
+        return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor[:])
+
+    def changed(self, change: Callable[[Tensor], Tensor], **to: Any) -> "Lazy":
+        """What ``change`` makes of it, of another ``shape`` or ``dtype`` where that is said."""
+        return Lazy(to.get("shape", self.shape), to.get("dtype", self.dtype), lambda: change(self.read()))
+
+    def to(self, dtype: torch.dtype) -> "Lazy":
+        return self.changed(lambda tensor: tensor.to(dtype), dtype=dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Raise ValueError where a model folder may not be written: over anything that is there and is not to vanish."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise ValueError(
+                f"{folder} is not empty: choose another folder, or give --overwrite to replace a model there"
+            )
+        if not any((folder / name).is_file() for name in CONFIGS):
+            raise ValueError(
+                f"{folder} is not empty and holds no model ({' or '.join(CONFIGS)}): it is not overwritten"
+            )
+
+
+def publish(folder: Path, write: Callable[[Path], None], overwrite: bool, world: World | None) -> None:
+    """Let all ranks ``write`` into a folder that takes its name when they are done; what stood there goes after that.
+
+    If one fails, what stood there stays and what was written goes: ValueError, or OSError with the cause.
+    """
+    is_first = world is None or world.is_first
+    partial, old = (folder.with_name(f"{folder.name}.{end}") for end in ("partial", "old"))
+    check_target(folder, overwrite)
+    for left in (partial, old):
+        if left.exists():
+            raise ValueError(f"{left} is left over from an export that was ended: move it away")
+    if world is not None:
+        world.barrier()  # after all have looked
+    failure = None
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        write(partial)
+    except Exception as error:
+        failure = error
+    failures = [failure and str(failure)] if world is None else world.gather(failure and str(failure))
+    if any(failures):
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        if failure is not None:
+            raise failure
+        raise OSError(f"{folder} was not written: {next(filter(None, failures))}")
+    if is_first:
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    if world is not None:
+        world.barrier()
+
+
+def write_tensors(tensors: dict[str, Lazy], folder: Path, world: World | None = None, name: str = "model") -> None:
+    """One ``name``.safetensors, or shards of at most SHARD_BYTES with their index; ranks take turns at the shards.
+
+    A rank holds the tensors of one shard.
+    """
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    shards = _shards(tensors)
+    files = [f"{name}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [f"{name}.safetensors"]
+    for i in range(rank, len(shards), size):
+        whole = {each: tensors[each].read().contiguous() for each in shards[i]}
+        save_file(whole, folder / files[i], {"format": "pt"})
+        del whole  # before the next is read
+        with open(folder / files[i], "rb") as file:
+            os.fsync(file.fileno())
+    if len(shards) > 1 and rank == 0:
+        weight_map = {each: file for shard, file in zip(shards, files) for each in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / f"{name}.safetensors.index.json", index)
+
+
+def _shards(tensors: dict[str, Lazy]) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The keys of a JSON file of ``limit`` bytes or fewer. ValueError with one line for anything else."""
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise ValueError(f"it has {size:,} bytes, and more than {limit:,} are not read")
+        keys = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: it is nested too deep") from None
+    except ValueError as error:  # of its encoding and of too long numbers too
+        raise ValueError(f"{path} is not valid JSON: {shown(str(error))}") from None
+    if not isinstance(keys, dict):
+        raise ValueError(f"{path} holds no keys but {shown(keys, 80)}")
+    return keys
+
+
+def write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,175 @@
+"""The folder of a run: where its config, checkpoints and metrics are, and how they are found.
+
+config.yaml       the whole config, as it was resolved
+checkpoints/      one folder per step (``avlm.training.checkpoint``)
+metrics.jsonl     one record per step and per validation
+.lock             held by the process that trains
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import ValidationError
+
+from avlm.config.load import load_config
+from avlm.config.model import NonNegative, Whole, config, shown
+from avlm.config.run import Config
+from avlm.parallel.mesh import World
+from avlm.storage import locks
+from avlm.storage.checkpoint_files import MARKER, read_marker
+
+
+@config
+class Progress:
+    """Where a run stands: steps done over all stages, the stage it is in, steps done within it."""
+
+    step: Whole = 0
+    stage: Whole = 0
+    stage_step: Whole = 0
+    read: NonNegative = 0.0  # samples
+    skipped: NonNegative = 0.0  # bad ones among them
+    best_step: Whole = 0  # whose validation was the best so far; 0: none
+    best_metric: str = ""  # in what: val/NAME/METRIC
+    best_value: float = 0.0
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(marker.parent for marker in run.glob(f"checkpoints/step_*/{MARKER}"))
+
+
+def find(config: Config) -> tuple[Path | None, str]:
+    """The checkpoint that ``resume`` asks for, and a line about half-written ones that were passed over."""
+    if config.resume == "never":
+        return None, ""
+    if config.resume != "auto":
+        path = Path(config.resume)
+        if not (path / MARKER).is_file():
+            raise FileNotFoundError(f"resume={path} is not a complete checkpoint (it has no file named {MARKER!r})")
+        later = [p.name for p in complete_checkpoints(Path(config.output_dir)) if p.name > path.name]
+        if later:  # they would be taken for this run's newest
+            raise ValueError(f"{config.output_dir} holds later checkpoints ({', '.join(later)}): remove them first")
+        return path, ""
+    run = Path(config.output_dir)
+    done = complete_checkpoints(run)
+    newest = done[-1] if done else None
+    broken = [
+        p.name for p in sorted(run.glob("checkpoints/step_*")) if p not in done and (not done or p.name > newest.name)
+    ]
+    note = f"{', '.join(broken)} was not written to its end; " if broken else ""
+    return newest, note
+
+
+def read_progress(path: Path, run: Path | None = None) -> Progress:
+    """Where a checkpoint stands. If ``run`` is another run that continues from it, the best step is dropped: it belongs
+    to the old run. ValueError for a marker that is damaged, or that lies."""
+    found = {key: value for key, value in read_marker(path).items() if key != "files"}
+    try:
+        progress = Progress(**found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path / MARKER}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if path.name.startswith("step_") and path.name != folder_of(path, progress.step).name:
+        raise ValueError(
+            f"{path / MARKER} says step {progress.step}: the folder has another name, or the file is damaged"
+        )
+    if run is not None and path.resolve().parents[1] != run.resolve():
+        return dataclasses.replace(progress, best_step=0, best_metric="", best_value=0.0)
+    return progress
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run, or a checkpoint of one, complete or not. What has a config.json is a Hugging Face
+    folder or an export, whatever else is in it."""
+    if (path / "config.json").is_file():
+        return False
+    return _is_checkpoint(path) or (path / "config.yaml").is_file() or (path / "checkpoints").is_dir()
+
+
+def _is_checkpoint(path: Path) -> bool:
+    path = path.resolve()
+    in_place = path.is_dir() and path.parent.name == "checkpoints" and path.name.startswith("step_")
+    return in_place or (path / MARKER).is_file()
+
+
+def read_run(path: Path | str, step: int | None = None) -> tuple[Config, Path]:
+    """(config, complete checkpoint) of a run, the newest or that of ``step``; or of a checkpoint folder itself."""
+    path = Path(path)
+    if _is_checkpoint(path) and step is None:
+        if not (path / MARKER).is_file():
+            raise FileNotFoundError(f"{path} is not a complete checkpoint (it has no file named {MARKER!r})")
+        return load_config(path.resolve().parent.parent / "config.yaml"), path
+    done = complete_checkpoints(path)
+    if not done:
+        raise FileNotFoundError(f"{path} holds no complete checkpoint")
+    if step is not None and folder_of(path, step) not in done:
+        steps = ", ".join(str(read_progress(each).step) for each in done)
+        raise ValueError(f"{path} holds no complete checkpoint of step {step}: there are those of steps {steps}")
+    return load_config(path / "config.yaml"), done[-1] if step is None else folder_of(path, step)
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step, on disk before it takes the name."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def claim(config: Config, world: World) -> IO[str] | None:
+    """Make the run folder this run's own until the returned file is closed."""
+    folder = Path(config.output_dir)
+    failure, lock = "", None
+    if world.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+")  # noqa: SIM115  (held until the run ends)
+        if not locks.lock(lock, wait=False):
+            lock.seek(0)
+            failure = f"{folder} belongs to a run that is live ({lock.read().strip()}): wait for it, or set output_dir"
+    if world.sum([float(bool(failure))])[0]:
+        raise ValueError(failure or f"{folder} belongs to a run that is live")
+    if lock is not None:
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        lock.flush()
+    return lock
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, without a last line that is not whole. ValueError for any other that is no row."""
+    if not path.is_file():
+        return []
+    rows = []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(lines, 1):
+        if not line.strip(b"\0 \t\r"):  # blocks that a power cut left empty
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} is not valid JSON ({shown(str(error))}): remove it") from None
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise ValueError(f"{path}, line {number} is no row with a step: remove it")
+        rows.append(row)
+    return rows
+
+
+def find_checkpoint(run: Path, step: str) -> tuple[Config, Path]:
+    """(config, checkpoint) of a run: that of a step, "best" or "latest"."""
+    if step == "best":
+        pointer = run / "checkpoints" / "best"
+        if not pointer.is_file():
+            raise FileNotFoundError(f"{run} has no best checkpoint: checkpoint.best was not set, or nothing validated")
+        step = pointer.read_text().removeprefix("step_")
+    if step != "latest" and not step.isdecimal():
+        raise ValueError(f"--step {step}: give a number, best or latest")
+    return read_run(run, None if step == "latest" else int(step))

@@ -1,0 +1,94 @@
+"""AdamW over what a stage trains, its schedule, and gradient clipping."""
+
+import math
+from collections import defaultdict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from avlm.config.run import OptimizerConfig
+from avlm.models.avlm import AVLM
+from avlm.models.lora import is_adapter
+
+
+def build(model: AVLM, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over what is trained, one group per module and kind of weight; ``lr`` is set by ``schedule`` before a step.
+
+    Its state is allocated here: a parameter without state could not be loaded from a checkpoint.
+    """
+    groups = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith(("position", "class_token"))
+            part = "lora" if is_adapter(name) and "lora" in config.lr_scale else name.split(".")[0]
+            groups[part, decays].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": config.weight_decay * decays,
+                "scale": config.lr_scale.get(part, 1.0),
+            }
+            for (part, decays), parameters in groups.items()
+        ],
+        lr=config.lr,
+        betas=tuple(config.betas),
+        eps=config.eps,
+        fused=True,  # one call for all tensors: hundreds of DTensor calls a step otherwise
+    )
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer
+
+
+def schedule(optimizer: torch.optim.AdamW, config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """Set the learning rates of step ``step`` (from 0) of a stage; returns the unscaled one.
+
+    Linear warmup, then a cosine from ``lr`` to ``min_lr`` which ends with the stage.
+    """
+    min_lr = config.lr / 10 if config.min_lr is None else config.min_lr
+    warmup = min(config.warmup_steps, num_steps)
+    if step < warmup:
+        lr = config.lr * (step + 1) / warmup
+    else:
+        progress = (step - warmup) / max(num_steps - warmup, 1)
+        lr = min_lr + (config.lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+    return lr
+
+
+@torch.no_grad()
+def clip_gradients(model: AVLM, max_norm: float | None) -> Tensor:
+    """Scale all gradients to a global norm of at most ``max_norm``, or by nothing if that is None; returns the norm
+    before, a scalar where they are.
+
+    Parameters may live on different meshes of all ranks: squares are summed over the ranks once, those of a tensor that
+    several ranks hold divided by their number.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    norms = defaultdict(list)  # by the number of copies, a Python int: a tensor of them would wait for the device
+    for gradient, norm in zip(gradients, torch._foreach_norm(shards)):
+        norms[_num_copies(gradient)].append(norm.float())
+    total = torch.stack([torch.stack(of_copies).square().sum() / copies for copies, of_copies in norms.items()]).sum()
+    if any(isinstance(g, DTensor) for g in gradients):
+        dist.all_reduce(total)
+    norm = total.sqrt()
+    if max_norm is not None:
+        torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _num_copies(gradient: Tensor) -> int:
+    if not isinstance(gradient, DTensor):
+        return 1
+    mesh, placements = gradient.device_mesh, gradient.placements
+    return math.prod(mesh.size(i) for i, placement in enumerate(placements) if placement.is_replicate())

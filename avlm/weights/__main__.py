@@ -1,0 +1,57 @@
+"""Write a checkpoint of a run as a model folder: ``python -m avlm.weights export RUN DIR --format FORMAT``."""
+
+import argparse
+import dataclasses
+
+import torch
+
+from avlm.config.run import ParallelConfig
+from avlm.parallel import mesh
+from avlm.process.exit import one_line_errors
+from avlm.process.launch import ranks
+from avlm.storage.run_folder import read_run
+from avlm.weights.export import FORMATS, export
+from avlm.weights.peft import left_behind
+from avlm.weights.sources import open_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m avlm.weights", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("export", help="write a checkpoint of a run as a model folder")
+    command.add_argument("run", help="run folder, or a checkpoint folder of one")
+    command.add_argument("folder", help="folder to write, new or empty")
+    command.add_argument("--format", choices=FORMATS, default="avlm")
+    command.add_argument("--step", type=int, help="that checkpoint of the run; without it the newest")
+    command.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the tensors; without it bfloat16, and adapters as they are stored",
+    )
+    command.add_argument("--base", help="name of the decoder that an adapter belongs to; without it init_from.decoder")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier export, when the new one is whole"
+    )
+    arguments = parser.parse_args()
+    config, path = read_run(arguments.run, arguments.step)
+    to_peft = arguments.format == "adapter"
+    if arguments.base and not to_peft:
+        raise ValueError(f"--base {arguments.base} is for --format adapter, and the format is {arguments.format}")
+    dtype = arguments.dtype or (None if to_peft else "bfloat16")
+    options = {"data": config.stages[-1].data, "base": arguments.base or config.init_from.decoder}
+    options |= {"dtype": dtype and getattr(torch, dtype), "overwrite": arguments.overwrite}
+    if ranks()[1] > 1:
+        options["world"] = mesh.start(dataclasses.replace(config, parallel=ParallelConfig()), torch.device("cpu"))
+        path = options["world"].gather(path)[0]  # the run may go on and save meanwhile
+    state = open_checkpoint(path)
+    export(config.model, state, arguments.folder, arguments.format, **options)
+    if to_peft and ranks()[0] == 0:
+        if left := left_behind(config, state):
+            print(f"{arguments.folder} lacks {', '.join(left)}: --format avlm keeps them, with all adapters merged")
+        if options["base"] is None:
+            print(f"{arguments.folder} names no base decoder: --base NAME says which one its adapters belong to")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

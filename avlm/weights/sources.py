@@ -1,0 +1,225 @@
+"""Where weights come from, every kind as names and lazy tensors: what is indexed is read, and nothing else.
+
+Hugging Face folder or Hub name   safetensors or pickles, one file or shards; config.json
+exported AVLM                     the same under our names
+run, or checkpoint of a run       DCP files of any layout of ranks; the run's config.yaml. Trusted like code
+.ckpt, .pt, .pth file             {"state_dict": {...}} or the bare dict, under our names or Hugging Face's
+"""
+
+import math
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index  # what DCP itself cuts chunks with
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.tensor import DTensor
+
+# What DCP itself uses to place shards; the public API has no equivalent that knows strided shards (FSDP over TP).
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from avlm.config.model import shown
+from avlm.families.pretrained import AnyConfig, read_config, resolve
+from avlm.families.tables import OWN_ANCHORS, RESHAPED, WRAPPERS
+from avlm.storage.checkpoint_files import Reader, cause_of
+from avlm.storage.model_folder import read_json
+from avlm.storage.run_folder import is_run, read_run
+from avlm.storage.weight_files import WeightFiles, choose, local
+
+FILES = (".ckpt", ".pt", ".pth")
+
+
+class Whole:
+    """A tensor in memory, or mapped from a file, with the two calls of a safetensors slice."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def __getitem__(self, index) -> Tensor:
+        return self.tensor[index]
+
+
+class Stored:
+    """A tensor of a DCP folder: indexed by slices, it reads the chunks that lie in them, one chunk at a time."""
+
+    def __init__(self, reader: Reader, name: str, metadata: TensorStorageMetadata):
+        self.reader, self.name, self.metadata = reader, name, metadata
+        self.shape, self.dtype = metadata.size, metadata.properties.dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        index = index if isinstance(index, tuple) else (index,)
+        cuts = [*index, *[slice(None)] * (len(self.shape) - len(index))]
+        bounds = [cut.indices(size)[:2] for cut, size in zip(cuts, self.shape)]
+        region = ChunkStorageMetadata(
+            torch.Size([start for start, _ in bounds]), torch.Size([stop - start for start, stop in bounds])
+        )
+        value = torch.empty(region.sizes, dtype=self.dtype)
+        items = create_read_items_for_chunk_list(self.name, self.metadata, [region])
+        try:
+            self.reader.read_data(LoadPlan(items), _Into(value)).wait()
+        except Exception as error:  # a file that is missing, cut short or no zip: each has its own
+            raise ValueError(f"{self.reader.path}: {self.name} cannot be read: {cause_of(error)}") from None
+        return value
+
+
+class _Into(DefaultLoadPlanner):
+    """Puts what a reader reads at its place in one tensor."""
+
+    def __init__(self, value: Tensor):
+        super().__init__()
+        self.value = value
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        return narrow_tensor_by_index(self.value, read_item.dest_offsets, read_item.lengths)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an entry of ``init_from`` names. A single file says nothing of its architecture: no config."""
+
+    path: Path
+    tensors: dict[str, Any]  # Whole, Stored or a slice of safetensors
+    config: AnyConfig | None
+    own_names: bool
+    files: WeightFiles | None = None  # of a model folder
+
+
+def open_source(given: str | Path) -> Source:
+    """Raises ValueError or FileNotFoundError for what is none of the four kinds, not whole or not readable."""
+    path = local(given)
+    if path.is_file():
+        if path.suffix not in FILES:
+            raise ValueError(f"{path} is a file, and none that ends in {', '.join(FILES)}: give its folder")
+        tensors, own_names = _unwrapped(read_pickle(path))
+        return Source(path, tensors, None, own_names)
+    if is_run(path):
+        config, path = read_run(path)
+        return Source(path, open_checkpoint(path), config.model, True)
+    path = resolve(given)
+    config, files = read_config(path), choose(path)
+    own_names = read_json(path / "config.json").get("architecture") == "AVLM"
+    return Source(path, read_files(path, files), config, own_names, files)
+
+
+def open_checkpoint(path: Path) -> dict[str, Stored]:
+    """Our names -> tensors of a checkpoint folder, without the optimizer's."""
+    reader = Reader(path)
+    metadata = reader.read_metadata()
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    named = metadata.state_dict_metadata.items()
+    return {name[6:]: Stored(reader, name, value) for name, value in named if name.startswith("model.")}
+
+
+def open_folder(folder: Path) -> dict[str, Any]:
+    """Name -> lazy tensor of the weight files of a model folder."""
+    return read_files(folder, choose(folder))
+
+
+def read_files(folder: Path, files: WeightFiles) -> dict[str, Any]:
+    """Name -> lazy tensor. Where several files have it the last one counts, as in transformers, if it is that of the
+    index; ValueError otherwise."""
+    tensors: dict[str, Any] = {}
+    found: dict[str, str] = {}
+    several: set[str] = set()
+    for name in files.read:
+        path = folder / name
+        held = read_safetensors(path) if name.endswith(".safetensors") else read_pickle(path)
+        several |= tensors.keys() & held.keys()
+        tensors |= held
+        found |= dict.fromkeys(held, name)
+    for tensor, name in files.places.items():
+        if tensor in several and found[tensor] != name:
+            raise ValueError(f"{folder}: {shown(tensor)} is in {found[tensor]}, and the index says in {shown(name)}")
+    if not tensors:
+        raise ValueError(f"{folder}: {files} holds no tensor")
+    return tensors
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        file = safe_open(path, framework="pt")
+        return {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {cause_of(error)}") from None
+
+
+def read_pickle(path: Path) -> dict[str, Whole]:
+    """The tensors of a pickle, which may run no code; mapped, so that what is not used stays on the disk."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} cannot be read: it holds more than tensors and plain values, and no code of a weight file is run; "
+            "save its state_dict alone"
+        ) from None
+    except Exception as error:  # what is no zip or ends early has many names
+        raise ValueError(f"{path} cannot be read: {cause_of(error)}") from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    odd = [key for key, value in state.items() if not isinstance(value, Tensor)] if isinstance(state, dict) else ["it"]
+    odd += [key for key in state or () if not isinstance(key, str)] if isinstance(state, dict) else []
+    if odd:
+        raise ValueError(f"{path} holds no state_dict, and is none: {shown(repr(odd[0]))} is no tensor")
+    if not state:
+        raise ValueError(f"{path} holds no tensor")
+    return {key: Whole(value) for key, value in state.items()}
+
+
+def _unwrapped(tensors: dict[str, Whole]) -> tuple[dict[str, Whole], bool]:
+    """The tensors, without what a wrapper around our model put before its names; and whether they are our names."""
+    for wrapper in WRAPPERS:
+        if any(wrapper + anchor in tensors for anchor in OWN_ANCHORS):
+            return {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}, True
+    return tensors, False
+
+
+def check_shape(name: str, shape: tuple[int, ...], source: Any, origin: str) -> None:
+    if isinstance(source, Whole):
+        is_float, dtype = source.tensor.is_floating_point(), str(source.tensor.dtype)
+    elif isinstance(source, Stored):
+        is_float, dtype = source.dtype.is_floating_point, str(source.dtype)
+    else:
+        dtype = str(source.get_dtype())
+        is_float = dtype.startswith(("F16", "F32", "F64", "BF16"))
+    if not is_float:
+        raise ValueError(f"{origin} is of {dtype}: weights that are quantised are not read")
+    there = tuple(source.get_shape())
+    reshaped = name in RESHAPED and len(there) != len(shape) and math.prod(there) == math.prod(shape)
+    if there != tuple(shape) and not reshaped:
+        raise ValueError(f"{origin} has shape {there}, and {name} has {tuple(shape)}")
+
+
+@torch.no_grad()
+def copy_slice(parameter: Tensor, source: Any) -> None:
+    """Copy what this rank holds of ``parameter``; the file keeps its dtype until the copy converts it."""
+    shape, there = tuple(parameter.shape), tuple(source.get_shape())
+    local, offset, size = parameter, (0,) * len(shape), shape
+    if isinstance(parameter, DTensor):
+        local = parameter.to_local()  # without grad: the storage itself
+        size, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
+    if not local.numel():
+        return
+    region = tuple(slice(start, start + length) for start, length in zip(offset, size))
+    if there == shape:
+        value = source[region]
+    elif there[0] == shape[0]:  # (D, 3, P, P) -> (D, 3 * P * P)
+        value = source[region[0]].flatten(1)[:, region[1]]
+    else:  # (D,) -> (1, D)
+        value = source[:].view(shape)[region]
+    local.copy_(value)

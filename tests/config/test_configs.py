@@ -1,0 +1,114 @@
+"""The configs that we stand behind: sizes of the published models, and what their headers promise."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from avlm.config.load import load_config
+from avlm.config.run import InitFrom
+from avlm.models.shapes import parameter_shapes
+from avlm.preflight import memory
+from avlm.preflight.check import check_layout
+from avlm.preflight.layout import layout_of
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+PUBLISHED = [path for path in CONFIGS if not path.stem.startswith("demo")]
+
+# Parameters as the Hub counts them, less what we compute instead of storing it or never run.
+LLAMA_3_8B, LLAMA_2_7B, LLAMA_2_13B = 8_030_261_248, 6_738_415_616, 13_015_864_320
+TINY_LLAMA, QWEN_2_5_HALF = 1_100_048_384, 494_032_768
+CLIP_LAYER = 4 * (1024**2 + 1024) + 2 * 4096 * 1024 + 4096 + 1024 + 4 * 1024
+CLIP_L_336 = 303_507_456 - 2 * 1024 - CLIP_LAYER  # its last norm and layer lie above feature layer -2
+SIGLIP_POOL = 768 + 4 * (768**2 + 768) + 2 * 3072 * 768 + 3072 + 768 + 2 * 768  # its attention pooling
+SIGLIP_B_16 = 92_884_224 - SIGLIP_POOL
+WHISPER_LARGE, WHISPER_SMALL = 636_968_960 - 1500 * 1280, 88_154_112 - 1500 * 768  # sinusoids
+SIZES = {
+    "avlm_8b": {"decoder": LLAMA_3_8B, "vision": CLIP_L_336, "audio": WHISPER_LARGE},
+    "llava_7b": {"decoder": LLAMA_2_7B, "vision": CLIP_L_336},
+    "llava_13b": {"decoder": LLAMA_2_13B, "vision": CLIP_L_336},
+    "salm_1b": {"decoder": TINY_LLAMA, "audio": WHISPER_LARGE},
+    "qwen_omni_small": {"decoder": QWEN_2_5_HALF, "vision": SIGLIP_B_16, "audio": WHISPER_SMALL},
+}
+
+
+def header(path: Path) -> dict[str, str]:
+    """Its entries, those of several lines as one."""
+    text = re.sub(r"\n# {7,}", " ", path.read_text())
+    return dict(re.findall(r"^#   (\w+) +(.+)$", text, re.M))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_says_what_it_is_and_names_itself_in_its_command(path):
+    said = header(path)
+    assert {"command", "hardware", "tokens", "expected"} <= said.keys()
+    assert f"configs/{path.name}" in said["command"]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_a_model_has_the_parameters_that_were_published(path):
+    shapes = parameter_shapes(load_config(path).model)
+    counts: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if ".lora_" not in name:
+            size = shape[0] * (shape[1] if len(shape) > 1 else 1) * (shape[2] if len(shape) > 2 else 1)
+            counts[name.split(".")[0]] = counts.get(name.split(".")[0], 0) + size
+    expected = next(sizes for stem, sizes in SIZES.items() if path.stem.startswith(stem))
+    assert {module: counts[module] for module in expected} == expected
+    assert counts.keys() == expected.keys() | {f"{tower}_projector" for tower in expected if tower != "decoder"}
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_it_fits_the_hardware_that_its_header_names_with_the_memory_that_it_says(path):
+    said = header(path)
+    hardware = re.findall(r"(\d+) GPUs? of (\d+) GB(?: with (\S+))?", said["hardware"])
+    estimates = re.findall(r"([\d.]+) GiB (?:a rank|on one GPU)", said["memory"])
+    [rows] = set(re.findall(r"of (\d+) rows", said["tokens"]))
+    assert hardware and said["hardware"].count("GPU") == len(hardware) == len(estimates)
+    for (ranks, device_gib, override), estimate in zip(hardware, estimates):
+        cfg, world_size = load_config(path, [override] if override else []), int(ranks)
+        check_layout(cfg, world_size)
+        shapes = parameter_shapes(cfg.model)
+        gib = max(memory.estimate(cfg, stage, world_size, shapes).total for stage in cfg.stages) / 2**30
+        assert estimate == f"{gib:.1f}"
+        assert gib < 0.8 * int(device_gib), "some room is left for what is not estimated"
+        layout = layout_of(cfg, world_size)
+        assert layout.replicate * layout.shard * cfg.train.accumulate == int(rows), "the same step on any of them"
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_its_header_says_how_its_tokenizer_comes_to_its_folder(path):
+    [folder] = {stage.data.tokenizer for stage in load_config(path).stages}
+    command = rf"hf download \S+/\S+ tokenizer\.json tokenizer_config\.json --local-dir {re.escape(folder)}(?!\S)"
+    assert re.search(command, header(path)["needs"])
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_whoever_validates_has_something_to_validate_on_at_every_stage(path):
+    cfg = load_config(path)
+    assert [bool(stage.data.validation) for stage in cfg.stages] == [cfg.train.validate_every > 0] * len(cfg.stages)
+
+
+def test_the_8b_stages_have_the_numbers_of_nemo():
+    cfg = load_config(CONFIGS[0].parent / "avlm_8b.yaml")
+    assert [stage.name for stage in cfg.stages] == ["vision_alignment", "audio_alignment", "finetune"]
+    for stage, (lr, min_lr) in zip(cfg.stages, [(1e-3, 2e-5), (1e-3, 2e-5), (2e-5, 2e-7)]):
+        o = stage.optimizer
+        assert (o.lr, o.min_lr, o.warmup_steps, o.eps, o.weight_decay, o.clip_norm) == (lr, min_lr, 150, 1e-5, 0.1, 1.0)
+        assert (o.betas, stage.steps, stage.data.seq_length) == ((0.9, 0.95), 5190, 8192)
+
+
+def test_the_8b_stages_one_by_one_are_those_of_the_one_run():
+    """But for where they start; a run draws the data of its stages with its seed and the next ones."""
+    whole = load_config(CONFIGS[0].parent / "avlm_8b.yaml")
+    start = whole.init_from
+    for i, stage in enumerate(whole.stages):
+        path = CONFIGS[0].parent / f"avlm_8b_{stage.name}.yaml"
+        alone = load_config(path)
+        own = {"output_dir": f"runs/{path.stem}", "seed": whole.seed + i, "init_from": start, "stages": [stage]}
+        assert alone == replace(whole, **own)
+        assert i == 0 or f"configs/{Path(start.all).name}.yaml" in header(path)["needs"]
+        start = InitFrom(all=alone.output_dir)
+    lora = load_config(CONFIGS[0].parent / "avlm_8b_lora.yaml")
+    assert (lora.seed, lora.init_from, lora.stages[0].data) == (alone.seed, alone.init_from, alone.stages[0].data)

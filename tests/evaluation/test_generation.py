@@ -1,0 +1,309 @@
+"""Answers token by token, and the command line around them."""
+
+import dataclasses
+import json
+import math
+import sys
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from PIL import Image
+
+import generate as command
+from avlm.config.model import LoraConfig, ModelConfig
+from avlm.config.run import DataConfig, InitFrom
+from avlm.data.sample import EncodedSample
+from avlm.evaluation.generation import Ranks, choose, generate
+from avlm.families.pretrained import read_config
+from avlm.models.avlm import AVLM
+from avlm.models.batch import IGNORE, IMAGE
+from avlm.weights.export import export
+from avlm.weights.load import load_weights
+from tests.data.small_files import film, image_file, picture, tone
+from tests.models.handmade import build, save
+from tests.models.sharded_load import text_prompt
+from tests.models.test_avlm import DECODER, WHOLE, llava
+from tests.weights.test_sources import write_run
+
+TEXT = ModelConfig(decoder=DECODER)
+
+
+def prompt(token_ids: list[int], pixels: torch.Tensor | None = None) -> EncodedSample:
+    token_T = torch.tensor(token_ids, dtype=torch.int64)
+    pixels = torch.empty(0, 3, 24, 24, dtype=torch.uint8) if pixels is None else pixels
+    return EncodedSample("prompt", "text", token_T, torch.full_like(token_T, IGNORE), pixels, [])
+
+
+def load_folder(folder, entry: str) -> AVLM:
+    config = read_config(folder)
+    model = AVLM(config if isinstance(config, ModelConfig) else ModelConfig(decoder=config))
+    load_weights(model, InitFrom(**{entry: str(folder)}))
+    return model
+
+
+def test_greedy_answers_equal_those_of_transformers_token_for_token(tmp_path):
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6}
+    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, vocab_size=97, num_key_value_heads=2))
+    save(theirs, tmp_path)
+    ours = load_folder(tmp_path, "decoder")
+    prompts = [torch.randint(97, (length,)).tolist() for length in (3, 17, 9)]
+    answers = generate(ours, [prompt(ids) for ids in prompts], stop_ids=[], max_new_tokens=24)
+    for ids, answer in zip(prompts, answers):
+        out = theirs.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        assert answer.token_ids == out.sequences[0, len(ids) :].tolist()
+        logprobs = torch.stack(out.logits, 1).log_softmax(-1)[0].gather(-1, out.sequences[0, len(ids) :, None])[:, 0]
+        assert (torch.tensor(answer.logprobs) - logprobs).abs().max() < 1e-4
+
+
+def test_greedy_answers_of_llava_equal_those_of_transformers(tmp_path):
+    theirs = llava()
+    save(theirs, tmp_path)
+    ours = load_folder(tmp_path, "all")
+    pixels = torch.randint(256, (2, 3, 24, 24), dtype=torch.uint8)
+    vision = ours.config.vision
+    mean, std = (torch.tensor(x)[:, None, None] for x in (vision.mean, vision.std))
+    ids = [1, *[IMAGE] * 9, 5, 6, *[IMAGE] * 9, 7]
+    [answer] = generate(ours, [prompt(ids, pixels)], stop_ids=[], max_new_tokens=16)
+    out = theirs.generate(
+        input_ids=torch.tensor([[60 if i == IMAGE else i for i in ids]]),
+        pixel_values=(pixels / 255 - mean) / std,
+        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+        max_new_tokens=16,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert answer.token_ids == out[0, -16:].tolist()
+
+
+def test_an_answer_equals_one_made_without_a_cache():
+    model = build(TEXT)
+    ids = torch.randint(61, (9,)).tolist()
+    [answer] = generate(model, [prompt(ids)], stop_ids=[], max_new_tokens=12)
+    for i, token in enumerate(answer.token_ids):
+        [fresh] = generate(model, [prompt(ids + answer.token_ids[:i])], stop_ids=[], max_new_tokens=1)
+        assert fresh.token_ids == [token] and math.isclose(fresh.logprobs[0], answer.logprobs[i], abs_tol=1e-4)
+
+
+def test_an_answer_ends_with_its_stop_token_and_the_others_go_on():
+    model = build(TEXT)
+    prompts = [prompt(torch.randint(61, (length,)).tolist()) for length in (4, 11)]
+    free = generate(model, prompts, stop_ids=[], max_new_tokens=10)
+    stop = next(token for token in free[0].token_ids if token not in free[1].token_ids)
+    streamed = [[], []]
+    stopped = generate(
+        model, prompts, stop_ids=[stop], max_new_tokens=10, on_token=lambda i, token: streamed[i].append(token)
+    )
+    end = free[0].token_ids.index(stop) + 1
+    assert stopped[0].token_ids == free[0].token_ids[:end] and stopped[1].token_ids == free[1].token_ids
+    assert streamed == [answer.token_ids for answer in stopped]
+
+
+def test_ranks_stop_together_and_one_without_prompts_keeps_step():
+    model = build(WHOLE)
+    asked = []
+
+    def everyone_done(mine: bool) -> bool:
+        asked.append(mine)
+        return len(asked) == 3
+
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    assert generate(model, [], stop_ids=[], max_new_tokens=10, ranks=Ranks(torch.device("cpu"), everyone_done)) == []
+    assert asked == [True] * 3 and len(forwards) == 3
+
+
+def test_seeds_repeat_and_batch_mates_do_not_matter():
+    model = build(TEXT)
+    ids = [torch.randint(61, (length,)).tolist() for length in (5, 8)]
+    settings = {"stop_ids": [], "max_new_tokens": 12, "temperature": 1.0}
+    first = generate(model, [prompt(i) for i in ids], seed=3, **settings)
+    again = generate(model, [prompt(i) for i in ids], seed=3, **settings)
+    alone = generate(model, [prompt(ids[1])], seed=4, **settings)
+    other = generate(model, [prompt(i) for i in ids], seed=5, **settings)
+    assert first == again and first != other
+    assert alone[0].token_ids == first[1].token_ids
+
+
+def test_sampling_follows_temperature_top_k_and_top_p():
+    probability = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    logits = probability.log().expand(4000, -1)
+    draw = torch.linspace(0, 1, 4001)[:-1]
+    share = lambda **settings: torch.bincount(choose(logits, draw_B=draw, **settings)[0], minlength=4).double() / 4000
+    close = lambda a, b: torch.allclose(a, torch.tensor(b, dtype=torch.float64), atol=1e-3)
+    assert close(share(temperature=1.0, top_k=0, top_p=1.0), [0.1, 0.4, 0.2, 0.3])
+    assert close(share(temperature=1.0, top_k=2, top_p=1.0), [0, 4 / 7, 0, 3 / 7])
+    assert close(share(temperature=1.0, top_k=0, top_p=0.6), [0, 4 / 7, 0, 3 / 7])
+    assert close(share(temperature=1.0, top_k=0, top_p=0.01), [0, 1, 0, 0])
+    sharp = probability**2 / (probability**2).sum()
+    assert close(share(temperature=0.5, top_k=0, top_p=1.0), sharp.tolist())
+    token, logprob = choose(logits, 0.5, 0, 1.0, draw)
+    assert torch.allclose(logprob, probability.log()[token])  # before temperature
+
+
+def test_towers_run_for_the_prompt_only():
+    model = build(WHOLE)
+    calls = []
+    model.vision.register_forward_hook(lambda *_: calls.append(1))
+    generate(model, [text_prompt([1, 2])], stop_ids=[], max_new_tokens=5)
+    assert len(calls) == 1
+
+
+def test_bad_settings_are_refused():
+    model = build(TEXT)
+    with pytest.raises(ValueError, match="max_position"):
+        generate(model, [prompt([1] * 250)], stop_ids=[], max_new_tokens=10)
+    with pytest.raises(ValueError, match="top_p=0"):
+        generate(model, [prompt([1])], stop_ids=[], max_new_tokens=10, top_p=0)
+
+
+CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    """A byte-level tokenizer with chatml control tokens: every byte is a token."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(CONTROL)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    keys = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    keys["chat_template"] = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(keys))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    config = dataclasses.replace(WHOLE, decoder=dataclasses.replace(DECODER, vocab_size=260))
+    data = DataConfig(train="", tokenizer=str(tokenizer_folder), template="chatml")
+    export(config, build(config).state_dict(), folder, data=data)
+    return folder
+
+
+def run(monkeypatch, capsys, *arguments) -> tuple[str, str, int]:
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments), "--device", "cpu"])
+    code = 0
+    try:
+        command.main()
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return captured.out, captured.err, code
+
+
+def test_the_command_line_prints_one_json_object_per_prompt(exported, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "a.png")
+    Image.new("RGB", (40, 30), (20, 30, 230)).save(tmp_path / "b.png")
+    media = ["--image", tmp_path / "a.png", "--image", tmp_path / "b.png", "--max-new-tokens", "5", "--json"]
+    prompts = ["--prompt", "what", "--prompt", "<image>and<image>"]
+    out, err, code = run(monkeypatch, capsys, exported, *media, *prompts)
+    assert code == 0, err
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert len(rows) == 2 and all(set(row) == {"text", "token_ids", "logprobs"} for row in rows)
+    assert all(1 <= len(row["token_ids"]) == len(row["logprobs"]) <= 5 for row in rows)
+    again, _, _ = run(monkeypatch, capsys, exported, *media, *prompts)
+    assert again == out
+
+
+def test_a_prompt_without_tags_gets_every_medium_in_front(exported, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.wav").write_bytes(tone(0.4))
+    (tmp_path / "c.mkv").write_bytes(film(1.0))
+    (tmp_path / "b.png").write_bytes(image_file(picture(30, 20)))
+    media = ["--audio", tmp_path / "a.wav", "--image", tmp_path / "b.png", "--video", tmp_path / "c.mkv"]
+    arguments = [exported, *media, "--json", "--max-new-tokens", "4"]
+    plain, err, code = run(monkeypatch, capsys, *arguments, "--prompt", "well?")
+    assert code == 0, err
+    tagged, _, _ = run(monkeypatch, capsys, *arguments, "--prompt", "<image><audio><video>\nwell?")
+    swapped, _, _ = run(monkeypatch, capsys, *arguments, "--prompt", "<audio><image><video>\nwell?")
+    raw, err, code = run(monkeypatch, capsys, *arguments, "--prompt", "<audio>well?", "--raw")
+    assert plain == tagged != swapped and code == 0, err
+    assert json.loads(raw)["token_ids"]
+
+
+def test_the_command_line_streams_one_prompt(exported, monkeypatch, capsys):
+    arguments = [exported, "--prompt", "hello", "--max-new-tokens", "6"]
+    streamed, _, code = run(monkeypatch, capsys, *arguments)
+    whole, _, _ = run(monkeypatch, capsys, *arguments, "--json")
+    assert code == 0 and streamed.rstrip("\n") == json.loads(whole)["text"].rstrip("\ufffd").rstrip("\n")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_hugging_face_decoder_answers_with_its_own_template(tied, tokenizer_folder, tmp_path, monkeypatch, capsys):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": 260, "eos_token_id": 257, "tie_word_embeddings": tied}
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    save(theirs, tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.save_pretrained(tmp_path)
+    templated = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi there"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    raw = tokenizer("hi there", return_tensors="pt")
+    for inputs, flags in ((templated, []), (raw, ["--raw"])):
+        expected = theirs.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        arguments = [tmp_path, "--prompt", "hi there", "--max-new-tokens", "8", "--json", *flags]
+        out, err, code = run(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        assert json.loads(out)["token_ids"] == expected[0, inputs["input_ids"].shape[1] :].tolist()
+    (tmp_path / "tokenizer_config.json").unlink()  # and with it the name of eos, which a prompt as it stands needs not
+    assert run(monkeypatch, capsys, *arguments)[0] == out
+
+
+def test_a_run_with_adapters_a_checkpoint_of_it_and_its_export_answer_alike(
+    tokenizer_folder, tmp_path, monkeypatch, capsys
+):
+    lora = LoraConfig(rank=4, targets=["decoder.*", "vision.*.up"])
+    config = dataclasses.replace(WHOLE, decoder=dataclasses.replace(DECODER, vocab_size=260), lora=lora)
+    data = DataConfig(train="synthetic", tokenizer=str(tokenizer_folder), template="chatml", seq_length=64)
+    older, newer = build(config, seed=1), build(config, seed=2)
+    paths = [write_run(tmp_path / "run", model, step, data) for step, model in ((3, older), (5, newer))]
+    export(config, newer.state_dict(), tmp_path / "export", data=data)
+    (tmp_path / "b.png").write_bytes(image_file(picture(30, 20)))
+    media = ["--image", tmp_path / "b.png", "--prompt", "what is this", "--json", "--max-new-tokens", "8"]
+    answers = []
+    for model in (tmp_path / "run", paths[1], tmp_path / "export", paths[0]):
+        out, err, code = run(monkeypatch, capsys, model, *media)
+        assert code == 0, err
+        answers.append(json.loads(out)["token_ids"])
+    assert answers[0] == answers[1] == answers[2] != answers[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "nowhere.png", "--prompt", "x"], "nowhere.png"),
+        (["--prompt", "<image> what"], "1 <image> tags but 0 images"),
+        (["--prompt", "x", "--max-new-tokens", "1000"], "max_position"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_code_two(arguments, message, exported, monkeypatch, capsys):
+    out, err, code = run(monkeypatch, capsys, exported, *arguments)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_a_folder_that_cannot_answer_is_refused(tmp_path, monkeypatch, capsys):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    transformers.CLIPVisionModel(vision).save_pretrained(tmp_path)
+    for folder, message in ((tmp_path, "cannot answer"), (tmp_path / "no", "no model folder")):
+        _, err, code = run(monkeypatch, capsys, folder, "--prompt", "x")
+        assert code == 2 and message in err

@@ -1,0 +1,297 @@
+"""Every layout gives the numbers of one process.
+
+    python -m tests.measurements.equivalence [--quick] [--world-sizes 1 2 4]
+
+A case is a layout, what media the rows hold, how many rows a rank accumulates, what is recomputed and what trains; any
+two settings of two of these factors meet in some case (pairwise covering). It is compared with the plain model in one
+process: loss, gradient norm and every gradient, by the rule of docs/architecture.md. Prints a line a case, and exits
+with 1 when one fails.
+"""
+
+import argparse
+import functools
+import itertools
+import random
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from avlm.config.load import resolve_config
+from avlm.config.model import MODULES
+from avlm.config.run import Config
+from avlm.models import freezing
+from avlm.models.avlm import AVLM, init
+from avlm.parallel import mesh
+from avlm.parallel.apply import own_part
+from tests.measurements import demo_curve
+from tests.parallel import no_hang
+from tests.parallel.small import TREE, build, make_rows, whole
+from tests.parallel.spawn import run_ranks
+from train import train_step
+
+TOLERANCE = 1e-5
+MIXES = ("text", "image", "audio", "both", "different")  # different: no two neighbouring ranks have the same
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"one process": {}},
+    2: {
+        "FSDP": {},
+        "FSDP, towers by block": {"tower_sharding": "block"},
+        "FSDP, media balanced": {"balance_media": True},
+        "HSDP": {"replicate": 2},
+        "TP": {"tensor": 2},
+        "ring": {"context": 2, "context_mode": "ring"},
+        "all-gather": {"context": 2, "context_mode": "allgather"},
+        "Ulysses": {"context": 2, "context_mode": "ulysses"},
+    },
+    4: {
+        "FSDP": {},
+        "HSDP": {"replicate": 2},
+        "TP": {"tensor": 4},
+        "ring": {"context": 4, "context_mode": "ring"},
+        "all-gather": {"context": 4, "context_mode": "allgather"},
+        "Ulysses": {"context": 4, "context_mode": "ulysses"},
+        "FSDP x TP": {"tensor": 2},
+        "FSDP x ring": {"context": 2, "context_mode": "ring"},
+        "FSDP x ring, media balanced": {"context": 2, "context_mode": "ring", "balance_media": True},
+        "HSDP x TP": {"replicate": 2, "tensor": 2},
+        "HSDP x Ulysses": {"replicate": 2, "context": 2, "context_mode": "ulysses"},
+        "TP x ring": {"context": 2, "tensor": 2, "context_mode": "ring"},
+        "TP x all-gather": {"context": 2, "tensor": 2, "context_mode": "allgather"},
+        "TP x Ulysses": {"context": 2, "tensor": 2, "context_mode": "ulysses"},
+    },
+    8: {
+        "HSDP x TP": {"replicate": 2, "tensor": 2},
+        "FSDP x TP x ring": {"context": 2, "tensor": 2, "context_mode": "ring"},
+        "FSDP x TP x Ulysses, media balanced": {
+            **{"context": 2, "tensor": 2, "context_mode": "ulysses"},
+            **{"balance_media": True, "tower_sharding": "block"},
+        },
+        "HSDP x ring": {"replicate": 2, "context": 4, "context_mode": "ring"},
+    },
+}
+LAYOUTS[2]["FSDP, towers replicated"] = {"tower_sharding": "replicate"}  # frozen, so a case of its own
+LAYOUTS[2]["FSDP, offloaded"] = {"cpu_offload": True}
+COMPILED = {"FSDP": "full", "TP": "none", "ring": "selective"}  # layout, on 2 ranks -> what is recomputed
+FACTORS = {
+    "mix": MIXES,
+    "accumulate": (1, 3),
+    "recompute": ("none", "selective", "full"),
+    "accumulate_mode": ("sharded", "local"),
+    "trains": ("everything", "projectors"),
+    "tied": (True, False),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    layout: str
+    mix: str
+    accumulate: int
+    recompute: str
+    accumulate_mode: str
+    trains: str
+    tied: bool
+    precision: str = "fp32"
+    compile: bool = False
+
+    def config(self, layout: dict[str, Any]) -> Config:
+        model = {**TREE["model"]}
+        model["decoder"] = {**model["decoder"], "num_heads": 8, "num_kv_heads": 4, "tie_embedding": self.tied}
+        model["decoder"] |= {"qkv_bias": self.tied, "qk_norm": not self.tied}
+        tree = {**TREE, "model": model, "parallel": layout}
+        names = MODULES if self.trains == "everything" else ("vision_projector", "audio_projector")
+        tree["stages"] = [{"name": "all", "steps": 20, "train": list(names)}]
+        recompute = dict.fromkeys(("decoder", "vision", "audio"), self.recompute)
+        tree["train"] = {"accumulate_mode": self.accumulate_mode, "recompute": recompute}
+        tree["train"] |= {"precision": self.precision, "compile": self.compile}
+        return resolve_config(tree, "equivalence")
+
+    def line(self, errors: list[float]) -> str:
+        """Of the table that main() prints."""
+        numbers = "  ".join(f"{error:.1e}" for error in errors)
+        if self.precision == "bf16":
+            numbers = f"{errors[0]:.2f} x the error of one process"
+        compiled = "compiled" if self.compile else ""
+        cells = [f"{self.layout:<36}", self.precision, f"{self.mix:<9}", f"{self.accumulate} {self.accumulate_mode:<7}"]
+        cells += [f"{self.recompute:<9}", f"{self.trains:<10}", "tied  " if self.tied else "untied", f"{compiled:<8}"]
+        return "  ".join([*cells, f"{numbers:<32}"])
+
+    def mixes(self, data_size: int) -> list[str]:
+        """Of the rows of a step, row i of which is data rank i mod size's."""
+        different = ("both", "text", "image", "audio")
+        count = data_size * self.accumulate
+        return [different[i % 4] if self.mix == "different" else self.mix for i in range(count)]
+
+
+def cover(layouts: list[str], seed: int = 0, **fixed: Any) -> list[Case]:
+    """Cases in which any two values of two factors meet, greedily: each takes most of what is left to meet."""
+    factors = {"layout": tuple(layouts), **FACTORS, **{key: (value,) for key, value in fixed.items()}}
+    generator = random.Random(seed)
+    pairs = lambda case: {frozenset(pair) for pair in itertools.combinations(case.items(), 2)}
+    left = set().union(
+        *(
+            {frozenset(((a, x), (b, y))) for x in factors[a] for y in factors[b]}
+            for a, b in itertools.combinations(factors, 2)
+        )
+    )
+    cases = []
+    while left:
+        first = sorted(min(left, key=lambda pair: sorted(map(str, pair))), key=str)
+        draws = [{key: generator.choice(values) for key, values in factors.items()} | dict(first) for _ in range(40)]
+        best = max(draws, key=lambda case: len(pairs(case) & left))
+        left -= pairs(best)
+        cases.append(Case(**best))
+    return sorted(cases, key=lambda case: layouts.index(case.layout))
+
+
+@functools.lru_cache(maxsize=64)
+def alone(case: Case, num_rows: int) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Loss, gradient norm and gradients of the plain model; ``case`` holds what matters to it alone."""
+    cfg = case.config({})
+    model = AVLM(cfg.model)
+    init(model, cfg.seed)
+    freezing.freeze(model, cfg.stages[0])
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    compute = AVLM(cfg.model)
+    compute.load_state_dict(model.state_dict())
+    compute.to(dtype)
+    freezing.freeze(compute, cfg.stages[0])
+    rows = make_rows(cfg, case.mixes(num_rows))
+    num_targets = sum(len(row.target_R) for row in rows)
+    gradients = {
+        name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters() if p.requires_grad
+    }
+    total = 0.0
+    for row in rows:  # summed in float32, as the reduction of FSDP does
+        compute.zero_grad()
+        loss, _ = compute(row)
+        (loss / num_targets).backward()
+        total += loss.item() / num_targets
+        for name, parameter in compute.named_parameters():
+            if parameter.grad is not None:
+                gradients[name] += parameter.grad.float()
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
+    return total, norm, gradients
+
+
+def run_case(case: Case, layout: dict[str, Any], worlds: dict) -> tuple[float, float, dict[str, torch.Tensor], int]:
+    """Loss, gradient norm and whole gradients of one step of a sharded model; and how many rows it took."""
+    cfg = case.config(layout)
+    world, model = build(cfg, worlds)
+    rows = make_rows(cfg, case.mixes(world.data_size))
+    num_targets = sum(len(row.target_R) for row in rows)
+    parts = [own_part(row, cfg, world) for row in rows[world.data_rank :: world.data_size]]
+    found: dict[str, torch.Tensor] = {}
+
+    class Observed:  # stands for the optimizer: the gradients are looked at where it would use them
+        step = staticmethod(
+            lambda: found.update({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        )
+        zero_grad = staticmethod(lambda: None)
+
+    values = train_step(model, parts, num_targets, Observed, 1e9, world, cfg.train.accumulate_mode)
+    gradients = {name: whole(gradient) for name, gradient in found.items()}
+    return values[:-2].sum().item() / num_targets, values[-2].item(), gradients, len(rows)
+
+
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Of the worst parameter, by the rule of docs/architecture.md."""
+    assert found.keys() == expected.keys(), f"gradients of {sorted(found.keys() ^ expected.keys())}"
+    norm = torch.stack([g.norm() for g in expected.values()]).norm()
+    return max(relative((found[name] - g).norm(), torch.maximum(g.norm(), 1e-3 * norm)) for name, g in expected.items())
+
+
+def relative(error: float | torch.Tensor, size: float | torch.Tensor) -> float:
+    """error / size; 0 / 0 is 0, and NaN is infinite."""
+    ratio = float(error) / max(float(size), 1e-30)
+    return ratio if ratio == ratio else float("inf")
+
+
+def total_distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Of all gradients together, as one vector."""
+    length = lambda vectors: torch.stack([v.float().norm() for v in vectors]).norm()
+    return relative(length(found[name] - g for name, g in expected.items()), length(expected.values()))
+
+
+def judge(
+    case: Case, loss: float, norm: float, gradients: dict[str, torch.Tensor], data_size: int
+) -> tuple[bool, list[float]]:
+    """Whether the numbers of a sharded step are those of one process, and their errors.
+
+    float32: of loss, norm and the worst gradient. bf16: that of all gradients against float32, as a multiple of the
+    error that one process has in bf16; at most 2.
+    """
+    same = {"layout": "", "recompute": "none", "accumulate_mode": "sharded", "compile": False}
+    plain = replace(case, **same)
+    exact = alone(replace(plain, precision="fp32"), data_size)
+    if case.precision == "bf16":
+        of_one = total_distance(alone(plain, data_size)[2], exact[2])
+        ratio = total_distance(gradients, exact[2]) / of_one
+        return ratio <= 2, [ratio]
+    errors = [relative(abs(loss - exact[0]), exact[0]), relative(abs(norm - exact[1]), exact[1])]
+    errors.append(distance(gradients, exact[2]))
+    return max(errors) <= TOLERANCE, errors
+
+
+def compare_all(cases: list[Case], layouts: dict[str, dict[str, Any]], verbose: bool) -> list[str]:
+    """Runs on every rank. The lines of the cases that do not agree, on rank 0."""
+    worlds: dict[tuple, mesh.World] = {}
+    failed = []
+    for case in cases:
+        started = time.perf_counter()
+        *found, num_rows = run_case(case, layouts[case.layout], worlds)
+        if dist.get_rank():
+            continue
+        agrees, errors = judge(case, *found, num_rows // case.accumulate)
+        line = f"{dist.get_world_size()}  {case.line(errors)}  {time.perf_counter() - started:5.1f} s  "
+        line += "ok" if agrees else "FAILS"
+        if verbose:
+            print(line, flush=True)
+        if not agrees:
+            failed.append(line)
+    mesh.stop()
+    return failed
+
+
+def choose(world_size: int, quick: bool) -> list[Case]:
+    """All pairs of settings, each layout in bf16, some compiled; quick: each layout once, every fourth in bf16."""
+    layouts = [layout for layout, sizes in LAYOUTS[world_size].items() if "replicate" not in sizes.values()]
+    settings = {"mix": "different", "accumulate": 1, "recompute": "none", "accumulate_mode": "sharded"}
+    in_bf16 = [
+        Case(layout=layout, **settings, trains="everything", tied=bool(i % 2), precision="bf16")
+        for i, layout in enumerate(layouts)
+    ]
+    frozen = [Case("FSDP, towers replicated", **settings, trains="projectors", tied=True)] if world_size == 2 else []
+    if not quick:
+        compiled = [replace(case, precision="fp32", compile=True) for case in in_bf16 if case.layout in COMPILED]
+        compiled = [replace(case, recompute=COMPILED[case.layout]) for case in compiled]
+        return cover(layouts) + in_bf16 + frozen + (compiled if world_size == 2 else [])
+    settings = [{key: FACTORS[key][i % len(FACTORS[key])] for key in FACTORS} for i in range(-1, len(layouts) - 1)]
+    return [Case(layout=layout, **setting) for layout, setting in zip(layouts, settings)] + in_bf16[::4] + frozen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="each layout once")
+    parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
+    arguments = parser.parse_args()
+    print(
+        "ranks, layout, media, rows a rank, recompute, trains, head  |  errors of loss, gradient norm, worst gradient"
+    )
+    failed = []
+    for world_size in arguments.world_sizes:
+        cases = choose(world_size, arguments.quick)
+        failed += run_ranks(compare_all, world_size, cases, LAYOUTS[world_size], True, timeout=1500)[0]
+    failed += no_hang.run(arguments.world_sizes, arguments.quick)
+    if not arguments.quick:
+        failed += demo_curve.run()
+    print(f"{len(failed)} cases fail" + "".join(f"\n  {line}" for line in failed) if failed else "every case agrees")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What is found before ranks start in the data of every stage, in what is to be measured on validation sets, and in
+checkpoint.best."""
+
+import json
+import tarfile
+
+import pytest
+
+from avlm.config.load import resolve_config
+from avlm.data.sample import fingerprint
+from avlm.preflight.check import check
+from tests.data.energon.test_loader import write_set
+from tests.data.small_files import write_tokenizer
+from tests.parallel.small import TREE
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """A config with the validation sets "good" and "two", and changes of its data, train and checkpoint."""
+    folder = tmp_path_factory.mktemp("sets")
+    turns = [{"role": "user", "content": "hello?"}, {"role": "assistant", "content": "hello"}]
+    record = json.dumps({"messages": turns}) + "\n"
+    (folder / "good.jsonl").write_text(record)
+    (folder / "empty.jsonl").write_text("\n")
+    (folder / "asked.jsonl").write_text(json.dumps({"messages": turns[:1]}) + "\n" + record)
+    (folder / "silent.jsonl").write_text(json.dumps({"messages": turns, "images": ["gone.png"]}) + "\n")
+    (folder / "text.yaml").write_text("captions and speech\n")
+    (folder / "torn.yaml").write_text("splits: {train: [\n")
+    (folder / "raw").mkdir()
+    with tarfile.open(folder / "raw" / "shard_000.tar", "w") as shard:
+        shard.add(folder / "good.jsonl", "0.json")
+    write_set(folder / "prepared", "train", 2)
+    write_set(folder / "held_out", "val", 2)
+    tokenizer = str(write_tokenizer(folder / "tokenizer"))
+    model = TREE["model"] | {"decoder": TREE["model"]["decoder"] | {"vocab_size": 400}}
+
+    def make(sets=("good",), data=None, train=None, best=None, last=None):
+        validation = {name: str(folder / f"{name}.jsonl") if name != "made" else "synthetic" for name in sets}
+        data = {"train": "synthetic", "tokenizer": tokenizer, "template": "chatml", "seq_length": 64} | (data or {})
+        changes = {"data": data | {"validation": validation}, "train": train or {}, "checkpoint": {"best": best}}
+        if last:  # the data of a second stage
+            stages = [{"name": name, "steps": 1, "train": ["decoder"]} for name in ("first", "last")]
+            changes["stages"] = [stages[0], stages[1] | {"data": {"train": str(folder / last)}}]
+        return resolve_config(TREE | {"model": model} | changes, "test")
+
+    return make
+
+
+ANSWERS = {"validate_answers": 2}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"train": ANSWERS, "data": {"metrics": {"good": ["wer", "cer"]}}, "best": "val/good/cer"},
+        {"train": ANSWERS, "best": "val/good/exact_match"},
+        {"best": "val/good/token_accuracy"},
+        {"sets": ["asked"]},
+        {"sets": ["empty"], "train": {"validate_every": 0}},
+        {"last": "good.jsonl"},
+        {"last": "asked.jsonl"},
+        {"last": "prepared"},
+    ],
+)
+def test_what_can_be_measured_passes(make, options):
+    check(make(**options), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"last": "gone.jsonl"}, r"stage last: no data at .*gone.jsonl"),
+        ({"last": "empty.jsonl"}, r"stage last: data.train: .*empty.jsonl holds no records"),
+        (
+            {"last": "silent.jsonl"},
+            r"last: data.train: no sample of .*silent.jsonl can be used; silent.jsonl:0: no media",
+        ),
+        ({"last": "raw"}, r"last: data.train: .*raw is no Energon dataset: run `energon prepare .*raw`"),
+        (
+            {"last": "held_out"},
+            r"last: data.train: .*held_out has no split 'train' that .*`energon prepare --split-parts`",
+        ),
+        ({"last": "text.yaml"}, r"last: data.train: .*text.yaml must hold keys and values, not str"),
+        ({"last": "torn.yaml"}, r"last: data.train: .*torn.yaml is not valid YAML: while parsing"),
+        ({"sets": ["empty"]}, r"data.validation.empty: .*empty.jsonl holds no records"),
+        (
+            {"sets": ["asked"], "train": ANSWERS},
+            r"asked.jsonl:0: its last two turns must be a user's and an assistant's",
+        ),
+        ({"sets": ["made"], "train": ANSWERS}, r"validation.made: synthetic samples have no answers: set train.valid"),
+        ({"sets": ["gone"]}, r"no data at .*gone.jsonl"),
+        (
+            {"data": {"metrics": {"god": ["wer"]}}, "train": ANSWERS},
+            r"metrics.god: data.validation has no such set, only good",
+        ),
+        ({"data": {"metrics": {"good": ["were"]}}, "train": ANSWERS}, r"names 'were', which is no metric .*mean wer\?"),
+        ({"data": {"metrics": {"good": []}}, "train": ANSWERS}, r"metrics.good names no metric"),
+        ({"data": {"metrics": {"good": ["wer"]}}}, r"metrics.good wants answers: set train.validate_answers"),
+        (
+            {"data": {"metrics": {"good": ["vqa_accuracy"]}}, "train": ANSWERS},
+            r"validation.good: .*good.jsonl:0: vqa_accuracy wants 10 texts",
+        ),
+        ({"best": "val/god/loss"}, r"checkpoint.best=val/god/loss is nothing that .*did you mean val/good/loss\?"),
+        (
+            {"best": "val/good/wer"},
+            r"val/good/wer is nothing that .*; of answers it reports nothing, as train.validate_an",
+        ),
+        ({"best": "val/good/wer", "train": ANSWERS}, r"val/good/wer is nothing that validation reports: did you mean"),
+        ({"best": "loss", "sets": []}, r"checkpoint.best=loss is nothing that validation reports: it reports nothing"),
+        ({"best": "val/good/loss", "train": {"validate_every": 0}}, r"wants validation, but train.validate_every=0"),
+    ],
+)
+def test_what_cannot_is_one_line_that_names_it(make, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        check(make(**options), world_size=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_metrics_do_not_change_what_samples_encode_to(make):
+    """A run goes on with other metrics: its loader state stays good."""
+    one, other = make(train=ANSWERS), make(train=ANSWERS, data={"metrics": {"good": ["wer"]}})
+    assert fingerprint(one.stages[0].data, one.model) == fingerprint(other.stages[0].data, other.model)

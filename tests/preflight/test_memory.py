@@ -1,0 +1,311 @@
+"""What preflight says of memory: exact where shards are counted, near where autograd's own storages are."""
+
+import functools
+import math
+import re
+import typing
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from avlm.config.load import resolve_config, to_dict
+from avlm.config.model import MODULES, ProjectorConfig
+from avlm.data.packing import empty_batch
+from avlm.models import freezing
+from avlm.models.avlm import AVLM
+from avlm.models.decoder import rope_frequencies, rope_table
+from avlm.models.freezing import trained_shapes
+from avlm.models.projector import Projector
+from avlm.models.shapes import parameter_shapes
+from avlm.parallel import mesh
+from avlm.parallel.apply import apply_parallel
+from avlm.parallel.recompute import apply_recompute
+from avlm.preflight import memory
+from avlm.preflight.check import check_layout
+from avlm.preflight.layout import layout_of
+from avlm.preflight.memory import GIB
+from avlm.preflight.report import check_memory, report
+from avlm.process.launch import ranks
+from avlm.training import optimizer
+from kernels.segments import Segments
+from tests.parallel.live_bytes import LiveBytes
+from tests.parallel.spawn import run_ranks
+
+TREE = {
+    "output_dir": "unused",
+    "model": {
+        "decoder": {
+            **{"vocab_size": 100, "hidden_size": 60, "intermediate_size": 212, "num_layers": 3},
+            **{"num_heads": 6, "num_kv_heads": 2, "qkv_bias": True},
+        },
+        "vision": {
+            **{"hidden_size": 54, "intermediate_size": 216, "num_layers": 3, "num_heads": 3},
+            **{"image_size": 16, "patch_size": 4, "feature_layer": -1},
+        },
+        "audio": {
+            **{"hidden_size": 54, "intermediate_size": 216, "num_layers": 3, "num_heads": 3},
+            **{"num_mels": 10, "max_positions": 48},
+        },
+        "vision_projector": {"downsample": 2},
+        "audio_projector": {"downsample": 3},
+    },
+    "data": {"train": "synthetic", "seq_length": 64},
+    "optimizer": {"lr": 1e-3},
+    "stages": [{"name": "all", "steps": 4, "train": list(MODULES)}],
+    "device": "cpu",
+}
+TEXT_ONLY = {
+    "model": {"decoder": TREE["model"]["decoder"]},
+    "stages": [{"name": "text", "steps": 4, "train": ["decoder"]}],
+}
+
+
+def make_config(*changes, **more):
+    """The small config with dotted keys changed: ("train.recompute.decoder", "full")."""
+    tree = to_dict(resolve_config({**TREE, **more}, "test"))
+    for key, value in changes:
+        *path, last = key.split(".")
+        functools.reduce(dict.__getitem__, path, tree)[last] = value
+    return resolve_config(tree, "test")
+
+
+def estimate(cfg, world_size=1):
+    return memory.estimate(cfg, cfg.stages[0], world_size, parameter_shapes(cfg.model))
+
+
+def with_adapters(*changes, **lora):
+    """Adapters on every linear of the towers' blocks, and nothing else trains."""
+    lora = {"rank": 8, "targets": ["decoder.*", "vision.blocks.*", "audio.*"], **lora}
+    stages = [{"name": "adapters", "steps": 4, "train": ["lora"]}]
+    return make_config(*changes, model={**TREE["model"], "lora": lora}, stages=stages)
+
+
+# 1. What stays, against models that are really sharded.
+
+LAYOUTS = {
+    2: [
+        make_config(),
+        make_config(("parallel.tensor", 2)),
+        make_config(
+            ("parallel.context", 2), ("parallel.tower_sharding", "block"), ("model.decoder.tie_embedding", True)
+        ),
+    ],
+    4: [
+        make_config(("parallel.replicate", 2)),
+        make_config(("parallel.tensor", 2), ("model.decoder.tie_embedding", True)),
+        make_config(
+            ("parallel.tower_sharding", "replicate"),
+            ("train.precision", "bf16"),
+            stages=[{"name": "words", "steps": 4, "train": ["decoder", "audio_projector"]}],
+        ),
+        with_adapters(("parallel.tensor", 2)),
+        with_adapters(rank=3, base="bf16", dora=True, targets=["decoder.*", "audio.*.up"]),
+    ],
+}
+
+
+def held(configs):
+    """Bytes of parameters, gradients and moments on this rank, for each config."""
+    found = []
+    mesh.start(configs[0], torch.device("cpu"))
+    for cfg in configs:
+        world = mesh.lay_out(mesh.sizes(cfg.parallel, ranks()[1]), torch.device("cpu"))
+        with torch.device("meta"):
+            model = AVLM(cfg.model)
+        apply_parallel(model, world, cfg)
+        freezing.freeze(model, cfg.stages[0])
+        adam = optimizer.build(model, cfg.stages[0].optimizer)
+        gradients = []
+        if cfg.parallel.context == 1:  # without a target and without media, every gradient is there all the same
+            model(empty_batch(64, cfg.model))[0].backward()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        moments = [x for state in adam.state.values() for name, x in state.items() if name != "step"]
+        found.append([local_bytes(model.parameters()), local_bytes(gradients), local_bytes(moments)])
+    mesh.stop()
+    return found
+
+
+def local_bytes(tensors):
+    return sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in tensors)
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_shards_are_counted_to_the_byte(world_size):
+    configs = LAYOUTS[world_size]
+    ranks = run_ranks(held, world_size, configs)
+    for i, cfg in enumerate(configs):
+        said = estimate(cfg, world_size).device
+        parameters, gradients, moments = (max(rank[i][kind] for rank in ranks) for kind in range(3))
+        assert (said["parameters"], said["optimizer state"]) == (parameters, moments), cfg.parallel
+        assert not gradients or said["gradients"] == gradients, cfg.parallel
+
+
+# 2. Activations, against the storages that are alive after some blocks.
+
+
+def kept_by_a_block(tower, dtype, trains, cfg, tokens=256):
+    """Bytes a token that one more block keeps, its parameters apart."""
+    model = AVLM(cfg.model).to(dtype).requires_grad_(trains)
+    if cfg.model.lora:
+        freezing.freeze(model, cfg.stages[0])
+    apply_recompute(model, cfg.train)
+    blocks, segments = getattr(model, tower).blocks, Segments.of([tokens])
+    rope = rope_table(rope_frequencies(cfg.model.decoder), torch.arange(tokens))
+    inputs = (rope, segments) if tower == "decoder" else (segments,)
+
+    def live(num_blocks):
+        x = torch.randn(tokens, getattr(cfg.model, tower).hidden_size, dtype=dtype, requires_grad=True)
+        with LiveBytes() as counter:
+            for block in blocks[:num_blocks]:
+                x = block(x, *inputs)
+            return counter.live
+
+    return ((live(3) - live(1)) / 2 - sum(p.nbytes for p in blocks[0].parameters())) / tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("mode", "error"), [("none", 0.10), ("selective", 0.25), ("full", 0.10)])
+def test_activations_of_a_block_are_as_estimated(mode, error, dtype):
+    cfg = make_config(*((f"train.recompute.{tower}", mode) for tower in ("decoder", "vision", "audio")))
+    layout = replace(layout_of(cfg, 1), dtype=dtype)
+    for trains in (True, False):
+        said = memory.decoder_block_bytes(cfg.model.decoder, layout, mode, trains)
+        assert said == pytest.approx(kept_by_a_block("decoder", dtype, trains, cfg), rel=error), ("decoder", trains)
+    for tower in ("vision", "audio"):
+        said = memory.encoder_block_bytes(getattr(cfg.model, tower), layout, mode)
+        assert said == pytest.approx(kept_by_a_block(tower, dtype, True, cfg), rel=error), tower
+
+
+@pytest.mark.parametrize("lora", [{}, {"dropout": 0.1}, {"dora": True}])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_what_adapters_keep_is_as_estimated(mode, lora):
+    cfg = with_adapters(*((f"train.recompute.{tower}", mode) for tower in ("decoder", "vision", "audio")), **lora)
+    layout = replace(layout_of(cfg, 1), dtype=torch.bfloat16)
+    trained = trained_shapes(cfg, cfg.stages[0], parameter_shapes(cfg.model))
+    for tower in ("decoder", "vision", "audio"):
+        said = memory.block_bytes(tower, cfg, layout, mode, trained)
+        assert said == pytest.approx(kept_by_a_block(tower, torch.bfloat16, False, cfg), rel=0.1), tower
+
+
+@pytest.mark.parametrize("kind", typing.get_args(typing.get_type_hints(ProjectorConfig)["type"]))
+def test_what_a_projector_of_any_type_keeps_is_as_estimated(kind):
+    decoder = make_config().model.decoder
+    config = ProjectorConfig(type=kind, hidden_size=40)
+    projector, features = Projector(config, tower_size=7, gathered=4, decoder_size=decoder.hidden_size), 50
+    rows, source = torch.arange(features), torch.arange(4 * features).view(-1, 4)
+    kept = {}
+
+    def keep(tensor):
+        if tensor.is_floating_point() and not any(tensor.data_ptr() == p.data_ptr() for p in projector.parameters()):
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        projector(torch.zeros(features, decoder.hidden_size), rows, torch.randn(4 * features, 7), source)
+    more = {
+        "linear": 0,
+        "mlp2x_gelu": 40 + decoder.hidden_size,
+    }  # what the plain path keeps besides: GELU's result, too
+    said = memory.projector_numbers(config, 4 * 7, decoder)
+    assert sum(kept.values()) == features * (said + more[kind])
+
+
+def test_activations_shrink_with_recomputation_and_with_the_ranks_of_a_row():
+    of = lambda *changes, world=1: estimate(make_config(*changes, **TEXT_ONLY), world).device["activations"]
+    decoder = "train.recompute.decoder"
+    assert of() > of((decoder, "selective")) > of((decoder, "full"))
+    assert of(("parallel.context", 2), world=2) == pytest.approx(of() / 2, rel=0.05)
+    assert of() / 2 < of(("parallel.tensor", 2), world=2) < 0.7 * of()
+
+
+def test_windows_that_come_as_samples_count_with_all_of_them():
+    model = {key: value for key, value in TREE["model"].items() if not key.startswith("vision")}
+    more = {"model": model, "stages": [{"name": "all", "steps": 4, "train": ["decoder", "audio", "audio_projector"]}]}
+    of = lambda where: estimate(make_config(("model.audio.log_mel", where), **more)).device["activations"]
+    rows = 64 // 16 * 48  # tower rows of the four windows that fill a row of tokens; two frames each
+    assert of("device") - of("worker") == 2 * rows * 4 * (1 + 160 - 10)
+
+
+def test_what_is_offloaded_is_shown_apart():
+    full = ("train.recompute.decoder", "full")
+    kept = estimate(make_config(full, **TEXT_ONLY))
+    moved = estimate(make_config(full, ("train.offload_activations", True), **TEXT_ONLY))
+    assert moved.device["activations"] + moved.host["block inputs"] == kept.device["activations"]
+    there, here = estimate(make_config(("parallel.cpu_offload", True))), estimate(make_config())
+    assert there.host == {key: here.device[key] for key in ("parameters", "gradients", "optimizer state")}
+    assert there.total == here.total - sum(there.host.values())
+
+
+def test_local_accumulation_counts_whole_gradients():
+    cfg = make_config(("train.accumulate_mode", "local"), ("train.accumulate", 2))
+    numbers = sum(math.prod(shape) for shape in parameter_shapes(cfg.model).values())
+    assert estimate(cfg, 4).device["whole gradients"] == 4 * numbers
+    assert not estimate(make_config(("train.accumulate_mode", "local")), 4).device["whole gradients"]
+
+
+# 3. What a user reads.
+
+
+def test_the_report_gives_tokens_and_a_sum_for_each_stage():
+    stages = [{"name": name, "steps": 4, "train": [name]} for name in ("vision", "decoder")]
+    cfg = make_config(("parallel.context", 2), ("train.accumulate", 3), stages=stages)
+    text = report(cfg, world_size=4)
+    assert text.count("6 rows of 64 tokens a step: 3 in turn on a rank, which holds 32 tokens of each") == 2
+    for part, stage in zip(text.split("\n\n"), cfg.stages):
+        assert part.startswith(f"{stage.name}: 4 steps of up to 384 tokens; trains ")
+        lines = re.findall(r"^    (\S.*?) +([\d.]+) MiB", part, re.M)
+        *parts, total = [float(amount) for _, amount in lines]
+        assert lines[-1][0] == "sum" and total == pytest.approx(sum(parts), abs=0.05)
+
+
+def test_too_little_memory_is_one_line_with_the_excess_and_the_mend():
+    cfg = make_config()
+    need = estimate(cfg).total / GIB
+    check_memory(cfg, 1, need * 1.01)
+    with pytest.raises(ValueError, match=r"stage all needs .* more than --device-memory-gib .*: train\.\S+=\w+ "):
+        check_memory(cfg, 1, need * 0.99)
+    with pytest.raises(
+        ValueError, match=r"recompute\.decoder=.*cpu_offload=true would need .* take more ranks, a shorter"
+    ):
+        check_memory(cfg, 1, need / 1000)
+    with pytest.raises(ValueError, match="--device-memory-gib must be positive, not 0"):
+        check_memory(cfg, 1, 0)
+
+
+def without_vision():
+    model = {key: value for key, value in TREE["model"].items() if not key.startswith("vision")}
+    return make_config(
+        ("train.recompute.vision", "full"), model=model, stages=[{"name": "a", "steps": 1, "train": ["audio"]}]
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (without_vision, r"train\.recompute\.vision=full, but there is no model\.vision: set it to none"),
+        (lambda: make_config(("train.offload_activations", True)), r"set train\.recompute\.decoder=full, or "),
+        (
+            lambda: make_config(("train.offload_activations", True), ("train.recompute.audio", "selective")),
+            r"train\.recompute\.audio=selective keeps more: set it to full",
+        ),
+        (
+            lambda: make_config(data={"train": "synthetic", "seq_length": 3}),
+            r"stage all: an image takes 4 rows, more than data\.seq_length=3: raise it, or model\.vision_projector",
+        ),
+        (
+            lambda: make_config(("model.audio.window", "fixed"), data={"train": "synthetic", "seq_length": 15}),
+            r"stage all: a window of sound takes 16 rows, more than data\.seq_length=15: raise it, or model\.audio",
+        ),
+    ],
+)
+def test_bad_layouts_are_named_with_their_mend(make, line):
+    with pytest.raises(ValueError, match=line):
+        check_layout(make(), 1)
+
+
+def test_windows_of_true_length_and_stages_of_text_may_have_short_rows():
+    check_layout(make_config(data={"train": "synthetic", "seq_length": 15}), 1)
+    text = [{"name": "text", "steps": 1, "train": ["decoder"]}]
+    check_layout(make_config(data={"train": "synthetic", "seq_length": 3}, stages=text), 1)

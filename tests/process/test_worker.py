@@ -1,0 +1,54 @@
+"""Data workers: signals that ask a run to end, and samples that go bad while a checkpoint holds them back."""
+
+import itertools
+import json
+import multiprocessing
+import os
+
+import pytest
+
+from avlm.data.loader import open_loader
+from avlm.process.worker import STOPS
+from tests.data.energon.test_loader import write_set
+from tests.data.small_files import data, image_file, model, picture, write_tokenizer
+
+WHERE = {"rank": 0, "world": 1, "seed": 1, "train": True}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """24 records, each with a picture of its own."""
+    lines = []
+    for i in range(24):
+        (tmp_path / f"{i}.png").write_bytes(image_file(picture(30, 30, i)))
+        turns = [{"role": "user", "content": "<image> what?"}, {"role": "assistant", "content": "one " * (1 + i % 5)}]
+        lines.append(json.dumps({"messages": turns, "images": [f"{i}.png"]}) + "\n")
+    (tmp_path / "pictures.jsonl").write_text("".join(lines))
+    return tmp_path / "pictures.jsonl"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "energon"])
+def test_workers_live_through_signals_that_go_to_a_whole_process_tree(tmp_path, pictures, kind):
+    source = pictures
+    if kind == "energon":
+        source = tmp_path / "set"
+        write_set(source, "train", 24)
+    settings = data(write_tokenizer(tmp_path / "tokenizer"), num_workers=1, packing_buffer=4)
+    rows = iter(open_loader(str(source), settings, model(), **WHERE))
+    next(rows)
+    [worker] = multiprocessing.active_children()
+    for number in STOPS:
+        os.kill(worker.pid, number)
+    assert len(list(itertools.islice(rows, 30))) == 30 and worker.is_alive()
+
+
+def test_a_sample_that_a_resume_was_holding_and_that_is_gone_is_skipped_and_named(pictures, tmp_path):
+    settings = data(write_tokenizer(tmp_path / "tokenizer"), seq_length=128, packing_buffer=8)
+    loader = open_loader(str(pictures), settings, model(), **WHERE)
+    for _ in iter(loader):
+        state = json.loads(json.dumps(loader.state()))
+        if held := [number for slot in state["slots"] for row in slot["rows"] for number in row]:
+            break
+    (tmp_path / f"{held[0]}.png").unlink()
+    first = next(iter(open_loader(str(pictures), settings, model(), **WHERE, state=state)))
+    assert [key for key, _ in first.skipped] == [f"pictures.jsonl:{held[0]}"] and first.keys

@@ -1,0 +1,192 @@
+"""FLOPs counted from shapes against those that PyTorch counts while it computes, on the plain path."""
+
+import typing
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from avlm.config.model import ProjectorConfig
+from avlm.data.packing import empty_batch
+from avlm.data.synthetic import SyntheticLoader
+from avlm.models import decoder, freezing
+from avlm.models.avlm import AVLM, init
+from avlm.models.batch import KINDS
+from avlm.parallel import recompute
+from avlm.storage.run_folder import read_rows
+from avlm.training import flops
+from avlm.training.log import Log, tally, time
+from tests.parallel.small import TREE, make_config
+
+PROJECTORS = ["vision_projector", "audio_projector"]
+MODEL = TREE["model"]
+LORA = {"rank": 4, "targets": ["decoder.*", "vision.blocks.1.*", "audio.*"]}
+
+
+def staged(**changes):
+    return [{"name": "all", "steps": 20, **changes}]
+
+
+CASES = {
+    "everything": make_config(),
+    "decoder alone": make_config(stages=staged(train=["decoder"])),
+    "projectors": make_config(stages=staged(train=PROJECTORS)),
+    "projectors of one layer, head of its own": make_config(
+        model={
+            **MODEL,
+            "decoder": {**MODEL["decoder"], "tie_embedding": False, "qk_norm": True},
+            "vision_projector": {"type": "linear", "downsample": 2},
+        },
+        stages=staged(train=PROJECTORS),
+    ),
+    "one tower": make_config(stages=staged(train=["audio"])),
+    "pixels past the last whole patch": make_config(model={**MODEL, "vision": {**MODEL["vision"], "image_size": 19}}),
+    "upper layers": make_config(stages=staged(train=["decoder"], freeze_params=[r"decoder\.(embedding|blocks\.0)"])),
+    "one norm": make_config(
+        stages=staged(freeze_params=[""], prevent_freeze_params=[r"decoder\.blocks\.1\.attention_norm"])
+    ),
+    "LoRA": make_config(model={**MODEL, "lora": LORA}, stages=staged(train=["lora"])),
+    "LoRA and projectors": make_config(model={**MODEL, "lora": LORA}, stages=staged(train=["lora", *PROJECTORS])),
+    "DoRA": make_config(model={**MODEL, "lora": {**LORA, "dora": True}}, stages=staged(train=["lora"])),
+    "recompute full": make_config(train={"recompute": dict.fromkeys(("decoder", "vision", "audio"), "full")}),
+    "recompute selective": make_config(train={"recompute": dict.fromkeys(("decoder", "vision", "audio"), "selective")}),
+    "recompute with LoRA": make_config(
+        model={**MODEL, "lora": LORA},
+        stages=staged(train=["lora"]),
+        train={"recompute": {"decoder": "full", "vision": "full", "audio": "selective"}},
+    ),
+    "recompute with DoRA": make_config(
+        model={**MODEL, "lora": {**LORA, "dora": True}},
+        stages=staged(train=["lora"]),
+        train={"recompute": {"decoder": "full", "audio": "selective"}},
+    ),
+    "recompute with DoRA of queries": make_config(
+        model={**MODEL, "lora": {**LORA, "dora": True, "targets": ["decoder.*.q"]}},
+        stages=staged(train=["lora", "vision"]),
+        train={"recompute": {"decoder": "full", "vision": "full"}},
+    ),
+    **{
+        f"projectors of type {kind}": make_config(
+            model={
+                **MODEL,
+                "vision_projector": {"type": kind, "downsample": 2, "hidden_size": 24},
+                "audio_projector": {"type": kind, "downsample": 3, "bias": False},
+            },
+            stages=staged(train=[*PROJECTORS, "vision"]),
+        )
+        for kind in typing.get_args(typing.get_type_hints(ProjectorConfig)["type"])
+    },
+    "text": make_config(model={"decoder": MODEL["decoder"]}, stages=staged(train=["decoder"])),
+}
+
+
+def make_batch(cfg, documents=4):
+    """128 tokens in documents whose lengths are multiples of 16, up to which the plain path rounds."""
+    media = ",images=3,clips=1,seconds=1" if cfg.model.vision else ""
+    source, data = f"synthetic:documents={documents}{media}", replace(cfg.stages[0].data, seq_length=128)
+    return next(iter(SyntheticLoader(source, data, cfg.model, rank=0, identity={}, seed=0, train=True)))
+
+
+def plain_loss(hidden_RD, weight_VD, target_R):
+    """The products of ``linear_cross_entropy``, which makes its gradients in the forward, as autograd would do them."""
+    loss_R = F.cross_entropy(F.linear(hidden_RD, weight_VD), target_R, reduction="none")
+    return loss_R.sum(), loss_R.detach()
+
+
+def counted(cfg, batch, monkeypatch):
+    """(forward, backward) FLOPs that PyTorch saw, and the forward's of each module."""
+    monkeypatch.setattr(decoder, "linear_cross_entropy", plain_loss)
+    monkeypatch.setattr(recompute, "ATTENTION", ("bmm",))  # what the plain path's attention is made of
+    model = AVLM(cfg.model)
+    init(model)
+    freezing.freeze(model, cfg.stages[0])
+    recompute.apply_recompute(model, cfg.train)
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH):  # of the others, the counter knows those of GPUs only
+        with forward:
+            loss, _ = model(batch)
+        with backward:
+            loss.backward()
+    modules = {name.removeprefix("AVLM."): sum(ops.values()) for name, ops in forward.get_flop_counts().items()}
+    return forward.get_total_flops(), backward.get_total_flops(), modules
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_flops_are_those_that_pytorch_counts(case, monkeypatch):
+    cfg = CASES[case]
+    batch = make_batch(cfg)
+    count = flops.counts(batch)
+    # The plain path computes every pair of a document, those that a query may not see as well.
+    count["token_pairs"] = sum(length**2 for _, length in batch.segments.spans)
+    found = flops.by_module(flops.costs(cfg, cfg.stages[0]), count)
+    forward, backward, modules = counted(cfg, batch, monkeypatch)
+    assert sum(parts[0] for parts in found.values()) == forward
+    assert sum(parts[1] + parts[2] for parts in found.values()) == backward
+    for name in (*cfg.model.modules, "head"):
+        assert found[name][0] == modules["decoder.head" if name == "head" else name], name
+
+
+def test_attention_is_counted_by_document():
+    cfg = CASES["text"]
+    costs = flops.costs(cfg, cfg.stages[0])
+    whole, cut = (flops.counts(make_batch(cfg, documents)) for documents in (1, 4))
+    assert (whole["token_pairs"], cut["token_pairs"]) == (128 * 129 // 2, 4 * 32 * 33 // 2)
+    of_pairs = whole["token_pairs"] * 12 * 32 * 2  # 4 forward and 8 backward, for 32 numbers in each of 2 layers
+    assert sum(costs["decoder", "token_pairs"]) * whole["token_pairs"] == of_pairs
+
+
+def test_a_frozen_tower_has_no_backward():
+    cfg = CASES["projectors"]
+    found = flops.by_module(flops.costs(cfg, cfg.stages[0]), flops.counts(make_batch(cfg)))
+    assert found["vision"][0] > 0 and found["audio"][0] > 0
+    assert found["vision"][1] == found["audio"][1] == 0
+    assert found["head"][0] == found["head"][1], "the frozen head passes a gradient on, and makes none of its own"
+
+
+def test_what_fills_a_row_counts():
+    cfg = CASES["everything"]
+    costs = flops.costs(cfg, cfg.stages[0])
+    empty = flops.by_module(costs, flops.counts(empty_batch(64, cfg.model)))
+    assert empty["decoder"][0] > 0 and empty["head"] == empty["vision"] == empty["audio"] == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "name, tera",
+    [
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_a_device_has_the_peak_of_its_whole_name(name, tera, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert flops.peak(torch.device("cuda")) == (tera and tera * 1e12)
+    assert flops.peak(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("name, mfu", [("NVIDIA H200", 0.25), ("a card of tomorrow", None)])
+def test_mfu_is_reported_where_the_peak_is_known(name, mfu, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr(time, "perf_counter", iter([0.0, 2.0, 2.0]).__next__)
+    cfg = make_config(output_dir=str(tmp_path), train={"log_every": 1})
+    log = Log(cfg, SimpleNamespace(device=torch.device("cuda"), size=4, is_first=True), AVLM(cfg.model), 0)
+    row = {"step": 1, "stage": "all", "lr": 0.1} | tally([], flops.costs(cfg, cfg.stages[0]))
+    row |= {
+        "tokens": 6,
+        "row_tokens": 8,
+        "targets/text": 1,
+        "flops/decoder": 2 * 989.4e12,
+        "recomputed_flops": 989.4e12,
+    }
+    log.step(row, torch.ones(len(KINDS) + 2), [])
+    log.close()
+    (written,) = read_rows(tmp_path / "metrics.jsonl")
+    assert (written.get("mfu"), written.get("hfu")) == (mfu and pytest.approx(mfu), mfu and pytest.approx(1.5 * mfu))
+    assert written["padding"] == 0.25
