@@ -146,7 +146,7 @@ def test_what_a_run_began_with_may_not_change(whole_run):
 def test_a_short_loss_curve_is_pinned(whole_run):
     """A refactor changes no loss: a commit that moves these says why."""
     found = losses(whole_run)
-    expected = json.loads((ROOT / "tests" / "pinned_losses.json").read_text())
+    expected = json.loads((ROOT / "tests" / "training" / "pinned_losses.json").read_text())
     assert {int(step): loss for step, loss in expected.items()} == pytest.approx(found, rel=1e-4)
 
 
