@@ -1,72 +1,84 @@
-"""Cross entropy of a linear head without the full logits, its gradients made while the logits are at hand.
+"""Cross entropy of a linear head without the full logits; the gradients are computed while the logits are there.
 
-    x = hidden @ weight.T        loss_r, dx of ``cross_entropy_rows``        loss = sum_r loss_r
+    x = hidden @ weight.T        loss_r, dx from ``cross_entropy_rows``        loss = sum_r loss_r
     dhidden = dx @ weight        dweight = dx.T @ hidden
 
-A chunk of rows at a time: one matrix product makes its logits, one pass over them takes the losses and overwrites them
-with dx, two products add to the gradients. Nothing is computed twice. The price: only the sum can be differentiable,
-as weights of rows would have to be known by then.
+Rows are processed in chunks: one matrix product computes the logits of a chunk, one pass over them computes the losses
+and overwrites the logits with dx, and two products add to the gradients. Nothing is computed twice. The price is that
+only the sum is differentiable: weights of single rows would have to be known in the forward.
 
 R rows   C rows of a chunk   D hidden   V vocabulary, or this shard of it
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import backend
-from kernels.cross_entropy_rows import IGNORED, Options, losses
+from kernels.cross_entropy_rows import IGNORED, Reduce, losses
 
-# Each chunk reads and writes dweight in float32, 8 V D bytes, beside products of 6 C V D operations: with 2048 rows
-# that is an eighth of an H100's time. D rows are not too many either: their logits are as large as the copy of dweight
-# in its own dtype, which has to be made at the end.
 CHUNK_ROWS = 2048
 CHUNK_BYTES = 2**30  # of logits; a larger vocabulary has fewer rows
 
 
-def _chunk_rows(weight_VD: Tensor) -> int:
-    return max(1, min(CHUNK_ROWS, CHUNK_BYTES // (len(weight_VD) * weight_VD.element_size())))
+def chunk_rows(vocabulary: int, hidden: int, itemsize: int, wants_weight: bool) -> int:
+    """Rows of a chunk, for logits of ``itemsize`` bytes; ``vocabulary`` is that of this shard.
+
+    Each chunk reads and writes dweight in float32: 8 V D bytes next to 6 C V D operations, an eighth of an H100's time
+    at 2048 rows. So with a dweight a chunk has at least D rows. Their logits take no more memory than the copy of
+    dweight in its own dtype, which is made at the end.
+    """
+    rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (vocabulary * itemsize)))
+    return max(rows, hidden) if wants_weight else rows
 
 
 def _loss_and_gradients(
-    hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, options: Options, wanted: tuple[bool, bool]
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    target_R: Tensor,
+    softcap: float | None,
+    wants_hidden: bool,
+    wants_weight: bool,
+    first: int = 0,
+    reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss, loss_R, dhidden_RD and dweight_VD. A gradient that is not wanted has no rows."""
-    (R, D), V = hidden_RD.shape, weight_VD.shape[0]
-    wants_hidden, wants_weight = wanted
-    rows = max(_chunk_rows(weight_VD), D) if wants_weight else _chunk_rows(weight_VD)
+    R, D = hidden_RD.shape
+    V = len(weight_VD)
+    rows = chunk_rows(V, D, weight_VD.element_size(), wants_weight)
     exact = torch.promote_types(hidden_RD.dtype, torch.float32)
     loss_R = hidden_RD.new_empty(R, dtype=exact)
     dhidden_RD = hidden_RD.new_empty((R if wants_hidden else 0, D))
-    # The product of an only chunk is the whole sum: it needs no float32 to add to.
-    dweight_VD = hidden_RD.new_empty((V if wants_weight else 0, D), dtype=exact if rows < R else hidden_RD.dtype)
+    # dweight is summed over chunks in float32. The product of a single chunk is the whole sum and needs none.
+    sum_dtype = exact if rows < R else hidden_RD.dtype
+    dweight_VD = hidden_RD.new_empty((V if wants_weight else 0, D), dtype=sum_dtype)
     if R == 0:
         dweight_VD.zero_()
-    # Rows a multiple of 16 apart begin at whole vectors of memory, for the products as for the pass.
+    # Rows start at multiples of 16 elements, so that the products and the pass read and write whole vectors.
     buffer = hidden_RD.new_empty((min(rows, R), -(-V // 16) * 16))
     for start in range(0, R, rows):
-        hidden_CD, target_C, loss_C = (x[start : start + rows] for x in (hidden_RD, target_R, loss_R))
+        chunk = slice(start, start + rows)
+        hidden_CD = hidden_RD[chunk]
+        target_C = target_R[chunk]
         logits_CV = buffer[: len(target_C), :V]
         torch.mm(hidden_CD, weight_VD.T, out=logits_CV)
-        loss_C.copy_(losses(logits_CV, target_C, options, gradient=wants_hidden or wants_weight))
+        loss_R[chunk] = losses(logits_CV, target_C, softcap, wants_hidden or wants_weight, first, reduce)
         if wants_hidden:
-            torch.mm(logits_CV, weight_VD, out=dhidden_RD[start : start + rows])
+            torch.mm(logits_CV, weight_VD, out=dhidden_RD[chunk])
         if wants_weight:
-            _add_product(dweight_VD, logits_CV.T, hidden_CD, first=start == 0)
+            _add_product(dweight_VD, logits_CV.T, hidden_CD, overwrite=start == 0)
     buffer = logits_CV = None  # free before dweight is copied
     return loss_R.sum(), loss_R, dhidden_RD, dweight_VD.to(weight_VD.dtype)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a @ b, summed in the dtype of total; ``first`` overwrites it."""
-    beta = 0 if first else 1
+def _add_product(total: Tensor, a: Tensor, b: Tensor, overwrite: bool) -> None:
+    """total += a @ b, or total = a @ b, summed in the dtype of total."""
+    beta = 0 if overwrite else 1
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=beta)
     elif total.is_cuda:
         torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
-    elif first:  # the CPU's products have one dtype
+    elif overwrite:  # products on the CPU have no out_dtype
         total.copy_(a @ b)
     else:
         total += a @ b
@@ -76,41 +88,41 @@ def linear_cross_entropy_op(
     hidden_RD: Tensor,
     weight_VD: Tensor,
     target_R: Tensor,
-    label_smoothing: float,
-    z_loss: float,
     softcap: float | None,
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """_loss_and_gradients of a whole vocabulary. Its numbers come one by one, which is all that an op may take."""
+    """_loss_and_gradients of a whole vocabulary; an op cannot take a ``reduce``."""
     if backend.DEBUG:
-        V = weight_VD.shape[0]
-        outside = target_R[((target_R < 0) | (target_R >= V)) & (target_R != IGNORED)].tolist()
+        V = len(weight_VD)
+        outside_R = ((target_R < 0) | (target_R >= V)) & (target_R != IGNORED)
+        outside = target_R[outside_R].tolist()
         if outside:
             raise ValueError(f"{len(outside)} targets are outside the vocabulary of {V}, the first is {outside[0]}")
-    options = Options(label_smoothing, z_loss, softcap)
-    return _loss_and_gradients(hidden_RD, weight_VD, target_R, options, (wants_hidden, wants_weight))
+    return _loss_and_gradients(hidden_RD, weight_VD, target_R, softcap, wants_hidden, wants_weight)
 
 
-def _fake(hidden_RD, weight_VD, target_R, label_smoothing, z_loss, softcap, wants_hidden, wants_weight):
-    (R, D), V = hidden_RD.shape, weight_VD.shape[0]
+def _fake(hidden_RD, weight_VD, target_R, softcap, wants_hidden, wants_weight):
+    R, D = hidden_RD.shape
     loss_R = hidden_RD.new_empty(R, dtype=torch.promote_types(hidden_RD.dtype, torch.float32))
-    gradients = (hidden_RD.new_empty((n, D)) for n in (R if wants_hidden else 0, V if wants_weight else 0))
-    return loss_R.new_empty(()), loss_R, *gradients
+    dhidden_RD = hidden_RD.new_empty((R if wants_hidden else 0, D))
+    dweight_VD = hidden_RD.new_empty((len(weight_VD) if wants_weight else 0, D))
+    return loss_R.new_empty(()), loss_R, dhidden_RD, dweight_VD
 
 
 _op = backend.define_op(linear_cross_entropy_op, _fake)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The forward has made the gradients; the backward scales them."""
+    """The forward computes the gradients; the backward scales them."""
 
     @staticmethod
-    def forward(hidden_RD, weight_VD, target_R, options, wants_hidden, wants_weight):
-        if options.reduce is None:
-            return _op(hidden_RD, weight_VD, target_R, *options[:3], wants_hidden, wants_weight)
+    def forward(hidden_RD, weight_VD, target_R, softcap, wants_hidden, wants_weight, first, reduce):
+        whole = hidden_RD, weight_VD, target_R, softcap, wants_hidden, wants_weight
+        if reduce is None:
+            return _op(*whole)
         with torch.cuda.device_of(hidden_RD):
-            return _loss_and_gradients(hidden_RD, weight_VD, target_R, options, (wants_hidden, wants_weight))
+            return _loss_and_gradients(*whole, first, reduce)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -125,12 +137,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for i, gradient in enumerate(ctx.saved_tensors):
             if dloss is None or not ctx.needs_input_grad[i]:
                 continue
-            scale_11 = dloss.reshape(1, 1)  # a matrix: a lone number would first be rounded to the gradient's dtype
-            if torch.compiler.is_compiling():  # may not overwrite what the forward saved, and finds its memory itself
+            scale_11 = dloss.reshape(1, 1)  # as a matrix: a scalar would first be rounded to the gradient's dtype
+            if torch.compiler.is_compiling():  # may not overwrite saved tensors; it plans memory itself
                 gradients[i] = (gradient * scale_11).to(gradient.dtype)
             else:  # in place: a second dweight would be as large as the head
                 gradients[i] = gradient.mul_(scale_11)
-        return *gradients, None, None, None, None
+        return *gradients, *[None] * 6
 
 
 def linear_cross_entropy(
@@ -138,79 +150,79 @@ def linear_cross_entropy(
     weight_VD: Tensor,
     target_R: Tensor,
     *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     softcap: float | None = None,
     first: int = 0,
-    reduce: Callable[[Tensor, str], object] | None = None,
+    reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """loss, the sum over rows, and loss_R, the loss of each row without a gradient; float32 (float64 of float64).
+    """loss, the sum over rows, and loss_R, the loss of each row without a gradient; float32 (float64 for float64).
 
-    ``hidden`` and ``weight`` share a floating dtype, in which the logits are computed; all else is float32 inside.
-    A target (int64) of -100 asks for nothing: loss 0, gradient 0. The caller drops most such rows before, by an index
-    that the data loader made, so nothing here waits for the device. A target outside the vocabulary has loss NaN and
-    gradient 0; with TRITON_DEBUG=1 it raises ValueError.
+    ``hidden`` and ``weight`` share a floating dtype, in which the logits are computed; all else is float32 inside. A
+    row with target (int64) -100 has loss 0 and gradient 0. The caller should drop most such rows first, by an index
+    that the data loader made: nothing here waits for the device. A target outside the vocabulary has loss NaN and
+    gradient 0; with TRITON_DEBUG=1 it raises ValueError. Inputs that do not fit together raise ValueError as well.
 
-    ``label_smoothing`` is that of F.cross_entropy, ``z_loss`` the weight of lse^2 (PaLM), ``softcap`` c bounds logits
-    by c tanh(logit / c) (Gemma 2). Without rows, or without targets, the loss is 0 and its gradients are zeros.
+    ``softcap`` c bounds logits by c tanh(logit / c) (Gemma 2). Without rows or targets, loss and gradients are zeros.
 
     Vocabulary-parallel: ``weight`` holds rows ``first`` to ``first`` + V of the whole, and ``reduce`` combines a small
-    float32 tensor of all shards in place, by "max" or by "sum". Losses and dweight are then exact on every shard;
+    float32 tensor over all shards in place, by "max" or "sum". Losses and dweight are then exact on every shard;
     dhidden is this shard's part of a sum over the shards.
 
-    The backward may be taken once, as it scales in place what the forward made: autograd refuses a second time.
+    Backward runs once: it scales the gradients in place, and autograd refuses a second call.
     """
-    _check(hidden_RD, weight_VD, target_R, label_smoothing, z_loss, softcap, first, reduce)
-    options = Options(label_smoothing, z_loss, softcap, first, reduce)
-    wanted = (torch.is_grad_enabled() and x.requires_grad for x in (hidden_RD, weight_VD))
-    loss, loss_R, *_ = _LinearCrossEntropy.apply(hidden_RD, weight_VD, target_R.contiguous(), options, *wanted)
+    _check(hidden_RD, weight_VD, target_R, softcap, first, reduce)
+    recording = torch.is_grad_enabled()
+    wants_hidden = recording and hidden_RD.requires_grad
+    wants_weight = recording and weight_VD.requires_grad
+    loss, loss_R, *_ = _LinearCrossEntropy.apply(
+        hidden_RD, weight_VD, target_R.contiguous(), softcap, wants_hidden, wants_weight, first, reduce
+    )
     return loss, loss_R
 
 
 @torch.no_grad()
-def linear_argmax(
-    hidden_RD: Tensor, weight_VD: Tensor, *, first: int = 0, reduce: Callable[[Tensor, str], object] | None = None
-) -> Tensor:
-    """token_R (int64): where the logit of each row is the largest, the first such place, without the full logits.
+def linear_argmax(hidden_RD: Tensor, weight_VD: Tensor, *, first: int = 0, reduce: Reduce | None = None) -> Tensor:
+    """token_R (int64): the index of the largest logit of each row (the first of equals), without the full logits.
 
-    For validation, on every device: a soft cap would change nothing, and nothing is learned here. ``first`` and
-    ``reduce`` as in ``linear_cross_entropy``; every shard gets the token of the whole vocabulary.
+    For validation, on every device; a soft cap would change no result. ``first`` and ``reduce`` as in
+    ``linear_cross_entropy``; every shard returns the token of the whole vocabulary.
     """
-    token_R = torch.empty(len(hidden_RD), dtype=torch.int64, device=hidden_RD.device)
-    rows = _chunk_rows(weight_VD)
-    for start in range(0, len(hidden_RD), rows):
-        top_C, token_C = torch.max(hidden_RD[start : start + rows] @ weight_VD.T, dim=1)
+    R, D = hidden_RD.shape
+    token_R = torch.empty(R, dtype=torch.int64, device=hidden_RD.device)
+    rows = chunk_rows(len(weight_VD), D, weight_VD.element_size(), wants_weight=False)
+    for start in range(0, R, rows):
+        chunk = slice(start, start + rows)
+        top_C, token_C = torch.max(hidden_RD[chunk] @ weight_VD.T, dim=1)
         if reduce is not None:
             own_C = top_C.to(torch.promote_types(top_C.dtype, torch.float32))
             top_C = own_C.clone()
             reduce(top_C, "max")
-            # The first of equals is the largest of the negative numbers, which float32 holds exactly below 2^24.
-            rank_C = torch.where(own_C == top_C, -(token_C + first).to(own_C.dtype), -torch.inf)
-            reduce(rank_C, "max")
-            token_C = -rank_C.long()
-        token_R[start : start + rows] = token_C
+            # The first of equals has the largest negative index, which float32 holds exactly below 2^24.
+            index_C = -(token_C + first).to(own_C.dtype)
+            index_C = torch.where(own_C == top_C, index_C, -torch.inf)
+            reduce(index_C, "max")
+            token_C = -index_C.long()
+        token_R[chunk] = token_C
     return token_R
 
 
-def _check(hidden, weight, target, label_smoothing, z_loss, softcap, first, reduce) -> None:
+def _check(
+    hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None, first: int, reduce: Reduce | None
+) -> None:
     shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, target {tuple(target.shape)}"
     if not (hidden.dim() == weight.dim() == 2 and target.dim() == 1):
-        raise ValueError(f"linear_cross_entropy wants hidden_RD, weight_VD and target_R, not {shapes}")
+        raise ValueError(f"linear_cross_entropy takes hidden_RD, weight_VD and target_R, not {shapes}")
     if hidden.shape != (target.shape[0], weight.shape[1]):
         raise ValueError(f"hidden, weight and target disagree on R or D: {shapes}")
     if weight.shape[0] == 0:
-        raise ValueError(f"a vocabulary has rows: {shapes}")
+        raise ValueError(f"the vocabulary is empty: {shapes}")
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
         raise ValueError(f"hidden and weight must share one floating dtype, not {hidden.dtype} and {weight.dtype}")
     if target.dtype != torch.int64:
         raise ValueError(f"target must be int64, not {target.dtype}")
     if not hidden.device == weight.device == target.device:
-        raise ValueError(f"one device for all, not {hidden.device}, {weight.device} and {target.device}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be at least 0 and below 1, not {label_smoothing}")
-    if not z_loss >= 0:
-        raise ValueError(f"z_loss must not be negative, not {z_loss}")
+        devices = f"{hidden.device}, {weight.device} and {target.device}"
+        raise ValueError(f"hidden, weight and target must be on one device, not {devices}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, not {softcap}")
     if first < 0 or (first > 0 and reduce is None):
-        raise ValueError(f"first {first} must be the start of a shard, which needs reduce")
+        raise ValueError(f"first must be the start of a shard, which needs reduce, not {first}")
