@@ -18,27 +18,25 @@ from torch import Tensor
 
 from avlm.config.load import dump_config, load_config
 from avlm.config.run import Config, StageConfig
+from avlm.data.check import check_skipped
 from avlm.data.loader import open_loader
-from avlm.data.packing import empty_batch
 from avlm.demo.build import ensure
 from avlm.evaluation.answers import judge, validate_answers
-from avlm.models import freezing
 from avlm.models.avlm import AVLM
-from avlm.models.batch import KINDS, Batch
+from avlm.models.batch import KINDS, Batch, empty_batch
+from avlm.models.freezing import freeze
 from avlm.parallel import agreement, mesh
 from avlm.parallel.apply import apply_parallel, own_part, warm_up
 from avlm.parallel.fsdp import reshard
 from avlm.parallel.mesh import World
-from avlm.preflight import check as preflight
-from avlm.preflight.check import check, check_resume, check_skipped
-from avlm.preflight.report import check_memory
-from avlm.process import exit
-from avlm.process.exit import one_line_errors
+from avlm.preflight.check import check
+from avlm.preflight.report import check_memory, report
+from avlm.process.exit import listen, run_command
 from avlm.process.launch import ranks
 from avlm.storage.run_folder import Progress, claim, find, read_progress, write_durably
 from avlm.training import checkpoint, flops, optimizer
 from avlm.training.log import Log, describe, tally
-from avlm.training.timing import PartClock
+from avlm.training.resume import check_resume
 from avlm.weights.load import init_weights
 from avlm.weights.plan import pinned
 
@@ -51,27 +49,22 @@ def train_step(
     clip_norm: float | None,
     world: World,
     accumulate_mode: str = "sharded",
-    clock: PartClock | None = None,
 ) -> Tensor:
     """One optimizer step over this rank's part of the rows. ``num_targets`` counts over all ranks and batches, so that
-    every layout gives the same step.
+    every layout takes the same step.
 
     Returns, on the device, float32 (len(KINDS) + 2,): the global loss sum of each kind, the gradient norm, the own loss
     sum. Nothing here waits for the device.
     """
-    if clock:
-        clock.start()
     losses = torch.zeros(len(KINDS), device=world.device)
     for i, batch in enumerate(batches):
         batch = batch.to(world.device)
         is_last = i + 1 == len(batches)
         model.set_requires_gradient_sync(accumulate_mode == "sharded" or is_last)
-        model.set_requires_all_reduce(is_last)  # between copies sums are as good at the end
+        model.set_requires_all_reduce(is_last)  # copies of the model need the sum only once, at the end
         loss, loss_R = model(batch)
         (loss / num_targets).backward()
         losses.index_add_(0, batch.kind_R, loss_R)
-    if clock:
-        clock.end_of_backward()
     norm = optimizer.clip_gradients(model, clip_norm)
     adam.step()
     adam.zero_grad()
@@ -84,27 +77,28 @@ def train_step(
 
 @torch.no_grad()
 def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World, log: Log, step: int) -> dict[str, float]:
-    """Of each validation set the mean loss per target, the share of targets that are the likeliest token, and scores of
-    generated answers if asked for.
+    """For each validation set: the mean loss per target, the share of targets that are the most likely token, and
+    scores of generated answers if asked for.
 
-    Every rank runs as many forwards as the rank with most rows. Raises ValueError for a set without a target.
+    Every rank runs the same number of forwards, that of the rank with most rows. Raises ValueError for a set without a
+    target.
     """
     results = {}
     for name, source in stage.data.validation.items():
-        who = {"rank": world.data_rank, "world": world.data_size, "seed": cfg.seed}
-        rows = world.share_rows(
-            open_loader(source, stage.data, cfg.model, **who, train=False) if world.leads_row else None
-        )
-        loss, num_targets = torch.zeros((), device=world.device), 0
+        loader = None
+        if world.leads_row:
+            loader = open_loader(source, stage.data, cfg.model, **world.shard_of_data, seed=cfg.seed, train=False)
+        rows = world.share_rows(loader)
+        loss = torch.zeros((), device=world.device)
         right = torch.zeros((), dtype=torch.int64, device=world.device)
+        num_targets = 0
         for _ in range(cfg.train.validate_batches):
             batch = next(rows, None)
             if world.sum([batch is not None])[0] == 0:
                 break
             if batch and world.leads_row:
                 log.skipped(batch, f" of {name}")
-            batch = own_part(batch or empty_batch(stage.data.seq_length, cfg.model), cfg, world)
-            batch = batch.to(world.device)
+            batch = own_part(batch or empty_batch(stage.data.seq_length, cfg.model), cfg, world).to(world.device)
             batch_loss, _, token_R = model(batch, predict=True)
             loss += batch_loss
             right += (token_R == batch.target_R).sum()
@@ -112,10 +106,10 @@ def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World, log: Lo
         loss, right, num_targets = world.sum([loss.item(), right.item(), num_targets])
         if not num_targets:
             raise ValueError(f"validation set {name} ({source}) has no sample that can be used")
-        found = {"loss": loss / num_targets, "token_accuracy": right / num_targets}
+        scores = {"loss": loss / num_targets, "token_accuracy": right / num_targets}
         if cfg.train.validate_answers:
-            found |= validate_answers(model, name, stage, cfg, world, step)
-        results |= {f"val/{name}/{metric}": value for metric, value in found.items()}
+            scores |= validate_answers(model, name, stage, cfg, world, step)
+        results |= {f"val/{name}/{metric}": value for metric, value in scores.items()}
     reshard(model)
     return results
 
@@ -126,84 +120,79 @@ def run_stage(
     world: World,
     log: Log,
     saver: checkpoint.Saver,
-    at: Progress,
+    progress: Progress,
     resume_from: Path | None,
-    loader_state: dict | None,
     stopping: list[int],
 ) -> Progress:
-    """Train one stage from ``at`` to its end, or to where the run has to stop."""
-    # 1. What trains, with optimizer state of its own; where the data goes on.
-    stage = cfg.stages[at.stage]
-    trained = freezing.freeze(model, stage)
+    """Train one stage from where ``progress`` stands to its end, or to where the run has to stop."""
+    # 1. What trains, with its own optimizer state; where the data continues.
+    stage = cfg.stages[progress.stage]
+    trained = freeze(model, stage)
     adam = optimizer.build(model, stage.optimizer)
+    loader_state = None
     if resume_from:
-        checkpoint.load_checkpoint(resume_from, model, adam)
-    who = {"rank": world.data_rank, "world": world.data_size, "seed": cfg.seed + at.stage}
+        checkpoint.load_optimizer(resume_from, model, adam)
+        loader_state = checkpoint.read_loader_state(resume_from, world)
     loader = None
     if world.leads_row:
-        loader = open_loader(stage.data.train, stage.data, cfg.model, **who, train=True, state=loader_state)
+        stream = {**world.shard_of_data, "seed": cfg.seed + progress.stage, "train": True, "state": loader_state}
+        loader = open_loader(stage.data.train, stage.data, cfg.model, **stream)
+    rows = world.share_rows(loader)
     costs = flops.costs(cfg, stage)
-    log.say(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(trained)}")
+    log.message(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(trained)}")
     log.restart_clock()
 
     # 2. Steps.
-    rows = world.share_rows(loader)
-    last = min(stage.steps, at.stage_step + (cfg.train.stop_after or cfg.total_steps) - at.step)
-    while at.stage_step < last:
+    last = min(stage.steps, progress.stage_step + (cfg.train.stop_after or cfg.total_steps) - progress.step)
+    while progress.stage_step < last:
         started = time.perf_counter()
         batches = [next(rows) for _ in range(cfg.train.accumulate)]
         waited = time.perf_counter() - started
         parts = [own_part(batch, cfg, world) for batch in batches]
-        own = batches if world.leads_row else []  # a row counts once, whoever works on it
-        counts = tally(own, costs) | {"stop": float(bool(stopping))}
-        counts = dict(zip(counts, world.sum(list(counts.values()))))
+        counted = batches if world.leads_row else []  # a row counts once, whoever works on it
+        counts = world.sum_by_name(tally(counted, costs) | {"stop": float(bool(stopping))})
         stop, read, skipped = (counts.pop(name) for name in ("stop", "read", "skipped"))
-        for batch in own:
+        for batch in counted:
             log.skipped(batch)
-        lr = optimizer.schedule(adam, stage.optimizer, at.stage_step, stage.steps)
+        lr = optimizer.schedule(adam, stage.optimizer, progress.stage_step, stage.steps)
         if cfg.debug.check_collectives:
-            agreement.check_step(world, model, at.step, parts)
-        num_targets, clip_norm = max(counts["target_tokens"], 1.0), stage.optimizer.clip_norm
-        mode = cfg.train.accumulate_mode
-        values = train_step(model, parts, num_targets, adam, clip_norm, world, mode, log.part_clock)
-        at = replace(
-            at, step=at.step + 1, stage_step=at.stage_step + 1, read=at.read + read, skipped=at.skipped + skipped
-        )
-        row = {"step": at.step, "stage": stage.name, "lr": lr, "data_seconds": waited, "skipped_samples": at.skipped}
-        log.step(row | counts, values, [key for batch in batches for key in batch.keys])
-        check_skipped(at.read, at.skipped, stage.data.max_bad_fraction)
+            agreement.check_step(world, model, progress.step, parts)
+        num_targets = max(counts["target_tokens"], 1.0)
+        clip_norm, mode = stage.optimizer.clip_norm, cfg.train.accumulate_mode
+        values = train_step(model, parts, num_targets, adam, clip_norm, world, mode)
+        progress = progress.after_step(read, skipped)
+        record = {"step": progress.step, "stage": stage.name, "lr": lr, "data_seconds": waited}
+        record |= {"skipped_samples": progress.skipped, **counts}
+        log.step(record, values, [key for batch in batches for key in batch.keys])
+        check_skipped(progress.read, progress.skipped, stage.data.max_bad_fraction)
 
         # 3. Validation and checkpoints, at their steps and at the end.
-        ends = bool(stop) or at.stage_step == last
+        ends = progress.stage_step == stage.steps
         every = cfg.train.validate_every
-        if stage.data.validation and every and (at.step % every == 0 or at.stage_step == stage.steps):
+        before = progress
+        if stage.data.validation and every and (ends or progress.step % every == 0):
             log.flush()
-            results = validate(model, stage, cfg, world, log, at.step)
-            log.write([{"step": at.step, "stage": stage.name, **results}])
-            before, at = at, judge(at, results, cfg.checkpoint.best)
-            mark = "  (the best so far)" if at.best_step == at.step else ""
-            log.say("  ".join(f"{key} {value:.4f}" for key, value in results.items()) + mark)
+            results = validate(model, stage, cfg, world, log, progress.step)
+            progress = judge(progress, results, cfg.checkpoint.best)
+            log.validation(progress, stage.name, results)
             log.restart_clock()
-        if at.step % cfg.checkpoint.every == 0 or at.best_step == at.step or ends or saver.failed:
+        is_best = progress.best_step == progress.step
+        if is_best or stop or saver.is_due(progress.step) or progress.stage_step == last:
             log.flush()
-            had_failed = saver.failed
-            failure = saver.save(at, model, adam, loader.state() if world.leads_row else {})
-            if failure and (stop or at.step in (cfg.total_steps, cfg.train.stop_after)):
-                raise OSError(failure)
-            if failure and not had_failed:
-                log.say(f"warning: {failure}; the run continues and tries again after the next step")
-            if failure and at.best_step == at.step:  # not kept, so a later one may be the best
-                at = replace(at, **{key: getattr(before, key) for key in ("best_step", "best_metric", "best_value")})
+            is_final = bool(stop) or progress.step in (cfg.total_steps, cfg.train.stop_after)
+            state = loader.state() if world.leads_row else {}
+            saved = saver.save_or_warn(progress, model, adam, state, log, is_final)
+            if is_best and not saved:  # it is not kept, so a later step may be the best
+                progress = progress.with_best_of(before)
             log.restart_clock()
         if stop:
-            log.say(f"stopped by a signal after step {at.step}; the same command continues from there")
+            log.message(f"stopped by a signal after step {progress.step}; the same command continues from there")
             break
-    return at
+    return progress
 
 
 def main(cfg: Config) -> None:
     # 1. Everything that can be wrong is found before any process group starts. The run folder belongs to one run.
-    ensure(cfg)
     check(cfg, world_size=ranks()[1])
     device = mesh.choose_device(cfg)
     world = mesh.start(cfg, device)
@@ -212,51 +201,50 @@ def main(cfg: Config) -> None:
     resume_from, note = world.gather(find(cfg))[0]
     check_resume(cfg, resume_from)
     world.barrier()
+    run = Path(cfg.output_dir)
     if world.is_first:
-        write_durably(Path(cfg.output_dir) / "config.yaml", dump_config(cfg))
-    stopping = exit.listen()
+        write_durably(run / "config.yaml", dump_config(cfg))
+    stopping = listen()
 
-    # 2. Model: shapes first (meta), then layout and memory, then values: a checkpoint's, or the start's.
+    # 2. Model: shapes first (meta), then layout and memory, then values: a checkpoint's, or initial ones.
     torch.manual_seed(cfg.seed + world.rank)  # ranks with other rows drop other inputs of adapters
     torch.use_deterministic_algorithms(cfg.deterministic)
     with torch.device("meta"):
         model = AVLM(cfg.model)
     apply_parallel(model, world, cfg)
-    run = Path(cfg.output_dir)
-    at = read_progress(resume_from, run) if resume_from else Progress()
-    log = Log(cfg, world, model, at.step)
-    log.say(f"{describe(model)}; {world.size} x {device.type}")
+    progress = read_progress(resume_from, run) if resume_from else Progress()
+    log = Log(cfg, world, progress.step)
+    log.message(f"{describe(model)}; {world.size} x {device.type}")
     if resume_from:
-        checkpoint.load_checkpoint(resume_from, model)
-        log.say(f"{note}resuming {resume_from.name} at step {at.step} of {cfg.total_steps}")
+        checkpoint.load_model(resume_from, model)
+        log.message(f"{note}resuming {resume_from.name} at step {progress.step} of {cfg.total_steps}")
     else:
-        for report in init_weights(model, world.gather(pinned(cfg.init_from))[0], cfg.seed):
-            log.say(str(report))
+        for loaded in init_weights(model, world.gather(pinned(cfg.init_from))[0], cfg.seed):
+            log.message(str(loaded))
     warm_up(model, cfg, world)
-    loader_state = None
     if resume_from:
         checkpoint.load_random_state(resume_from, world)
-        if at.stage_step < cfg.stages[at.stage].steps:
-            loader_state = checkpoint.read_loader_state(resume_from, world)
 
     # 3. Stages.
     saver = checkpoint.Saver(run, cfg.checkpoint, world)
-    while at.stage < len(cfg.stages):
-        if at.stage_step < cfg.stages[at.stage].steps:
-            at = run_stage(model, cfg, world, log, saver, at, resume_from, loader_state, stopping)
-        if at.stage_step < cfg.stages[at.stage].steps or at.step == cfg.train.stop_after:
+    while progress.stage < len(cfg.stages):
+        steps = cfg.stages[progress.stage].steps
+        if progress.stage_step < steps:
+            progress = run_stage(model, cfg, world, log, saver, progress, resume_from, stopping)
+        if progress.stage_step < steps or progress.step == cfg.train.stop_after:
             break
-        at, resume_from, loader_state = replace(at, stage=at.stage + 1, stage_step=0), None, None
+        progress = replace(progress, stage=progress.stage + 1, stage_step=0)
+        resume_from = None
     log.close()
     stopped_by = max(world.gather(max(stopping, default=0)))
     mesh.stop()
     if lock is not None:
         lock.close()
-    if stopped_by and at.step < cfg.total_steps:
+    if stopped_by and progress.step < cfg.total_steps:
         sys.exit(128 + stopped_by)
 
 
-if __name__ == "__main__":
+def command() -> None:
     parser = argparse.ArgumentParser(description="Train an audio-vision language model.")
     parser.add_argument("config", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
@@ -265,14 +253,18 @@ if __name__ == "__main__":
     parser.add_argument("--world-size", type=int, default=1, help="ranks that --preflight assumes")
     parser.add_argument("--device-memory-gib", type=float, help="error of --preflight when a rank needs more")
     arguments = parser.parse_intermixed_args()
-    with one_line_errors():
-        loaded = load_config(arguments.config, arguments.overrides)
-        if arguments.print:
-            print(dump_config(loaded))
-        elif arguments.preflight:
-            ensure(loaded)
-            print(preflight.report(loaded, arguments.world_size), flush=True)
-            if arguments.device_memory_gib is not None:
-                check_memory(loaded, arguments.world_size, arguments.device_memory_gib)
-        else:
-            main(loaded)
+    cfg = load_config(arguments.config, arguments.overrides)
+    if arguments.print:
+        print(dump_config(cfg))
+        return
+    ensure(cfg)  # the demo's data, where the config is a demo's
+    if not arguments.preflight:
+        main(cfg)
+        return
+    print(report(cfg, arguments.world_size), flush=True)
+    if arguments.device_memory_gib is not None:
+        check_memory(cfg, arguments.world_size, arguments.device_memory_gib)
+
+
+if __name__ == "__main__":
+    run_command(command)

@@ -25,7 +25,15 @@ ARROWS = {
     + ("kernels",),
     "avlm.evaluation": ("avlm.config", "avlm.process", "avlm.models", "avlm.data", "avlm.parallel", "avlm.storage")
     + ("avlm.weights", "avlm.training", "kernels"),
-    "avlm.preflight": ("avlm.config", "avlm.models", "avlm.data", "avlm.parallel", "avlm.storage", "avlm.weights")
+    "avlm.preflight": (
+        "avlm.config",
+        "avlm.process",
+        "avlm.models",
+        "avlm.data",
+        "avlm.parallel",
+        "avlm.storage",
+        "avlm.weights",
+    )
     + ("avlm.training", "avlm.evaluation", "kernels"),
     "avlm.demo": ("avlm",),
     "train": ("avlm",),

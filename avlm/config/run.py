@@ -1,10 +1,10 @@
-"""What a run is: nested dataclasses, read from one YAML file by ``avlm.config.load``. Its model: ``avlm.config.model``.
+"""What a run is: nested dataclasses, read from one YAML file by ``avlm.config.load``.
 
-Fields stand in the order of their importance; every number has its range.
+The model's part is ``avlm.config.model``. Fields stand in the order of their importance; every number has its range.
 """
 
-from dataclasses import field
-from typing import Annotated, Literal
+from dataclasses import MISSING, field
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,12 @@ from avlm.config.model import (
     require,
 )
 
+
+def may_change(default: Any = MISSING, *, default_factory: Any = MISSING) -> Any:
+    """A field that may differ between a run and its resume; any other keeps the value that the run began with."""
+    return field(default=default, default_factory=default_factory, metadata={"may_change": True})
+
+
 Ranks = Annotated[int, Field(gt=0, le=2**20)]
 RanksOrRest = Annotated[int, Field(ge=-1, le=2**20)]
 Frames = Annotated[int, Field(gt=0, le=2**20)]
@@ -38,24 +44,24 @@ FREEZE_FLAGS = {
 
 @config
 class InitFrom:
-    """Weights to start from: Hugging Face folders or Hub names, exports, runs or checkpoints of runs,
-    and .ckpt, .pt or .pth files. What none of them holds starts from random weights."""
+    """Where initial weights come from: Hugging Face folders or Hub names, exports, runs or their checkpoints, and
+    .ckpt, .pt or .pth files. Parameters that none of them holds are initialised at random."""
 
     decoder: str | None = None
     vision: str | None = None
     audio: str | None = None
     all: str | None = None  # every module that it and the model share; a tower's own entry wins
     adapter: str | None = None  # a PEFT folder with the decoder's adapters
-    allow_missing: list[str] = field(default_factory=list)  # regular expressions: our parameters that no source needs
-    allow_unused: list[str] = field(default_factory=list)  # and tensors of the sources, by their names, to leave out
+    allow_missing: list[str] = field(default_factory=list)  # regular expressions: parameters that sources may lack
+    allow_unused: list[str] = field(default_factory=list)  # regular expressions: tensors of the sources to leave out
 
 
 @config
 class VideoConfig:
-    num_frames: Frames | None = 8  # frames spread evenly over the clip; give this or fps
+    num_frames: Frames | None = 8  # spread evenly over the video; give this or fps
     fps: Positive | None = None  # frames per second of video
-    max_frames: Frames = 64  # bound for fps
-    sound: bool = False  # encode the clip's own sound track after its frames
+    max_frames: Frames = 64  # upper bound with fps
+    sound: bool = False  # encode the video's own audio after its frames
 
     def __post_init__(self) -> None:
         require((self.num_frames is None) != (self.fps is None), "give num_frames or fps, and set the other to null")
@@ -64,21 +70,21 @@ class VideoConfig:
 @config
 class DataConfig:
     train: str  # Energon folder or metadataset YAML, .json or .jsonl file, or "synthetic"
-    validation: dict[str, str] = field(default_factory=dict)  # name -> source
-    metrics: dict[str, list[str]] = field(default_factory=dict)  # of the answers to a validation set, by its name:
-    # exact_match, wer, cer, rouge_l, vqa_accuracy, and wer_basic, wer_english, cer_basic, cer_english where the choice
-    # by the letters of a set is not wanted (avlm.evaluation.scores); for others exact_match
+    validation: dict[str, str] = may_change(default_factory=dict)  # name -> source
+    metrics: dict[str, list[str]] = may_change(default_factory=dict)
+    # validation set -> metrics of its answers: exact_match (the default), wer, cer, rouge_l, vqa_accuracy; or wer_basic,
+    # wer_english, cer_basic, cer_english, which fix how text is normalised (avlm.evaluation.scores)
     tokenizer: str = ""  # folder with tokenizer.json, or the file
     template: Literal["plain", "llava", "llama3", "chatml", "tokenizer"] = "llama3"  # tokenizer: its own Jinja template
     seq_length: Tokens = 8192  # tokens of a packed row
     system: str | None = None  # system prompt of samples that have none
-    media_root: str | None = None  # folder that media names of a JSON file are relative to; null: the file's own
-    num_workers: Annotated[int, Field(ge=0, le=1024)] = 2  # processes of each rank; 0: the rank's own
+    media_root: str | None = may_change(None)  # folder of a JSON file's media; null: its own
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = may_change(2)  # processes of each rank; 0: the rank itself
     packing: Literal["knapsack", "first_fit"] = "knapsack"
-    packing_buffer: Count = 200  # samples that a packer chooses from
+    packing_buffer: Count = 200  # samples that are packed together
     shuffle_buffer: Whole = 1000  # samples
-    max_bad_fraction: Share = 0.01  # of the samples read; above it the run stops
-    max_media_bytes: Count = 256 * 2**20  # of one picture, clip or film, before it is decoded
+    max_bad_fraction: Share = may_change(0.01)  # bad samples among those read; above it the run stops
+    max_media_bytes: Count = 256 * 2**20  # of one encoded image, audio file or video
     max_image_pixels: Count = 100_000_000
     max_audio_seconds: Annotated[float, Field(gt=0, le=1e9)] = 600.0
     video: VideoConfig = field(default_factory=VideoConfig)
@@ -93,10 +99,10 @@ class OptimizerConfig:
     warmup_steps: Whole = 150
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
     eps: Epsilon = 1e-5
-    weight_decay: NonNegative = 0.1  # not on biases, norms and embeddings of positions
+    weight_decay: NonNegative = 0.1  # not of biases, norms and position embeddings
     clip_norm: NonNegative | None = 1.0  # of all gradients; null: no clipping
-    lr_scale: dict[Part, NonNegative] = field(default_factory=dict)  # factor on lr and min_lr; lora goes before the
-    # tower of an adapter
+    lr_scale: dict[Part, NonNegative] = field(default_factory=dict)
+    # module -> factor on lr and min_lr; adapters take that of lora, where it is given
 
     def __post_init__(self) -> None:
         require(
@@ -152,20 +158,19 @@ class RecomputeConfig:
 
 @config
 class TrainConfig:
-    accumulate: Count = 1  # micro-batches (packed rows) of each data rank in a step
-    accumulate_mode: Literal["sharded", "local"] = (
-        "sharded"  # reduce gradients each micro-batch; or once, whole, in fp32
-    )
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of compute, weights stay fp32; auto: bf16 on GPUs
-    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
-    offload_activations: bool = False  # what recompute "full" keeps, block inputs, in host memory; each block waits
-    compile: bool = False  # torch.compile, block by block
-    log_every: Count = 10  # steps between console lines; metrics.jsonl has every step
-    validate_every: Whole = 500  # steps; 0: never
-    validate_batches: Count = 20  # packed rows of each set and rank
-    validate_answers: Whole = 0  # samples of each set that are answered by generation, for data.metrics
-    validate_new_tokens: Count = 64  # most tokens of such an answer
-    stop_after: Count | None = None  # end cleanly after so many steps in all
+    accumulate: Count = may_change(1)  # micro-batches (packed rows) of each data rank in a step
+    accumulate_mode: Literal["sharded", "local"] = may_change("sharded")
+    # sharded: reduce gradients after each micro-batch; local: keep them whole, in fp32, and reduce once
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of compute; weights stay fp32; auto: bf16 on GPUs
+    recompute: RecomputeConfig = may_change(default_factory=RecomputeConfig)
+    offload_activations: bool = may_change(False)  # keep block inputs (recompute: full) in host memory; slower
+    compile: bool = may_change(False)  # torch.compile, block by block
+    log_every: Count = may_change(10)  # steps between console lines; metrics.jsonl has every step
+    validate_every: Whole = may_change(500)  # steps; 0: never
+    validate_batches: Count = may_change(20)  # packed rows of each set and rank
+    validate_answers: Whole = may_change(0)  # samples of each set to answer by generation, for data.metrics
+    validate_new_tokens: Count = may_change(64)  # upper bound of an answer's tokens
+    stop_after: Count | None = may_change(None)  # end cleanly after this many steps in all
 
 
 @config
@@ -177,14 +182,15 @@ class ParallelConfig:
     context: Ranks = 1  # ranks that share the tokens of a row
     tensor: Ranks = 1  # ranks that share the heads, widths and vocabulary of the decoder
     context_mode: Literal["auto", "ring", "allgather", "ulysses"] = "auto"  # auto: ulysses if it divides the heads
-    tower_sharding: Literal["unit", "block", "replicate"] = "unit"  # gather a tower whole, by block; or frozen copies
-    # of the compute dtype, in checkpoints and exports too
-    balance_media: bool = False  # share images and clips of all data ranks evenly; else of a row's own ranks
+    tower_sharding: Literal["unit", "block", "replicate"] = "unit"
+    # unit: one FSDP unit for each tower; block: one for each block; replicate: towers are frozen, not sharded, and held
+    # and saved in the compute dtype
+    balance_media: bool = False  # share media evenly over all ranks; else over the ranks of their own row
     reshard: bool = True  # free the gathered weights of a block between forward and backward
     cpu_offload: bool = False  # weights, gradients and optimizer state in host memory
 
     def __post_init__(self) -> None:
-        require(self.shard != 0, "shard=0 is no number of ranks; -1 takes what is left")
+        require(self.shard != 0, "shard=0 ranks cannot hold a model; -1 takes all that are left")
 
 
 @config
@@ -194,10 +200,11 @@ class DebugConfig:
 
 @config
 class CheckpointConfig:
-    every: Count = 500  # steps; the end of every stage is saved as well
-    keep: Count = 3  # newest ones
-    best: str | None = None  # val/NAME/METRIC, as metrics.jsonl has it: whenever validation finds it better than ever
-    # before, that step is saved too, and is kept until a better one is (checkpoints/best); loss, wer and cer: lower
+    every: Count = 500  # steps; the end of every stage is saved too
+    keep: Count = 3  # the newest checkpoints that are not removed
+    best: str | None = None
+    # val/NAME/METRIC, as metrics.jsonl calls it: a step with a new best value is saved, and kept until a better one is
+    # found (checkpoints/best). Lower is better for loss, wer and cer
 
 
 @config
@@ -208,29 +215,33 @@ class WandbConfig:
 
 @config
 class Config:
-    output_dir: str
+    output_dir: str = may_change()
     model: ModelConfig
     stages: Annotated[list[StageConfig], Field(max_length=1000)]
-    resume: str = "auto"  # auto: the newest complete checkpoint of output_dir; never; or a checkpoint folder
+    resume: str = may_change("auto")
+    # auto: the newest complete checkpoint of output_dir; never; or a checkpoint folder
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 1
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = may_change("auto")
     deterministic: bool = False  # deterministic kernels: bit-exact resume on a GPU too
     init_from: InitFrom = field(default_factory=InitFrom)
     train: TrainConfig = field(default_factory=TrainConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    debug: DebugConfig = field(default_factory=DebugConfig)
+    parallel: ParallelConfig = may_change(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = may_change(default_factory=CheckpointConfig)
+    wandb: WandbConfig = may_change(default_factory=WandbConfig)
+    debug: DebugConfig = may_change(default_factory=DebugConfig)
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
         require(bool(names), "stages is empty: give at least one")
         require(len(set(names)) == len(names), f"stages have the same name twice: {names}")
         for stage in self.stages:
-            known = [*self.model.modules, *(["lora"] if self.model.lora else [])]
-            for name in (*(stage.train or ()), *stage.optimizer.lr_scale):
+            known = [*self.model.modules]
+            if self.model.lora:
+                known.append("lora")
+            for name in [*(stage.train or []), *stage.optimizer.lr_scale]:
                 require(name in known, f"stage {stage.name} names {name}, which this model does not have")
-            length, bound = stage.data.seq_length, self.model.decoder.max_position
+            length = stage.data.seq_length
+            bound = self.model.decoder.max_position
             require(length <= bound, f"data.seq_length={length} exceeds model.decoder.max_position={bound}")
 
     @property

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from avlm.config.run import Config, ParallelConfig
-from avlm.process.launch import ranks
+from avlm.process.launch import local_ranks, ranks
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: a signal for this process when its parent dies
 
@@ -55,6 +55,11 @@ class World:
         return self.row_mesh.size(0)
 
     @property
+    def shard_of_data(self) -> dict[str, int]:
+        """Which of how many shares of the data this rank loads."""
+        return {"rank": self.data_rank, "world": self.data_size}
+
+    @property
     def counts_losses(self) -> bool:
         """Whether the losses of this rank are its own; the other ranks of a tensor axis hold the same."""
         return self.mesh.get_local_rank("tensor") == 0
@@ -73,6 +78,10 @@ class World:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
+
+    def sum_by_name(self, values: dict[str, float]) -> dict[str, float]:
+        """Sum over all ranks, which give the same names in the same order."""
+        return dict(zip(values, self.sum(list(values.values()))))
 
     def gather(self, value: Any) -> list[Any]:
         """The plain data that each rank gives, on every rank."""
@@ -116,7 +125,7 @@ def sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int, int, int
 
 def choose_device(config: Config) -> torch.device:
     """The device of this rank; raises ValueError when the machine does not have it."""
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank, local_size = local_ranks()
     kind = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cpu":
         return torch.device("cpu")

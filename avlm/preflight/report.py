@@ -10,8 +10,9 @@ from avlm.config.run import Config
 from avlm.models.freezing import trained_names
 from avlm.models.shapes import parameter_shapes
 from avlm.parallel import mesh
+from avlm.parallel.check import check_layout
 from avlm.preflight import memory
-from avlm.preflight.check import check, check_layout
+from avlm.preflight.check import check
 from avlm.preflight.layout import layout_of
 from avlm.preflight.memory import GIB
 

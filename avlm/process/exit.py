@@ -1,9 +1,9 @@
-"""How a process ends: by its last step, by a signal, by an error that is one line.
+"""How a process ends, and with which exit code.
 
 0        done
 1        an error of the code, with its traceback
-2        what a user got wrong, or a rank, disk or data worker that was lost: one line
-128 + n  asked to end by signal n (SIGTERM 143, SIGINT 130, SIGHUP 129): saved first, where there was something to save
+2        an error of the user, or a lost rank, disk or data worker: one line
+128 + n  asked to end by signal n (SIGTERM 143, SIGINT 130, SIGHUP 129), after saving if there was something to save
 141      nobody reads the output any more (``| head``)
 """
 
@@ -13,7 +13,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TextIO
 
 import torch
@@ -30,10 +30,11 @@ class NonFiniteLoss(RuntimeError):
 
 
 def listen() -> list[int]:
-    """The numbers of signals that ask this process to end, as they arrive: for a loop to look at after each step.
+    """The numbers of signals that ask this process to end, in the order of their arrival. A loop looks at the list
+    after each step.
 
-    What is ignored, as SIGHUP is under nohup, stays ignored. A second Ctrl-C ends the process at once, but not under a
-    launcher, which passes on the one that ranks get anyway.
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored. A second Ctrl-C ends the process at once, but not
+    under a launcher, which passes on the one that the ranks receive anyway.
     """
     arrived: list[int] = []
     launched = "TORCHELASTIC_RUN_ID" in os.environ
@@ -49,18 +50,17 @@ def listen() -> list[int]:
     return arrived
 
 
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Print what a user got wrong as one line, without a traceback, and exit with 2. What is neither that nor a loss of
-    something keeps its traceback.
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command to its end, and **end the process** by the codes above.
 
-    **Ends the process** of a run of several ranks, also where all went well: threads of gloo that outlive the
-    interpreter abort it, and after an error the others may wait for this rank in a collective. A rank that only lost
-    another says so, as the other's own error is the one to read.
+    An error of the user is one line and code 2. A rank that only lost another says so in one line, as the other's own
+    error is the one to read. Any other error keeps its traceback. After success a command of one process returns, while
+    the ranks of a larger run end at once: threads of gloo that outlive the interpreter would abort it. After an error
+    they end at once because others may wait for them in a collective.
     """
     try:
-        yield
-        if sys.stdout is not None:  # closed from the start
+        main()
+        if sys.stdout is not None:  # it may have been closed from the start
             sys.stdout.flush()
     except SystemExit as end:
         if ranks()[1] == 1:
@@ -72,7 +72,7 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError as error:
         if sys.stdout is None or not _is_unread(sys.stdout):
             _explain(error)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         _leave(128 + signal.SIGPIPE, at_once=torch.distributed.is_initialized())
     except Exception as error:
         _explain(error)
@@ -88,8 +88,9 @@ def _is_unread(stream: TextIO) -> bool:
 
 
 def _explain(error: Exception) -> None:
-    """Say what went wrong, and leave."""
-    started, (rank, size) = torch.distributed.is_initialized(), ranks()
+    """Print what went wrong, and end the process."""
+    started = torch.distributed.is_initialized()
+    rank, size = ranks()
     lost = _lost(error)
     if not lost and not isinstance(error, ValueError | OSError | NonFiniteLoss):
         if not started:
@@ -97,7 +98,7 @@ def _explain(error: Exception) -> None:
         sys.excepthook(type(error), error, error.__traceback__)  # torch's, which puts the rank before every line
         _leave(1, at_once=True)
     if not started and rank > 0:
-        time.sleep(2)  # most often the first rank says the same, and the launcher ends this one before it wakes up
+        time.sleep(2)  # most often the first rank prints the same, and the launcher ends this one meanwhile
     where = f" (rank {rank})" if size > 1 and (started or rank > 0) else ""
     print(f"error{where}: {lost or ' '.join(str(error).split())}", file=sys.stderr, flush=True)
     _leave(2, at_once=started)
@@ -113,17 +114,15 @@ def _leave(code: int, at_once: bool) -> None:
 
 
 def _lost(error: Exception) -> str:
-    """What to say of an error that is no more than another process being gone; nothing of any other."""
-    for cause in filter(None, (error.__cause__, error)):  # reading a checkpoint names the checkpoint
-        if said := _loss(cause):
-            return said
-    return ""
+    """A message if the error only means that another process is gone, else ""."""
+    of_cause = _loss(error.__cause__) if error.__cause__ else ""  # an error of reading a checkpoint has one
+    return of_cause or _loss(error)
 
 
-def _loss(cause: BaseException) -> str:
-    text = str(cause).partition("\n")[0]
-    if not isinstance(cause, RuntimeError):
+def _loss(error: BaseException) -> str:
+    if not isinstance(error, RuntimeError):
         return ""
+    text = str(error).partition("\n")[0]
     if text.startswith("DataLoader worker"):
         return (
             f"a data worker ended ({text.strip()}): where memory ran out, lower data.num_workers or data.packing_buffer"

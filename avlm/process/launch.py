@@ -4,5 +4,14 @@ import os
 
 
 def ranks() -> tuple[int, int]:
-    """(rank, world size) that the launcher gave this process; (0, 1) without a launcher."""
+    """(rank, world size); (0, 1) without a launcher."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_ranks() -> tuple[int, int]:
+    """(rank, number of ranks) on this machine."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def is_first_of_machine() -> bool:
+    return local_ranks()[0] == 0

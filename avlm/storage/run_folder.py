@@ -21,6 +21,8 @@ from avlm.parallel.mesh import World
 from avlm.storage import locks
 from avlm.storage.checkpoint_files import MARKER, read_marker
 
+Record = dict[str, Any]  # a line of metrics.jsonl
+
 
 @config
 class Progress:
@@ -34,6 +36,21 @@ class Progress:
     best_step: Whole = 0  # whose validation was the best so far; 0: none
     best_metric: str = ""  # in what: val/NAME/METRIC
     best_value: float = 0.0
+
+    def after_step(self, read: float, skipped: float) -> "Progress":
+        """One step later, which read and skipped these numbers of samples."""
+        return dataclasses.replace(
+            self,
+            step=self.step + 1,
+            stage_step=self.stage_step + 1,
+            read=self.read + read,
+            skipped=self.skipped + skipped,
+        )
+
+    def with_best_of(self, other: "Progress") -> "Progress":
+        return dataclasses.replace(
+            self, best_step=other.best_step, best_metric=other.best_metric, best_value=other.best_value
+        )
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -81,7 +98,7 @@ def read_progress(path: Path, run: Path | None = None) -> Progress:
             f"{path / MARKER} says step {progress.step}: the folder has another name, or the file is damaged"
         )
     if run is not None and path.resolve().parents[1] != run.resolve():
-        return dataclasses.replace(progress, best_step=0, best_metric="", best_value=0.0)
+        return progress.with_best_of(Progress())
     return progress
 
 
@@ -144,23 +161,23 @@ def claim(config: Config, world: World) -> IO[str] | None:
     return lock
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, without a last line that is not whole. ValueError for any other that is no row."""
+def read_records(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl, without a last line that was cut short. ValueError for any other bad line."""
     if not path.is_file():
         return []
-    rows = []
+    records = []
     lines = path.read_bytes().split(b"\n")[:-1]
     for number, line in enumerate(lines, 1):
         if not line.strip(b"\0 \t\r"):  # blocks that a power cut left empty
             continue
         try:
-            row = json.loads(line)
+            record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not valid JSON ({shown(str(error))}): remove it") from None
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise ValueError(f"{path}, line {number} is no row with a step: remove it")
-        rows.append(row)
-    return rows
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError(f"{path}, line {number} is no record with a step: remove it")
+        records.append(record)
+    return records
 
 
 def find_checkpoint(run: Path, step: str) -> tuple[Config, Path]:

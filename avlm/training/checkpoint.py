@@ -30,6 +30,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils._pytree import tree_leaves
 
@@ -50,28 +51,53 @@ from avlm.storage.checkpoint_files import (
     read_marker,
 )
 from avlm.storage.run_folder import Progress, complete_checkpoints, folder_of, write_durably
+from avlm.training.log import Log
 
 
 class Saver:
     """Writes the checkpoints of a run."""
 
     def __init__(self, run: Path, config: CheckpointConfig, world: World):
-        self.run, self.config, self.world = run, config, world
-        self.failed = False  # the last time
+        self.run = run
+        self.config = config
+        self.world = world
+        self.has_failed = False  # the last time
+
+    def is_due(self, step: int) -> bool:
+        """Whether this step is saved anyway: its turn has come, or the last attempt failed."""
+        return self.has_failed or step % self.config.every == 0
+
+    def save_or_warn(
+        self,
+        progress: Progress,
+        model: AVLM,
+        optimizer: torch.optim.Optimizer,
+        loader_state: dict,
+        log: Log,
+        is_final: bool,
+    ) -> bool:
+        """Save; where that fails, warn once and let the run continue. OSError if there is no later attempt."""
+        had_failed = self.has_failed
+        failure = self.save(progress, model, optimizer, loader_state)
+        if failure and is_final:
+            raise OSError(failure)
+        if failure and not had_failed:
+            log.message(f"warning: {failure}; the run continues and tries again after the next step")
+        return not failure
 
     def save(self, progress: Progress, model: AVLM, optimizer: torch.optim.Optimizer, loader_state: dict) -> str:
-        """Write a checkpoint. Returns "", or why it could not be written, on every rank alike: the ones before are as
-        they were, and nothing is left of this one."""
+        """Write a checkpoint. Returns "", or why it could not be written, the same on every rank: then earlier
+        checkpoints are as they were, and nothing is left of this one."""
         failure = self._save(progress, model, optimizer, loader_state)
-        self.failed = bool(failure)
+        self.has_failed = bool(failure)
         return failure
 
     def _save(self, progress: Progress, model: AVLM, optimizer: torch.optim.Optimizer, loader_state: dict) -> str:
         path = folder_of(self.run, progress.step)
-        tensors = state_tensors(model, optimizer)
-        files: dict[str, str] = {}
+        tensors = {"model": model_tensors(model), "optimizer": optimizer_tensors(model, optimizer)}
         need = sum(tensor.nbytes for tensor in tree_leaves(tensors))
         attempt = functools.partial(self._attempt, path, need)
+        files: dict[str, str] = {}
         failure = (
             attempt(lambda: self._make_folder(path, need))
             or attempt(lambda: files.update(_write_rank_state(path, self.world, loader_state)))
@@ -79,10 +105,11 @@ class Saver:
         )
         if failure:
             return failure
-        files = dict(item for of_rank in self.world.gather(files) for item in of_rank.items())
+        for of_rank in self.world.gather(files):
+            files |= of_rank
         failure = attempt(lambda: self._complete(path, progress, files))
         if self.world.is_first and not failure:
-            with contextlib.suppress(OSError):  # the checkpoint is there; what is left over goes after the next one
+            with contextlib.suppress(OSError):  # the checkpoint is written; leftovers go after the next one
                 self._tidy(path, progress)
         self.world.barrier()
         return failure
@@ -109,8 +136,8 @@ class Saver:
     def _complete(self, path: Path, progress: Progress, files: dict[str, str]) -> None:
         """The marker makes a checkpoint complete."""
         if self.world.is_first:
-            files = {**files, ".metadata": digest((path / ".metadata").read_bytes())}
-            write_durably(path / MARKER, marker_text(dataclasses.asdict(progress), files))
+            index = digest((path / ".metadata").read_bytes())
+            write_durably(path / MARKER, marker_text(dataclasses.asdict(progress), {**files, ".metadata": index}))
 
     def _tidy(self, path: Path, progress: Progress) -> None:
         """Names for the newest and the best; older ones go."""
@@ -165,15 +192,27 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def load_checkpoint(path: Path, model: AVLM, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Read the weights, and with them the state of an optimizer, in place; strict about what weights there are."""
-    tensors = state_tensors(model, optimizer)
+def load_model(path: Path, model: AVLM) -> None:
+    """Read the weights of a checkpoint, in place. ValueError unless it holds the parameters of this very model."""
+    tensors = model_tensors(model)
+    with _named_errors(path):
+        stored = {name for name in Reader(path).read_metadata().state_dict_metadata if name.startswith("model.")}
+        different = stored ^ {f"model.{name}" for name in tensors}
+        if different:
+            raise ValueError(f"it and the model differ in {', '.join(sorted(different)[:5])}")
+        dcp.load({"model": tensors}, storage_reader=Reader(path))
+
+
+def load_optimizer(path: Path, model: AVLM, optimizer: torch.optim.Optimizer) -> None:
+    """Read the optimizer's state of a checkpoint, in place."""
+    with _named_errors(path):
+        dcp.load({"optimizer": optimizer_tensors(model, optimizer)}, storage_reader=Reader(path))
+
+
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
     try:
-        stored = {name for name in Reader(path).read_metadata().state_dict_metadata if name[:6] == "model."}
-        ours = {f"model.{name}" for name in tensors["model"]}
-        if stored != ours:
-            raise ValueError(f"it and the model differ in {', '.join(sorted(stored ^ ours)[:5])}")
-        dcp.load(tensors, storage_reader=Reader(path))
+        yield
     except (Exception, CheckpointException) as error:
         raise ValueError(f"{path} cannot be loaded: {cause_of(error)}") from error
 
@@ -230,13 +269,16 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def state_tensors(model: AVLM, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
-    """Weights and optimizer state by parameter name: the live tensors, which a load writes into."""
+def model_tensors(model: AVLM) -> dict[str, Tensor]:
+    """Parameters by name: the live tensors, which a load writes into. What is tied has one name."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    tensors: dict[str, Any] = {"model": {name: parameter.detach() for parameter, name in names.items()}}
-    if optimizer is not None:
-        tensors["optimizer"] = {names[parameter]: state for parameter, state in optimizer.state.items()}
-    return tensors
+    return {name: parameter.detach() for parameter, name in names.items()}
+
+
+def optimizer_tensors(model: AVLM, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state by the name of its parameter: the live tensors."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter]: state for parameter, state in optimizer.state.items()}
 
 
 def _write_rank_state(path: Path, world: World, loader_state: dict) -> dict[str, str]:

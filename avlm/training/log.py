@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, console lines, wandb, and the curves of ``python -m avlm.training.plots RUN``."""
+"""What a run reports: metrics.jsonl, console lines and wandb. ``avlm.training.plots`` draws its curves."""
 
 import errno
 import json
@@ -12,37 +12,37 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from avlm.config.load import to_dict
 from avlm.config.run import Config
 from avlm.models.avlm import AVLM
 from avlm.models.batch import KINDS, Batch
+from avlm.models.costs import counts
 from avlm.parallel.apply import compute_dtype
 from avlm.parallel.mesh import World
 from avlm.process.exit import NonFiniteLoss
-from avlm.storage.run_folder import read_rows
-from avlm.training import flops, timing
+from avlm.storage.run_folder import Progress, Record, read_records
+from avlm.training import flops
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Log:
-    """Rows of a run. Values of a step stay on the device until ``flush``, which fetches all of them together."""
+    """The records of a run. Values of a step stay on the device until ``flush``, which fetches all of them together."""
 
-    def __init__(self, config: Config, world: World, model: AVLM, first_step: int):
-        self.config, self.world = config, world
-        self.part_clock = timing.PartClock(model, world.device)
+    def __init__(self, config: Config, world: World, first_step: int):
+        self.config = config
+        self.world = world
         self.path = Path(config.output_dir) / "metrics.jsonl"
-        self.rows: list[dict[str, Any]] = []  # of steps not fetched yet
-        self.values: list[Tensor] = []  # (loss of each kind, gradient norm, local loss), per row
-        self.keys: list[list[str]] = []  # sample keys of this rank, per row
-        self.marks: list[list[timing.Mark]] = []  # where the step's time went on this rank, per row
+        self.records: list[Record] = []  # of steps that are not fetched yet
+        self.values: list[Tensor] = []  # what ``train_step`` returned, for each record
+        self.keys: list[list[str]] = []  # sample keys of this rank, for each record
         self.timed_from = time.perf_counter()
-        self.unwritten: list[dict[str, Any]] = []  # while the disk is full
-        self.bad: set[str] = set()  # keys of samples that were said to be skipped
-        # A share of the bf16 peak says nothing of steps in float32.
+        self.unwritten: list[Record] = []  # while the disk is full
+        self.bad: set[str] = set()  # keys of skipped samples that have been named
+        # Compute in float32 is not measured against the bf16 peak.
         is_bf16 = compute_dtype(config, world.device) == torch.bfloat16
         self.peak = flops.peak(world.device) if is_bf16 else None
         self.run = None
@@ -52,60 +52,95 @@ class Log:
             if config.wandb.mode != "disabled":
                 self.run = _wandb_run(config, first_step)
 
-    def step(self, row: dict[str, Any], values: Tensor, keys: list[str]) -> None:
+    def step(self, record: Record, values: Tensor, keys: list[str]) -> None:
         """Note a step; ``values`` float32 (len(KINDS) + 2,): loss sum of each kind, gradient norm, own loss sum."""
-        self.rows.append(row)
+        self.records.append(record)
         self.values.append(values)
         self.keys.append(keys)
-        self.marks.append(self.part_clock.stop())
         if self.world.is_first:
             self.bar.update()
-        if row["step"] % self.config.train.log_every == 0 or values.device.type == "cpu":
+        if self._is_shown(record) or values.device.type == "cpu":
             self.flush()
 
     def flush(self) -> None:
-        """Fetch, check and write the rows so far. Raises NonFiniteLoss, on every rank, at the first bad step."""
-        if not self.rows:
+        """Fetch, check and write the records so far. Raises NonFiniteLoss, on every rank, at the first bad step."""
+        if not self.records:
             return
         fetched = torch.stack(self.values).tolist()
-        seconds = (time.perf_counter() - self.timed_from) / len(self.rows)
+        seconds = (time.perf_counter() - self.timed_from) / len(self.records)
         self.timed_from = time.perf_counter()
-        for row, values, keys, marks in zip(self.rows, fetched, self.keys, self.marks):
+        for i, (record, values, keys) in enumerate(zip(self.records, fetched, self.keys)):
             *losses, norm, own_loss = values
-            counts = [row[f"targets/{kind}"] for kind in KINDS]
-            row["loss"] = sum(losses) / max(sum(counts), 1)
-            row |= {f"loss/{kind}": x / n for kind, x, n in zip(KINDS, losses, counts) if n}
-            row |= {"grad_norm": norm, "step_seconds": seconds, "tokens_per_second": row["tokens"] / seconds}
-            row |= {f"seconds/{part}": passed for part, passed in timing.seconds(marks).items()}
-            row["padding"] = 1 - row["tokens"] / row.pop("row_tokens")
-            row["flops"] = sum(value for name, value in row.items() if name.startswith("flops/"))
-            if self.peak:
-                peak = seconds * self.world.size * self.peak
-                row |= {"mfu": row["flops"] / peak, "hfu": (row["flops"] + row["recomputed_flops"]) / peak}
-            if not math.isfinite(row["loss"]) or not math.isfinite(norm):
-                self.write(self.rows[: self.rows.index(row)])
-                own = f"; samples of this rank: {', '.join(keys)}" if not math.isfinite(own_loss) else ""
-                raise NonFiniteLoss(f"loss {row['loss']}, gradient norm {norm} at step {row['step']}{own}")
-            row["memory_gib"] = _peak_memory(self.world.device) / 2**30
-            if row["step"] % self.config.train.log_every == 0 or row["step"] == 1:
-                mfu = f"  mfu {row['mfu']:.1%}" if self.peak else ""
-                self.say(
-                    f"step {row['step']}/{self.config.total_steps} {row['stage']}  loss {row['loss']:.4f}  "
-                    f"grad {norm:.3f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s{mfu}"
-                )
-        self.write(self.rows)
-        self.rows, self.values, self.keys, self.marks = [], [], [], []
+            self._complete(record, losses, norm, seconds)
+            if not math.isfinite(record["loss"]) or not math.isfinite(norm):
+                self.write(self.records[:i])
+                own = "" if math.isfinite(own_loss) else f"; samples of this rank: {', '.join(keys)}"
+                raise NonFiniteLoss(f"loss {record['loss']}, gradient norm {norm} at step {record['step']}{own}")
+            if self._is_shown(record) or record["step"] == 1:
+                self.message(self._line(record))
+        self.write(self.records)
+        self.records, self.values, self.keys = [], [], []
+
+    def _is_shown(self, record: Record) -> bool:
+        return record["step"] % self.config.train.log_every == 0
+
+    def _complete(self, record: Record, losses: list[float], norm: float, seconds: float) -> None:
+        """Add to a step's record what is known once its values are fetched."""
+        counts = [record[f"targets/{kind}"] for kind in KINDS]
+        record["loss"] = sum(losses) / max(sum(counts), 1)
+        for kind, loss, count in zip(KINDS, losses, counts):
+            if count:
+                record[f"loss/{kind}"] = loss / count
+        record["grad_norm"] = norm
+        record["step_seconds"] = seconds
+        record["tokens_per_second"] = record["tokens"] / seconds
+        record["padding"] = 1 - record["tokens"] / record.pop("row_tokens")
+        record["flops"] = sum(value for name, value in record.items() if name.startswith("flops/"))
+        if self.peak:
+            possible = seconds * self.world.size * self.peak
+            record["mfu"] = record["flops"] / possible
+            record["hfu"] = (record["flops"] + record["recomputed_flops"]) / possible
+        record["memory_gib"] = _peak_memory(self.world.device) / 2**30
+
+    def _line(self, record: Record) -> str:
+        mfu = f"  mfu {record['mfu']:.1%}" if self.peak else ""
+        return (
+            f"step {record['step']}/{self.config.total_steps} {record['stage']}  loss {record['loss']:.4f}  "
+            f"grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s{mfu}"
+        )
+
+    def validation(self, progress: Progress, stage: str, results: dict[str, float]) -> None:
+        """Write and show what validation found after a step."""
+        self.write([{"step": progress.step, "stage": stage, **results}])
+        shown = [f"{name} {value:.4f}" for name, value in results.items()]
+        if progress.best_step == progress.step:
+            shown.append("(the best so far)")
+        self.message("  ".join(shown))
 
     def restart_clock(self) -> None:
-        """Leave what happened since the last flush (start, validation, saving) out of the next steps' time."""
+        """Leave what happened since the last flush (initialisation, validation, saving) out of the next steps' time."""
         self.timed_from = time.perf_counter()
 
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        """Append rows and put them on disk. Where that is full they wait for the next ones."""
+    def write(self, records: list[Record]) -> None:
+        """Append records and put them on disk. While the disk is full they wait for the next ones."""
         if not self.world.is_first:
             return
-        rows, waited = [*self.unwritten, *rows], bool(self.unwritten)
-        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        has_warned = bool(self.unwritten)
+        records = [*self.unwritten, *records]
+        content = "".join(json.dumps(record) + "\n" for record in records).encode()
+        failure = self._append(content)
+        if failure:
+            self.unwritten = records
+            if not has_warned:
+                self.message(f"warning: {self.path}: {failure.lower()}; its lines wait until there is room")
+            return
+        self.unwritten = []
+        if self.run is not None:
+            for record in records:
+                self.run.log(record, step=record["step"])
+
+    def _append(self, content: bytes) -> str:
+        """Returns "", or why the disk has no room; then the file is as it was."""
         with open(self.path, "ab", buffering=0) as file:  # what a buffer holds would be written again on closing
             end = file.tell()
             try:
@@ -113,25 +148,19 @@ class Log:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
             except OSError as error:
-                if error.errno not in FULL:
+                if error.errno not in DISK_IS_FULL:
                     raise
                 file.truncate(end)
-                self.unwritten = rows
-                if not waited:
-                    self.say(f"warning: {self.path}: {error.strerror.lower()}; its lines wait until there is room")
-                return
-        self.unwritten = []
-        if self.run is not None:
-            for row in rows:
-                self.run.log(row, step=row["step"])
+                return error.strerror
+        return ""
 
-    def say(self, line: str) -> None:
+    def message(self, line: str) -> None:
         """One line for the person at the terminal, from the first rank."""
         if self.world.is_first:
             self._print(line, sys.stdout)
 
     def skipped(self, batch: Batch, where: str = "") -> None:
-        """Name the samples of a row that were skipped, from each rank its own, each once however often it is read."""
+        """Name the skipped samples of a row: each rank its own, and each sample once, however often it is read."""
         for key, reason in batch.skipped:
             if key not in self.bad:
                 self.bad.add(key)
@@ -142,7 +171,7 @@ class Log:
             tqdm.write(line, file=file)
             file.flush()
         except OSError as error:
-            if error.errno != errno.EIO:  # a terminal that was closed; the signal that says so comes by itself
+            if error.errno != errno.EIO:  # a terminal that was closed: its own signal ends the run
                 raise
 
     def close(self) -> None:
@@ -171,22 +200,22 @@ def tally(batches: list[Batch], costs: flops.Costs) -> dict[str, float]:
     for batch in batches:
         total["tokens"] += batch.num_tokens
         total["row_tokens"] += len(batch.token_T)
-        total["tokens/image"] += len(batch.image_rows_F)
-        total["tokens/audio"] += len(batch.audio_rows_G)
+        total["tokens/image"] += len(batch.image.rows)
+        total["tokens/audio"] += len(batch.audio.rows)
         total["target_tokens"] += len(batch.target_R)
         total["read"] += batch.read
         total["skipped"] += len(batch.skipped)
         for kind, count in zip(KINDS, torch.bincount(batch.kind_R, minlength=len(KINDS)).tolist()):
             total[f"targets/{kind}"] += count
-        for module, work in flops.by_module(costs, flops.counts(batch)).items():
+        for module, work in flops.by_module(costs, counts(batch)).items():
             total[f"flops/{module}"] += work[0] + work[1]
             total["recomputed_flops"] += work[2]
     return total
 
 
 def _wandb_run(config: Config, first_step: int) -> Any:
-    """The run of this folder at wandb: a resume goes on with the one that its first start began. Steps that are there
-    already, from before a crash, stay as they were."""
+    """The wandb run of this folder. A resumed run continues the one that it began; steps that wandb already has stay as
+    they were."""
     import wandb  # half a second, and a process of its own: only for those who use it
 
     path = Path(config.output_dir) / "wandb_id"
@@ -204,15 +233,18 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Drop the rows after ``step``: a resumed run writes them again. What a crash left half-written goes as well."""
-    rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
+    """Drop the records after ``step``, which a resumed run writes again, and a last line that a crash cut short."""
+    records = read_records(path) if step else []
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial.write_text("".join(json.dumps(record) + "\n" for record in records if record["step"] <= step))
     partial.rename(path)
 
 
 def describe(model: AVLM) -> str:
-    """One line with the parameters of every module."""
-    count = lambda module: sum(p.numel() for p in module.parameters())
+    """One line with the number of parameters of every module."""
+
+    def count(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
     parts = ", ".join(f"{name} {count(module):,}" for name, module in model.named_children())
     return f"{count(model):,} parameters: {parts}"

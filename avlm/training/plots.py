@@ -4,35 +4,35 @@ import argparse
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
-from avlm.process.exit import one_line_errors
+from avlm.process.exit import run_command
 
 matplotlib.use("Agg")  # a file, no window
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from avlm.storage.run_folder import read_rows
+from avlm.storage.run_folder import Record, read_records
 
-Row = dict[str, Any]
 SPAN = 5  # steps to either side that a mean takes in
 
 
 def plot(run: Path) -> Path:
-    """Loss (all, by modality, validation), learning rate and gradient norm, throughput, where tokens, FLOPs and time
-    go, and metrics of validation, each where the run has it; writes RUN/metrics.png. ValueError without steps."""
-    rows = read_rows(run / "metrics.jsonl")
-    steps = [row for row in rows if "loss" in row]
+    """Draw loss (all, by modality, validation), learning rate and gradient norm, throughput, the shares of tokens and
+    FLOPs, and metrics of validation, each if the run has it; writes RUN/metrics.png. ValueError without steps."""
+    records = read_records(run / "metrics.jsonl")
+    steps = [row for row in records if "loss" in row]
     if not steps:
         raise ValueError(f"{run / 'metrics.jsonl'} holds no steps yet")
     figure, axes = pyplot.subplots(2, 3, figsize=(20, 9), sharex=True)
-    for panel, draw in zip(axes.flat, (_loss, _optimizer, _throughput, _shares, _seconds, _validation)):
-        draw(panel, steps, rows)
+    panels = (_loss, _optimizer, _throughput, _shares, _validation)
+    for panel, draw in zip(axes.flat, panels):
+        draw(panel, steps, records)
         _mark_stages(panel, steps)
-        panel.set_visible(bool(panel.get_legend()))
         panel.tick_params(labelbottom=True)  # the panel below may be hidden
+    for panel in axes.flat:
+        panel.set_visible(bool(panel.get_legend()))
     for panel in axes[-1]:
         panel.set_xlabel("step")
     figure.suptitle(f"{run}: thin lines are steps, bold ones means of {2 * SPAN + 1} steps around each", fontsize=10)
@@ -42,17 +42,17 @@ def plot(run: Path) -> Path:
     return run / "metrics.png"
 
 
-def _loss(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
+def _loss(axes: Axes, steps: list[Record], records: list[Record]) -> None:
     kinds = sorted({key for row in steps for key in row if key.startswith("loss/")})
     _curve(axes, steps, lambda row: row["loss"], "all", "k", 2.0)
     for i, kind in enumerate(kinds):
         _curve(axes, steps, lambda row, kind=kind: row.get(kind), kind.removeprefix("loss/"), f"C{i}")
-    _points(axes, rows, lambda name: name.endswith("/loss"))
+    _points(axes, records, lambda name: name.endswith("/loss"))
     axes.set(ylabel="loss per target token (nats)", yscale="log", title="loss")
     axes.legend(fontsize=8)
 
 
-def _optimizer(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
+def _optimizer(axes: Axes, steps: list[Record], records: list[Record]) -> None:
     _curve(axes, steps, lambda row: row["lr"], "learning rate", "C0", span=0)
     axes.set(ylabel="learning rate", title="learning rate and gradient norm")
     other = axes.twinx()
@@ -61,7 +61,7 @@ def _optimizer(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
     _legend(axes, other)
 
 
-def _throughput(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
+def _throughput(axes: Axes, steps: list[Record], records: list[Record]) -> None:
     _curve(axes, steps, lambda row: row["tokens_per_second"], "tokens/s without padding", "C2")
     axes.set(ylabel="tokens per second", title="throughput", ylim=(0, None))
     other = axes.twinx()
@@ -73,26 +73,15 @@ def _throughput(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
     _legend(axes, other)
 
 
-def _validation(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
+def _validation(axes: Axes, steps: list[Record], records: list[Record]) -> None:
     """Every metric of validation but the loss."""
-    _points(axes, rows, lambda name: not name.endswith("/loss"))
+    _points(axes, records, lambda name: not name.endswith("/loss"))
     axes.set(ylabel="share, or errors per word or letter", title="validation", ylim=(0, None))
     if axes.lines:
         axes.legend(fontsize=8)
 
 
-def _seconds(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
-    """The share of a step's time, on the first rank, that each part of the model took, forward and backward."""
-    total = lambda row: sum(value for name, value in row.items() if name.startswith("seconds/"))
-    for i, name in enumerate(sorted({key for row in steps for key in row if key.startswith("seconds/")})):
-        share = lambda row, name=name: 100 * row.get(name, 0.0) / total(row) if total(row) else None
-        _curve(axes, steps, share, name, f"C{i}")
-    axes.set(ylabel="%", ylim=(0, 100), title="share of time")
-    if axes.lines:
-        axes.legend(fontsize=8, ncols=2)
-
-
-def _shares(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
+def _shares(axes: Axes, steps: list[Record], records: list[Record]) -> None:
     """Solid: tokens of the rows. Dashed: FLOPs by module."""
     for i, name in enumerate(("tokens/image", "tokens/audio")):
         _curve(axes, steps, lambda row, name=name: _percent(row, name, "tokens"), name, f"C{i}")
@@ -103,15 +92,15 @@ def _shares(axes: Axes, steps: list[Row], rows: list[Row]) -> None:
     axes.legend(fontsize=8, ncols=2)
 
 
-def _points(axes: Axes, rows: list[Row], wanted: Callable[[str], bool]) -> None:
+def _points(axes: Axes, records: list[Record], wanted: Callable[[str], bool]) -> None:
     """What validation measured, a mark each time."""
-    names = sorted({key for row in rows for key in row if key.startswith("val/") and wanted(key)})
+    names = sorted({key for row in records for key in row if key.startswith("val/") and wanted(key)})
     for name, marker in zip(names, itertools.cycle("osD^v")):
-        found = [(row["step"], row[name]) for row in rows if name in row]
+        found = [(row["step"], row[name]) for row in records if name in row]
         axes.plot(*zip(*found), f":{marker}", ms=5, mfc="none", lw=0.8, label=name.removesuffix("/loss"))
 
 
-def _percent(row: Row, name: str, of: str | None = None) -> float | None:
+def _percent(row: Record, name: str, of: str | None = None) -> float | None:
     """None where a row lacks it: MFU on unknown devices, and what older versions did not write."""
     if name not in row:
         return None
@@ -120,8 +109,8 @@ def _percent(row: Row, name: str, of: str | None = None) -> float | None:
 
 def _curve(
     axes: Axes,
-    steps: list[Row],
-    value: Callable[[Row], float | None],
+    steps: list[Record],
+    value: Callable[[Record], float | None],
     label: str,
     colour: str,
     width: float = 1.1,
@@ -155,7 +144,7 @@ def centred_means(values: Sequence[float], span: int) -> list[float]:
     return [(sums[i + n + 1] - sums[i - n]) / (2 * n + 1) for i, n in enumerate(reach)]
 
 
-def _mark_stages(axes: Axes, steps: list[Row]) -> None:
+def _mark_stages(axes: Axes, steps: list[Record]) -> None:
     """A line where each stage begins, and its name where the stage is long enough for one."""
     for name, stage in itertools.groupby(steps, key=lambda row: row["stage"]):
         numbers = [row["step"] for row in stage]
@@ -165,9 +154,12 @@ def _mark_stages(axes: Axes, steps: list[Row]) -> None:
             axes.text(numbers[0], 0.01, name, fontsize=7, color="0.4", **place)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the curves of a run.")
     parser.add_argument("run", type=Path, help="run folder")
     arguments = parser.parse_args()
-    with one_line_errors():
-        print(plot(arguments.run))
+    print(plot(arguments.run))
+
+
+if __name__ == "__main__":
+    run_command(main)

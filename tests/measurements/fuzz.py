@@ -34,11 +34,12 @@ from avlm.config.load import load_config, resolve_config
 from avlm.config.run import VideoConfig
 from avlm.data.media import audio, image, video
 from avlm.data.sample import SampleEncoder, load_json, parse
-from avlm.data.text.chat import Chat, Tokenizer
-from avlm.families import pretrained
+from avlm.data.text.chat import Chat
+from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.avlm import AVLM
 from avlm.storage.run_folder import read_progress, read_run
 from avlm.training import checkpoint
+from avlm.weights import folder as folders
 from avlm.weights.sources import open_checkpoint, open_folder
 from tests.data import small_files as media
 from tests.data.small_files import AUDIO, VISION, film, tone, write_tokenizer
@@ -157,9 +158,9 @@ def _model_folder(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
     write_tokenizer(folder)
 
     def use(folder: Path) -> Any:
-        config = pretrained.read_config(folder)
-        pretrained.template_of(folder, config)
-        return pretrained.stop_ids(folder), open_folder(folder)
+        folders.read_config(folder)
+        folders.template_of(folder)
+        return folders.stop_ids(folder), open_folder(folder)
 
     return folder, use
 
@@ -204,7 +205,7 @@ def _run_folder(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
         config, path = read_run(folder)
         assert read_progress(path) == progress, "the run stands elsewhere"
         model = AVLM(config.model)
-        checkpoint.load_checkpoint(path, model)
+        checkpoint.load_model(path, model)
         for name, tensor in state(config, path).items():
             assert tensor.equal(expected[name]), f"{name} is another"
         return len(expected)

@@ -33,7 +33,7 @@ from avlm.config.load import load_config
 from avlm.config.model import ModelConfig
 from avlm.data.loader import open_loader
 from avlm.demo.build import ensure
-from avlm.families.tables import hugging_face_name
+from avlm.families.door import hugging_face_name
 from avlm.models.avlm import AVLM, init
 from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch
 from kernels.segments import Segments

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 
 from avlm.config.load import dump_config, resolve_config
-from avlm.preflight.check import check_resume, check_skipped
+from avlm.data.check import check_skipped
 from avlm.preflight.report import report
 from avlm.storage import locks
 from avlm.storage.run_folder import find, folder_of
 from avlm.training import checkpoint
+from avlm.training.resume import check_resume
 from tests.parallel.small import TREE, make_config
 
 
@@ -54,7 +55,6 @@ def test_a_resume_names_the_key_that_may_not_change(saved, key, change):
         {"train": {"stop_after": 5, "log_every": 1}},
         {"checkpoint": {"every": 7}},
         {"parallel": {"shard": 1}},
-        {"model": TREE["model"] | {"audio": TREE["model"]["audio"] | {"log_mel": "device"}}},
         {"data": TREE["data"] | {"max_bad_fraction": 0.5, "validation": {"x": "synthetic"}}},
     ],
 )

@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from avlm.config.load import resolve_config, to_dict
 from avlm.config.model import MODULES, ProjectorConfig
-from avlm.data.packing import empty_batch
 from avlm.models import freezing
 from avlm.models.avlm import AVLM
+from avlm.models.batch import empty_batch
 from avlm.models.decoder import rope_frequencies, rope_table
 from avlm.models.freezing import trained_shapes
 from avlm.models.projector import Projector
@@ -290,22 +290,8 @@ def without_vision():
             lambda: make_config(("train.offload_activations", True), ("train.recompute.audio", "selective")),
             r"train\.recompute\.audio=selective keeps more: set it to full",
         ),
-        (
-            lambda: make_config(data={"train": "synthetic", "seq_length": 3}),
-            r"stage all: an image takes 4 rows, more than data\.seq_length=3: raise it, or model\.vision_projector",
-        ),
-        (
-            lambda: make_config(("model.audio.window", "fixed"), data={"train": "synthetic", "seq_length": 15}),
-            r"stage all: a window of sound takes 16 rows, more than data\.seq_length=15: raise it, or model\.audio",
-        ),
     ],
 )
 def test_bad_layouts_are_named_with_their_mend(make, line):
     with pytest.raises(ValueError, match=line):
         check_layout(make(), 1)
-
-
-def test_windows_of_true_length_and_stages_of_text_may_have_short_rows():
-    check_layout(make_config(data={"train": "synthetic", "seq_length": 15}), 1)
-    text = [{"name": "text", "steps": 1, "train": ["decoder"]}]
-    check_layout(make_config(data={"train": "synthetic", "seq_length": 3}, stages=text), 1)

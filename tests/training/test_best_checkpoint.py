@@ -11,8 +11,8 @@ from avlm.config.run import CheckpointConfig
 from avlm.evaluation.__main__ import main
 from avlm.evaluation.answers import predictions_path
 from avlm.parallel import mesh
-from avlm.process.exit import one_line_errors
-from avlm.storage.run_folder import Progress, complete_checkpoints, folder_of, read_progress, read_rows
+from avlm.process.exit import run_command
+from avlm.storage.run_folder import Progress, complete_checkpoints, folder_of, read_progress, read_records
 from avlm.training import optimizer
 from avlm.training.checkpoint import Saver
 from tests.parallel.small import build, make_config
@@ -66,7 +66,7 @@ def evaluate(*options: str) -> subprocess.CompletedProcess:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    rows = read_rows(folder / "run" / "metrics.jsonl")
+    rows = read_records(folder / "run" / "metrics.jsonl")
     return {row["step"]: row["val/some/loss"] for row in rows if "val/some/loss" in row}
 
 
@@ -111,7 +111,7 @@ def test_predictions_of_a_step_and_the_best_checkpoint_are_evaluated(stopped):
     assert path.read_text() == during
     report = json.loads((folder / "report.json").read_text())
     assert report["step"] == best and report["results"][0]["metric"] == "cer"
-    [row] = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] == best and "val/some/cer" in row]
+    [row] = [row for row in read_records(folder / "metrics.jsonl") if row["step"] == best and "val/some/cer" in row]
     assert report["results"][0]["metrics"] == {"cer": row["val/some/cer"], "exact_match": row["val/some/exact_match"]}
     assert "| task | set | samples | cer |" in (folder / "report.md").read_text()
 
@@ -141,7 +141,7 @@ def test_adapters_on_a_base_in_bf16_are_evaluated_as_during_the_run(tmp_path):
 )
 def test_what_the_command_line_cannot_do_is_one_line(stopped, options, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["", str(stopped / "run"), "--data", f"a={stopped / 'some.jsonl'}", *options])
-    with pytest.raises(SystemExit) as ended, one_line_errors():
-        main()
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
     [line] = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and message in line

@@ -40,7 +40,8 @@ def save_and_load(cfg, folder):
     changed = any(not torch.equal(whole(p), expected[name]) for name, p in model.named_parameters())
 
     [path] = complete_checkpoints(Path(folder))
-    checkpoint.load_checkpoint(path, model, adam)
+    checkpoint.load_model(path, model)
+    checkpoint.load_optimizer(path, model, adam)
     same = all(torch.equal(whole(p), expected[name]) for name, p in model.named_parameters())
     same &= all(torch.equal(whole(state["exp_avg"]), m) for state, m in zip(adam.state.values(), moments))
     checkpoint.load_random_state(path, world)
@@ -103,7 +104,7 @@ def read_all(path):
     read_progress(path)
     checkpoint.load_random_state(path, world)
     checkpoint.read_loader_state(path, world)
-    checkpoint.load_checkpoint(path, AVLM(make_config().model))
+    checkpoint.load_model(path, AVLM(make_config().model))
 
 
 @pytest.mark.parametrize("place", [0.01, 0.4, 0.9])
@@ -212,7 +213,7 @@ def refuse_other_weights(cfg, other, folder):
             wrong = AVLM(changed.model)
         apply_parallel(wrong, world, changed)
         try:
-            checkpoint.load_checkpoint(path, wrong)
+            checkpoint.load_model(path, wrong)
         except ValueError as error:
             messages.append(str(error))
     mesh.stop()

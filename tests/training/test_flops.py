@@ -11,13 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from avlm.config.model import ProjectorConfig
-from avlm.data.packing import empty_batch
 from avlm.data.synthetic import SyntheticLoader
 from avlm.models import decoder, freezing
 from avlm.models.avlm import AVLM, init
-from avlm.models.batch import KINDS
+from avlm.models.batch import KINDS, empty_batch
 from avlm.parallel import recompute
-from avlm.storage.run_folder import read_rows
+from avlm.storage.run_folder import read_records
 from avlm.training import flops
 from avlm.training.log import Log, tally, time
 from tests.parallel.small import TREE, make_config
@@ -176,7 +175,7 @@ def test_mfu_is_reported_where_the_peak_is_known(name, mfu, tmp_path, monkeypatc
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
     monkeypatch.setattr(time, "perf_counter", iter([0.0, 2.0, 2.0]).__next__)
     cfg = make_config(output_dir=str(tmp_path), train={"log_every": 1})
-    log = Log(cfg, SimpleNamespace(device=torch.device("cuda"), size=4, is_first=True), AVLM(cfg.model), 0)
+    log = Log(cfg, SimpleNamespace(device=torch.device("cuda"), size=4, is_first=True), 0)
     row = {"step": 1, "stage": "all", "lr": 0.1} | tally([], flops.costs(cfg, cfg.stages[0]))
     row |= {
         "tokens": 6,
@@ -187,6 +186,6 @@ def test_mfu_is_reported_where_the_peak_is_known(name, mfu, tmp_path, monkeypatc
     }
     log.step(row, torch.ones(len(KINDS) + 2), [])
     log.close()
-    (written,) = read_rows(tmp_path / "metrics.jsonl")
+    (written,) = read_records(tmp_path / "metrics.jsonl")
     assert (written.get("mfu"), written.get("hfu")) == (mfu and pytest.approx(mfu), mfu and pytest.approx(1.5 * mfu))
     assert written["padding"] == 0.25

@@ -14,8 +14,8 @@ import yaml
 
 import train
 from avlm.config.load import load_config
-from avlm.process.exit import one_line_errors
-from avlm.storage.run_folder import complete_checkpoints, read_progress, read_rows
+from avlm.process.exit import run_command
+from avlm.storage.run_folder import complete_checkpoints, read_progress, read_records
 from avlm.training import checkpoint
 from tests.data.small_files import image_file, picture, write_tokenizer
 from tests.parallel.small import TREE
@@ -76,7 +76,7 @@ def train_to_end(path: Path, overrides: tuple[str, ...] = ()) -> None:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    rows = [row for row in read_rows(folder / "run" / "metrics.jsonl") if "loss" in row]
+    rows = [row for row in read_records(folder / "run" / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "every step stands once"
     return {row["step"]: row["loss"] for row in rows}
 
@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run, tmp_path):
     path, log = write_config(tmp_path), tmp_path / "run" / "metrics.jsonl"
     process = subprocess.Popen(command(path, ranks=2), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     # Past a stage change, and past the checkpoint of step 8.
-    wait_until(lambda: len(read_rows(log)) >= 9 or process.poll() is not None)
+    wait_until(lambda: len(read_records(log)) >= 9 or process.poll() is not None)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
     workers = [int(pid) for pid in children.split()]
     process.kill()
@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run, tmp_path):
 
 
 def test_stages_follow_each_other_and_leave_checkpoints(whole_run):
-    rows = [row for row in read_rows(whole_run / "run" / "metrics.jsonl") if "loss" in row]
+    rows = [row for row in read_records(whole_run / "run" / "metrics.jsonl") if "loss" in row]
     assert [row["stage"] for row in rows] == ["first"] * 6 + ["second"] * 6
     assert rows[6]["lr"] < rows[8]["lr"], "a stage warms up anew"
     assert {"loss/image", "loss/mixed"} & rows[0].keys()
@@ -175,7 +175,7 @@ def test_files_are_trained_validated_answered_and_resumed(tmp_path):
     assert parts == [(tmp_path / "run" / "wandb_id").read_text()] * 2, "one run at wandb, of one rank, gone on with"
     assert "resuming step_00000005 at step 5 of 12" in result.stdout
     assert "skipped sample all.jsonl:5: " in result.stderr
-    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    rows = read_records(tmp_path / "run" / "metrics.jsonl")
     validations = [row for row in rows if "val/one/loss" in row]
     assert [row["step"] for row in validations] == [4, 6, 8, 12]
     assert all(0 <= row["val/one/exact_match"] <= 1 for row in validations)
@@ -191,7 +191,7 @@ def test_a_signal_saves_and_ends(tmp_path, number):
     path = write_config(tmp_path, data=text_data(tmp_path), model=WORDS, stages=[{**TEXT_STAGE, "steps": 100000}])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command(path, ranks=ranks), cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
-    wait_until(lambda: len(read_rows(tmp_path / "run" / "metrics.jsonl")) >= 3 or process.poll() is not None)
+    wait_until(lambda: len(read_records(tmp_path / "run" / "metrics.jsonl")) >= 3 or process.poll() is not None)
     if number == signal.SIGTERM:
         refused = run(path)
         assert refused.returncode == 2 and "belongs to a run that is live" in refused.stderr
@@ -266,8 +266,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, override, message, capsys):
-    with pytest.raises(SystemExit) as ended, one_line_errors():
-        train.main(load_config(write_config(tmp_path), [override]))
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: train.main(load_config(write_config(tmp_path), [override])))
     [line] = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and message in line
 

@@ -12,8 +12,8 @@ import pytest
 
 from avlm.preflight.check import check_layout
 from avlm.process import exit
-from avlm.process.exit import one_line_errors
-from avlm.storage.run_folder import complete_checkpoints, read_rows
+from avlm.process.exit import run_command
+from avlm.storage.run_folder import complete_checkpoints, read_records
 from tests.data.small_files import image_file, picture, write_tokenizer
 from tests.parallel.small import TREE, make_config
 from tests.parallel.spawn import run_ranks
@@ -41,7 +41,7 @@ def finish(path: Path, *overrides: str, ranks: int = 1) -> Path:
 
 def assert_same_rows(folder: Path, expected: Path) -> None:
     """Loss, loss of each kind, gradient norm, validation, and what is counted: tokens, targets, skipped samples."""
-    found, wanted = (read_rows(path / "run" / "metrics.jsonl") for path in (folder, expected))
+    found, wanted = (read_records(path / "run" / "metrics.jsonl") for path in (folder, expected))
     assert [row["step"] for row in found] == [row["step"] for row in wanted]
     for row, of_expected in zip(found, wanted):
         compared = lambda row: {k: v for k, v in row.items() if k not in NOT_COMPARED and not k.startswith("seconds/")}
@@ -144,7 +144,7 @@ def test_files_go_on_with_another_number_of_data_ranks(tmp_path):
     result = run(path, *more)
     assert result.returncode == 2 and "for workers=2, this run has workers=0: set data.num_workers=2" in result.stderr
     assert run(path, *more, "data.num_workers=2").returncode == 0  # a process that may have children of its own
-    before, after = (read_rows(tmp_path / "run" / "metrics.jsonl")[i] for i in (1, 3))
+    before, after = (read_records(tmp_path / "run" / "metrics.jsonl")[i] for i in (1, 3))
     assert after["step"] == 4 and abs(after["tokens"] - before["tokens"]) < 16, "as many rows in a step"
 
 
@@ -170,7 +170,7 @@ def test_validation_and_answers_of_ranks_that_share_a_row_are_those_of_one_rank(
     before, after = learned
     shutil.copytree(before / "run", tmp_path / "run")
     finish(before / "config.yaml", f"output_dir={tmp_path / 'run'}", f"parallel.{layout}=2", ranks=2)
-    *_, last_step, validation = read_rows(tmp_path / "run" / "metrics.jsonl")
+    *_, last_step, validation = read_records(tmp_path / "run" / "metrics.jsonl")
     assert last_step["skipped_samples"] > 1, "the picture that is none, and the text that is too long"
     assert 0 < validation["val/some/exact_match"] < 1, "one of the answers is never learned"
     assert_same_rows(tmp_path, after)
@@ -182,7 +182,7 @@ def test_validation_goes_on_where_a_data_rank_has_no_rows(tmp_path):
     path = write_files(tmp_path, precision="fp32", validate_every=1, validate_answers=2)
     sets = [f"data.validation.{name}={tmp_path / name}.jsonl" for name in ("one", "three")]
     finish(path, *sets, "train.stop_after=1", "parallel.context=2", ranks=4)
-    validation = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
+    validation = read_records(tmp_path / "run" / "metrics.jsonl")[-1]
     assert validation["val/one/loss"] == pytest.approx(validation["val/three/loss"], rel=1e-5)
 
 
@@ -243,14 +243,18 @@ def test_ranks_that_were_started_with_another_config_are_named(tmp_path):
 def test_an_error_that_only_a_later_rank_has_is_said_by_it(monkeypatch, capsys):
     monkeypatch.setattr(exit.mesh, "ranks", lambda: (3, 4))
     monkeypatch.setattr(exit.time, "sleep", lambda seconds: None)
-    with pytest.raises(SystemExit) as ended, one_line_errors():
+
+    def main() -> None:
         raise FileNotFoundError("no data at /scratch/train.jsonl")
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error (rank 3): no data at /scratch/train.jsonl\n"
 
 
 def test_a_data_worker_that_died_is_one_line(capsys):
-    with pytest.raises(SystemExit) as ended, one_line_errors():
+    with pytest.raises(SystemExit) as ended, run_command():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     assert ended.value.code == 2
     line = capsys.readouterr().err
@@ -259,7 +263,7 @@ def test_a_data_worker_that_died_is_one_line(capsys):
 
 
 def test_a_data_worker_that_died_while_it_was_waited_for_is_one_line_too(capsys):
-    with pytest.raises(SystemExit) as ended, one_line_errors():
+    with pytest.raises(SystemExit) as ended, run_command():
         raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly") from ConnectionRefusedError(
             111, "refused"
         )
@@ -268,13 +272,13 @@ def test_a_data_worker_that_died_while_it_was_waited_for_is_one_line_too(capsys)
 
 def test_a_broken_pipe_that_is_not_the_output_is_an_error(monkeypatch, capfd):
     monkeypatch.setattr(exit.sys, "stdout", exit.sys.__stdout__)
-    with pytest.raises(SystemExit) as ended, one_line_errors():
+    with pytest.raises(SystemExit) as ended, run_command():
         raise BrokenPipeError(32, "Broken pipe")
     assert ended.value.code == 2 and "Broken pipe" in capfd.readouterr().err
 
 
 def test_an_error_of_the_program_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="a size that is wrong"), one_line_errors():
+    with pytest.raises(RuntimeError, match="a size that is wrong"), run_command():
         raise RuntimeError("a size that is wrong")
 
 

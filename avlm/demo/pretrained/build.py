@@ -31,7 +31,7 @@ from avlm.demo.bank.bank import SAMPLE_RATE, load
 from avlm.demo.pretrained.convert import convert
 from avlm.demo.pretrained.packages import PACKAGES, fetch, read_deb
 from avlm.demo.pretrained.voices import read_aloud
-from avlm.process.exit import one_line_errors
+from avlm.process.exit import run_command
 
 THINGS = ("a T-shirt", "trousers", "a pullover", "a dress", "a coat", "a sandal", "a shirt", "a sneaker", "a bag")
 THINGS += ("an ankle boot",)
@@ -50,8 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/pretrained"))
     out = parser.parse_args().out
-    with one_line_errors():
-        build(out)
+    build(out)
 
 
 def build(out: Path) -> None:
@@ -198,4 +197,4 @@ def read_librivox(path: Path) -> list[Clip]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -26,13 +26,12 @@ from torch.nn.utils.rnn import pad_sequence
 from avlm.config.load import load_config
 from avlm.config.run import Config
 from avlm.data.loader import open_loader
-from avlm.data.text.chat import Tokenizer
+from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.answers import find_sets
 from avlm.evaluation.scores import scorer, total
 from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch
-from avlm.models.log_mel import at_tower
-from avlm.process.exit import one_line_errors
+from avlm.process.exit import run_command
 from avlm.weights.load import init_weights
 from avlm.weights.sources import FILES
 
@@ -65,8 +64,7 @@ def main() -> None:
     parser.add_argument("--data", action="append", default=[], metavar="NAME=SOURCE", help="held-out clips")
     parser.add_argument("--out", type=Path, required=True, help="file to write, for init_from.all")
     arguments = parser.parse_args()
-    with one_line_errors():
-        align(arguments.config, arguments.overrides, arguments.train, find_sets(arguments.data), arguments.out)
+    align(arguments.config, arguments.overrides, arguments.train, find_sets(arguments.data), arguments.out)
 
 
 def align(config: str, overrides: list[str], source: str, held_out: dict[str, str], out: Path) -> None:
@@ -108,13 +106,12 @@ def read(model: AVLM, source: str, cfg: Config, leave_out: bool = True) -> Itera
             print(f"skipped sample {key} of {source}: {reason}", file=sys.stderr)
         if not batch.keys:  # all that were left were skipped
             continue
-        mel_CMW = at_tower(batch.mel, cfg.model.audio)
-        x_KC = model.audio(mel_CMW, batch.mel_rows_K, batch.audio_segments)
-        features_N, targets_N = (by_clip(rows, batch) for rows in (batch.audio_rows_G, batch.target_rows_R))
+        x_KC = model.audio(batch.audio)
+        features_N, targets_N = (by_clip(rows, batch) for rows in (batch.audio.rows, batch.target_rows_R))
         if 0 in features_N:
             raise ValueError(f"{source}, {batch.keys[features_N.index(0)]}: a sample without sound cannot be aligned")
         answers_N = [answer[~torch.isin(answer, control)] for answer in batch.target_R.split(targets_N)]
-        yield Row(x_KC.bfloat16(), batch.frame_rows_G, features_N, answers_N)
+        yield Row(x_KC.bfloat16(), batch.audio.sources, features_N, answers_N)
 
 
 def by_clip(rows: Tensor, batch: Batch) -> list[int]:
@@ -187,4 +184,4 @@ def word_errors(model: AVLM, rows: Iterable[Row], tokenizer: Tokenizer) -> float
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

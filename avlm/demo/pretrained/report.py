@@ -25,7 +25,7 @@ from transformers import (
 from whisper_normalizer.english import EnglishTextNormalizer
 
 from avlm.data.media import audio
-from avlm.process.exit import one_line_errors
+from avlm.process.exit import run_command
 
 METRICS = {"caption": "exact_match", "speech": "wer", "speech_other": "wer"}  # set -> metric
 HEADS = ("photos named right", "word error rate, same speaker", "word error rate, another speaker")
@@ -39,13 +39,12 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", type=Path, default=Path("data/pretrained"))
     arguments = parser.parse_args()
-    with one_line_errors():
-        rows = read_stages(arguments.run) | read_evaluation(arguments.run)
-        answers = read_answers(arguments.run)
-        rows["ceiling: linear probe on CLIP; Whisper's own decoder"] = ceilings(arguments.data)
-        text = story(rows, answers)
-        (arguments.run / "pretrained.md").write_text(text)
-        print(text)
+    rows = read_stages(arguments.run) | read_evaluation(arguments.run)
+    answers = read_answers(arguments.run)
+    rows["ceiling: linear probe on CLIP; Whisper's own decoder"] = ceilings(arguments.data)
+    text = story(rows, answers)
+    (arguments.run / "pretrained.md").write_text(text)
+    print(text)
 
 
 def read_stages(run: Path) -> dict[str, Values]:
@@ -163,4 +162,4 @@ def story(rows: dict[str, Values], answers: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,11 +7,12 @@ import tarfile
 import pytest
 
 from avlm.config.load import resolve_config
+from avlm.data.check import check_room_for_media
 from avlm.data.sample import fingerprint
 from avlm.preflight.check import check
 from tests.data.energon.test_loader import write_set
 from tests.data.small_files import write_tokenizer
-from tests.parallel.small import TREE
+from tests.parallel.small import TREE, make_config
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_what_can_be_measured_passes(make, options):
         ),
         ({"data": {"metrics": {"good": ["were"]}}, "train": ANSWERS}, r"names 'were', which is no metric .*mean wer\?"),
         ({"data": {"metrics": {"good": []}}, "train": ANSWERS}, r"metrics.good names no metric"),
-        ({"data": {"metrics": {"good": ["wer"]}}}, r"metrics.good wants answers: set train.validate_answers"),
+        ({"data": {"metrics": {"good": ["wer"]}}}, r"metrics.good needs answers: set train.validate_answers"),
         (
             {"data": {"metrics": {"good": ["vqa_accuracy"]}}, "train": ANSWERS},
             r"validation.good: .*good.jsonl:0: vqa_accuracy wants 10 texts",
@@ -104,11 +105,11 @@ def test_what_can_be_measured_passes(make, options):
         ({"best": "val/god/loss"}, r"checkpoint.best=val/god/loss is nothing that .*did you mean val/good/loss\?"),
         (
             {"best": "val/good/wer"},
-            r"val/good/wer is nothing that .*; of answers it reports nothing, as train.validate_an",
+            r"val/good/wer is nothing that .*; it has no scores of answers, as train.validate_an",
         ),
         ({"best": "val/good/wer", "train": ANSWERS}, r"val/good/wer is nothing that validation reports: did you mean"),
         ({"best": "loss", "sets": []}, r"checkpoint.best=loss is nothing that validation reports: it reports nothing"),
-        ({"best": "val/good/loss", "train": {"validate_every": 0}}, r"wants validation, but train.validate_every=0"),
+        ({"best": "val/good/loss", "train": {"validate_every": 0}}, r"needs validation, but train.validate_every=0"),
     ],
 )
 def test_what_cannot_is_one_line_that_names_it(make, options, message):
@@ -121,3 +122,27 @@ def test_metrics_do_not_change_what_samples_encode_to(make):
     """A run goes on with other metrics: its loader state stays good."""
     one, other = make(train=ANSWERS), make(train=ANSWERS, data={"metrics": {"good": ["wer"]}})
     assert fingerprint(one.stages[0].data, one.model) == fingerprint(other.stages[0].data, other.model)
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (
+            lambda: make_config(data={"train": "synthetic", "seq_length": 3}),
+            r"stage all: an image takes 4 tokens, more than data\.seq_length=3: raise it, or model\.vision_projector",
+        ),
+        (
+            lambda: make_config(("model.audio.window", "fixed"), data={"train": "synthetic", "seq_length": 15}),
+            r"stage all: an audio window takes 16 tokens, more than data\.seq_length=15: raise it, or model\.audio",
+        ),
+    ],
+)
+def test_a_row_that_is_too_short_for_media_is_named(make, line):
+    with pytest.raises(ValueError, match=line):
+        check_room_for_media(make())
+
+
+def test_windows_of_true_length_and_stages_of_text_may_have_short_rows():
+    check_room_for_media(make_config(data={"train": "synthetic", "seq_length": 15}))
+    text = [{"name": "text", "steps": 1, "train": ["decoder"]}]
+    check_room_for_media(make_config(data={"train": "synthetic", "seq_length": 3}, stages=text))

@@ -1,0 +1,93 @@
+"""What can be wrong with the data of a run, known before any rank starts or found out while it trains."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from avlm.config.model import ModelConfig
+from avlm.config.run import Config, DataConfig, StageConfig
+from avlm.data.jsonl import Records, RowStream
+from avlm.data.loader import open_loader
+from avlm.data.sample import SampleEncoder
+from avlm.data.text.chat import check_vocabulary
+from avlm.data.text.tokenizer import Tokenizer
+from avlm.models.freezing import trained_names
+from avlm.models.shapes import parameter_shapes
+
+
+def check_data(config: Config) -> None:
+    """Raise ValueError or FileNotFoundError for data sources, tokenizers and rows that cannot be used."""
+    for stage in config.stages:
+        for source in [stage.data.train, *stage.data.validation.values()]:
+            if not source.startswith("synthetic") and not Path(source).exists():
+                raise FileNotFoundError(f"stage {stage.name}: no data at {source}")
+        if not stage.data.train.startswith("synthetic"):
+            check_vocabulary(Tokenizer(stage.data.tokenizer), config.model.decoder.vocab_size)
+    check_room_for_media(config)
+    checked: list[DataConfig] = []
+    for stage in config.stages:
+        data = replace(stage.data, validation={}, metrics={})
+        if data not in checked:
+            _check_training(config, stage)
+            checked.append(data)
+        if config.train.validate_every:
+            _check_validation(config, stage)
+
+
+def check_room_for_media(config: Config) -> None:
+    """A stage that trains a tower or its projector needs rows that hold one of its media.
+
+    Windows of true length may be short, and a stage of text needs no such room: there a sample that is too long is
+    skipped by name.
+    """
+    for stage in config.stages:
+        _check_room(config.model, stage)
+
+
+def _check_room(model: ModelConfig, stage: StageConfig) -> None:
+    trained = {name.split(".")[0] for name in trained_names(stage, model, parameter_shapes(model))}
+    sizes = {}
+    if {"vision", "vision_projector"} & trained:
+        sizes["vision"] = ("an image", model.vision.num_features(model.vision_projector.downsample))
+    if {"audio", "audio_projector"} & trained and model.audio.window == "fixed":
+        sizes["audio"] = ("an audio window", model.audio.num_features(model.audio_projector.downsample))
+    for tower, (item, tokens) in sizes.items():
+        if tokens > stage.data.seq_length:
+            raise ValueError(
+                f"stage {stage.name}: {item} takes {tokens} tokens, more than data.seq_length="
+                f"{stage.data.seq_length}: raise it, or model.{tower}_projector.downsample"
+            )
+
+
+def _check_training(config: Config, stage: StageConfig) -> None:
+    """The training data of a stage, however late it comes, can be opened, and a sample of a file can be used. Samples
+    of an Energon folder are not read."""
+    data, model = stage.data, config.model
+    try:
+        if Path(data.train).suffix in (".json", ".jsonl"):
+            # One row, read as a worker reads it: a loader would start processes for it.
+            encoder = SampleEncoder(model, replace(data, packing_buffer=1), Tokenizer(data.tokenizer))
+            stream = RowStream(Records(data.train, data), encoder, config.seed, train=True, first_slot=0, num_slots=1)
+            _, row, _ = next(iter(stream))
+            if isinstance(row, str):
+                raise ValueError(row)
+        else:
+            open_loader(data.train, data, model, rank=0, world=1, seed=config.seed, train=True)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"stage {stage.name}: data.train: {error}") from None
+
+
+def _check_validation(config: Config, stage: StageConfig) -> None:
+    for name, source in stage.data.validation.items():
+        try:
+            open_loader(source, stage.data, config.model, rank=0, world=1, seed=config.seed, train=False)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"stage {stage.name}: data.validation.{name}: {error}") from None
+
+
+def check_skipped(read: float, skipped: float, max_fraction: float) -> None:
+    """Stop a run whose data is mostly broken. Ten bad samples are forgiven, however early they come."""
+    if skipped > max(10.0, max_fraction * read):
+        raise ValueError(
+            f"{skipped:.0f} of {read:.0f} samples were bad and skipped (named above), more than "
+            f"data.max_bad_fraction={max_fraction}: repair the data, or raise it"
+        )

@@ -1,0 +1,61 @@
+"""What can be wrong with the layout of a run, known before any rank starts."""
+
+from avlm.config.load import to_dict
+from avlm.config.run import Config
+from avlm.models.freezing import trained_names
+from avlm.models.shapes import parameter_shapes
+from avlm.parallel import mesh
+from avlm.parallel.context_attention import choose_mode
+from avlm.parallel.tensor import check_sizes
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Raise ValueError for a mesh that does not fit this number of ranks, the model or the rows."""
+    parallel = config.parallel
+    mesh.sizes(parallel, world_size)
+    check_sizes(config.model, parallel.tensor)
+    choose_mode(parallel.context_mode, config.model.decoder.num_kv_heads // parallel.tensor, parallel.context)
+    _check_recompute(config)
+    _check_rows(config)
+    if parallel.tower_sharding == "replicate":
+        _check_replicated_towers(config)
+
+
+def _check_rows(config: Config) -> None:
+    sharers = config.parallel.context * config.parallel.tensor
+    for stage in config.stages:
+        length = stage.data.seq_length
+        if length % sharers:
+            raise ValueError(
+                f"stage {stage.name}: data.seq_length={length} is not a multiple of parallel.context x "
+                f"parallel.tensor = {sharers}, which share its rows: take {-(-length // sharers) * sharers}"
+            )
+
+
+def _check_replicated_towers(config: Config) -> None:
+    shapes = parameter_shapes(config.model)
+    for stage in config.stages:
+        trained = {name.split(".")[0] for name in trained_names(stage, config.model, shapes)}
+        towers = sorted(trained & {"vision", "audio"})
+        if towers:
+            raise ValueError(
+                f"parallel.tower_sharding=replicate keeps frozen copies, but stage {stage.name} trains "
+                f"{', '.join(towers)}: choose unit or block"
+            )
+
+
+def _check_recompute(config: Config) -> None:
+    train, recompute = config.train, to_dict(config.train.recompute)
+    for name, mode in recompute.items():
+        if mode != "none" and getattr(config.model, name) is None:
+            raise ValueError(f"train.recompute.{name}={mode}, but there is no model.{name}: set it to none")
+        if train.offload_activations and mode == "selective":
+            raise ValueError(
+                "train.offload_activations=true moves block inputs alone, but "
+                f"train.recompute.{name}=selective keeps more: set it to full, or to none"
+            )
+    if train.offload_activations and "full" not in recompute.values():
+        raise ValueError(
+            "train.offload_activations=true moves what full recomputation keeps, and nothing is recomputed: set "
+            "train.recompute.decoder=full, or train.offload_activations=false"
+        )

@@ -1,0 +1,52 @@
+"""What may change between a run and its resume: the fields that ``avlm.config.run`` marks, and nothing else."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from avlm.config.load import load_config
+from avlm.config.run import Config
+from avlm.storage.run_folder import complete_checkpoints, read_progress
+
+
+def check_resume(config: Config, checkpoint: Path | None) -> None:
+    """Raise ValueError where a run would continue with another model, data or stages than it began with, naming the
+    key; and where a new run would begin over the checkpoints of an earlier one."""
+    if checkpoint is None:
+        if complete_checkpoints(Path(config.output_dir)):
+            raise ValueError(
+                f"{config.output_dir} holds an earlier run: set resume=auto to continue it, or another output_dir"
+            )
+        return
+    stored = load_config(checkpoint.parent.parent / "config.yaml")
+    for key, was, wanted in _differences(stored, config):
+        raise ValueError(
+            f"{key} is {wanted!r}, but {checkpoint} was made with {was!r}: set it back, or choose another output_dir"
+        )
+    progress = read_progress(checkpoint)
+    steps = [stage.steps for stage in config.stages]
+    fits = progress.stage < len(steps) and progress.stage_step <= steps[progress.stage]
+    if not fits or progress.step != sum(steps[: progress.stage]) + progress.stage_step:
+        raise ValueError(
+            f"{checkpoint} says step {progress.step}, which is step {progress.stage_step} of stage {progress.stage}: "
+            f"the stages have {steps} steps, so it is damaged"
+        )
+
+
+def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value of ``a``, value of ``b``) of what differs and may not change."""
+    if dataclasses.is_dataclass(a) and type(a) is type(b):
+        for field in dataclasses.fields(a):
+            if not field.metadata.get("may_change"):
+                inner = f"{key}.{field.name}" if key else field.name
+                yield from _differences(getattr(a, field.name), getattr(b, field.name), inner)
+    elif key == "stages" and len(a) == len(b):
+        for stage, other in zip(a, b):
+            yield from _differences(stage, other, f"{key}.{stage.name}")
+    elif a != b:
+        yield key, _plain(a), _plain(b)
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
