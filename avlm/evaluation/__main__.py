@@ -1,11 +1,8 @@
-"""Generated answers on held-out sets: scores, with modalities taken away, and against chance.
+"""Score generated answers on held-out sets, also with modalities taken away, against chance.
 
     torchrun --nproc-per-node 2 -m avlm.evaluation runs/demo --data data/demo
     python -m avlm.evaluation runs/asr --data clean=test.jsonl --metrics wer,cer --step best
 
-Metrics are those of ``avlm.evaluation.scores``. Chance is the best anyone could do in exact match with what an ablation
-leaves; it is read from ``chance.json`` beside a set, when there is one. With the needed modality gone accuracy must
-stay within the one-sided 95 % bound of chance: otherwise the set can be answered without looking or listening.
 Writes report.json and report.md into the run folder, and every answer into predictions/step_STEP/NAME.jsonl.
 """
 
@@ -18,12 +15,12 @@ import torch
 
 from avlm.config.run import ParallelConfig
 from avlm.evaluation.answers import evaluate, find_sets, predictions_path
-from avlm.evaluation.report import report, table, words
+from avlm.evaluation.report import percent, report, table, words
 from avlm.evaluation.scores import METRICS, check_names
 from avlm.models.avlm import AVLM
 from avlm.parallel import mesh
 from avlm.parallel.apply import apply_parallel
-from avlm.process.exit import one_line_errors
+from avlm.process.exit import run_command
 from avlm.storage.run_folder import find_checkpoint, read_progress
 from avlm.training import checkpoint
 
@@ -47,23 +44,26 @@ def main() -> None:
         raise ValueError(f"--limit {arguments.limit} leaves no samples")
     sets = find_sets(arguments.data)
     config, path = find_checkpoint(arguments.run, arguments.step)
-    config = dataclasses.replace(config, parallel=ParallelConfig())  # on however many ranks there are
+    config = dataclasses.replace(config, parallel=ParallelConfig())  # any number of ranks
     world = mesh.start(config, mesh.choose_device(config))
-    path = world.gather(path)[0]  # the run may go on and save meanwhile
+    path = world.gather(path)[0]  # the run may continue and save meanwhile
     with torch.device("meta"):
         model = AVLM(config.model)
     apply_parallel(model, world, config)
-    model.requires_grad_(False)  # FSDP wants what trains in one dtype, and adapters may stand on a base in bf16
-    checkpoint.load_checkpoint(path, model)
-    run, step, results = path.resolve().parents[1], read_progress(path).step, []
+    model.requires_grad_(False)  # FSDP needs one dtype among what trains, and adapters may stand on a base in bf16
+    checkpoint.load_model(path, model)
+    run = path.resolve().parents[1]
+    step = read_progress(path).step
+    results = []
     with torch.no_grad():
         for name, source in sets.items():
             predictions = predictions_path(run, step, name)
             options = (metrics, arguments.limit, arguments.max_new_tokens, predictions)
-            results.append(evaluate(model, name, source, config.stages[-1].data, world, *options))
+            result = evaluate(model, name, source, config.stages[-1].data, world, *options)
+            results.append(result)
             if world.is_first:
-                values = ", ".join(f"{words(key)} {100 * x:.1f} %" for key, x in results[-1]["metrics"].items())
-                print(f"{name}: {values} of {results[-1]['count']}", flush=True)
+                values = [f"{words(metric)} {percent(value)}" for metric, value in result["metrics"].items()]
+                print(f"{name}: {', '.join(values)} of {result['count']}", flush=True)
                 (run / "report.json").write_text(json.dumps({"step": step, "results": results}, indent=2))
                 (run / "report.md").write_text(report(results))
     if world.is_first:
@@ -72,5 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    run_command(main)

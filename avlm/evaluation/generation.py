@@ -1,6 +1,6 @@
-"""Answers token by token: the prompts once as one packed row, then one new token of every sequence per forward.
+"""Generation: one forward over all prompts as a packed row, then one forward for each new token of all sequences.
 
-B sequences   T rows of the running forward (all prompt tokens, then B)   S slots of a sequence in the cache
+B sequences   T tokens of the current forward (all prompt tokens, then B)   S cache slots of a sequence
 H query heads   K key/value heads   E head dim   V vocabulary
 """
 
@@ -22,7 +22,7 @@ from kernels.segments import Segments
 
 @dataclass(frozen=True)
 class Completion:
-    """New tokens, the one that ended the answer included; natural log of their probabilities, before temperature."""
+    """New tokens, with the one that ended the answer; their natural log probabilities, before temperature."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -30,20 +30,20 @@ class Completion:
 
 @dataclass
 class Slots:
-    """Where the tokens of the running forward go, shared by the caches of all blocks.
+    """Where the tokens of the current forward are stored, shared by the caches of all blocks.
 
-    rows_T    int64: row of the flattened (B, S) cache that each token is stored at
-    length_B  int64: used slots of each sequence, this forward's tokens included
+    index_T   int64: index of each token in the flattened (B, S) cache
+    length_B  int64: used slots of each sequence, with this forward's tokens
     """
 
-    rows_T: Tensor
+    index_T: Tensor
     length_B: Tensor
     size: int
     is_prompt: bool = True
 
 
 class KeyValueCache:
-    """Keys and values of one decoder block. Head counts and dtype are those of the first keys it is given."""
+    """Keys and values of one decoder block, with the number of heads and the dtype of the prompt's keys."""
 
     def __init__(self, slots: Slots):
         self.slots = slots
@@ -54,14 +54,15 @@ class KeyValueCache:
         return self.slots.is_prompt
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, segments: Segments) -> Tensor:
-        """Store keys and values, and attend: within the packed prompts, or each new token to its whole sequence."""
+        """Store keys and values, then attend: within the packed prompts, or from each new token to its sequence."""
         slots = self.slots
         if slots.is_prompt:
             shape = (len(slots.length_B), slots.size, *k_TKE.shape[1:])
-            # Zeros, not empty: a slot that is masked out is still multiplied by its probability 0.
-            self.k_BSKE, self.v_BSKE = k_TKE.new_zeros(shape), v_TKE.new_zeros(shape)
-        self.k_BSKE.flatten(0, 1).index_copy_(0, slots.rows_T, k_TKE)
-        self.v_BSKE.flatten(0, 1).index_copy_(0, slots.rows_T, v_TKE)
+            # Zeros, not empty: unused slots are multiplied by probability 0, so they must be finite.
+            self.k_BSKE = k_TKE.new_zeros(shape)
+            self.v_BSKE = v_TKE.new_zeros(shape)
+        self.k_BSKE.flatten(0, 1).index_copy_(0, slots.index_T, k_TKE)
+        self.v_BSKE.flatten(0, 1).index_copy_(0, slots.index_T, v_TKE)
         if slots.is_prompt:
             return attention(q_THE, k_TKE, v_TKE, segments, causal=True)
         return decode_attention(q_THE, self.k_BSKE, self.v_BSKE, slots.length_B)
@@ -69,11 +70,11 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class Ranks:
-    """How the ranks that hold shares of a model generate together: all run the same number of forwards.
+    """How the ranks of a sharded model generate together. All run the same number of forwards.
 
-    everyone_done   turns a rank's "all of mine are done" into everyone's
-    own_part        packed prompts -> those with the media that this rank encodes
-    multiple        tensor parallelism shares out rows: prompts and their tokens are filled up to a multiple of this
+    everyone_done   (this rank is done) -> whether all ranks are
+    own_part        packed prompts -> the same with the media that this rank encodes
+    multiple        prompts and their tokens are filled up to a multiple of this, as tensor parallelism splits both
     """
 
     device: torch.device
@@ -96,14 +97,15 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     ranks: Ranks | None = None,
 ) -> list[Completion]:
-    """One completion per prompt; greedy when ``temperature`` is 0, ``top_k=0`` keeps every token.
+    """One completion for each prompt. ``temperature`` 0 is greedy; ``top_k`` 0 keeps every token.
 
-    Prompt i draws from its own generator, seeded ``seed + i``. ``on_token(i, id)`` is called for every new token.
-    Every forward goes through ``model(batch, caches)``; ``ranks`` for a model that others hold a share of.
+    Prompt i draws from its own generator, seeded ``seed + i``. ``on_token(i, id)`` is called for every new token. A
+    sharded model needs ``ranks``.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     ranks = ranks or Ranks(model.decoder.embedding.weight.device)
-    device, num_asked = ranks.device, len(prompts)
+    device = ranks.device
+    num_asked = len(prompts)
     prompts = prompts + _fill(prompts, ranks.multiple)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     batch, slots = _prompt_phase(prompts, model, max_new_tokens, ranks)
@@ -127,24 +129,25 @@ def generate(
                     on_token(i, token)
         if step + 1 == max_new_tokens or ranks.everyone_done(all(done)):
             break
-        # Finished sequences go on into their own slots, unread: the row keeps its shape.
+        # Finished sequences keep decoding into their own slots and are ignored, so that shapes stay fixed.
         slots.is_prompt = False
-        slots.rows_T = torch.arange(len(prompts), device=device) * slots.size + slots.length_B
+        slots.index_T = torch.arange(len(prompts), device=device) * slots.size + slots.length_B
         batch = _next_batch(empty, token_B, slots.length_B, ones)
         slots.length_B = slots.length_B + 1
     return completions[:num_asked]
 
 
 def choose(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, draw_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Token and its log probability (before temperature) of each row; ``draw_B`` is uniform in [0, 1).
+    """A token for each sequence, and its log probability (before temperature); ``draw_B`` is uniform in [0, 1).
 
-    The kept tokens are the ``top_k`` likeliest, and of those the fewest that hold at least ``top_p`` together.
+    It is drawn from the ``top_k`` most likely tokens, and of those from the fewest whose probabilities add up to
+    ``top_p``.
     """
     logprob_BV = logits_BV.log_softmax(-1)
     if temperature == 0.0:
         token_B = logits_BV.argmax(-1)
     else:
-        # float64: the sum over a large vocabulary must not stop short of a draw close to 1.
+        # float64: the sum over a large vocabulary must not stay below a draw close to 1.
         p_BV, order_BV = (logits_BV.double() / temperature).softmax(-1).sort(stable=True, dim=-1, descending=True)
         if top_k:
             p_BV[:, top_k:] = 0.0
@@ -164,7 +167,8 @@ def _check(model: AVLM, prompts: list[EncodedSample], max_new_tokens, temperatur
             f"max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, top_p={top_p}: "
             "at least 1, at least 0, at least 0, and in (0, 1]"
         )
-    longest, limit = max(map(len, prompts), default=0), model.config.decoder.max_position
+    longest = max(map(len, prompts), default=0)
+    limit = model.config.decoder.max_position
     if longest + max_new_tokens > limit:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed model.decoder.max_position={limit}"
@@ -174,37 +178,39 @@ def _check(model: AVLM, prompts: list[EncodedSample], max_new_tokens, temperatur
 
 
 def _prompt_phase(prompts: list[EncodedSample], model: AVLM, spare: int, ranks: Ranks) -> tuple[Batch, Slots]:
-    """All prompts as one row with the last row of each as its target row, and the slots that they fill."""
-    lengths = [len(prompt) for prompt in prompts]
-    size = max(lengths, default=0) + spare
-    batch = pack(prompts, sum(lengths), model.config)
-    last_B = torch.tensor(lengths, dtype=torch.int64).cumsum(0) - 1
+    """All prompts as one packed row, the last position of each as its target; and the slots that they fill."""
+    length_B = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
+    num_tokens = sum(map(len, prompts))
+    size = max(map(len, prompts), default=0) + spare
+    batch = pack(prompts, num_tokens, model.config)
+    last_B = length_B.cumsum(0) - 1
     unused_B = torch.zeros_like(last_B)
     batch = dataclasses.replace(batch, target_rows_R=last_B, target_R=unused_B, kind_R=unused_B)
-    start_T = torch.repeat_interleave(torch.arange(len(prompts)) * size, torch.tensor(lengths, dtype=torch.int64))
-    rows_T, length_B = start_T + batch.position_T, torch.tensor(lengths, dtype=torch.int64)
-    return ranks.own_part(batch).to(ranks.device), Slots(rows_T.to(ranks.device), length_B.to(ranks.device), size)
+    first_T = torch.repeat_interleave(torch.arange(len(prompts)) * size, length_B)
+    index_T = first_T + batch.position_T
+    slots = Slots(index_T.to(ranks.device), length_B.to(ranks.device), size)
+    return ranks.own_part(batch).to(ranks.device), slots
 
 
 def _fill(prompts: list[EncodedSample], multiple: int) -> list[EncodedSample]:
-    """Unread prompts that bring the number of prompts and that of their tokens to a multiple."""
+    """Prompts to ignore, which bring the number of prompts and the number of their tokens to a multiple."""
     num_tokens = sum(map(len, prompts))
     if num_tokens % multiple == 0 and len(prompts) % multiple == 0:
         return []
     count = multiple - len(prompts) % multiple
     lengths = [1] * (count - 1) + [1 + -(num_tokens + count) % multiple]
     zeros = [torch.zeros(length, dtype=torch.int64) for length in lengths]
-    return [EncodedSample("", "text", token_T, token_T, torch.empty(0, dtype=torch.uint8), []) for token_T in zeros]
+    return [EncodedSample("", "text", token_T, token_T) for token_T in zeros]
 
 
 def _next_batch(empty: Batch, token_B: Tensor, position_B: Tensor, segments: Segments) -> Batch:
-    rows_B, unused_B = torch.arange(len(token_B), device=token_B.device), torch.zeros_like(token_B)
+    unused_B = torch.zeros_like(token_B)
     return dataclasses.replace(
         empty,
         token_T=token_B,
         position_T=position_B,
         segments=segments,
-        target_rows_R=rows_B,
+        target_rows_R=torch.arange(len(token_B), device=token_B.device),
         target_R=unused_B,
         kind_R=unused_B,
     )

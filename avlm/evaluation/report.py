@@ -1,20 +1,22 @@
-"""The table of an evaluation: every set whole, with modalities taken away, against chance."""
+"""The report of an evaluation: every set whole and with modalities taken away, against chance."""
 
 import math
 from typing import Any
 
+# ablation -> the names that chance.json may have for it
 ABLATIONS = {
     "no_image": ("no_video", "no_image"),
     "no_audio": ("no_audio",),
     "shuffled": ("no_order",),
-}  # -> chance.json
+}
 
 
 def bound(chance: float, count: int) -> float:
-    """The share that a guesser with this chance does not exceed in 95 of 100 sets of this size (exact binomial)."""
+    """The share of right answers that a guesser does not exceed in 95 of 100 sets of this size (exact binomial)."""
     if not 0 < chance < 1:
         return chance
-    below, right = 0.0, -1
+    below = 0.0  # probability of at most ``right`` right answers
+    right = -1
     while below < 0.95 and right < count:
         right += 1
         wrong = count - right
@@ -24,18 +26,22 @@ def bound(chance: float, count: int) -> float:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The report as Markdown; an ablation above its bound is marked. All results have the same first metric."""
+    """The results as a Markdown table; an ablation above its bound is marked. All share their first metric."""
     first = results[0]["metric"]
-    others = list(dict.fromkeys(name for result in results for name in result["metrics"] if name != first))
-    heads = ["task", "set", "samples", words(first), *ABLATIONS, *map(words, others)]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    others: dict[str, None] = {}
     for result in results:
-        cells = [result["task"], result["set"], str(result["count"]), f"**{100 * result['value']:.1f} %**"]
-        for key in ABLATIONS:
-            cells.append(_ablation_cell(result, key))
-        values = result["metrics"]
-        cells += [f"{100 * values[name]:.1f} %" if name in values else "" for name in others]
-        lines.append("| " + " | ".join(cells) + " |")
+        others |= dict.fromkeys(result["metrics"])
+    others.pop(first, None)
+    heads = ["task", "set", "samples", words(first), *ABLATIONS, *map(words, others)]
+    lines = [_row(heads), "|---" * len(heads) + "|"]
+    for result in results:
+        cells = [result["task"], result["set"], str(result["count"]), f"**{percent(result['value'])}**"]
+        for ablation in ABLATIONS:
+            cells.append(_ablation_cell(result, ablation))
+        for name in others:
+            value = result["metrics"].get(name)
+            cells.append("" if value is None else percent(value))
+        lines.append(_row(cells))
     return "\n".join(lines) + "\n"
 
 
@@ -44,25 +50,34 @@ def report(results: list[dict[str, Any]]) -> str:
     lines = [
         f"# Held-out samples\n\n{table(results)}",
         f"{words(results[0]['metric']).capitalize()} of greedy answers. The columns to its right take away what",
-        "pictures show, what is heard or the order of frames. Chance is the best that anyone could do without it who",
-        "knew this very set; (!) marks what lies above the one-sided 95 % bound of chance.\n",
+        "images show, what is heard, or the order of frames. Chance is the best score of someone who knows this very",
+        "set but lacks that modality; (!) marks a value above the one-sided 95 % bound of chance.\n",
         "| set | question | truth | answer |\n|---|---|---|---|",
     ]
     for result in results:
         for example in result["examples"][:3]:
-            cells = [f"{result['task']}/{result['set']}", *(example[key] for key in ("question", "truth", "answer"))]
-            lines.append("| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|") for cell in cells) + " |")
+            cells = [f"{result['task']}/{result['set']}", example["question"], example["truth"], example["answer"]]
+            lines.append(_row([cell.replace("\n", " ").replace("|", "\\|") for cell in cells]))
     return "\n".join(lines) + "\n"
 
 
-def _ablation_cell(result: dict[str, Any], key: str) -> str:
-    if key not in result["ablations"]:
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _ablation_cell(result: dict[str, Any], ablation: str) -> str:
+    if ablation not in result["ablations"]:
         return ""
-    value, chance = result["ablations"][key], result["ablation_chances"][key]
+    value = result["ablations"][ablation]
+    chance = result["ablation_chances"][ablation]
     if chance is None:
-        return f"{100 * value:.1f} %"
+        return percent(value)
     flag = " (!)" if value > bound(chance, result["count"]) else ""
-    return f"{100 * value:.1f} % (chance {100 * chance:.1f} %){flag}"
+    return f"{percent(value)} (chance {percent(chance)}){flag}"
 
 
 def words(metric: str) -> str:

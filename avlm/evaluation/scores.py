@@ -1,20 +1,20 @@
 """How a generated answer is scored against its references.
 
-    exact_match    1 if it equals a reference
-    wer, cer       words or characters to edit, per word or character of the reference, in a normal form
-    rouge_l        F1 of the longest common subsequence of words (Lin 2004), words not stemmed
-    vqa_accuracy   ten people answered: min(1, others who say it / 3), averaged over leaving each of them out
+    exact_match    1 if the answer equals a reference
+    wer, cer       edited words or characters, per word or character of the reference, after normalisation
+    rouge_l        F1 of the longest common subsequence of words (Lin 2004), without stemming
+    vqa_accuracy   min(1, people who gave this answer / 3), averaged over leaving each of ten people out
                    (Antol et al. 2015; visualqa.org/evaluation)
 
-Of several references the one that is best for the answer counts, but for vqa_accuracy. A score is a fraction (part,
-whole); that of a set is the sum of the parts over the sum of the wholes, so that long transcripts weigh more.
+With several references the best-scoring one counts, except for vqa_accuracy. A score is a fraction (part, whole). The
+score of a set is the sum of the parts over the sum of the wholes, so that long transcripts weigh more.
 
-Normal forms: ``english`` is Whisper's (Radford et al. 2022, appendix C). It writes numbers as digits and joins them,
-"three five one" is the one word "351"; and it drops accents and the vowel signs of other scripts. ``basic`` is
-Whisper's for other languages but keeps letters with their marks: small letters, and blanks for punctuation. wer and cer
-choose one for a set by its references: basic where one word in a hundred or more has a letter beyond a to z, unless it
-is a lone loanword. wer_english, wer_basic, cer_english and cer_basic say which. Scripts that put no blanks between
-words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) want cer; there blanks between their letters do not count.
+Normalisation: ``english`` is Whisper's (Radford et al. 2022, appendix C). It writes numbers as joined digits ("three
+five one" is the one word "351"), and drops accents and the vowel signs of other scripts. ``basic`` is Whisper's for
+other languages, except that letters keep their marks: lower case, and spaces for punctuation. wer and cer choose one
+form for a whole set by its references: basic if at least one word in a hundred has a letter beyond a to z, unless all
+of those are one loanword. wer_english, wer_basic, cer_english and cer_basic fix the form. Scripts without spaces
+between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) call for cer, which ignores spaces between their letters.
 """
 
 import difflib
@@ -35,17 +35,18 @@ from avlm.data.loader import open_samples
 from avlm.data.sample import Sample
 
 Score = tuple[float, float]
-MANY_WORDS = 100  # of references; one foreign word in so many makes a set foreign
-# A blank between letters of scripts that write none: Thai, Lao, Burmese, Khmer, kana, Han and what marks them.
+MANY_WORDS = 100  # one foreign word in this many words of references makes a set foreign
+# A space between letters of scripts that write none: Thai, Lao, Burmese, Khmer, kana, Han and their marks.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
 UNSPACED += "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 UNSPACED_BLANK = re.compile(f"(?<=[{UNSPACED}])\\s+(?=[{UNSPACED}])|^\\s+|\\s+$")
-VQA_ANSWERS = 10  # of different people to a question
+VQA_ANSWERS = 10  # people who answered each question
 VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 VQA_NUMBERS = "zero one two three four five six seven eight nine ten"
 VQA_DIGITS = {"none": "0"} | {word: str(i) for i, word in enumerate(VQA_NUMBERS.split())}
 VQA_ARTICLES = ("a", "an", "the")
-# Of these a form that lacks one apostrophe counts as the whole: what vqaEval.py (github.com/GT-Vision-Lab/VQA) lists.
+# A contraction written without one of its apostrophes counts as the contraction. The list is that of vqaEval.py
+# (github.com/GT-Vision-Lab/VQA).
 VQA_CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
     he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
@@ -88,8 +89,10 @@ def cer_english(answer: str, references: list[str]) -> Score:
 
 
 def cer_basic(answer: str, references: list[str]) -> Score:
-    form = lambda text: UNSPACED_BLANK.sub("", basic_form(text))
-    return _nearest(jiwer.process_characters, form, answer, references)
+    def without_spaces(text: str) -> str:
+        return UNSPACED_BLANK.sub("", basic_form(text))
+
+    return _nearest(jiwer.process_characters, without_spaces, answer, references)
 
 
 def rouge_l(answer: str, references: list[str]) -> Score:
@@ -97,28 +100,28 @@ def rouge_l(answer: str, references: list[str]) -> Score:
 
 
 def vqa_accuracy(answer: str, references: list[str]) -> Score:
-    """ValueError without just ten references."""
+    """ValueError unless there are exactly ten references."""
     if len(references) != VQA_ANSWERS:
-        raise ValueError(f"vqa_accuracy wants {VQA_ANSWERS} answers of different people, not {len(references)}")
-    answer, said = vqa_form(answer), [vqa_form(reference) for reference in references]
-    others = [said.count(answer) - (reference == answer) for reference in said]
+        raise ValueError(f"vqa_accuracy needs {VQA_ANSWERS} answers of different people, not {len(references)}")
+    answer = vqa_form(answer)
+    given = [vqa_form(reference) for reference in references]
+    others = [given.count(answer) - (reference == answer) for reference in given]
     return sum(min(1.0, count / 3) for count in others) / len(others), 1.0
 
 
-FORMS = (wer_english, wer_basic, cer_english, cer_basic)
-METRICS = {
-    function.__name__: function for function in (exact_match, wer, cer, rouge_l, vqa_accuracy, *FORMS)
-}  # name -> Score of (answer, references)
-LOWER_IS_BETTER = ("loss", "wer", "cer", *(function.__name__ for function in FORMS))
+FIXED_FORMS = (wer_english, wer_basic, cer_english, cer_basic)
+# name -> function of (answer, references)
+METRICS = {function.__name__: function for function in (exact_match, wer, cer, rouge_l, vqa_accuracy, *FIXED_FORMS)}
+LOWER_IS_BETTER = ["loss", "wer", "cer"] + [function.__name__ for function in FIXED_FORMS]
 
 
 def scorer(metric: str, pairs: list[tuple[str, list[str]]]) -> Callable[[str, list[str]], Score]:
-    """The function of a metric for a set of (answer, references): wer and cer in one form for all of it, which the
-    references choose alone, so that a model's mistakes change no form.
+    """The function of a metric for a set of (answer, references). wer and cer use one form for the whole set; only the
+    references choose it, so that a model's mistakes cannot change it.
 
-    One foreign word among ten or more is no proof of another language, and fewer than MANY_WORDS words without one are
-    no proof of English. In such sets the form is English, with letters that keep their marks: "schön" is no "schon",
-    and numbers and spellings are compared as in English all the same.
+    A single loanword among ten or more words does not prove another language, and fewer than MANY_WORDS words without
+    a foreign letter do not prove English. Such sets use the English form but letters keep their marks: "schön" differs
+    from "schon", while numbers and spellings are compared as in English.
     """
     if metric not in ("wer", "cer"):
         return METRICS[metric]
@@ -129,23 +132,25 @@ def scorer(metric: str, pairs: list[tuple[str, list[str]]]) -> Callable[[str, li
         return METRICS[f"{metric}_basic"]
     if len(words) >= MANY_WORDS and MANY_WORDS * len(foreign) < len(words):
         return METRICS[f"{metric}_english"]
-    return functools.partial(_with_marks, jiwer.process_words if metric == "wer" else jiwer.process_characters)
+    process = jiwer.process_words if metric == "wer" else jiwer.process_characters
+    return functools.partial(_with_marks, process)
 
 
 def value(score: Score) -> float | None:
-    """Of one sample; None where its references hold nothing to compare with."""
+    """The value of one sample; None if its references are empty after normalisation."""
     part, whole = score
     return part / whole if whole else None
 
 
 def total(scores: Iterable[Score]) -> float:
-    """The score of a set; NaN where its references hold nothing to compare with."""
-    part, whole = (sum(column) for column in zip(*scores))
+    """The value of a set; NaN if its references are empty after normalisation."""
+    parts, wholes = zip(*scores)
+    part, whole = sum(parts), sum(wholes)
     return part / whole if whole else math.nan
 
 
 def check_names(names: list[str], origin: str) -> None:
-    """Raise ValueError for a name that is no metric, with the nearest one, and for none at all."""
+    """Raise ValueError for an empty list, and for a name that is no metric, with the nearest one."""
     if not names:
         raise ValueError(f"{origin} names no metric: give some of {', '.join(METRICS)}")
     for name in names:
@@ -156,8 +161,8 @@ def check_names(names: list[str], origin: str) -> None:
 
 
 def read_set(source: str, data: DataConfig, metrics: list[str], limit: int | None) -> list[Sample]:
-    """The first samples of a set, each with a question, its answer and the references that the metrics want.
-    ValueError with the sample's key where one has not, and for an empty set."""
+    """The first ``limit`` samples of a set, each with a question, its answer and the references that the metrics need.
+    ValueError with the key of a sample that lacks one of these, and for an empty set."""
     samples = list(itertools.islice(open_samples(source, data), limit))
     if not samples:
         raise ValueError(f"{source} holds no samples to evaluate")
@@ -167,11 +172,11 @@ def read_set(source: str, data: DataConfig, metrics: list[str], limit: int | Non
             raise ValueError(f"{source}, {sample.key}: its last two turns must be a user's and an assistant's text")
         if not sample.answers and not last[-1].get("learn", True):
             raise ValueError(
-                f"{source}, {sample.key}: its last turn is marked as one not to be learned: it is no reference"
+                f"{source}, {sample.key}: its last turn is marked as not to be learned, so it is no reference"
             )
         if "vqa_accuracy" in metrics and len(sample.answers) != VQA_ANSWERS:
             raise ValueError(
-                f'{source}, {sample.key}: vqa_accuracy wants {VQA_ANSWERS} texts under "answers", '
+                f'{source}, {sample.key}: vqa_accuracy needs {VQA_ANSWERS} texts under "answers", '
                 f"one of each person asked, and there are {len(sample.answers) or 'none'}"
             )
     return samples
@@ -182,13 +187,13 @@ def references(sample: Sample) -> list[str]:
 
 
 def vqa_form(text: str) -> str:
-    """The form in which answers are compared: no punctuation and articles, numbers to ten as digits, contractions with
-    their apostrophes.
+    """The form in which vqa_accuracy compares answers: no punctuation or articles, numbers up to ten as digits,
+    contractions with their apostrophes.
 
-    The same as vqaEval.py's (of 2017, which compares texts as they are where all ten agree; here none are).
+    It is that of vqaEval.py (2017), but applied always: vqaEval.py compares raw texts if all ten people agree.
     """
     text = " ".join(text.split())
-    has_number = re.search(r"\d,\d", text)  # 1,000: nothing takes the place of punctuation
+    has_number = re.search(r"\d,\d", text)  # as in 1,000: punctuation is dropped without a space
     cleaned = text
     for mark in VQA_PUNCTUATION:
         joins = has_number or f"{mark} " in text or f" {mark}" in text
@@ -209,38 +214,57 @@ def _basic_normalizer() -> BasicTextNormalizer:
 
 
 def basic_form(text: str) -> str:
-    """Small letters with their marks, one blank for punctuation and symbols, without [...] and (...)."""
+    """Lower case, letters with their marks, one space for punctuation and symbols, without [...] and (...)."""
     return _basic_normalizer()(unicodedata.normalize("NFKC", text)).strip()
 
 
 def _foreign_letters(text: str) -> set[str]:
-    """Letters and marks beyond a to z, but for other shapes of these, such as the wide ones of East Asia."""
-    found = {c for c in text if ord(c) > 127 and unicodedata.category(c)[0] in "LM"}
-    return {c for c in found if not unicodedata.normalize("NFKC", c).isascii()}
+    """Letters and marks beyond a to z, other shapes of which (the wide ones of East Asia, say) do not count."""
+    letters = {character for character in text if unicodedata.category(character)[0] in "LM"}
+    return {letter for letter in letters if not unicodedata.normalize("NFKC", letter).isascii()}
 
 
 def _with_marks(process: Callable, answer: str, references: list[str]) -> Score:
-    """In the English form, but for letters beyond a to z, which stay different from all others. In their place stand
-    ideographs, which Whisper's form leaves as they are."""
-    plain = lambda text: unicodedata.normalize("NFC", text.lower())
-    letters = sorted(set().union(*(_foreign_letters(plain(text)) for text in (answer, *references))))
-    stand_ins = {ord(letter): chr(0x20000 + i) for i, letter in enumerate(letters)}
-    return _nearest(process, lambda text: english_normalizer()(plain(text).translate(stand_ins)), answer, references)
+    """The English form, in which letters beyond a to z stay different from all others: ideographs stand in for them,
+    as Whisper's form leaves those alone."""
+
+    def plain(text: str) -> str:
+        return unicodedata.normalize("NFC", text.lower())
+
+    letters = set()
+    for text in [answer, *references]:
+        letters |= _foreign_letters(plain(text))
+    stand_ins = {ord(letter): chr(0x20000 + i) for i, letter in enumerate(sorted(letters))}
+
+    def normal(text: str) -> str:
+        return english_normalizer()(plain(text).translate(stand_ins))
+
+    return _nearest(process, normal, answer, references)
 
 
 @functools.cache
 def _rouge_scorer():
     from rouge_score import rouge_scorer  # half a second, and only for this
 
-    # Its own knows a to z alone, and \w no vowel signs.
-    is_part = lambda c: c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M"
-    spaced = lambda text: "".join(c if is_part(c) else " " for c in unicodedata.normalize("NFC", text.lower()))
-    words = SimpleNamespace(tokenize=lambda text: spaced(text).split())
-    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=words)
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=_words))
+
+
+def _words(text: str) -> list[str]:
+    """The words of any script. rouge_score's own tokenizer knows only a to z, and a regex's \\w no vowel signs."""
+    text = unicodedata.normalize("NFC", text.lower())
+    return "".join(character if _is_part_of_word(character) else " " for character in text).split()
+
+
+def _is_part_of_word(character: str) -> bool:
+    return character.isalnum() or character == "_" or unicodedata.category(character)[0] == "M"
 
 
 def _nearest(process: Callable, normal: Callable[[str], str], answer: str, references: list[str]) -> Score:
     """(edits, length) of the reference with the fewest edits for its length."""
-    counts = [process(normal(reference), normal(answer)) for reference in references]
-    scores = [(c.substitutions + c.deletions + c.insertions, c.hits + c.substitutions + c.deletions) for c in counts]
+    scores = []
+    for reference in references:
+        found = process(normal(reference), normal(answer))
+        edits = found.substitutions + found.deletions + found.insertions
+        length = found.hits + found.substitutions + found.deletions
+        scores.append((edits, length))
     return min(scores, key=lambda score: score[0] / max(score[1], 1))

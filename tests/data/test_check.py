@@ -100,7 +100,7 @@ def test_what_can_be_measured_passes(make, options):
         ({"data": {"metrics": {"good": ["wer"]}}}, r"metrics.good needs answers: set train.validate_answers"),
         (
             {"data": {"metrics": {"good": ["vqa_accuracy"]}}, "train": ANSWERS},
-            r"validation.good: .*good.jsonl:0: vqa_accuracy wants 10 texts",
+            r"validation.good: .*good.jsonl:0: vqa_accuracy needs 10 texts",
         ),
         ({"best": "val/god/loss"}, r"checkpoint.best=val/god/loss is nothing that .*did you mean val/good/loss\?"),
         (

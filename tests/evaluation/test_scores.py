@@ -192,7 +192,7 @@ def test_vqa_answers_are_compared_in_one_form(text, form):
 
 
 def test_vqa_accuracy_of_other_than_ten_people_is_refused():
-    with pytest.raises(ValueError, match="wants 10 answers of different people, not 3"):
+    with pytest.raises(ValueError, match="needs 10 answers of different people, not 3"):
         METRICS["vqa_accuracy"]("yes", ["yes"] * 3)
 
 
@@ -225,5 +225,5 @@ def test_an_answer_that_is_not_to_be_learned_is_no_reference(tmp_path):
     file.write_text(json.dumps({"messages": turns, "answers": ["a friend"]}))
     assert references(read()[0]) == ["a friend"]
     file.write_text(json.dumps({"messages": turns}))
-    with pytest.raises(ValueError, match=r"set\.jsonl:0: its last turn is marked as one not to be learned"):
+    with pytest.raises(ValueError, match=r"set\.jsonl:0: its last turn is marked as not to be learned"):
         read()
