@@ -1,7 +1,7 @@
-"""A run's YAML file -> Config, with ``section.key=value`` overrides; and back.
+"""A run's YAML file with ``section.key=value`` overrides -> Config, and back.
 
-A key that does not exist, is missing, has the wrong type or lies outside its range is an error that names it. A file
-is bounded before it is read: in bytes, in depth and in the values that its aliases stand for.
+A key that is unknown, missing, of the wrong type or out of range is an error that names it. Files are bounded: in
+bytes, in depth, and in the number of values once aliases are written out.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from pydantic import TypeAdapter, ValidationError
 from avlm.config.model import first_error, shown
 from avlm.config.run import Config
 
-MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**18, 10_000, 50  # of a config, aliases written out; shipped ones: 4 KB, 100, 5
-SHARED = ("optimizer", "data")  # keys of the run that are defaults of every stage's own
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**18, 10_000, 50  # shipped configs: 4 KB, 100, 5
+SHARED = ("optimizer", "data")  # sections of the run that are the defaults of every stage
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """The checked config of a YAML file. Raises ValueError or FileNotFoundError with one line for the user."""
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The checked config of a YAML file. ValueError or FileNotFoundError with one line for the user."""
     path = Path(path)
     try:
         is_there = path.is_file()
@@ -42,20 +43,21 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
 
 
 def resolve_config(tree: dict[str, Any], origin: str) -> Config:
-    """Check a parsed tree. The run's ``optimizer`` and ``data`` are the defaults of every stage's own."""
-    whole, tree = tree, dict(tree)
-    shared = {key: tree.pop(key, {}) for key in SHARED}
-    if isinstance(tree.get("stages"), list) and len(tree["stages"]) <= 1000:
-        tree["stages"] = [
-            {**stage, **{key: _merge(shared[key], stage.get(key, {})) for key in shared}}
-            if isinstance(stage, dict)
-            else stage
-            for stage in tree["stages"]
-        ]
+    """Check a parsed tree. The run's ``optimizer`` and ``data`` are the defaults of every stage."""
+    resolved = {key: value for key, value in tree.items() if key not in SHARED}
+    stages = tree.get("stages")
+    if isinstance(stages, list) and len(stages) <= 1000:
+        resolved["stages"] = [_with_defaults(stage, tree) for stage in stages]
     try:
-        return TypeAdapter(Config).validate_json(json.dumps(tree, default=str))  # strict types, as JSON has them
+        return TypeAdapter(Config).validate_json(json.dumps(resolved, default=str))  # strict types, as JSON has them
     except ValidationError as error:
-        raise ValueError(f"{origin}: {_explain(error, whole)}") from None
+        raise ValueError(f"{origin}: {_explain(error, tree)}") from None
+
+
+def _with_defaults(stage: Any, tree: dict[str, Any]) -> Any:
+    if not isinstance(stage, dict):
+        return stage
+    return {**stage, **{key: _merge(tree.get(key, {}), stage.get(key, {})) for key in SHARED}}
 
 
 def to_dict(value: Any) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def dump_config(value: Any) -> str:
 
 
 def read_yaml(path: Path, max_bytes: int = MAX_BYTES, max_values: int = MAX_VALUES) -> dict[str, Any]:
-    """Keys and plain values of a YAML file. ValueError with one line where it holds anything else."""
+    """Keys and plain values of a YAML file. ValueError with one line if it holds anything else."""
     try:
         size = path.stat().st_size
         if size > max_bytes:
@@ -85,16 +87,17 @@ def read_yaml(path: Path, max_bytes: int = MAX_BYTES, max_values: int = MAX_VALU
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: 1e-3 is a number. A key that stands twice in a mapping is an error, not the last one."""
+    """YAML 1.2 floats: 1e-3 is a number. A key that a mapping has twice is an error."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                line, first = key.start_mark.line + 1, lines.get((key.tag, key.value))
+                line = key.start_mark.line + 1
+                first = lines.get((key.tag, key.value))
                 if first is not None:
-                    raise ValueError(f"the key {shown(key.value)!r} stands on line {first} and on line {line}")
+                    raise ValueError(f"the key {shown(key.value)!r} is on line {first} and on line {line}")
                 lines[key.tag, key.value] = line
         return node
 
@@ -104,7 +107,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 
 def parse_yaml(text: str, origin: str, max_values: int = MAX_VALUES) -> Any:
-    """What a YAML text says, as fresh dicts, lists, texts, numbers and None, every alias a copy."""
+    """A YAML text as fresh dicts, lists, texts, numbers and None, every alias a copy."""
     try:
         tree = yaml.load(text, _Loader)
     except RecursionError:
@@ -112,7 +115,7 @@ def parse_yaml(text: str, origin: str, max_values: int = MAX_VALUES) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(f"{origin} is not valid YAML: {shown(' '.join(str(error).split()), 300)}") from None
     except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
-        # PyYAML's own words for values that are not of the type which their form or their tag says
+        # PyYAML's own errors for values that do not fit their tag
         raise ValueError(f"{origin} is not valid YAML: {shown(' '.join(str(error).split()))}") from None
     return _plain(tree, origin, max_values)
 
@@ -124,9 +127,7 @@ def _plain(tree: Any, origin: str, max_values: int) -> Any:
         nonlocal left
         left -= 1
         if left < 0:
-            raise ValueError(
-                f"{origin} holds more than {max_values:,} values, each alias counted as what it stands for"
-            )
+            raise ValueError(f"{origin} holds more than {max_values:,} values, with aliases written out")
         if depth > MAX_DEPTH:
             raise ValueError(f"{origin} is nested deeper than {MAX_DEPTH} levels, or in itself")
         if isinstance(value, dict):
@@ -154,7 +155,7 @@ def _scalar(value: Any, origin: str, where: str) -> str | int | float | bool | N
 
 
 def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Override one value; ``stages.NAME.key`` reaches into the stage of that name."""
+    """Override one value. In ``stages.NAME.key``, NAME is the name of a stage."""
     for i, key in enumerate(keys):
         where = shown(".".join(keys[:i]))
         if isinstance(tree, list):
@@ -182,26 +183,28 @@ def _merge(base: Any, over: Any) -> Any:
 
 
 def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
-    """One line for the first thing that pydantic found, with the full key and the nearest known one."""
+    """One line for the first error of pydantic, with the full key and the nearest known one."""
     first = error.errors()[0]
     loc = _as_written(first["loc"], tree)
     where = shown(".".join(str(part) for part in loc))
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _known_keys(first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1])[:100], known, n=1, cutoff=0.5)
-        return f"unknown key {where}" + (f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(known)})")
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        return f"unknown key {where} ({hint})"
     if first["type"] in ("missing", "missing_argument"):
         return f"missing key {where}"
     return first_error(error, loc)
 
 
 def _as_written(loc: tuple, tree: dict[str, Any]) -> tuple:
-    """The key of the file: what a stage took over from the run's ``optimizer`` or ``data`` stands there."""
+    """The key as the file has it: what a stage took over from the run's ``optimizer`` or ``data`` is written there."""
     if len(loc) < 4 or loc[0] != "stages" or loc[2] not in SHARED:
         return loc
     _, index, section, *keys = loc
-    stands_in = lambda part: _holds(part.get(section), keys)
-    return loc[2:] if stands_in(tree) and not stands_in(tree["stages"][index]) else loc
+    in_run = _holds(tree.get(section), keys)
+    in_stage = _holds(tree["stages"][index].get(section), keys)
+    return loc[2:] if in_run and not in_stage else loc
 
 
 def _holds(tree: Any, keys: list[str | int]) -> bool:
@@ -214,12 +217,14 @@ def _holds(tree: Any, keys: list[str | int]) -> bool:
 
 
 def _known_keys(loc: tuple) -> list[str]:
-    """The keys that may stand at a place of the file."""
+    """The keys that a section of the file may have."""
     cls: Any = Config
     for part in loc:
         if isinstance(part, str) and dataclasses.is_dataclass(cls):
             cls = _dataclass_in(typing.get_type_hints(cls).get(part))
-    names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    if not dataclasses.is_dataclass(cls):
+        return []
+    names = [field.name for field in dataclasses.fields(cls)]
     return [*names, *SHARED] if cls is Config else names
 
 
@@ -227,4 +232,8 @@ def _dataclass_in(hint: Any) -> Any:
     """The config class in a type such as ``list[StageConfig]`` or ``LoraConfig | None``."""
     if dataclasses.is_dataclass(hint):
         return hint
-    return next((found for part in typing.get_args(hint) if (found := _dataclass_in(part))), None)
+    for part in typing.get_args(hint):
+        found = _dataclass_in(part)
+        if found:
+            return found
+    return None

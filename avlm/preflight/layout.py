@@ -1,4 +1,4 @@
-"""How the ranks of a run lie, as its config alone says."""
+"""How the ranks of a run are laid out, from its config alone."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from avlm.parallel.context_attention import choose_mode
 
 @dataclass(frozen=True)
 class Layout:
-    """How the ranks lie, and bytes of a number in compute."""
+    """Ranks on each axis, and the dtype of compute."""
 
     replicate: int
     shard: int
@@ -27,15 +27,18 @@ class Layout:
         return self.context * self.tensor
 
     def shards_of(self, part: str) -> int:
-        return self.shard * self.context * (1 if part == "decoder" else self.tensor)
+        """Ranks that share the weights of a part of the model, the decoder's tensor parallelism apart."""
+        sharers = self.shard * self.context
+        return sharers if part == "decoder" else sharers * self.tensor
 
     def gathered(self, part: str) -> int:
-        """Bytes for each number of a unit of this part of the model while it is gathered."""
-        return self.dtype.itemsize * (2 if self.shards_of(part) > 1 else 1)
+        """Bytes per parameter of a gathered unit: the all-gather buffer and the unsharded copy."""
+        copies = 2 if self.shards_of(part) > 1 else 1
+        return copies * self.dtype.itemsize
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
-    """device=auto is taken for a GPU: the machine that estimates is often not the one that trains."""
+    """``device: auto`` counts as a GPU, as the machine that estimates is often not the one that trains."""
     sizes = mesh.sizes(config.parallel, world_size)
     kv_heads = config.model.decoder.num_kv_heads // config.parallel.tensor
     mode = choose_mode(config.parallel.context_mode, kv_heads, config.parallel.context)

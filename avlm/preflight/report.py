@@ -2,55 +2,74 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 from avlm.config.load import resolve_config, to_dict
-from avlm.config.run import Config
+from avlm.config.run import Config, StageConfig
 from avlm.models.freezing import trained_names
-from avlm.models.shapes import parameter_shapes
+from avlm.models.shapes import Shapes, parameter_shapes
 from avlm.parallel import mesh
 from avlm.parallel.check import check_layout
 from avlm.preflight import memory
 from avlm.preflight.check import check
 from avlm.preflight.layout import layout_of
-from avlm.preflight.memory import GIB
+from avlm.preflight.memory import GIB, MIB
 
 
 def report(config: Config, world_size: int) -> str:
-    """The checks, and for each stage an estimate of tokens and of memory as text (``avlm.preflight.memory``)."""
+    """The checks, then the tokens and the estimated memory of each stage as text (``avlm.preflight.memory``)."""
     check(config, world_size)
-    shapes, layout = parameter_shapes(config.model), layout_of(config, world_size)
-    count = lambda names: sum(math.prod(shapes[name]) for name in names)
+    layout = layout_of(config, world_size)
     lines = []
     for stage in config.stages:
-        rows, length = layout.replicate * layout.shard * config.train.accumulate, stage.data.seq_length
-        found = memory.estimate(config, stage, world_size, shapes)
-        lines += [
-            f"{stage.name}: {stage.steps} steps of up to {rows * length:,} tokens; "
-            f"trains {count(trained_names(stage, config.model, shapes)):,} of {count(shapes):,} parameters",
-            f"  {rows} rows of {length:,} tokens a step: {config.train.accumulate} in turn on a rank, which holds "
-            f"{length // layout.row_ranks:,} tokens of each",
-            *(_memory_line(name, size, memory.NOTES[name]) for name, size in found.device.items() if size),
-            _memory_line("sum", found.total, f"on the device, at the worst moment: {found.moment}"),
-            *(_memory_line(f"{name} (host)", size, "not in the sum") for name, size in found.host.items() if size),
-            "",
-        ]
+        lines += [*_stage_lines(config, stage, world_size), ""]
     axes = zip(("replicate", "shard", "context", "tensor"), mesh.sizes(config.parallel, world_size))
-    return "\n".join(lines) + (
-        f"{world_size} ranks ({' x '.join(f'{axis} {size}' for axis, size in axes)}), compute in "
-        f"{str(layout.dtype).removeprefix('torch.')}. Assumed: every token has a target, rows are full of images or of "
-        "sound.\nCUDA, NCCL and fragmentation take some GiB a rank on top."
-    )
+    shape = " x ".join(f"{axis} {size}" for axis, size in axes)
+    dtype = str(layout.dtype).removeprefix("torch.")
+    lines += [
+        f"{world_size} ranks ({shape}), compute in {dtype}. Assumed: every token has a target, rows are full of images "
+        "or of audio.",
+        "CUDA, NCCL and fragmentation take some GiB a rank on top.",
+    ]
+    return "\n".join(lines)
+
+
+def _stage_lines(config: Config, stage: StageConfig, world_size: int) -> list[str]:
+    layout = layout_of(config, world_size)
+    shapes = parameter_shapes(config.model)
+    trained = _count(shapes, trained_names(stage, config.model, shapes))
+    accumulate = config.train.accumulate
+    rows = layout.replicate * layout.shard * accumulate
+    length = stage.data.seq_length
+    lines = [
+        f"{stage.name}: {stage.steps} steps of up to {rows * length:,} tokens; "
+        f"trains {trained:,} of {_count(shapes, shapes):,} parameters",
+        f"  {rows} rows of {length:,} tokens a step: {accumulate} in turn on a rank, which holds "
+        f"{length // layout.row_ranks:,} tokens of each",
+    ]
+    found = memory.estimate(config, stage, world_size, shapes)
+    for name, size in found.device.items():
+        if size:
+            lines.append(_memory_line(name, size, memory.NOTES[name]))
+    lines.append(_memory_line("sum", found.total, f"on the device, at the worst moment: {found.moment}"))
+    for name, size in found.host.items():
+        if size:
+            lines.append(_memory_line(f"{name} (host)", size, "not in the sum"))
+    return lines
+
+
+def _count(shapes: Shapes, names: Iterable[str]) -> int:
+    return sum(math.prod(shapes[name]) for name in names)
 
 
 def _memory_line(name: str, size: int, note: str) -> str:
-    amount = f"{size / GIB:8.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:8.2f} MiB"
+    amount = f"{size / GIB:8.2f} GiB" if size >= 0.1 * GIB else f"{size / MIB:8.2f} MiB"
     return f"    {name:<24}{amount}   {note}"
 
 
-# What takes memory off a device, the cheapest first: one of these, or several from the first on.
-MENDS = (
+# Settings that save device memory, cheapest first. Each is tried alone, then they are accumulated in this order.
+SAVINGS = (
     ("train.accumulate_mode", "sharded"),
     ("parallel.reshard", True),
     ("parallel.replicate", 1),
@@ -71,51 +90,63 @@ MENDS = (
 
 
 def check_memory(config: Config, world_size: int, device_memory_gib: float) -> None:
-    """Raise ValueError when a stage is estimated to need more than that on a device, with what would make it fit."""
+    """Raise ValueError if a stage is estimated to need more than this on a device, with settings that would make it
+    fit."""
     if not device_memory_gib > 0:
         raise ValueError(f"--device-memory-gib must be positive, not {device_memory_gib}")
-    shapes = parameter_shapes(config.model)
-    need = lambda config, stage: memory.estimate(config, stage, world_size, shapes).total / GIB
-    needs = lambda config: max(need(config, stage) for stage in config.stages)
-    if needs(config) <= device_memory_gib:
+    needs = _needs(config, world_size)
+    stage, most = max(needs.items(), key=lambda item: item[1])
+    if most <= device_memory_gib:
         return
-    stage = max(config.stages, key=lambda stage: need(config, stage))
-    turns, least = _mend(config, world_size, device_memory_gib, needs)
-    wording = " ".join(f"{key}={str(value).lower() if value is True else value}" for key, value in turns)
-    mend = f"{wording} would need {least:.2f}" if turns else "nothing in train.* or parallel.* would lower it"
+    settings, least = _fit(config, world_size, device_memory_gib)
+    if settings:
+        words = " ".join(f"{key}={'true' if value is True else value}" for key, value in settings.items())
+        advice = f"{words} would need {least:.2f}"
+    else:
+        advice = "nothing in train.* or parallel.* would lower it"
     if least > device_memory_gib:
-        mend += "; take more ranks, a shorter data.seq_length or a smaller model"
+        advice += "; take more ranks, a shorter data.seq_length or a smaller model"
     raise ValueError(
-        f"stage {stage.name} needs {needs(config):.2f} GiB a rank, {needs(config) - device_memory_gib:.2f} more than "
-        f"--device-memory-gib {device_memory_gib:g}: {mend}"
+        f"stage {stage} needs {most:.2f} GiB a rank, {most - device_memory_gib:.2f} more than "
+        f"--device-memory-gib {device_memory_gib:g}: {advice}"
     )
 
 
-def _mend(
-    config: Config, world_size: int, bound: float, needs: Callable[[Config], float]
-) -> tuple[list[tuple[str, Any]], float]:
-    """What to turn, and the GiB that are needed then: one option that is enough, else all that help until it is."""
-    for key, value in MENDS:
-        changed = _turned(config, key, value, world_size)
-        if changed and needs(changed) <= bound:
-            return [(key, value)], needs(changed)
-    turns: dict[str, Any] = {}
-    for key, value in MENDS:
-        changed = _turned(config, key, value, world_size)
-        if changed and needs(changed) < needs(config) and needs(config) > bound:
-            config, turns[key] = changed, value
-    return list(turns.items()), needs(config)
+def _needs(config: Config, world_size: int) -> dict[str, float]:
+    """Stage -> GiB a rank."""
+    shapes = parameter_shapes(config.model)
+    return {stage.name: memory.estimate(config, stage, world_size, shapes).total / GIB for stage in config.stages}
 
 
-def _turned(config: Config, key: str, value: Any, world_size: int) -> Config | None:
-    """The config with another value, or None where that is no change, a step back, or refused."""
+def _fit(config: Config, world_size: int, bound: float) -> tuple[dict[str, Any], float]:
+    """Settings, and the GiB that are needed with them: one that is enough, else all that help until the bound."""
+
+    def most(config: Config) -> float:
+        return max(_needs(config, world_size).values())
+
+    for key, value in SAVINGS:
+        changed = _with_setting(config, key, value, world_size)
+        if changed and most(changed) <= bound:
+            return {key: value}, most(changed)
+    settings = {}
+    for key, value in SAVINGS:
+        changed = _with_setting(config, key, value, world_size)
+        if changed and most(changed) < most(config) and most(config) > bound:
+            config = changed
+            settings[key] = value
+    return settings, most(config)
+
+
+def _with_setting(config: Config, key: str, value: Any, world_size: int) -> Config | None:
+    """The config with another value, or None if that is no change, a step back, or refused."""
     tree = to_dict(config)
     *path, last = key.split(".")
     section = functools.reduce(dict.__getitem__, path, tree)
-    if section[last] == value or (last in ("context", "tensor") and value < section[last]):
+    is_step_back = last in ("context", "tensor") and value < section[last]
+    if section[last] == value or is_step_back:
         return None
     section[last] = value
-    tree["parallel"]["shard"] = -1  # the rest of the world
+    tree["parallel"]["shard"] = -1  # all ranks that are left
     try:
         changed = resolve_config(tree, key)
         check_layout(changed, world_size)

@@ -228,7 +228,7 @@ BROKEN = {
     "hexadecimal digits": (b"a: 0x" + b"9" * 5000, "a is a number of 20,000 bits"),
     "half a character": (b'a: "\\ud800"', "a holds half of a surrogate pair"),
     "bytes": (b"a: " + b"x" * 2**19, "has 524,291 bytes: more than 262,144 are not read"),
-    "a key twice": (b"seed: 1\nresume: auto\nseed: 2", "the key 'seed' stands on line 1 and on line 3"),
+    "a key twice": (b"seed: 1\nresume: auto\nseed: 2", "the key 'seed' is on line 1 and on line 3"),
     "a list": (b"- a", "must hold keys and values, not list"),
     "open": (b"a: [1", "not valid YAML"),
 }
