@@ -1,14 +1,14 @@
 """Attention over some of the keys at a time, for rings: blocks add up, in float32, to attention over all keys.
 
-Forward, with a block's own (out', lse') and those of all earlier blocks:
+Forward, with a block's own (out', lse') and the results of all earlier blocks:
     lse = ln(exp lse_earlier + exp lse')        out = exp(lse_earlier - lse) out_earlier + exp(lse' - lse) out'
-Backward, with lse and delta_i = do_i . out_i of the whole softmax, so that the shares of blocks just add:
+Backward, with lse and delta_i = do_i . out_i of the whole softmax, so that the blocks' gradients are summed:
     p_ij = exp(s_ij - lse_i)        ds_ij = p_ij (do_i . v_j - delta_i)
     dq_i = scale sum_j ds_ij k_j        dk_j = scale sum_i ds_ij q_i        dv_j = sum_i p_ij do_i
 Segments and their causal mask are those of ``kernels.attention``.
 
 T query rows   S key rows   H query heads   K key/value heads   E head dim
-N segments of one group   Q, L rows of each (queries, keys)   M = Q H / K queries that share the keys of one head
+N segments of one group   Q, L rows of each (queries, keys)   M = Q H / K rows of the query heads of one key head
 """
 
 from collections.abc import Iterator
@@ -18,101 +18,80 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import attention_backward, attention_forward, backend
-from kernels.attention import group_segments
+from kernels.attention import by_key_head, by_query, finite, group_segments, masked_scores, softmax_attention
 from kernels.segments import Segments
 
-CHUNK = 16  # queries of a segment that the plain path takes at a time: memory grows with the keys, not their square
+CHUNK = 16  # queries of a segment at a time in plain PyTorch: memory grows with the keys, not with their square
 
 
 def forward_reference(q_THE, k_SKE, v_SKE, segments, segments_k, *, causal, scale, earlier=None):
     """The specification of ``block_forward`` in plain PyTorch."""
-    dtype, (T, H, E), num_kv_heads = torch.promote_types(q_THE.dtype, torch.float32), q_THE.shape, k_SKE.shape[1]
-    groups, source_T = group_segments(segments, segments_k, causal, T)
-    # Row 0 is for queries without keys.
-    outs, lses = [q_THE.new_zeros(1, H, E, dtype=dtype)], [q_THE.new_full((1, H), -torch.inf, dtype=dtype)]
-    for group in groups:
-        chunks = []
-        for q_rows_NQ, k_rows_NL, _ in _chunks(*group, causal):
-            q_NKME = _queries(q_THE, q_rows_NQ, num_kv_heads, dtype)
-            s_NKML = _scores(q_NKME, _keys(k_SKE, k_rows_NL, dtype), q_rows_NQ.shape[1], causal, scale)
-            lse_NKM = s_NKML.logsumexp(-1)
-            p_NKML = s_NKML.sub_(_finite(lse_NKM)[..., None]).exp_()
-            out_NKME = p_NKML @ _keys(v_SKE, k_rows_NL, dtype)
-            chunks.append([_rows(x, q_rows_NQ.shape[1]) for x in (out_NKME, lse_NKM)])
-        for results, parts in zip((outs, lses), zip(*chunks)):
-            results.append(torch.cat(parts, 1).flatten(0, 1))
-    out_THE, lse_HT = torch.cat(outs)[source_T], torch.cat(lses)[source_T].T.contiguous()
+    T, H, _ = q_THE.shape
+    dtype = torch.promote_types(q_THE.dtype, torch.float32)
+    out_THE = torch.zeros_like(q_THE, dtype=dtype)
+    lse_TH = q_THE.new_full((T, H), -torch.inf, dtype=dtype)
+    for q_rows_NQ, k_rows_NL, real_NQ in _chunks(segments, segments_k, causal, T):
+        out_NQHE, lse_NQH = softmax_attention(q_THE, k_SKE, v_SKE, q_rows_NQ, k_rows_NL, scale, causal)
+        rows = q_rows_NQ[real_NQ]
+        out_THE[rows] = out_NQHE[real_NQ]
+        lse_TH[rows] = lse_NQH[real_NQ]
+    lse_HT = lse_TH.T.contiguous()
     return (out_THE, lse_HT) if earlier is None else _merge(*earlier, out_THE, lse_HT)
 
 
-def _merge(earlier_out_THE, earlier_lse_HT, out_THE, lse_HT):
+def _merge(earlier_out_THE: Tensor, earlier_lse_HT: Tensor, out_THE: Tensor, lse_HT: Tensor) -> tuple[Tensor, Tensor]:
     total_HT = torch.logaddexp(earlier_lse_HT, lse_HT)
-    weight_TH1 = lambda part_HT: torch.exp(part_HT - _finite(total_HT)).T[..., None]
-    return (out_THE * weight_TH1(lse_HT)).addcmul_(earlier_out_THE, weight_TH1(earlier_lse_HT)), total_HT
+    earlier_weight_HT = torch.exp(earlier_lse_HT - finite(total_HT))
+    weight_HT = torch.exp(lse_HT - finite(total_HT))
+    merged_THE = out_THE * weight_HT.T[..., None]
+    return merged_THE.addcmul_(earlier_out_THE, earlier_weight_HT.T[..., None]), total_HT
 
 
 def backward_reference(dout_THE, q_THE, k_SKE, v_SKE, lse_HT, delta_HT, segments, segments_k, *, causal, scale):
     """The specification of ``block_backward`` in plain PyTorch."""
-    dtype, num_kv_heads = lse_HT.dtype, k_SKE.shape[1]
-    groups, _ = group_segments(segments, segments_k, causal, q_THE.shape[0])
-    dq_THE, dk_SKE, dv_SKE = (torch.zeros_like(x, dtype=dtype) for x in (q_THE, k_SKE, v_SKE))
+    dtype = lse_HT.dtype
+    dq_THE = torch.zeros_like(q_THE, dtype=dtype)
+    dk_SKE = torch.zeros_like(k_SKE, dtype=dtype)
+    dv_SKE = torch.zeros_like(v_SKE, dtype=dtype)
 
-    def add(q_rows_NQ, k_rows_NL, padding_NQ):
-        Q, of_queries = q_rows_NQ.shape[1], (q_THE, dout_THE, lse_HT.T, delta_HT.T)
-        q_NKME, dout_NKME, lse_NKM, delta_NKM = (_queries(x, q_rows_NQ, num_kv_heads, dtype) for x in of_queries)
-        k_NKLE, v_NKLE = (_keys(x, k_rows_NL, dtype) for x in (k_SKE, v_SKE))
-        p_NKML = _scores(q_NKME, k_NKLE, Q, causal, scale).sub_(lse_NKM[..., None]).exp_()
-        p_NKML.masked_fill_(padding_NQ.repeat(1, q_NKME.shape[2] // Q)[:, None, :, None], 0.0)
-        ds_NKML = (dout_NKME @ v_NKLE.mT).sub_(delta_NKM[..., None]).mul_(p_NKML).mul_(scale)
-        dq_THE.index_add_(0, q_rows_NQ.flatten(), _rows(ds_NKML @ k_NKLE, Q).flatten(0, 1))
-        dk_SKE.index_add_(0, k_rows_NL.flatten(), (ds_NKML.mT @ q_NKME).transpose(1, 2).flatten(0, 1))
-        dv_SKE.index_add_(0, k_rows_NL.flatten(), (p_NKML.mT @ dout_NKME).transpose(1, 2).flatten(0, 1))
+    def add_chunk(q_rows_NQ: Tensor, k_rows_NL: Tensor, real_NQ: Tensor) -> None:
+        Q, L, K = q_rows_NQ.shape[1], k_rows_NL.shape[1], k_SKE.shape[1]
+        q_NKME = by_key_head(q_THE, q_rows_NQ, K, dtype)
+        k_NKLE = by_key_head(k_SKE, k_rows_NL, K, dtype)
+        v_NKLE = by_key_head(v_SKE, k_rows_NL, K, dtype)
+        dout_NKME = by_key_head(dout_THE, q_rows_NQ, K, dtype)
+        lse_NKM = by_key_head(lse_HT.T, q_rows_NQ, K, dtype)
+        delta_NKM = by_key_head(delta_HT.T, q_rows_NQ, K, dtype)
+        real_NM = real_NQ.repeat(1, q_NKME.shape[2] // Q)
+        p_NKML = masked_scores(q_NKME, k_NKLE, Q, scale, causal).sub_(lse_NKM[..., None]).exp_()
+        p_NKML.masked_fill_(~real_NM[:, None, :, None], 0.0)
+        dp_NKML = dout_NKME @ v_NKLE.mT
+        ds_NKML = dp_NKML.sub_(delta_NKM[..., None]).mul_(p_NKML).mul_(scale)
+        _add_rows(dq_THE, q_rows_NQ, by_query(ds_NKML @ k_NKLE, Q))
+        _add_rows(dk_SKE, k_rows_NL, by_query(ds_NKML.mT @ q_NKME, L))
+        _add_rows(dv_SKE, k_rows_NL, by_query(p_NKML.mT @ dout_NKME, L))
 
-    for group in groups:
-        for chunk in _chunks(*group, causal):
-            add(*chunk)
+    for chunk in _chunks(segments, segments_k, causal, q_THE.shape[0]):
+        add_chunk(*chunk)
     return dq_THE, dk_SKE, dv_SKE
 
 
-def _chunks(q_rows_NQ: Tensor, k_rows_NL: Tensor, causal: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Queries of a group, some at a time; the keys up to the last that any of them sees; which queries only repeat the
-    one before, as those do that bring segments to one length."""
-    Q, L = q_rows_NQ.shape[1], k_rows_NL.shape[1]
-    padding_NQ = F.pad(q_rows_NQ[:, 1:] == q_rows_NQ[:, :-1], (1, 0))
-    for start in range(0, Q, CHUNK):
-        end = min(start + CHUNK, Q)
-        seen = max(L - Q + end, 0) if causal else L
-        yield q_rows_NQ[:, start:end], k_rows_NL[:, :seen], padding_NQ[:, start:end]
+def _add_rows(total_SKE: Tensor, rows_NL: Tensor, x_NLKE: Tensor) -> None:
+    total_SKE.index_add_(0, rows_NL.flatten(), x_NLKE.flatten(0, 1))
 
 
-def _queries(x_THE: Tensor, q_rows_NQ: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """Rows of q, as (N, K, M, E), or of a number for each query and head, as (N, K, M)."""
-    return x_THE[q_rows_NQ].to(dtype).unflatten(2, (num_kv_heads, -1)).movedim(1, 3).flatten(2, 3)
-
-
-def _rows(x_NKME: Tensor, Q: int) -> Tensor:
-    """The way back: (N, Q, H, E) or (N, Q, H)."""
-    return x_NKME.unflatten(2, (-1, Q)).movedim(3, 1).flatten(2, 3)
-
-
-def _keys(x_SKE: Tensor, k_rows_NL: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of k or v, (N, K, L, E)."""
-    return x_SKE[k_rows_NL].to(dtype).transpose(1, 2)
-
-
-def _scores(q_NKME: Tensor, k_NKLE: Tensor, Q: int, causal: bool, scale: float) -> Tensor:
-    """scale q . k, -inf where a key is hidden. Causal: the last query sees the last key."""
-    s_NKML = (q_NKME @ k_NKLE.mT).mul_(scale)
-    if causal:
-        L = k_NKLE.shape[2]
-        hidden_QL = torch.ones(Q, L, dtype=torch.bool, device=s_NKML.device).triu(L - Q + 1)
-        s_NKML.unflatten(2, (-1, Q)).masked_fill_(hidden_QL, -torch.inf)
-    return s_NKML
-
-
-def _finite(lse: Tensor) -> Tensor:
-    """A row without keys has lse -inf; exp(-inf - -inf) is NaN, so such rows are exponentiated against 0."""
-    return lse.masked_fill(lse == -torch.inf, 0.0)
+def _chunks(segments: Segments, segments_k: Segments, causal: bool, T: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Some queries of a group at a time (q_rows_NQ), the keys up to the last that any of them sees (k_rows_NL), and
+    real_NQ: False for the queries that only pad a segment, and so repeat the one before."""
+    groups, _ = group_segments(segments, segments_k, causal, T)
+    for q_rows_NQ, k_rows_NL in groups:
+        Q, L = q_rows_NQ.shape[1], k_rows_NL.shape[1]
+        real_NQ = F.pad(q_rows_NQ[:, 1:] != q_rows_NQ[:, :-1], (1, 0), value=True)
+        for start in range(0, Q, CHUNK):
+            end = min(start + CHUNK, Q)
+            num_seen = L - Q + end if causal else L
+            if num_seen > 0:
+                yield q_rows_NQ[:, start:end], k_rows_NL[:, :num_seen], real_NQ[:, start:end]
 
 
 def block_forward(
@@ -126,25 +105,29 @@ def block_forward(
     scale: float,
     earlier: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out_THE and lse_HT over these keys, and over those of ``earlier``, what this function gave for the same queries.
-    Both float32, whatever q is (float64 stays), and without a graph; 0 and -inf for a query without a key."""
+    """out_THE and lse_HT over these keys and those of ``earlier``, which this function returned for the same queries.
+
+    Both are float32 for every dtype of q (float64 stays), and have no graph; 0 and -inf for a query without keys.
+    """
     if not backend.runs_triton(q_THE):
         return forward_reference(q_THE, k_SKE, v_SKE, segments, segments_k, causal=causal, scale=scale, earlier=earlier)
-    if earlier is None:  # the kernel rounds to the dtype of q unless it goes on from something
+    if earlier is None:  # without earlier results the kernel would round to the dtype of q
         T, H, _ = q_THE.shape
-        earlier = torch.zeros_like(q_THE, dtype=torch.float32), q_THE.new_full((H, T), -torch.inf, dtype=torch.float32)
+        earlier_out_THE = torch.zeros_like(q_THE, dtype=torch.float32)
+        earlier_lse_HT = q_THE.new_full((H, T), -torch.inf, dtype=torch.float32)
+        earlier = earlier_out_THE, earlier_lse_HT
     with torch.cuda.device_of(q_THE):
         return attention_forward.forward(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale, earlier)
 
 
 def statistics(out_THE: Tensor, dout_THE: Tensor, lse_HT: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``block_backward`` takes of the whole softmax: lse and delta (H, T), float32 (float64 stays), 0 for a query
-    without a key. For the kernels lse is in powers of two, with room for a last tile."""
+    """lse and delta of the whole softmax (H, T), as ``block_backward`` takes them: float32 (float64 stays), 0 for a
+    query without keys. For the kernels lse is base 2, and both have room for a last tile."""
     if backend.runs_triton(out_THE):
         with torch.cuda.device_of(out_THE):
             return attention_backward.statistics(out_THE, dout_THE, lse_HT, None)
     delta_HT = (out_THE.to(lse_HT.dtype) * dout_THE).sum(-1).T
-    return _finite(lse_HT), delta_HT.masked_fill(lse_HT == -torch.inf, 0.0)
+    return finite(lse_HT), delta_HT.masked_fill(lse_HT == -torch.inf, 0.0)
 
 
 def block_backward(
@@ -162,13 +145,9 @@ def block_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The shares of these keys and queries in dq_THE, dk_SKE and dv_SKE, float32 (float64 stays). ``lse_HT`` and
     ``delta_HT`` are the ``statistics`` of the softmax over all blocks."""
+    inputs = dout_THE, q_THE, k_SKE, v_SKE, lse_HT, delta_HT, segments, segments_k
     if not backend.runs_triton(q_THE):
-        return backward_reference(
-            dout_THE, q_THE, k_SKE, v_SKE, lse_HT, delta_HT, segments, segments_k, causal=causal, scale=scale
-        )
+        return backward_reference(*inputs, causal=causal, scale=scale)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    layout = segments, segments_k, causal, scale, deterministic
     with torch.cuda.device_of(q_THE):
-        return attention_backward.backward(
-            dout_THE, q_THE, k_SKE, v_SKE, lse_HT, delta_HT, *layout, dtype=torch.float32
-        )
+        return attention_backward.backward(*inputs, causal, scale, deterministic, dtype=torch.float32)

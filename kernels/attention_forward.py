@@ -1,6 +1,6 @@
 """Forward of packed attention in Triton: one pass over the keys with a running softmax (FlashAttention-2, 2307.08691).
 
-With scores s2 = s * log2(e), their running maximum m and sum of exponentials z, for every block of keys:
+With scores s2 = log2(e) s, their running maximum m and sum of exponentials z, for every block of keys:
     m' = max(m, max_j s2)    p_j = 2^(s2_j - m')    z' = z 2^(m - m') + sum_j p_j    o' = o 2^(m - m') + p v
 and at the end out = o / z, lse = ln 2 * (m + log2 z).
 
@@ -58,8 +58,8 @@ def _walk(
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Take up the key blocks from start to end. p, of the block before, meets its values after the next scores are
-    asked for, so that the tensor cores work on p v while the other cores exponentiate those scores."""
+    """Process the key blocks from start to end. p is that of the previous block: its product with v is issued after the
+    product of the next scores, so that the tensor cores compute p v while the other cores exponentiate those scores."""
     BLOCK_N: tl.constexpr = p.shape[1]
     k_begin, k_length, diagonal, row = bounds
     for j in tl.range(start, end, BLOCK_N):
@@ -77,12 +77,13 @@ def _walk(
 
 @triton.jit
 def _merge(lse, other):
-    """Share of the first among both, and the log-sum-exp of both; two rows without keys make one without keys."""
+    """The weight of the first in the sum of both, and the log-sum-exp of both. If neither has keys: 0 and -inf."""
     high = tl.maximum(lse, other)
     base = tl.where(high == NOTHING, 0.0, high)
     weight = tl.exp(lse - base)
     total = weight + tl.exp(other - base)
-    return tl.where(total == 0.0, 0.0, weight / total), base + tl.log(total)
+    share = tl.where(total == 0.0, 0.0, weight / total)
+    return share, base + tl.log(total)
 
 
 @triton.jit(do_not_specialize=["T", "N", "heads_per_key"])
@@ -111,8 +112,9 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
 ):
     # One program owns BLOCK_M query rows of one head in one segment.
-    # Causal tiles grow along a segment: the longest start first, so that no long one is left at the end.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
+    tile = tl.program_id(0)
+    if CAUSAL:  # tiles take longer towards the end of a segment: start with the longest
+        tile = tl.num_programs(0) - 1 - tile
     h = tl.program_id(1)
     first, q_begin, slot, q_length, k_begin, k_length = locate(
         cu_q_ptr, used_q_ptr, cu_k_ptr, used_k_ptr, N, tile, BLOCK_M
@@ -120,7 +122,7 @@ def _forward_kernel(
     if first >= slot:
         return
     diagonal = k_length - q_length
-    # Keys from `end` on are hidden from the whole tile, keys before `full` are seen by all of it.
+    # Keys from `end` on are hidden from every row of the tile; keys before `full` are visible to every row.
     end = k_length
     full = k_length
     if CAUSAL:
@@ -133,7 +135,8 @@ def _forward_kernel(
     kh = h // heads_per_key
     q = load_tile(q_desc, q_begin + first, h, BLOCK_E)
     k = load_tile(k_desc, k_begin, kh, BLOCK_E)
-    s = hide(tl.dot(q, k.T, input_precision=PRECISION), row[:, None], col[None, :], k_length, diagonal, CAUSAL)
+    s = tl.dot(q, k.T, input_precision=PRECISION)
+    s = hide(s, row[:, None], col[None, :], k_length, diagonal, CAUSAL)
     m = tl.full((BLOCK_M,), NOTHING, tl.float32)
     z = tl.zeros((BLOCK_M,), tl.float32)
     o = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
@@ -149,13 +152,13 @@ def _forward_kernel(
     )
     last = (tl.maximum(tl.cdiv(end, BLOCK_N), 1) - 1) * BLOCK_N
     v = load_tile(v_desc, k_begin + last, kh, BLOCK_E)
-    v = tl.where((last + col < k_length)[:, None], v, 0.0)  # a neighbour's NaN times 0 would be NaN
+    v = tl.where((last + col < k_length)[:, None], v, 0.0)  # NaN of a neighbouring segment: 0 NaN would be NaN
     o = tl.dot(p.to(q.dtype, bitcast=True), v, o * shrink[:, None], input_precision=PRECISION)
 
-    blank = (z == 0.0) | (row >= q_length)
-    z = tl.where(blank, 1.0, z)
-    o = tl.where(blank[:, None], 0.0, o / z[:, None])
-    lse = tl.where(blank, NOTHING, (m + tl.log2(z)) * _LN_2)
+    empty = (z == 0.0) | (row >= q_length)  # no keys, or an unused row of the slot
+    z = tl.where(empty, 1.0, z)
+    o = tl.where(empty[:, None], 0.0, o / z[:, None])
+    lse = tl.where(empty, NOTHING, (m + tl.log2(z)) * _LN_2)
     rows = (q_begin + row).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
     offset = rows[:, None] * (H * E) + h * E + e[None, :]
@@ -163,7 +166,8 @@ def _forward_kernel(
     if earlier_out_ptr is not None:
         earlier = tl.load(earlier_lse_ptr + h * T + rows, mask=row < slot, other=NOTHING)
         keep, lse = _merge(earlier, lse)
-        o = o * (1.0 - keep)[:, None] + tl.load(earlier_out_ptr + offset, mask=inside, other=0.0) * keep[:, None]
+        earlier_out = tl.load(earlier_out_ptr + offset, mask=inside, other=0.0)
+        o = o * (1.0 - keep)[:, None] + earlier_out * keep[:, None]
     tl.store(out_ptr + offset, o.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(lse_ptr + h * T + rows, lse, mask=row < slot)
 
@@ -178,22 +182,28 @@ def forward(
     scale: float,
     earlier: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out_THE in the dtype of q and lse_HT in float32; see ``kernels.attention`` for what they are.
+    """out_THE in the dtype of q and lse_HT in float32, as ``kernels.attention`` defines them.
 
-    With ``earlier`` (out_THE and lse_HT in float32 of the same queries over other keys), the result is that over both
-    and out is float32: ring attention goes on from key block to key block without rounding in between.
+    ``earlier``: out_THE and lse_HT, in float32, of the same queries over other keys. The result is then that over all
+    keys, and out is float32: ring attention continues from block to block without rounding in between.
     """
     T, H, E = q_THE.shape
-    out_THE = torch.empty((T, H, E), dtype=q_THE.dtype if earlier is None else torch.float32, device=q_THE.device)
-    lse_HT = torch.empty((H, T), dtype=torch.float32, device=q_THE.device)
+    out_dtype = q_THE.dtype if earlier is None else torch.float32
+    out_THE = q_THE.new_empty((T, H, E), dtype=out_dtype)
+    lse_HT = q_THE.new_empty((H, T), dtype=torch.float32)
+    earlier_out = earlier_lse = None
+    if earlier is not None:
+        earlier_out, earlier_lse = earlier[0].contiguous(), earlier[1].contiguous()
     if T == 0 or k_SKE.shape[0] == 0:
         if earlier is not None:
             return out_THE.copy_(earlier[0]), lse_HT.copy_(earlier[1])
         return out_THE.zero_(), lse_HT.fill_(-torch.inf)
     config = forward_config(E, q_THE.dtype)
-    q_THE, k_SKE, v_SKE = (loadable(x, config["BLOCK_E"]) for x in (q_THE, k_SKE, v_SKE))
-    earlier_out, earlier_lse = (None, None) if earlier is None else (x.contiguous() for x in earlier)
-    _forward_kernel[(num_tiles(T, segments, config["BLOCK_M"]), H)](
+    q_THE = loadable(q_THE, config["BLOCK_E"])
+    k_SKE = loadable(k_SKE, config["BLOCK_E"])
+    v_SKE = loadable(v_SKE, config["BLOCK_E"])
+    grid = (num_tiles(T, segments, config["BLOCK_M"]), H)
+    _forward_kernel[grid](
         descriptor(q_THE, config["BLOCK_M"]),
         descriptor(k_SKE, config["BLOCK_N"]),
         descriptor(v_SKE, config["BLOCK_N"]),

@@ -1,4 +1,4 @@
-"""How attention in Triton cuts packed rows into tiles: which tile is whose, how it is loaded, how large it is.
+"""Tiles of packed rows for the Triton attention kernels: which segment a tile belongs to, how it is loaded, its size.
 
 T query rows   S key rows   H heads   E head dim   N segments
 """
@@ -20,15 +20,16 @@ NOTHING = tl.constexpr(float("-inf"))
 def find_tile(cu_ptr, N, tile, BLOCK: tl.constexpr):
     """Segment of a tile, the segment's first row, and the tile's first row in the segment.
 
-    Segment n owns the tiles from cu[n] // BLOCK + n on. That is at least as many as it needs and grows with n, so a
-    program finds its segment by counting, and the grid follows from T and N alone: nobody asks the device.
+    Segment n owns the tiles from cu[n] // BLOCK + n on. These are at least as many as it needs, and the number grows
+    with n. So a program finds its segment by counting, and the grid follows from T and N without asking the device.
     """
     lane = tl.arange(0, 128)
     before = 0
     for start in range(0, N, 128):
         n = start + lane
         first_tile = tl.load(cu_ptr + n, mask=n < N, other=0) // BLOCK + n
-        before += tl.sum(((n < N) & (first_tile <= tile)).to(tl.int32), 0)
+        starts_before = (n < N) & (first_tile <= tile)
+        before += tl.sum(starts_before.to(tl.int32), 0)
     n = before - 1
     begin = tl.load(cu_ptr + n)
     return n, begin, (tile - begin // BLOCK - n) * BLOCK
@@ -36,7 +37,7 @@ def find_tile(cu_ptr, N, tile, BLOCK: tl.constexpr):
 
 @triton.jit
 def used_length(cu_ptr, used_ptr, n, begin):
-    """Rows of segment n that count: the used part of its slot, or all of it."""
+    """Used rows of segment n: ``lengths`` of a slot, or the whole segment."""
     if used_ptr is None:
         length = tl.load(cu_ptr + n + 1) - begin
     else:
@@ -46,32 +47,37 @@ def used_length(cu_ptr, used_ptr, n, begin):
 
 @triton.jit
 def locate(cu_ptr, used_ptr, other_cu_ptr, other_used_ptr, N, tile, BLOCK: tl.constexpr):
-    """Where a tile lies and what it meets: its first row in its segment; the segment's first row, room and used rows;
-    first row and used rows of the other side's segment. A tile with nothing to do starts at or past the room."""
+    """first: the tile's first row within its segment; begin, slot, length: first row, all rows and used rows of this
+    segment; other_begin, other_length: the same of its segment on the other side (keys for queries, queries for keys).
+    A tile with first >= slot has nothing to do."""
     n, begin, first = find_tile(cu_ptr, N, tile, BLOCK)
-    room = tl.load(cu_ptr + n + 1) - begin
+    slot = tl.load(cu_ptr + n + 1) - begin
     length = used_length(cu_ptr, used_ptr, n, begin)
     other_begin = tl.load(other_cu_ptr + n)
-    return first, begin, room, length, other_begin, used_length(other_cu_ptr, other_used_ptr, n, other_begin)
+    other_length = used_length(other_cu_ptr, other_used_ptr, n, other_begin)
+    return first, begin, slot, length, other_begin, other_length
 
 
 @triton.jit
 def load_tile(desc, row, head, BLOCK_E: tl.constexpr):
-    """Rows from ``row`` on of one head. Rows past the segment are whatever lies there."""
+    """Rows of one head, starting at ``row``. Rows past the segment hold whatever follows in memory."""
     return desc.load([row, head * BLOCK_E])
 
 
 @triton.jit
 def store_tile(ptr, x, begin, row, used, slot, head, HEADS: tl.constexpr, E: tl.constexpr):
-    """Rows of one head of a contiguous (rows, HEADS, E): x, 0 in the unused part of the slot, nothing past the slot."""
+    """Write x to one head of a contiguous (rows, HEADS, E): 0 in the unused part of the slot, nothing past the slot."""
     e = tl.arange(0, x.shape[1])
-    offset = (begin + row).to(tl.int64)[:, None] * (HEADS * E) + head * E + e[None, :]
-    x = tl.where((row < used)[:, None], x, 0.0).to(ptr.dtype.element_ty)
-    tl.store(ptr + offset, x, mask=(row < slot)[:, None] & (e < E)[None, :])
+    rows = (begin + row).to(tl.int64)
+    offset = rows[:, None] * (HEADS * E) + head * E + e[None, :]
+    x = tl.where((row < used)[:, None], x, 0.0)
+    inside = (row < slot)[:, None] & (e < E)[None, :]
+    tl.store(ptr + offset, x.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def hide(s, row, col, k_length, diagonal, CAUSAL: tl.constexpr):
+    """Scores, -inf for keys past the segment and, if CAUSAL, for future keys."""
     visible = col < k_length
     if CAUSAL:
         visible = visible & (col <= row + diagonal)
@@ -80,70 +86,83 @@ def hide(s, row, col, k_length, diagonal, CAUSAL: tl.constexpr):
 
 @triton.jit
 def bits(p, DTYPE: tl.constexpr):
-    """p in the operands' dtype, as integers. An operand that a loop hands to its next round goes through shared memory,
-    one that is made in the round stays in registers; turning bits back into numbers makes it and costs nothing."""
-    return p.to(DTYPE).to(tl.int32 if tl.float32 == DTYPE else tl.int16, bitcast=True)
+    """p in the operands' dtype, its bits as integers.
+
+    A product's operand that is carried from one iteration to the next goes through shared memory; one computed in the
+    same iteration stays in registers. We carry integers and cast them back, which is free and counts as computing."""
+    INTEGER: tl.constexpr = tl.int32 if tl.float32 == DTYPE else tl.int16
+    return p.to(DTYPE).to(INTEGER, bitcast=True)
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of tl.dot: float32 operands are not to be rounded to tf32."""
+    """input_precision of tl.dot: float32 operands must not be rounded to tf32."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def descriptor(x_THE: Tensor, rows: int) -> TensorDescriptor:
-    """How the copy engine finds ``rows`` rows of one head of x."""
+    """Lets the copy engine load ``rows`` rows of one head of x."""
     T, H, E = x_THE.shape
     return TensorDescriptor(x_THE, [T, H * E], [x_THE.stride(0), 1], [rows, E])
 
 
 def loadable(x_THE: Tensor, block_e: int) -> Tensor:
-    """x itself where the copy engine can read it: heads of ``block_e`` end to end, rows at multiples of 16 bytes.
-    Otherwise a copy, filled up with zeros."""
-    E = x_THE.shape[2]
+    """x itself if the copy engine can read it: contiguous heads of ``block_e``, rows at multiples of 16 bytes.
+    Otherwise a copy, padded with zeros."""
+    _, H, E = x_THE.shape
     if block_e > E:
         return F.pad(x_THE, (0, block_e - E))
-    row = x_THE.stride(0)  # 0 in an expanded gradient
-    aligned = row >= x_THE.shape[1] * E and (row * x_THE.element_size()) % 16 == 0 and x_THE.data_ptr() % 16 == 0
-    return x_THE if aligned and x_THE.stride()[1:] == (E, 1) else x_THE.clone(memory_format=torch.contiguous_format)
+    row, *inner = x_THE.stride()
+    contiguous = inner == [E, 1] and row >= H * E  # an expanded gradient has row stride 0
+    aligned = row * x_THE.element_size() % 16 == 0 and x_THE.data_ptr() % 16 == 0
+    return x_THE if contiguous and aligned else x_THE.clone(memory_format=torch.contiguous_format)
 
 
 def num_tiles(rows: int, segments: Segments, block: int) -> int:
-    """Tiles that ``find_tile`` hands out."""
+    """Tiles that ``find_tile`` distributes."""
     return rows // block + len(segments)
 
 
+def padded_head_dim(E: int) -> int:
+    """BLOCK_E: the next power of two, at least the 16 that tl.dot needs."""
+    return max(16, triton.next_power_of_2(E))
+
+
 def forward_config(E: int, dtype: torch.dtype) -> dict:
-    """Tile sizes and launch options. What the compiler makes of each is held by tests/kernels/test_compiled.py."""
-    block_e = max(16, triton.next_power_of_2(E))
-    if dtype == torch.float32:  # products in full float32 run on the ordinary cores and need small tiles
-        m, n = (32, 32) if block_e <= 64 else (16, 16)
-        return dict(BLOCK_M=m, BLOCK_N=n, BLOCK_E=block_e, num_warps=8, num_stages=1)
-    if block_e <= 64:  # two programs on a multiprocessor: the exponentials of one hide behind the products of the other
+    """Tile sizes and launch options of the forward. tests/kernels/test_compiled.py checks what they compile to."""
+    block_e = padded_head_dim(E)
+    if dtype == torch.float32:  # full float32 products do not run on the tensor cores and need small tiles
+        size = 32 if block_e <= 64 else 16
+        return dict(BLOCK_M=size, BLOCK_N=size, BLOCK_E=block_e, num_warps=8, num_stages=1)
+    if block_e <= 64:  # two programs share a multiprocessor: exponentials of one overlap with products of the other
         return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_E=block_e, num_warps=8, num_stages=2, maxnreg=128)
-    return dict(BLOCK_M=128, BLOCK_N=128 if block_e == 128 else 64, BLOCK_E=block_e, num_warps=8, num_stages=2)
+    block_n = 128 if block_e == 128 else 64
+    return dict(BLOCK_M=128, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=8, num_stages=2)
 
 
 def one_pass(E: int, dtype: torch.dtype) -> bool:
-    """Whether dq is added up by the keys' kernel when nobody asks for repeatable bits: where that form compiles without
-    spills. The interpreter has no addition through descriptors."""
+    """Whether the keys kernel also sums dq when gradients need not repeat bit for bit: for the shapes at which it then
+    compiles without spills. The interpreter cannot add through descriptors."""
     return E <= 64 and dtype != torch.float32 and not INTERPRETED
 
 
 def keys_config(E: int, dtype: torch.dtype) -> dict:
-    """Tile sizes and launch options of dk and dv; held by tests/kernels/test_compiled.py, like those below."""
-    block_e = max(16, triton.next_power_of_2(E))
-    late = block_e <= 64 and dtype != torch.float32  # a larger head dim has no registers left for it
-    config = dict(BLOCK_M=64, BLOCK_N=128, BLOCK_E=block_e, LATE_DK=late, num_warps=8, num_stages=2)
+    """Tile sizes and launch options of dk and dv."""
+    block_e = padded_head_dim(E)
     if dtype == torch.float32:
-        return config | dict(BLOCK_M=16, BLOCK_N=32 if block_e <= 64 else 16, num_stages=1)
-    return config | dict(BLOCK_M=32, BLOCK_N=64, num_stages=1) if block_e == 256 else config
+        block_n = 32 if block_e <= 64 else 16
+        return dict(BLOCK_M=16, BLOCK_N=block_n, BLOCK_E=block_e, LATE_DK=False, num_warps=8, num_stages=1)
+    if block_e == 256:
+        return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_E=block_e, LATE_DK=False, num_warps=8, num_stages=1)
+    late_dk = block_e <= 64  # at larger head dims no registers are left for it
+    return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_E=block_e, LATE_DK=late_dk, num_warps=8, num_stages=2)
 
 
 def queries_config(E: int, dtype: torch.dtype) -> dict:
     """Tile sizes and launch options of dq in the two-pass form."""
-    block_e = max(16, triton.next_power_of_2(E))
+    block_e = padded_head_dim(E)
     if dtype == torch.float32:
-        return dict(BLOCK_M=32 if block_e <= 64 else 16, BLOCK_N=16, BLOCK_E=block_e, num_warps=8, num_stages=1)
+        block_m = 32 if block_e <= 64 else 16
+        return dict(BLOCK_M=block_m, BLOCK_N=16, BLOCK_E=block_e, num_warps=8, num_stages=1)
     if block_e == 256:
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_E=block_e, num_warps=8, num_stages=1)
     return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_E=block_e, num_warps=8, num_stages=2)

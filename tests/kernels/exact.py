@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.attention import attention, attention_reference
+from kernels.attention import attention_with_lse, attention_with_lse_reference
 from kernels.segments import Segments
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -37,7 +37,7 @@ def results(function, inputs: list[Tensor], dtype: torch.dtype, segments, segmen
     """out, lse and the gradients of q, k, v, all in float64; what the spare rows of a slot hold counts as 0."""
     q, k, v, dout, dlse = (x.detach().to(torch.float32 if x.dtype == torch.float32 else dtype) for x in inputs)
     q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
-    out, lse = function(q, k, v, segments, segments_k=segments_k, return_lse=True, **options)
+    out, lse = function(q, k, v, segments, segments_k=segments_k, **options)
     loss = (out.double() * dout.double()).sum()  # NaN where there are spare rows: only gradients matter
     loss = loss + (lse.double().masked_fill(lse == -torch.inf, 0.0) * dlse.double()).sum()
     gradients = torch.autograd.grad(loss, (q, k, v))
@@ -49,9 +49,9 @@ def assert_as_exact_as_pytorch(
 ) -> None:
     """Our largest error is at most twice that of PyTorch in the same dtype, plus a few units in the last place: of the
     result, and for dq and dk of the gradients of probabilities, whose differences may cancel to nothing."""
-    exact = results(attention_reference, inputs, torch.float64, segments, segments_k, **_of_reference(options))
-    theirs = results(attention_reference, inputs, dtype, segments, segments_k, **_of_reference(options))
-    ours = results(attention, inputs, dtype, segments, segments_k, **options)
+    exact = results(attention_with_lse_reference, inputs, torch.float64, segments, segments_k, **_of_reference(options))
+    theirs = results(attention_with_lse_reference, inputs, dtype, segments, segments_k, **_of_reference(options))
+    ours = results(attention_with_lse, inputs, dtype, segments, segments_k, **options)
     q, _, v, dout, _ = (x.nan_to_num() for x in inputs)
     cancelled = (
         (v.norm(dim=-1).max() * dout.norm(dim=-1).max()).item() * q.shape[-1] ** -0.5

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import attention
+from kernels.attention import attention, attention_with_lse
 from kernels.segments import Segments
 
 # name: (query lengths, key lengths, used part of the query slots or None, of the key slots or None)
@@ -66,17 +66,18 @@ def inputs(layout: str, heads: int, kv_heads: int, dtype: torch.dtype):
     return segments, segments_k, exact, [x.detach().to(dtype).requires_grad_() for x in exact]
 
 
-@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("with_lse", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_outputs_lse_and_gradients_follow_the_formula(layout, heads, kv_heads, causal, return_lse):
+def test_outputs_lse_and_gradients_follow_the_formula(layout, heads, kv_heads, causal, with_lse):
     segments, segments_k, exact, rounded = inputs(layout, heads, kv_heads, torch.float32)
     given = None if LAYOUTS[layout][1] is None else segments_k
     expected, expected_lse = naive(*exact, segments, segments_k, causal, 8**-0.5)
-    out = attention(*rounded, segments, causal=causal, segments_k=given, return_lse=return_lse)
-    if return_lse:
-        out, lse = out
+    if not with_lse:
+        out = attention(*rounded, segments, causal=causal, segments_k=given)
+    else:
+        out, lse = attention_with_lse(*rounded, segments, causal=causal, segments_k=given)
         assert lse.dtype == torch.float32 and torch.allclose(lse, expected_lse, atol=1e-5)
     assert out.dtype == torch.float32 and torch.allclose(out.double(), expected, atol=1e-5)
     weight = torch.randn(out.shape, dtype=torch.float64)
@@ -96,7 +97,7 @@ def test_the_scale_is_the_callers():
 def test_other_dtypes_come_back_as_they_went_in(dtype):
     segments, segments_k, exact, rounded = inputs("several", 6, 2, dtype)
     expected, _ = naive(*exact, segments, segments_k, True, 8**-0.5)
-    out, lse = attention(*rounded, segments, causal=True, return_lse=True)
+    out, lse = attention_with_lse(*rounded, segments, causal=True)
     assert out.dtype == dtype and lse.dtype == torch.float32
     error = (out.double() - expected).abs().max()
     assert error < (1e-12 if dtype == torch.float64 else 0.05)
@@ -108,7 +109,7 @@ def test_rows_outside_the_used_part_of_a_slot_are_zero_even_beside_nan():
     for x in (k, v):
         x[[2, 3, 7]] = torch.nan  # memory that nobody wrote
     for causal in (False, True):
-        out, lse = attention(q, k, v, segments, causal=causal, return_lse=True)
+        out, lse = attention_with_lse(q, k, v, segments, causal=causal)
         assert not out[[2, 3, 7]].any() and (lse[:, [2, 3, 7]] == -torch.inf).all()
         assert out.isfinite().all()
 
@@ -132,7 +133,7 @@ GOOD = dict(q=torch.zeros(5, 4, 8), k=torch.zeros(5, 2, 8), v=torch.zeros(5, 2, 
         ({"q": torch.zeros(5, 3, 8)}, "3 query heads of 8 cannot share 2 key heads"),
         ({"q": torch.zeros(5, 0, 8)}, "0 query heads"),
         ({"q": torch.zeros(5, 4, 8).half()}, "share one floating dtype, not torch.float16, torch.float32"),
-        ({"segments_k": Segments.of([2, 3])}, "1 segments of queries cannot meet 2 segments of keys"),
+        ({"segments_k": Segments.of([2, 3])}, "there are 1 segments of queries, but 2 segments of keys"),
         ({"segments": Segments.of([])}, "5 queries belong to no segment"),
         ({"segments": Segments(torch.tensor([0, 5]), 5)}, r"int32 vectors, not torch.int64 \(2,\)"),
         (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.attention import attention_reference
+from kernels.attention import attention_reference, attention_with_lse_reference
 from kernels.attention_block import CHUNK, block_backward, block_forward, statistics
 from kernels.backend import INTERPRETED
 from kernels.segments import Segments
@@ -65,7 +65,7 @@ def all_at_once(q, dout, blocks, dtype):
         lengths.append(sum(length for _, length in spans))
     rows = torch.cat(rows)
     layout = dict(segments=blocks[-1][2], segments_k=Segments.of(lengths))
-    out, lse = attention_reference(q, k[rows], v[rows], **layout, causal=True, scale=SCALE, return_lse=True)
+    out, lse = attention_with_lse_reference(q, k[rows], v[rows], **layout, causal=True, scale=SCALE)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout.to(dtype))
     return dict(out=out.detach(), lse=lse.detach(), dq=dq, dk=dk, dv=dv)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import attention_hopper
-from kernels.attention import attention_reference
+from kernels.attention import attention_with_lse_reference
 from kernels.segments import Segments
 from tests.kernels.ahead_of_time import SHARED_MEMORY, Compiled, compile_for_hopper
 
@@ -152,8 +152,8 @@ def test_out_and_lse_follow_the_formula(head_dim, causal, layout):
     if not attention_hopper.supports(q, segments, segments_k):
         pytest.skip("needs a Hopper GPU")
     scale = head_dim**-0.5
-    exact, exact_lse = attention_reference(
-        *(x.double() for x in (q, k, v)), segments, causal=causal, segments_k=segments_k, scale=scale, return_lse=True
+    exact, exact_lse = attention_with_lse_reference(
+        *(x.double() for x in (q, k, v)), segments, causal=causal, segments_k=segments_k, scale=scale
     )
     allowed = 2 * (in_the_same_dtype(q, k, v, segments, segments_k, causal, scale) - exact).abs().max()
     out, lse = attention_hopper.forward(q, k, v, segments, segments_k, causal, scale)

@@ -9,7 +9,14 @@ from torch.utils.checkpoint import checkpoint
 from avlm.config.model import DecoderConfig
 from avlm.models.decoder import Decoder, rope_frequencies, rope_table
 from kernels import attention_backward, attention_forward, attention_tiles
-from kernels.attention import _backward_op, _forward_op, attention, attention_reference
+from kernels.attention import (
+    _backward_op,
+    _forward_op,
+    attention,
+    attention_reference,
+    attention_with_lse,
+    attention_with_lse_reference,
+)
 from kernels.segments import Segments
 from tests.kernels.exact import NAMES, assert_as_exact_as_pytorch, random_inputs, results, slots
 
@@ -97,7 +104,7 @@ def test_scores_of_ten_thousand_neither_overflow_nor_vanish(causal):
     inputs = [q * 100, k * 100, v, dout, dlse]
     ours, exact = (
         results(function, inputs, dtype, segments, segments, causal=causal, scale=0.1)
-        for function, dtype in ((attention, torch.float32), (attention_reference, torch.float64))
+        for function, dtype in ((attention_with_lse, torch.float32), (attention_with_lse_reference, torch.float64))
     )
     assert 1e4 < exact["lse"].abs().max() < 1e5
     for name in NAMES:
@@ -196,7 +203,7 @@ def test_boundaries_with_gaps_between_them_are_read_right():
 @pytest.mark.parametrize("lengths", [[0], [], [0, 0]])
 def test_no_tokens_give_no_output_and_no_gradient(lengths):
     q, k, v = (torch.randn(0, 2, 16, requires_grad=True) for _ in range(3))
-    out, lse = attention(q, k, v, Segments.of(lengths), causal=True, return_lse=True)
+    out, lse = attention_with_lse(q, k, v, Segments.of(lengths), causal=True)
     assert out.shape == (0, 2, 16) and lse.shape == (2, 0)
     assert all(g.shape == (0, 2, 16) for g in torch.autograd.grad(out.sum() + lse.sum(), (q, k, v)))
 
@@ -213,7 +220,7 @@ def test_keys_that_come_in_parts_give_the_whole(monkeypatch):
     for k_part, v_part, part in parts:
         earlier = None if out is None else (out.float(), lse)
         out, lse = attention_forward.forward(q, k_part, v_part, segments, part, False, 0.25, earlier=earlier)
-    expected, expected_lse = attention(q, k, v, segments, causal=False, scale=0.25, return_lse=True)
+    expected, expected_lse = attention_with_lse(q, k, v, segments, causal=False, scale=0.25)
     assert out.dtype == torch.float32
     assert torch.allclose(out, expected, atol=1e-5) and torch.allclose(lse, expected_lse, atol=1e-5)
 
@@ -236,7 +243,7 @@ def test_earlier_results_of_queries_without_new_keys_stay():
     earlier[0][25:] = 0.0
     out, lse = attention_forward.forward(q, k, v, segments, none, False, 0.25, earlier=earlier)
     assert torch.allclose(out[:20], earlier[0][:20]) and torch.allclose(lse[:, :20], earlier[1][:, :20])
-    alone, alone_lse = attention(q, k, v, segments, causal=False, segments_k=none, return_lse=True)
+    alone, alone_lse = attention_with_lse(q, k, v, segments, causal=False, segments_k=none)
     assert torch.allclose(out[25:], alone[25:]) and torch.allclose(lse[:, 25:], alone_lse[:, 25:])
 
 
