@@ -6,12 +6,12 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what asks a run to end, and often its whole process tree
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # they ask a run to end, and often reach its whole process tree
 
 
 def start(number: int, then: Callable[[int], None] | None = None) -> None:
-    """Called in worker process ``number`` before its first sample. A run that is asked to end needs its workers for the
-    step that it is in, and ends them itself: see ``end``."""
+    """Called in worker process ``number`` before its first sample. Workers ignore signals: a run that is asked to end
+    still needs them for its current step, and ends them itself by ``end``."""
     for stop in STOPS:
         signal.signal(stop, signal.SIG_IGN)
     if then is not None:
@@ -19,17 +19,17 @@ def start(number: int, then: Callable[[int], None] | None = None) -> None:
 
 
 def end(rows: Iterator[Any] | None) -> None:
-    """End the processes of a DataLoader's iterator. torch asks them to, waits, and sends a signal that they ignore."""
-    if hasattr(rows, "_shutdown_workers"):  # without processes there is nothing to end
+    """End the processes of a DataLoader's iterator. torch would ask them, wait, and send a signal that they ignore."""
+    if hasattr(rows, "_shutdown_workers"):  # an iterator without processes has none
         rows._shutdown_workers()
         for process in rows._workers:
             process.kill()
 
 
-@atexit.register  # before multiprocessing's own, which waits for them to end
+@atexit.register  # runs before multiprocessing's own handler, which waits for them
 def _kill() -> None:
-    """A process that is done does not wait for the row that a worker is reading."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an error
+    """A finished process does not wait for the row that a worker is reading."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
     for process in multiprocessing.active_children():
-        if process.daemon:  # as data workers are; multiprocessing would end it too, by the signal that they ignore
+        if process.daemon:  # as data workers are; multiprocessing would send them a signal that they ignore
             process.kill()

@@ -1,11 +1,11 @@
-"""The files of a checkpoint of torch.distributed.checkpoint (DCP): read without running code, and with damage noticed.
+"""The files of a checkpoint of torch.distributed.checkpoint (DCP), read without running code and checked for damage.
 
-DCP pickles its index, ``.metadata``, and unpickles whatever it finds there. Ours are indexes of tensors: a few classes,
-listed here, and nothing else is built. The tensors themselves DCP reads with ``weights_only``.
+DCP pickles its index, ``.metadata``, and unpickles whatever it finds there. Our index lists tensors only, so unpickling
+is limited to the few classes named here. DCP itself reads the tensors with ``weights_only``.
 
-Damage: the marker ``complete`` has a checksum of itself and of every other file. The large ones, ``*.distcp``, are rows
-of zip files, one for each tensor: their checksum is one of the CRC-32s that these hold, and the contents of each tensor
-that is read are compared with its own.
+Damage: the marker ``complete`` holds a checksum of itself and of every other file. A large file, ``*.distcp``, is a
+series of zip files, one for each tensor; its checksum covers their CRC-32s, and the content of each tensor is compared
+with its own CRC-32 when it is read.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import _StorageInfo  # it stands in every .metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # part of every .metadata
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -35,11 +35,11 @@ METADATA = "torch.distributed.checkpoint.metadata"
 CLASSES = dict.fromkeys(("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"), METADATA)
 CLASSES |= dict.fromkeys(("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"), METADATA)
 CLASSES |= {"_StorageInfo": "torch.distributed.checkpoint.filesystem", "_get_layout": "torch.serialization"}
-PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")  # the folder that was written, as a note
+PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")  # .metadata notes its folder
 
 
 class Reader(dcp.FileSystemReader):
-    """DCP's reader of a folder. ValueError where its index is more than one of tensors in files of the folder."""
+    """DCP's reader of a folder. ValueError if its index lists anything but tensors in files of the folder."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
@@ -47,19 +47,20 @@ class Reader(dcp.FileSystemReader):
         try:
             metadata = _Unpickler(io.BytesIO(content)).load()
             _check(metadata)
-        except Exception as error:  # a pickle that is damaged fails with any of Python's own
+        except Exception as error:  # a damaged pickle may raise any error
             raise ValueError(f"{path} is no index of a checkpoint: {cause_of(error)}") from None
         metadata.storage_meta = None
-        self.written, self.places = written_digests(path.parent), defaultdict(list)
+        self.written = written_digests(path.parent)
+        self.places = defaultdict(list)
         for place in metadata.storage_data.values():
             self.places[place.relative_path].append(place)
         return metadata
 
     def _slice_file(self, file: IO[bytes], place: _StorageInfo) -> IO[bytes]:
-        """The zip file of one tensor. torch.load does not compare its contents with their CRC-32. (A method of DCP's
-        own, in torch 2.11: where it goes, tests/training/test_checkpoint.py misses damage.)"""
+        """The zip file of one tensor, compared with its CRC-32, which torch.load does not do. (This overrides a private
+        method of DCP in torch 2.11. If it goes away, tests/training/test_checkpoint.py no longer finds damage.)"""
         self._check_file(place.relative_path)
-        content = io.BytesIO(super()._slice_file(file, place).read())  # DCP's own view seeks wrongly from its end
+        content = io.BytesIO(super()._slice_file(file, place).read())  # DCP's view seeks wrongly from its end
         try:
             damaged = zipfile.ZipFile(content).testzip()
         except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
@@ -70,15 +71,15 @@ class Reader(dcp.FileSystemReader):
         return content
 
     def _check_file(self, name: str) -> None:
-        """ValueError unless the file is that of this checkpoint: one of another step has the same layout."""
+        """ValueError unless the file belongs to this checkpoint: that of another step has the same layout."""
         written = self.written.get(name)
         if written is not None and written != fingerprint(Path(self.path) / name, self.places[name]):
             raise ValueError(f"{Path(self.path) / name} is of another checkpoint: {DAMAGED}")
-        self.written.pop(name, None)  # looked at once
+        self.written.pop(name, None)  # checked once
 
 
 class Writer(dcp.FileSystemWriter):
-    """DCP's writer, which notes the places of what this rank wrote."""
+    """DCP's writer; it also keeps the places of the tensors that this rank wrote."""
 
     places: list[_StorageInfo]
 
@@ -93,7 +94,10 @@ class _Part(io.RawIOBase):
 
     def __init__(self, file: IO[bytes], start: int, length: int) -> None:
         super().__init__()
-        self.file, self.start, self.length, self.place = file, start, length, 0
+        self.file = file
+        self.start = start
+        self.length = length
+        self.place = 0
 
     def seekable(self) -> bool:
         return True
@@ -102,7 +106,8 @@ class _Part(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.place = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.length}[whence])
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.length}[whence]
+        self.place = max(0, origin + offset)
         return self.place
 
     def readinto(self, buffer: Any) -> int:
@@ -114,7 +119,7 @@ class _Part(io.RawIOBase):
 
 
 def fingerprint(file: Path, places: Iterable[_StorageInfo]) -> str:
-    """A checksum of the CRC-32s in a file of tensors, which stand at the ``places``: of its contents, without reading
+    """A checksum of the CRC-32s in a file with tensors at these ``places``: it covers their contents without reading
     them."""
     entries = []
     try:
@@ -132,7 +137,7 @@ def digest(content: bytes) -> str:
 
 
 def read_marker(path: Path) -> dict[str, Any]:
-    """The marker of the checkpoint ``path``; ValueError where it is damaged, or names files that are not there."""
+    """The marker of the checkpoint ``path``. ValueError if it is damaged, or names files that are missing."""
     marker = path / MARKER
     try:
         found = json.loads(marker.read_bytes())
@@ -157,13 +162,13 @@ def marker_text(progress: dict[str, Any], files: dict[str, str]) -> str:
 
 
 def written_digests(path: Path) -> dict[str, str]:
-    """File name -> checksum, of what the marker of a checkpoint names."""
+    """File name -> checksum, as the marker of a checkpoint has them."""
     return read_marker(path).get("files", {}) if (path / MARKER).is_file() else {}
 
 
 def read_checked(file: Path) -> bytes:
-    """A small file of a checkpoint. ValueError unless it is the one whose checksum the marker has, where it has one:
-    checkpoints of earlier versions have none."""
+    """A small file of a checkpoint. ValueError if it differs from the checksum in the marker; checkpoints of earlier
+    versions have none."""
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -182,18 +187,20 @@ class _Unpickler(pickle.Unpickler):
             return lambda *parts: "/".join(map(str, parts))
         if CLASSES.get(name) == module:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {shown(f'{module}.{name}')}, which is not built from a checkpoint")
+        raise pickle.UnpicklingError(f"it names {shown(f'{module}.{name}')}, which does not belong in a checkpoint")
 
 
 def _check(metadata: Any) -> None:
-    """Raise ValueError for what ``_Unpickler`` lets pass and DCP would stumble over, or read outside the folder."""
+    """Raise ValueError for what ``_Unpickler`` accepts but would make DCP fail, or read outside of the folder."""
     if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
         raise ValueError("it holds no Metadata")
-    for name, value in metadata.state_dict_metadata.items():  # what is no tensor DCP would unpickle as it is
+    for name, value in metadata.state_dict_metadata.items():  # DCP would unpickle anything that is no tensor
         if not isinstance(value, TensorStorageMetadata) or not isinstance(value.properties.dtype, torch.dtype):
             raise ValueError(f"{shown(str(name))} is no tensor")
-        cuts = [(chunk.offsets, chunk.sizes) for chunk in value.chunks]
-        if not all(isinstance(size, torch.Size) for size in (value.size, *(size for cut in cuts for size in cut))):
+        sizes = [value.size]
+        for chunk in value.chunks:
+            sizes += [chunk.offsets, chunk.sizes]
+        if not all(isinstance(size, torch.Size) for size in sizes):
             raise ValueError(f"{shown(str(name))} has no shape")
     if not isinstance(metadata.storage_data, dict):
         raise ValueError("it names no files")
@@ -205,12 +212,11 @@ def _check(metadata: Any) -> None:
 
 
 def cause_of(error: BaseException) -> str:
-    """What went wrong, on one line. DCP's own exception holds those of the ranks, with tracebacks."""
+    """The message of an error on one line. DCP's exception holds those of the ranks, with tracebacks."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return (
-        shown(line, 400)
-        if line and not isinstance(error, LookupError)
-        else f"{type(error).__name__} {shown(line)}".strip()
-    )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else ""
+    if first and not isinstance(error, LookupError):
+        return shown(first, 400)
+    return f"{type(error).__name__} {shown(first)}".strip()

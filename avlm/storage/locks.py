@@ -1,4 +1,4 @@
-"""Locks on files, also where a file system has none."""
+"""Locks on files, for file systems with and without them."""
 
 import errno
 import fcntl
@@ -9,9 +9,9 @@ ABSENT = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # Lustre mounted with nofl
 
 
 def lock(file: IO[str], wait: bool) -> bool:
-    """Take the lock of an open file until it is closed; False if another process has it and we do not ``wait``.
+    """Take the lock of an open file until it is closed. Returns False if another process has it and we do not ``wait``.
 
-    A file system without locks is said so, and counts as locked: whoever starts two runs there has to know.
+    On a file system without locks a warning is printed, and the lock counts as taken.
     """
     try:
         # flock would live on in forked loader workers.

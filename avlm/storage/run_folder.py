@@ -32,9 +32,9 @@ class Progress:
     stage: Whole = 0
     stage_step: Whole = 0
     read: NonNegative = 0.0  # samples
-    skipped: NonNegative = 0.0  # bad ones among them
-    best_step: Whole = 0  # whose validation was the best so far; 0: none
-    best_metric: str = ""  # in what: val/NAME/METRIC
+    skipped: NonNegative = 0.0  # bad samples among them
+    best_step: Whole = 0  # the step with the best validation so far; 0: none
+    best_metric: str = ""  # val/NAME/METRIC that it is best in
     best_value: float = 0.0
 
     def after_step(self, read: float, skipped: float) -> "Progress":
@@ -63,30 +63,32 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 
 def find(config: Config) -> tuple[Path | None, str]:
-    """The checkpoint that ``resume`` asks for, and a line about half-written ones that were passed over."""
+    """The checkpoint that ``resume`` asks for, and a note on half-written ones that were passed over."""
     if config.resume == "never":
         return None, ""
     if config.resume != "auto":
         path = Path(config.resume)
         if not (path / MARKER).is_file():
             raise FileNotFoundError(f"resume={path} is not a complete checkpoint (it has no file named {MARKER!r})")
-        later = [p.name for p in complete_checkpoints(Path(config.output_dir)) if p.name > path.name]
-        if later:  # they would be taken for this run's newest
+        later = [other.name for other in complete_checkpoints(Path(config.output_dir)) if other.name > path.name]
+        if later:  # a later resume would take them for the newest of this run
             raise ValueError(f"{config.output_dir} holds later checkpoints ({', '.join(later)}): remove them first")
         return path, ""
     run = Path(config.output_dir)
     done = complete_checkpoints(run)
     newest = done[-1] if done else None
-    broken = [
-        p.name for p in sorted(run.glob("checkpoints/step_*")) if p not in done and (not done or p.name > newest.name)
-    ]
-    note = f"{', '.join(broken)} was not written to its end; " if broken else ""
+    broken = []
+    for folder in sorted(run.glob("checkpoints/step_*")):
+        is_newer = newest is None or folder.name > newest.name
+        if folder not in done and is_newer:
+            broken.append(folder.name)
+    note = f"{', '.join(broken)} is incomplete; " if broken else ""
     return newest, note
 
 
 def read_progress(path: Path, run: Path | None = None) -> Progress:
     """Where a checkpoint stands. If ``run`` is another run that continues from it, the best step is dropped: it belongs
-    to the old run. ValueError for a marker that is damaged, or that lies."""
+    to the old run. ValueError for a marker that is damaged or does not fit its folder."""
     found = {key: value for key, value in read_marker(path).items() if key != "files"}
     try:
         progress = Progress(**found)
@@ -103,8 +105,8 @@ def read_progress(path: Path, run: Path | None = None) -> Progress:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run, or a checkpoint of one, complete or not. What has a config.json is a Hugging Face
-    folder or an export, whatever else is in it."""
+    """Whether a folder is a run or a checkpoint of one, complete or not. A folder with a config.json is a Hugging Face
+    folder or an export, whatever else it holds."""
     if (path / "config.json").is_file():
         return False
     return _is_checkpoint(path) or (path / "config.yaml").is_file() or (path / "checkpoints").is_dir()
@@ -133,7 +135,7 @@ def read_run(path: Path | str, step: int | None = None) -> tuple[Config, Path]:
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step, on disk before it takes the name."""
+    """Replace a file in one step: the new content is on disk before it takes the name."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -145,13 +147,16 @@ def write_durably(path: Path, content: str | bytes) -> None:
 def claim(config: Config, world: World) -> IO[str] | None:
     """Make the run folder this run's own until the returned file is closed."""
     folder = Path(config.output_dir)
-    failure, lock = "", None
+    failure = ""
+    lock = None
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+")  # noqa: SIM115  (held until the run ends)
         if not locks.lock(lock, wait=False):
             lock.seek(0)
-            failure = f"{folder} belongs to a run that is live ({lock.read().strip()}): wait for it, or set output_dir"
+            failure = (
+                f"{folder} belongs to a run that is live ({lock.read().strip()}): wait for it, or set another output_dir"
+            )
     if world.sum([float(bool(failure))])[0]:
         raise ValueError(failure or f"{folder} belongs to a run that is live")
     if lock is not None:
@@ -168,7 +173,7 @@ def read_records(path: Path) -> list[Record]:
     records = []
     lines = path.read_bytes().split(b"\n")[:-1]
     for number, line in enumerate(lines, 1):
-        if not line.strip(b"\0 \t\r"):  # blocks that a power cut left empty
+        if not line.strip(b"\0 \t\r"):  # empty blocks are left by a power cut
             continue
         try:
             record = json.loads(line)

@@ -1,15 +1,15 @@
-"""Checkpoints: everything that an exact resume needs, complete or not there at all.
+"""Checkpoints: everything that an exact resume needs, written whole or not at all.
 
     <run>/checkpoints/step_00000100/
         *.distcp, .metadata       weights and optimizer state (torch.distributed.checkpoint: any layout can load them)
-        rank_00000.safetensors    torch's random state of that rank (CPU, and the GPU's when there is one)
-        rank_00000.json           python's and numpy's
+        rank_00000.safetensors    torch's random state of that rank (CPU, and the GPU if there is one)
+        rank_00000.json           Python's and numpy's random state
         loader_00000.json         where the loader of that data rank stands
-        complete                  marker, written last: where the run stands, and checksums of the small files (JSON)
+        complete                  marker, written last: where the run stands, and checksums of all files (JSON)
     <run>/checkpoints/latest      name of the newest complete one
     <run>/checkpoints/best        name of the best one by checkpoint.best
 
-Reading one runs no code and notices damage (checkpoint_files.py). To share a model, export it
+Reading one runs no code and detects damage (``avlm.storage.checkpoint_files``). To share a model, export it
 (``python -m avlm.weights export``).
 """
 
@@ -117,10 +117,10 @@ class Saver:
     def _make_folder(self, path: Path, need: int) -> None:
         if not self.world.is_first:
             return
-        shutil.rmtree(path, ignore_errors=True)  # what an interrupted run left there
+        shutil.rmtree(path, ignore_errors=True)  # remains of an interrupted run
         path.parent.mkdir(parents=True, exist_ok=True)
         disk = shutil.disk_usage(path.parent)
-        if disk.total and disk.free < need:  # or a full disk would be filled to the brim at each attempt
+        if disk.total and disk.free < need:  # each attempt would fill the disk to the brim
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         path.mkdir()
 
@@ -140,21 +140,22 @@ class Saver:
             write_durably(path / MARKER, marker_text(dataclasses.asdict(progress), {**files, ".metadata": index}))
 
     def _tidy(self, path: Path, progress: Progress) -> None:
-        """Names for the newest and the best; older ones go."""
+        """Point ``latest`` and ``best`` to their checkpoints, and remove old ones."""
         write_durably(path.parent / "latest", path.name)
-        done, best = complete_checkpoints(self.run), folder_of(self.run, progress.best_step)
+        done = complete_checkpoints(self.run)
+        best = folder_of(self.run, progress.best_step)
         if best in done:
             write_durably(path.parent / "best", best.name)
         for old in set(done[: -self.config.keep]) - {best}:
-            (old / MARKER).unlink()  # first, so that a half-removed one is not taken for complete
+            (old / MARKER).unlink()  # first, so that a half-removed checkpoint does not count as complete
             shutil.rmtree(old, ignore_errors=True)
 
     def _attempt(self, path: Path, need: int, write: Callable[[], Any]) -> str:
-        """Write, and find out whether every rank could (a full disk, most often): "" or why not, on all ranks.
+        """Write. Returns "" if every rank could, else the reason (most often a full disk), the same on all ranks.
 
-        Only errors that leave every rank at the same place are caught: those of files, and DCP's own, which it raises
-        on all ranks. Any other may come from the middle of a collective, as that of a data worker that died does: it
-        ends this rank, and with it the others, which wait in there.
+        Only errors that leave all ranks at the same point are caught: file errors, and DCP's own, which it raises on
+        all ranks. Any other may come from the middle of a collective, such as the death of a data worker: it ends this
+        rank, and with it the others, which wait in that collective.
         """
         reason = ""
         try:
@@ -173,7 +174,7 @@ class Saver:
 
 
 def _reason(error: BaseException, path: Path, need: int) -> str:
-    """Why a checkpoint of ``need`` bytes could not be written: PyTorch's zip writer never names a full disk."""
+    """Why a checkpoint of ``need`` bytes could not be written. PyTorch's zip writer does not name a full disk."""
     for cause in _causes(error):
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror.lower()
@@ -184,11 +185,12 @@ def _reason(error: BaseException, path: Path, need: int) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it arose from; DCP's own has one of each rank that failed."""
+    """An error and its causes. DCP's exception holds the error of each rank that failed."""
     while error is not None:
         yield error
-        for failed, _ in error.failures.values() if isinstance(error, CheckpointException) else ():
-            yield from _causes(failed)
+        if isinstance(error, CheckpointException):
+            for failed, _ in error.failures.values():
+                yield from _causes(failed)
         error = error.__cause__ or error.__context__
 
 
@@ -218,8 +220,8 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 
 def load_random_state(path: Path, world: World) -> None:
-    """Restore the random state of this rank. Only the dropout of adapters draws from it; where there are other ranks
-    than before it stays that of the seed."""
+    """Restore the random state of this rank, which only the dropout of adapters uses. With another number of ranks than
+    before, the seed's state stays."""
     if len(_files(path, "rank_*.json")) != world.size:
         return
     file = path / f"rank_{world.rank:05d}.safetensors"
@@ -242,7 +244,7 @@ def load_random_state(path: Path, world: World) -> None:
 
 
 def read_loader_state(path: Path, world: World) -> dict[str, Any]:
-    """The loader state of this rank's data rank; the streams of data are dealt out anew where there were others."""
+    """The loader state of this rank's data rank. With another number of data ranks the streams are redistributed."""
     files = _files(path, "loader_*.json")
     if len(files) == world.data_size:
         return _read_state(files[world.data_rank])
@@ -253,10 +255,12 @@ def read_loader_state(path: Path, world: World) -> dict[str, Any]:
 
 
 def _files(path: Path, pattern: str) -> list[Path]:
-    """The small files of a kind, in their order: those that the marker names, where it names any."""
-    named = read_marker(path).get("files")
+    """The small files of a kind in order, only those that the marker names if it names any."""
     found = sorted(path.glob(pattern))
-    return [file for file in found if file.name in named] if named else found
+    named = read_marker(path).get("files")
+    if not named:
+        return found
+    return [file for file in found if file.name in named]
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -264,7 +268,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         state = json.loads(read_checked(path))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {cause_of(error)}") from None
-    if not isinstance(state, dict):  # null would start the data from its beginning
+    if not isinstance(state, dict):  # null would start the data from the beginning
         raise ValueError(f"{path} holds no state but {shown(str(state))}: remove this checkpoint folder")
     return state
 
@@ -282,7 +286,7 @@ def optimizer_tensors(model: AVLM, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def _write_rank_state(path: Path, world: World, loader_state: dict) -> dict[str, str]:
-    """The small files of this rank; file name -> checksum."""
+    """Write the small files of this rank. Returns file name -> checksum."""
     tensors = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
         tensors["cuda"] = torch.cuda.get_rng_state(world.device)

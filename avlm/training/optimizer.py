@@ -14,9 +14,9 @@ from avlm.models.lora import is_adapter
 
 
 def build(model: AVLM, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained, one group per module and kind of weight; ``lr`` is set by ``schedule`` before a step.
+    """AdamW over the trained parameters, one group per module and kind of weight. ``schedule`` sets the rates.
 
-    Its state is allocated here: a parameter without state could not be loaded from a checkpoint.
+    Its state is allocated here, as a checkpoint can only be loaded into state that exists.
     """
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -36,7 +36,7 @@ def build(model: AVLM, config: OptimizerConfig) -> torch.optim.AdamW:
         lr=config.lr,
         betas=tuple(config.betas),
         eps=config.eps,
-        fused=True,  # one call for all tensors: hundreds of DTensor calls a step otherwise
+        fused=True,  # one call for all tensors, not hundreds of DTensor calls a step
     )
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -49,9 +49,9 @@ def build(model: AVLM, config: OptimizerConfig) -> torch.optim.AdamW:
 
 
 def schedule(optimizer: torch.optim.AdamW, config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """Set the learning rates of step ``step`` (from 0) of a stage; returns the unscaled one.
+    """Set the learning rates for ``step`` (from 0) of a stage. Returns the rate before ``lr_scale``.
 
-    Linear warmup, then a cosine from ``lr`` to ``min_lr`` which ends with the stage.
+    Linear warmup, then a cosine from ``lr`` to ``min_lr`` that ends with the stage.
     """
     min_lr = config.lr / 10 if config.min_lr is None else config.min_lr
     warmup = min(config.warmup_steps, num_steps)
@@ -67,18 +67,19 @@ def schedule(optimizer: torch.optim.AdamW, config: OptimizerConfig, step: int, n
 
 @torch.no_grad()
 def clip_gradients(model: AVLM, max_norm: float | None) -> Tensor:
-    """Scale all gradients to a global norm of at most ``max_norm``, or by nothing if that is None; returns the norm
-    before, a scalar where they are.
+    """Scale all gradients to a global norm of at most ``max_norm`` (None: leave them). Returns the norm before, as a
+    scalar on their device.
 
-    Parameters may live on different meshes of all ranks: squares are summed over the ranks once, those of a tensor that
-    several ranks hold divided by their number.
+    Parameters may live on different meshes, so the squares are summed over all ranks once; those of a gradient that
+    several ranks hold are first divided by the number of copies.
     """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    shards = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     norms = defaultdict(list)  # by the number of copies, a Python int: a tensor of them would wait for the device
     for gradient, norm in zip(gradients, torch._foreach_norm(shards)):
         norms[_num_copies(gradient)].append(norm.float())
-    total = torch.stack([torch.stack(of_copies).square().sum() / copies for copies, of_copies in norms.items()]).sum()
+    squares = [torch.stack(same).square().sum() / copies for copies, same in norms.items()]
+    total = torch.stack(squares).sum()
     if any(isinstance(g, DTensor) for g in gradients):
         dist.all_reduce(total)
     norm = total.sqrt()
@@ -90,5 +91,5 @@ def clip_gradients(model: AVLM, max_norm: float | None) -> Tensor:
 def _num_copies(gradient: Tensor) -> int:
     if not isinstance(gradient, DTensor):
         return 1
-    mesh, placements = gradient.device_mesh, gradient.placements
-    return math.prod(mesh.size(i) for i, placement in enumerate(placements) if placement.is_replicate())
+    mesh = gradient.device_mesh
+    return math.prod(mesh.size(i) for i, placement in enumerate(gradient.placements) if placement.is_replicate())

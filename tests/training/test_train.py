@@ -214,7 +214,7 @@ def test_a_half_written_checkpoint_is_passed_over_and_said(tmp_path):
     (newest / checkpoint.MARKER).unlink()
     result = run(path)
     assert result.returncode == 0, result.stderr
-    assert "step_00000009 was not written to its end; resuming step_00000008 at step 8 of 12" in result.stdout
+    assert "step_00000009 is incomplete; resuming step_00000008 at step 8 of 12" in result.stdout
     assert max(losses(tmp_path)) == 12
 
 
