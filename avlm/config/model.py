@@ -5,6 +5,7 @@ range, so that a slip is named when the file is read, before anything is compute
 """
 
 import json
+import math
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 MODULES = ("decoder", "vision", "audio", "vision_projector", "audio_projector")
 Module = Literal["decoder", "vision", "audio", "vision_projector", "audio_projector"]
+TOWERS = {"image": "vision", "audio": "audio"}  # modality -> its tower, whose projector is called TOWER_projector
 
 config = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 Count = Annotated[int, Field(gt=0, le=2**53)]  # as far as JSON's numbers are exact
@@ -132,6 +134,24 @@ class VisionConfig:
     def num_patches(self) -> int:
         return self.patches_per_side**2
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of an image in the tower: its class token, if there is one, then its patches."""
+        return self.class_token + self.num_patches
+
+    @property
+    def num_blocks(self) -> int:
+        """Layers that are built: those above the feature layer would never run."""
+        return self.num_layers + 1 + self.feature_layer
+
+    def rows_per_feature(self, downsample: int) -> int:
+        """Rows that the projector takes side by side: n x n patches."""
+        return downsample**2
+
+    def num_features(self, downsample: int) -> int:
+        """Rows of an image in the decoder."""
+        return (self.patches_per_side // downsample) ** 2
+
 
 @config
 class AudioConfig:
@@ -151,6 +171,23 @@ class AudioConfig:
             self.hidden_size % self.num_heads == 0,
             f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}",
         )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a full window in the tower."""
+        return self.max_positions
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_layers
+
+    def rows_per_feature(self, downsample: int) -> int:
+        """Rows that the projector takes side by side."""
+        return downsample
+
+    def num_features(self, downsample: int) -> int:
+        """Rows of a full window in the decoder."""
+        return math.ceil(self.max_positions / downsample)
 
 
 @config
@@ -191,7 +228,7 @@ class ModelConfig:
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
-        for tower in ("vision", "audio"):
+        for tower in TOWERS.values():
             if (getattr(self, tower) is None) != (getattr(self, f"{tower}_projector") is None):
                 raise ValueError(f"{tower} and {tower}_projector come together: give both or neither")
         if self.vision:
@@ -204,6 +241,11 @@ class ModelConfig:
     @property
     def modules(self) -> list[str]:
         return [name for name in MODULES if getattr(self, name) is not None]
+
+    @property
+    def modalities(self) -> dict[str, str]:
+        """Modality -> tower, of those that the model has."""
+        return {name: tower for name, tower in TOWERS.items() if getattr(self, tower) is not None}
 
 
 def require(condition: bool, message: str) -> None:

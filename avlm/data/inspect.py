@@ -20,19 +20,19 @@ import torch
 from matplotlib.figure import Figure
 
 from avlm.config.load import load_config
-from avlm.config.model import ModelConfig, VisionConfig
+from avlm.config.model import ModelConfig
 from avlm.config.run import Config
 from avlm.data.loader import open_loader
-from avlm.data.media.image import denormalise
-from avlm.data.text.chat import Tokenizer
-from avlm.models.batch import AUDIO, IMAGE, KINDS, Batch
+from avlm.data.text.tokenizer import Tokenizer
+from avlm.models.batch import KINDS, PLACEHOLDERS, Batch
 from avlm.models.log_mel import at_tower
-from avlm.process.exit import one_line_errors
+from avlm.process.exit import run_command
 
 STATISTICS_ROWS = 16
 MAX_PICTURES = 64  # of a sheet, and as many windows of sound
 GREEN, CYAN = 32, 36  # terminal colours
-PLACEHOLDERS = {IMAGE: "image", AUDIO: "audio"}
+ITEMS = {"image": "images", "audio": "windows"}  # what the items of a modality are called
+NAMES = {placeholder: modality for modality, placeholder in PLACEHOLDERS.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,11 +47,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=4, help="number of samples to show (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for the sheets (default: none are drawn)")
     options = parser.parse_intermixed_args(arguments)
-    with one_line_errors():
-        if options.count < 0:
-            raise ValueError(f"--count is a number of samples, not {options.count}")
-        config = load_config(options.config, options.overrides)
-        show(config, stage_index(config, options.stage), options.count, options.out)
+    run_command(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.count < 0:
+        raise ValueError(f"--count is a number of samples, not {options.count}")
+    config = load_config(options.config, options.overrides)
+    show(config, stage_index(config, options.stage), options.count, options.out)
 
 
 def stage_index(config: Config, name: str | None) -> int:
@@ -93,7 +96,7 @@ def describe(batch: Batch, index: int, tokenizer: Tokenizer | None) -> str:
     for (placeholder, is_learned), rows in runs:
         ids = [token_ids[i] for i in rows]
         if placeholder:
-            text += _coloured(f"<{PLACEHOLDERS[placeholder]} x{len(ids)}>", CYAN)
+            text += _coloured(f"<{NAMES[placeholder]} x{len(ids)}>", CYAN)
         else:
             decoded = tokenizer.decode(ids) if tokenizer else f"{len(ids)} ids"
             text += _coloured(f"[{decoded}]", GREEN) if is_learned else decoded
@@ -103,24 +106,29 @@ def describe(batch: Batch, index: int, tokenizer: Tokenizer | None) -> str:
 
 def statistics(batches: list[Batch]) -> str:
     """How full rows are, what they hold, what was skipped."""
-    rows = len(batches)
     tokens = sum(len(batch.token_T) for batch in batches)
-    used = sum(sum(length for _, length in batch.segments.spans[: len(batch.keys)]) for batch in batches)
-    share = lambda count: f"{100 * count / tokens:.1f} %"
-    kinds = torch.cat([batch.kind_R for batch in batches]).bincount(minlength=len(KINDS)).tolist()
+    lengths: list[int] = []
+    reasons: list[str] = []
+    for batch in batches:
+        lengths += [length for _, length in batch.segments.spans[: len(batch.keys)]]
+        reasons += [f"  {key}: {reason}" for key, reason in batch.skipped]
+
+    def share(count: int) -> str:
+        return f"{100 * count / tokens:.1f} %"
+
     lines = [
-        f"{rows} rows of {tokens // rows} tokens: fill {share(used)}",
-        f"samples per row {sum(len(batch.keys) for batch in batches) / rows:.1f}",
-        f"image rows {share(sum(len(batch.image_rows_F) for batch in batches))}"
-        f" ({sum(len(batch.pixels) for batch in batches)} images)",
-        f"audio rows {share(sum(len(batch.audio_rows_G) for batch in batches))}"
-        f" ({sum(len(batch.mel) for batch in batches)} windows)",
-        f"targets {share(sum(len(batch.target_R) for batch in batches))}: "
-        + ", ".join(f"{kind} {count}" for kind, count in zip(KINDS, kinds) if count),
-        f"samples read {sum(batch.read for batch in batches)}, skipped {sum(len(batch.skipped) for batch in batches)}",
+        f"{len(batches)} rows of {tokens // len(batches)} tokens: fill {share(sum(lengths))}",
+        f"samples per row {len(lengths) / len(batches):.1f}",
     ]
-    reasons = [f"  {key}: {reason}" for batch in batches for key, reason in batch.skipped]
-    lengths = [length for batch in batches for _, length in batch.segments.spans[: len(batch.keys)]]
+    for modality, word in ITEMS.items():
+        features = sum(len(batch.media[modality].rows) for batch in batches)
+        items = sum(len(batch.media[modality].values) for batch in batches)
+        lines.append(f"{modality} features {share(features)} ({items} {word})")
+    kind_R = torch.cat([batch.kind_R for batch in batches])
+    counts = zip(KINDS, kind_R.bincount(minlength=len(KINDS)).tolist())
+    by_kind = ", ".join(f"{kind} {count}" for kind, count in counts if count)
+    lines.append(f"targets {share(len(kind_R))}: {by_kind}")
+    lines.append(f"samples read {sum(batch.read for batch in batches)}, skipped {len(reasons)}")
     return "\n".join([*lines, *reasons[:10], "tokens of a sample", *histogram(lengths)])
 
 
@@ -141,28 +149,26 @@ def _coloured(text: str, colour: int) -> str:
 
 
 def save_sheet(batch: Batch, model: ModelConfig, path: Path) -> None:
-    """One PNG with the pictures (as they were before normalisation) and the mel windows of a row."""
-    windows = batch.mel[:MAX_PICTURES]
-    panels = [*batch.pixels[:MAX_PICTURES], *(at_tower(windows, model.audio) if model.audio else [])]
+    """One PNG with the pictures and the mel windows of a row."""
+    panels = list(batch.image.values[:MAX_PICTURES])
+    if model.audio:
+        panels += at_tower(batch.audio.values[:MAX_PICTURES], model.audio)
     if not panels:
         return
     columns = min(8, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(2 * columns, 2 * lines))
-    for axes, panel in zip(figure.subplots(lines, columns, squeeze=False).flat, panels):
-        _draw(axes, panel, model.vision)
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes, panel in zip(grid.flat, panels):
+        if panel.ndim == 3:
+            axes.imshow(panel.permute(1, 2, 0).numpy())
+        else:
+            axes.imshow(panel.numpy(), origin="lower", aspect="auto")
     for axes in figure.axes:
         axes.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight")
     print(f"wrote {path}")
-
-
-def _draw(axes: object, panel: torch.Tensor, vision: VisionConfig | None) -> None:
-    if panel.ndim == 3:
-        axes.imshow(denormalise(panel, vision).permute(1, 2, 0).numpy())
-    else:
-        axes.imshow(panel.numpy(), origin="lower", aspect="auto")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Encoded samples -> one packed row: which samples share a row, and every index tensor of the Batch.
 
-No padding inside: samples stand one after the other, each a segment of its own, and what is left at the end of the row
-is one more segment without targets. Letters as in batch.py.
+No padding inside: samples stand one after the other, each a segment of its own. The rest of the row is one more
+segment, without targets. Letters as in batch.py.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -12,13 +12,9 @@ from torch import Tensor
 
 from avlm.config.model import ModelConfig, VisionConfig
 from avlm.data.media.audio import rows
-from avlm.data.media.image import normalise
 from avlm.data.sample import EncodedSample
-from avlm.models.batch import AUDIO, IGNORE, IMAGE, KINDS, Batch
-from avlm.models.log_mel import window_rows
+from avlm.models.batch import IGNORE, KINDS, PAD, PLACEHOLDERS, Batch, Media, no_media
 from kernels.segments import Segments
-
-PAD = 0  # token id after the last sample; nothing is learned from it
 
 
 def select(lengths: list[int], seq_length: int, method: str) -> list[list[int]]:
@@ -27,12 +23,15 @@ def select(lengths: list[int], seq_length: int, method: str) -> list[list[int]]:
     knapsack   open a row with the first sample that is left, then add the largest that still fits, until none does
     first_fit  each sample, in order, goes to the first row that has room
 
-    No sample waits for ever: the first one is in the first row. The last row holds what was left over; where more
-    samples follow, those of several rows that are in the last may be packed again, before the new ones.
+    The oldest sample always goes into the first row, so none starves. The last row holds the leftovers; if there was
+    more than one row, a caller may return them to the buffer and pack them with the next samples.
     """
-    if max(lengths, default=0) > seq_length:
-        raise ValueError(f"a sample of {max(lengths)} tokens does not fit into seq_length={seq_length}")
-    return (_knapsack if method == "knapsack" else _first_fit)(lengths, seq_length)
+    longest = max(lengths, default=0)
+    if longest > seq_length:
+        raise ValueError(f"a sample of {longest} tokens does not fit into seq_length={seq_length}")
+    if method == "knapsack":
+        return _knapsack(lengths, seq_length)
+    return _first_fit(lengths, seq_length)
 
 
 def _knapsack(lengths: list[int], seq_length: int) -> list[list[int]]:
@@ -75,85 +74,71 @@ def pack(
     skipped: list[tuple[str, str]] = (),
     read: int = 0,
 ) -> Batch:
-    """One row of exactly ``seq_length`` tokens. Any mix of modalities; no samples give an empty row."""
+    """One row of exactly ``seq_length`` tokens, of samples with any mix of modalities."""
     lengths = [len(sample) for sample in samples]
     room = seq_length - sum(lengths)
     assert room >= 0, f"samples of {sum(lengths)} tokens do not fit into a row of {seq_length}"
-    lengths += [room] if room else []
+    if room:
+        lengths.append(room)
     token_T = torch.cat([*(sample.token_T for sample in samples), torch.full((room,), PAD)])
     target_T = torch.cat([*(sample.target_T for sample in samples), torch.full((room,), IGNORE)])
     kinds = [torch.full((len(sample),), KINDS.index(sample.kind)) for sample in samples]
     kind_T = torch.cat([*kinds, torch.zeros(room, dtype=torch.int64)])
+    positions = [torch.arange(length) for length in lengths]
     target_rows_R = (target_T != IGNORE).nonzero().flatten()
     return Batch(
         token_T=token_T,
-        position_T=torch.cat([torch.arange(length) for length in lengths] or [torch.arange(0)]),
+        position_T=torch.cat(positions or [torch.arange(0)]),
         segments=Segments.of(lengths),
         target_rows_R=target_rows_R,
         target_R=target_T[target_rows_R],
         kind_R=kind_T[target_rows_R],
-        image_rows_F=(token_T == IMAGE).nonzero().flatten(),
-        audio_rows_G=(token_T == AUDIO).nonzero().flatten(),
-        **_images(samples, model),
-        **_sound([mel for sample in samples for mel in sample.mels], model),
+        **pack_media(samples, token_T, model),
         keys=[sample.key for sample in samples],
         skipped=list(skipped),
         read=read,
     )
 
 
-def empty_batch(seq_length: int, model: ModelConfig) -> Batch:
-    """A row without targets and media: for a rank whose data ends before that of the others."""
-    return pack([], seq_length, model)
+def pack_media(samples: list[EncodedSample], token_T: Tensor, model: ModelConfig) -> dict[str, Media]:
+    """The media of a row, by modality. The n-th feature goes to the n-th placeholder."""
+    packed = no_media(model)
+    for modality, name in model.modalities.items():
+        tower = getattr(model, name)
+        downsample = getattr(model, f"{name}_projector").downsample
+        items = [item for sample in samples for item in sample.media.get(modality, ())]
+        values, kept = packed[modality].stack(items)
+        if kept is None:  # every item has the same shape
+            lengths = [tower.num_rows] * len(items)
+            sources = patch_sources(len(items), tower, downsample)
+        else:
+            lengths = [rows(item) for item in items]
+            sources = window_sources(lengths, downsample)
+        places = (token_T == PLACEHOLDERS[modality]).nonzero().flatten()
+        packed[modality] = Media(values, Segments.of(lengths), sources, places, kept)
+    return packed
 
 
-def _images(samples: list[EncodedSample], model: ModelConfig) -> dict[str, Tensor | Segments]:
-    vision = model.vision
-    if vision is None:
-        nothing = torch.empty(0, 1, dtype=torch.int64)
-        return {"pixels": torch.empty(0, 3, 1, 1), "image_segments": Segments.of([]), "patch_rows_F": nothing}
-    empty = torch.empty(0, 3, vision.image_size, vision.image_size, dtype=torch.uint8)
-    pixels = torch.cat([empty, *(sample.pixels for sample in samples)])
-    patches = vision.num_patches + vision.class_token
-    return {
-        "pixels": normalise(pixels, vision),
-        "image_segments": Segments.of([patches] * len(pixels)),
-        "patch_rows_F": patch_rows(len(pixels), vision, model.vision_projector.downsample),
-    }
-
-
-def patch_rows(num_images: int, vision: VisionConfig, downsample: int) -> Tensor:
+def patch_sources(num_images: int, vision: VisionConfig, downsample: int) -> Tensor:
     """Rows of the tower's output that make each image feature, (F, downsample^2): neighbouring patches, line by line
     (pixel shuffle). The class token of an image is its first row and belongs to none."""
     side = vision.patches_per_side
-    patch = torch.arange(side * side) + vision.class_token
+    patch = torch.arange(vision.num_patches) + vision.class_token
     pattern = "(y fy x fx) -> (y x) (fy fx)"
     of_one = rearrange(patch, pattern, fy=downsample, x=side // downsample, fx=downsample)
-    first = torch.arange(num_images) * (side * side + vision.class_token)
+    first = torch.arange(num_images) * vision.num_rows
     return (first[:, None, None] + of_one).flatten(0, 1)
 
 
-def _sound(mels: list[Tensor], model: ModelConfig) -> dict[str, Tensor | Segments]:
-    """Windows padded to the longest with exact zeros, the rows of them to keep, and the rows of each feature."""
-    height = window_rows(model.audio) if model.audio else 1
-    stack = model.audio_projector.downsample if model.audio else 1
-    longest = max((mel.shape[1] for mel in mels), default=2)  # two frames: the shortest that the convolutions take
-    mel = torch.zeros(len(mels), height, longest)
-    for window, given in zip(mel, mels):
-        window[:, : given.shape[1]] = given
-    kept = [rows(given) for given in mels]
-    segments = Segments.of(kept)
-    starts = segments.cu_seqlens.tolist()
-    mel_rows = [torch.arange(count) + i * (longest // 2) for i, count in enumerate(kept)]
-    frame_rows = []
-    for start, count in zip(starts, kept):
-        features = -(-count // stack)
-        stacked = torch.full((features * stack,), -1)
-        stacked[:count] = torch.arange(start, start + count)
-        frame_rows.append(stacked.view(features, stack))
-    return {
-        "mel": mel,
-        "mel_rows_K": torch.cat([torch.arange(0), *mel_rows]),
-        "audio_segments": segments,
-        "frame_rows_G": torch.cat([torch.empty(0, stack, dtype=torch.int64), *frame_rows]),
-    }
+def window_sources(lengths: list[int], stack: int) -> Tensor:
+    """Rows of the tower's output that make each audio feature, (F, stack): neighbours in a window of so many rows. -1
+    pads the last feature of a window."""
+    sources = [torch.empty(0, stack, dtype=torch.int64)]
+    start = 0
+    for length in lengths:
+        num_features = -(-length // stack)
+        padded = torch.full((num_features * stack,), -1)
+        padded[:length] = torch.arange(start, start + length)
+        sources.append(padded.view(num_features, stack))
+        start += length
+    return torch.cat(sources)

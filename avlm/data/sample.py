@@ -1,13 +1,14 @@
 """A sample: messages and media in, token ids with counted placeholders, targets and decoded media out.
 
-Every placeholder id stands for exactly one feature row: an image gives (image_size / patch / downsample)^2 IMAGE ids, a
-window of sound ceil(rows / stack) AUDIO ids, a film its frames as images and then, if asked for, its sound. They stand
+Every placeholder id stands for exactly one feature: an image gives (image_size / patch / downsample)^2 IMAGE ids, a
+window of sound ceil(rows / stack) AUDIO ids, a video its frames as images and then, if asked for, its sound. They stand
 in the order of the media, so the n-th IMAGE id belongs to the n-th image feature.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,22 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avlm.config.model import ModelConfig
+from avlm.config.model import MODULES, TOWERS, ModelConfig
 from avlm.config.run import DataConfig
 from avlm.data.media import audio, image, video
 from avlm.data.records import read_record
-from avlm.data.text.chat import MEDIA, TAG, Chat, Messages, Tokenizer, check_vocabulary
-from avlm.models.batch import AUDIO, IGNORE, IMAGE, KINDS
+from avlm.data.text.chat import Chat, check_vocabulary
+from avlm.data.text.pieces import MEDIA, TAG, Messages
+from avlm.data.text.tokenizer import Tokenizer
+from avlm.models.batch import IGNORE, PLACEHOLDERS
 
-# A text up to LONG_TEXT characters is tokenised whole, whatever its tokens may hold; of a longer one than PROBE the
-# beginning is tokenised first.
+# A text of up to LONG_TEXT characters is tokenised whole, however long its tokens may be. If it is longer than PROBE,
+# its beginning is tokenised first.
 LONG_TEXT, PROBE = 2**20, 2**18
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Media are the bytes of their files, in the order of their tags. With ``answers`` evaluation compares with these
-    and not with the last turn."""
+    """Media are the bytes of their files, in the order of their tags. If there are ``answers``, evaluation compares
+    with these and not with the last turn."""
 
     key: str
     messages: Messages
@@ -42,12 +45,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """T tokens   I images   S image side   M mel bins
+    """T tokens   S image side   M mel bins
 
-    token_T   int64: vocabulary ids, IMAGE or AUDIO
+    token_T   int64: vocabulary ids and placeholders
     target_T  int64: the following token where that one is learned, else IGNORE
-    pixels    uint8 (I, 3, S, S), not yet normalised
-    mels      windows float32 (M, frames), or columns of samples (``log_mel``), in the order of their placeholders
+    media     by modality, in the order of their placeholders:
+              "image"  uint8 (3, S, S), not yet normalised
+              "audio"  windows float32 (M, frames), or columns of samples (``log_mel``)
     kind      one of KINDS
     """
 
@@ -55,8 +59,7 @@ class EncodedSample:
     kind: str
     token_T: Tensor
     target_T: Tensor
-    pixels: Tensor
-    mels: list[Tensor]
+    media: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.token_T.shape[0]
@@ -65,11 +68,12 @@ class EncodedSample:
 def parse(record: Any, media: Callable[[str], bytes], key: str) -> Sample:
     """A sample from one JSON record (``avlm.data.records``); ``media`` reads a file by the name in the record."""
     messages, files, references = read_record(record, media)
-    return Sample(key=key, messages=messages, **{f"{kind}s": files[kind] for kind in MEDIA}, answers=references)
+    by_field = {f"{kind}s": files[kind] for kind in MEDIA}
+    return Sample(key=key, messages=messages, answers=references, **by_field)
 
 
 def load_json(text: bytes) -> Any:
-    """ValueError for what is no JSON, or nested too deep."""
+    """ValueError for text that is no JSON, or that is nested too deep."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -77,8 +81,8 @@ def load_json(text: bytes) -> Any:
 
 
 class SampleEncoder:
-    """Encodes samples for one model, by ``data.template`` or a given chat. What is wrong with a sample raises
-    ValueError with one line."""
+    """Encodes samples for one model, by ``data.template`` or a given chat. A bad sample raises a ValueError of one
+    line."""
 
     def __init__(self, model: ModelConfig, data: DataConfig, tokenizer: Tokenizer, chat: Chat | None = None) -> None:
         check_vocabulary(tokenizer, model.decoder.vocab_size)
@@ -103,52 +107,53 @@ class SampleEncoder:
         audios: list[bytes] = (),
         videos: list[bytes] = (),
     ) -> EncodedSample:
-        """A conversation that the model is to go on with: no targets, ends with the assistant's header."""
-        return self._encode(Sample("prompt", messages, list(images), list(audios), list(videos)), prompt=True)
+        """A conversation that the model is to continue: no targets; it ends with the assistant's header."""
+        sample = Sample("prompt", messages, list(images), list(audios), list(videos))
+        return self._encode(sample, prompt=True)
 
     def _encode(self, sample: Sample, prompt: bool) -> EncodedSample:
         self._check_length(sample.messages, self.model.decoder.max_position if prompt else self.data.seq_length)
         pieces = self.chat.pieces(sample.messages, prompt=prompt)
-        media = {"image": sample.images, "audio": sample.audios, "video": sample.videos}
-        for kind, files in media.items():
-            self._check_media(kind, files, sum(piece.kind == kind for piece in pieces))
-        unread = {kind: iter(files) for kind, files in media.items()}
+        files = {"image": sample.images, "audio": sample.audios, "video": sample.videos}
+        for kind, of_kind in files.items():
+            self._check_media(kind, of_kind, sum(piece.kind == kind for piece in pieces))
+        unread = {kind: iter(of_kind) for kind, of_kind in files.items()}
         ids: list[int] = []
         learned: list[bool] = []
-        frames: list[Tensor] = []
-        mels: list[Tensor] = []
+        media: dict[str, list[Tensor]] = {modality: [] for modality in PLACEHOLDERS}
         for piece, piece_ids in self.chat.encode(pieces):
             if piece.kind in MEDIA:
-                new_frames, new_mels = self._read(piece.kind, next(unread[piece.kind]), sample.key)
-                piece_ids = [IMAGE] * sum(image_features(self.model) for _ in new_frames)
-                piece_ids += [AUDIO] * sum(audio_features(self.model, mel) for mel in new_mels)
-                frames += new_frames
-                mels += new_mels
+                piece_ids = []
+                for modality, items in self._read(piece.kind, next(unread[piece.kind]), sample.key).items():
+                    media[modality] += items
+                    piece_ids += placeholders(modality, items, self.model)
             ids += piece_ids
             learned += [piece.learned] * len(piece_ids)
         token_T = torch.tensor(ids, dtype=torch.int64)
         following_T = torch.cat([token_T[1:], token_T.new_full((1,), IGNORE)])
-        target_T = torch.where(torch.tensor([*learned[1:], False], dtype=torch.bool), following_T, IGNORE)
-        side = self.model.vision.image_size if self.model.vision else 1
-        pixels = torch.stack(frames) if frames else torch.empty(0, 3, side, side, dtype=torch.uint8)
-        return EncodedSample(sample.key, _kind(media), token_T, target_T, pixels, mels)
+        is_learned_T = torch.tensor([*learned[1:], False], dtype=torch.bool)
+        target_T = torch.where(is_learned_T, following_T, IGNORE)
+        return EncodedSample(sample.key, _kind(files), token_T, target_T, media)
 
     def _check_length(self, messages: Messages, most: int) -> None:
-        """Refuse text of more than ``most`` tokens before all of it is tokenised: by its length, and by the tokens of
-        the beginning of a long one."""
+        """Refuse text of more than ``most`` tokens before all of it is tokenised: by its length, and by the number of
+        tokens at the beginning of a long one."""
         texts = [turn["content"] for turn in messages if isinstance(turn.get("content"), str)]
+        limit = most + self.tokenizer.longest
         length = sum(map(len, texts))
         if length > max(LONG_TEXT, most * self.tokenizer.longest):
             raise ValueError(f"sample has a text of {length:,} characters, which {most} tokens cannot hold")
         for text in texts:
-            limit = most + self.tokenizer.longest
-            if len(text) > PROBE and len(self.tokenizer.encode(TAG.sub("", text[:PROBE]))) > limit:
+            if len(text) <= PROBE:
+                continue
+            beginning = TAG.sub("", text[:PROBE])
+            if len(self.tokenizer.encode(beginning)) > limit:
                 raise ValueError(f"sample has a text of {len(text):,} characters, which are more than {most} tokens")
 
     def _check_media(self, kind: str, files: list[bytes], num_tags: int) -> None:
         if num_tags != len(files):
             raise ValueError(f"sample has {num_tags} <{kind}> tags but {len(files)} {kind}s")
-        tower = "audio" if kind == "audio" else "vision"
+        tower = TOWERS.get(kind, "vision")  # which reads the frames of a video
         if files and getattr(self.model, tower) is None:
             raise ValueError(f"sample has {len(files)} {kind}s but the model has no {tower} tower")
         for data in files:
@@ -157,18 +162,21 @@ class SampleEncoder:
                     f"{kind} of {len(data)} bytes exceeds data.max_media_bytes={self.data.max_media_bytes}"
                 )
 
-    def _read(self, kind: str, data: bytes, key: str) -> tuple[list[Tensor], list[Tensor]]:
-        """(uint8 frames (3, S, S), windows of sound) of one file of the sample."""
-        config, vision, frames, mels = self.data, self.model.vision, [], []
+    def _read(self, kind: str, data: bytes, key: str) -> dict[str, list[Tensor]]:
+        """The items of one file of the sample, by modality: a video has frames and, if asked for, sound."""
+        config = self.data
+        items: dict[str, list[Tensor]] = {}
         if kind == "image":
-            frames = [image.fit(image.decode(data, config.max_image_pixels), vision)]
+            decoded = image.decode(data, config.max_image_pixels)
+            items["image"] = [image.fit(decoded, self.model.vision)]
         if kind == "video":
-            films = video.decode(data, config.video, config.max_image_pixels)
-            frames = [image.fit(frame, vision) for frame, _ in films]
-        # A film without a sound track simply has no sound.
+            frames = video.decode(data, config.video, config.max_image_pixels)
+            items["image"] = [image.fit(frame, self.model.vision) for frame, _ in frames]
+        # A video without a sound track simply has no sound.
         if kind == "audio" or (kind == "video" and config.video.sound and video.has_sound(data)):
-            mels = audio.mels(audio.decode(data, config.max_audio_seconds, f"{kind} of {key}"), self.model.audio)
-        return frames, mels
+            clip = audio.decode(data, config.max_audio_seconds, f"{kind} of {key}")
+            items["audio"] = audio.mels(clip, self.model.audio)
+        return items
 
 
 def fingerprint(data: DataConfig, model: ModelConfig) -> str:
@@ -176,27 +184,32 @@ def fingerprint(data: DataConfig, model: ModelConfig) -> str:
     elsewhere = ("train", "validation", "metrics", "tokenizer", "media_root", "num_workers", "max_bad_fraction")
     settings = {key: value for key, value in dataclasses.asdict(data).items() if key not in elsewhere}
     settings["vocab_size"] = model.decoder.vocab_size
-    for part in ("vision", "audio", "vision_projector", "audio_projector"):
-        settings[part] = dataclasses.asdict(getattr(model, part)) if getattr(model, part) else None
+    for name in MODULES:
+        if name == "decoder":
+            continue
+        module = getattr(model, name)
+        settings[name] = dataclasses.asdict(module) if module else None
         for key in ("bias", "output_std", "log_mel", "resample"):  # no sample's length depends on them
-            (settings[part] or {}).pop(key, None)
+            (settings[name] or {}).pop(key, None)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def image_features(model: ModelConfig) -> int:
-    """Rows that one image takes in the decoder."""
-    vision = model.vision
-    return (vision.patches_per_side // model.vision_projector.downsample) ** 2
+def placeholders(modality: str, items: list[Tensor], model: ModelConfig) -> list[int]:
+    """A placeholder id for every feature of some items. The last feature of a window may be made of fewer rows."""
+    name = model.modalities[modality]
+    tower, downsample = getattr(model, name), getattr(model, f"{name}_projector").downsample
+    count = 0
+    for item in items:
+        if modality == "audio":
+            count += math.ceil(audio.rows(item) / downsample)
+        else:
+            count += tower.num_features(downsample)
+    return [PLACEHOLDERS[modality]] * count
 
 
-def audio_features(model: ModelConfig, mel: Tensor) -> int:
-    """Rows that one window (M, frames) takes in the decoder: the last stack of a window may be short."""
-    return -(-audio.rows(mel) // model.audio_projector.downsample)
-
-
-def _kind(media: dict[str, list[bytes]]) -> str:
-    """Class for the loss per modality; a film with its sound is still a video."""
-    given = [kind for kind in MEDIA if media[kind]]
-    kind = "text" if not given else given[0] if len(given) == 1 else "mixed"
-    assert kind in KINDS
-    return kind
+def _kind(files: dict[str, list[bytes]]) -> str:
+    """Class for the loss per modality. A video with its sound is still a video."""
+    given = [kind for kind in MEDIA if files[kind]]
+    if len(given) > 1:
+        return "mixed"
+    return given[0] if given else "text"

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
 from avlm.data.media import audio
 from avlm.data.packing import pack
-from avlm.data.sample import EncodedSample, audio_features, image_features
-from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch
+from avlm.data.sample import EncodedSample, placeholders
+from avlm.models.batch import IGNORE, Batch
 
 MIX = {"documents": 4, "images": 2, "clips": 1, "seconds": 10}
 VALIDATION_ROWS = 8
@@ -56,39 +57,51 @@ class SyntheticLoader:
         documents = self.mix["documents"]
         samples = []
         for i in range(documents):
-            images, clips = (len(range(i, self.mix[kind], documents)) for kind in ("images", "clips"))
-            samples.append(self._sample(f"synthetic:{row}:{i}", images, clips, generator))
+            num_images = len(range(i, self.mix["images"], documents))
+            num_clips = len(range(i, self.mix["clips"], documents))
+            samples.append(self._sample(f"synthetic:{row}:{i}", num_images, num_clips, generator))
         return pack(samples, self.data.seq_length, self.model, read=documents)
 
-    def _sample(self, key: str, images: int, clips: int, generator: torch.Generator) -> EncodedSample:
-        model, length = self.model, self.data.seq_length // self.mix["documents"]
-        side = model.vision.image_size if model.vision else 1
-        pixels = torch.randint(0, 256, (images, 3, side, side), generator=generator, dtype=torch.uint8)
-        mels = []
-        for _ in range(clips):
+    def _sample(self, key: str, num_images: int, num_clips: int, generator: torch.Generator) -> EncodedSample:
+        model = self.model
+        media: dict[str, list[Tensor]] = {"image": [], "audio": []}
+        if num_images:
+            shape = (num_images, 3, model.vision.image_size, model.vision.image_size)
+            media["image"] = list(torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8))
+        for _ in range(num_clips):
             noise = torch.randn(self.mix["seconds"] * audio.SAMPLE_RATE, generator=generator)
-            mels += audio.mels(noise, model.audio)
-        media = [IMAGE] * (images * image_features(model) if images else 0)
-        media += [AUDIO] * sum(audio_features(model, mel) for mel in mels)
-        if len(media) >= length:
+            media["audio"] += audio.mels(noise, model.audio)
+        ids: list[int] = []
+        for modality, items in media.items():
+            if items:
+                ids += placeholders(modality, items, model)
+        length = self.data.seq_length // self.mix["documents"]
+        if len(ids) >= length:
             raise ValueError(
-                f"{len(media)} media rows do not fit into a synthetic document of {length} tokens: lower the mix"
+                f"{len(ids)} media features do not fit into a synthetic document of {length} tokens: lower the mix"
             )
-        text_T = torch.randint(0, model.decoder.vocab_size, (length - len(media),), generator=generator)
-        token_T = torch.cat([torch.tensor(media, dtype=torch.int64), text_T])
+        text_T = torch.randint(0, model.decoder.vocab_size, (length - len(ids),), generator=generator)
+        token_T = torch.cat([torch.tensor(ids, dtype=torch.int64), text_T])
         target_T = torch.cat([token_T[1:], token_T.new_full((1,), IGNORE)])
         target_T = torch.where(target_T >= 0, target_T, IGNORE)
-        kind = "mixed" if images and clips else "image" if images else "audio" if clips else "text"
-        return EncodedSample(key, kind, token_T, target_T, pixels, mels)
+        given = [modality for modality, items in media.items() if items]
+        kind = "mixed" if len(given) > 1 else [*given, "text"][0]
+        return EncodedSample(key, kind, token_T, target_T, media)
 
 
 def parse_mix(source: str, model: ModelConfig) -> dict[str, int]:
-    """The mix of a source; by default without the media that the model has no tower for."""
-    mix = MIX | ({} if model.vision else {"images": 0}) | ({} if model.audio else {"clips": 0})
-    for part in filter(None, source.partition(":")[2].split(",")):
+    """The mix of a source; by default without media that the model has no tower for."""
+    mix = dict(MIX)
+    if model.vision is None:
+        mix["images"] = 0
+    if model.audio is None:
+        mix["clips"] = 0
+    _, _, settings = source.partition(":")
+    for part in settings.split(",") if settings else ():
         name, _, number = part.partition("=")
         if name not in MIX or not number.isdigit():
-            raise ValueError(f"{source!r}: {part!r} is none of {', '.join(f'{key}=N' for key in MIX)}")
+            known = ", ".join(f"{key}=N" for key in MIX)
+            raise ValueError(f"{source!r}: {part!r} is none of {known}")
         mix[name] = int(number)
     if mix["documents"] < 1 or mix["seconds"] < 1:
         raise ValueError(f"{source!r}: documents and seconds must be at least 1")

@@ -1,16 +1,11 @@
-"""Generated answers on held-out sets: scores, with modalities taken away, and against chance.
+"""Generated answers on held-out sets and their scores, also with modalities taken away.
 
-    torchrun --nproc-per-node 2 -m avlm.evaluation runs/demo --data data/demo
-    python -m avlm.evaluation runs/asr --data clean=test.jsonl --metrics wer,cer --step best
-
-Metrics are those of ``avlm.evaluation.scores``. Chance is the best anyone could do in exact match with what an ablation
-leaves; it is read from ``chance.json`` beside a set, when there is one. With the needed modality gone accuracy must
-stay within the one-sided 95 % bound of chance: otherwise the set can be answered without looking or listening.
-Writes report.json and report.md into the run folder, and every answer into predictions/step_STEP/NAME.jsonl.
+Metrics are those of ``avlm.evaluation.scores``. An ablation takes a modality away: then accuracy must stay within the
+one-sided 95 % bound of chance, or the set can be answered without looking or listening. Chance is the best exact match
+that anyone could reach with what the ablation leaves; a set may state it in its ``chance.json``.
 """
 
 import dataclasses
-import itertools
 import json
 import math
 from pathlib import Path
@@ -23,7 +18,7 @@ from avlm.config.run import Config, DataConfig, StageConfig
 from avlm.data.media import audio
 from avlm.data.media.video import has_sound
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder
-from avlm.data.text.chat import Tokenizer
+from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.generation import Ranks, generate
 from avlm.evaluation.report import ABLATIONS
 from avlm.evaluation.scores import LOWER_IS_BETTER, read_set, references, scorer, total, value
@@ -44,14 +39,14 @@ def answers(
     ablation: str = "",
     max_new_tokens: int = 64,
 ) -> list[str]:
-    """What the model answers to each sample's conversation up to its last turn, greedily; on every rank, in order.
+    """The model's greedy answer to each sample's conversation up to its last turn; on every rank, in order.
 
-    The samples are split over the ranks, which all run the same number of forwards. The ranks of a tensor axis, which
-    lie next to each other, answer together. ValueError, on the rank that has it, for a sample that cannot be encoded.
+    The samples are split over the ranks, which all run the same number of forwards. The ranks of a tensor axis are
+    neighbours and answer together. A sample that cannot be encoded is a ValueError on the rank that has it.
     """
     _, tensor = world.axis("tensor")
     own = list(range(world.rank // tensor, len(samples), world.size // tensor))
-    rounds = math.ceil(math.ceil(len(samples) * tensor / world.size) / PROMPTS)
+    most = math.ceil(len(samples) * tensor / world.size)  # samples of any rank
     ranks = Ranks(
         world.device,
         everyone_done=lambda done: world.sum([float(not done)])[0] == 0,
@@ -59,8 +54,8 @@ def answers(
         multiple=tensor,
     )
     texts: dict[int, str] = {}
-    for r in range(rounds):
-        chosen = own[r * PROMPTS : (r + 1) * PROMPTS]
+    for first in range(0, most, PROMPTS):
+        chosen = own[first : first + PROMPTS]
         prompts = [
             ablate(_prompt(encoder, samples[i], max_new_tokens), ablation, i, model.config.audio) for i in chosen or [0]
         ]
@@ -83,32 +78,46 @@ def answers(
 def ablate(prompt: EncodedSample, ablation: str, seed: int, tower: AudioConfig | None) -> EncodedSample:
     """The prompt without what its pictures show, without what is heard, or with its frames in a random order."""
     if ablation == "no_image":  # mid-grey, which normalisation brings near zero
-        return dataclasses.replace(prompt, pixels=torch.full_like(prompt.pixels, 127))
+        grey = [torch.full_like(frame, 127) for frame in prompt.media["image"]]
+        return _with_items(prompt, "image", grey)
     if ablation == "no_audio":  # as many rows of silence
-        silence = [torch.zeros(audio.rows(mel) * audio.SAMPLES_PER_ROW) for mel in prompt.mels]
-        return dataclasses.replace(prompt, mels=[mel for clip in silence for mel in audio.mels(clip, tower)])
+        silent = []
+        for mel in prompt.media["audio"]:
+            silence = torch.zeros(audio.rows(mel) * audio.SAMPLES_PER_ROW)
+            silent += audio.mels(silence, tower)
+        return _with_items(prompt, "audio", silent)
     if ablation == "shuffled":
-        order = torch.randperm(len(prompt.pixels), generator=torch.Generator().manual_seed(seed))
-        return dataclasses.replace(prompt, pixels=prompt.pixels[order])
+        frames = prompt.media["image"]
+        order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed))
+        return _with_items(prompt, "image", [frames[i] for i in order.tolist()])
     return prompt
+
+
+def _with_items(prompt: EncodedSample, modality: str, items: list[torch.Tensor]) -> EncodedSample:
+    return dataclasses.replace(prompt, media={**prompt.media, modality: items})
 
 
 def score(
     given: list[str], samples: list[Sample], metrics: list[str], world: World, predictions: Path | None = None
 ) -> dict[str, float]:
-    """metric -> its value on a set. Into ``predictions`` goes a line of JSON for each sample, with its own values: null
-    where its references hold no word."""
+    """metric -> its value on a set. ``predictions`` gets one line of JSON for each sample, with its own values (null if
+    its references are empty after normalisation)."""
     pairs = [(answer, references(sample)) for answer, sample in zip(given, samples, strict=True)]
-    scores = {name: list(itertools.starmap(scorer(name, pairs), pairs)) for name in metrics}
+    scores = {}
+    for name in metrics:
+        metric = scorer(name, pairs)
+        scores[name] = [metric(answer, truths) for answer, truths in pairs]
     if predictions is not None and world.is_first:
         lines = []
         for i, (sample, (answer, truths)) in enumerate(zip(samples, pairs)):
-            line = {"key": sample.key, "question": sample.messages[-2]["content"], "references": truths}
-            line |= {"prediction": answer} | {name: value(each[i]) for name, each in scores.items()}
+            line = {"key": sample.key, "question": sample.messages[-2]["content"]}
+            line |= {"references": truths, "prediction": answer}
+            for name in metrics:
+                line[name] = value(scores[name][i])
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         predictions.parent.mkdir(parents=True, exist_ok=True)
         write_durably(predictions, "".join(lines))
-    return {name: total(each) for name, each in scores.items()}
+    return {name: total(of_samples) for name, of_samples in scores.items()}
 
 
 def predictions_path(run: Path | str, step: int, name: str) -> Path:
@@ -118,7 +127,7 @@ def predictions_path(run: Path | str, step: int, name: str) -> Path:
 def validate_answers(
     model: AVLM, name: str, stage: StageConfig, config: Config, world: World, step: int
 ) -> dict[str, float]:
-    """metric -> its value on the first samples of a validation set; what training reports. Writes the answers."""
+    """metric -> its value on the first samples of a validation set, as training reports it. Writes the answers."""
     train, data = config.train, stage.data
     metrics = data.metrics.get(name, ["exact_match"])
     samples = read_set(data.validation[name], data, metrics, train.validate_answers)
@@ -127,15 +136,15 @@ def validate_answers(
     return score(given, samples, metrics, world, predictions_path(config.output_dir, step, name))
 
 
-def judge(at: Progress, results: dict[str, float], best: str | None) -> Progress:
-    """The progress with its step as the best one, if the validation results of that step say so of the metric
-    ``best``. What was the best of another metric is forgotten."""
+def judge(progress: Progress, results: dict[str, float], best: str | None) -> Progress:
+    """The progress, with its own step as the best one if ``results`` are better in the metric ``best`` than before. The
+    best step in another metric is forgotten."""
     if best not in results or math.isnan(results[best]):
-        return at
+        return progress
     sign = -1 if best.rpartition("/")[2] in LOWER_IS_BETTER else 1
-    if at.best_metric == best and sign * results[best] <= sign * at.best_value:
-        return at
-    return dataclasses.replace(at, best_step=at.step, best_metric=best, best_value=results[best])
+    if progress.best_metric == best and sign * results[best] <= sign * progress.best_value:
+        return progress
+    return dataclasses.replace(progress, best_step=progress.step, best_metric=best, best_value=results[best])
 
 
 def evaluate(
@@ -149,40 +158,60 @@ def evaluate(
     max_new_tokens: int = 64,
     predictions: Path | None = None,
 ) -> dict[str, Any]:
-    """One entry of report.json: a set whole, and under every ablation that it has media for, in the first metric.
+    """One entry of report.json: the scores of a set, and its first score under every ablation that its media allow.
 
-    Without ``metrics`` it is exact match, and wer too for sets of sound alone.
+    Without ``metrics``, exact match; and wer too if the set has audio and no images.
     """
     encoder = SampleEncoder(model.config, data, Tokenizer(data.tokenizer))
     samples = read_set(source, data, metrics or [], limit)
     given = answers(model, samples, encoder, world, "", max_new_tokens)  # refuses what cannot be encoded
-    has_images, has_videos = any(s.images or s.videos for s in samples), any(s.videos for s in samples)
-    has_audio = any(s.audios or (data.video.sound and any(map(has_sound, s.videos))) for s in samples)
-    metrics = metrics or ["exact_match", *(["wer"] if has_audio and not has_images else [])]
+    possible = _possible_ablations(samples, data)
+    if not metrics:
+        is_speech = "no_audio" in possible and "no_image" not in possible
+        metrics = ["exact_match", "wer"] if is_speech else ["exact_match"]
     first = metrics[0]
     values = score(given, samples, metrics, world, predictions)
     ablations = {}
-    for key, wanted in {"no_image": has_images, "no_audio": has_audio, "shuffled": has_videos}.items():
-        if wanted:
-            blind = answers(model, samples, encoder, world, key, max_new_tokens)
-            ablations[key] = score(blind, samples, [first], world)[first]
+    for ablation in possible:
+        blind = answers(model, samples, encoder, world, ablation, max_new_tokens)
+        ablations[ablation] = score(blind, samples, [first], world)[first]
     chances = _chances(Path(source), len(samples)) if first == "exact_match" else {}
     task, _, part = name.partition("/")
-    result = {"task": task, "set": part or "test", "metric": first, "value": values[first], "metrics": values}
-    result |= {"count": len(samples), "chance": chances.get("blind"), "ablations": ablations}
-    result["ablation_chances"] = {key: _first(chances, ABLATIONS[key]) for key in ablations}
-    result["examples"] = [
-        {"key": s.key, "question": s.messages[-2]["content"], "truth": " / ".join(references(s)[:3]), "answer": text}
-        for s, text in zip(samples[:8], given)
-    ]
-    return result
+    return {
+        "task": task,
+        "set": part or "test",
+        "metric": first,
+        "value": values[first],
+        "metrics": values,
+        "count": len(samples),
+        "chance": chances.get("blind"),
+        "ablations": ablations,
+        "ablation_chances": {ablation: _first(chances, ABLATIONS[ablation]) for ablation in ablations},
+        "examples": [_example(sample, answer) for sample, answer in zip(samples[:8], given)],
+    }
+
+
+def _possible_ablations(samples: list[Sample], data: DataConfig) -> list[str]:
+    has_videos = any(sample.videos for sample in samples)
+    has_images = has_videos or any(sample.images for sample in samples)
+    has_audio = any(sample.audios for sample in samples)
+    if data.video.sound and not has_audio:
+        has_audio = any(has_sound(video) for sample in samples for video in sample.videos)
+    possible = {"no_image": has_images, "no_audio": has_audio, "shuffled": has_videos}
+    return [ablation for ablation, is_possible in possible.items() if is_possible]
+
+
+def _example(sample: Sample, answer: str) -> dict[str, str]:
+    truth = " / ".join(references(sample)[:3])
+    return {"key": sample.key, "question": sample.messages[-2]["content"], "truth": truth, "answer": answer}
 
 
 def _prompt(encoder: SampleEncoder, sample: Sample, max_new_tokens: int) -> EncodedSample:
-    """The conversation up to its last assistant turn. ValueError names the sample if that cannot be encoded."""
+    """The conversation up to its last turn, encoded. ValueError with the sample's key if that is impossible."""
     try:
         prompt = encoder.prompt(sample.messages[:-1], sample.images, sample.audios, sample.videos)
-        if len(prompt) + max_new_tokens > (limit := encoder.model.decoder.max_position):
+        limit = encoder.model.decoder.max_position
+        if len(prompt) + max_new_tokens > limit:
             raise ValueError(
                 f"its {len(prompt)} tokens and an answer of {max_new_tokens} exceed model.decoder.max_position={limit}"
             )
@@ -192,7 +221,7 @@ def _prompt(encoder: SampleEncoder, sample: Sample, max_new_tokens: int) -> Enco
 
 
 def _chances(source: Path, count: int) -> dict[str, float]:
-    """What guessers reach on a set, where it says so and is asked whole."""
+    """Chance levels of a set, if it has chance.json and is evaluated in full."""
     path = source / "chance.json"
     found = json.loads(path.read_text()) if path.is_file() else {}
     return found if found.get("count") == count else {}
@@ -203,7 +232,7 @@ def _first(values: dict[str, float], keys: tuple[str, ...]) -> float | None:
 
 
 def find_sets(given: list[str]) -> dict[str, str]:
-    """name -> source of every ``NAME=SOURCE``; a folder of sets stands for all its test sets, TASK/test*."""
+    """name -> source, from arguments NAME=SOURCE; or a folder, which stands for all its test sets TASK/test*."""
     sets = {}
     for item in given:
         name, equals, source = item.partition("=")

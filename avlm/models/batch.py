@@ -1,43 +1,114 @@
 """What the model sees: one packed row of tokens with its media. Every tensor is made in the loader, on the CPU.
 
-T tokens of the row   R rows that carry a target   I images   F image feature rows (F = I * features of an image)
-C audio windows   M mel bins   W frames of a window   K audio rows kept after the convolutions   G audio feature rows
+T tokens of the row   R tokens that carry a target   I items: images, or windows of sound   F features of all items
+S tower rows that make a feature   K rows kept behind the stem   M mel bins   W frames of the longest window
 """
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from avlm.config.model import TOWERS, AudioConfig, ModelConfig, VisionConfig
+from avlm.models.log_mel import window_rows
 from kernels.segments import Segments
 
 IGNORE = -100  # target: nothing is learned here
 IMAGE = -200  # token: an image feature goes here
 AUDIO = -300  # token: an audio feature goes here
+PAD = 0  # token: fills the end of a row; nothing is learned from it
 
+PLACEHOLDERS = {"image": IMAGE, "audio": AUDIO}  # of each modality
 KINDS = ("text", "image", "audio", "video", "mixed")  # modality class of a sample: what the loss is reported by
+FRAMES_PER_ROW = 2  # the stride of the convolutions of the audio tower
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Media:
+    """The items of one modality in a row.
+
+    values    what the tower reads: uint8 pixels (I, 3, height, width), or float32 log-mel windows (I, M, W) whose
+              frames past a clip are exactly 0 (or columns of samples, see ``log_mel``)
+    segments  the rows of each item in the tower
+    sources   int64 (F, S): rows of the tower's output that make each feature, -1: zeros
+    rows      int64 (F,): where in token_T each feature is written
+    kept      int64 (K,), for windows: those of the I * W / 2 rows behind the convolutions that belong to a clip.
+              None where the items of a modality have one shape
+    """
+
+    values: Tensor
+    segments: Segments
+    sources: Tensor
+    rows: Tensor
+    kept: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert len(self.segments) == len(self.values)
+        assert self.sources.ndim == 2 and self.rows.shape == self.sources.shape[:1]
+        assert self.kept is None or self.values.shape[2] % FRAMES_PER_ROW == 0
+
+    @staticmethod
+    def empty(tower: VisionConfig | AudioConfig | None, downsample: int = 1) -> "Media":
+        """No items, in the shape that a tower reads; without a tower, in no shape."""
+        values = torch.empty(0)
+        kept = None
+        if isinstance(tower, VisionConfig):
+            values = torch.empty(0, 3, tower.image_size, tower.image_size, dtype=torch.uint8)
+        if isinstance(tower, AudioConfig):
+            values = torch.empty(0, window_rows(tower), FRAMES_PER_ROW)
+            kept = torch.arange(0)
+        rows_per_feature = tower.rows_per_feature(downsample) if tower else 1
+        sources = torch.empty(0, rows_per_feature, dtype=torch.int64)
+        return Media(values, Segments.of([]), sources, torch.arange(0), kept)
+
+    def stack(self, items: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """``values`` and ``kept`` for other items of this modality. Windows are padded to the longest with zeros."""
+        if self.kept is None:
+            return torch.stack(items) if items else self.values[:0], None
+        longest = max([FRAMES_PER_ROW, *(item.shape[1] for item in items)])  # convolutions take no window of no frames
+        values = self.values.new_zeros(len(items), self.values.shape[1], longest)
+        kept = [torch.arange(0)]
+        for i, item in enumerate(items):
+            num_frames = item.shape[1]
+            values[i, :, :num_frames] = item
+            kept.append(torch.arange(num_frames // FRAMES_PER_ROW) + i * (longest // FRAMES_PER_ROW))
+        return values, torch.cat(kept)
+
+    def items(self) -> list[Tensor]:
+        """Each item without its padding."""
+        if self.kept is None:
+            return list(self.values)
+        lengths = [length for _, length in self.segments.spans]
+        return [window[:, : FRAMES_PER_ROW * length] for window, length in zip(self.values, lengths)]
+
+    def item_shape(self, num_rows: int) -> tuple[int, ...]:
+        """Shape of an item that has ``num_rows`` rows in the tower."""
+        if self.kept is None:
+            return tuple(self.values.shape[1:])
+        return self.values.shape[1], FRAMES_PER_ROW * num_rows
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Media":
+        return _moved(self, device, non_blocking)
+
+    def pin_memory(self) -> "Media":
+        return _pinned(self)
 
 
 @dataclass(frozen=True)
 class Batch:
     """One packed row. Shapes are checked here, once; nobody checks them again.
 
-    token_T        int64: vocabulary ids, IMAGE or AUDIO
+    token_T        int64: vocabulary ids, and a placeholder (IMAGE, AUDIO) for every feature
     position_T     int64: position within the document, from 0
     segments       documents
-    target_rows_R  int64: rows with a target, ascending
-    target_R       int64: the token that follows, at those rows
+    target_rows_R  int64: where in token_T there is a target, ascending
+    target_R       int64: the token that follows, at those places
     kind_R         int64: index into KINDS of the sample that the target belongs to
-    pixels         float32 (I, 3, S, S), normalised
-    image_segments patch tokens of each image (the class token counted), before the features are selected
-    patch_rows_F   int64 (F, downsample^2): rows of the tower's output that make each image feature
-    image_rows_F   int64: row of token_T that each image feature is written to, in the order of ``pixels``
-    mel            float32 (C, M, W): log-mel windows, frames past the clip exactly 0; or columns (``log_mel``)
-    mel_rows_K     int64: rows of the flattened (C, W / 2) convolution output that belong to a clip
-    audio_segments the kept rows of each window
-    frame_rows_G   int64 (G, downsample): kept rows that make each audio feature; -1 pads the last of a window
-    audio_rows_G   int64: row of token_T that each audio feature is written to
+    image, audio   Media, whose features stand in the order of their placeholders
     keys           sample keys of the row; ``skipped``: (key, reason) of samples dropped since the last batch
     read           samples read since the last batch, the skipped ones included
     """
@@ -48,44 +119,73 @@ class Batch:
     target_rows_R: Tensor
     target_R: Tensor
     kind_R: Tensor
-    pixels: Tensor
-    image_segments: Segments
-    patch_rows_F: Tensor
-    image_rows_F: Tensor
-    mel: Tensor
-    mel_rows_K: Tensor
-    audio_segments: Segments
-    frame_rows_G: Tensor
-    audio_rows_G: Tensor
+    image: Media
+    audio: Media
     keys: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     read: int = 0
 
     def __post_init__(self) -> None:
-        T = self.token_T.shape[0]
-        assert self.position_T.shape == (T,)
+        assert self.position_T.shape == self.token_T.shape
         assert self.target_rows_R.shape == self.target_R.shape == self.kind_R.shape
-        assert self.pixels.ndim == 4 and len(self.image_segments) == self.pixels.shape[0]
-        assert self.mel.ndim == 3 and len(self.audio_segments) == self.mel.shape[0] and self.mel.shape[2] % 2 == 0
-        assert self.patch_rows_F.shape[0] == self.image_rows_F.shape[0]
-        assert self.frame_rows_G.shape[0] == self.audio_rows_G.shape[0]
+
+    @property
+    def media(self) -> dict[str, Media]:
+        """By modality."""
+        return {name: getattr(self, name) for name in PLACEHOLDERS}
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the samples, without what fills the end of the row."""
+        """Tokens of the samples, without those that fill the end of the row."""
         return self.segments.cu_seqlens[len(self.keys)].item()
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device, copied without waiting when its memory is pinned."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        # Tensors, segments, and what stands in their place where rows are shared.
-        moved = {name: value.to(device, non_blocking=True) for name, value in values.items() if hasattr(value, "to")}
-        return dataclasses.replace(self, **moved)
+        """The batch on a device, copied without waiting if its memory is pinned."""
+        return _moved(self, device, non_blocking=True)
 
     def pin_memory(self) -> "Batch":
-        pinned = {
-            f.name: getattr(self, f.name).pin_memory()
-            for f in dataclasses.fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return dataclasses.replace(self, **pinned)
+        return _pinned(self)
+
+
+def no_media(model: ModelConfig) -> dict[str, Media]:
+    """The ``Media`` of a row that has none."""
+    found = {}
+    for modality, tower in TOWERS.items():
+        projector = getattr(model, f"{tower}_projector")
+        downsample = projector.downsample if projector else 1
+        found[modality] = Media.empty(getattr(model, tower), downsample)
+    return found
+
+
+def empty_batch(seq_length: int, model: ModelConfig) -> Batch:
+    """A row without targets and media, for a rank whose data ends before that of the others."""
+    nothing = torch.arange(0)
+    return Batch(
+        token_T=torch.full((seq_length,), PAD),
+        position_T=torch.arange(seq_length),
+        segments=Segments.of([seq_length] if seq_length else []),
+        target_rows_R=nothing,
+        target_R=nothing,
+        kind_R=nothing,
+        **no_media(model),
+    )
+
+
+def _moved(part: Part, device: torch.device | str, non_blocking: bool) -> Part:
+    """With its tensors, and the fields that hold tensors, on a device. Segments may stand for a plan of shared rows."""
+    moved: dict[str, Any] = {}
+    for entry in dataclasses.fields(part):
+        value = getattr(part, entry.name)
+        if hasattr(value, "to"):
+            moved[entry.name] = value.to(device, non_blocking=non_blocking)
+    return dataclasses.replace(part, **moved)
+
+
+def _pinned(part: Part) -> Part:
+    """With its tensors in pinned memory. The boundaries of segments are too small to matter."""
+    pinned: dict[str, Any] = {}
+    for entry in dataclasses.fields(part):
+        value = getattr(part, entry.name)
+        if hasattr(value, "pin_memory"):
+            pinned[entry.name] = value.pin_memory()
+    return dataclasses.replace(part, **pinned)

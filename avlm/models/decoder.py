@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from avlm.config.model import DecoderConfig
 from avlm.models.attention import AttentionCore
-from avlm.models.lora import lora_start
+from avlm.models.lora import lora_init_stats
 from kernels.cross_entropy import linear_argmax, linear_cross_entropy
 from kernels.segments import Segments
 
@@ -31,7 +31,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # float32 inside: a mean of bf16 squares loses three digits. Rounded before the scale, as Llama does.
         x_float = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (x_float * torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        mean_square = x_float.square().mean(-1, keepdim=True)
+        return (x_float * torch.rsqrt(mean_square + self.eps)).to(x.dtype) * self.weight
 
 
 def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) -> Tensor:
@@ -68,17 +69,24 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.q = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=config.qkv_bias)
-        self.k = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.v = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.o = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+        D = config.hidden_size
+        q_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        self.q = nn.Linear(D, q_size, bias=config.qkv_bias)
+        self.k = nn.Linear(D, kv_size, bias=config.qkv_bias)
+        self.v = nn.Linear(D, kv_size, bias=config.qkv_bias)
+        self.o = nn.Linear(q_size, D, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.core = AttentionCore(causal=True)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, cache=None) -> Tensor:
-        q_THE, k_TKE, v_TKE = (linear(x_TD).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v))
-        q_THE, k_TKE = rotate(self.q_norm(q_THE), *rope), rotate(self.k_norm(k_TKE), *rope)
+        heads = (-1, self.head_dim)
+        q_THE = self.q(x_TD).unflatten(-1, heads)
+        k_TKE = self.k(x_TD).unflatten(-1, heads)
+        v_TKE = self.v(x_TD).unflatten(-1, heads)
+        q_THE = rotate(self.q_norm(q_THE), *rope)
+        k_TKE = rotate(self.k_norm(k_TKE), *rope)
         if cache is None:
             out_THE = self.core(q_THE, k_TKE, v_TKE, segments)
         else:
@@ -128,9 +136,9 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
     def forward(self, hidden_RD: Tensor, target_R: Tensor | None, predict: bool = False) -> Tensor | tuple[Tensor, ...]:
-        """Summed loss and, without a graph, the loss of each row: float32 () and (R,). ``predict`` adds the likeliest
-        token of each row, int64 (R,), for a second product with the weight. Without targets the logits, float32
-        (R, V), for generation."""
+        """The summed loss and, without a graph, the loss of each row: float32 () and (R,). ``predict`` adds the
+        likeliest token of each row, int64 (R,), at the cost of a second product with the weight. Without targets the
+        logits, float32 (R, V), for generation."""
         if target_R is None:
             return F.linear(hidden_RD, self.weight).float()
         losses = linear_cross_entropy(hidden_RD, self.weight, target_R)
@@ -145,36 +153,41 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config)
-        if config.tie_embedding:
-            self.head.weight = self.embedding.weight
+        self.tie()
 
     def forward(self, x_TD: Tensor, position_T: Tensor, segments: Segments, caches: list | None = None) -> Tensor:
         """Hidden states before the final norm, (T, D). ``caches`` holds one key/value cache per block (generation)."""
         rope = rope_table(rope_frequencies(self.config, position_T.device), position_T)
         for i, block in enumerate(self.blocks):
-            x_TD = block(x_TD, rope, segments, None if caches is None else caches[i])
+            cache = caches[i] if caches else None
+            x_TD = block(x_TD, rope, segments, cache)
         return x_TD
 
+    def tie(self) -> None:
+        """Make the head the embedding, where the config says so: to be repeated after whatever replaces parameters."""
+        if self.config.tie_embedding:
+            self.head.weight = self.embedding.weight
 
-def decoder_start(decoder: Decoder) -> dict[str, tuple[float, float]]:
-    """Random start, (mean, std) of a normal by parameter name.
+    def init_stats(self) -> dict[str, tuple[float, float]]:
+        """(mean, std) of the normal from which each parameter is drawn, by name.
 
-    Linears 1 / sqrt(inputs), divided by sqrt(2 * layers) for what writes into the residual stream (GPT-2); embedding
-    and head 0.02; norms are 1, biases 0. (With 0.02 everywhere, which suits widths of thousands, a decoder of width
-    128 is slow to learn to copy a word.)
-    """
-    start = lora_start(decoder)
-    for name, parameter in decoder.named_parameters():
-        if name in start:
-            continue
-        if name.endswith("norm.weight"):
-            start[name] = (1.0, 0.0)
-        elif name.endswith("bias"):
-            start[name] = (0.0, 0.0)
-        elif name in ("embedding.weight", "head.weight"):
-            start[name] = (0.0, 0.02)
-        else:
-            std = parameter.shape[1] ** -0.5
-            residual = name.endswith(("attention.o.weight", "ffn.down.weight"))
-            start[name] = (0.0, std / math.sqrt(2 * decoder.config.num_layers) if residual else std)
-    return start
+        Linears have std 1 / sqrt(inputs), divided by sqrt(2 * layers) if they write into the residual stream (GPT-2);
+        embedding and head 0.02; norms are 1, biases 0. (With 0.02 everywhere, which suits widths of thousands, a
+        decoder of width 128 is slow to learn to copy a word.)
+        """
+        stats = lora_init_stats(self)
+        for name, parameter in self.named_parameters():
+            if name in stats:  # an adapter
+                continue
+            if name.endswith("norm.weight"):
+                stats[name] = (1.0, 0.0)
+            elif name.endswith("bias"):
+                stats[name] = (0.0, 0.0)
+            elif name in ("embedding.weight", "head.weight"):
+                stats[name] = (0.0, 0.02)
+            else:
+                std = parameter.shape[1] ** -0.5
+                if name.endswith(("attention.o.weight", "ffn.down.weight")):
+                    std /= math.sqrt(2 * self.config.num_layers)
+                stats[name] = (0.0, std)
+        return stats

@@ -26,7 +26,7 @@ class LowRankLinear(nn.Linear):
     """A linear with its adapters as children, so that its own parameters keep their names."""
 
     def __init__(self, base: nn.Linear, config: LoraConfig):
-        # On meta: the weights are those of the base.
+        # On the meta device, as the weights are those of the base.
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.dropout, self.scale = config.dropout, config.scale
@@ -35,7 +35,7 @@ class LowRankLinear(nn.Linear):
         self.lora_magnitude = nn.Parameter(torch.empty(base.out_features)) if config.dora else None
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        # Where no graph is built (validation, generation, a tower that is frozen) nothing is dropped.
+        # Without a graph (validation, generation, a frozen tower) there is no dropout.
         drops = self.dropout > 0 and self.training and torch.is_grad_enabled()
         dropped_TI = F.dropout(x_TI, self.dropout) if drops else x_TI
         adapted_TO = self.lora_up(self.lora_down(dropped_TI) * self.scale)
@@ -57,29 +57,32 @@ def row_lengths(weight_OI: Tensor) -> Tensor:
 
 
 def apply_lora(model: nn.Module, config: LoraConfig) -> None:
-    """Give adapters to the linears of the model's towers that a target names: a pattern of paths from the root, in
-    which * stands for anything. Raises ValueError for a target that names none."""
+    """Give adapters to the linears that a target names: a pattern of paths from the model, in which * stands for
+    anything. Raises ValueError for a target that matches none."""
     paths = adaptable(model)
-    chosen = {target: fnmatch.filter(paths, target) for target in config.targets}
-    for target, found in chosen.items():
+    chosen: set[str] = set()
+    for target in config.targets:
+        found = fnmatch.filter(paths, target)
         if not found:
             known = sorted({collapse(path) for path in paths})
             near = difflib.get_close_matches(target, known, n=4, cutoff=0.4) or known
             raise ValueError(f"model.lora.targets names {target!r}, which is no linear: the nearest are {near}")
+        chosen.update(found)
     for path in paths:
-        if any(path in found for found in chosen.values()):
+        if path in chosen:
             parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, LowRankLinear(model.get_submodule(path), config))
+            adapted_linear = LowRankLinear(model.get_submodule(path), config)
+            setattr(model.get_submodule(parent), leaf, adapted_linear)
 
 
 def adaptable(model: nn.Module) -> list[str]:
-    """Paths of the linears of every tower; projectors are small, and train whole."""
+    """Paths of the linears of the decoder and the towers. Projectors are small and train whole."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [name for name in linears if not name.split(".")[0].endswith("projector")]
 
 
 def collapse(path: str) -> str:
-    """Paths of all layers as one: numbers become *."""
+    """The path of all layers at once: numbers become *."""
     return re.sub(r"\.\d+\.", ".*.", path)
 
 
@@ -89,28 +92,28 @@ def is_adapter(name: str) -> bool:
 
 
 def frozen_base(names: Iterable[str]) -> set[str]:
-    """The parameters of towers that have adapters, adapters apart: what ``lora.base`` speaks of."""
+    """The parameters of modules that have adapters, without the adapters: those that ``lora.base`` is about."""
     names = list(names)
-    towers = {name.split(".")[0] for name in names if is_adapter(name)}
-    return {name for name in names if name.split(".")[0] in towers and not is_adapter(name)}
+    adapted_modules = {name.split(".")[0] for name in names if is_adapter(name)}
+    return {name for name in names if name.split(".")[0] in adapted_modules and not is_adapter(name)}
 
 
-def lora_start(module: nn.Module) -> dict[str, tuple[float, float]]:
-    """Random start of the adapters in a module, (mean, std) of a normal by parameter name: A with the spread that PEFT
-    gives it, B zero. Magnitudes need their weights: ``start_magnitudes``."""
-    start = {}
+def lora_init_stats(module: nn.Module) -> dict[str, tuple[float, float]]:
+    """(mean, std) of the normal from which each adapter parameter in a module is drawn, by name: A with the spread that
+    PEFT gives it, B zero. Magnitudes follow from their weights, see ``init_magnitudes``."""
+    stats = {}
     for name, linear in module.named_modules():
         if isinstance(linear, LowRankLinear):
-            start[f"{name}.lora_down.weight"] = (0.0, (3 * linear.in_features) ** -0.5)
-            start[f"{name}.lora_up.weight"] = (0.0, 0.0)
-            start[f"{name}.lora_magnitude"] = (1.0, 0.0)
-    return start
+            stats[f"{name}.lora_down.weight"] = (0.0, (3 * linear.in_features) ** -0.5)
+            stats[f"{name}.lora_up.weight"] = (0.0, 0.0)
+            stats[f"{name}.lora_magnitude"] = (1.0, 0.0)
+    return stats
 
 
 @torch.no_grad()
-def start_magnitudes(model: nn.Module, skip: Collection[str] = ()) -> None:
-    """DoRA begins as the base: each magnitude is the length of its row, but for those named in ``skip``. Called when
-    the weights have their values."""
+def init_magnitudes(model: nn.Module, skip: Collection[str] = ()) -> None:
+    """Let DoRA begin as its base: each magnitude, unless ``skip`` names it, becomes the norm of its weight row. To be
+    called once the weights have their values."""
     for name, linear in model.named_modules():
         is_dora = isinstance(linear, LowRankLinear) and linear.lora_magnitude is not None
         if is_dora and f"{name}.lora_magnitude" not in skip:
@@ -118,7 +121,7 @@ def start_magnitudes(model: nn.Module, skip: Collection[str] = ()) -> None:
 
 
 def merge(base_OI: Tensor, down_RI: Tensor, up_OR: Tensor, magnitude_O: Tensor | None, config: LoraConfig) -> Tensor:
-    """A linear's weight with its adapter in it, float32 (O, I). ``magnitude_O``: of DoRA."""
+    """A linear's weight with its adapter merged into it, float32 (O, I). ``magnitude_O`` is DoRA's."""
     weight_OI = adapted(base_OI, down_RI, up_OR, config.scale)
     if magnitude_O is not None:
         weight_OI *= (magnitude_O.float() / row_lengths(weight_OI))[:, None]

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from avlm.config.model import ProjectorConfig
 from kernels.projector import place_projected, side_by_side
 
-LAYERS = {"linear": ("linear",), "mlp2x_gelu": ("up", "down")}  # of each type, in the order in which they run
+LAYERS = {"linear": ("linear",), "mlp2x_gelu": ("up", "down")}  # in the order in which they run
 
 
 class Projector(nn.Module):
     def __init__(self, config: ProjectorConfig, tower_size: int, gathered: int, decoder_size: int):
-        """``gathered``: how many tower features make one row."""
+        """``gathered``: how many tower rows make one feature."""
         super().__init__()
         self.config = config
         hidden_size = config.hidden_size or decoder_size
@@ -31,9 +31,9 @@ class Projector(nn.Module):
         assert tuple(name for name, _ in self.named_children()) == LAYERS[config.type]
 
     def forward(self, into_TD: Tensor, rows_R: Tensor, x_PC: Tensor, source_RS: Tensor) -> Tensor:
-        """``into`` with the projected features written at ``rows``; ``into`` itself is used up.
+        """``into`` with the projected features written at ``rows``. ``into`` itself must not be used afterwards.
 
-        Tower rows source_RS[i] side by side make feature i; -1 stands for zeros past the end of a window.
+        Tower rows source_RS[i], side by side, make feature i; -1 stands for zeros past the end of a window.
         """
         if self.config.type == "linear":
             x_RC = side_by_side(x_PC, source_RS)
@@ -41,18 +41,18 @@ class Projector(nn.Module):
         layers = (self.up.weight, _bias(self.up), self.down.weight, _bias(self.down))
         return place_projected(into_TD, rows_R, x_PC, *layers, source_RS=source_RS)
 
+    def init_stats(self) -> dict[str, tuple[float, float]]:
+        """(mean, std) of the normal from which each parameter is drawn: std 1 / sqrt(inputs), biases 0. ``output_std``
+        brings the output to the scale of a token embedding."""
+        stats = {}
+        for name, linear in self.named_children():
+            std = 1 / math.sqrt(linear.in_features)
+            if name != "up":
+                std *= self.config.output_std
+            stats[f"{name}.weight"] = (0.0, std)
+            stats[f"{name}.bias"] = (0.0, 0.0)
+        return stats
+
 
 def _bias(linear: nn.Linear) -> Tensor:
     return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-
-
-def projector_start(projector: Projector) -> dict[str, tuple[float, float]]:
-    """Random start, (mean, std) of a normal by parameter name: std 1 / sqrt(inputs), biases 0; the output is brought
-    to the scale of a token embedding, ``output_std``."""
-    start = {}
-    for name, module in projector.named_modules():
-        if isinstance(module, nn.Linear):
-            std = 1 / math.sqrt(module.in_features)
-            start[f"{name}.weight"] = (0.0, std if name == "up" else projector.config.output_std * std)
-            start[f"{name}.bias"] = (0.0, 0.0)
-    return start

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avlm.config.model import AudioConfig
-from avlm.models.vit import EncoderBlock, encoder_start
-from kernels.segments import Segments
+from avlm.models.batch import Media
+from avlm.models.encoder import EncoderBlock, encoder_init_stats
+from avlm.models.log_mel import at_tower
 
 
 class AudioTower(nn.Module):
@@ -20,22 +21,26 @@ class AudioTower(nn.Module):
         self.config = config
         self.conv1 = nn.Conv1d(config.num_mels, config.hidden_size, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(config.hidden_size, config.hidden_size, kernel_size=3, stride=2, padding=1)
-        self.blocks = nn.ModuleList(EncoderBlock(config, "gelu", key_bias=False) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(EncoderBlock(config, key_bias=False) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(config.hidden_size)
 
-    def forward(self, mel_CMW: Tensor, kept_rows_K: Tensor, segments: Segments) -> Tensor:
-        """Features of the kept rows, (K, D) in the dtype of the weights.
-
-        ``kept_rows`` index the flattened (C, W / 2) rows; rows past a clip are dropped before any attention.
-        Zero windows are legal.
-        """
-        mel_CMW = mel_CMW.to(self.conv1.weight.dtype)
-        x_CDW = F.gelu(self.conv2(F.gelu(self.conv1(mel_CMW))))
-        x_KD = x_CDW.transpose(1, 2).flatten(0, 1)[kept_rows_K]
-        x_KD = x_KD + sinusoids(kept_rows_K % max(x_CDW.shape[2], 1), self.config.hidden_size).to(x_KD.dtype)
+    def forward(self, windows: Media) -> Tensor:
+        """Features of the kept rows, (K, D) in the weights' dtype. Rows past a clip are dropped before any attention.
+        Zero windows are legal."""
+        mel_CMW = at_tower(windows.values, self.config).to(self.conv1.weight.dtype)
+        x_CDW = F.gelu(self.conv1(mel_CMW))
+        x_CDW = F.gelu(self.conv2(x_CDW))
+        rows_per_window = max(x_CDW.shape[2], 1)
+        x_KD = x_CDW.transpose(1, 2).flatten(0, 1)[windows.kept]
+        positions_KD = sinusoids(windows.kept % rows_per_window, self.config.hidden_size)
+        x_KD = x_KD + positions_KD.to(x_KD.dtype)
         for block in self.blocks:
-            x_KD = block(x_KD, segments)
+            x_KD = block(x_KD, windows.segments)
         return self.norm(x_KD)
+
+    def init_stats(self) -> dict[str, tuple[float, float]]:
+        """(mean, std) of the normal from which each parameter is drawn."""
+        return encoder_init_stats(self, self.config.num_layers)
 
 
 def sinusoids(position_K: Tensor, width: int) -> Tensor:
@@ -44,8 +49,3 @@ def sinusoids(position_K: Tensor, width: int) -> Tensor:
     frequency = torch.exp(-step * torch.arange(width // 2, device=position_K.device, dtype=torch.float32))
     angle = position_K[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-
-def audio_start(tower: AudioTower) -> dict[str, tuple[float, float]]:
-    """Random start, (mean, std) of a normal by parameter name."""
-    return encoder_start(tower, tower.config.num_layers)

@@ -1,12 +1,11 @@
-"""What is distributed about the model; the model itself knows nothing of it."""
+"""Everything that is distributed about the model, which itself knows nothing of it."""
 
 import torch
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import Config
-from avlm.data.packing import empty_batch
 from avlm.models.avlm import AVLM
-from avlm.models.batch import Batch
+from avlm.models.batch import Batch, empty_batch
 from avlm.models.lora import frozen_base
 from avlm.parallel.context import cut
 from avlm.parallel.context_attention import apply_context, choose_mode
@@ -28,7 +27,7 @@ def apply_parallel(model: AVLM, world: World, config: Config) -> None:
     if layout.context > 1:
         num_kv_heads = config.model.decoder.num_kv_heads // layout.tensor
         mode = choose_mode(layout.context_mode, num_kv_heads, layout.context)
-        # Gradients of keys and values travel against the next block of them: each has a communicator of its own.
+        # Gradients of keys and values travel while the next keys and values do: each has a communicator of its own.
         apply_context(model, world.mesh.get_group("context"), world.new_group("context"), mode)
     apply_media(model)
     apply_recompute(model, config.train)
@@ -36,20 +35,20 @@ def apply_parallel(model: AVLM, world: World, config: Config) -> None:
         apply_compile(model)
     apply_fsdp(model, world, layout, compute_dtype(config, world.device))
     model.to_empty(device="cpu" if layout.cpu_offload else world.device)
-    for tower in (model.vision, model.audio):
-        if tower is not None and layout.tower_sharding == "replicate":
-            tower.to_empty(device=world.device)  # no unit of FSDP brings it there
+    if layout.tower_sharding == "replicate":
+        for modality in model.modalities:
+            modality.tower.to_empty(device=world.device)  # no unit of FSDP brings it there
 
 
 def own_part(batch: Batch, config: Config, world: World) -> Batch:
-    """What this rank works on of a row that its ranks share: token rows, and media to encode. On the CPU."""
+    """This rank's part of a row that several ranks share: tokens, and media to encode. On the CPU."""
     batch, place_T = cut(batch, *world.axis("context"))
     part = split(batch, place_T, config.model, world, balance=config.parallel.balance_media)
-    return part.pin_memory() if world.device.type == "cuda" else part  # what was cut is made anew
+    return part.pin_memory() if world.device.type == "cuda" else part  # the parts are new tensors
 
 
 def prompt_part(batch: Batch, model: ModelConfig, world: World) -> Batch:
-    """Packed prompts whose rows and media the ranks of a tensor axis share; context ranks have prompts of their own."""
+    """Packed prompts that the ranks of a tensor axis share. Context ranks have prompts of their own."""
     place_T = torch.arange(len(batch.token_T))
     return split(batch, place_T, model, world, group=world.mesh.get_group("tensor"))
 
@@ -62,7 +61,8 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def hold_base_in_bf16(model: AVLM) -> None:
-    """Of towers with adapters, which then can train nothing else. In place, so that what is tied stays so."""
+    """Cast the base weights of adapted modules to bf16; these then train adapters only. In place, to keep tied weights
+    tied."""
     held = frozen_base(name for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
         if name in held:
@@ -71,14 +71,14 @@ def hold_base_in_bf16(model: AVLM) -> None:
 
 @torch.no_grad()
 def warm_up(model: AVLM, config: Config, world: World) -> None:
-    """One forward over nothing while all parameters that may ever train require a gradient.
+    """One forward over an empty row while all parameters that may ever train require a gradient.
 
-    FSDP2 notes dtypes at a unit's first forward: one that is frozen then and trained later would fail in bf16. It wants
-    those that train to be of one dtype: a base that is held in bf16 never does.
+    FSDP2 notes dtypes at a unit's first forward: a unit that is frozen then and trained later would fail in bf16. It
+    wants the parameters of a unit that train to have one dtype; a base that is held in bf16 never trains.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.dtype == torch.float32)
     num_rows = 16 * config.parallel.context * config.parallel.tensor
-    with torch.compiler.set_stance("force_eager"):  # a graph of no media and so few rows would be of no use
+    with torch.compiler.set_stance("force_eager"):  # a graph for no media and so few rows would be useless
         model(own_part(empty_batch(num_rows, config.model), config, world).to(world.device))
     reshard(model)

@@ -1,9 +1,9 @@
-"""Tower rows travel from the rank that encoded them to the rank that owns the token row of their feature.
+"""Tower rows travel from the rank that encoded them to the rank that holds the token of their feature.
 
     arrived = rows that the ranks send here, rank after rank        d features[send_rows] = d arrived, sent back
 
-It is a hook behind the tower, so that neither tower nor projector knows of it: the projector's source rows index what
-has arrived. The backward is a collective like the forward, which a rank with nothing to send or receive joins too.
+It is a hook after the tower, so that neither tower nor projector knows of it: the projector's sources index the rows
+that have arrived. The backward is a collective like the forward; ranks with nothing to send or receive join it too.
 
 P rows of the tower's output   S of them that are sent   A rows that arrive   D tower width
 """
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from avlm.models.avlm import AVLM
+from avlm.models.batch import Media
 from kernels.segments import Segments
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RoutedSegments(Segments):
-    """The images or windows that this rank encodes, and where their rows go. Attention sees Segments.
+    """The images or windows that this rank encodes, and where their rows go. For attention these are Segments.
 
     send_rows_S     int64: rows of the tower's output that are sent, in the order of the ranks that they go to
     send_counts     how many go to each rank of the group; Python ints, so that no collective asks the device
@@ -41,15 +42,16 @@ class RoutedSegments(Segments):
 
 
 def apply_media(model: AVLM) -> None:
-    """Have the towers' rows exchanged behind them wherever a batch says so (``media.split``)."""
-    for tower in (model.vision, model.audio):
-        if tower is not None:
-            tower.register_forward_hook(_exchange_behind)
+    """Exchange the towers' rows after them, for batches that ask for it (``media.split``)."""
+    for modality in model.modalities:
+        modality.tower.register_forward_hook(_exchange_behind)
 
 
-def _exchange_behind(tower: nn.Module, inputs: tuple, features_PD: Tensor) -> Tensor:
-    segments = inputs[-1]
-    return exchange(features_PD, segments) if isinstance(segments, RoutedSegments) else features_PD
+def _exchange_behind(tower: nn.Module, inputs: tuple[Media], features_PD: Tensor) -> Tensor:
+    segments = inputs[0].segments
+    if isinstance(segments, RoutedSegments):
+        return exchange(features_PD, segments)
+    return features_PD
 
 
 def exchange(features_PD: Tensor, segments: RoutedSegments) -> Tensor:
@@ -74,7 +76,7 @@ class _Exchange(torch.autograd.Function):
 
 
 def swap(sent: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup) -> Tensor:
-    """What the ranks of a group send here, rank after rank. ``sent`` is cut by ``send_counts`` along its first dim."""
+    """What the ranks of a group send to this one, rank after rank. ``send_counts`` cut ``sent`` along its first dim."""
     arrived = sent.new_empty(sum(receive_counts), *sent.shape[1:])
     dist.all_to_all_single(arrived, sent, receive_counts, send_counts, group=group)
     return arrived

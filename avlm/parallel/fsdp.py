@@ -31,18 +31,15 @@ def apply_fsdp(model: AVLM, world: World, config: ParallelConfig, dtype: torch.d
     decoder_mesh = _sharding(world.decoder_mesh, "shard_context")
     tower_mesh = _sharding(world.tower_mesh, "shard_context_tensor")
     kept: set[nn.Parameter] = set()  # whole on every rank
-    for name in ("vision", "audio"):
-        tower = getattr(model, name)
-        if tower is None:
-            continue
+    for _, tower, projector in model.modalities:
         if config.tower_sharding == "replicate":
-            tower.to(dtype)  # frozen: nothing would be gained by float32
+            tower.to(dtype)  # frozen, so float32 would gain nothing
             kept |= set(tower.parameters())
         else:
             for block in tower.blocks if config.tower_sharding == "block" else ():
                 fully_shard(block, mesh=tower_mesh, reshard_after_forward=config.reshard, **shared)
             fully_shard(tower, mesh=tower_mesh, reshard_after_forward=config.reshard, **shared)
-        fully_shard(getattr(model, f"{name}_projector"), mesh=tower_mesh, reshard_after_forward=False, **shared)
+        fully_shard(projector, mesh=tower_mesh, reshard_after_forward=False, **shared)
     decoder = model.decoder
     for block in decoder.blocks:
         fully_shard(block, mesh=decoder_mesh, reshard_after_forward=config.reshard, **shared)
@@ -66,8 +63,8 @@ def _sharding(mesh: DeviceMesh, axis: str) -> DeviceMesh:
 
 
 def reshard(model: nn.Module) -> None:
-    """Back to shards after a forward without grad: FSDP2 keeps units that it expects a backward for gathered, and the
-    model's parameters are then others than those that train and are saved."""
+    """Back to shards after a forward without grad, which leaves some units of FSDP2 unsharded. Until they are
+    resharded, ``model.parameters()`` are not the sharded parameters that the optimizer and the checkpoint hold."""
     for module in fsdp_modules(model):
         module.reshard()
 

@@ -24,11 +24,17 @@ PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 ATTENTION = ("attention_forward", "_scaled_dot_product")  # begins the name of our op, and of PyTorch's
 
 
+def keeps_product(number: int) -> bool:
+    """Whether selective recomputation keeps the result of a block's product, counted from 0 in the order they run."""
+    return number % 2 == 0
+
+
 def apply_recompute(model: AVLM, config: TrainConfig) -> None:
-    for name in ("decoder", "vision", "audio"):
-        tower = getattr(model, name)
+    for name in ("decoder", *model.config.modalities.values()):
         mode: Recompute = getattr(config.recompute, name)
-        for block in tower.blocks if tower is not None and mode != "none" else ():
+        if mode == "none":
+            continue
+        for block in getattr(model, name).blocks:
             block.forward = _recomputed(block.forward, mode, config.offload_activations, model.config.lora)
 
 
@@ -40,8 +46,8 @@ def apply_compile(model: AVLM) -> None:
     """
     for block in model.decoder.blocks:
         block.forward = _compiled_unless_cached(block.forward)
-    for tower in (model.vision, model.audio):
-        for block in tower.blocks if tower is not None else ():
+    for modality in model.modalities:
+        for block in modality.tower.blocks:
             block.forward = torch.compile(block.forward)
 
 
@@ -85,8 +91,9 @@ def _every_second_product(rank: int) -> Callable[..., CheckpointPolicy]:
         if getattr(op, "__name__", "").startswith(ATTENTION):
             return CheckpointPolicy.MUST_SAVE
         if op in PRODUCTS and min(args[-1].shape) > rank:
+            number = counts[context.is_recompute]
             counts[context.is_recompute] += 1
-            if counts[context.is_recompute] % 2:
+            if keeps_product(number):
                 return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -70,8 +70,7 @@ def apply_tensor(decoder: Decoder, mesh: DeviceMesh) -> None:
     if not decoder.config.qk_norm:
         styles = {path: style for path, style in styles.items() if not path.endswith(("q_norm", "k_norm"))}
     parallelize_module(decoder, mesh, styles)
-    if decoder.config.tie_embedding:
-        decoder.head.weight = decoder.embedding.weight
+    decoder.tie()
     parallelize_module(decoder, mesh, PrepareModuleOutput(output_layouts=ROWS, desired_output_layouts=Replicate()))
 
 

@@ -1,33 +1,38 @@
-"""What a rank holds in memory, estimated from the config alone: before any process group, weight or device is there.
+"""What a rank holds in memory, estimated from the config alone: before any process group, weight or device exists.
 
-What stays is exact: float32 shards of weights, gradients and AdamW's two moments, dim 0 padded by FSDP to a multiple of
-its ranks. What comes and goes is taken at the worst of these moments, of which only one can be:
+The resident part is exact: float32 shards of weights, gradients and AdamW's two moments, dim 0 padded by FSDP to a
+multiple of its ranks. The transient part is that of the worst of these moments:
 
     a tower at work    its weights are gathered, its own activations are kept if it trains
     head               all activations are kept; a chunk of logits, the gradient of the head in the making
     decoder block      the first of the backward: all activations are kept; gradients on their way to their shards
 
-A unit that is gathered is there twice: as it arrives and as it is used, or with the block that is fetched ahead.
+A gathered unit counts twice: the all-gather buffer and the unsharded copy (or the prefetched next block).
 
 Activations are what autograd keeps on a GPU, with the Triton kernels: attention keeps q, k, v, out (shared with the
-product behind it) and lse. The plain path keeps a second out. Assumed: every token has a target, and a row is full of
-images or of whole windows of sound, whichever takes more. Memory of CUDA, NCCL and of fragmentation is not in it.
+next product) and lse. The plain path keeps a second out. Assumed: every token has a target, and a row is full of the
+media of one modality, images or whole windows of sound, whichever takes more. Memory of CUDA, of NCCL and of
+fragmentation is not included.
 
 D width   F intermediate width   Q, K width of all query heads, of all key heads   c bytes of a number in compute
 """
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import Config, Recompute, StageConfig
+from avlm.models.batch import FRAMES_PER_ROW
+from avlm.models.costs import block_products
 from avlm.models.freezing import trained_names, trained_shapes
 from avlm.models.log_mel import window_rows
 from avlm.models.lora import frozen_base
 from avlm.models.shapes import Shapes
+from avlm.parallel.recompute import keeps_product
 from avlm.parallel.tensor import tensor_share
 from avlm.preflight.layout import Layout, layout_of
-from kernels.cross_entropy import CHUNK_BYTES, CHUNK_ROWS
+from kernels.cross_entropy import chunk_rows
 
 GIB, MIB = 2**30, 2**20
 NOTES = {
@@ -36,9 +41,9 @@ NOTES = {
     "optimizer state": "two moments, float32, sharded",
     "whole gradients": "train.accumulate_mode=local: float32, not sharded",
     "gathered weights": "in the compute dtype, at the worst moment",
-    "gradients in reduction": "of what was just computed",
-    "activations": "what train.recompute keeps",
-    "at work": "one block: activations made again, and gradients of activations",
+    "gradients in reduction": "those of the last computed unit",
+    "activations": "kept between forward and backward, see train.recompute",
+    "at work": "one block: recomputed activations, and gradients of activations",
     "head": "hidden rows, a chunk of logits, gradient of the head",
     "block inputs": "train.offload_activations",
 }
@@ -57,251 +62,305 @@ class Estimate:
         return sum(self.device.values())
 
 
+@dataclass(frozen=True)
+class Case:
+    """A stage of a run on a layout of ranks."""
+
+    config: Config
+    stage: StageConfig
+    layout: Layout
+    shapes: Shapes
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    @property
+    def itemsize(self) -> int:
+        return self.layout.dtype.itemsize
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a row on a rank."""
+        return self.stage.data.seq_length // self.layout.context
+
+    @cached_property
+    def trained(self) -> Shapes:
+        return trained_shapes(self.config, self.stage, self.shapes)
+
+    def numbers(self, prefix: str) -> int:
+        """Numbers in the parameters whose names begin so, on a rank of the tensor axis."""
+        return _numbers(self.shapes, prefix, self.layout.tensor)
+
+    def trained_numbers(self, prefix: str) -> int:
+        return _numbers(self.trained, prefix, self.layout.tensor)
+
+
+def _numbers(shapes: Shapes, prefix: str, tensor: int) -> int:
+    held = [tensor_share(name, shape, tensor) for name, shape in shapes.items() if name.startswith(prefix)]
+    return sum(math.prod(shape) for shape in held)
+
+
 def estimate(config: Config, stage: StageConfig, world_size: int, shapes: Shapes) -> Estimate:
     """What a rank holds at the worst moment of a stage."""
-    layout = layout_of(config, world_size)
-    stays = resident(config, stage, layout, shapes)
-    moments = {
-        f"{name} tower": _at_tower(name, config, stage, layout, shapes)
-        for name in ("vision", "audio")
-        if getattr(config.model, name) is not None
-    }
-    moments |= {
-        "head": _at_head(config, stage, layout, shapes),
-        "decoder block": _at_block(config, stage, layout, shapes),
-    }
+    case = Case(config, stage, layout_of(config, world_size), shapes)
+    moments = {f"{tower} tower": _at_tower(tower, case) for tower in config.model.modalities.values()}
+    moments["head"] = _at_head(case)
+    moments["decoder block"] = _at_block(case)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    device, host = {**stays, **moments[moment]}, {}
+    device = {**resident(case), **moments[moment]}
+    host = {}
     if config.parallel.cpu_offload:
         host = {name: device.pop(name) for name in ("parameters", "gradients", "optimizer state")}
     if config.train.offload_activations:
-        host["block inputs"] = _kept(config, stage, layout, shapes)[1]
+        host["block inputs"] = _kept(case)[1]
     return Estimate(device, host, moment)
 
 
 # 1. What stays.
 
 
-def resident(config: Config, stage: StageConfig, layout: Layout, shapes: Shapes) -> dict[str, int]:
+def resident(case: Case) -> dict[str, int]:
     """Exact bytes of the rank with the largest shards, without AdamW's step counts (4 bytes a parameter tensor)."""
     found = {"parameters": 0, "gradients": 0, "optimizer state": 0, "whole gradients": 0}
-    trained = trained_names(stage, config.model, shapes)
-    halved = frozen_base(shapes) if config.model.lora and config.model.lora.base == "bf16" else ()
+    config, layout = case.config, case.layout
+    trained = trained_names(case.stage, case.model, case.shapes)
+    has_bf16_base = case.model.lora is not None and case.model.lora.base == "bf16"
+    halved = frozen_base(case.shapes) if has_bf16_base else ()
+    replicated = case.model.modalities.values() if config.parallel.tower_sharding == "replicate" else ()
     is_local = config.train.accumulate_mode == "local" and config.train.accumulate > 1
-    for name, shape in shapes.items():
-        part = name.split(".")[0]
-        rows, *others = tensor_share(name, shape, layout.tensor)
-        if part in ("vision", "audio") and config.parallel.tower_sharding == "replicate":
-            found["parameters"] += math.prod(shape) * layout.dtype.itemsize
+    for name, shape in case.shapes.items():
+        module = name.split(".")[0]
+        if module in replicated:
+            found["parameters"] += math.prod(shape) * case.itemsize
             continue
-        local = -(-rows // layout.shards_of(part)) * math.prod(others)
+        rows, *others = tensor_share(name, shape, layout.tensor)
+        local = math.ceil(rows / layout.shards_of(module)) * math.prod(others)
         found["parameters"] += (2 if name in halved else 4) * local
         if name in trained:
             found["gradients"] += 4 * local
             found["optimizer state"] += 8 * local
-            found["whole gradients"] += 4 * rows * math.prod(others) * is_local
+            if is_local:
+                found["whole gradients"] += 4 * rows * math.prod(others)
     return found
-
-
-def _count(shapes: Shapes, prefix: str, tensor: int = 1) -> int:
-    """Numbers in the parameters whose names begin so."""
-    return sum(math.prod(tensor_share(name, s, tensor)) for name, s in shapes.items() if name.startswith(prefix))
 
 
 # 2. What comes and goes.
 
 
-def _at_block(config: Config, stage: StageConfig, layout: Layout, shapes: Shapes) -> dict[str, int]:
-    c, decoder = layout.dtype.itemsize, config.model.decoder
-    block = _count(shapes, "decoder.blocks.0.", layout.tensor)
-    head = _count(shapes, "decoder.head.", layout.tensor)
-    kept, _ = _kept(config, stage, layout, shapes)
-    trained = trained_shapes(config, stage, shapes)
-    learned = lambda prefix: _count(trained, f"decoder.{prefix}.", layout.tensor)
+def _at_block(case: Case) -> dict[str, int]:
+    c, layout, decoder = case.itemsize, case.layout, case.model.decoder
     # The head's gradient is still on its way when the last block is done; a tied one waits for the embedding's.
-    waiting = 4 * max(learned("blocks.0"), learned("head")) + (c * learned("embedding") if not head else 0)
-    tokens = stage.data.seq_length // layout.context
-    of_block = lambda mode: block_bytes("decoder", config, layout, mode, trained)
-    again = of_block("none") - of_block(config.train.recompute.decoder)
+    block_gradient = case.trained_numbers("decoder.blocks.0.")
+    waiting = 4 * max(block_gradient, case.trained_numbers("decoder.head."))
+    if decoder.tie_embedding:
+        waiting += c * case.trained_numbers("decoder.embedding.")
+    kept, _ = _kept(case)
     gradients = c * (3 * decoder.intermediate_size // layout.tensor + 2 * decoder.hidden_size)
     return {
-        "gathered weights": _held(config, layout, shapes) + layout.gathered("decoder") * block,
-        "gradients in reduction": c * learned("blocks.0") + waiting,
+        "gathered weights": _held(case) + layout.gathered("decoder") * case.numbers("decoder.blocks.0."),
+        "gradients in reduction": c * block_gradient + waiting,
         "activations": kept,
-        "at work": tokens * (again + gradients),
+        "at work": case.tokens * (_recomputed("decoder", case) + gradients),
     }
 
 
-def _at_head(config: Config, stage: StageConfig, layout: Layout, shapes: Shapes) -> dict[str, int]:
-    """As ``kernels.cross_entropy`` keeps it: losses, logits a chunk of rows at a time, the gradient of the weight."""
-    c, decoder = layout.dtype.itemsize, config.model.decoder
-    tokens, D, V = stage.data.seq_length // layout.context, decoder.hidden_size, decoder.vocab_size // layout.tensor
-    rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (V * c)))
-    weight = 0
-    if f"decoder.{'embedding' if decoder.tie_embedding else 'head'}.weight" in trained_shapes(config, stage, shapes):
-        rows = max(rows, D)
-        weight = V * D * (4 if rows < tokens else c)  # as it is summed
-    copied = V * D * c if rows < tokens and weight and c < 4 else 0
+def _at_head(case: Case) -> dict[str, int]:
+    """What ``kernels.cross_entropy`` holds: losses, logits a chunk of rows at a time, the gradient of the weight."""
+    c, tokens, decoder = case.itemsize, case.tokens, case.model.decoder
+    D, V = decoder.hidden_size, decoder.vocab_size // case.layout.tensor
+    weight = "decoder.embedding.weight" if decoder.tie_embedding else "decoder.head.weight"
+    trains = weight in case.trained
+    rows = chunk_rows(V, D, c, trains)
+    gradient = copied = 0
+    if trains and rows >= tokens:
+        gradient = V * D * c
+    elif trains:  # it is summed in float32, and copied into its own dtype in the end
+        gradient = V * D * 4
+        copied = V * D * c if c < 4 else 0
     hidden = tokens * D * (4 + 4 * c)  # x, its float32 copy, the norm's two results, the gradient of hidden
-    kept, _ = _kept(config, stage, layout, shapes)
-    unit = _count(shapes, "decoder.head.", layout.tensor)
+    logits = min(rows, tokens) * V * c
+    kept, _ = _kept(case)
     return {
-        "gathered weights": _held(config, layout, shapes) + layout.gathered("decoder") * unit,
+        "gathered weights": _held(case) + case.layout.gathered("decoder") * case.numbers("decoder.head."),
         "activations": kept,
-        "head": hidden + weight + max(min(rows, tokens) * V * c, copied),
+        "head": hidden + gradient + max(logits, copied),
     }
 
 
-def _at_tower(name: str, config: Config, stage: StageConfig, layout: Layout, shapes: Shapes) -> dict[str, int]:
-    c, tower, sharding = layout.dtype.itemsize, getattr(config.model, name), config.parallel.tower_sharding
-    whole, block = _count(shapes, f"{name}."), _count(shapes, f"{name}.blocks.0.")
-    trained = trained_shapes(config, stage, shapes)
+def _at_tower(name: str, case: Case) -> dict[str, int]:
+    c, layout, tower = case.itemsize, case.layout, getattr(case.model, name)
+    sharding = case.config.parallel.tower_sharding
+    whole, block = case.numbers(f"{name}."), case.numbers(f"{name}.blocks.0.")
     gathered = reduction = 0
     if sharding == "unit":
         gathered = layout.gathered(name) * whole
-        reduction = max(0, (c + 4) * _count(trained, f"{name}.") - gathered)  # the weights are freed before
+        reduction = max(0, (c + 4) * case.trained_numbers(f"{name}.") - gathered)  # the weights are freed before
     if sharding == "block":
-        gathered = layout.gathered(name) * block + c * (whole - block * _num_blocks(tower))
-        reduction = (c + 4) * _count(trained, f"{name}.blocks.0.")
-    D, F = tower.hidden_size, tower.intermediate_size
-    of_block = lambda mode: block_bytes(name, config, layout, mode, trained)
-    again = of_block("none") - of_block(getattr(config.train.recompute, name))
-    work = again + c * (2 * D + 3 * F)
-    tokens = _media_tokens(name, config.model, stage, layout)
+        gathered = layout.gathered(name) * block + c * (whole - block * tower.num_blocks)
+        reduction = (c + 4) * case.trained_numbers(f"{name}.blocks.0.")
+    work = _recomputed(name, case) + c * (2 * tower.hidden_size + 3 * tower.intermediate_size)
+    kept, _ = _kept_by_tower(name, case)
     return {
-        "gathered weights": _held(config, layout, shapes) + gathered,
+        "gathered weights": _held(case) + gathered,
         "gradients in reduction": reduction,
-        "activations": _kept_by_tower(name, config, stage, layout, shapes)[0],
-        "at work": tokens * work,
+        "activations": kept,
+        "at work": _media_rows(name, case) * work,
     }
 
 
-def _held(config: Config, layout: Layout, shapes: Shapes) -> int:
+def _held(case: Case) -> int:
     """Weights that stay gathered from their forward to their backward, whatever else is."""
-    numbers = _count(shapes, "vision_projector.") + _count(shapes, "audio_projector.")
-    if config.model.decoder.tie_embedding:  # the root's own
-        numbers += _count(shapes, "decoder.embedding.", layout.tensor)
-    if not config.parallel.reshard:
-        numbers += _count(shapes, "decoder.blocks.", layout.tensor)
-        if not config.model.decoder.tie_embedding:
-            numbers += _count(shapes, "decoder.embedding.", layout.tensor)
-        if config.parallel.tower_sharding != "replicate":
-            numbers += _count(shapes, "vision.") + _count(shapes, "audio.")
-    return layout.dtype.itemsize * numbers
+    parallel, towers = case.config.parallel, case.model.modalities.values()
+    is_tied = case.model.decoder.tie_embedding  # then the embedding belongs to the root, which stays gathered
+    held = [f"{tower}_projector." for tower in towers]
+    if is_tied or not parallel.reshard:
+        held.append("decoder.embedding.")
+    if not parallel.reshard:
+        held.append("decoder.blocks.")
+    if not parallel.reshard and parallel.tower_sharding != "replicate":
+        held += [f"{tower}." for tower in towers]
+    return case.itemsize * sum(case.numbers(prefix) for prefix in held)
 
 
 # 3. Activations.
 
 
-def _kept(config: Config, stage: StageConfig, layout: Layout, shapes: Shapes) -> tuple[int, int]:
+def _kept(case: Case) -> tuple[int, int]:
     """(device, host) bytes of all that autograd keeps between forward and backward."""
-    decoder, mode = config.model.decoder, config.train.recompute.decoder
-    tokens = stage.data.seq_length // layout.context
-    of_block = block_bytes("decoder", config, layout, mode, trained_shapes(config, stage, shapes))
-    blocks = tokens * decoder.num_layers * of_block
-    offloaded = mode == "full" and config.train.offload_activations
-    host, device = (blocks, 0) if offloaded else (0, blocks)
-    device += tokens * decoder.head_dim * 8  # cos and sin of the positions
-    towers = [_kept_by_tower(name, config, stage, layout, shapes) for name in ("vision", "audio")]
-    tower_device, tower_host = max(towers, key=sum)  # a row is full of the one or of the other
+    decoder = case.model.decoder
+    device, host = _kept_by_blocks("decoder", case.tokens * decoder.num_layers, case)
+    device += case.tokens * decoder.head_dim * 8  # cos and sin of the positions
+    by_towers = [_kept_by_tower(tower, case) for tower in case.model.modalities.values()]
+    tower_device, tower_host = max(by_towers, key=sum, default=(0, 0))  # a row is full of one modality
     return device + tower_device, host + tower_host
 
 
-def _kept_by_tower(name: str, config: Config, stage: StageConfig, layout: Layout, shapes: Shapes) -> tuple[int, int]:
+def _kept_by_tower(name: str, case: Case) -> tuple[int, int]:
     """(device, host) bytes of a tower, its input and its projector, for a row full of its media."""
-    tower, projector = getattr(config.model, name), getattr(config.model, f"{name}_projector")
-    if tower is None:
-        return 0, 0
-    c, tokens = layout.dtype.itemsize, _media_tokens(name, config.model, stage, layout)
-    is_vision = isinstance(tower, VisionConfig)
-    inputs = 3 * tower.patch_size**2 if is_vision else 2 * tower.num_mels  # numbers for each row of the tower
-    arrived = inputs if is_vision else 2 * window_rows(tower)
-    device, host = 4 * arrived * tokens, 0
-    trained = trained_shapes(config, stage, shapes)
-    trains, projector_trains = (_count(trained, f"{part}.") > 0 for part in (name, f"{name}_projector"))
+    tower, projector = getattr(case.model, name), getattr(case.model, f"{name}_projector")
+    c, rows = case.itemsize, _media_rows(name, case)
+    arriving, stem = _stem(tower)
+    device, host = arriving * rows, 0
+    trains = case.trained_numbers(f"{name}.") > 0
     if trains:
-        mode = getattr(config.train.recompute, name)
-        stem = 2 if is_vision else 6  # patches and first norm; convolutions with their GELUs, and last norm
-        blocks = tokens * _num_blocks(tower) * block_bytes(name, config, layout, mode, trained)
-        offloaded = mode == "full" and config.train.offload_activations
-        host, blocks = (blocks, 0) if offloaded else (0, blocks)
-        device += blocks + c * tokens * (inputs + stem * tower.hidden_size)
-    if trains or projector_trains:
-        features = stage.data.seq_length // layout.row_ranks
-        gathered = projector.downsample ** (2 if is_vision else 1)
-        device += c * features * projector_numbers(projector, gathered * tower.hidden_size, config.model.decoder)
+        blocks, host = _kept_by_blocks(name, rows * tower.num_blocks, case)
+        device += blocks + c * stem * rows
+    if trains or case.trained_numbers(f"{name}_projector.") > 0:
+        features = case.stage.data.seq_length // case.layout.row_ranks
+        width = tower.rows_per_feature(projector.downsample) * tower.hidden_size
+        device += c * features * projector_numbers(projector, width, case.model.decoder)
     return device, host
+
+
+def _stem(tower: VisionConfig | AudioConfig) -> tuple[int, int]:
+    """For each row of a tower: bytes that arrive, and numbers that autograd keeps outside of the blocks."""
+    if isinstance(tower, VisionConfig):
+        pixels = 3 * tower.patch_size**2  # uint8
+        return pixels, pixels + 2 * tower.hidden_size  # patches, and the first norm
+    mels = FRAMES_PER_ROW * tower.num_mels
+    frames = FRAMES_PER_ROW * window_rows(tower)  # float32
+    return 4 * frames, mels + 6 * tower.hidden_size  # convolutions with their GELUs, and the last norm
+
+
+def _kept_by_blocks(name: str, rows: int, case: Case) -> tuple[int, int]:
+    """(device, host) bytes of the blocks of a module, for the rows of all blocks together."""
+    mode = getattr(case.config.train.recompute, name)
+    kept = rows * block_bytes(name, case, mode)
+    if mode == "full" and case.config.train.offload_activations:
+        return 0, kept
+    return kept, 0
+
+
+def _recomputed(name: str, case: Case) -> int:
+    """Bytes for each row that come back when the backward recomputes a block."""
+    mode = getattr(case.config.train.recompute, name)
+    return block_bytes(name, case, "none") - block_bytes(name, case, mode)
 
 
 def projector_numbers(projector: ProjectorConfig, width: int, decoder: DecoderConfig) -> int:
     """Numbers that a projector keeps for the backward, per feature: the tower rows, ``width``, and its output (linear)
     or the input of its GELU (mlp2x_gelu)."""
     hidden = projector.hidden_size or decoder.hidden_size
-    return width + {"linear": decoder.hidden_size, "mlp2x_gelu": hidden}[projector.type]
+    return width + (decoder.hidden_size if projector.type == "linear" else hidden)
 
 
-def block_bytes(name: str, config: Config, layout: Layout, mode: Recompute, trained: Shapes) -> int:
-    """What a block of a tower keeps for each row, its adapters included."""
-    c, tower, lora = layout.dtype.itemsize, getattr(config.model, name), config.model.lora
-    trains = _count(trained, f"{name}.") > 0
-    if name == "decoder":
-        size = decoder_block_bytes(tower, layout, mode, trains)
+def block_bytes(name: str, case: Case, mode: Recompute) -> int:
+    """What a block of a module keeps for each row, its adapters included."""
+    c, lora = case.itemsize, case.model.lora
+    trains = case.trained_numbers(f"{name}.") > 0
+    if mode != "none":
+        size = recomputing_block_bytes(name, case, mode)
+    elif name == "decoder":
+        size = decoder_block_bytes(case.model.decoder, case.layout, trains)
     else:
-        size = encoder_block_bytes(tower, layout, mode) * trains
-    for parameter, shape in trained.items() if mode == "none" else ():
-        if parameter.startswith(f"{name}.blocks.0.") and parameter.endswith("lora_down.weight"):
-            size += c * shape[0] + (lora.dropout > 0) * (c + 1) * shape[1]  # x @ A.T; what was dropped, and where
-        if parameter.startswith(f"{name}.blocks.0.") and parameter.endswith("lora_magnitude"):
-            size += c * shape[0]  # what it scales
+        size = encoder_block_bytes(getattr(case.model, name), case.layout)
+    if name != "decoder" and not trains:  # no graph is built
+        return 0
+    for parameter, shape in case.trained.items() if mode == "none" else ():
+        if not parameter.startswith(f"{name}.blocks.0."):
+            continue
+        if parameter.endswith("lora_down.weight"):
+            size += c * shape[0]  # x @ A.T
+            if lora.dropout > 0:
+                size += (c + 1) * shape[1]  # the dropped input, and its mask
+        if parameter.endswith("lora_magnitude"):
+            size += c * shape[0]  # the output that it scales
     return size
 
 
-def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, mode: Recompute, trains: bool) -> int:
-    """What a block keeps for each token of the rank's part of a row. Frozen weights need no inputs of products."""
+def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
+    """What a block keeps for each row: full, its input; selective, also attention and every second product."""
+    c, module, t = case.itemsize, getattr(case.model, name), 1
+    if name == "decoder":
+        t = case.layout.tensor
+    size = c * module.hidden_size // t
+    if mode == "full":
+        return size
+    for number, path in enumerate(block_products(name, case.model)):
+        if keeps_product(number):
+            outputs, _ = tensor_share(f"{path}.weight", case.shapes[f"{path}.weight"], t)
+            size += c * outputs  # a product that the ranks will sum has all of them
+    head_dim = module.head_dim if name == "decoder" else module.hidden_size // module.num_heads
+    lse = 4 * module.num_heads // t
+    return size + c * module.num_heads * head_dim // t + lse
+
+
+def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool) -> int:
+    """What a block keeps for each token if nothing is recomputed. Frozen weights need no inputs of products."""
     c, t = layout.dtype.itemsize, layout.tensor
     D, F = decoder.hidden_size, decoder.intermediate_size
-    Q, K = decoder.num_heads * decoder.head_dim // t, decoder.num_kv_heads * decoder.head_dim // t
-    if mode == "full":
-        return c * D // t
-    lse = 4 * decoder.num_heads // t
-    if mode == "selective":  # input, products q, v, gate and (whole rows, before their sum over t) down; attention
-        return c * (D // t + Q + K + F // t + D + Q) + lse
+    Q = decoder.num_heads * decoder.head_dim // t
+    K = decoder.num_kv_heads * decoder.head_dim // t
     norms = 2 * (4 * D + c * D * trains) // t  # the float32 copy, and the normed before its scale
     if decoder.qk_norm:
         norms += (4 + c * trains) * (Q + K)
-    out, keys = {"ring": (1, 1), "ulysses": (1 + trains, 1), "allgather": (2 + trains, layout.context)}[
-        layout.context_mode if layout.context > 1 else "ring"
-    ]
-    attention = c * (Q + 2 * K * keys + Q * out) + lse * (2 if keys > 1 else 1)
+    mode = layout.context_mode if layout.context > 1 else "ring"
+    num_keys = layout.context if mode == "allgather" else 1
+    num_outs = {"ring": 1, "ulysses": 1 + trains, "allgather": 2 + trains}[mode]
+    num_lse = 2 if num_keys > 1 else 1
+    lse = 4 * decoder.num_heads // t
+    attention = c * (Q + 2 * K * num_keys + Q * num_outs) + lse * num_lse
     products = 2 * D * trains + (3 + trains) * F // t  # inputs of q, k, v and of gate, up; gate, up, silu, product
     return norms + attention + c * products
 
 
-def encoder_block_bytes(tower: VisionConfig | AudioConfig, layout: Layout, mode: Recompute) -> int:
-    """What a block of a tower that trains keeps for each of its rows."""
+def encoder_block_bytes(tower: VisionConfig | AudioConfig, layout: Layout) -> int:
+    """What a block of a tower that trains keeps for each of its rows if nothing is recomputed."""
     c, D, F = layout.dtype.itemsize, tower.hidden_size, tower.intermediate_size
-    if mode == "full":
-        return c * D
-    if mode == "selective":  # input, products q, v and up; attention
-        return c * (4 * D + F) + 4 * tower.num_heads
-    gelu = 3 if getattr(tower, "activation", "gelu") == "quick_gelu" else 2  # it is three operations
-    return c * (8 * D + gelu * F) + 4 * tower.num_heads
+    activation = tower.activation if isinstance(tower, VisionConfig) else "gelu"
+    num_activations = 3 if activation == "quick_gelu" else 2  # quick_gelu is three operations
+    return c * (8 * D + num_activations * F) + 4 * tower.num_heads
 
 
-def _num_blocks(tower: VisionConfig | AudioConfig) -> int:
-    return tower.num_layers + (1 + tower.feature_layer if isinstance(tower, VisionConfig) else 0)
-
-
-def _media_tokens(name: str, model: ModelConfig, stage: StageConfig, layout: Layout) -> int:
-    """Rows of a tower on the rank with most, of a row full of its media."""
-    rows, features = media_rows(name, model)
-    return -(-(stage.data.seq_length // features) // layout.row_ranks) * rows
+def _media_rows(name: str, case: Case) -> int:
+    """Rows of a tower on the rank with most, for a row full of its media."""
+    rows, features = media_rows(name, case.model)
+    num_items = math.ceil(case.stage.data.seq_length // features / case.layout.row_ranks)
+    return num_items * rows
 
 
 def media_rows(name: str, model: ModelConfig) -> tuple[int, int]:
-    """(rows in the tower, rows in the decoder) of an image, or of a whole window of sound."""
-    if name == "vision":
-        side = model.vision.patches_per_side // model.vision_projector.downsample
-        return model.vision.num_patches + model.vision.class_token, side**2
-    rows = model.audio.max_positions
-    return rows, -(-rows // model.audio_projector.downsample)
+    """(rows in the tower, features in the decoder) of an image, or of a whole window of sound."""
+    tower, projector = getattr(model, name), getattr(model, f"{name}_projector")
+    return tower.num_rows, tower.num_features(projector.downsample)

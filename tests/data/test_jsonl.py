@@ -47,7 +47,8 @@ def loader(folder, tokenizer_folder):
 
 
 def content(batch: Batch) -> tuple:
-    sums = tuple(tensor.sum().item() for tensor in (batch.token_T, batch.target_R, batch.pixels, batch.mel))
+    tensors = (batch.token_T, batch.target_R, batch.image.values, batch.audio.values)
+    sums = tuple(tensor.sum().item() for tensor in tensors)
     return batch.keys, sums, batch.skipped, batch.read
 
 

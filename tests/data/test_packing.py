@@ -7,11 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avlm.config.load import load_config
-from avlm.data.media.image import normalise
-from avlm.data.packing import empty_batch, pack, patch_rows, select
+from avlm.data.packing import pack, patch_sources, select
 from avlm.data.sample import EncodedSample
 from avlm.models.batch import AUDIO as AUDIO_ID
-from avlm.models.batch import IGNORE, IMAGE, KINDS
+from avlm.models.batch import IGNORE, IMAGE, KINDS, empty_batch
 from tests.data.small_files import AUDIO, VISION, model
 
 ROOT = Path(__file__).parents[2]
@@ -69,9 +68,10 @@ def samples(draw):
         target_T = torch.cat([token_T[1:], torch.tensor([IGNORE])])
         pixels = torch.full((images, 3, 28, 28), number, dtype=torch.uint8)
         mels = [torch.full((AUDIO.num_mels, count), float(number + 1)) for count in frames]
+        media = {"image": list(pixels), "audio": mels}
         kind = KINDS[number % len(KINDS)]
         target_T = torch.where(target_T >= 0, target_T, IGNORE)
-        made.append(EncodedSample(f"s{number}", kind, token_T, target_T, pixels, mels))
+        made.append(EncodedSample(f"s{number}", kind, token_T, target_T, media))
     return made
 
 
@@ -102,19 +102,20 @@ def test_each_feature_goes_to_a_row_of_its_own_sample(samples):
     batch = pack(samples, sum(map(len, samples)) + 3, MODEL)
     owner_T = torch.cat([torch.full((len(s),), n) for n, s in enumerate(samples)] + [torch.full((3,), -1)])
     # Images: the features of image i are rows i * 16 to (i + 1) * 16, and its pixels hold the sample's number.
-    assert len(batch.image_rows_F) == IMAGE_ROWS * len(batch.pixels)
-    pixel_owner = torch.tensor([n for n, s in enumerate(samples) for _ in s.pixels]).repeat_interleave(IMAGE_ROWS)
-    assert torch.equal(owner_T[batch.image_rows_F], pixel_owner.long())
-    assert batch.image_segments.spans == [(i * 17, 17) for i in range(len(batch.pixels))]
+    assert len(batch.image.rows) == IMAGE_ROWS * len(batch.image.values)
+    image_owner = torch.tensor([n for n, sample in enumerate(samples) for _ in sample.media["image"]])
+    pixel_owner = image_owner.repeat_interleave(IMAGE_ROWS)
+    assert torch.equal(owner_T[batch.image.rows], pixel_owner.long())
+    assert batch.image.segments.spans == [(i * 17, 17) for i in range(len(batch.image.values))]
     # Sound: flatten the windows as the tower's convolutions do, keep rows, stack them, and see whose they are.
-    flat = batch.mel[:, 0, ::2].flatten()
-    kept = torch.cat([flat[batch.mel_rows_K], torch.zeros(1)])  # index -1: the padding of a stack
-    stacked = kept[batch.frame_rows_G]
-    for feature, row in zip(stacked, batch.audio_rows_G):
+    flat = batch.audio.values[:, 0, ::2].flatten()
+    kept = torch.cat([flat[batch.audio.kept], torch.zeros(1)])  # index -1: the padding of a stack
+    stacked = kept[batch.audio.sources]
+    for feature, row in zip(stacked, batch.audio.rows):
         assert feature[0] == owner_T[row] + 1
         assert ((feature == feature[0]) | (feature == 0)).all()
-    assert len(batch.audio_rows_G) == len(batch.frame_rows_G) == (batch.token_T == AUDIO_ID).sum()
-    assert batch.audio_segments.cu_seqlens[-1] == len(batch.mel_rows_K)
+    assert len(batch.audio.rows) == len(batch.audio.sources) == (batch.token_T == AUDIO_ID).sum()
+    assert batch.audio.segments.cu_seqlens[-1] == len(batch.audio.kept)
 
 
 def test_frames_past_a_clip_are_exact_zeros():
@@ -122,41 +123,47 @@ def test_frames_past_a_clip_are_exact_zeros():
     for frames in (2, 12):
         ids = torch.tensor([AUDIO_ID] * (frames // 2))
         mel = torch.ones(AUDIO.num_mels, frames)
-        samples.append(EncodedSample("a", "audio", ids, torch.full_like(ids, IGNORE), torch.empty(0, 3, 28, 28), [mel]))
+        samples.append(EncodedSample("a", "audio", ids, torch.full_like(ids, IGNORE), {"audio": [mel]}))
     batch = pack(samples, 10, model())
-    assert batch.mel.shape == (2, AUDIO.num_mels, 12)
-    assert (batch.mel[0, :, 2:] == 0).all() and (batch.mel[1] == 1).all()
-    assert batch.mel_rows_K.tolist() == [0, 6, 7, 8, 9, 10, 11]
+    assert batch.audio.values.shape == (2, AUDIO.num_mels, 12)
+    assert (batch.audio.values[0, :, 2:] == 0).all() and (batch.audio.values[1] == 1).all()
+    assert batch.audio.kept.tolist() == [0, 6, 7, 8, 9, 10, 11]
 
 
 def test_a_feature_is_made_of_neighbouring_patches_of_its_image():
-    rows = patch_rows(
+    rows = patch_sources(
         2, dataclasses.replace(VISION, image_size=32, patch_size=8, class_token=True), 2
     )  # 4 x 4 patches and a class
     assert rows.tolist()[:4] == [[1, 2, 5, 6], [3, 4, 7, 8], [9, 10, 13, 14], [11, 12, 15, 16]]
     assert (rows[4:] - 17).equal(rows[:4])
-    alone = patch_rows(1, dataclasses.replace(VISION, image_size=32, patch_size=8, class_token=False), 1)
+    alone = patch_sources(1, dataclasses.replace(VISION, image_size=32, patch_size=8, class_token=False), 1)
     assert alone.tolist() == [[row] for row in range(16)]
 
 
-def test_pixels_are_normalised_when_they_are_packed():
-    pixels = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8)
-    sample = EncodedSample("a", "image", torch.tensor([IMAGE] * 16), torch.tensor([IGNORE] * 16), pixels, [])
-    torch.testing.assert_close(pack([sample], 20, MODEL).pixels, normalise(pixels, VISION))
+def test_pixels_stay_bytes_until_the_tower_reads_them():
+    pixels = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
+    ids = torch.tensor([IMAGE] * 32)
+    sample = EncodedSample("a", "image", ids, torch.full_like(ids, IGNORE), {"image": list(pixels)})
+    packed = pack([sample], 40, MODEL).image.values
+    assert packed.dtype == torch.uint8 and torch.equal(packed, pixels)
 
 
 @pytest.mark.parametrize("towers", [{}, {"vision": None}, {"audio": None}, {"vision": None, "audio": None}])
 def test_a_row_without_media_has_zero_rows_of_each(towers):
     batch = empty_batch(12, model(**towers))
+    packed = pack([], 12, model(**towers))
+    for name, media in batch.media.items():
+        assert packed.media[name].values.shape == media.values.shape
+        assert packed.media[name].sources.shape == media.sources.shape
     assert batch.token_T.tolist() == [0] * 12 and batch.segments.spans == [(0, 12)]
-    assert len(batch.target_R) == len(batch.image_rows_F) == len(batch.audio_rows_G) == len(batch.mel_rows_K) == 0
-    assert len(batch.patch_rows_F) == len(batch.frame_rows_G) == 0
-    assert len(batch.pixels) == len(batch.mel) == 0 and batch.mel.shape[2] == 2
-    assert len(batch.image_segments) == len(batch.audio_segments) == 0
+    assert len(batch.target_R) == len(batch.image.rows) == len(batch.audio.rows) == 0
+    assert len(batch.image.sources) == len(batch.audio.sources) == 0
+    assert len(batch.image.values) == len(batch.audio.values) == 0
+    assert len(batch.image.segments) == len(batch.audio.segments) == 0
 
 
 def test_a_full_row_has_no_padding_and_a_row_of_nothing_is_legal():
-    sample = EncodedSample("a", "text", torch.arange(4), torch.arange(4), torch.empty(0, 3, 28, 28), [])
+    sample = EncodedSample("a", "text", torch.arange(4), torch.arange(4))
     assert pack([sample, sample], 8, MODEL).segments.spans == [(0, 4), (4, 4)]
     assert len(pack([], 0, MODEL).segments) == 0
 
@@ -164,5 +171,8 @@ def test_a_full_row_has_no_padding_and_a_row_of_nothing_is_legal():
 def test_a_batch_moves_as_a_whole():
     batch = empty_batch(4, MODEL)
     moved = batch.to("meta")
-    assert moved.token_T.device.type == moved.segments.cu_seqlens.device.type == moved.mel.device.type == "meta"
+    tensors = [moved.token_T, moved.segments.cu_seqlens, moved.audio.kept]
+    for media in moved.media.values():
+        tensors += [media.values, media.segments.cu_seqlens, media.sources, media.rows]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.segments.max_length == 4

@@ -6,8 +6,8 @@ import torch
 
 from avlm.config.run import VideoConfig
 from avlm.data.media import audio, image
-from avlm.data.sample import Sample, SampleEncoder, audio_features, fingerprint, parse
-from avlm.data.text.chat import Tokenizer
+from avlm.data.sample import Sample, SampleEncoder, fingerprint, parse, placeholders
+from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.batch import AUDIO as AUDIO_ID
 from avlm.models.batch import IGNORE, IMAGE
 from tests.data.small_files import AUDIO, VISION, data, film, image_file, model, picture, tone, write_tokenizer
@@ -44,7 +44,7 @@ def test_placeholders_equal_the_features_of_clips_of_every_length(tokenizer_fold
         samples = round(seconds * 16_000)
         parts = [480_000] * (samples // 480_000) + ([samples % 480_000] if samples % 480_000 else [])
         rows = [1500 if window == "fixed" else -(-part // 320) for part in parts]
-        assert [mel.shape[1] // 2 for mel in encoded.mels] == rows
+        assert [mel.shape[1] // 2 for mel in encoded.media["audio"]] == rows
         assert (encoded.token_T == AUDIO_ID).sum() == sum(-(-count // stack) for count in rows)
 
 
@@ -53,7 +53,7 @@ def test_every_image_has_its_own_run_of_placeholders(tokenizer_folder, downsampl
     encode = encoder(tokenizer_folder, model(downsample=downsample)).encode
     encoded = encode(sample("<image> and <image> and <image>", images=[png(1), png(2), png(3)]))
     assert runs(encoded.token_T, IMAGE) == [rows] * 3
-    for pixels, seed in zip(encoded.pixels, (1, 2, 3)):
+    for pixels, seed in zip(encoded.media["image"], (1, 2, 3)):
         assert torch.equal(pixels, image.fit(image.decode(png(seed), 10**6), VISION))
 
 
@@ -62,7 +62,7 @@ def test_clips_of_different_lengths_keep_their_identity_and_order(tokenizer_fold
     files = [tone(s, frequency=f) for s, f in zip(seconds, frequencies)]
     encoded = encoder(tokenizer_folder).encode(sample("a <audio> b <audio> c <audio>", audios=files))
     assert runs(encoded.token_T, AUDIO_ID) == [40, 10, 70]
-    for mel, file in zip(encoded.mels, files):
+    for mel, file in zip(encoded.media["audio"], files):
         torch.testing.assert_close(mel, audio.mels(audio.decode(file, 10), AUDIO)[0])
 
 
@@ -81,8 +81,9 @@ def test_media_stand_where_their_tags_stand(tokenizer_folder):
 def test_a_film_becomes_its_frames_scaled_like_images_and_then_its_sound(tokenizer_folder):
     config = {"video": VideoConfig(num_frames=3, sound=True)}
     encoded = encoder(tokenizer_folder, **config).encode(sample("<video>", videos=[film(1.5, sound=True)]))
-    assert encoded.pixels.shape == (3, 3, 28, 28) and encoded.pixels.dtype == torch.uint8
-    assert encoded.pixels.float().mean().item() == pytest.approx(12, abs=3)  # bytes: not normalised twice, not 0..1
+    pixels = torch.stack(encoded.media["image"])
+    assert pixels.shape == (3, 3, 28, 28) and pixels.dtype == torch.uint8
+    assert pixels.float().mean().item() == pytest.approx(12, abs=3)  # bytes: not normalised twice, not 0..1
     assert runs(encoded.token_T, IMAGE) == [3 * 16] and runs(encoded.token_T, AUDIO_ID) == [75]
     placeholders = encoded.token_T[encoded.token_T < 0].tolist()
     assert placeholders == sorted(placeholders, reverse=True)  # images (-200) before sound (-300)
@@ -91,7 +92,7 @@ def test_a_film_becomes_its_frames_scaled_like_images_and_then_its_sound(tokeniz
 
 def test_a_silent_film_has_no_sound_rows(tokenizer_folder):
     encoded = encoder(tokenizer_folder, video=VideoConfig(sound=True)).encode(sample("<video>", videos=[film(1)]))
-    assert encoded.mels == [] and len(encoded.pixels) == 8
+    assert encoded.media["audio"] == [] and len(encoded.media["image"]) == 8
 
 
 def test_targets_are_the_next_tokens_of_the_answers_alone(tokenizer_folder):
@@ -134,7 +135,9 @@ def test_a_prompt_has_no_targets_and_is_the_start_of_the_sample(tokenizer_folder
     encode = encoder(tokenizer_folder)
     whole = encode.encode(sample("<image> what", images=[png(1)]))
     prompt = encode.prompt([{"role": "user", "content": "<image> what"}], images=[png(1)])
-    assert torch.equal(prompt.token_T, whole.token_T[: len(prompt)]) and torch.equal(prompt.pixels, whole.pixels)
+    assert torch.equal(prompt.token_T, whole.token_T[: len(prompt)])
+    for theirs, ours in zip(whole.media["image"], prompt.media["image"], strict=True):
+        assert torch.equal(ours, theirs)
     assert (prompt.target_T == IGNORE).all()
 
 
@@ -207,7 +210,8 @@ def test_models_without_a_tower_encode_what_they_have(tokenizer_folder, towers):
 
 
 def test_audio_features_round_up_within_each_window():
-    assert [audio_features(model(stack=4), torch.empty(1, frames)) for frames in (2, 8, 10)] == [1, 1, 2]
+    features = [len(placeholders("audio", [torch.empty(1, frames)], model(stack=4))) for frames in (2, 8, 10)]
+    assert features == [1, 1, 2]
 
 
 def test_three_forms_of_records_are_the_same_sample():

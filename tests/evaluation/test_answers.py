@@ -12,7 +12,7 @@ import torch
 from avlm.config.load import resolve_config
 from avlm.data.loader import open_loader, open_samples
 from avlm.data.sample import SampleEncoder
-from avlm.data.text.chat import Tokenizer
+from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation import answers as evaluation
 from avlm.evaluation import scores as text_metrics
 from avlm.evaluation.answers import _chances, ablate, evaluate, find_sets, judge
@@ -72,7 +72,7 @@ def validate_and_answer(cfg, tensor, step):
     cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, tensor=tensor))
     world, model = build(cfg)
     quieten(model)
-    log = Log(cfg, world, model, 0)
+    log = Log(cfg, world, 0)
     results = validate(model, cfg.stages[0], cfg, world, log, step)
     data = cfg.stages[0].data
     encoder = SampleEncoder(cfg.model, data, Tokenizer(data.tokenizer))
@@ -146,8 +146,8 @@ def broken_sets(folder, messages):
 MESSAGES = {
     "question": ("exact_match", r"question.jsonl:1: its last two turns must be a user's and an assistant's text"),
     "answers": ("exact_match", r"answers.jsonl:1: answers must be a list of texts, not 'hello'"),
-    "people": ("vqa_accuracy", r'people.jsonl:1: vqa_accuracy wants 10 texts under "answers", .* there are 9$'),
-    "none": ("vqa_accuracy", r'none.jsonl:0: vqa_accuracy wants 10 texts under "answers", .* there are none$'),
+    "people": ("vqa_accuracy", r'people.jsonl:1: vqa_accuracy needs 10 texts under "answers", .* there are 9$'),
+    "none": ("vqa_accuracy", r'none.jsonl:0: vqa_accuracy needs 10 texts under "answers", .* there are none$'),
     "empty": ("exact_match", "empty.jsonl holds no records"),
     "picture": ("exact_match", "picture.jsonl:1: .* are not a picture"),
 }
@@ -221,21 +221,23 @@ def test_an_ablation_takes_away_one_modality_and_nothing_else(encoder, log_mel):
     media = {"images": [image_file(picture(16, 16))], "audios": [tone(0.3)]}
     prompt = encoder.prompt(turns("<image><audio>?", "")[:1], **media)
     blind, deaf = (ablate(prompt, name, 0, tower) for name in ("no_image", "no_audio"))
-    assert prompt.pixels.float().std() > 1 and blind.pixels.float().std() == 0
-    heard, silence = (at_tower(x.mels[0][None], tower) for x in (prompt, deaf))
+    [seen], [grey] = prompt.media["image"], blind.media["image"]
+    assert seen.float().std() > 1 and grey.float().std() == 0
+    heard, silence = (at_tower(x.media["audio"][0][None], tower) for x in (prompt, deaf))
     assert heard.std() > 0.1 and heard.shape == silence.shape
     assert (silence == -1.5).all(), "the floor of a log-mel: (log10(1e-10) + 4) / 4"
-    assert torch.equal(blind.mels[0], prompt.mels[0]) and torch.equal(deaf.pixels, prompt.pixels)
+    assert blind.media["audio"] is prompt.media["audio"] and deaf.media["image"] is prompt.media["image"]
     assert torch.equal(blind.token_T, prompt.token_T) and torch.equal(deaf.token_T, prompt.token_T)
 
 
 def test_shuffling_changes_the_order_of_frames_from_sample_to_sample(encoder):
     prompt = encoder.prompt(turns("<video>?", "")[:1], videos=[film(2)])
+    frames = prompt.media["image"]
     orders = []
     for seed in range(5):
-        shuffled = ablate(prompt, "shuffled", seed, None).pixels
-        orders.append([next(i for i, frame in enumerate(prompt.pixels) if torch.equal(frame, s)) for s in shuffled])
-    assert all(sorted(order) == list(range(len(prompt.pixels))) for order in orders)
+        shuffled = ablate(prompt, "shuffled", seed, None).media["image"]
+        orders.append([next(i for i, frame in enumerate(frames) if frame is s) for s in shuffled])
+    assert all(sorted(order) == list(range(len(frames))) for order in orders)
     assert len({tuple(order) for order in orders}) > 1
 
 

@@ -16,10 +16,11 @@ from avlm.config.model import LoraConfig, ModelConfig
 from avlm.config.run import DataConfig, InitFrom
 from avlm.data.sample import EncodedSample
 from avlm.evaluation.generation import Ranks, choose, generate
-from avlm.families.pretrained import read_config
 from avlm.models.avlm import AVLM
 from avlm.models.batch import IGNORE, IMAGE
+from avlm.process.exit import run_command
 from avlm.weights.export import export
+from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights
 from tests.data.small_files import film, image_file, picture, tone
 from tests.models.handmade import build, save
@@ -32,8 +33,8 @@ TEXT = ModelConfig(decoder=DECODER)
 
 def prompt(token_ids: list[int], pixels: torch.Tensor | None = None) -> EncodedSample:
     token_T = torch.tensor(token_ids, dtype=torch.int64)
-    pixels = torch.empty(0, 3, 24, 24, dtype=torch.uint8) if pixels is None else pixels
-    return EncodedSample("prompt", "text", token_T, torch.full_like(token_T, IGNORE), pixels, [])
+    media = {} if pixels is None else {"image": list(pixels)}
+    return EncodedSample("prompt", "text", token_T, torch.full_like(token_T, IGNORE), media)
 
 
 def load_folder(folder, entry: str) -> AVLM:
@@ -203,7 +204,7 @@ def run(monkeypatch, capsys, *arguments) -> tuple[str, str, int]:
     monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments), "--device", "cpu"])
     code = 0
     try:
-        command.main()
+        run_command(command.main)
     except SystemExit as stop:
         code = stop.code
     captured = capsys.readouterr()

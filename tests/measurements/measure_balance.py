@@ -40,7 +40,7 @@ MODEL = ModelConfig(
 def make_batch(num_images):
     token_T = torch.full((num_images * SIDE**2 // 4,), -200)
     pixels = torch.randint(0, 255, (num_images, 3, 14 * SIDE, 14 * SIDE), dtype=torch.uint8)
-    sample = EncodedSample("", "image", token_T, torch.full_like(token_T, -100), pixels, [])
+    sample = EncodedSample("", "image", token_T, torch.full_like(token_T, -100), {"image": list(pixels)})
     return pack([sample], IMAGES * SIDE**2 // 4, MODEL)
 
 
@@ -54,7 +54,7 @@ def step(model, batch, world, balance):
     model.embed(local).sum().backward()
     busy = time.process_time() - busy
     world.barrier()
-    return time.perf_counter() - start, split, busy, local.pixels.shape[0]
+    return time.perf_counter() - start, split, busy, len(local.image.values)
 
 
 def measure(repeats):

@@ -26,6 +26,7 @@ from transformers import CLIPImageProcessor, WhisperFeatureExtractor
 
 from avlm.config.model import AudioConfig, VisionConfig
 from avlm.data.media import audio, image
+from avlm.models.vit import normalise
 from tests.data.small_files import image_file, picture, tone
 
 VISION = VisionConfig(
@@ -52,7 +53,7 @@ def main() -> None:
         waveform = decode_as_others_do(wav)
         return extractor(waveform, sampling_rate=16_000, return_tensors="pt").input_features[0]
 
-    our_picture = lambda: image.normalise(image.fit(image.decode(jpeg, 10**8), VISION)[None], VISION)[0]
+    our_picture = lambda: normalise(image.fit(image.decode(jpeg, 10**8), VISION)[None], VISION)[0]
     our_sound = lambda config: audio.mels(audio.decode(wav, 600.0), config)[0]
     assert (their_picture() - our_picture()).abs().mean() < 0.02
     assert (their_sound() - our_sound(whole)).abs().max() < 1e-3

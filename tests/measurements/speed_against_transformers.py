@@ -35,7 +35,8 @@ from avlm.data.loader import open_loader
 from avlm.demo.build import ensure
 from avlm.families.door import hugging_face_name
 from avlm.models.avlm import AVLM, init
-from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch
+from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch, Media
+from avlm.models.vit import normalise
 from kernels.segments import Segments
 
 ROWS = 8
@@ -117,27 +118,32 @@ def pad(batch: Batch, config: ModelConfig) -> dict[str, Tensor]:
     label_T[batch.target_rows_R + 1] = batch.target_R
     samples = lambda row_T: row_T[: sum(lengths)].split(lengths)
     window = config.audio.max_positions
-    clip_K, row_K = batch.mel_rows_K // (batch.mel.shape[2] // 2), batch.mel_rows_K % (batch.mel.shape[2] // 2)
+    sound = batch.audio
+    rows_per_window = sound.values.shape[2] // 2
+    clip_K, row_K = sound.kept // rows_per_window, sound.kept % rows_per_window
     return {
         "ids": pad_sequence(samples(batch.token_T), batch_first=True),
         "mask": pad_sequence(samples(torch.ones_like(batch.token_T)), batch_first=True),
         "labels": pad_sequence(samples(label_T), batch_first=True, padding_value=IGNORE),
-        "pixels": batch.pixels,
-        "mel": F.pad(batch.mel, (0, 2 * window - batch.mel.shape[2])),
+        "pixels": normalise(batch.image.values, config.vision),
+        "mel": F.pad(sound.values, (0, 2 * window - sound.values.shape[2])),
         "mel_rows": clip_K * window + row_K,
-        "frame_rows": batch.frame_rows_G,
+        "frame_rows": sound.sources,
     }
 
 
 def in_full_windows(row: Batch, batch: dict[str, Tensor], window: int) -> Batch:
     """The row with what WhisperEncoder sees: attention over whole windows, the padding behind the clips included."""
-    return replace(
-        row,
-        mel=batch["mel"],
-        mel_rows_K=torch.arange(len(row.mel) * window),
-        audio_segments=Segments.of([window] * len(row.mel)),
-        frame_rows_G=torch.where(row.frame_rows_G < 0, -1, batch["mel_rows"][row.frame_rows_G]),
+    sources = row.audio.sources
+    num_windows = len(row.audio.values)
+    whole = Media(
+        batch["mel"],
+        Segments.of([window] * num_windows),
+        torch.where(sources < 0, -1, batch["mel_rows"][sources]),
+        row.audio.rows,
+        torch.arange(num_windows * window),
     )
+    return replace(row, audio=whole)
 
 
 @torch.no_grad()

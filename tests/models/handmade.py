@@ -1,5 +1,6 @@
 """Batches made by hand, and the rule that gradients are compared by."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -8,9 +9,9 @@ from torch import Tensor, nn
 
 from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import InitFrom
-from avlm.data.packing import patch_rows
+from avlm.data.packing import patch_sources, window_sources
 from avlm.models.avlm import AVLM, init
-from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch
+from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch, Media
 from avlm.weights.load import Report, load_weights
 from kernels.segments import Segments
 
@@ -26,28 +27,17 @@ def make_batch(
 ) -> Batch:
     """Documents of token ids, media placeholders written out; each row learns the next text token.
 
-    ``images`` are normalised pixels (I, 3, S, S), ``clips`` mel windows (M, W) of any even length W.
+    ``images`` are pixels as for ``images_of``, ``clips`` mel windows (M, W) of any even length W.
     """
     token_T = torch.tensor([token for document in documents for token in document], dtype=torch.int64)
     target_T = torch.tensor([t for d in documents for t in [*d[1:], IGNORE] if d], dtype=torch.int64)
     target_T[target_T < 0] = IGNORE
     target_rows = (target_T >= 0).nonzero().flatten()[:num_targets]
-    vision, audio = config.vision, config.audio
-    if images is None:
-        images = torch.empty(0, 3, vision.image_size if vision else 2, vision.image_size if vision else 2)
-    patches = (vision.image_size // vision.patch_size) ** 2 + vision.class_token if vision else 0
-    width = max((clip.shape[1] for clip in clips), default=2)
-    mel = torch.zeros(len(clips), audio.num_mels if audio else 1, width)
-    stack = config.audio_projector.downsample if audio else 1
-    mel_rows, frame_rows, start = [], [], 0
-    for i, clip in enumerate(clips):
-        mel[i, :, : clip.shape[1]] = clip
-        kept = clip.shape[1] // 2
-        mel_rows.append(torch.arange(kept) + i * (width // 2))
-        rows = torch.full((-(-kept // stack) * stack,), -1)
-        rows[:kept] = torch.arange(start, start + kept)
-        frame_rows.append(rows.view(-1, stack))
-        start += kept
+    image, audio = Media.empty(None), Media.empty(None)
+    if config.vision:
+        image = images_of(config.vision, images, config.vision_projector.downsample)
+    if config.audio:
+        audio = windows_of(config.audio, list(clips), config.audio_projector.downsample)
     return Batch(
         token_T=token_T,
         position_T=torch.cat([torch.arange(len(document)) for document in documents]),
@@ -55,20 +45,30 @@ def make_batch(
         target_rows_R=target_rows,
         target_R=target_T[target_rows],
         kind_R=torch.zeros_like(target_rows),
-        pixels=images,
-        image_segments=Segments.of([patches] * len(images)),
-        patch_rows_F=(
-            patch_rows(len(images), vision, config.vision_projector.downsample)
-            if vision
-            else torch.zeros(0, 1, dtype=torch.int64)
-        ),
-        image_rows_F=(token_T == IMAGE).nonzero().flatten(),
-        mel=mel,
-        mel_rows_K=torch.cat([torch.arange(0), *mel_rows]),
-        audio_segments=Segments.of([clip.shape[1] // 2 for clip in clips]),
-        frame_rows_G=torch.cat([torch.zeros(0, stack, dtype=torch.int64), *frame_rows]),
-        audio_rows_G=(token_T == AUDIO).nonzero().flatten(),
+        image=dataclasses.replace(image, rows=(token_T == IMAGE).nonzero().flatten()),
+        audio=dataclasses.replace(audio, rows=(token_T == AUDIO).nonzero().flatten()),
     )
+
+
+def pixels_of(num_images: int, side: int) -> Tensor:
+    """Random pixels, uint8 (I, 3, side, side)."""
+    return torch.randint(256, (num_images, 3, side, side), dtype=torch.uint8)
+
+
+def images_of(vision: VisionConfig, pixels: Tensor | None, downsample: int = 1) -> Media:
+    """Media of pixels in 0..255, (I, 3, S, S); features are written one after the other."""
+    if pixels is None:
+        pixels = Media.empty(vision).values
+    sources = patch_sources(len(pixels), vision, downsample)
+    return Media(pixels, Segments.of([vision.num_rows] * len(pixels)), sources, torch.arange(len(sources)))
+
+
+def windows_of(audio: AudioConfig, clips: list[Tensor], downsample: int = 1) -> Media:
+    """Media of windows (M, W) of any even length W; features are written one after the other."""
+    lengths = [clip.shape[1] // 2 for clip in clips]
+    sources = window_sources(lengths, downsample)
+    values, kept = Media.empty(audio).stack(clips)
+    return Media(values, Segments.of(lengths), sources, torch.arange(len(sources)), kept)
 
 
 def build(config: ModelConfig, seed: int = 0) -> AVLM:

@@ -26,10 +26,9 @@ def sharded(config: ModelConfig, folder: str) -> AVLM:
     return model
 
 
-def text_prompt(token_ids: list[int], side: int = 16) -> EncodedSample:
+def text_prompt(token_ids: list[int]) -> EncodedSample:
     token_T = torch.tensor(token_ids)
-    pixels = torch.empty(0, 3, side, side, dtype=torch.uint8)
-    return EncodedSample("prompt", "text", token_T, torch.full_like(token_T, IGNORE), pixels, [])
+    return EncodedSample("prompt", "text", token_T, torch.full_like(token_T, IGNORE))
 
 
 def load_and_answer(config: ModelConfig, folder: str, prompts: list[list[int]]) -> tuple[dict, list[list[int]]]:
@@ -46,7 +45,7 @@ def load_and_answer(config: ModelConfig, folder: str, prompts: list[list[int]]) 
         return waiting.item() == 0
 
     own = prompts[:-1] if dist.get_rank() == 0 else prompts[-1:]
-    samples = [text_prompt(ids, config.vision.image_size) for ids in own]
+    samples = [text_prompt(ids) for ids in own]
     answers = generate(model, samples, stop_ids=[], max_new_tokens=6, ranks=Ranks(torch.device("cpu"), everyone_done))
     dist.destroy_process_group()
     return whole, [answer.token_ids for answer in answers]

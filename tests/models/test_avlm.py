@@ -7,9 +7,10 @@ import torch
 import transformers
 
 from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
-from avlm.families.pretrained import read_config
 from avlm.models.batch import AUDIO, IMAGE
-from tests.models.handmade import assert_gradients_close, build, loaded, make_batch, save
+from avlm.models.vit import normalise
+from avlm.weights.folder import read_config
+from tests.models.handmade import assert_gradients_close, build, loaded, make_batch, pixels_of, save
 
 DECODER = DecoderConfig(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, max_position=256
@@ -56,7 +57,7 @@ def test_llava_logits_of_two_images_and_gradients_equal_those_of_transformers(ti
     config = read_config(tmp_path)
     ours = loaded(config, all=tmp_path)
     document = [1, *[IMAGE] * 9, 5, 6, 7, *[IMAGE] * 9, 8, 9, 10, 2]
-    pixels = torch.randn(2, 3, 24, 24)
+    pixels = pixels_of(2, 24)
     batch = make_batch(config, [document], pixels)
     everything = dataclasses.replace(
         batch,
@@ -65,7 +66,7 @@ def test_llava_logits_of_two_images_and_gradients_equal_those_of_transformers(ti
         kind_R=torch.zeros(len(document), dtype=torch.int64),
     )
     input_ids = torch.tensor([[60 if token == IMAGE else token for token in document]])
-    expected = theirs(input_ids=input_ids, pixel_values=pixels).logits[0]
+    expected = theirs(input_ids=input_ids, pixel_values=normalise(pixels, config.vision)).logits[0]
     x_TD = ours.decoder(ours.embed(everything), batch.position_T, batch.segments)
     logits = ours.decoder.head(ours.decoder.norm(x_TD), None)
     error = (logits - expected).abs().max().item()
@@ -103,7 +104,7 @@ def test_llava_logits_of_two_images_and_gradients_equal_those_of_transformers(ti
 )
 def test_models_of_any_modalities_build_and_train(config, document, num_images, frames):
     model = build(config)
-    batch = make_batch(config, [document], torch.randn(num_images, 3, 16, 16), clips_of(*frames))
+    batch = make_batch(config, [document], pixels_of(num_images, 16), clips_of(*frames))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(8):
@@ -120,7 +121,7 @@ def test_models_of_any_modalities_build_and_train(config, document, num_images, 
 def test_modalities_that_a_batch_lacks_get_exactly_zero_gradients(present):
     model = build(WHOLE)
     clips = clips_of(20) if present == "clip" else []
-    images = torch.randn(int(present == "image"), 3, 16, 16)
+    images = pixels_of(int(present == "image"), 16)
     document = {"nothing": [], "image": PICTURE, "clip": [AUDIO] * 3}[present]
     model(make_batch(WHOLE, [[1, *document, 2, 3]], images, clips))[0].backward()
     for name, parameter in model.named_parameters():
@@ -134,13 +135,13 @@ def test_modalities_that_a_batch_lacks_get_exactly_zero_gradients(present):
 
 def test_placeholders_leave_the_embedding_of_the_first_token_alone():
     model = build(WHOLE)
-    model(make_batch(WHOLE, [[1, *PICTURE, 2, 3]], torch.randn(1, 3, 16, 16)))[0].backward()
+    model(make_batch(WHOLE, [[1, *PICTURE, 2, 3]], pixels_of(1, 16)))[0].backward()
     assert not model.decoder.embedding.weight.grad[0].any()
 
 
 def test_packed_samples_with_media_equal_separate_ones():
     model = build(WHOLE)
-    images, clips = torch.randn(3, 3, 16, 16), clips_of(20, 46, 2)
+    images, clips = pixels_of(3, 16), clips_of(20, 46, 2)
     samples = [
         ([1, *PICTURE, 5, *PICTURE, 6, 7], images[:2], []),
         ([2, *sound(clips[0]), 8, *sound(clips[1]), 9], None, clips[:2]),
@@ -155,7 +156,7 @@ def test_packed_samples_with_media_equal_separate_ones():
 def test_every_clip_and_image_lands_on_its_own_rows():
     """NeMo interleaves the features of several clips of a sample when their lengths differ."""
     model = build(WHOLE)
-    images, clips = torch.randn(2, 3, 16, 16), clips_of(20, 46, 6)
+    images, clips = pixels_of(2, 16), clips_of(20, 46, 6)
     document = [1, *sound(clips[0]), *PICTURE, 2, *sound(clips[1]), *sound(clips[2]), *PICTURE, 3]
     with torch.no_grad():
         x_TD = model.embed(make_batch(WHOLE, [document], images, clips))
@@ -180,7 +181,7 @@ def test_a_frozen_tower_builds_no_graph_and_its_projector_still_trains(tower):
     seen = []
     getattr(model, tower).register_forward_hook(lambda module, inputs, output: seen.append(output))
     clips = clips_of(20)
-    batch = make_batch(WHOLE, [[1, *PICTURE, *sound(clips[0]), 2, 3]], torch.randn(1, 3, 16, 16), clips)
+    batch = make_batch(WHOLE, [[1, *PICTURE, *sound(clips[0]), 2, 3]], pixels_of(1, 16), clips)
     model(batch)[0].backward()
     assert seen[0].grad_fn is None and not seen[0].requires_grad
     for name, parameter in model.named_parameters():
@@ -192,5 +193,5 @@ def test_a_decoder_under_a_frozen_start_still_passes_gradients_to_a_trained_towe
     model = build(WHOLE)
     model.requires_grad_(False)
     model.vision.requires_grad_(True)
-    model(make_batch(WHOLE, [[1, *PICTURE, 2, 3]], torch.randn(1, 3, 16, 16)))[0].backward()
+    model(make_batch(WHOLE, [[1, *PICTURE, 2, 3]], pixels_of(1, 16)))[0].backward()
     assert model.vision.patch.weight.grad.any() and model.decoder.norm.weight.grad is None

@@ -7,10 +7,10 @@ import torch
 import transformers
 
 from avlm.config.model import DecoderConfig, ModelConfig, RopeScaling
-from avlm.families.pretrained import read_config
-from avlm.families.tables import hugging_face_name
+from avlm.families.door import hugging_face_name
 from avlm.models.batch import Batch
 from avlm.models.decoder import rope_frequencies
+from avlm.weights.folder import read_config
 from tests.models.handmade import assert_gradients_close, build, loaded, make_batch, save
 
 SIZES = {

@@ -7,12 +7,13 @@ import yaml
 
 from avlm.config.load import dump_config, resolve_config
 from avlm.config.model import MODULES
+from avlm.data.check import check_data
 from avlm.models import freezing
 from avlm.models.avlm import AVLM, init
 from avlm.models.lora import is_adapter
 from avlm.models.shapes import parameter_shapes
+from avlm.parallel.check import check_layout
 from avlm.preflight import memory
-from avlm.preflight.check import check_layout
 from avlm.training import optimizer
 from tests.parallel.small import TREE, make_rows
 
@@ -119,7 +120,9 @@ def test_patterns_come_on_top_of_names_and_flags_and_prevention_wins():
 )
 def test_what_cannot_be_is_refused_before_a_run(stage, said):
     with pytest.raises(ValueError, match=said) as caught:
-        check_layout(make(**stage), 2)
+        config = make(**stage)
+        check_layout(config, 2)
+        check_data(config)
     assert "\n" not in str(caught.value)
 
 

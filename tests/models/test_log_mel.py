@@ -7,11 +7,10 @@ import torch
 from transformers import WhisperFeatureExtractor
 
 from avlm.data.media import audio
-from avlm.data.packing import empty_batch, pack
-from avlm.data.sample import EncodedSample, audio_features
+from avlm.data.packing import pack
+from avlm.data.sample import EncodedSample, placeholders
 from avlm.models import log_mel
-from avlm.models.batch import AUDIO as AUDIO_ID
-from avlm.models.batch import IGNORE
+from avlm.models.batch import IGNORE, empty_batch
 from tests.data.small_files import AUDIO, model
 
 # Shorter than a frame, than its transform, one sample more than a frame; odd and even counts of frames; 30 s and more.
@@ -33,9 +32,8 @@ def row(waveforms: list[torch.Tensor], tower, stack: int = 1):
     config, samples = model(audio=tower, stack=stack), []
     for waveform in waveforms:
         mels = audio.mels(waveform, tower)
-        ids = torch.full((sum(audio_features(config, mel) for mel in mels),), AUDIO_ID)
-        pixels = torch.empty(0, 3, 28, 28, dtype=torch.uint8)
-        samples.append(EncodedSample("a", "audio", ids, torch.full_like(ids, IGNORE), pixels, mels))
+        ids = torch.tensor(placeholders("audio", mels, config))
+        samples.append(EncodedSample("a", "audio", ids, torch.full_like(ids, IGNORE), {"audio": mels}))
     return pack(samples, sum(map(len, samples)) + 1, config)
 
 
@@ -46,19 +44,21 @@ def test_a_rows_windows_made_together_are_those_of_the_workers(window, num_mels)
     of_device = dataclasses.replace(of_worker, log_mel="device")
     waveforms = clips()
     expected, found = row(waveforms, of_worker, stack=2), row(waveforms, of_device, stack=2)
-    for name in ("token_T", "mel_rows_K", "frame_rows_G", "audio_rows_G"):
-        assert torch.equal(getattr(found, name), getattr(expected, name)), name
-    mel = log_mel.at_tower(found.mel, of_device)
-    torch.testing.assert_close(mel, expected.mel, atol=1e-5, rtol=0)
-    assert torch.equal(mel == 0, expected.mel == 0), "exactly 0 past a clip"
-    assert log_mel.at_tower(expected.mel, of_worker) is expected.mel
+    assert torch.equal(found.token_T, expected.token_T)
+    for name in ("kept", "sources", "rows"):
+        assert torch.equal(getattr(found.audio, name), getattr(expected.audio, name)), name
+    mel_CMW = log_mel.at_tower(found.audio.values, of_device)
+    expected_CMW = expected.audio.values
+    torch.testing.assert_close(mel_CMW, expected_CMW, atol=1e-5, rtol=0)
+    assert torch.equal(mel_CMW == 0, expected_CMW == 0), "exactly 0 past a clip"
+    assert log_mel.at_tower(expected_CMW, of_worker) is expected_CMW
 
 
 @pytest.mark.parametrize("window", ["true", "fixed"])
 def test_a_rows_windows_equal_whispers_extractor(window):
     tower = dataclasses.replace(AUDIO, window=window, log_mel="device")
     waveforms = [waveform for waveform in clips() if len(waveform) <= 480_000]
-    mel_CMW = log_mel.at_tower(row(waveforms, tower).mel, tower)
+    mel_CMW = log_mel.at_tower(row(waveforms, tower).audio.values, tower)
     for mel_MW, waveform in zip(mel_CMW, waveforms, strict=True):
         covered = -(-len(waveform) // 160) if window == "true" else 3000
         features = WhisperFeatureExtractor()(waveform.numpy(), sampling_rate=16_000, return_tensors="pt").input_features
@@ -68,5 +68,5 @@ def test_a_rows_windows_equal_whispers_extractor(window):
 def test_a_row_without_sound_has_zero_windows_that_the_tower_takes():
     tower = dataclasses.replace(AUDIO, log_mel="device")
     batch = empty_batch(12, model(audio=tower))
-    assert batch.mel.shape == (0, log_mel.window_rows(tower), 2)
-    assert log_mel.at_tower(batch.mel, tower).shape == (0, 80, 2)
+    assert batch.audio.values.shape == (0, log_mel.window_rows(tower), 2)
+    assert log_mel.at_tower(batch.audio.values, tower).shape == (0, 80, 2)

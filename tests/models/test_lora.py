@@ -9,12 +9,12 @@ import transformers
 from safetensors.torch import load_file
 
 from avlm.config.load import resolve_config
-from avlm.families.pretrained import read_config
 from avlm.models.avlm import AVLM, init
 from avlm.models.lora import LowRankLinear, is_adapter
 from avlm.parallel.recompute import apply_compile, apply_recompute
 from avlm.storage.model_folder import Lazy
 from avlm.weights.export import export, merged
+from avlm.weights.folder import read_config
 from avlm.weights.load import init_weights, load_weights
 from tests.models.handmade import assert_gradients_close, build, loaded, make_batch
 from tests.parallel.small import TREE, make_rows

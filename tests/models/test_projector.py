@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from avlm.config.model import ProjectorConfig
-from avlm.models.projector import Projector, projector_start
+from avlm.models.projector import Projector
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
@@ -38,7 +38,7 @@ def test_no_features_give_exactly_zero_gradients(kind):
 def test_features_start_about_as_large_as_told(kind, share, std):
     config = ProjectorConfig(type=kind, hidden_size=256, output_std=std)
     projector = Projector(config, tower_size=64, gathered=2, decoder_size=512)
-    for name, (mean, deviation) in projector_start(projector).items():
+    for name, (mean, deviation) in projector.init_stats().items():
         torch.nn.init.normal_(projector.get_parameter(name), mean, deviation)
     x_PC, source_RS = torch.randn(200, 64), torch.arange(200).view(100, 2)
     with torch.no_grad():

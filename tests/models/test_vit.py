@@ -7,12 +7,10 @@ import torch
 import transformers
 
 from avlm.config.model import VisionConfig
-from avlm.data.packing import patch_rows
-from avlm.families.pretrained import read_config
-from avlm.families.tables import hugging_face_name
-from avlm.models.vit import VisionTower
-from kernels.segments import Segments
-from tests.models.handmade import assert_gradients_close, build_tower, load_tower, save
+from avlm.families.door import hugging_face_name
+from avlm.models.vit import VisionTower, normalise
+from avlm.weights.folder import read_config
+from tests.models.handmade import assert_gradients_close, build_tower, images_of, load_tower, pixels_of, save
 
 SIZES = {
     "hidden_size": 32,
@@ -33,14 +31,17 @@ def siglip():
     return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIZES))
 
 
-def segments(config: VisionConfig, num_images: int) -> Segments:
-    return Segments.of([config.num_patches + config.class_token] * num_images)
-
-
 def patches(tower: VisionTower, pixels: torch.Tensor) -> torch.Tensor:
     """Features of the patches alone, (I, N, D)."""
-    x_TD = tower(pixels, segments(tower.config, len(pixels)))
-    return x_TD[patch_rows(len(pixels), tower.config, 1)].view(len(pixels), -1, x_TD.shape[1])
+    images = images_of(tower.config, pixels)
+    x_TD = tower(images)
+    return x_TD[images.sources].view(len(pixels), -1, x_TD.shape[1])
+
+
+def hidden_states(theirs, pixels: torch.Tensor, config: VisionConfig, layer: int = -2) -> torch.Tensor:
+    """Features of the patches alone after a layer of a transformers tower."""
+    states = theirs(normalise(pixels, config), output_hidden_states=True).hidden_states[layer]
+    return states[:, int(config.class_token) :]
 
 
 @pytest.mark.parametrize("make", [clip, siglip])
@@ -50,10 +51,10 @@ def test_features_of_a_layer_equal_those_of_transformers(make, layer, tmp_path):
     save(theirs, tmp_path)
     config = dataclasses.replace(read_config(tmp_path), feature_layer=layer)
     tower, report = load_tower(config, tmp_path)
-    pixels = torch.randn(2, 3, 24, 24)
+    pixels = pixels_of(2, 24)
     with torch.no_grad():
         features = patches(tower, pixels)
-        expected = theirs(pixels, output_hidden_states=True).hidden_states[layer][:, int(config.class_token) :]
+        expected = hidden_states(theirs, pixels, config, layer)
     error = (features - expected).abs().max().item()
     print(f"parity {make.__name__} {layer}: {error:.2e} of {expected.abs().max():.2f}")
     assert features.shape == (2, 9, 32) and error <= 1e-4
@@ -67,9 +68,9 @@ def test_the_last_features_of_siglip_can_be_normalised(tmp_path):
     save(theirs, tmp_path)
     config = dataclasses.replace(read_config(tmp_path), feature_layer=-1, post_norm=True)
     tower, report = load_tower(config, tmp_path)
-    pixels = torch.randn(2, 3, 24, 24)
+    pixels = pixels_of(2, 24)
     with torch.no_grad():
-        error = (patches(tower, pixels) - theirs(pixels).last_hidden_state).abs().max().item()
+        error = (patches(tower, pixels) - theirs(normalise(pixels, config)).last_hidden_state).abs().max().item()
     print(f"parity siglip post-norm: {error:.2e}")
     assert error <= 1e-4
     assert set(report.skipped) == {"attention-pooling head"}
@@ -85,9 +86,9 @@ def test_pixels_past_the_last_whole_patch_are_cut_as_by_transformers(make, tmp_p
     config = read_config(tmp_path)
     assert (config.image_size, config.patches_per_side) == (30, 4)
     tower, _ = load_tower(config, tmp_path)
-    pixels = torch.randn(2, 3, 30, 30, requires_grad=True)
+    pixels = pixels_of(2, 30).float().requires_grad_()
     features = patches(tower, pixels)
-    expected = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, int(config.class_token) :]
+    expected = hidden_states(theirs, pixels, config)
     assert features.shape == (2, 16, 32) and (features - expected).abs().max() <= 1e-4
     features.sum().backward()
     assert not pixels.grad[:, :, 28:].any() and not pixels.grad[:, :, :, 28:].any() and pixels.grad[:, :, 27, 27].any()
@@ -101,10 +102,10 @@ def test_the_tower_of_a_whole_two_tower_model_is_found(family, tmp_path):
     save(theirs, tmp_path)
     config = read_config(tmp_path)
     tower, report = load_tower(config, tmp_path)
-    pixels = torch.randn(1, 3, 24, 24)
+    pixels = pixels_of(1, 24)
     with torch.no_grad():
-        hidden = theirs.vision_model(pixels, output_hidden_states=True).hidden_states[-2]
-        assert (patches(tower, pixels) - hidden[:, int(config.class_token) :]).abs().max() <= 1e-4
+        expected = hidden_states(theirs.vision_model, pixels, config)
+        assert (patches(tower, pixels) - expected).abs().max() <= 1e-4
     assert report.skipped["text tower and its projections"] > 10
 
 
@@ -114,9 +115,9 @@ def test_gradients_equal_those_of_transformers(make, tmp_path):
     save(theirs, tmp_path)
     config = read_config(tmp_path)
     tower, _ = load_tower(config, tmp_path)
-    pixels, weights = torch.randn(2, 3, 24, 24), torch.randn(2, 9, 32)
+    pixels, weights = pixels_of(2, 24), torch.randn(2, 9, 32)
     (patches(tower, pixels) * weights).sum().backward()
-    hidden = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, int(config.class_token) :]
+    hidden = hidden_states(theirs, pixels, config)
     (hidden * weights).sum().backward()
     theirs_by_name = {key.removeprefix("vision_model."): p.grad for key, p in theirs.named_parameters()}
     ours = {hugging_face_name("vision", key): p.grad for key, p in tower.named_parameters()}
@@ -128,16 +129,16 @@ CONFIG = VisionConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_he
 
 def test_images_do_not_see_each_other():
     tower = build_tower(CONFIG)
-    pixels = torch.randn(3, 3, 16, 16)
+    pixels = pixels_of(3, 16)
     with torch.no_grad():
-        together = tower(pixels, segments(CONFIG, 3))
-        alone = torch.cat([tower(image[None], segments(CONFIG, 1)) for image in pixels])
+        together = tower(images_of(CONFIG, pixels))
+        alone = torch.cat([tower(images_of(CONFIG, image[None])) for image in pixels])
     assert (together - alone).abs().max() <= 1e-5
 
 
 def test_zero_images_give_exactly_zero_gradients():
     tower = build_tower(CONFIG)
-    features = tower(torch.empty(0, 3, 16, 16), segments(CONFIG, 0))
+    features = tower(images_of(CONFIG, None))
     assert features.shape == (0, 32)
     features.sum().backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in tower.parameters())

@@ -5,10 +5,9 @@ import torch
 import transformers
 
 from avlm.config.model import AudioConfig
-from avlm.families.pretrained import read_config
-from avlm.families.tables import hugging_face_name
-from kernels.segments import Segments
-from tests.models.handmade import assert_gradients_close, build_tower, load_tower, save
+from avlm.families.door import hugging_face_name
+from avlm.weights.folder import read_config
+from tests.models.handmade import assert_gradients_close, build_tower, load_tower, save, windows_of
 
 
 def whisper(num_mels: int, whole: bool = True):
@@ -31,10 +30,6 @@ def whisper(num_mels: int, whole: bool = True):
     return (transformers.WhisperForConditionalGeneration if whole else transformers.WhisperModel)(config)
 
 
-def full_windows(num_clips: int, rows: int = 50) -> tuple[torch.Tensor, Segments]:
-    return torch.arange(num_clips * rows), Segments.of([rows] * num_clips)
-
-
 @pytest.mark.parametrize(("num_mels", "whole"), [(80, True), (128, False)])
 def test_features_of_full_windows_equal_those_of_transformers(num_mels, whole, tmp_path):
     theirs = whisper(num_mels, whole)
@@ -42,7 +37,7 @@ def test_features_of_full_windows_equal_those_of_transformers(num_mels, whole, t
     tower, report = load_tower(read_config(tmp_path), tmp_path)
     mel = torch.randn(2, num_mels, 100)
     with torch.no_grad():
-        features = tower(mel, *full_windows(2))
+        features = tower(windows_of(tower.config, list(mel)))
         expected = theirs.get_encoder()(mel).last_hidden_state.flatten(0, 1)
     error = (features - expected).abs().max().item()
     print(f"parity whisper {num_mels}: {error:.2e} of {expected.abs().max():.2f}")
@@ -56,7 +51,7 @@ def test_gradients_equal_those_of_transformers(tmp_path):
     save(theirs, tmp_path)
     tower, _ = load_tower(read_config(tmp_path), tmp_path)
     mel, weights = torch.randn(2, 80, 100), torch.randn(100, 32)
-    (tower(mel, *full_windows(2)) * weights).sum().backward()
+    (tower(windows_of(tower.config, list(mel))) * weights).sum().backward()
     (theirs.get_encoder()(mel).last_hidden_state.flatten(0, 1) * weights).sum().backward()
     expected = dict(theirs.get_encoder().named_parameters())
     ours = {hugging_face_name("audio", key): p.grad for key, p in tower.named_parameters()}
@@ -78,19 +73,15 @@ CONFIG = AudioConfig(hidden_size=32, intermediate_size=48, num_layers=2, num_hea
 def test_a_clip_has_the_same_features_alone_and_beside_longer_clips():
     tower = build_tower(CONFIG)
     clips = [torch.randn(8, frames) for frames in (12, 60, 2)]
-    mel = torch.zeros(3, 8, 60)
-    for window, clip in zip(mel, clips):
-        window[:, : clip.shape[1]] = clip
-    kept = torch.cat([torch.arange(clip.shape[1] // 2) + 30 * i for i, clip in enumerate(clips)])
     with torch.no_grad():
-        together = tower(mel, kept, Segments.of([6, 30, 1]))
-        alone = [tower(clip[None], *full_windows(1, clip.shape[1] // 2)) for clip in clips]
+        together = tower(windows_of(CONFIG, clips))
+        alone = [tower(windows_of(CONFIG, [clip])) for clip in clips]
     assert (together - torch.cat(alone)).abs().max() <= 1e-5
 
 
 def test_zero_clips_give_exactly_zero_gradients():
     tower = build_tower(CONFIG)
-    features = tower(torch.zeros(0, 8, 2), torch.arange(0), Segments.of([]))
+    features = tower(windows_of(CONFIG, []))
     assert features.shape == (0, 32)
     features.sum().backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in tower.parameters())

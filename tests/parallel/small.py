@@ -67,8 +67,9 @@ def make_sample(mix: str, num_words: int, generator: torch.Generator) -> Encoded
     target_T = torch.full_like(token_T, -100)
     target_T[len(media) : -1] = token_T[len(media) + 1 :]
     pixels = torch.randint(0, 255, (num_images, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    items = {"image": list(pixels), "audio": mels}
     kind = {"both": "mixed"}.get(mix, mix)
-    return EncodedSample(mix, kind, token_T, target_T, pixels, mels)
+    return EncodedSample(mix, kind, token_T, target_T, items)
 
 
 def build(cfg: Config, worlds: dict[tuple, mesh.World] | None = None) -> tuple[mesh.World, AVLM]:

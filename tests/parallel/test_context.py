@@ -75,8 +75,7 @@ def make_batch(lengths: list[int]) -> Batch:
         token_T = torch.arange(first, first + length)
         target_T = torch.where(token_T % 3 == 0, -100, token_T + 1)
         target_T[-1:] = -100
-        empty = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-        samples.append(EncodedSample(str(first), ("text", "mixed")[length % 2], token_T, target_T, empty, []))
+        samples.append(EncodedSample(str(first), ("text", "mixed")[length % 2], token_T, target_T))
         first += length
     return pack(samples, sum(lengths), MODEL)
 
@@ -89,7 +88,7 @@ def test_targets_follow_their_rows(context):
         assert part.token_T.shape == part.position_T.shape == (96 // context,)
         assert part.target_R.equal(part.token_T[part.target_rows_R] + 1)
         assert (part.target_rows_R.diff() > 0).all()
-        assert part.pixels is whole.pixels and part.image_rows_F is whole.image_rows_F
+        assert part.image is whole.image and part.audio is whole.audio
     for place_T in places:
         assert torch.cat([part.token_T for part in parts])[place_T].equal(whole.token_T)
         assert torch.cat([part.position_T for part in parts])[place_T].equal(whole.position_T)

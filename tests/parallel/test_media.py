@@ -16,6 +16,7 @@ from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, Projector
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.models.avlm import AVLM, init
+from avlm.models.costs import item_costs
 from avlm.models.log_mel import window_rows
 from avlm.parallel import media
 from avlm.parallel.exchange import RoutedSegments, apply_media
@@ -62,7 +63,8 @@ def make_batch(model, num_images, num_clips, seed):
         mels = [torch.randn(height, 2 * kept, generator=generator) for _ in range(clips)]
         token_T = torch.tensor([-200] * (4 * images) + [-300] * (clips * math.ceil(kept / 2)) + [7])
         pixels = torch.randint(0, 255, (images, 3, 16, 16), generator=generator, dtype=torch.uint8)
-        samples.append(EncodedSample("", "text", token_T, torch.full_like(token_T, -100), pixels, mels))
+        items = {"image": list(pixels), "audio": mels}
+        samples.append(EncodedSample("", "text", token_T, torch.full_like(token_T, -100), items))
     order = torch.randperm(len(samples), generator=generator).tolist()
     return pack([samples[i] for i in order], TOKENS, model)
 
@@ -77,6 +79,11 @@ def reference(model, batches, weights):
     features = [model.embed(batch) for batch in batches]
     sum((x_TD * weight_TD).sum() for x_TD, weight_TD in zip(features, weights)).backward()
     return [x_TD.detach() for x_TD in features], gradients(model)
+
+
+def window_cost(model, rows):
+    per_row, per_pair = item_costs("audio", model)
+    return per_row * rows + per_pair * rows**2
 
 
 def distance(found, expected, floor=1e-30):
@@ -96,7 +103,7 @@ def compare(model, world, counts, balance=False, group=None, shuffled=True):
     num_held = TOKENS // row_group.size()
     rows = place_T.argsort()[row_group.rank() * num_held :][:num_held]  # of the whole row, those that this rank holds
     local = media.split(batch, place_T, model.config, world, balance, group)
-    encoded = local.pixels.shape[0], [length for _, length in local.audio_segments.spans]
+    encoded = len(local.image.values), [length for _, length in local.audio.segments.spans]
     local = replace(local, token_T=batch.token_T[rows], position_T=batch.position_T[rows]).to("cpu")
 
     model.zero_grad()
@@ -168,8 +175,8 @@ def test_each_image_and_window_is_encoded_once_and_no_rank_has_more_than_its_sha
                 size = world_size // len(homes)
                 for first, home in zip(range(0, world_size, size), homes):
                     images, windows = zip(*encoded[first : first + size])
-                    costs = [sum(media.window_cost(MODEL.audio, rows) for rows in of_rank) for of_rank in windows]
-                    most = media.window_cost(MODEL.audio, 20)
+                    costs = [sum(window_cost(MODEL, rows) for rows in of_rank) for of_rank in windows]
+                    most = window_cost(MODEL, 20)
                     assert (sum(images), sum(map(len, windows))) == tuple(map(sum, zip(*home)))
                     assert max(images) - min(images) <= 1
                     assert max(costs) <= sum(costs) / size + most
@@ -210,11 +217,12 @@ def test_the_slowest_rank_takes_at_most_a_third_longer_than_in_the_best_assignme
 def test_with_four_clips_to_a_rank_the_slowest_is_within_a_tenth_of_what_is_possible():
     """Of the mean, or of the largest clip where that is above the mean. Log-normal lengths, median 6 s, 1 to 30 s."""
     whisper = AudioConfig(hidden_size=1280, intermediate_size=5120, num_layers=32, num_heads=20)
+    model = replace(MODEL, audio=whisper)
     draw = random.Random(0)
     for _ in range(1000):
         num_ranks = draw.choice([2, 4, 8, 16, 32])
         seconds = [draw.lognormvariate(math.log(6), 0.7) for _ in range(draw.randint(4 * num_ranks, 5 * num_ranks))]
-        costs = [media.window_cost(whisper, round(50 * min(max(s, 1), 30))) for s in seconds]
+        costs = [window_cost(model, round(50 * min(max(s, 1), 30))) for s in seconds]
         bound = max(sum(costs) / num_ranks, max(costs))
         assert slowest(costs, media.assign(costs, num_ranks)) <= 1.1 * bound
 

@@ -8,14 +8,14 @@ D decoder width   H, K heads of queries, of keys   E head dim
 import math
 import pickle
 from collections import Counter
-from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from avlm.config.run import Config
 from avlm.models.avlm import AVLM
-from avlm.models.batch import KINDS, Batch
+from avlm.models.batch import KINDS, Batch, Media
+from avlm.models.costs import item_costs
 from avlm.parallel import media
 from avlm.parallel.context import cut
 from avlm.parallel.mesh import World
@@ -147,7 +147,7 @@ def of_context(config: Config, L: int) -> Bytes:
 
 def of_media(config: Config, world: World, rows: list[Batch]) -> Bytes:
     """Tower rows go from who encodes them to who holds the token row of their feature, and their gradients back. With
-    balance an image or window first goes to its encoder, with 8 bytes a tower row that say where that is to go."""
+    balance an image (uint8) or window (float32) first goes to its encoder, with 8 bytes a tower row for its destination."""
     model, c, row = config.model, 2, world.row_mesh["row"].size()
     balance = config.parallel.balance_media and len(rows) > 1
     if row == 1 and not balance:
@@ -155,38 +155,35 @@ def of_media(config: Config, world: World, rows: list[Batch]) -> Bytes:
     axis, homes = ("world", rows) if balance else ("row", [rows[world.data_rank]])
     group = dist.group.WORLD if balance else world.row_mesh.get_group("row")
     share = media.Share(group, world.data_rank if balance else 0, row, len(rows[0].token_T) // row)
-    image, mels = 4 * 3 * model.vision.image_size**2, model.audio.num_mels  # float32
-    towers = (
-        (model.vision, media.image_cost, "image", "patch_rows_F", "image_rows_F", lambda _: image),
-        (model.audio, media.window_cost, "audio", "frame_rows_G", "audio_rows_G", lambda num: 4 * mels * 2 * num),
-    )
     sent = Counter()
-    for tower, cost, name, sources, places, bytes_of in towers:
-        lengths = [[length for _, length in getattr(home, f"{name}_segments").spans] for home in homes]
-        plan = media.make_plan(share, lengths, partial(cost, tower))
-        crossing = crossings(plan, homes, sources, places, world)
-        sent[axis, "all-to-all"] += c * tower.hidden_size * crossing
+    lengths = []
+    for home in homes:
+        lengths.append({name: [n for _, n in items.segments.spans] for name, items in home.media.items()})
+    for name, tower in model.modalities.items():
+        plan = media.make_plan(share, [of_home[name] for of_home in lengths], item_costs(name, model))
+        crossing = crossings(plan, [home.media[name] for home in homes], homes, world)
+        sent[axis, "all-to-all"] += c * getattr(model, tower).hidden_size * crossing
         for length, sender, encoder in zip(plan.lengths, plan.senders, plan.encoders):
             if balance and sender == group.rank() != encoder:
-                sent[axis, "all-to-all"] += bytes_of(length) + 8 * length
+                pixels, frames = 3 * model.vision.image_size**2, 4 * model.audio.num_mels * 2 * length
+                sent[axis, "all-to-all"] += (pixels if name == "image" else frames) + 8 * length
     if balance:
-        spans = [[[n for _, n in x.spans] for x in (home.image_segments, home.audio_segments)] for home in homes]
-        sent["world", "objects"] += (world.size - 1) * (8 + max(len(pickle.dumps(x)) for x in spans))
+        sent["world", "objects"] += (world.size - 1) * (8 + max(len(pickle.dumps(x)) for x in lengths))
     return sent
 
 
-def crossings(plan: media.Plan, homes: list[Batch], sources: str, places: str, world: World) -> int:
+def crossings(plan: media.MediaPlan, of_homes: list[Media], homes: list[Batch], world: World) -> int:
     """Tower rows that this rank encodes for others, and those that others encode for it."""
     me, first, count = plan.share.group.rank(), 0, 0
-    for home, batch in enumerate(homes):
-        place_T = cut(batch, 0, world.axis("context")[1])[1]
-        num_items = len(batch.image_segments.spans if places == "image_rows_F" else batch.audio_segments.spans)
-        items = torch.arange(first, first + num_items)
-        encoder_P = torch.tensor(plan.encoders)[items].repeat_interleave(torch.tensor(plan.lengths)[items])
-        source_FS = getattr(batch, sources)
-        owner_F = home * plan.share.ranks_per_home + place_T[getattr(batch, places)] // plan.share.rows_per_rank
-        owner_FS, is_row_FS = owner_F[:, None].expand_as(source_FS), source_FS >= 0
-        encoder, owner = encoder_P[source_FS[is_row_FS]], owner_FS[is_row_FS]
-        count += int(((encoder != owner) & ((encoder == me) | (owner == me))).sum())
-        first += num_items
+    for home, (items, batch) in enumerate(zip(of_homes, homes)):
+        _, place_T = cut(batch, 0, world.axis("context")[1])
+        own = slice(first, first + len(items.segments))
+        first = own.stop
+        encoder_P = torch.tensor(plan.encoders)[own].repeat_interleave(torch.tensor(plan.lengths)[own])
+        owner_F = home * plan.share.ranks_per_home + place_T[items.rows] // plan.share.tokens_per_rank
+        is_row_FS = items.sources >= 0
+        encoder = encoder_P[items.sources[is_row_FS]]
+        owner = owner_F[:, None].expand_as(items.sources)[is_row_FS]
+        crosses = (encoder != owner) & ((encoder == me) | (owner == me))
+        count += int(crosses.sum())
     return count

@@ -12,18 +12,18 @@ from torch.distributed.tensor import DTensor
 
 from avlm.config.load import resolve_config, to_dict
 from avlm.config.model import MODULES, ProjectorConfig
+from avlm.data.check import check_data
 from avlm.models import freezing
 from avlm.models.avlm import AVLM
 from avlm.models.batch import empty_batch
 from avlm.models.decoder import rope_frequencies, rope_table
-from avlm.models.freezing import trained_shapes
 from avlm.models.projector import Projector
 from avlm.models.shapes import parameter_shapes
 from avlm.parallel import mesh
 from avlm.parallel.apply import apply_parallel
+from avlm.parallel.check import check_layout
 from avlm.parallel.recompute import apply_recompute
 from avlm.preflight import memory
-from avlm.preflight.check import check_layout
 from avlm.preflight.layout import layout_of
 from avlm.preflight.memory import GIB
 from avlm.preflight.report import check_memory, report
@@ -73,6 +73,11 @@ def make_config(*changes, **more):
 
 def estimate(cfg, world_size=1):
     return memory.estimate(cfg, cfg.stages[0], world_size, parameter_shapes(cfg.model))
+
+
+def make_case(cfg, dtype, stage):
+    """One process that computes in a dtype."""
+    return memory.Case(cfg, stage, replace(layout_of(cfg, 1), dtype=dtype), parameter_shapes(cfg.model))
 
 
 def with_adapters(*changes, **lora):
@@ -169,23 +174,21 @@ def kept_by_a_block(tower, dtype, trains, cfg, tokens=256):
 @pytest.mark.parametrize(("mode", "error"), [("none", 0.10), ("selective", 0.25), ("full", 0.10)])
 def test_activations_of_a_block_are_as_estimated(mode, error, dtype):
     cfg = make_config(*((f"train.recompute.{tower}", mode) for tower in ("decoder", "vision", "audio")))
-    layout = replace(layout_of(cfg, 1), dtype=dtype)
     for trains in (True, False):
-        said = memory.decoder_block_bytes(cfg.model.decoder, layout, mode, trains)
-        assert said == pytest.approx(kept_by_a_block("decoder", dtype, trains, cfg), rel=error), ("decoder", trains)
-    for tower in ("vision", "audio"):
-        said = memory.encoder_block_bytes(getattr(cfg.model, tower), layout, mode)
-        assert said == pytest.approx(kept_by_a_block(tower, dtype, True, cfg), rel=error), tower
+        stage = cfg.stages[0] if trains else replace(cfg.stages[0], train=["vision_projector"])
+        case = make_case(cfg, dtype, stage)
+        for name in ("decoder", "vision", "audio") if trains else ("decoder",):
+            said = memory.block_bytes(name, case, mode)
+            assert said == pytest.approx(kept_by_a_block(name, dtype, trains, cfg), rel=error), (name, trains)
 
 
 @pytest.mark.parametrize("lora", [{}, {"dropout": 0.1}, {"dora": True}])
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_what_adapters_keep_is_as_estimated(mode, lora):
     cfg = with_adapters(*((f"train.recompute.{tower}", mode) for tower in ("decoder", "vision", "audio")), **lora)
-    layout = replace(layout_of(cfg, 1), dtype=torch.bfloat16)
-    trained = trained_shapes(cfg, cfg.stages[0], parameter_shapes(cfg.model))
+    case = make_case(cfg, torch.bfloat16, cfg.stages[0])
     for tower in ("decoder", "vision", "audio"):
-        said = memory.block_bytes(tower, cfg, layout, mode, trained)
+        said = memory.block_bytes(tower, case, mode)
         assert said == pytest.approx(kept_by_a_block(tower, torch.bfloat16, False, cfg), rel=0.1), tower
 
 
@@ -294,4 +297,6 @@ def without_vision():
 )
 def test_bad_layouts_are_named_with_their_mend(make, line):
     with pytest.raises(ValueError, match=line):
-        check_layout(make(), 1)
+        config = make()
+        check_layout(config, 1)
+        check_data(config)

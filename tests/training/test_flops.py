@@ -15,6 +15,7 @@ from avlm.data.synthetic import SyntheticLoader
 from avlm.models import decoder, freezing
 from avlm.models.avlm import AVLM, init
 from avlm.models.batch import KINDS, empty_batch
+from avlm.models.costs import counts
 from avlm.parallel import recompute
 from avlm.storage.run_folder import read_records
 from avlm.training import flops
@@ -118,7 +119,7 @@ def counted(cfg, batch, monkeypatch):
 def test_flops_are_those_that_pytorch_counts(case, monkeypatch):
     cfg = CASES[case]
     batch = make_batch(cfg)
-    count = flops.counts(batch)
+    count = counts(batch)
     # The plain path computes every pair of a document, those that a query may not see as well.
     count["token_pairs"] = sum(length**2 for _, length in batch.segments.spans)
     found = flops.by_module(flops.costs(cfg, cfg.stages[0]), count)
@@ -132,7 +133,7 @@ def test_flops_are_those_that_pytorch_counts(case, monkeypatch):
 def test_attention_is_counted_by_document():
     cfg = CASES["text"]
     costs = flops.costs(cfg, cfg.stages[0])
-    whole, cut = (flops.counts(make_batch(cfg, documents)) for documents in (1, 4))
+    whole, cut = (counts(make_batch(cfg, documents)) for documents in (1, 4))
     assert (whole["token_pairs"], cut["token_pairs"]) == (128 * 129 // 2, 4 * 32 * 33 // 2)
     of_pairs = whole["token_pairs"] * 12 * 32 * 2  # 4 forward and 8 backward, for 32 numbers in each of 2 layers
     assert sum(costs["decoder", "token_pairs"]) * whole["token_pairs"] == of_pairs
@@ -140,7 +141,7 @@ def test_attention_is_counted_by_document():
 
 def test_a_frozen_tower_has_no_backward():
     cfg = CASES["projectors"]
-    found = flops.by_module(flops.costs(cfg, cfg.stages[0]), flops.counts(make_batch(cfg)))
+    found = flops.by_module(flops.costs(cfg, cfg.stages[0]), counts(make_batch(cfg)))
     assert found["vision"][0] > 0 and found["audio"][0] > 0
     assert found["vision"][1] == found["audio"][1] == 0
     assert found["head"][0] == found["head"][1], "the frozen head passes a gradient on, and makes none of its own"
@@ -149,7 +150,7 @@ def test_a_frozen_tower_has_no_backward():
 def test_what_fills_a_row_counts():
     cfg = CASES["everything"]
     costs = flops.costs(cfg, cfg.stages[0])
-    empty = flops.by_module(costs, flops.counts(empty_batch(64, cfg.model)))
+    empty = flops.by_module(costs, counts(empty_batch(64, cfg.model)))
     assert empty["decoder"][0] > 0 and empty["head"] == empty["vision"] == empty["audio"] == (0, 0, 0)
 
 

@@ -1,12 +1,11 @@
 """Pictures: bytes -> what the vision tower sees.
 
-decode     JPEG, PNG or WebP bytes -> uint8 RGB (3, H, W)
-fit        -> uint8 (3, S, S), S = image_size, the way the tower was trained (CLIP: crop, SigLIP: stretch)
-normalise  uint8 (I, 3, S, S) -> float32, (x / 255 - mean) / std
+decode  JPEG, PNG or WebP bytes -> uint8 RGB (3, H, W)
+fit     -> uint8 (3, S, S), S = image_size, the way the tower was trained (CLIP: crop, SigLIP: stretch)
 
-The numbers are those of transformers' CLIPImageProcessor, with antialiasing on bytes. Pictures stay bytes until their
-row is packed, so that a packing buffer holds a quarter of the memory. What is transparent is shown on white, so that
-colours that its author never saw do not appear.
+The numbers are those of transformers' CLIPImageProcessor, with antialiasing on bytes. Pictures stay bytes until the
+tower normalises them, so that buffers, ranks and devices are sent a quarter of the memory. What is transparent is shown
+on white, so that colours that its author never saw do not appear.
 """
 
 import io
@@ -127,18 +126,6 @@ def _resize_box(image: Tensor, dim: int, start: float, end: float, vision: Visio
     resized = Image.fromarray(part.numpy()).resize((size, height), mode, (left, 0, right, height))
     resized = resized.resize((size, size), mode, (0, top, size, bottom))
     return torch.from_numpy(numpy.array(resized)).permute(2, 0, 1).contiguous()
-
-
-def normalise(pixels: Tensor, vision: VisionConfig) -> Tensor:
-    """uint8 (I, 3, S, S) -> float32, zero mean and unit variance on the tower's training set."""
-    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (vision.mean, vision.std))
-    return pixels.float().sub_(mean).div_(std)
-
-
-def denormalise(pixels: Tensor, vision: VisionConfig) -> Tensor:
-    """The inverse of ``normalise``, to look at."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (vision.mean, vision.std))
-    return ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _open(data: bytes) -> tuple[Image.Image, int]:

@@ -67,7 +67,8 @@ def loader(root, tokenizer_folder):
 
 
 def content(batch) -> tuple:
-    sums = tuple(tensor.sum().item() for tensor in (batch.token_T, batch.target_R, batch.pixels, batch.mel))
+    tensors = (batch.token_T, batch.target_R, batch.image.values, batch.audio.values)
+    sums = tuple(tensor.sum().item() for tensor in tensors)
     return batch.keys, sums, batch.skipped, batch.read
 
 

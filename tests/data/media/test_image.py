@@ -11,6 +11,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 from transformers import CLIPImageProcessor, SiglipImageProcessor
 
 from avlm.data.media import image
+from avlm.models.vit import normalise
 from tests.data.small_files import VISION, film, image_file, picture
 
 CLIP = dataclasses.replace(VISION, image_size=224, patch_size=14)
@@ -30,7 +31,7 @@ def test_pixels_equal_those_of_clips_processor(size):
     theirs = clip_processor(False)(original, return_tensors="pt")["pixel_values"][0]
     assert (ours / 255 - theirs).abs().max() <= 1 / 255
     normalised = clip_processor(True)(original, return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(image.normalise(ours[None], CLIP)[0], normalised, atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalise(ours[None], CLIP)[0], normalised, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(2021, 101), (101, 2021), (450, 10_000), (3, 500), (1000, 47)])
@@ -48,7 +49,7 @@ def test_the_middle_of_a_very_long_picture_lies_on_the_grid_of_the_whole(size, r
 def test_stretched_pixels_equal_those_of_siglips_processor(resample):
     stretch = dataclasses.replace(CLIP, resize="stretch", resample=resample, mean=[0.5] * 3, std=[0.5] * 3)
     original = picture(301, 177)
-    ours = image.normalise(image.fit(image.decode(image_file(original), LIMIT), stretch)[None], stretch)
+    ours = normalise(image.fit(image.decode(image_file(original), LIMIT), stretch)[None], stretch)
     processor = SiglipImageProcessor(size={"height": 224, "width": 224}, resample=Image.Resampling[resample.upper()])
     theirs = processor(original, return_tensors="pt")["pixel_values"]
     assert (ours - theirs).abs().max() <= 2 / 255
@@ -279,8 +280,3 @@ def test_a_picture_that_would_take_too_much_memory_or_time_is_refused_before_dec
         image.decode(vast, LIMIT)
     with pytest.raises(ValueError, match="1 x 50000000 pixels would take 1097 MiB to decode as PNG"):
         image.decode(png(1, 50_000_000, 8, 2, b""), LIMIT)
-
-
-def test_denormalised_pixels_are_the_pixels():
-    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    assert torch.equal(image.denormalise(image.normalise(pixels, CLIP), CLIP), pixels)

@@ -1,0 +1,136 @@
+"""What a model computes, counted: the matrix products and attentions of each module, in the order in which they run.
+
+A count is how often something happens for a row of tokens: a linear of n parameters takes 2 n FLOPs for each of its
+rows, attention 4 A for each pair of a query and a key that it sees, A wide over all heads.
+"""
+
+import math
+from collections.abc import Iterator
+
+from avlm.config.model import TOWERS, AudioConfig, DecoderConfig, ModelConfig, VisionConfig
+from avlm.models.batch import FRAMES_PER_ROW, Batch
+from avlm.models.projector import LAYERS
+from avlm.models.shapes import parameter_shapes
+from kernels.segments import Segments
+
+Step = tuple[str, tuple[str, ...]]  # how often it runs, "" where there is no product; modules that share an input
+# By how much the counts of a tower's stem grow with each row of an item.
+PER_ROW = {"patches": 1, "frames": FRAMES_PER_ROW, "strided_frames": 1}
+
+
+def counts(batch: Batch) -> dict[str, int]:
+    """The counts of a packed row. The batch is on the host, before ranks share it.
+
+    A causal query sees the keys up to itself, so a document of L tokens has L (L + 1) / 2 pairs; an image or a window
+    has L^2. The filled end of a row is computed as one more document. Convolutions work on whole windows, the head on
+    rows with a target.
+    """
+    num_windows = len(batch.audio.values)
+    num_frames = batch.audio.values.shape[2] if num_windows else 0
+    found = {
+        "batches": 1,
+        "tokens": len(batch.token_T),
+        "token_pairs": sum(length * (length + 1) // 2 for length in _lengths(batch.segments)),
+        "targets": len(batch.target_R),
+        "patches": batch.image.sources.numel(),
+        "frames": num_windows * num_frames,
+        "strided_frames": num_windows * (num_frames // FRAMES_PER_ROW),  # left by the second convolution
+    }
+    for modality, media in batch.media.items():
+        lengths = _lengths(media.segments)
+        found[f"{modality}_rows"] = sum(lengths)
+        found[f"{modality}_pairs"] = sum(length**2 for length in lengths)
+        found[f"{modality}_features"] = len(media.rows)
+    return found
+
+
+def _lengths(segments: Segments) -> list[int]:
+    return [length for _, length in segments.spans]
+
+
+def item_costs(modality: str, model: ModelConfig) -> tuple[int, int]:
+    """(a, b): a tower's forward over an item of n rows takes a * n + b * n^2 FLOPs, adapters not counted."""
+    tower = TOWERS[modality]
+    shapes = parameter_shapes(model)
+    per_row = per_pair = 0
+    for count, paths in steps(tower, model):
+        for path in paths if count else ():
+            if path.endswith("core"):
+                per_pair += attention_cost(path, model)
+            else:
+                per_row += PER_ROW.get(count, 1) * 2 * math.prod(shapes[f"{path}.weight"])
+    return per_row, per_pair
+
+
+def attention_cost(path: str, model: ModelConfig) -> int:
+    """FLOPs of a pair of a query and a key, forward, of the attention core at a path."""
+    tower = getattr(model, path.split(".")[0])
+    width = tower.num_heads * tower.head_dim if isinstance(tower, DecoderConfig) else tower.hidden_size
+    return 4 * width
+
+
+def block_products(module: str, model: ModelConfig) -> list[str]:
+    """The linears of a module's first block, in the order in which they run."""
+    block = f"{module}.blocks.0."
+    found = []
+    for count, paths in steps(module, model):
+        found += [path for path in paths if count and path.startswith(block) and not path.endswith("core")]
+    return found
+
+
+def steps(module: str, model: ModelConfig) -> Iterator[Step]:
+    """The modules in a module of the model, by their paths. Norms and embeddings have no product."""
+    config = getattr(model, module)
+    if module == "decoder":
+        found = _decoder(config)
+    elif module == "vision":
+        found = _vision(config)
+    elif module == "audio":
+        found = _audio(config)
+    else:
+        modality = next(name for name, tower in TOWERS.items() if module == f"{tower}_projector")
+        found = ((f"{modality}_features", (layer,)) for layer in LAYERS[config.type])
+    for count, names in found:
+        yield count, tuple(f"{module}.{name}" for name in names)
+
+
+def _decoder(config: DecoderConfig) -> Iterator[Step]:
+    yield "", ("embedding",)
+    for i in range(config.num_layers):
+        block, attention = f"blocks.{i}", f"blocks.{i}.attention"
+        yield "", (f"{block}.attention_norm",)
+        yield "tokens", (f"{attention}.q", f"{attention}.k", f"{attention}.v")
+        yield "", (f"{attention}.q_norm", f"{attention}.k_norm")
+        yield "token_pairs", (f"{attention}.core",)
+        yield "tokens", (f"{attention}.o",)
+        yield "", (f"{block}.ffn_norm",)
+        yield "tokens", (f"{block}.ffn.gate", f"{block}.ffn.up")
+        yield "tokens", (f"{block}.ffn.down",)
+    yield "", ("norm",)
+    yield "targets", ("head",)
+
+
+def _vision(config: VisionConfig) -> Iterator[Step]:
+    yield "patches", ("patch",)
+    yield "", ("class_token", "position", "pre_norm")
+    yield from _encoder(config, "image")
+
+
+def _audio(config: AudioConfig) -> Iterator[Step]:
+    yield "frames", ("conv1",)
+    yield "strided_frames", ("conv2",)
+    yield from _encoder(config, "audio")
+
+
+def _encoder(config: VisionConfig | AudioConfig, modality: str) -> Iterator[Step]:
+    rows, pairs = f"{modality}_rows", f"{modality}_pairs"
+    for i in range(config.num_blocks):
+        block, attention = f"blocks.{i}", f"blocks.{i}.attention"
+        yield "", (f"{block}.attention_norm",)
+        yield rows, (f"{attention}.q", f"{attention}.k", f"{attention}.v")
+        yield pairs, (f"{attention}.core",)
+        yield rows, (f"{attention}.o",)
+        yield "", (f"{block}.ffn_norm",)
+        yield rows, (f"{block}.up",)
+        yield rows, (f"{block}.down",)
+    yield "", ("norm", "post_norm")  # Whisper's, and a ViT's that has one
