@@ -22,7 +22,7 @@ from avlm.config.model import ModelConfig, shown
 from avlm.config.run import DataConfig
 from avlm.data.packing import pack, select
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder, load_json, parse
-from avlm.data.text.chat import Tokenizer
+from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.batch import Batch
 from avlm.process import worker
 

@@ -7,7 +7,7 @@ import torch
 
 from avlm.config.run import ParallelConfig
 from avlm.parallel import mesh
-from avlm.process.exit import one_line_errors
+from avlm.process.exit import run_command
 from avlm.process.launch import ranks
 from avlm.storage.run_folder import read_run
 from avlm.weights.export import FORMATS, export
@@ -53,5 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    run_command(main)

@@ -4,33 +4,27 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from avlm.config.load import to_dict
-from avlm.config.model import LoraConfig, ModelConfig
+from avlm.config.model import AudioConfig, LoraConfig, ModelConfig
 from avlm.config.run import DataConfig
-from avlm.data.text.chat import Tokenizer
-from avlm.data.text.export import MEDIA_TOKENS, media_token, write_tokenizer
-from avlm.families.export_configs import (
-    decoder_keys,
-    llava_keys,
-    picture_keys,
-    processor_keys,
-    sound_keys,
-    voxtral_keys,
-)
-from avlm.families.tables import hugging_face_name
+from avlm.data.text.pieces import MEDIA
+from avlm.data.text.tokenizer import Tokenizer
+from avlm.families import door
 from avlm.models.lora import is_adapter, merge
 from avlm.models.whisper import sinusoids
 from avlm.parallel.mesh import World
 from avlm.storage.model_folder import Lazy, publish, write_json, write_tensors
 from avlm.weights.peft import adapter_keys, peft_names
 from avlm.weights.sources import Stored
+from avlm.weights.tokenizer import media_token_id, write_tokenizer
 
-FORMATS = ("avlm", "decoder", "llava", "voxtral", "adapter")
+FORMATS = ("avlm", *door.FORMATS, "adapter")
 PROMPT_KEYS = ["template", "system", "seq_length", "video", "max_media_bytes", "max_image_pixels", "max_audio_seconds"]
 ADAPTER = ("lora_down.weight", "lora_up.weight", "lora_magnitude")
 State = dict[str, Lazy]
@@ -63,13 +57,30 @@ def export(
     folder = Path(folder)
     lazy = {name: Lazy.of(tensor) for name, tensor in state.items()}
     if config.lora and format != "adapter":
-        config, lazy = dataclasses.replace(config, lora=None), merged(lazy, config.lora, dtype)
+        lazy = merged(lazy, config.lora, dtype)
+        config = dataclasses.replace(config, lora=None)
     if config.decoder.tie_embedding:
         lazy.pop("decoder.head.weight", None)
     tokenizer = Tokenizer(data.tokenizer) if data is not None and data.tokenizer else None
-    media = MEDIA_TOKENS.get(format)
-    token = media_token(tokenizer, media, config.decoder.vocab_size) if media else None
-    keys, tensors = _formatted(format, config, lazy, data, token, base)
+    token = None
+    files: dict[str, dict[str, Any]] = {}
+    media = {kind: f"<{kind}>" for kind in MEDIA}
+    if format == "avlm":
+        keys, tensors = _own_keys(config, data), lazy
+    elif format == "adapter":
+        keys, tensors = _adapter(config, lazy, base)
+    elif format in door.FORMATS:
+        family = door.FORMATS[format]
+        media = family.MEDIA_TOKENS
+        for word in media.values():
+            token = media_token_id(tokenizer, word, config.decoder.vocab_size)
+        keys = family.config_json(config, token)
+        files = family.processor_json(config)
+        tensors = _hugging_face_tensors(family, config, lazy)
+        if token is not None:
+            keys["text_config"]["vocab_size"] = _make_room(tensors, family, token + 1)
+    else:
+        raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
@@ -78,43 +89,31 @@ def export(
         if world is not None and not world.is_first:
             return
         if format == "adapter":
-            return write_json(partial / "adapter_config.json", keys)
+            write_json(partial / "adapter_config.json", keys)
+            return
         if tokenizer is not None:
-            write_tokenizer(tokenizer, data, partial, format, token, keys.get("model_type"))
-        if media:
-            processor = picture_keys(config.vision) if format == "llava" else sound_keys(config.audio)
-            write_json(partial / "preprocessor_config.json", processor)
-        if format == "llava":
-            write_json(partial / "processor_config.json", processor_keys(config.vision, media))
+            write_tokenizer(tokenizer, data, partial, media, token, keys.get("model_type"))
+        for name, tree in files.items():
+            write_json(partial / name, tree)
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         write_json(partial / "config.json", {**keys, "torch_dtype": stored})
 
     publish(folder, write, overwrite, world)
 
 
-def _formatted(
-    format: str, config: ModelConfig, state: State, data: DataConfig | None, token: int | None, base: str | None
-) -> tuple[dict[str, Any], State]:
-    """The keys of a format's config, and its tensors under its names."""
-    if format == "avlm":
-        prompt = {key: value for key, value in to_dict(data).items() if key in PROMPT_KEYS} if data is not None else {}
-        return {"architecture": "AVLM", "model": to_dict(config), "data": prompt}, state
-    if format == "decoder":
-        return decoder_keys(config.decoder), _renamed(state, {"decoder": "model."}, "lm_head.weight")
-    if format == "adapter":
-        names = peft_names(state)
-        if not names:
-            raise ValueError("the adapter format holds adapters of the decoder, and the model has none")
-        return adapter_keys(config, state, base), {theirs: state[name] for name, theirs in names.items()}
-    if format not in MEDIA_TOKENS:
-        raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
-    keys = llava_keys(config, token) if format == "llava" else voxtral_keys(config, token)
-    tensors = _llava_state(config, state) if format == "llava" else _voxtral_state(config, state)
-    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
-        if name in tensors:
-            tensors[name] = _padded(tensors[name], token + 1)
-            keys["text_config"]["vocab_size"] = tensors[name].shape[0]
-    return keys, tensors
+def _own_keys(config: ModelConfig, data: DataConfig | None) -> dict[str, Any]:
+    """config.json under our own names, with what encoding a prompt needs."""
+    prompt = {}
+    if data is not None:
+        prompt = {key: value for key, value in to_dict(data).items() if key in PROMPT_KEYS}
+    return {"architecture": "AVLM", "model": to_dict(config), "data": prompt}
+
+
+def _adapter(config: ModelConfig, state: State, base: str | None) -> tuple[dict[str, Any], State]:
+    names = peft_names(state)
+    if not names:
+        raise ValueError("the adapter format holds adapters of the decoder, and the model has none")
+    return adapter_keys(config, state, base), {theirs: state[name] for name, theirs in names.items()}
 
 
 def merged(state: State, config: LoraConfig, dtype: torch.dtype | None = None) -> State:
@@ -134,56 +133,52 @@ def _merge(adapter: list[Lazy | None], config: LoraConfig, base_OI: Tensor) -> T
     return merge(base_OI, *(part and part.read() for part in adapter), config)
 
 
-def _renamed(state: State, prefixes: dict[str, str], head: str) -> State:
-    """The modules of ``prefixes`` under Hugging Face's names."""
-    renamed = {}
+def _hugging_face_tensors(family: ModuleType, config: ModelConfig, state: State) -> State:
+    """The modules that a format holds, under its names and in its shapes, with the tensors that we do not have."""
+    prefixes = {module: known[0] for module, known in family.PREFIXES.items()}
+    shapes = door.stored_shapes(config)
+    tensors = {}
     for name, tensor in state.items():
         module, _, rest = name.partition(".")
-        if module in prefixes:
-            theirs = head if name == "decoder.head.weight" else prefixes[module] + hugging_face_name(module, rest)
-            renamed[theirs] = tensor
-    return renamed
+        if module not in prefixes:
+            continue
+        if name in shapes:
+            tensor = tensor.changed(functools.partial(torch.Tensor.reshape, shape=shapes[name]), shape=shapes[name])
+        theirs = (
+            family.HEAD if name == "decoder.head.weight" else prefixes[module] + door.hugging_face_name(module, rest)
+        )
+        tensors[theirs] = tensor
+    for module, prefix in prefixes.items():
+        for name, value in door.CONSTANTS.get(module, {}).items():
+            norm = state[f"{module}.blocks.0.attention_norm.weight"]
+            tensors[prefix + name] = norm.changed(functools.partial(torch.full_like, fill_value=value))
+        if module in door.SINUSOIDS:
+            like = state[f"{module}.conv1.weight"]
+            tensors[prefix + door.SINUSOIDS[module]] = _sinusoids(getattr(config, module)).to(like.dtype)
+    if not family.TIES_HEAD:
+        tied = state["decoder.embedding.weight"].changed(torch.clone)  # safetensors shares no memory
+        tensors.setdefault(family.HEAD, tied)
+    return tensors
 
 
-def _llava_state(config: ModelConfig, state: State) -> State:
-    """Layout of the Hub's LLaVA-1.5."""
-    vision = "vision_tower.vision_model."
-    prefixes = {"decoder": "language_model.model.", "vision": vision, "vision_projector": "multi_modal_projector."}
-    state = _renamed(state, prefixes, "language_model.lm_head.weight")
-    side = config.vision.patch_size
-    patch = f"{vision}embeddings.patch_embedding.weight"
-    shape = (config.vision.hidden_size, 3, side, side)
-    state[patch] = state[patch].changed(lambda tensor: tensor.view(shape), shape=shape)
-    token = f"{vision}embeddings.class_embedding"
-    if token in state:
-        state[token] = state[token].changed(lambda tensor: tensor[0], shape=shape[:1])
-    # Of use to the pooled output only, which no LLaVA reads; transformers wants it all the same.
-    norm = state[f"{vision}encoder.layers.0.layer_norm1.weight"]
-    state[f"{vision}post_layernorm.weight"] = norm.changed(torch.ones_like)
-    state[f"{vision}post_layernorm.bias"] = norm.changed(torch.zeros_like)
-    return state
+def _sinusoids(audio: AudioConfig) -> Lazy:
+    rows, width = audio.max_positions, audio.hidden_size
+    return Lazy((rows, width), torch.float32, lambda: sinusoids(torch.arange(rows), width))
 
 
-def _voxtral_state(config: ModelConfig, state: State) -> State:
-    """Layout of the Hub's Voxtral."""
-    prefixes = {
-        "decoder": "language_model.model.",
-        "audio": "audio_tower.",
-        "audio_projector": "multi_modal_projector.",
-    }
-    state = _renamed(state, prefixes, "language_model.lm_head.weight")
-    tied = state["language_model.model.embed_tokens.weight"].changed(torch.clone)  # safetensors shares no memory
-    state.setdefault("language_model.lm_head.weight", tied)
-    rows, width = config.audio.max_positions, config.audio.hidden_size
-    position = Lazy((rows, width), torch.float32, lambda: sinusoids(torch.arange(rows), width))
-    return {**state, "audio_tower.embed_positions.weight": position.to(state["audio_tower.conv1.weight"].dtype)}
+def _make_room(tensors: State, family: ModuleType, rows: int) -> int:
+    """Pad the embedding and the head to ``rows`` for a new media token. The number of rows that they then have.
+
+    A new row is the mean row, so its logit is the mean of the others and never the largest.
+    """
+    embedding = f"{family.PREFIXES['decoder'][0]}{door.hugging_face_name('decoder', 'embedding.weight')}"
+    for name in (embedding, family.HEAD):
+        if name in tensors and tensors[name].shape[0] < rows:
+            padded = functools.partial(_padded, rows=rows)
+            tensors[name] = tensors[name].changed(padded, shape=(rows, tensors[name].shape[1]))
+    return tensors[embedding].shape[0]
 
 
-def _padded(embedding: Lazy, rows: int) -> Lazy:
-    """At least so many rows, for a media token that is never an answer: the mean row, whose logit is the mean of the
-    others, so it never wins."""
-    short = rows - embedding.shape[0]
-    if short <= 0:
-        return embedding
-    pad = lambda table_VD: torch.cat([table_VD, table_VD.mean(0, keepdim=True).expand(short, -1)])
-    return embedding.changed(pad, shape=(rows, embedding.shape[1]))
+def _padded(table_VD: Tensor, rows: int) -> Tensor:
+    mean_1D = table_VD.mean(0, keepdim=True)
+    return torch.cat([table_VD, mean_1D.expand(rows - len(table_VD), -1)])

@@ -1,16 +1,25 @@
-"""Weights of pretrained models in, trained weights out: one name table per tower, strict in both directions.
+"""Weights into a model: from what ``init_from`` names, or from one folder or run that is opened whole.
 
-    init_weights(model, init_from, seed)      every parameter: from a source, or at random
-    load_weights(model, init_from)            what ``avlm.weights.plan`` found -> the model's parameters
+    init_weights(model, init_from, seed)    every parameter: from a source, or at random
+    load_weights(model, init_from)          only what the sources have
+    open_model(name)                        a trained model, for use
 
 A rank reads only the slice that it holds, one tensor at a time, whatever sharded the model and whatever layout wrote
-it.
+the file.
 """
 
-from avlm.config.run import InitFrom
+from dataclasses import dataclass
+
+import torch
+
+from avlm.config.model import DecoderConfig, ModelConfig
+from avlm.config.run import DataConfig, InitFrom
 from avlm.models.avlm import AVLM, initial_values
-from avlm.models.lora import start_magnitudes
-from avlm.weights.plan import Report, plan
+from avlm.models.lora import init_magnitudes
+from avlm.storage.run_folder import is_run, read_run
+from avlm.storage.weight_files import local
+from avlm.weights.folder import model_and_data, read_config, resolve, stop_ids
+from avlm.weights.plan import Report, load_plans
 from avlm.weights.sources import Whole, copy_slice
 
 
@@ -21,11 +30,12 @@ def load_weights(model: AVLM, init_from: InitFrom) -> list[Report]:
     of them is written to, unless a file turns out to be damaged.
     """
     parameters = dict(model.named_parameters())
-    plans = plan(model.config, {name: tuple(parameter.shape) for name, parameter in parameters.items()}, init_from)
-    for each in plans:
-        for name, theirs in each.chosen.items():
-            copy_slice(parameters[name], each.source.tensors[theirs])
-    return [each.report for each in plans]
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    plans = load_plans(model.config, shapes, init_from)
+    for plan in plans:
+        for name, theirs in plan.chosen.items():
+            copy_slice(parameters[name], plan.source.tensors[theirs])
+    return [plan.report for plan in plans]
 
 
 def init_weights(model: AVLM, init_from: InitFrom, seed: int) -> list[Report]:
@@ -35,5 +45,38 @@ def init_weights(model: AVLM, init_from: InitFrom, seed: int) -> list[Report]:
     parameters = dict(model.named_parameters())
     for name, value in initial_values(model, seed, skip=loaded):
         copy_slice(parameters[name], Whole(value))
-    start_magnitudes(model, skip=loaded)
+    init_magnitudes(model, skip=loaded)
     return reports
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A trained model before its weights are read."""
+
+    config: ModelConfig
+    data: DataConfig  # how prompts are made
+    stop_ids: list[int]  # that the folder names; its chat template may have more
+    is_published: bool  # from a model folder, and so prompted by its own template
+    source: InitFrom
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> AVLM:
+        with torch.device("meta"):
+            model = AVLM(self.config)
+        model.to(dtype).to_empty(device=device).requires_grad_(False)
+        model.decoder.tie()  # to_empty gave the head a weight of its own
+        load_weights(model, self.source)
+        return model
+
+
+def open_model(name: str) -> OpenModel:
+    """A run (its newest complete checkpoint), a checkpoint of one, an exported AVLM, or a decoder or whole model of
+    Hugging Face by its folder or Hub name. Raises ValueError or FileNotFoundError."""
+    path = local(name)
+    if is_run(path):
+        run, checkpoint = read_run(path)
+        return OpenModel(run.model, run.stages[-1].data, [], False, InitFrom(all=str(checkpoint)))
+    folder = resolve(name)
+    config, data = model_and_data(folder)
+    is_decoder = isinstance(read_config(folder), DecoderConfig)
+    source = InitFrom(decoder=str(folder)) if is_decoder else InitFrom(all=str(folder))
+    return OpenModel(config, data, stop_ids(folder), True, source)

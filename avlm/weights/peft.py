@@ -6,12 +6,12 @@ from typing import Any
 
 from avlm.config.model import ModelConfig, shown
 from avlm.config.run import Config
-from avlm.families.pretrained import resolve
-from avlm.families.tables import hugging_face_name
+from avlm.families.door import hugging_face_name
 from avlm.models.freezing import trained_names
 from avlm.models.lora import is_adapter
 from avlm.storage.model_folder import read_json
 from avlm.storage.weight_files import ADAPTER, choose
+from avlm.weights.folder import resolve
 from avlm.weights.sources import Source, read_files
 
 LEAVES = {"down.weight": "lora_A.weight", "up.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}

@@ -27,14 +27,25 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from avlm.config.model import shown
-from avlm.families.pretrained import AnyConfig, read_config, resolve
-from avlm.families.tables import OWN_ANCHORS, RESHAPED, WRAPPERS
+from avlm.families.door import RESHAPED, AnyConfig
 from avlm.storage.checkpoint_files import Reader, cause_of
 from avlm.storage.model_folder import read_json
 from avlm.storage.run_folder import is_run, read_run
 from avlm.storage.weight_files import WeightFiles, choose, local
+from avlm.weights.folder import is_own, read_config, resolve
 
 FILES = (".ckpt", ".pt", ".pth")
+# Names by which our own are known, and what wrappers (Lightning, DDP) may have put before them.
+OWN_ANCHORS = (
+    "decoder.embedding.weight",
+    "vision.patch.weight",
+    "audio.conv1.bias",
+    "vision_projector.up.weight",
+    "vision_projector.linear.weight",
+    "audio_projector.up.weight",
+    "audio_projector.linear.weight",
+)
+WRAPPERS = ("", "model.", "module.")
 
 
 class Whole:
@@ -54,19 +65,23 @@ class Stored:
     """A tensor of a DCP folder: indexed by slices, it reads the chunks that lie in them, one chunk at a time."""
 
     def __init__(self, reader: Reader, name: str, metadata: TensorStorageMetadata):
-        self.reader, self.name, self.metadata = reader, name, metadata
-        self.shape, self.dtype = metadata.size, metadata.properties.dtype
+        self.reader = reader
+        self.name = name
+        self.metadata = metadata
+        self.shape = metadata.size
+        self.dtype = metadata.properties.dtype
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
         index = index if isinstance(index, tuple) else (index,)
-        cuts = [*index, *[slice(None)] * (len(self.shape) - len(index))]
-        bounds = [cut.indices(size)[:2] for cut, size in zip(cuts, self.shape)]
-        region = ChunkStorageMetadata(
-            torch.Size([start for start, _ in bounds]), torch.Size([stop - start for start, stop in bounds])
-        )
+        offsets, sizes = [], list(self.shape)
+        for dim, cut in enumerate([*index, *[slice(None)] * (len(self.shape) - len(index))]):
+            start, stop, _ = cut.indices(self.shape[dim])
+            offsets.append(start)
+            sizes[dim] = stop - start
+        region = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         value = torch.empty(region.sizes, dtype=self.dtype)
         items = create_read_items_for_chunk_list(self.name, self.metadata, [region])
         try:
@@ -114,7 +129,7 @@ def open_source(given: str | Path) -> Source:
         return Source(path, open_checkpoint(path), config.model, True)
     path = resolve(given)
     config, files = read_config(path), choose(path)
-    own_names = read_json(path / "config.json").get("architecture") == "AVLM"
+    own_names = is_own(read_json(path / "config.json"))
     return Source(path, read_files(path, files), config, own_names, files)
 
 
@@ -123,8 +138,11 @@ def open_checkpoint(path: Path) -> dict[str, Stored]:
     reader = Reader(path)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
-    named = metadata.state_dict_metadata.items()
-    return {name[6:]: Stored(reader, name, value) for name, value in named if name.startswith("model.")}
+    tensors = {}
+    for name, value in metadata.state_dict_metadata.items():
+        if name.startswith("model."):
+            tensors[name.removeprefix("model.")] = Stored(reader, name, value)
+    return tensors
 
 
 def open_folder(folder: Path) -> dict[str, Any]:
@@ -172,10 +190,11 @@ def read_pickle(path: Path) -> dict[str, Whole]:
     except Exception as error:  # what is no zip or ends early has many names
         raise ValueError(f"{path} cannot be read: {cause_of(error)}") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    odd = [key for key, value in state.items() if not isinstance(value, Tensor)] if isinstance(state, dict) else ["it"]
-    odd += [key for key in state or () if not isinstance(key, str)] if isinstance(state, dict) else []
-    if odd:
-        raise ValueError(f"{path} holds no state_dict, and is none: {shown(repr(odd[0]))} is no tensor")
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds no state_dict, and is none: it is a {type(content).__name__}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{path} holds no state_dict, and is none: {shown(repr(key))} is no tensor")
     if not state:
         raise ValueError(f"{path} holds no tensor")
     return {key: Whole(value) for key, value in state.items()}
@@ -191,17 +210,19 @@ def _unwrapped(tensors: dict[str, Whole]) -> tuple[dict[str, Whole], bool]:
 
 def check_shape(name: str, shape: tuple[int, ...], source: Any, origin: str) -> None:
     if isinstance(source, Whole):
-        is_float, dtype = source.tensor.is_floating_point(), str(source.tensor.dtype)
+        dtype = source.tensor.dtype
+        is_float = dtype.is_floating_point
     elif isinstance(source, Stored):
-        is_float, dtype = source.dtype.is_floating_point, str(source.dtype)
+        dtype = source.dtype
+        is_float = dtype.is_floating_point
     else:
-        dtype = str(source.get_dtype())
+        dtype = source.get_dtype()
         is_float = dtype.startswith(("F16", "F32", "F64", "BF16"))
     if not is_float:
         raise ValueError(f"{origin} is of {dtype}: weights that are quantised are not read")
     there = tuple(source.get_shape())
-    reshaped = name in RESHAPED and len(there) != len(shape) and math.prod(there) == math.prod(shape)
-    if there != tuple(shape) and not reshaped:
+    is_reshaped = name in RESHAPED and len(there) != len(shape) and math.prod(there) == math.prod(shape)
+    if there != tuple(shape) and not is_reshaped:
         raise ValueError(f"{origin} has shape {there}, and {name} has {tuple(shape)}")
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from avlm.config.load import load_config, to_dict
 from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig
-from avlm.data.text.chat import Tokenizer
+from avlm.data.text.tokenizer import Tokenizer
 from avlm.demo.pretrained import ctc
 from avlm.demo.pretrained.ctc import Row
 from kernels.segments import Segments

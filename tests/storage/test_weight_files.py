@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from avlm.config.model import LoraConfig, ModelConfig
 from avlm.config.run import InitFrom
-from avlm.families.pretrained import read_config, resolve
 from avlm.models.avlm import AVLM
 from avlm.weights.export import export
+from avlm.weights.folder import read_config, resolve
 from avlm.weights.load import load_weights
 from avlm.weights.sources import open_folder, open_source
 from tests.models.handmade import build, save

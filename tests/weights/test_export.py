@@ -14,16 +14,17 @@ from safetensors.torch import load_file
 from avlm.config.model import AudioConfig, DecoderConfig, LoraConfig, ProjectorConfig, RopeScaling
 from avlm.config.run import DataConfig, InitFrom
 from avlm.data.media.audio import mels
-from avlm.families.pretrained import read_config
 from avlm.models.avlm import AVLM
 from avlm.models.batch import AUDIO, IMAGE
+from avlm.models.vit import normalise
 from avlm.storage import model_folder
 from avlm.storage.run_folder import read_run
 from avlm.weights.__main__ import main
 from avlm.weights.export import export
+from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights
 from avlm.weights.sources import open_checkpoint
-from tests.models.handmade import build, loaded, make_batch, save
+from tests.models.handmade import build, loaded, make_batch, pixels_of, save
 from tests.models.test_avlm import AUDIO_ONLY, DECODER, WHOLE, llava
 from tests.weights.test_sources import write_run
 
@@ -87,13 +88,13 @@ def test_an_exported_llava_has_equal_logits_in_transformers(family, tmp_path):
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     document = [1, *[IMAGE] * 16, 4, 5, 6]
-    pixels = torch.randn(1, 3, 16, 16)
+    pixels = pixels_of(1, 16)
     batch = make_batch(config, [document], pixels)
     ids = [theirs.config.image_token_index if token == IMAGE else token for token in document]
     with torch.no_grad():
         x_TD = model.decoder(model.embed(batch), batch.position_T, batch.segments)
         logits = model.decoder.head(model.decoder.norm(x_TD), None)
-        expected = theirs(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0]
+        expected = theirs(input_ids=torch.tensor([ids]), pixel_values=normalise(pixels, config.vision)).logits[0]
     error = (logits - expected[:, :61]).abs().max().item()
     print(f"export llava {family}: {error:.2e}")
     assert error <= 1e-4

@@ -14,9 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from avlm.config.model import ModelConfig
 from avlm.config.run import InitFrom
 from avlm.evaluation.generation import generate
-from avlm.families.pretrained import read_config, resolve, stop_ids
 from avlm.models.avlm import AVLM
 from avlm.weights.export import export
+from avlm.weights.folder import read_config, resolve, stop_ids
 from avlm.weights.load import init_weights, load_weights
 from avlm.weights.plan import check_config
 from tests.models.handmade import build, loaded, save

@@ -13,13 +13,13 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from avlm.config.load import dump_config
 from avlm.config.model import LoraConfig
 from avlm.config.run import Config, DataConfig, InitFrom, OptimizerConfig, StageConfig
-from avlm.families.pretrained import read_config
 from avlm.models.avlm import AVLM
 from avlm.models.lora import is_adapter
 from avlm.preflight.check import check
 from avlm.storage.run_folder import Progress, folder_of, is_run
 from avlm.training import checkpoint
 from avlm.weights.export import export
+from avlm.weights.folder import read_config
 from avlm.weights.load import init_weights, load_weights
 from avlm.weights.sources import Stored, open_source
 from tests.models.handmade import build, loaded, save
@@ -39,7 +39,7 @@ def write_run(folder, model, step=3, data=None):
     """A run folder with the weights of a model as its checkpoint of a step."""
     path = folder_of(folder, step)
     path.mkdir(parents=True)
-    dcp.save(checkpoint.state_tensors(model), checkpoint_id=path, no_dist=True)
+    dcp.save({"model": checkpoint.model_tensors(model)}, checkpoint_id=path, no_dist=True)
     (path / checkpoint.MARKER).write_text(json.dumps(dataclasses.asdict(Progress(step=step))))
     (folder / "config.yaml").write_text(dump_config(run_config(model.config, folder, data)))
     return path
@@ -162,7 +162,7 @@ def test_a_checkpoint_runs_no_code_and_reads_no_file_outside_its_folder(tmp_path
         metadata = pickle.loads(good)
         edit(metadata)
         index.write_bytes(pickle.dumps(metadata))
-        for read in (open_source, lambda folder: checkpoint.load_checkpoint(folder, build(WHOLE))):
+        for read in (open_source, lambda folder: checkpoint.load_model(folder, build(WHOLE))):
             with pytest.raises(ValueError, match=message) as error:
                 read(path)
             assert "\n" not in str(error.value) and len(str(error.value)) < 500
@@ -215,8 +215,8 @@ def test_what_is_missing_or_has_no_place_is_named_unless_it_is_allowed(tmp_path)
     other = build(WHOLE, seed=7)
     [report] = load_weights(other, init)
     assert equal(model, other, set(state)) and not equal(model, other)
-    assert report.anew == {"vision": 1} and report.skipped == {"init_from.allow_unused": 1}
-    assert "parameters that start anew: 1 of vision" in str(report)
+    assert report.initialised == {"vision": 1} and report.skipped == {"init_from.allow_unused": 1}
+    assert "parameters initialised from scratch: 1 of vision" in str(report)
     for key, pattern, near in (
         ("allow_missing", "vision.positions", "vision.position"),  # of no parameter
         ("allow_missing", "decoder.norm", "vision.position"),  # of one that is there
@@ -237,7 +237,7 @@ def test_a_source_with_fewer_modules_leaves_the_others_to_start_anew(tmp_path):
     [report] = init_weights(model, InitFrom(all=str(tmp_path)), seed=1)
     assert equal(vision, model) and not any(parameter.isnan().any() for parameter in model.parameters())
     count = lambda part: len([name for name, _ in model.named_parameters() if name.split(".")[0] == part])
-    assert report.anew == {part: count(part) for part in ("audio", "audio_projector")}
+    assert report.initialised == {part: count(part) for part in ("audio", "audio_projector")}
     with pytest.raises(ValueError, match=r"no place for: vision\..*allow_unused"):  # and the other way round
         load_weights(AVLM(AUDIO_ONLY), InitFrom(all=str(tmp_path)))
     text = dataclasses.replace(AUDIO_ONLY, audio=None, audio_projector=None)
@@ -256,10 +256,10 @@ def test_adapters_come_from_a_source_that_has_them_and_start_anew_from_one_that_
     write_run(tmp_path / "adapted", adapted)
     model = AVLM(ADAPTED)
     [report] = init_weights(model, InitFrom(all=str(tmp_path / "plain")), seed=1)
-    assert equal(plain, model) and list(report.anew) == ["adapters"]
+    assert equal(plain, model) and list(report.initialised) == ["adapters"]
     again = AVLM(ADAPTED)
     [report] = init_weights(again, InitFrom(all=str(tmp_path / "adapted")), seed=1)
-    assert equal(adapted, again) and not report.anew  # the magnitudes of DoRA too
+    assert equal(adapted, again) and not report.initialised  # the magnitudes of DoRA too
     with pytest.raises(ValueError, match=r"has adapters, and model\.lora is null"):
         loaded_with(WHOLE, all=str(tmp_path / "adapted"))
     for key, value in (("rank", 2), ("alpha", 1.0), ("rslora", True), ("dora", False)):
@@ -317,7 +317,7 @@ def test_adapters_go_to_a_peft_folder_and_come_back(tmp_path):
     reports = init_weights(again, InitFrom(all=str(tmp_path / "base"), adapter=str(folder)), seed=1)
     adapters = {name for name, _ in model.named_parameters() if is_adapter(name)}
     assert set(reports[1].names) == adapters and equal(model, again, adapters) and not equal(model, again)
-    assert not reports[0].anew and not reports[1].anew
+    assert not reports[0].initialised and not reports[1].initialised
     export(config, again.state_dict(), tmp_path / "again", "adapter", base="base")
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes()

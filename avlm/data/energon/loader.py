@@ -40,7 +40,7 @@ from avlm.data.energon.source import check_source
 from avlm.data.energon.state import from_json, to_json
 from avlm.data.packing import pack, select
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder, load_json, parse
-from avlm.data.text.chat import Tokenizer
+from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.batch import Batch
 from avlm.process import worker
 

@@ -5,7 +5,8 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from avlm.data.text.chat import Chat, Tokenizer, check_vocabulary
+from avlm.data.text.chat import Chat, check_vocabulary
+from avlm.data.text.tokenizer import Tokenizer
 from tests.data.small_files import CONTROL, write_tokenizer
 
 # The templates that the model families publish.

@@ -15,14 +15,14 @@ from avlm.config.run import DataConfig
 from avlm.data.media import audio
 from avlm.data.packing import pack
 from avlm.data.sample import SampleEncoder
-from avlm.data.text.chat import Chat, Tokenizer
-from avlm.data.text.export import QWEN2_WORDS
+from avlm.data.text.chat import Chat
+from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.generation import generate
-from avlm.families.pretrained import read_config, stop_ids
+from avlm.families.llama import QWEN2_WORDS
 from avlm.models.batch import AUDIO, IMAGE
 from avlm.storage import model_folder
 from avlm.weights.export import export
-from generate import folder_config
+from avlm.weights.folder import model_and_data, read_config, stop_ids
 from tests.data.small_files import CONTROL, CORPUS, image_file, picture, tone, write_tokenizer
 from tests.models.handmade import build
 from tests.models.test_avlm import VISION_ONLY
@@ -86,7 +86,7 @@ def test_an_exported_chat_template_gives_the_ids_and_targets_of_training(templat
             before, after = text.split("<image>")  # theirs would read the tag as text, or as one token
             ids = [theirs(part, add_special_tokens=False).input_ids for part in (before, after)]
             assert ids[0] + ids[1] == [token for _, piece_ids in pieces for token in piece_ids]
-    assert folder_config(out)[1].template == "tokenizer"  # what generate.py takes
+    assert model_and_data(out)[1].template == "tokenizer"  # what generate.py takes
     again = Chat(Tokenizer(out), "tokenizer")
     learned = lambda chat: "".join(piece.text for piece in chat.pieces(talk) if piece.learned)
     assert learned(again) == learned(encoder.chat)
@@ -116,7 +116,7 @@ def test_a_llava_export_answers_prompts_of_its_processor_as_we_do(family, templa
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, **SIGLIP))
     control = ["<image>", *CONTROL] if known else CONTROL
     model, encoder = exported(config, out, "llava", template, control)
-    assert folder_config(out)[1].template == "tokenizer"  # what generate.py takes
+    assert model_and_data(out)[1].template == "tokenizer"  # what generate.py takes
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(out)
     processor = transformers.AutoProcessor.from_pretrained(out)
     image_token = theirs.config.image_token_index

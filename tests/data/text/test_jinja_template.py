@@ -9,7 +9,8 @@ import transformers
 
 from avlm.data.text import bounded_jinja
 from avlm.data.text.bounded_jinja import Bounded
-from avlm.data.text.chat import Chat, Tokenizer
+from avlm.data.text.chat import Chat
+from avlm.data.text.tokenizer import Tokenizer
 from tests.data.small_files import CONTROL, write_tokenizer
 from tests.data.text.test_chat import CHATML, GENERATION, ZEPHYR, encode, turn
 

@@ -1,0 +1,170 @@
+"""The chat templates that we know without a tokenizer's own: one table, from which both the pieces of a conversation
+and the Jinja text of an export are made.
+
+llama3   <bos><|start_header_id|>ROLE<|end_header_id|>\\n\\nTEXT<|eot_id|>...       (Llama 3, text stripped)
+chatml   <|im_start|>ROLE\\nTEXT<|im_end|>\\n...                                    (Qwen, SmolLM2)
+llava    <bos>SYSTEM USER: TEXT ASSISTANT: TEXT<eos>USER: ...                       (LLaVA 1.5 and NeMo, text stripped)
+plain    <bos>TEXT TEXT<eos>...   no roles and nothing added between the turns      (captions for a base model)
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from avlm.data.text.pieces import MEDIA, ROLES, TAG, Messages, Piece, is_learned
+from avlm.data.text.tokenizer import Tokenizer
+
+FIELD = re.compile(r"(\{\w+\}|<\|\w+\|>)")  # {role}, {text}, {bos}, {eos}, and control tokens
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn is header + text + end. An assistant's text is learned, and a prompt ends with an assistant's header."""
+
+    header: str
+    text: str
+    end: str = ""
+
+
+@dataclass(frozen=True)
+class Template:
+    """``strips``: blanks around a text are cut off. A control token is one of the tokenizer's, or its {bos} or {eos}; a
+    tokenizer without bos writes none."""
+
+    opening: str
+    turns: dict[str, Turn]  # by role
+    strips: bool = False
+
+    @property
+    def control_tokens(self) -> list[str]:
+        parts = "".join([self.opening, *(turn.header + turn.text for turn in self.turns.values())])
+        return list(dict.fromkeys(re.findall(r"<\|\w+\|>", parts)))
+
+    @property
+    def end(self) -> str:
+        """The control token that ends an answer."""
+        return FIELD.findall(self.turns["assistant"].text)[-1]
+
+
+def _same(turn: Turn) -> dict[str, Turn]:
+    return dict.fromkeys(ROLES, turn)
+
+
+LLAVA_TURNS = {
+    "system": Turn("", "{text} "),
+    "user": Turn("", "USER: {text} "),
+    "assistant": Turn("ASSISTANT:", " {text}{eos}"),
+}
+PLAIN_TURNS = {"system": Turn("", "{text}"), "user": Turn("", "{text}"), "assistant": Turn("", "{text}{eos}")}
+TEMPLATES = {
+    "llama3": Template(
+        "<|begin_of_text|>",
+        _same(Turn("<|start_header_id|>{role}<|end_header_id|>\n\n", "{text}<|eot_id|>")),
+        strips=True,
+    ),
+    "chatml": Template("", _same(Turn("<|im_start|>{role}\n", "{text}<|im_end|>", "\n"))),
+    "llava": Template("{bos}", LLAVA_TURNS, strips=True),
+    "plain": Template("{bos}", PLAIN_TURNS),
+}
+
+
+def pieces(template: Template, messages: Messages, prompt: bool, tokenizer: Tokenizer) -> Iterator[Piece]:
+    yield from _parts(template.opening, "", "", tokenizer)
+    for message in messages:
+        role, text = message["role"], message["content"]
+        turn = template.turns[role]
+        if template.strips:
+            text = text.strip()
+        yield from _parts(turn.header, role, text, tokenizer)
+        yield from _parts(turn.text, role, text, tokenizer, is_learned(message))
+        yield from _parts(turn.end, role, text, tokenizer)
+    if prompt:
+        yield from _parts(template.turns["assistant"].header, "assistant", "", tokenizer)
+
+
+def _parts(pattern: str, role: str, text: str, tokenizer: Tokenizer, learned: bool = False) -> Iterator[Piece]:
+    """The pieces of one part of a template, its fields filled in."""
+    control = {"{bos}": tokenizer.bos, "{eos}": tokenizer.eos}
+    for part in FIELD.split(pattern):
+        if part == "{text}":
+            yield from _content(text, learned)
+        elif part == "{role}":
+            yield Piece("text", role, learned)
+        elif FIELD.fullmatch(part):
+            token = control.get(part, part)
+            if token:
+                yield Piece("control", token, learned)
+        elif part:
+            yield Piece("text", part, learned)
+
+
+def _content(text: str, learned: bool) -> Iterator[Piece]:
+    """Text with its tags cut out."""
+    for i, part in enumerate(TAG.split(text)):
+        is_tag = i % 2 == 1
+        yield Piece(part, f"<{part}>") if is_tag else Piece("text", part, learned)
+
+
+JINJA = """\
+{{- OPENING -}}
+{%- for message in messages -%}
+  {%- set role = message.role -%}
+  {%- set text -%}
+    {%- if message.content is string -%}
+      {{- message.content | replace('<audio>', AUDIO) -}}
+    {%- else -%}
+      {%- for part in message.content -%}
+        {%- if part.type == 'text' -%}
+          {{- part.text -}}
+        {%- elif part.type in MEDIA -%}
+          {{- MEDIA[part.type] -}}
+          {{- '\\n' if not loop.last and loop.nextitem.type == 'text' -}}
+        {%- else -%}
+          {{- raise_exception('this template knows no part of type ' ~ part.type) -}}
+        {%- endif -%}
+      {%- endfor -%}
+    {%- endif -%}
+  {%- endset -%}
+  {{- TURN -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ QUESTION }}{% endif -%}
+"""
+
+
+def jinja(name: str, media: dict[str, str]) -> str:
+    """A template of the table in Jinja. A turn's content is a text with tags, or a list of texts and media, in which a
+    text that follows media begins a line. ``media``: kind -> the token of each that a list may hold."""
+    template = TEMPLATES[name]
+    question = template.turns["assistant"].header.replace("{role}", "assistant")
+    tags = {kind: f"<{kind}>" for kind in MEDIA}
+    values = {
+        "OPENING": _expression(template.opening, template.strips),
+        "TURN": _turn_expression(template),
+        "QUESTION": _expression(question, template.strips),
+        "MEDIA": json.dumps(media),
+        "AUDIO": json.dumps((tags | media)["audio"]),
+    }
+    return re.sub("|".join(values), lambda found: values[found[0]], JINJA)
+
+
+def _turn_expression(template: Template) -> str:
+    patterns = {role: turn.header + turn.text + turn.end for role, turn in template.turns.items()}
+    system, user, assistant = (_expression(patterns[role], template.strips) for role in ROLES)
+    if system == user == assistant:
+        return user
+    return f"{assistant} if role == 'assistant' else {user} if role == 'user' else {system}"
+
+
+def _expression(pattern: str, strips: bool) -> str:
+    """A part of a template as an expression of Jinja."""
+    names = {"{bos}": "bos_token", "{eos}": "eos_token", "{role}": "role", "{text}": "text"}
+    if strips:
+        names["{text}"] = "text | trim"
+    terms = []
+    for part in re.split(r"(\{\w+\})", pattern):
+        if part in names:
+            terms.append(names[part])
+        elif part:
+            terms.append("'" + part.replace("\n", "\\n") + "'")
+    return " + ".join(terms) or "''"

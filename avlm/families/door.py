@@ -1,0 +1,104 @@
+"""Which family a model_type, a module or an export format belongs to. Each family is a module of this folder.
+
+    MODEL_TYPES, read             config.json -> our config
+    PROCESSOR_FILES               files besides config.json that ``read`` wants
+    NAMES, PREFIXES, SKIPPED      our module -> names of its tensors, where it stands in files, what to leave out
+
+A family that is an export format, FORMATS, also has ``config_json`` and ``processor_json``, our config -> their files,
+and HEAD (where the decoder's head stands), TIES_HEAD (whether a tied head may be left out) and MEDIA_TOKENS.
+"""
+
+import re
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, VisionConfig, shown
+from avlm.families import clip, llama, llava, voxtral, whisper
+from avlm.families.keys import check_types
+
+AnyConfig = DecoderConfig | VisionConfig | AudioConfig | ModelConfig
+
+# Whole models first: where the tensors of several fit a file, the layout of the first is taken.
+FAMILIES = (llava, voxtral, llama, clip, whisper)
+FORMATS: dict[str, ModuleType] = {"decoder": llama, "llava": llava, "voxtral": voxtral}
+BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
+
+NAMES: dict[str, dict[str, str]] = {}
+PREFIXES: dict[str, list[str]] = {}
+SKIPPED: dict[str, list[tuple[str, str]]] = {}
+for family in FAMILIES:
+    NAMES |= family.NAMES
+    SKIPPED |= family.SKIPPED
+    for module, prefixes in family.PREFIXES.items():
+        known = PREFIXES.setdefault(module, [])
+        known += [prefix for prefix in prefixes if prefix not in known]
+
+HEADS = (llama.HEAD, llava.HEAD)
+RESHAPED = clip.RESHAPED
+SINUSOIDS = {"audio": whisper.SINUSOIDS}  # module -> its table of positions, which we compute
+CONSTANTS = {"vision": clip.POOLED_NORM}  # module -> tensors of exports that we do not have, and what fills them
+TEXT_TEMPLATES = {"llava": llava.text_template}  # model_type -> the data.template in place of a template for parts
+rebuilds_tokenizer = llama.rebuilds_tokenizer
+
+
+def family_of(keys: Mapping[str, Any]) -> ModuleType:
+    """The family of a config.json. ValueError for one that we do not support."""
+    check_types(keys)
+    model_type = keys.get("model_type")
+    if model_type not in BY_MODEL_TYPE:
+        raise ValueError(
+            f"model_type {shown(repr(model_type))} is not supported (supported: {', '.join(BY_MODEL_TYPE)})"
+        )
+    return BY_MODEL_TYPE[model_type]
+
+
+def stop_ids(keys: Mapping[str, Any]) -> list[int] | None:
+    """The ids that end an answer, of a config.json or generation_config.json; None if it does not say."""
+    inner = keys.get("text_config")
+    ids = keys.get("eos_token_id")
+    if ids is None and isinstance(inner, dict):
+        ids = inner.get("eos_token_id")
+    if ids is None:
+        return None
+    ids = ids if isinstance(ids, list) else [ids]
+    if any(type(each) is not int for each in ids):
+        raise ValueError(f"eos_token_id is no number or list of numbers but {shown(repr(ids))}")
+    return ids
+
+
+def hugging_face_name(module: str, name: str) -> str:
+    """Hugging Face's name of our parameter, both without the prefix of the module."""
+    layer = re.match(r"blocks\.(\d+)\.", name)
+    pattern = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name)
+    leaf = ""
+    if pattern not in NAMES[module]:
+        pattern, _, leaf = pattern.rpartition(".")
+        leaf = "." + leaf
+    theirs = NAMES[module][pattern]
+    if layer:
+        theirs = theirs.replace("{i}", layer[1])
+    return theirs + leaf
+
+
+def anchor(module: str) -> str:
+    """The tensor by which a module is found in a file: the first of its table, which every variant has."""
+    return f"{next(iter(NAMES[module].values()))}.weight"
+
+
+def skip_reason(module: str, name: str, config: ModelConfig) -> str | None:
+    """Why a folder may hold a tensor that no parameter of ours takes, or None where nothing excuses it.
+
+    ``name`` is without the prefix of the module.
+    """
+    if module == "vision" and config.vision and clip.is_unused_layer(name, config.vision):
+        return "layers above feature_layer"
+    for pattern, reason in SKIPPED[module]:
+        if re.match(pattern, name):
+            return reason
+    return None
+
+
+def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Our parameter -> its shape in a file, where that is another."""
+    return clip.stored_shapes(config.vision) if config.vision else {}

@@ -1,0 +1,56 @@
+"""The keys of a config.json: their types, the values that we implement, and tables that are read in both directions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from avlm.config.model import shown
+
+# Types of the keys that we use before the config classes check them: bool("false"), for one, is True.
+TYPES: dict[str, Any] = {"model_type": str, "hidden_act": str, "layer_types": list}
+NESTED = ("text_config", "vision_config", "audio_config", "rope_scaling", "rope_parameters")
+TYPES |= dict.fromkeys(NESTED, dict)
+TYPES |= dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "multimodal_projector_bias"), bool)
+TYPES |= dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "image_size"), int)
+TYPES |= dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), int)
+TYPES |= dict.fromkeys(("max_position_embeddings", "max_source_positions"), int)
+TYPES |= dict.fromkeys(("sliding_window", "max_window_layers"), int)
+NUMBER = (int, float)
+TYPES |= dict.fromkeys(("rope_theta", "partial_rotary_factor", "factor"), NUMBER)
+TYPE_NAMES = {
+    str: "text",
+    list: "list",
+    dict: "object of keys",
+    bool: "true or false",
+    int: "integer",
+    NUMBER: "number",
+}
+
+
+def check_types(keys: Mapping[str, Any], where: str = "") -> None:
+    """Raise ValueError for a key of the wrong type, at any depth. Null is allowed: it stands for a default."""
+    for key, value in keys.items():
+        wanted = TYPES.get(key)
+        if wanted is None or value is None:
+            continue
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            raise ValueError(f"{where}{key} is no {TYPE_NAMES[wanted]} but {shown(repr(value))}")
+        if wanted is dict:
+            check_types(value, f"{where}{key}.")
+
+
+def require_accepted(keys: Mapping[str, Any], accepted: Mapping[str, tuple]) -> None:
+    """``accepted``: key -> the values that our modules implement, the default of an absent key first."""
+    for key, values in accepted.items():
+        if keys.get(key, values[0]) not in values:
+            choices = ", ".join(map(repr, values))
+            raise ValueError(f"{key}={shown(repr(keys[key]))} is not implemented (accepted: {choices})")
+
+
+def to_ours(fields: Mapping[str, str], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of one of our config classes. ``fields``: our field -> their key."""
+    return {field: keys[key] for field, key in fields.items()}
+
+
+def to_theirs(fields: Mapping[str, str], config: Any) -> dict[str, Any]:
+    """The inverse of ``to_ours``."""
+    return {key: getattr(config, field) for field, key in fields.items()}

@@ -1,0 +1,212 @@
+"""Llama, Mistral, Qwen 2 and Qwen 3: one decoder, whose variants differ in biases, norms and defaults.
+
+transformers 5 writes ``rope_parameters``; most folders of the Hub hold ``rope_theta`` and ``rope_scaling``. Both are
+read, and the older keys are written, which every version of transformers reads.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from avlm.config.model import DecoderConfig, ModelConfig, RopeScaling, shown
+from avlm.families.keys import require_accepted, to_ours, to_theirs
+
+# model_type -> what sets it apart in our config
+VARIANTS: dict[str, dict[str, bool]] = {
+    "llama": {"qkv_bias": False, "qk_norm": False},
+    "mistral": {"qkv_bias": False, "qk_norm": False},
+    "qwen2": {"qkv_bias": True, "qk_norm": False},
+    "qwen3": {"qkv_bias": False, "qk_norm": True},
+}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+MODEL_TYPES = tuple(VARIANTS)
+
+# our field -> their key
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps",
+    "tie_embedding": "tie_word_embeddings",
+    "max_position": "max_position_embeddings",
+}
+ROPE_FIELDS = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position": "original_max_position_embeddings",
+}
+
+# A config.json may leave out the keys that equal the defaults of its class.
+LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,  # num_attention_heads
+    "head_dim": None,  # hidden_size / num_attention_heads
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+    "use_sliding_window": True,  # no key of these two classes: the window is used if there is one
+}
+MISTRAL = {
+    **LLAMA,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+QWEN2 = {
+    **LLAMA,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+}
+DEFAULTS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": {**QWEN2, "head_dim": 128}}
+
+# Key -> the values under which our decoder computes the same function, the default first.
+ACCEPTED = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1.0,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "quantization_config": (None,),
+}
+
+# Our module or parameter -> theirs, {i} the layer, without the prefix of the module.
+NAMES = {
+    "decoder": {
+        "embedding": "embed_tokens",
+        "blocks.{i}.attention_norm": "layers.{i}.input_layernorm",
+        "blocks.{i}.attention.q": "layers.{i}.self_attn.q_proj",
+        "blocks.{i}.attention.k": "layers.{i}.self_attn.k_proj",
+        "blocks.{i}.attention.v": "layers.{i}.self_attn.v_proj",
+        "blocks.{i}.attention.o": "layers.{i}.self_attn.o_proj",
+        "blocks.{i}.attention.q_norm": "layers.{i}.self_attn.q_norm",
+        "blocks.{i}.attention.k_norm": "layers.{i}.self_attn.k_norm",
+        "blocks.{i}.ffn_norm": "layers.{i}.post_attention_layernorm",
+        "blocks.{i}.ffn.gate": "layers.{i}.mlp.gate_proj",
+        "blocks.{i}.ffn.up": "layers.{i}.mlp.up_proj",
+        "blocks.{i}.ffn.down": "layers.{i}.mlp.down_proj",
+        "norm": "norm",
+        "head": "lm_head",  # outside the prefix of the others
+    }
+}
+PREFIXES = {"decoder": ["model.", ""]}
+HEAD = "lm_head.weight"
+SKIPPED = {"decoder": [(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", "computed frequencies")]}
+
+PROCESSOR_FILES = ()
+MEDIA_TOKENS: dict[str, str] = {}
+TIES_HEAD = True
+
+# What Qwen 2's pre-tokenizer splits a text into.
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def read(given: Mapping[str, Any], files: Mapping[str, dict] | None = None) -> DecoderConfig:
+    keys = {**DEFAULTS[given["model_type"]], **given}
+    require_accepted(keys, ACCEPTED)
+    _require_full_attention(keys)
+    fields = to_ours(FIELDS, keys)
+    fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
+    fields["head_dim"] = fields["head_dim"] or 0
+    fields["tie_embedding"] = bool(fields["tie_embedding"])
+    theta, scaling = _read_rope(keys)
+    return DecoderConfig(**fields, **VARIANTS[given["model_type"]], rope_theta=theta, rope_scaling=scaling)
+
+
+def write(config: DecoderConfig) -> dict[str, Any]:
+    """Raises ValueError for a decoder that no architecture of transformers computes."""
+    variant = {"qkv_bias": config.qkv_bias, "qk_norm": config.qk_norm}
+    model_type = next((name for name in ARCHITECTURES if VARIANTS[name] == variant), None)
+    if model_type is None:
+        raise ValueError("no Hugging Face architecture has both qkv_bias and qk_norm")
+    scaling = None
+    if config.rope_scaling is not None:
+        scaling = {"rope_type": "llama3", **to_theirs(ROPE_FIELDS, config.rope_scaling)}
+    return {
+        "architectures": [ARCHITECTURES[model_type]],
+        "model_type": model_type,
+        **to_theirs(FIELDS, config),
+        "hidden_act": "silu",
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+    }
+
+
+def config_json(config: ModelConfig, media_token: int | None) -> dict[str, Any]:
+    """config.json of the decoder alone; towers are left out."""
+    return write(config.decoder)
+
+
+def processor_json(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    return {}
+
+
+def rebuilds_tokenizer(model_type: str | None, tokenizer: Mapping[str, Any]) -> bool:
+    """Whether transformers, asked for the tokenizer of a model, would make another than this tokenizer.json says.
+
+    For Qwen 2 it takes its own class whatever tokenizer_config.json names, unless that has an "auto_map"
+    (transformers 5.17, AutoTokenizer.from_pretrained). The class keeps the vocabulary and replaces everything else.
+    """
+    return model_type == "qwen2" and not _is_qwen2_tokenizer(tokenizer)
+
+
+def _is_qwen2_tokenizer(tree: Mapping[str, Any]) -> bool:
+    splitter = tree.get("pre_tokenizer") or {}
+    steps = [
+        {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ]
+    found = []
+    for part, step in zip(splitter.get("pretokenizers") or [], steps):
+        found.append({key: part.get(key) for key in step})
+    model = tree.get("model") or {}
+    options = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    is_plain = model.get("type") == "BPE" and not any(model.get(key) for key in options)
+    added = [token["content"] for token in tree.get("added_tokens") or []]
+    has_pad = "<|endoftext|>" in added  # the class would add it
+    return found == steps and tree.get("normalizer") == {"type": "NFC"} and is_plain and has_pad
+
+
+def _require_full_attention(keys: Mapping[str, Any]) -> None:
+    window = keys.get("sliding_window")
+    is_used = window is not None and keys["use_sliding_window"]
+    if keys["model_type"] in ("qwen2", "qwen3"):
+        first = keys["max_window_layers"]  # the first layer that uses the window
+        is_used = is_used and (first is None or first < keys["num_hidden_layers"])
+    cuts = is_used and window < keys["max_position_embeddings"]
+    if cuts or "sliding_attention" in (keys.get("layer_types") or ()):
+        raise ValueError(f"sliding_window={window} is in use, and sliding windows are not implemented")
+
+
+def _read_rope(keys: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    rope = {**(keys.get("rope_scaling") or {}), **(keys.get("rope_parameters") or {})}
+    theta = float(rope.pop("rope_theta", keys.get("rope_theta") or 10_000.0))
+    old_name = rope.pop("type", "default")
+    rope_type = rope.pop("rope_type", old_name)
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor below 1 is not implemented")
+    has_parts = any(isinstance(value, dict) for value in rope.values())  # a set of parameters for each kind of layer
+    if rope_type == "default" and not has_parts:
+        return theta, None
+    if rope_type != "llama3":
+        raise ValueError(f"rope_type {shown(repr(rope_type))} is not implemented (accepted: default, llama3)")
+    if set(rope) != set(ROPE_FIELDS.values()):
+        raise ValueError(f"rope_type 'llama3' with the keys {shown(sorted(rope))} is not implemented")
+    return theta, RopeScaling(**to_ours(ROPE_FIELDS, rope))

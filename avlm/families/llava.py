@@ -1,0 +1,110 @@
+"""LLaVA: a decoder of the Llama family with a CLIP or SigLIP tower and a two-layer projector."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from avlm.config.model import ModelConfig, ProjectorConfig, VisionConfig, shown
+from avlm.families import clip, llama
+from avlm.families.keys import require_accepted
+
+MODEL_TYPES = ("llava",)
+# The tower of a config.json without a vision_config: CLIP ViT-L/14 at 336 pixels.
+CLIP_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+ACCEPTED = {"projector_hidden_act": ("gelu",), "quantization_config": (None,)}
+
+NAMES = {"vision_projector": {"up": "linear_1", "down": "linear_2"}}
+# First the Hub's layout, which an export has too, then that of transformers 4.52 and later.
+PREFIXES = {
+    "decoder": ["language_model.model.", "model.language_model."],
+    "vision": [
+        "vision_tower.vision_model.",
+        "model.vision_tower.vision_model.",
+        "model.vision_tower.",
+        "vision_tower.",
+    ],
+    "vision_projector": ["multi_modal_projector.", "model.multi_modal_projector."],
+}
+HEAD = "language_model.lm_head.weight"
+SKIPPED = {"vision_projector": []}
+
+PROCESSOR_FILES = clip.PROCESSOR_FILES
+MEDIA_TOKENS = {"image": "<image>"}
+TIES_HEAD = True
+
+
+def read(keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
+    require_accepted(keys, ACCEPTED)
+    text = {"model_type": "llama", **(keys.get("text_config") or {})}
+    text["tie_word_embeddings"] = keys.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
+    vision = {"model_type": "clip_vision_model", **(keys.get("vision_config") or CLIP_LARGE)}
+    if text["model_type"] not in llama.VARIANTS or vision["model_type"] not in clip.VARIANTS:
+        found = shown(f"{text['model_type']} and {vision['model_type']}")
+        raise ValueError(f"a LLaVA of {found} is not implemented")
+    layer = keys.get("vision_feature_layer", -2)
+    if type(layer) is not int:
+        raise ValueError(f"vision_feature_layer={shown(repr(layer))}: features of several layers are not implemented")
+    if layer >= 0:  # hidden_states[0] is the input of the first layer
+        num_layers = vision.get("num_hidden_layers", clip.DEFAULTS[vision["model_type"]]["num_hidden_layers"])
+        layer -= 1 + num_layers
+    tower = clip.read(vision, files, layer)
+    strategy = keys.get("vision_feature_select_strategy", "default")
+    if (strategy == "default") != (_feature_strategy(tower) == "default"):
+        found = shown(repr(strategy))
+        raise ValueError(f"vision_feature_select_strategy={found} of a {vision['model_type']} is not implemented")
+    projector = ProjectorConfig(bias=keys.get("multimodal_projector_bias", True))
+    return ModelConfig(decoder=llama.read(text), vision=tower, vision_projector=projector)
+
+
+def config_json(config: ModelConfig, media_token: int) -> dict[str, Any]:
+    """The tower has the layers that we build, so its features are those of the last one."""
+    vision, projector = config.vision, config.vision_projector
+    if vision is None or config.audio is not None:
+        raise ValueError("the llava format holds a decoder with a vision tower and without an audio tower")
+    if projector.type != "mlp2x_gelu" or projector.downsample != 1 or vision.post_norm:
+        raise ValueError("the llava format holds an mlp2x_gelu projector without downsampling, and no post_norm")
+    if projector.hidden_size not in (0, config.decoder.hidden_size):
+        raise ValueError(f"the llava format has no vision_projector.hidden_size={projector.hidden_size}")
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": media_token,
+        "image_seq_length": vision.num_patches,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": projector.bias,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": _feature_strategy(vision),
+        "tie_word_embeddings": config.decoder.tie_embedding,
+        "text_config": llama.write(config.decoder),
+        "vision_config": clip.write(vision),
+    }
+
+
+def processor_json(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """File name -> keys. An image is (side / patch_size)^2 image tokens and the additional ones, less one under the
+    strategy "default", which drops the class token."""
+    vision = config.vision
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": MEDIA_TOKENS["image"],
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": int(vision.class_token),
+        "vision_feature_select_strategy": _feature_strategy(vision),
+    }
+    pixels = {"processor_class": "LlavaProcessor", **clip.write_processor(vision)}
+    return {"preprocessor_config.json": pixels, "processor_config.json": processor}
+
+
+def text_template(control_tokens: Collection[str]) -> str:
+    """The ``data.template`` that writes what a folder's template for lists of parts does."""
+    return "chatml" if "<|im_start|>" in control_tokens else "llava"
+
+
+def _feature_strategy(vision: VisionConfig) -> str:
+    return "default" if vision.class_token else "full"

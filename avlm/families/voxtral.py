@@ -1,0 +1,117 @@
+"""Voxtral: a decoder of the Llama family with Whisper's encoder, which takes full windows, and a two-layer projector
+without biases. Its input is as many encoder rows side by side as make the width of the encoder's MLP."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig, shown
+from avlm.families import llama, whisper
+from avlm.families.keys import require_accepted, to_ours, to_theirs
+
+MODEL_TYPES = ("voxtral",)
+# our field of AudioConfig -> their key
+FIELDS = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_mels": "num_mel_bins",
+    "max_positions": "max_source_positions",
+}
+# A config.json may leave out the keys that equal the defaults of its classes.
+AUDIO_DEFAULTS = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "num_mel_bins": 128,
+    "max_source_positions": 1500,
+}
+TEXT_DEFAULTS = {
+    "vocab_size": 131072,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e8,
+    "max_position_embeddings": 131072,
+}
+ACCEPTED = {"projector_hidden_act": ("gelu",), "quantization_config": (None,)}
+
+NAMES = {"audio_projector": {"up": "linear_1", "down": "linear_2"}}
+# First the Hub's layout, which an export has too. transformers 5.17 writes "model" twice.
+PREFIXES = {
+    "decoder": ["language_model.model.", "language_model.model.model."],
+    "audio": ["audio_tower.", "model.audio_tower."],
+    "audio_projector": ["multi_modal_projector.", "model.multi_modal_projector."],
+}
+HEAD = "language_model.lm_head.weight"
+SKIPPED = {"audio_projector": []}
+
+PROCESSOR_FILES = ()
+MEDIA_TOKENS = {"audio": "[AUDIO]"}
+TIES_HEAD = False
+
+
+def read(keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
+    require_accepted(keys, ACCEPTED)
+    text = {"model_type": "llama", **(keys.get("text_config") or {})}
+    if text["model_type"] not in llama.VARIANTS:
+        raise ValueError(f"a Voxtral of {shown(text['model_type'])} is not implemented")
+    decoder = {**TEXT_DEFAULTS, **text, "tie_word_embeddings": False}
+    audio = {**AUDIO_DEFAULTS, **(keys.get("audio_config") or {})}
+    require_accepted(audio, whisper.ACCEPTED)
+    tower = AudioConfig(**to_ours(FIELDS, audio), window="fixed")
+    stacked, rest = divmod(tower.intermediate_size, tower.hidden_size)
+    if rest or tower.max_positions % stacked:
+        raise ValueError(f"a Voxtral whose intermediate_size is {tower.intermediate_size} is not implemented")
+    projector = ProjectorConfig(downsample=stacked, bias=False)
+    return ModelConfig(decoder=llama.read(decoder), audio=tower, audio_projector=projector)
+
+
+def config_json(config: ModelConfig, media_token: int) -> dict[str, Any]:
+    _require_voxtral(config)
+    return {
+        "architectures": ["VoxtralForConditionalGeneration"],
+        "model_type": "voxtral",
+        "audio_token_id": media_token,
+        "projector_hidden_act": "gelu",
+        "text_config": {**llama.write(config.decoder), "tie_word_embeddings": False},
+        "audio_config": {
+            "model_type": "voxtral_encoder",
+            **to_theirs(FIELDS, config.audio),
+            "activation_function": "gelu",
+            "scale_embedding": False,
+        },
+    }
+
+
+def processor_json(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """File name -> keys."""
+    return {"preprocessor_config.json": whisper.write_processor(config.audio)}
+
+
+def _require_voxtral(config: ModelConfig) -> None:
+    audio, projector = config.audio, config.audio_projector
+    if audio is None or config.vision is not None:
+        raise ValueError("the voxtral format holds a decoder with an audio tower and without a vision tower")
+    if projector.type != "mlp2x_gelu" or projector.bias:
+        raise ValueError("the voxtral format holds an audio_projector of type mlp2x_gelu with bias=false")
+    if projector.hidden_size not in (0, config.decoder.hidden_size):
+        raise ValueError(f"the voxtral format has no audio_projector.hidden_size={projector.hidden_size}")
+    if audio.window != "fixed":
+        raise ValueError("the voxtral format holds full windows: audio.window=fixed")
+    if projector.downsample * audio.hidden_size != audio.intermediate_size:
+        raise ValueError(
+            f"the voxtral format wants audio_projector.downsample x audio.hidden_size, here {projector.downsample} x "
+            f"{audio.hidden_size} (audio_projector.downsample={projector.downsample}), to be "
+            f"audio.intermediate_size={audio.intermediate_size}"
+        )
+    if audio.max_positions % projector.downsample:
+        raise ValueError(
+            f"the voxtral format wants audio.max_positions={audio.max_positions} to be a multiple of "
+            f"audio_projector.downsample={projector.downsample}"
+        )

@@ -1,0 +1,99 @@
+"""The tokenizer of an exported folder, as transformers reads it: media tokens, chat template, what ends an answer."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from avlm.config.run import DataConfig
+from avlm.data.text import templates
+from avlm.data.text.chat import Chat
+from avlm.data.text.jinja_template import JinjaTemplate
+from avlm.data.text.tokenizer import EXTRA, Tokenizer, texts
+from avlm.families.door import rebuilds_tokenizer
+from avlm.storage.model_folder import read_json, write_json
+from avlm.weights.folder import stop_ids
+
+MAX_BYTES = 2**28  # of a tokenizer.json: those of 262,144 words have 33 MB
+COPIED = ["chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"]
+# Of tokenizer_config.json: what tokenizer.json says too, and what would have transformers build a tokenizer of its own.
+LEFT_OUT = ("added_tokens_decoder", "auto_map", "tokenizer_file", "split_special_tokens", "add_prefix_space", *EXTRA)
+SYSTEM_PROMPT = (
+    "{% if 'system' not in messages | map(attribute='role') %}{% set messages = SYSTEM + messages %}{% endif %}"
+)
+
+
+def write_tokenizer(
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    folder: Path,
+    media: dict[str, str],
+    token: int | None = None,
+    model_type: str | None = None,
+) -> None:
+    """The files of ``data.tokenizer`` with the chat template of ``data``, and generation_config.json with the ids that
+    end an answer.
+
+    ``media``: kind -> the token that stands for it in prompts. ``token``: the id of that of a format that has one. For
+    a model of ``model_type`` transformers is to encode with tokenizer.json and nothing else, as we do. So
+    tokenizer_config.json names the class that reads that file as it is, and lists no tokens of its own.
+    """
+    for name in COPIED:
+        if tokenizer.file.with_name(name).is_file():
+            shutil.copyfile(tokenizer.file.with_name(name), folder / name)
+    tree = read_json(tokenizer.file, MAX_BYTES)
+    is_rebuilt = rebuilds_tokenizer(model_type, tree)
+    added = tokenizer.added_entries()
+    if token is not None:
+        added = _with_media_token(added, *media.values(), token)
+    write_json(folder / "tokenizer.json", {**tree, "added_tokens": added})
+    template = chat_template(tokenizer, data, media)
+    config = _tokenizer_config(tokenizer)
+    if is_rebuilt:
+        config["auto_map"] = {"AutoTokenizer": [None, None]}
+    if template != tokenizer.chat_template:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        config.pop("chat_template", None)
+    write_json(folder / "tokenizer_config.json", config)
+    stops = {*stop_ids(tokenizer.file.parent), *Chat(tokenizer, data.template).stop_ids}
+    write_json(folder / "generation_config.json", {"eos_token_id": sorted(stops)})
+
+
+def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    config = {key: value for key, value in tokenizer.config.items() if key not in LEFT_OUT}
+    config |= tokenizer.names
+    extra = [word for key in EXTRA for word in texts(tokenizer.config.get(key)) if tokenizer.find(word) is not None]
+    if extra:
+        config[EXTRA[0]] = list(dict.fromkeys(extra))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return config
+
+
+def chat_template(tokenizer: Tokenizer, data: DataConfig, media: dict[str, str]) -> str:
+    """``data.template`` with ``data.system`` in Jinja."""
+    template = tokenizer.chat_template
+    if data.template != "tokenizer":
+        template = templates.jinja(data.template, media)
+    elif block := JinjaTemplate(tokenizer).block:  # stands before an answer in training, besides the prompt
+        asks = f"{{%+ if add_generation_prompt %}}{{{{ {json.dumps(block, ensure_ascii=False)} }}}}{{% endif %}}"
+        template = template.removesuffix("\n") + asks  # a line break at the end of a template is not written
+    if not data.system:
+        return template
+    system = json.dumps([{"role": "system", "content": data.system}], ensure_ascii=False)
+    return SYSTEM_PROMPT.replace("SYSTEM", system) + template
+
+
+def media_token_id(tokenizer: Tokenizer | None, word: str, vocab_size: int) -> int:
+    """The id of a media token, or the first that the tokenizer leaves free."""
+    if tokenizer is None:
+        return vocab_size
+    known = tokenizer.find(word)
+    return tokenizer.size if known is None else known
+
+
+def _with_media_token(added: list[dict[str, Any]], word: str, token: int) -> list[dict[str, Any]]:
+    """The added tokens and the media token, unless it is one of them."""
+    if any(entry["content"] == word for entry in added):
+        return added
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [*added, {"id": token, "content": word, **flags, "special": True}]

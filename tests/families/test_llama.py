@@ -1,0 +1,65 @@
+"""Config keys of the Llama family: both dialects in, the older one out."""
+
+import dataclasses
+
+import pytest
+import transformers
+
+from avlm.config.model import DecoderConfig, RopeScaling
+from avlm.families import llama
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4}
+LLAMA = DecoderConfig(**SIZES, num_kv_heads=2, head_dim=12, rope_theta=5e5, norm_eps=1e-6, max_position=256)
+SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64)
+DECODERS = {
+    "llama": LLAMA,
+    "llama with scaled frequencies": dataclasses.replace(LLAMA, rope_scaling=SCALING, tie_embedding=True),
+    "qwen2": dataclasses.replace(LLAMA, qkv_bias=True),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm=True),
+}
+CLASSES = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_our_config_comes_back_from_their_keys(name):
+    assert llama.read(llama.write(DECODERS[name])) == DECODERS[name]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_our_config_comes_back_from_the_newer_dialect(name):
+    """transformers 5 reads the keys that we write, and writes its own ``rope_parameters``."""
+    keys = llama.write(DECODERS[name])
+    theirs = CLASSES[keys["model_type"]](**keys).to_dict()
+    assert "rope_parameters" in theirs and "rope_theta" not in theirs
+    assert llama.read(theirs) == DECODERS[name]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_absent_keys_have_the_defaults_of_their_class(model_type):
+    defaults = CLASSES[model_type]().to_dict()
+    defaults["sliding_window"] = None  # Mistral's own default is in use, and refused
+    given = {"model_type": model_type, "sliding_window": None}
+    assert dataclasses.replace(llama.read(given), rope_theta=1.0) == dataclasses.replace(
+        llama.read(defaults), rope_theta=1.0
+    )
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_their_keys_come_back_from_our_config(model_type):
+    keys = CLASSES[model_type](num_attention_heads=8, num_key_value_heads=2, hidden_size=64).to_dict()
+    written = llama.write(llama.read(keys))
+    again = CLASSES[model_type](**written).to_dict()
+    for key in (*llama.FIELDS.values(), "model_type", "hidden_act"):
+        if keys.get(key) is not None:  # null stands for a default that we write out
+            assert again[key] == keys[key], key
+    assert again["rope_parameters"] == keys["rope_parameters"]
+
+
+def test_a_decoder_of_no_known_architecture_is_refused():
+    with pytest.raises(ValueError, match="both qkv_bias and qk_norm"):
+        llama.write(dataclasses.replace(LLAMA, qkv_bias=True, qk_norm=True))
