@@ -31,7 +31,6 @@ from avlm.process.exit import run_command
 STATISTICS_ROWS = 16
 MAX_PICTURES = 64  # of a sheet, and as many windows of sound
 GREEN, CYAN = 32, 36  # terminal colours
-ITEMS = {"image": "images", "audio": "windows"}  # what the items of a modality are called
 NAMES = {placeholder: modality for modality, placeholder in PLACEHOLDERS.items()}
 
 
@@ -120,10 +119,10 @@ def statistics(batches: list[Batch]) -> str:
         f"{len(batches)} rows of {tokens // len(batches)} tokens: fill {share(sum(lengths))}",
         f"samples per row {len(lengths) / len(batches):.1f}",
     ]
-    for modality, word in ITEMS.items():
+    for modality in PLACEHOLDERS:
         features = sum(len(batch.media[modality].rows) for batch in batches)
         items = sum(len(batch.media[modality].values) for batch in batches)
-        lines.append(f"{modality} features {share(features)} ({items} {word})")
+        lines.append(f"{modality} features {share(features)} ({items} items)")
     kind_R = torch.cat([batch.kind_R for batch in batches])
     counts = zip(KINDS, kind_R.bincount(minlength=len(KINDS)).tolist())
     by_kind = ", ".join(f"{kind} {count}" for kind, count in counts if count)

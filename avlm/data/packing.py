@@ -110,10 +110,12 @@ def pack_media(samples: list[EncodedSample], token_T: Tensor, model: ModelConfig
         values, kept = packed[modality].stack(items)
         if kept is None:  # every item has the same shape
             lengths = [tower.num_rows] * len(items)
-            sources = patch_sources(len(items), tower, downsample)
         else:
             lengths = [rows(item) for item in items]
-            sources = window_sources(lengths, downsample)
+        if modality == "image":
+            sources = patch_sources(len(items), tower, downsample)
+        else:
+            sources = stacked_sources(lengths, downsample)
         places = (token_T == PLACEHOLDERS[modality]).nonzero().flatten()
         packed[modality] = Media(values, Segments.of(lengths), sources, places, kept)
     return packed
@@ -130,9 +132,9 @@ def patch_sources(num_images: int, vision: VisionConfig, downsample: int) -> Ten
     return (first[:, None, None] + of_one).flatten(0, 1)
 
 
-def window_sources(lengths: list[int], stack: int) -> Tensor:
-    """Rows of the tower's output that make each audio feature, (F, stack): neighbours in a window of so many rows. -1
-    pads the last feature of a window."""
+def stacked_sources(lengths: list[int], stack: int) -> Tensor:
+    """Rows of the tower's output that make each feature, (F, stack): neighbours in an item of so many rows. -1 pads the
+    last feature of an item."""
     sources = [torch.empty(0, stack, dtype=torch.int64)]
     start = 0
     for length in lengths:

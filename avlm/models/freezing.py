@@ -50,8 +50,10 @@ def _is_chosen(name: str, stage: StageConfig) -> bool:
     module = name.split(".")[0]
     if stage.train is not None:
         return module in stage.train or (is_adapter(name) and "lora" in stage.train)
-    flags = {frozen: getattr(stage, flag) for flag, frozen in FREEZE_FLAGS.items()}
-    return is_adapter(name) or not flags[module]
+    if is_adapter(name):
+        return True
+    frozen = {module for flag, module in FREEZE_FLAGS.items() if getattr(stage, flag)}
+    return module not in frozen
 
 
 def matching(pattern: str, key: str, names: Collection[str], what: str = "parameter") -> list[str]:

@@ -36,7 +36,7 @@ def _check_replicated_towers(config: Config) -> None:
     shapes = parameter_shapes(config.model)
     for stage in config.stages:
         trained = {name.split(".")[0] for name in trained_names(stage, config.model, shapes)}
-        towers = sorted(trained & {"vision", "audio"})
+        towers = sorted(trained.intersection(config.model.modalities.values()))
         if towers:
             raise ValueError(
                 f"parallel.tower_sharding=replicate keeps frozen copies, but stage {stage.name} trains "

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from avlm.config.load import to_dict
 from avlm.config.run import Config
 from avlm.models.avlm import AVLM
-from avlm.models.batch import KINDS, Batch
+from avlm.models.batch import KINDS, PLACEHOLDERS, Batch
 from avlm.models.costs import counts
 from avlm.parallel.apply import compute_dtype
 from avlm.parallel.mesh import World
@@ -188,8 +188,7 @@ def tally(batches: list[Batch], costs: flops.Costs) -> dict[str, float]:
     names = [
         "tokens",
         "row_tokens",
-        "tokens/image",
-        "tokens/audio",
+        *(f"tokens/{modality}" for modality in PLACEHOLDERS),
         "target_tokens",
         "recomputed_flops",
         "read",
@@ -200,8 +199,8 @@ def tally(batches: list[Batch], costs: flops.Costs) -> dict[str, float]:
     for batch in batches:
         total["tokens"] += batch.num_tokens
         total["row_tokens"] += len(batch.token_T)
-        total["tokens/image"] += len(batch.image.rows)
-        total["tokens/audio"] += len(batch.audio.rows)
+        for modality, media in batch.media.items():
+            total[f"tokens/{modality}"] += len(media.rows)
         total["target_tokens"] += len(batch.target_R)
         total["read"] += batch.read
         total["skipped"] += len(batch.skipped)

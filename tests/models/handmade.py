@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import InitFrom
-from avlm.data.packing import patch_sources, window_sources
+from avlm.data.packing import patch_sources, stacked_sources
 from avlm.models.avlm import AVLM, init
 from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch, Media
 from avlm.weights.load import Report, load_weights
@@ -66,7 +66,7 @@ def images_of(vision: VisionConfig, pixels: Tensor | None, downsample: int = 1) 
 def windows_of(audio: AudioConfig, clips: list[Tensor], downsample: int = 1) -> Media:
     """Media of windows (M, W) of any even length W; features are written one after the other."""
     lengths = [clip.shape[1] // 2 for clip in clips]
-    sources = window_sources(lengths, downsample)
+    sources = stacked_sources(lengths, downsample)
     values, kept = Media.empty(audio).stack(clips)
     return Media(values, Segments.of(lengths), sources, torch.arange(len(sources)), kept)
 

@@ -147,7 +147,8 @@ def of_context(config: Config, L: int) -> Bytes:
 
 def of_media(config: Config, world: World, rows: list[Batch]) -> Bytes:
     """Tower rows go from who encodes them to who holds the token row of their feature, and their gradients back. With
-    balance an image (uint8) or window (float32) first goes to its encoder, with 8 bytes a tower row for its destination."""
+    balance an image (uint8) or window (float32) first goes to its encoder, and with it 8 bytes a tower row that say where
+    the row is to go."""
     model, c, row = config.model, 2, world.row_mesh["row"].size()
     balance = config.parallel.balance_media and len(rows) > 1
     if row == 1 and not balance:
