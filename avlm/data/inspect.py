@@ -3,14 +3,15 @@
     python -m avlm.data.inspect CONFIG [section.key=value ...] [--stage NAME] [--count N] [--out DIR]
 
 First N samples, in the order of their packed rows. Text is decoded from the token ids; <image x576> stands for 576
-placeholders, [brackets], green on a terminal, for what is learned. Then of the first 16 rows: how full they are, what
-they hold, what was skipped and why, how long samples are and how fast they come. --out draws a sheet for each row that
-has one of the N samples, DIR/row_000.png for the first: up to 64 images as the tower gets them, and up to 64 windows
-of sound as log-mel spectrograms.
+placeholders, and learned text has [brackets], or is green on a terminal. Then of the first 16 rows: how full they are,
+what they hold, what was skipped and why, how long samples are and how fast they come. --out draws a sheet for each row
+that has one of the N samples, DIR/row_000.png for the first: up to 64 images as the tower gets them, and up to 64
+windows of audio as log-mel spectrograms.
 """
 
 import argparse
 import itertools
+import math
 import sys
 import time
 from collections import Counter
@@ -68,66 +69,80 @@ def show(config: Config, stage: int, count: int, out: Path | None = None) -> Non
     tokenizer = Tokenizer(data.tokenizer) if data.tokenizer else None
     loader = open_loader(data.train, data, config.model, rank=0, world=1, seed=config.seed + stage, train=True)
     batches: list[Batch] = []
-    left, begun = count, []
+    arrived: list[float] = []  # seconds
+    left = count
     for batch in itertools.islice(loader, STATISTICS_ROWS):
-        begun.append(time.perf_counter())
-        for i in range(min(len(batch.keys), left)):
+        arrived.append(time.perf_counter())
+        num_shown = min(len(batch.keys), left)
+        for i in range(num_shown):
             print(describe(batch, i, tokenizer), end="\n\n")
         if out is not None and left > 0:
             save_sheet(batch, config.model, out / f"row_{len(batches):03d}.png")
-        left -= min(len(batch.keys), left)
+        left -= num_shown
         batches.append(batch)
     print(statistics(batches))
     workers = max(1, data.num_workers)
     if len(batches) > workers:  # a worker's first row waits for its packing buffer
         samples = sum(len(batch.keys) for batch in batches[workers:])
-        per_second = samples / (begun[-1] - begun[workers - 1])
+        per_second = samples / (arrived[-1] - arrived[workers - 1])
         print(f"{per_second:,.0f} samples per second from {workers} workers, {per_second / workers:,.0f} each")
 
 
 def describe(batch: Batch, index: int, tokenizer: Tokenizer | None) -> str:
-    """One sample of a row: its key, what it holds, and its tokens."""
+    """One sample of a row: its key, its length and its tokens."""
     start, length = batch.segments.spans[index]
-    token_ids = batch.token_T[start : start + length].tolist()
-    learned = set((batch.target_rows_R + 1).tolist())  # the target at row t is the token at row t + 1
+    tokens = batch.token_T[start : start + length]
+    is_learned_T = torch.zeros_like(batch.token_T, dtype=torch.bool)
+    is_learned_T[batch.target_rows_R + 1] = True  # the target of a position is the next token
+    is_learned = is_learned_T[start : start + length]
     text = ""
-    runs = itertools.groupby(range(length), key=lambda i: (min(token_ids[i], 0), start + i in learned))
-    for (placeholder, is_learned), rows in runs:
-        ids = [token_ids[i] for i in rows]
+    runs = itertools.groupby(zip(tokens.tolist(), is_learned.tolist()), key=_kind_of_run)
+    for (placeholder, learned), run in runs:
+        ids = [token for token, _ in run]
         if placeholder:
             text += _coloured(f"<{NAMES[placeholder]} x{len(ids)}>", CYAN)
-        else:
-            decoded = tokenizer.decode(ids) if tokenizer else f"{len(ids)} ids"
-            text += _coloured(f"[{decoded}]", GREEN) if is_learned else decoded
-    num_learned = sum(start <= row - 1 < start + length for row in learned)
-    return f"{batch.keys[index]}: {length} tokens, {num_learned} learned\n{text}"
+            continue
+        decoded = tokenizer.decode(ids) if tokenizer else f"{len(ids)} ids"
+        text += _coloured(f"[{decoded}]", GREEN) if learned else decoded
+    return f"{batch.keys[index]}: {length} tokens, {int(is_learned.sum())} learned\n{text}"
+
+
+def _kind_of_run(token_and_learned: tuple[int, bool]) -> tuple[int, bool]:
+    """Text that is learned, text that is not, and each placeholder are shown apart."""
+    token, learned = token_and_learned
+    return min(token, 0), learned
 
 
 def statistics(batches: list[Batch]) -> str:
     """How full rows are, what they hold, what was skipped."""
-    tokens = sum(len(batch.token_T) for batch in batches)
+    num_tokens = num_read = 0
     lengths: list[int] = []
     reasons: list[str] = []
+    features: Counter[str] = Counter()
+    items: Counter[str] = Counter()
+    targets: Counter[str] = Counter()
     for batch in batches:
+        num_tokens += len(batch.token_T)
+        num_read += batch.read
         lengths += [length for _, length in batch.segments.spans[: len(batch.keys)]]
         reasons += [f"  {key}: {reason}" for key, reason in batch.skipped]
+        targets.update(KINDS[kind] for kind in batch.kind_R.tolist())
+        for modality, media in batch.media.items():
+            features[modality] += len(media.rows)
+            items[modality] += len(media.values)
 
     def share(count: int) -> str:
-        return f"{100 * count / tokens:.1f} %"
+        return f"{100 * count / num_tokens:.1f} %"
 
     lines = [
-        f"{len(batches)} rows of {tokens // len(batches)} tokens: fill {share(sum(lengths))}",
+        f"{len(batches)} rows of {num_tokens // len(batches)} tokens: fill {share(sum(lengths))}",
         f"samples per row {len(lengths) / len(batches):.1f}",
     ]
     for modality in PLACEHOLDERS:
-        features = sum(len(batch.media[modality].rows) for batch in batches)
-        items = sum(len(batch.media[modality].values) for batch in batches)
-        lines.append(f"{modality} features {share(features)} ({items} items)")
-    kind_R = torch.cat([batch.kind_R for batch in batches])
-    counts = zip(KINDS, kind_R.bincount(minlength=len(KINDS)).tolist())
-    by_kind = ", ".join(f"{kind} {count}" for kind, count in counts if count)
-    lines.append(f"targets {share(len(kind_R))}: {by_kind}")
-    lines.append(f"samples read {sum(batch.read for batch in batches)}, skipped {len(reasons)}")
+        lines.append(f"{modality} features {share(features[modality])} ({items[modality]} items)")
+    by_kind = ", ".join(f"{kind} {targets[kind]}" for kind in KINDS if targets[kind])
+    lines.append(f"targets {share(targets.total())}: {by_kind}")
+    lines.append(f"samples read {num_read}, skipped {len(reasons)}")
     return "\n".join([*lines, *reasons[:10], "tokens of a sample", *histogram(lengths)])
 
 
@@ -137,14 +152,17 @@ def histogram(lengths: list[int]) -> list[str]:
     if not bins:
         return []
     most = max(bins.values())
-    return [
-        f"  {2**i:>6} to {2 ** (i + 1) - 1:<6} {bins[i]:>6} {'#' * -(-40 * bins[i] // most)}"
-        for i in range(min(bins), max(bins) + 1)
-    ]
+    lines = []
+    for i in range(min(bins), max(bins) + 1):
+        bar = "#" * math.ceil(40 * bins[i] / most)
+        lines.append(f"  {2**i:>6} to {2 ** (i + 1) - 1:<6} {bins[i]:>6} {bar}")
+    return lines
 
 
 def _coloured(text: str, colour: int) -> str:
-    return f"\033[{colour}m{text}\033[0m" if sys.stdout.isatty() else text
+    if not sys.stdout.isatty():
+        return text
+    return f"\033[{colour}m{text}\033[0m"
 
 
 def save_sheet(batch: Batch, model: ModelConfig, path: Path) -> None:

@@ -20,7 +20,8 @@ from avlm.models.shapes import Shapes
 
 
 def freeze(model: AVLM, stage: StageConfig) -> list[str]:
-    """Train what the stage says, and nothing else; returns that in short: modules, and "lora" for adapters."""
+    """Let what the stage trains require gradients, and nothing else. Returns the modules that train, "lora" for
+    adapters."""
     trained = trained_names(stage, model.config, [name for name, _ in model.named_parameters()])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
@@ -29,27 +30,31 @@ def freeze(model: AVLM, stage: StageConfig) -> list[str]:
 
 
 def trained_names(stage: StageConfig, model: ModelConfig, names: Collection[str]) -> set[str]:
-    """Those of the model's parameters ``names`` that a stage trains. Raises ValueError for a stage that cannot be."""
+    """Those of the parameters ``names`` that a stage trains. Raises ValueError for a stage that is not possible."""
     trained = {name for name in names if _is_chosen(name, stage)}
-    said = f"stage {stage.name}: "
     for pattern in stage.freeze_params:
-        trained -= {name for name in matching(pattern, f"{said}freeze_params", names) if not is_adapter(name)}
+        found = matching(pattern, f"stage {stage.name}: freeze_params", names)
+        trained -= {name for name in found if not is_adapter(name)}
     for pattern in stage.prevent_freeze_params:
-        trained |= set(matching(pattern, f"{said}prevent_freeze_params", names))
+        trained |= set(matching(pattern, f"stage {stage.name}: prevent_freeze_params", names))
     if not trained:
         raise ValueError(f"stage {stage.name} trains nothing: every parameter is frozen")
-    if model.lora and model.lora.base == "bf16" and (refused := sorted(trained & frozen_base(names))):
-        raise ValueError(
-            f"stage {stage.name} trains {refused[0]} and {len(refused) - 1} more of a tower with adapters, which "
-            "model.lora.base=bf16 holds without float32: set it to fp32, or train lora and not the tower"
-        )
+    if model.lora and model.lora.base == "bf16":
+        refused = sorted(trained & frozen_base(names))
+        if refused:
+            raise ValueError(
+                f"stage {stage.name} trains {refused[0]} and {len(refused) - 1} more of a tower with adapters, which "
+                "model.lora.base=bf16 holds without float32: set it to fp32, or train lora and not the tower"
+            )
     return trained
 
 
 def _is_chosen(name: str, stage: StageConfig) -> bool:
     module = name.split(".")[0]
     if stage.train is not None:
-        return module in stage.train or (is_adapter(name) and "lora" in stage.train)
+        if is_adapter(name) and "lora" in stage.train:
+            return True
+        return module in stage.train
     if is_adapter(name):
         return True
     frozen = {module for flag, module in FREEZE_FLAGS.items() if getattr(stage, flag)}
@@ -57,7 +62,8 @@ def _is_chosen(name: str, stage: StageConfig) -> bool:
 
 
 def matching(pattern: str, key: str, names: Collection[str], what: str = "parameter") -> list[str]:
-    """The names that a regular expression of the config's ``key`` matches from their start; ValueError for none."""
+    """The names that a regular expression matches from their start; ValueError for none. ``key`` is where the config
+    holds it."""
     try:
         found = [name for name in names if re.match(pattern, name)]
     except (re.error, RecursionError, OverflowError) as error:
