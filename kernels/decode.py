@@ -2,13 +2,13 @@
 
     out_b = softmax over j < length_b of (scale * q_b . k_bj) . v_bj
 
-Flash-decoding (Dao et al. 2023): the used slots of a sequence are cut into N splits that run at the same time. With the
-scores s2 = scale * log2(e) * q . k, split n leaves out_n, its own softmax(s2) . v, and lse_n = log2 sum_j 2^s2_j; then
+Flash-decoding (Dao et al. 2023): the used slots of a sequence are cut into N splits that run in parallel. With the
+scores s2 = scale * log2(e) * q . k, split n yields out_n, attention over its slots, and lse_n = log2 sum_j 2^s2_j; then
 
     lse = log2 sum_n 2^lse_n        out = sum_n 2^(lse_n - lse) out_n
 
-Every key and value is read once, length * K * E * 2 * itemsize bytes per sequence, and little else moves: that traffic
-at the speed of a plain copy is the floor of the time.
+Every key and value is read once, 2 * length * K * E * itemsize bytes per sequence, and little else moves: the time is
+at least what a plain copy of as many bytes takes.
 
 B sequences   S slots of the cache   H query heads   K key/value heads (H a multiple of K)   E head dim   N splits
 """
@@ -21,23 +21,24 @@ from torch import Tensor
 
 from kernels.backend import LOG2_E, MAX_HEAD_DIM, define_op, runs_triton
 
-TILE_BYTES = 16 * 1024  # of keys, and again of values, that a program asks for at a time
-PROGRAMS_PER_PROCESSOR = 3  # that fit at a time: each waits for one or two tiles of both, together 96 KiB or more
-MIN_SPLIT = 128  # slots that are worth a program
-MAX_SPLIT = 2048  # slots after which the long sequences of a batch with short ones would end too late
+TILE_BYTES = 16 * 1024  # of keys, and the same of values, that a program loads at a time
+PROGRAMS_PER_PROCESSOR = 3  # resident at a time; each has one or two tiles of both in flight, 96 KiB or more in all
+MIN_SPLIT = 128  # slots; fewer are not worth a program
+MAX_SPLIT = 2048  # slots; with more, long sequences would finish late in a batch that has short ones
 
 
 def decode_attention_reference(
     q_BHE: Tensor, k_cache_BSKE: Tensor, v_cache_BSKE: Tensor, length_B: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """The specification, and the path of the CPU and of float64. Spare slots are multiplied by 0: finite, please."""
-    S = k_cache_BSKE.shape[1]
-    visible_B11S = (torch.arange(S, device=q_BHE.device) < length_B[:, None])[:, None, None, :]
+    """The specification, and what runs on the CPU and in float64. Spare slots are multiplied by 0, so they must be
+    finite."""
+    slot_S = torch.arange(k_cache_BSKE.shape[1], device=q_BHE.device)
+    visible_BS = slot_S < length_B[:, None]
     out_BH1E = F.scaled_dot_product_attention(
         q_BHE.unsqueeze(2),
         k_cache_BSKE.transpose(1, 2),
         v_cache_BSKE.transpose(1, 2),
-        attn_mask=visible_B11S,
+        attn_mask=visible_BS[:, None, None, :],
         scale=scale,
         enable_gqa=True,
     )
@@ -46,9 +47,10 @@ def decode_attention_reference(
 
 @triton.jit
 def _share(length_ptr, b, S, num_splits, MIN_SPLIT: tl.constexpr):
-    """Used slots of sequence b, and how many of them each split takes: an equal part, but MIN_SPLIT at least."""
+    """Used slots of sequence b, and how many of them a split has: an equal part, but at least MIN_SPLIT."""
     length = tl.minimum(tl.load(length_ptr + b), S).to(tl.int32)
-    return length, tl.maximum(tl.cdiv(length, num_splits), MIN_SPLIT)
+    split_size = tl.maximum(tl.cdiv(length, num_splits), MIN_SPLIT)
+    return length, split_size
 
 
 @triton.jit(do_not_specialize=["S", "num_splits"])
@@ -76,21 +78,27 @@ def _split_kernel(
     MIN_SPLIT: tl.constexpr,
 ):
     # One program owns one split of one sequence's slots and one key head, for all GROUP query heads that read it.
-    k_head, split, b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    k_head = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
     length, split_size = _share(length_ptr, b, S, num_splits, MIN_SPLIT)
     start = split * split_size
-    if (split > 0) & (start >= length):  # split 0 of an empty sequence goes on, to write zeros
+    if (split > 0) & (start >= length):  # split 0 of an empty sequence continues, to write zeros
         return
     end = tl.minimum(start + split_size, length)
-    g, s, e = tl.arange(0, ROWS), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_E)
+    g = tl.arange(0, ROWS)
+    s = tl.arange(0, BLOCK_S)
+    e = tl.arange(0, BLOCK_E)
     inside_q = (g < GROUP)[:, None] & (e < E)[None, :]
     head = (b * tl.num_programs(0) + k_head) * GROUP + g
     q = tl.load(q_ptr + head[:, None] * E + e[None, :], mask=inside_q, other=0.0)
     k_ptr += b * k_stride_b + k_head * k_stride_k + start.to(tl.int64) * k_stride_s
     v_ptr += b * v_stride_b + k_head * v_stride_k + start.to(tl.int64) * v_stride_s
-    k_offset, v_offset = s[:, None] * k_stride_s + e[None, :], s[:, None] * v_stride_s + e[None, :]
+    k_offset = s[:, None] * k_stride_s + e[None, :]
+    v_offset = s[:, None] * v_stride_s + e[None, :]
 
-    m, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
     out = tl.zeros((ROWS, BLOCK_E), tl.float32)
     for first in range(start, end, BLOCK_S):
         used = first + s < end
@@ -105,7 +113,8 @@ def _split_kernel(
         v = tl.load(v_ptr + v_offset, mask=inside, other=0.0)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
         m = m_next
-        k_ptr, v_ptr = k_ptr + BLOCK_S * k_stride_s, v_ptr + BLOCK_S * v_stride_s
+        k_ptr += BLOCK_S * k_stride_s
+        v_ptr += BLOCK_S * v_stride_s
 
     part = head * num_splits + split
     total = tl.where(total == 0.0, 1.0, total)
@@ -126,13 +135,14 @@ def _merge_kernel(
     BLOCK_E: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
 ):
-    # One program owns one query head of one sequence, over all splits that had slots to read.
+    # One program owns one query head of one sequence, over all splits with slots.
     BLOCK_N: tl.constexpr = 8192 // BLOCK_E
     b = tl.program_id(1).to(tl.int64)
     head = b * tl.num_programs(0) + tl.program_id(0)
     length, split_size = _share(length_ptr, b, S, num_splits, MIN_SPLIT)
     used = tl.cdiv(length, split_size)
-    n, e = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E)
+    n = tl.arange(0, BLOCK_N)
+    e = tl.arange(0, BLOCK_E)
     m = float("-inf")
     total = 0.0
     out = tl.zeros((BLOCK_E,), tl.float32)
@@ -153,18 +163,22 @@ def _merge_kernel(
 
 
 def _config(E: int, group: int, itemsize: int) -> dict[str, int]:
-    """Tile and launch options of the split kernel. What the compiler makes of them is held by its test."""
-    rows, block_e = (max(16, triton.next_power_of_2(n)) for n in (group, E))  # the least that tl.dot takes
-    tile = {"ROWS": rows, "BLOCK_S": min(128, TILE_BYTES // (block_e * itemsize)), "BLOCK_E": block_e, "num_stages": 3}
+    """Tile sizes and launch options of the split kernel. Its test checks what they compile to."""
+    rows = max(16, triton.next_power_of_2(group))  # tl.dot takes at least 16
+    block_e = max(16, triton.next_power_of_2(E))
+    block_s = min(128, TILE_BYTES // (block_e * itemsize))
+    tile = {"ROWS": rows, "BLOCK_S": block_s, "BLOCK_E": block_e, "num_stages": 3}
     if rows * block_e * itemsize > 4096:
         return {**tile, "num_warps": 8}
-    return {**tile, "num_warps": 4, "maxnreg": 168}  # of 65,536 registers, for three programs of 128 threads
+    return {**tile, "num_warps": 4, "maxnreg": 168}  # of 65,536 registers: three programs of 128 threads
 
 
-def _num_splits(B: int, S: int, K: int, processors: int) -> int:
-    """Of every sequence, from what the host knows: the lengths stay on the device."""
-    fill = PROGRAMS_PER_PROCESSOR * processors // (B * K)
-    return max(1, min(max(fill, triton.cdiv(S, MAX_SPLIT)), triton.cdiv(S, MIN_SPLIT)))
+def _num_splits(B: int, S: int, K: int, num_processors: int) -> int:
+    """Splits of every sequence. They follow from sizes that the host knows; the lengths stay on the device."""
+    fills_the_device = PROGRAMS_PER_PROCESSOR * num_processors // (B * K)
+    fewest = max(1, triton.cdiv(S, MAX_SPLIT))
+    most = max(1, triton.cdiv(S, MIN_SPLIT))
+    return min(max(fills_the_device, fewest), most)
 
 
 def decode_attention_op(
@@ -172,19 +186,20 @@ def decode_attention_op(
 ) -> Tensor:
     B, H, E = q_BHE.shape
     S, K = k_cache_BSKE.shape[1:3]
-    q_BHE, length_B = q_BHE.contiguous(), length_B.contiguous()
+    q_BHE = q_BHE.contiguous()
+    length_B = length_B.contiguous()
     out_BHE = torch.empty_like(q_BHE)
     if q_BHE.numel() == 0:
         return out_BHE
     config = _config(E, H // K, q_BHE.element_size())
-    processors = 16  # in the interpreter, to have splits to merge
+    num_processors = 16  # in the interpreter, so that there are splits to merge
     if q_BHE.is_cuda:
-        processors = torch.cuda.get_device_properties(q_BHE.device).multi_processor_count
-    N = _num_splits(B, S, K, processors)
-    # One split is the whole sequence, and its (B, H, 1, E) is the result.
+        num_processors = torch.cuda.get_device_properties(q_BHE.device).multi_processor_count
+    N = _num_splits(B, S, K, num_processors)
+    # A single split is the whole sequence: its (B, H, 1, E) is the result.
     part_BHNE = out_BHE if N == 1 else out_BHE.new_empty((B, H, N, E), dtype=torch.float32)
     lse_BHN = out_BHE.new_empty((B, H, N), dtype=torch.float32)
-    # Key heads come first in the launch order: programs that run together read neighbouring bytes.
+    # Key heads come first in the launch order, so that programs that run together read neighbouring bytes.
     _split_kernel[(K, N, B)](
         q_BHE,
         k_cache_BSKE,
@@ -208,7 +223,11 @@ def decode_attention_op(
     return out_BHE
 
 
-_decode = define_op(decode_attention_op, lambda q_BHE, *_: q_BHE.new_empty(q_BHE.shape))
+def _fake(q_BHE, *_):
+    return q_BHE.new_empty(q_BHE.shape)
+
+
+_decode = define_op(decode_attention_op, _fake)
 
 
 def decode_attention(
@@ -216,21 +235,22 @@ def decode_attention(
 ) -> Tensor:
     """out_BHE in the dtype of q. ``length_B`` (int32 or int64) counts the used slots, the new token's own included.
 
-    A sequence of length 0 gives 0. The host does not read lengths: one over S goes unnoticed and counts as S. Slots
-    past the length may hold any finite number; Triton does not read them at all. The caches may be strided, but for
-    their last dim. ``scale`` is 1 / sqrt(E) by default. Equal calls give equal bits; another B or S may round
-    differently, being split differently. For generation: not differentiable. ValueError for what does not fit together.
+    A sequence of length 0 has out 0. The host does not read the lengths: one above S goes unnoticed and counts as S.
+    Slots past the length may hold any finite number; Triton does not read them. The caches may have any strides except
+    in the last dim. ``scale`` is 1 / sqrt(E) by default. The same call returns the same bits; a different B or S is
+    split differently and may round differently. Not differentiable. ValueError for inputs that do not fit together.
     """
     _check(q_BHE, k_cache_BSKE, v_cache_BSKE, length_B)
     if not runs_triton(q_BHE):
         return decode_attention_reference(q_BHE, k_cache_BSKE, v_cache_BSKE, length_B, scale=scale)
-    return _decode(q_BHE, k_cache_BSKE, v_cache_BSKE, length_B, q_BHE.shape[2] ** -0.5 if scale is None else scale)
+    scale = q_BHE.shape[2] ** -0.5 if scale is None else scale
+    return _decode(q_BHE, k_cache_BSKE, v_cache_BSKE, length_B, scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> None:
     shapes = [tuple(x.shape) for x in (q, k, v, length)]
     if [len(shape) for shape in shapes] != [3, 4, 4, 1]:
-        raise ValueError(f"decode_attention wants q_BHE, k_BSKE, v_BSKE and length_B, got shapes {shapes}")
+        raise ValueError(f"decode_attention takes q_BHE, k_BSKE, v_BSKE and length_B, not {shapes}")
     B, H, E = q.shape
     if k.shape != v.shape or k.shape[0] != B or length.shape[0] != B or k.shape[3] != E:
         raise ValueError(f"q_BHE, k_BSKE, v_BSKE and length_B disagree on B, S, K or E: {shapes}")
@@ -239,12 +259,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> None:
     if not 1 <= E <= MAX_HEAD_DIM:
         raise ValueError(f"head dim {E} is not between 1 and {MAX_HEAD_DIM}")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+        raise ValueError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
     if length.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"length_B must be int32 or int64, got {length.dtype}")
+        raise ValueError(f"length_B must be int32 or int64, not {length.dtype}")
     if not q.device == k.device == v.device == length.device:
-        raise ValueError(f"one device for all, got q {q.device}, k {k.device}, v {v.device}, length {length.device}")
+        devices = f"{q.device}, {k.device}, {v.device} and {length.device}"
+        raise ValueError(f"q, k, v and length must be on one device, not {devices}")
     if k.stride(3) != 1 or v.stride(3) != 1:
-        raise ValueError(f"the last dim of a cache must be contiguous, got strides {k.stride()} and {v.stride()}")
+        raise ValueError(f"the last dim of a cache must be contiguous, not strides {k.stride()} and {v.stride()}")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("decode_attention has no gradient: call it under torch.no_grad()")

@@ -5,8 +5,8 @@
     dh = dy @ w2    dz = dh gelu'(z)    dw2 = dy.T @ gelu(z)    db2 = sum dy    dw1 = dz.T @ x[source]    db1 = sum dz
     dx[source] = dz @ w1                d into = d out, 0 at rows            dy = d out[rows]
 
-Input row i is made of S tower rows side by side, x[source[i, 0]] to x[source[i, S - 1]]; -1 stands for zeros. So the
-class token is skipped (S = 1), pixels are shuffled (S = 4 for 2 x 2) and frames are stacked without a copy of x.
+Input row i consists of S tower rows side by side, x[source[i, 0]] to x[source[i, S - 1]]; -1 stands for zeros. This
+skips the class token (S = 1), shuffles pixels (S = 4 for 2 x 2) and stacks frames, all without a copy of x.
 
 P tower rows   C tower width   S tower rows of an input row   R input rows   K = S * C   F hidden   D decoder width
 T token rows
@@ -21,7 +21,7 @@ from kernels import backend, projector_gemm, projector_rows
 
 
 def side_by_side(x_PC: Tensor, source_RS: Tensor) -> Tensor:
-    """Input rows (R, S * C): tower rows source_RS[i] one beside the other, zeros where it is -1."""
+    """Input rows (R, S * C): the tower rows source_RS[i] side by side, zeros where the source is -1."""
     padded = torch.cat([x_PC, x_PC.new_zeros(1, x_PC.shape[1])])
     source_RS = torch.where(source_RS == -1, x_PC.shape[0], source_RS)
     return padded.index_select(0, source_RS.flatten()).view(-1, source_RS.shape[1] * x_PC.shape[1])
@@ -34,13 +34,13 @@ def projector_mlp_reference(x_PC, w1_FK, b1_F, w2_DF, b2_D, *, source_RS=None):
 
 
 def place_projected_reference(into_TD, rows_R, x_PC, w1_FK, b1_F, w2_DF, b2_D, *, source_RS=None):
-    """The specification in plain PyTorch. It writes to ``into`` and returns it."""
+    """The specification in plain PyTorch. Writes to ``into`` and returns it."""
     y_RD = projector_mlp_reference(x_PC, w1_FK, b1_F, w2_DF, b2_D, source_RS=source_RS)
     return into_TD.index_copy_(0, rows_R, y_RD.to(into_TD.dtype))
 
 
 class _Projector(torch.autograd.Function):
-    """Both public functions: with ``into`` and ``rows`` the result is ``into``, without it is new."""
+    """Both public functions: writes to ``into`` at ``rows`` and returns it, or a new tensor without them."""
 
     @staticmethod
     def forward(into_TD, rows_R, x_PC, source_RS, w1_FK, b1_F, w2_DF, b2_D, save_z):
@@ -52,7 +52,7 @@ class _Projector(torch.autograd.Function):
         projector_gemm.down(y_RD, None, h_RF, w2_DF, b2_D)
         if into_TD is None:
             return y_RD, z_RF
-        projector_rows.scatter_rows(into_TD, rows_R, y_RD)  # tiles of a wider dtype would not fit shared memory
+        projector_rows.scatter_rows(into_TD, rows_R, y_RD)  # tiles of a wider dtype would not fit into shared memory
         return into_TD, z_RF
 
     @staticmethod
@@ -62,8 +62,12 @@ class _Projector(torch.autograd.Function):
             ctx.mark_dirty(into_TD)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(rows_R, source_RS, *((x_PC, w1_FK, w2_DF, output[1]) if save_z else ()))
-        ctx.hidden, ctx.dtype = w1_FK.shape[0], w2_DF.dtype
+        if save_z:
+            ctx.save_for_backward(rows_R, source_RS, x_PC, w1_FK, w2_DF, output[1])
+        else:
+            ctx.save_for_backward(rows_R, source_RS)
+        ctx.hidden = w1_FK.shape[0]
+        ctx.dtype = w2_DF.dtype
 
     @staticmethod
     @once_differentiable
@@ -81,23 +85,25 @@ class _Projector(torch.autograd.Function):
             x_PC, w1_FK, w2_DF, z_RF = saved
             if x_needs or w1_needs or b1_needs:
                 dz_RF, h_RF, db1 = projector_gemm.dgelu(dy_RD, w2_DF, z_RF, w2_needs)
-                db1 = db1[: ctx.hidden].to(ctx.dtype) if b1_needs else None
+                db1 = db1[: ctx.hidden].to(ctx.dtype)
             else:
                 h_RF = F.gelu(z_RF)
             if w2_needs:
                 dw2 = (dy_RD.T @ h_RF)[:, : ctx.hidden]
-            del dy_RD, h_RF  # what follows may have their memory
+            del dy_RD, h_RF  # their memory is free for the products below
             if w1_needs:
                 dw1 = (dz_RF.T @ _input_rows(x_PC, source_RS))[: ctx.hidden]
             if x_needs:
                 dx = _dx(dz_RF[:, : ctx.hidden] @ w1_FK, x_PC, source_RS)
+        if not b1_needs:
+            db1 = None
         return dinto, None, dx, None, dw1, db1, dw2, db2, None
 
 
 def _dy_and_db2(
     dout: Tensor, rows_R: Tensor | None, dtype: torch.dtype, want_db2: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Rows of dout are copied once: cuBLAS, which makes dw2, finds rows by no index, and so dh has them for nothing."""
+    """dy as contiguous rows: cuBLAS cannot gather, so dw2 needs a copy of these rows, and dh then reuses it."""
     if rows_R is None:
         return dout, dout.sum(0) if want_db2 else None
     dy_RD, db2 = projector_rows.gather_rows(dout, rows_R, dtype, want_db2)
@@ -107,8 +113,9 @@ def _dy_and_db2(
 def _input_rows(x_PC: Tensor, source_RS: Tensor | None) -> Tensor:
     if source_RS is None:
         return x_PC
-    (R, S), C = source_RS.shape, x_PC.shape[1]
-    return projector_rows.gather_rows(x_PC, source_RS.flatten(), x_PC.dtype, False)[0].view(R, S * C)
+    R, S = source_RS.shape
+    rows, _ = projector_rows.gather_rows(x_PC, source_RS.flatten(), x_PC.dtype, False)
+    return rows.view(R, S * x_PC.shape[1])
 
 
 def _dx(dx_RK: Tensor, x_PC: Tensor, source_RS: Tensor | None) -> Tensor:
@@ -122,12 +129,13 @@ def _dx(dx_RK: Tensor, x_PC: Tensor, source_RS: Tensor | None) -> Tensor:
 def projector_mlp(
     x_PC: Tensor, w1_FK: Tensor, b1_F: Tensor, w2_DF: Tensor, b2_D: Tensor, *, source_RS: Tensor | None = None
 ) -> Tensor:
-    """Project tower features to decoder width: (R, D) in the dtype of x, which the weights share. No rows are legal.
+    """Project tower features to decoder width: y_RD in the dtype of x, which the weights share. R may be 0.
 
-    ``source_RS`` (int64) says which tower rows make an input row, each named once, or -1 for zeros; by default input
-    row i is tower row i. A source out of range reads zeros, with TRITON_DEBUG=1 it raises ValueError.
+    ``source_RS`` (int64) names the tower rows of each input row, each at most once, or -1 for zeros; by default input
+    row i is tower row i. A source out of range reads zeros; with TRITON_DEBUG=1 it raises ValueError.
 
-    Triton where ``backend.runs_triton`` says so, the reference elsewhere. Equal calls give equal bits.
+    Triton where ``backend.runs_triton`` says so, the reference elsewhere. The same call returns the same bits.
+    ValueError for inputs that do not fit together.
     """
     _check(x_PC, w1_FK, b1_F, w2_DF, b2_D, source_RS)
     if not backend.runs_triton(x_PC):
@@ -146,59 +154,67 @@ def place_projected(
     *,
     source_RS: Tensor | None = None,
 ) -> Tensor:
-    """``into`` with row rows_R[i] replaced by projected row i, which takes its dtype. The rest as in projector_mlp.
+    """``into`` with row rows_R[i] replaced by projected row i, cast to its dtype. Otherwise like ``projector_mlp``.
 
-    ``into`` is consumed: its memory is the result's, so that no row is copied, and nobody may read it afterwards.
-    Where gradients are recorded, two are copied instead: a view, as autograd forbids to write to some, and a leaf that
-    wants its gradient. The last dim of ``into`` must be contiguous. ``rows`` are int64 and distinct. On a GPU one out
-    of range is not written, with TRITON_DEBUG=1 it raises ValueError, as a repeated one does.
+    ``into`` is consumed: the result reuses its memory, so that no row is copied, and nobody may read it afterwards.
+    With gradients enabled, two kinds are copied instead: views, because autograd forbids writing to some of them, and
+    leaves that require a gradient. The last dim of ``into`` must be contiguous. ``rows`` (int64) are distinct. On a GPU
+    a row out of range is not written; with TRITON_DEBUG=1 it raises ValueError, and so does a repeated row.
     """
     _check(x_PC, w1_FK, b1_F, w2_DF, b2_D, source_RS)
-    _check_placement(into_TD, rows_R, x_PC if source_RS is None else source_RS, w2_DF)
-    if torch.is_grad_enabled() and _is_anothers(into_TD):
+    num_rows = len(x_PC) if source_RS is None else len(source_RS)
+    _check_placement(into_TD, rows_R, num_rows, w2_DF)
+    if torch.is_grad_enabled() and _must_be_kept(into_TD):
         into_TD = into_TD.clone(memory_format=torch.contiguous_format)
     if not backend.runs_triton(x_PC):
         return place_projected_reference(into_TD, rows_R, x_PC, w1_FK, b1_F, w2_DF, b2_D, source_RS=source_RS)
     return _apply(into_TD, rows_R, x_PC, source_RS, w1_FK, b1_F, w2_DF, b2_D)
 
 
-def _is_anothers(into: Tensor) -> bool:
-    """Whether autograd would refuse to have it overwritten. A compiler replaces writing to views by itself."""
-    return (into.is_leaf and into.requires_grad) or (not torch.compiler.is_compiling() and into._is_view())
+def _must_be_kept(into: Tensor) -> bool:
+    """Whether autograd would refuse to overwrite it. torch.compile handles writes to views itself."""
+    if into.is_leaf and into.requires_grad:
+        return True
+    return not torch.compiler.is_compiling() and into._is_view()
 
 
 def _apply(into_TD, rows_R, x_PC, source_RS, w1_FK, b1_F, w2_DF, b2_D) -> Tensor:
-    save_z = torch.is_grad_enabled() and any(x.requires_grad for x in (x_PC, w1_FK, b1_F, w2_DF))
-    # Views: of a tensor that a Function gets twice, torch.compile (2.11) loses one of the gradients.
-    second = w2_DF.view_as(w2_DF), b2_D.view_as(b2_D)
-    return _Projector.apply(into_TD, rows_R, x_PC, source_RS, w1_FK, b1_F, *second, save_z)[0]
+    save_z = backend.needs_graph(x_PC, w1_FK, b1_F, w2_DF)
+    # Views: torch.compile (2.11) loses a gradient of a tensor that a Function is given twice.
+    w2_DF = w2_DF.view_as(w2_DF)
+    b2_D = b2_D.view_as(b2_D)
+    out, _ = _Projector.apply(into_TD, rows_R, x_PC, source_RS, w1_FK, b1_F, w2_DF, b2_D, save_z)
+    return out
 
 
 def _check(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, source: Tensor | None) -> None:
-    tensors = (x, w1, b1, w2, b2)
-    shapes = (
-        f"x {tuple(x.shape)}, w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)}, w2 {tuple(w2.shape)}, b2 {tuple(b2.shape)}"
-    )
-    if [t.dim() for t in tensors] != [2, 2, 1, 2, 1]:
+    tensors = {"x": x, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+    if [t.dim() for t in tensors.values()] != [2, 2, 1, 2, 1]:
         raise ValueError(f"a projector takes x_PC, w1_FK, b1_F, w2_DF and b2_D, not {shapes}")
     if source is not None and (source.dtype != torch.int64 or source.dim() != 2 or source.shape[1] == 0):
         raise ValueError(f"source_RS must be an int64 matrix, not {source.dtype} {tuple(source.shape)}")
-    gathered = 1 if source is None else source.shape[1]
-    if w1.shape != (b1.shape[0], gathered * x.shape[1]) or w2.shape != (b2.shape[0], w1.shape[0]):
-        raise ValueError(f"widths disagree, with {gathered} tower rows to an input row: {shapes}")
-    if any(t.dtype != x.dtype for t in tensors) or not x.is_floating_point():
-        raise ValueError(f"x, w1, b1, w2 and b2 must share one floating dtype, not {[t.dtype for t in tensors]}")
-    if any(t.device != x.device for t in tensors) or (source is not None and source.device != x.device):
-        devices = [str(t.device) for t in (*tensors, *([] if source is None else [source]))]
+    S = 1 if source is None else source.shape[1]
+    if w1.shape != (b1.shape[0], S * x.shape[1]) or w2.shape != (b2.shape[0], w1.shape[0]):
+        raise ValueError(f"widths disagree, with {S} tower rows to an input row: {shapes}")
+    dtypes = [t.dtype for t in tensors.values()]
+    if set(dtypes) != {x.dtype} or not x.is_floating_point():
+        raise ValueError(f"x, w1, b1, w2 and b2 must share one floating dtype, not {dtypes}")
+    if source is not None:
+        tensors["source"] = source
+    devices = [str(t.device) for t in tensors.values()]
+    if set(devices) != {str(x.device)}:
         raise ValueError(f"x, w1, b1, w2, b2 and the source must be on one device, not {devices}")
 
 
-def _check_placement(into: Tensor, rows: Tensor, inputs: Tensor, w2: Tensor) -> None:
+def _check_placement(into: Tensor, rows: Tensor, num_rows: int, w2: Tensor) -> None:
     if into.dim() != 2 or into.shape[1] != w2.shape[0] or not into.is_floating_point():
         raise ValueError(f"into must be floating rows of {w2.shape[0]}, not {into.dtype} {tuple(into.shape)}")
     if into.stride(1) != 1:
         raise ValueError(f"the last dim of into must be contiguous, not strides {into.stride()}")
-    if rows.dtype != torch.int64 or rows.shape != inputs.shape[:1]:
-        raise ValueError(f"{inputs.shape[0]} rows want as many int64 places, not {rows.dtype} {tuple(rows.shape)}")
+    if rows.dtype != torch.int64 or rows.shape != (num_rows,):
+        raise ValueError(
+            f"{num_rows} input rows need {num_rows} int64 rows of into, not {rows.dtype} {tuple(rows.shape)}"
+        )
     if not into.device == rows.device == w2.device:
         raise ValueError(f"into, rows and features must be on one device: {into.device}, {rows.device}, {w2.device}")

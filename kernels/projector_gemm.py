@@ -1,13 +1,13 @@
-"""The matrix products of the projector in Triton, with all that goes before and after them done to a tile in registers.
+"""The matrix products of the projector in Triton, with the operations around them fused: a tile stays in registers.
 
-    up      z = x[source] @ w1.T + b1    h = gelu(z)       rows of x are gathered as tiles are loaded
-    down    into[rows] = h @ w2.T + b2                     rows of the result are scattered as tiles are stored
-    dgelu   dz = (dy @ w2) * gelu'(z)    db1 = sum_r dz    h = gelu(z) once more, for dw2 = dy.T @ h
+    up      z = x[source] @ w1.T + b1    h = gelu(z)       gathers rows of x while it loads tiles
+    down    into[rows] = h @ w2.T + b2                     scatters rows of the result while it stores tiles
+    dgelu   dz = (dy @ w2) * gelu'(z)    db1 = sum_r dz    recomputes h = gelu(z), for dw2 = dy.T @ h
 
     gelu(z) = z cdf(z)    gelu'(z) = cdf(z) + z exp(-z^2 / 2) / sqrt(2 pi)    cdf(z) = (1 + erf(z / sqrt 2)) / 2
 
 P tower rows   C tower width   S tower rows side by side in one input row   R input rows   D decoder width
-F hidden, in activations rounded up to a multiple of 8 by zeros   T token rows   K inner size
+F hidden; activations pad it with zeros to a multiple of 8   T token rows   K inner size
 """
 
 import torch
@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels import backend
 from kernels.projector_rows import check_indices
 
-GROUP = tl.constexpr(8)  # rows of tiles that run side by side, so that they find their weights in the L2 cache
+GROUP = tl.constexpr(8)  # rows of tiles that run at the same time, so that they share weights in the L2 cache
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 DENSITY = tl.constexpr(0.3989422804014327)  # of the normal distribution at 0: 1 / sqrt(2 pi)
 
@@ -33,11 +33,13 @@ def _cdf(z):
 @triton.jit
 def _find_tile(tile, R, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """First row and first column of a tile of an (R, N) result."""
-    of_group = GROUP * tl.cdiv(N, BLOCK_N)
-    group = tile // of_group
-    place = tile - group * of_group
+    tiles_per_group = GROUP * tl.cdiv(N, BLOCK_N)
+    group = tile // tiles_per_group
+    place = tile - group * tiles_per_group
     height = tl.minimum(tl.cdiv(R, BLOCK_M) - group * GROUP, GROUP)
-    return (group * GROUP + place % height) * BLOCK_M, place // height * BLOCK_N
+    row = (group * GROUP + place % height) * BLOCK_M
+    col = place // height * BLOCK_N
+    return row, col
 
 
 @triton.jit
@@ -57,10 +59,12 @@ def _product(total, a_desc, b_desc, row, col, K: tl.constexpr, B_IS_KN: tl.const
 def _gathered_product(
     total, x_ptr, source_ptr, b_desc, row, col, R, P, C: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """A tile of x[source] @ b.T, where b has W columns for each of the S. A source that is no row of x reads zeros."""
+    """A tile of x[source] @ b.T; b has W columns for each of the S tower rows. A source that is not a row of x reads
+    zeros."""
     BLOCK_K: tl.constexpr = b_desc.block_shape[1]
     W: tl.constexpr = (C + 7) // 8 * 8
-    r, c = row + tl.arange(0, total.shape[0]), tl.arange(0, BLOCK_K)
+    r = row + tl.arange(0, total.shape[0])
+    c = tl.arange(0, BLOCK_K)
     for s in tl.range(0, S):
         source = tl.load(source_ptr + r.to(tl.int64) * S + s, mask=r < R, other=-1)
         known = ((source >= 0) & (source < P))[:, None]
@@ -74,14 +78,16 @@ def _gathered_product(
 
 @triton.jit
 def _halves(x):
-    """Left and right columns of a tile. What follows a product is done by halves, or the registers would not do."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+    """Left and right columns of a tile. Results are processed by halves, so that registers suffice."""
+    halves = x.reshape(x.shape[0], 2, x.shape[1] // 2)
+    return halves.permute(0, 2, 1).split()
 
 
 @triton.jit
 def _write_h(z, b1_ptr, z_desc, h_desc, row, col, F: tl.constexpr):
     n = col + tl.arange(0, z.shape[1])
-    z += tl.load(b1_ptr + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
+    b1 = tl.load(b1_ptr + n, mask=n < F, other=0.0)
+    z += b1.to(tl.float32)[None, :]
     if z_desc is not None:
         z_desc.store([row, col], z.to(z_desc.dtype))
     h_desc.store([row, col], (z * _cdf(z)).to(h_desc.dtype))
@@ -104,9 +110,11 @@ def _up_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # A program owns one tile of BLOCK_M rows and BLOCK_N hidden columns after the other.
+    # A program processes tiles of BLOCK_M rows and BLOCK_N hidden columns in turn.
     # x is a pointer if there is a source, else a descriptor.
-    for tile in tl.range(tl.program_id(0), tl.cdiv(R, BLOCK_M) * tl.cdiv(F, BLOCK_N), tl.num_programs(0), flatten=True):
+    program = tl.program_id(0)
+    num_tiles = tl.cdiv(R, BLOCK_M) * tl.cdiv(F, BLOCK_N)
+    for tile in tl.range(program, num_tiles, tl.num_programs(0), flatten=True):
         row, col = _find_tile(tile, R, F, BLOCK_M, BLOCK_N)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if source_ptr is None:
@@ -134,32 +142,39 @@ def _down_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # A program owns one tile of BLOCK_M rows and BLOCK_N decoder columns after the other.
-    # Its rows go where rows_ptr says or, without it, where they are.
-    for tile in tl.range(tl.program_id(0), tl.cdiv(R, BLOCK_M) * tl.cdiv(D, BLOCK_N), tl.num_programs(0), flatten=True):
+    # A program processes tiles of BLOCK_M rows and BLOCK_N decoder columns in turn.
+    # Row r is written to row rows[r] of into, or to row r without rows_ptr.
+    program = tl.program_id(0)
+    num_tiles = tl.cdiv(R, BLOCK_M) * tl.cdiv(D, BLOCK_N)
+    for tile in tl.range(program, num_tiles, tl.num_programs(0), flatten=True):
         row, col = _find_tile(tile, R, D, BLOCK_M, BLOCK_N)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         y = _product(total, h_desc, w2_desc, row, col, F, False, PRECISION)
-        r, n = (row + tl.arange(0, BLOCK_M)).to(tl.int64), col + tl.arange(0, BLOCK_N)
-        y += tl.load(b2_ptr + n, mask=n < D, other=0.0).to(tl.float32)[None, :]
+        r = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
+        n = col + tl.arange(0, BLOCK_N)
+        b2 = tl.load(b2_ptr + n, mask=n < D, other=0.0)
+        y += b2.to(tl.float32)[None, :]
         t = r
         if rows_ptr is not None:
             t = tl.load(rows_ptr + r, mask=r < R, other=-1)
-        inside = ((r < R) & (t >= 0) & (t < T))[:, None] & (n < D)[None, :]
-        tl.store(into_ptr + t[:, None] * into_stride + n[None, :], y.to(into_ptr.dtype.element_ty), mask=inside)
+        known = (r < R) & (t >= 0) & (t < T)
+        inside = known[:, None] & (n < D)[None, :]
+        offset = t[:, None] * into_stride + n[None, :]
+        tl.store(into_ptr + offset, y.to(into_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _write_dz(dh, z_desc, dz_desc, h_desc, db1_ptr, row, col, R, F: tl.constexpr):
-    # The condition always holds. It keeps z in the registers' layout of dh; in two layouts it would take two erf.
-    z = tl.where(R > 0, z_desc.load([row, col]).to(tl.float32), dh)
+    # The condition always holds. It keeps z in the register layout of dh; two layouts would compute erf twice.
+    z = z_desc.load([row, col])
+    z = tl.where(R > 0, z.to(tl.float32), dh)
     cdf = _cdf(z)
     if h_desc is not None:
         h_desc.store([row, col], (z * cdf).to(h_desc.dtype))
     dz = dh * (cdf + z * tl.exp(-0.5 * z * z) * DENSITY)
     dz_desc.store([row, col], dz.to(dz_desc.dtype))
     n = col + tl.arange(0, dh.shape[1])
-    tl.store(db1_ptr + n, tl.sum(dz, 0), mask=n < F)  # rows past the end are zeros of dy, and so of dz
+    tl.store(db1_ptr + n, tl.sum(dz, 0), mask=n < F)  # past the last row dy is zero, and so is dz
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -177,8 +192,10 @@ def _dgelu_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # A program owns one tile of BLOCK_M rows and BLOCK_N hidden columns after the other, and their sums over the rows.
-    for tile in tl.range(tl.program_id(0), tl.cdiv(R, BLOCK_M) * tl.cdiv(F, BLOCK_N), tl.num_programs(0), flatten=True):
+    # A program processes tiles of BLOCK_M rows and BLOCK_N hidden columns in turn, and sums each over its rows.
+    program = tl.program_id(0)
+    num_tiles = tl.cdiv(R, BLOCK_M) * tl.cdiv(F, BLOCK_N)
+    for tile in tl.range(program, num_tiles, tl.num_programs(0), flatten=True):
         row, col = _find_tile(tile, R, F, BLOCK_M, BLOCK_N)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         dh = _product(total, dy_desc, w2_desc, row, col, D, True, PRECISION)
@@ -189,39 +206,44 @@ def _dgelu_kernel(
 
 
 def config(dtype: torch.dtype, reads_z: bool = False) -> dict:
-    """Tile sizes and launch options. What the compiler makes of them is held by tests/kernels/test_projector.py.
+    """Tile sizes and launch options. tests/kernels/test_projector_compiled.py checks what they compile to.
 
-    128 x 256 is the largest tile of half precision whose sums fit the registers: smaller ones would ask more of the
-    L2 cache than it gives while the tensor cores are busy. float32 is there to be exact, not fast.
+    128 x 256 is the largest tile in half precision whose sums fit into registers; smaller tiles would need more
+    bandwidth than the L2 cache has while the tensor cores are busy. float32 is meant to be exact, not fast.
     """
     if dtype == torch.float32:
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, PRECISION="ieee", num_warps=8, num_stages=2)
-    stages = 3 if reads_z else 4  # what shared memory has room for, as the next tile is loaded while one is written
+    stages = 3 if reads_z else 4  # as many as fit into shared memory, where a tile is written while the next one loads
     return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, PRECISION="tf32", num_warps=8, num_stages=stages)
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x itself where the copy engine can read it: rows at multiples of 16 bytes. Otherwise a copy with longer rows."""
+    """x itself if the copy engine can read it: rows at multiples of 16 bytes. Otherwise a copy with longer rows."""
     per_16_bytes = 16 // x.element_size()
-    apart = x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) % per_16_bytes == 0
-    if apart and x.data_ptr() % 16 == 0:
+    width = x.shape[1]
+    row, column = x.stride()
+    readable = column == 1 and row >= width and row % per_16_bytes == 0
+    if readable and x.data_ptr() % 16 == 0:
         return x
-    return F.pad(x, (0, -x.shape[1] % per_16_bytes)).clone(memory_format=torch.contiguous_format)
+    padded = F.pad(x, (0, -width % per_16_bytes))
+    return padded.clone(memory_format=torch.contiguous_format)
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """How the copy engine finds tiles of x; past its edges it reads zeros and writes nothing."""
-    laid_out = _aligned(x)
-    return TensorDescriptor(laid_out, list(x.shape), [laid_out.stride(0), 1], [rows, columns])
+    """Lets the copy engine access tiles of x; past the edges of x it reads zeros and writes nothing."""
+    aligned = _aligned(x)
+    return TensorDescriptor(aligned, list(x.shape), [aligned.stride(0), 1], [rows, columns])
 
 
 def _grid(x: Tensor, N: int, tile: dict) -> tuple[int]:
-    """As many programs as run at a time: each goes on to its next tile without a pause."""
+    """One program for each that fits on the device: a program continues with its next tile without a pause."""
     num_tiles = triton.cdiv(x.shape[0], tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"])
-    if not x.is_cuda:  # the interpreter
-        return (min(num_tiles, 3),)
-    per_processor = 2 if x.dtype == torch.float32 else 1
-    return (min(num_tiles, per_processor * torch.cuda.get_device_properties(x.device).multi_processor_count),)
+    num_programs = 3  # in the interpreter
+    if x.is_cuda:
+        num_programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+        if x.dtype == torch.float32:
+            num_programs *= 2
+    return (min(num_tiles, num_programs),)
 
 
 def _activations(x: Tensor, R: int, hidden: int) -> Tensor:
@@ -231,20 +253,29 @@ def _activations(x: Tensor, R: int, hidden: int) -> Tensor:
 def projector_up_op(
     x_PC: Tensor, source_RS: Tensor | None, w1_FK: Tensor, b1_F: Tensor, save_z: bool
 ) -> tuple[Tensor, Tensor]:
-    """h_RF and z_RF; z has no rows unless it is to be saved."""
+    """h_RF and z_RF; z has no rows without ``save_z``."""
     P, C = x_PC.shape
-    R, S = (P, 1) if source_RS is None else source_RS.shape
+    h_RF, z_RF = _fake_up(x_PC, source_RS, w1_FK, b1_F, save_z)
+    R, hidden = h_RF.shape
+    tile = config(x_PC.dtype)
+    rows, columns, inner = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     if backend.DEBUG and source_RS is not None:
         check_indices("source", source_RS, P, padding=True)
-    h_RF, z_RF = _fake_up(x_PC, source_RS, w1_FK, b1_F, save_z)
     if R == 0:
         return h_RF, z_RF
-    hidden, tile = h_RF.shape[1], config(x_PC.dtype)
-    rows, columns, inner = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    if source_RS is None:
+        S = 1
+        x = _descriptor(x_PC, rows, inner)
+    else:
+        S = source_RS.shape[1]
+        x = x_PC.contiguous()
+        source_RS = source_RS.contiguous()
+    if C % 8:
+        w1_FK = _spread(w1_FK, S)
     _up_kernel[_grid(h_RF, hidden, tile)](
-        _descriptor(x_PC, rows, inner) if source_RS is None else x_PC.contiguous(),
-        None if source_RS is None else source_RS.contiguous(),
-        _descriptor(w1_FK if C % 8 == 0 else _spread(w1_FK, S), columns, inner),
+        x,
+        source_RS,
+        _descriptor(w1_FK, columns, inner),
         F.pad(b1_F, (0, hidden - b1_F.shape[0])).contiguous(),
         _descriptor(z_RF, rows, columns // 2) if save_z else None,
         _descriptor(h_RF, rows, columns // 2),
@@ -259,19 +290,22 @@ def projector_up_op(
 
 
 def _spread(w1_FK: Tensor, S: int) -> Tensor:
-    """The columns of each of the S tower rows from a multiple of 16 bytes on."""
+    """w1 with the columns for each of the S tower rows padded, so that they start at a multiple of 16 bytes."""
     w1_FSC = w1_FK.unflatten(1, (S, -1))
     return F.pad(w1_FSC, (0, -w1_FSC.shape[2] % 8)).flatten(1)
 
 
 def _fake_up(x_PC, source_RS, w1_FK, b1_F, save_z):
-    R = (x_PC if source_RS is None else source_RS).shape[0]
-    return tuple(_activations(x_PC, rows, w1_FK.shape[0]) for rows in (R, R if save_z else 0))
+    R = x_PC.shape[0] if source_RS is None else source_RS.shape[0]
+    h_RF = _activations(x_PC, R, w1_FK.shape[0])
+    z_RF = _activations(x_PC, R if save_z else 0, w1_FK.shape[0])
+    return h_RF, z_RF
 
 
 def projector_down_op(into_TD: Tensor, rows_R: Tensor | None, h_RF: Tensor, w2_DF: Tensor, b2_D: Tensor) -> None:
-    """Writes row i of the result to row rows_R[i], or to row i."""
-    (R, hidden), (T, D) = h_RF.shape, into_TD.shape
+    """Write row i of the result to row rows_R[i] of ``into``, or to row i without ``rows_R``."""
+    R, hidden = h_RF.shape
+    T, D = into_TD.shape
     if backend.DEBUG and rows_R is not None:
         check_indices("rows", rows_R, T, distinct=True)
     if R == 0:
@@ -293,14 +327,14 @@ def projector_down_op(into_TD: Tensor, rows_R: Tensor | None, h_RF: Tensor, w2_D
 
 
 def projector_dgelu_op(dy_RD: Tensor, w2_DF: Tensor, z_RF: Tensor, want_h: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dz_RF, h_RF (no rows unless wanted) and db1_F in float32."""
+    """dz_RF, h_RF (no rows without ``want_h``) and db1_F in float32."""
     R, hidden = z_RF.shape
     dz_RF, h_RF, db1_F = _fake_dgelu(dy_RD, w2_DF, z_RF, want_h)
     if R == 0:
         return dz_RF, h_RF, db1_F.zero_()
     tile = config(z_RF.dtype, reads_z=True)
     rows, half = tile["BLOCK_M"], tile["BLOCK_N"] // 2
-    db1_MF = db1_F.new_empty((triton.cdiv(R, rows), hidden))  # the sums of every row of tiles
+    db1_MF = db1_F.new_empty((triton.cdiv(R, rows), hidden))  # sums over the rows of each tile
     _dgelu_kernel[_grid(z_RF, hidden, tile)](
         _descriptor(dy_RD, rows, tile["BLOCK_K"]),
         _descriptor(w2_DF, tile["BLOCK_K"], tile["BLOCK_N"]),
@@ -317,10 +351,16 @@ def projector_dgelu_op(dy_RD: Tensor, w2_DF: Tensor, z_RF: Tensor, want_h: bool)
 
 
 def _fake_dgelu(dy_RD, w2_DF, z_RF, want_h):
-    dz_RF, h_RF = (z_RF.new_empty((rows, z_RF.shape[1])) for rows in (z_RF.shape[0], z_RF.shape[0] if want_h else 0))
-    return dz_RF, h_RF, z_RF.new_empty(z_RF.shape[1], dtype=torch.float32)
+    R, hidden = z_RF.shape
+    dz_RF = z_RF.new_empty((R, hidden))
+    h_RF = z_RF.new_empty((R if want_h else 0, hidden))
+    return dz_RF, h_RF, z_RF.new_empty(hidden, dtype=torch.float32)
+
+
+def _fake_down(*_):
+    return None
 
 
 up = backend.define_op(projector_up_op, _fake_up)
-down = backend.define_op(projector_down_op, lambda *_: None, mutates=("into_TD",))
+down = backend.define_op(projector_down_op, _fake_down, mutates=("into_TD",))
 dgelu = backend.define_op(projector_dgelu_op, _fake_dgelu)

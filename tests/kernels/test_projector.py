@@ -290,9 +290,9 @@ ROWS, SOURCE = torch.arange(3), torch.zeros(3, 1, dtype=torch.int64)
         (dict(into=INTO[:, :7]), r"floating rows of 8, not torch.float32 \(9, 7\)"),
         (dict(into=INTO.int()), "floating rows of 8, not torch.int32"),
         (dict(into=torch.zeros(8, 9).T), r"contiguous, not strides \(1, 9\)"),
-        (dict(rows=ROWS[:2]), r"3 rows want as many int64 places, not torch.int64 \(2,\)"),
-        (dict(source_RS=SOURCE[:2]), r"2 rows want as many int64 places, not torch.int64 \(3,\)"),
-        (dict(rows=ROWS.int()), "places, not torch.int32"),
+        (dict(rows=ROWS[:2]), r"3 input rows need 3 int64 rows of into, not torch.int64 \(2,\)"),
+        (dict(source_RS=SOURCE[:2]), r"2 input rows need 2 int64 rows of into, not torch.int64 \(3,\)"),
+        (dict(rows=ROWS.int()), "rows of into, not torch.int32"),
         (dict(rows=ROWS.to("meta")), "one device: cpu, meta, cpu"),
     ],
 )
