@@ -5,17 +5,18 @@ from typing import Any
 
 from avlm.config.model import shown
 
-# Types of the keys that we use before the config classes check them: bool("false"), for one, is True.
-TYPES: dict[str, Any] = {"model_type": str, "hidden_act": str, "layer_types": list}
-NESTED = ("text_config", "vision_config", "audio_config", "rope_scaling", "rope_parameters")
-TYPES |= dict.fromkeys(NESTED, dict)
-TYPES |= dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "multimodal_projector_bias"), bool)
-TYPES |= dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "image_size"), int)
-TYPES |= dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), int)
-TYPES |= dict.fromkeys(("max_position_embeddings", "max_source_positions"), int)
-TYPES |= dict.fromkeys(("sliding_window", "max_window_layers"), int)
 NUMBER = (int, float)
-TYPES |= dict.fromkeys(("rope_theta", "partial_rotary_factor", "factor"), NUMBER)
+# Keys that we use before the config classes check them, by type: bool("false"), for one, is True.
+KEYS_OF_TYPE = {
+    str: "model_type hidden_act",
+    list: "layer_types",
+    dict: "text_config vision_config audio_config rope_scaling rope_parameters",
+    bool: "tie_word_embeddings use_sliding_window multimodal_projector_bias",
+    int: "hidden_size intermediate_size head_dim image_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "max_position_embeddings max_source_positions sliding_window max_window_layers",
+    NUMBER: "rope_theta partial_rotary_factor factor",
+}
+TYPES: dict[str, Any] = {key: kind for kind, keys in KEYS_OF_TYPE.items() for key in keys.split()}
 TYPE_NAMES = {
     str: "text",
     list: "list",

@@ -106,9 +106,8 @@ def _require_voxtral(config: ModelConfig) -> None:
         raise ValueError("the voxtral format holds full windows: audio.window=fixed")
     if projector.downsample * audio.hidden_size != audio.intermediate_size:
         raise ValueError(
-            f"the voxtral format wants audio_projector.downsample x audio.hidden_size, here {projector.downsample} x "
-            f"{audio.hidden_size} (audio_projector.downsample={projector.downsample}), to be "
-            f"audio.intermediate_size={audio.intermediate_size}"
+            f"the voxtral format wants audio.intermediate_size={audio.intermediate_size} to be "
+            f"audio_projector.downsample={projector.downsample} times audio.hidden_size={audio.hidden_size}"
         )
     if audio.max_positions % projector.downsample:
         raise ValueError(

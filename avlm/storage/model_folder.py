@@ -22,7 +22,7 @@ CONFIGS = ("config.json", "adapter_config.json")  # every model folder has one o
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that is to be written: read, and computed, when its file is."""
+    """A tensor that is to be written: it is read, and computed, when its file is written."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -30,12 +30,17 @@ class Lazy:
 
     @staticmethod
     def of(tensor: Any) -> "Lazy":
-        """Of a tensor, or of what has a shape and a dtype and is read by indexing."""
+        """Of a tensor, or of anything with a shape and a dtype that is read by indexing."""
         return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor[:])
 
-    def changed(self, change: Callable[[Tensor], Tensor], **to: Any) -> "Lazy":
-        """What ``change`` makes of it, of another ``shape`` or ``dtype`` where that is said."""
-        return Lazy(to.get("shape", self.shape), to.get("dtype", self.dtype), lambda: change(self.read()))
+    def changed(
+        self,
+        change: Callable[[Tensor], Tensor],
+        shape: tuple[int, ...] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Lazy":
+        """What ``change`` makes of it, of a different ``shape`` or ``dtype`` if one is given."""
+        return Lazy(shape or self.shape, dtype or self.dtype, lambda: change(self.read()))
 
     def to(self, dtype: torch.dtype) -> "Lazy":
         return self.changed(lambda tensor: tensor.to(dtype), dtype=dtype)
@@ -46,31 +51,29 @@ class Lazy:
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError where a model folder may not be written: over anything that is there and is not to vanish."""
+    """Raise ValueError where a model folder may not be written: over a file, or over files that are no model's."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not overwrite:
-            raise ValueError(
-                f"{folder} is not empty: choose another folder, or give --overwrite to replace a model there"
-            )
-        if not any((folder / name).is_file() for name in CONFIGS):
-            raise ValueError(
-                f"{folder} is not empty and holds no model ({' or '.join(CONFIGS)}): it is not overwritten"
-            )
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"{folder} is not empty: choose another folder, or give --overwrite to replace a model there")
+    if not any((folder / name).is_file() for name in CONFIGS):
+        raise ValueError(f"{folder} is not empty and holds no model ({' or '.join(CONFIGS)}): it is not overwritten")
 
 
 def publish(folder: Path, write: Callable[[Path], None], overwrite: bool, world: World | None) -> None:
-    """Let all ranks ``write`` into a folder that takes its name when they are done; what stood there goes after that.
+    """Let all ranks ``write`` into a folder that takes its name when they are done; an earlier one is removed then.
 
-    If one fails, what stood there stays and what was written goes: ValueError, or OSError with the cause.
+    If a rank fails, the earlier folder stays and the new one is removed: ValueError, or OSError with the cause.
     """
     is_first = world is None or world.is_first
-    partial, old = (folder.with_name(f"{folder.name}.{end}") for end in ("partial", "old"))
+    partial = folder.with_name(f"{folder.name}.partial")
+    old = folder.with_name(f"{folder.name}.old")
     check_target(folder, overwrite)
     for left in (partial, old):
         if left.exists():
-            raise ValueError(f"{left} is left over from an export that was ended: move it away")
+            raise ValueError(f"{left} is left over from an export that was interrupted: move it away")
     if world is not None:
         world.barrier()  # after all have looked
     failure = None
@@ -79,13 +82,14 @@ def publish(folder: Path, write: Callable[[Path], None], overwrite: bool, world:
         write(partial)
     except Exception as error:
         failure = error
-    failures = [failure and str(failure)] if world is None else world.gather(failure and str(failure))
-    if any(failures):
+    reason = str(failure) if failure else None
+    reasons = [reason] if world is None else world.gather(reason)
+    if any(reasons):
         if is_first:
             shutil.rmtree(partial, ignore_errors=True)
         if failure is not None:
             raise failure
-        raise OSError(f"{folder} was not written: {next(filter(None, failures))}")
+        raise OSError(f"{folder} was not written: {next(filter(None, reasons))}")
     if is_first:
         if folder.exists():
             folder.rename(old)
@@ -96,11 +100,10 @@ def publish(folder: Path, write: Callable[[Path], None], overwrite: bool, world:
 
 
 def write_tensors(tensors: dict[str, Lazy], folder: Path, world: World | None = None, name: str = "model") -> None:
-    """One ``name``.safetensors, or shards of at most SHARD_BYTES with their index; ranks take turns at the shards.
-
-    A rank holds the tensors of one shard.
-    """
-    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    """One ``name``.safetensors, or shards of at most SHARD_BYTES with their index; ranks take turns at the shards, so a
+    rank holds the tensors of one at a time."""
+    rank = 0 if world is None else world.rank
+    size = 1 if world is None else world.size
     shards = _shards(tensors)
     files = [f"{name}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
@@ -112,7 +115,9 @@ def write_tensors(tensors: dict[str, Lazy], folder: Path, world: World | None = 
         with open(folder / files[i], "rb") as file:
             os.fsync(file.fileno())
     if len(shards) > 1 and rank == 0:
-        weight_map = {each: file for shard, file in zip(shards, files) for each in shard}
+        weight_map = {}
+        for shard, file in zip(shards, files):
+            weight_map |= dict.fromkeys(shard, file)
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / f"{name}.safetensors.index.json", index)

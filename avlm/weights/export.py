@@ -62,43 +62,66 @@ def export(
     if config.decoder.tie_embedding:
         lazy.pop("decoder.head.weight", None)
     tokenizer = Tokenizer(data.tokenizer) if data is not None and data.tokenizer else None
-    token = None
-    files: dict[str, dict[str, Any]] = {}
-    media = {kind: f"<{kind}>" for kind in MEDIA}
-    if format == "avlm":
-        keys, tensors = _own_keys(config, data), lazy
-    elif format == "adapter":
-        keys, tensors = _adapter(config, lazy, base)
-    elif format in door.FORMATS:
-        family = door.FORMATS[format]
-        media = family.MEDIA_TOKENS
-        for word in media.values():
-            token = media_token_id(tokenizer, word, config.decoder.vocab_size)
-        keys = family.config_json(config, token)
-        files = family.processor_json(config)
-        tensors = _hugging_face_tensors(family, config, lazy)
-        if token is not None:
-            keys["text_config"]["vocab_size"] = _make_room(tensors, family, token + 1)
-    else:
-        raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    content = _content(format, config, lazy, tokenizer, data, base)
+    tensors = content.tensors
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
     def write(partial: Path) -> None:
-        write_tensors(tensors, partial, world, "adapter_model" if format == "adapter" else "model")
+        write_tensors(tensors, partial, world, content.name)
         if world is not None and not world.is_first:
             return
-        if format == "adapter":
-            write_json(partial / "adapter_config.json", keys)
-            return
-        if tokenizer is not None:
-            write_tokenizer(tokenizer, data, partial, media, token, keys.get("model_type"))
-        for name, tree in files.items():
-            write_json(partial / name, tree)
-        stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        write_json(partial / "config.json", {**keys, "torch_dtype": stored})
+        for name, keys in content.files.items():
+            if name == "config.json":
+                keys["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+            write_json(partial / name, keys)
+        if tokenizer is not None and format != "adapter":
+            model_type = content.files["config.json"].get("model_type")
+            write_tokenizer(tokenizer, data, partial, content.media, content.token, model_type)
 
     publish(folder, write, overwrite, world)
+
+
+@dataclasses.dataclass
+class Content:
+    """What a format makes of a model."""
+
+    files: dict[str, dict[str, Any]]  # JSON file -> its keys
+    tensors: State
+    name: str = "model"  # of the files of tensors
+    media: dict[str, str] = dataclasses.field(default_factory=dict)  # kind -> what stands for it in a prompt
+    token: int | None = None  # the id of that, in a format that gives it one
+
+
+def _content(
+    format: str,
+    config: ModelConfig,
+    state: State,
+    tokenizer: Tokenizer | None,
+    data: DataConfig | None,
+    base: str | None,
+) -> Content:
+    if format == "avlm":
+        files = {"config.json": _own_keys(config, data)}
+        return Content(files, state, media={kind: f"<{kind}>" for kind in MEDIA})
+    if format == "adapter":
+        names = peft_names(state)
+        if not names:
+            raise ValueError("the adapter format holds adapters of the decoder, and the model has none")
+        tensors = {theirs: state[name] for name, theirs in names.items()}
+        return Content({"adapter_config.json": adapter_keys(config, state, base)}, tensors, "adapter_model")
+    if format not in door.FORMATS:
+        raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    family = door.FORMATS[format]
+    token = None
+    for word in family.MEDIA_TOKENS.values():
+        token = media_token_id(tokenizer, word, config.decoder.vocab_size)
+    keys = family.config_json(config, token)
+    tensors = _hugging_face_tensors(family, config, state)
+    if token is not None:
+        keys["text_config"]["vocab_size"] = _make_room(tensors, family, token + 1)
+    files = {"config.json": keys, **family.processor_json(config)}
+    return Content(files, tensors, media=family.MEDIA_TOKENS, token=token)
 
 
 def _own_keys(config: ModelConfig, data: DataConfig | None) -> dict[str, Any]:
@@ -109,28 +132,21 @@ def _own_keys(config: ModelConfig, data: DataConfig | None) -> dict[str, Any]:
     return {"architecture": "AVLM", "model": to_dict(config), "data": prompt}
 
 
-def _adapter(config: ModelConfig, state: State, base: str | None) -> tuple[dict[str, Any], State]:
-    names = peft_names(state)
-    if not names:
-        raise ValueError("the adapter format holds adapters of the decoder, and the model has none")
-    return adapter_keys(config, state, base), {theirs: state[name] for name, theirs in names.items()}
-
-
 def merged(state: State, config: LoraConfig, dtype: torch.dtype | None = None) -> State:
     """Weights with adapters in them, in ``dtype`` (None: that of the base), each computed when it is read."""
     done = {}
     for name, base in state.items():
-        adapter = [state.get(f"{name.removesuffix('.weight')}.{part}") for part in ADAPTER]
-        if adapter[0] is not None:
-            done[name] = base.changed(functools.partial(_merge, adapter, config), dtype=torch.float32)
-            done[name] = done[name].to(dtype or base.dtype)
+        down, up, magnitude = (state.get(f"{name.removesuffix('.weight')}.{part}") for part in ADAPTER)
+        if down is not None:
+            merge_here = functools.partial(_merge, down=down, up=up, magnitude=magnitude, config=config)
+            done[name] = base.changed(merge_here, dtype=torch.float32).to(dtype or base.dtype)
         elif not is_adapter(name):
             done[name] = base
     return done
 
 
-def _merge(adapter: list[Lazy | None], config: LoraConfig, base_OI: Tensor) -> Tensor:
-    return merge(base_OI, *(part and part.read() for part in adapter), config)
+def _merge(base_OI: Tensor, down: Lazy, up: Lazy, magnitude: Lazy | None, config: LoraConfig) -> Tensor:
+    return merge(base_OI, down.read(), up.read(), magnitude.read() if magnitude else None, config)
 
 
 def _hugging_face_tensors(family: ModuleType, config: ModelConfig, state: State) -> State:

@@ -69,8 +69,8 @@ def test_of_two_kinds_of_files_the_one_that_transformers_reads_is_read_and_said(
     [report] = load_weights(model, InitFrom(decoder=str(tmp_path)))
     assert model.decoder.embedding.weight.equal(theirs) and theirs.equal(new.state_dict()[EMBEDDING])
     single = [first] if not first.endswith(".json") else report.files.read
-    assert report.files.read == single and set(report.files.aside) == stale - {first}
-    assert f"decoder from {tmp_path} ({single[0]}" in str(report) and f"leaving aside {min(stale)}" in str(report)
+    assert report.files.read == single and set(report.files.unread) == stale - {first}
+    assert f"decoder from {tmp_path} ({single[0]}" in str(report) and f"leaving {min(stale)}" in str(report)
 
 
 def test_a_file_that_the_config_names_is_read_in_their_place(states, tmp_path):
@@ -82,7 +82,7 @@ def test_a_file_that_the_config_names_is_read_in_their_place(states, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()[EMBEDDING]
     source = open_source(tmp_path)
     assert source.tensors[EMBEDDING][:].equal(theirs) and theirs.equal(new.state_dict()[EMBEDDING])
-    assert str(source.files) == "tuned.safetensors, leaving aside model.safetensors"
+    assert str(source.files) == "tuned.safetensors, leaving model.safetensors unread"
     for odd in ("../tuned.safetensors", "model.bin", 3, "x" * 5000 + ".safetensors"):
         (tmp_path / "config.json").write_text(json.dumps(keys | {"transformers_weights": odd}))
         with pytest.raises(ValueError, match="is no safetensors file of the folder"):
@@ -97,7 +97,7 @@ def test_shards_that_the_index_does_not_name_are_left_aside_and_those_it_lacks_a
     save_file(old, tmp_path / "model-00001-of-00001.safetensors")
     source = open_source(tmp_path)
     assert all(source.tensors[name][:].equal(tensor) for name, tensor in new.items())
-    assert source.files.aside == ["model-00001-of-00001.safetensors"]
+    assert source.files.unread == ["model-00001-of-00001.safetensors"]
     first, second = sorted(set(places.values()))
     stale = next(name for name, file in places.items() if file == first)
     save_file({name: new[name] for name in new if places[name] == second} | {stale: old[stale]}, tmp_path / second)
@@ -187,7 +187,7 @@ def test_of_two_adapter_files_the_one_that_peft_reads_is_read_and_said(tmp_path)
     export(config, old.state_dict(), tmp_path / "old", "adapter", base="base")
     torch.save(load_file(tmp_path / "old" / "adapter_model.safetensors"), folder / "adapter_model.bin")
     for expected, said in (
-        (new, r"\(adapter_model.safetensors, leaving aside adapter_model.bin\)"),
+        (new, r"\(adapter_model.safetensors, leaving adapter_model.bin unread\)"),
         (old, r"\(adapter_model.bin\)"),
     ):
         model = build(config, seed=3)

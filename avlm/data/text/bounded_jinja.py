@@ -1,16 +1,16 @@
 """A Jinja environment for templates of strangers: they reach no Python, and they end, in seconds and in memory.
 
-Jinja's sandbox bounds neither nested loops nor what is built. So every pass of a loop, every call, filter and operator
-is counted (STEPS), every text and list that is built is added up (WORK), and what would be too large is refused before
-it is built (TEXT characters, ITEMS of containers, BITS of a number). None of it can be reached by a template that
-renders a conversation.
+Jinja's sandbox bounds neither nested loops nor the size of values. So every pass of a loop, every call, filter and
+operator is counted (STEPS), the sizes of all texts and lists that are built are added up (WORK), and a value that would
+be too large is refused before it is built (TEXT characters, ITEMS of containers, BITS of a number). No template that
+renders a conversation comes near these limits.
 """
 
 import re
 import types
 from collections.abc import Callable, Container, Iterator
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from jinja2 import nodes
@@ -37,10 +37,16 @@ CONSTANT_FILTERS = {"length", "count", "first", "last", "default", "d", "attr"}
 CONSTANT_TESTS = {"defined", "undefined", "none", "boolean", "true", "false", "integer", "float", "number", "string"}
 CONSTANT_TESTS |= {"mapping", "sequence", "iterable", "callable", "sameas", "filter", "test", "escaped"}
 HOLDERS = (list, tuple, dict, set, frozenset)
+TEXTS = (str, bytes)
 
 
 class TooMuch(jinja2.TemplateError):
-    """What a template asks for is more than any conversation needs."""
+    """A template asks for more than any conversation needs."""
+
+
+class Size(NamedTuple):
+    characters: int
+    items: int
 
 
 class Bounded(ImmutableSandboxedEnvironment):
@@ -51,14 +57,18 @@ class Bounded(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, optimized=False, finalize=self.wrote)
         del self.globals["lipsum"]
-        self.filters = {name: self.bounded(name, each, CONSTANT_FILTERS) for name, each in self.filters.items()}
-        self.tests = {name: self.bounded(name, each, CONSTANT_TESTS) for name, each in self.tests.items()}
+        for name, function in self.filters.items():
+            self.filters[name] = self.bounded(name, function, CONSTANT_FILTERS)
+        for name, function in self.tests.items():
+            self.tests[name] = self.bounded(name, function, CONSTANT_TESTS)
         self.count, self.measure = self.step, self.copied  # one object each, which ``call`` knows
         self.begin()
 
     def begin(self, turns: int = 0) -> None:
         """``turns`` of a conversation that is long enough to be allowed more: some templates render each of them."""
-        self.steps, self.work, self.share = 0, 0, 1 + turns // 200
+        self.steps = 0
+        self.work = 0
+        self.share = 1 + turns // 200
 
     def step(self, number: int = 10) -> str:
         self.steps += number
@@ -74,7 +84,7 @@ class Bounded(ImmutableSandboxedEnvironment):
 
     def copied(self, value: Any) -> Any:
         """The value, once its size is counted."""
-        self._add(*self._size(value))
+        self._add(self._size(value))
         return value
 
     def wrote(self, value: Any) -> Any:
@@ -86,27 +96,33 @@ class Bounded(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self.step()
         for value in (left, right):
-            if isinstance(value, int) and value.bit_length() > BITS:
-                raise TooMuch(f"a number has more than {BITS:,} bits")
+            if isinstance(value, int):
+                _require_bits(value.bit_length())
         if operator == "**" and isinstance(left, int) and isinstance(right, int):
-            self._require(left.bit_length() * max(right, 0) <= BITS, f"a number has more than {BITS:,} bits")
+            _require_bits(left.bit_length() * max(right, 0))
         elif operator == "*":
-            for value, times in ((left, right), (right, left)):
-                if isinstance(times, int) and isinstance(value, (str, bytes, list, tuple)):
-                    self._check_size(*(size * max(times, 0) for size in self._size(value)))
-        elif operator == "%" and isinstance(left, (str, bytes)):
+            self._check_repeated(left, right)
+            self._check_repeated(right, left)
+        elif operator == "%" and isinstance(left, TEXTS):
             self._check_format(left, right)
         return self.copied(super().call_binop(context, operator, left, right))
+
+    def _check_repeated(self, value: Any, times: Any) -> None:
+        if isinstance(times, int) and isinstance(value, (*TEXTS, list, tuple)):
+            size = self._size(value)
+            _require_size(size.characters * max(times, 0), size.items * max(times, 0))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         # The names are Jinja's: no keyword argument of a template can be one of them.
         if __obj is __self.count or __obj is __self.measure:
             return __obj(*args)
         __self.step(30)
-        if isinstance(__obj, types.BuiltinMethodType) and isinstance(__obj.__self__, (str, bytes, int, float)):
-            args = __self._checked(__obj.__name__, __obj.__self__, args, kwargs)
-        elif isinstance(__obj, types.BuiltinMethodType) and isinstance(__obj.__self__, (list, tuple)):
-            __self.copied(__obj.__self__)  # count and index go over it
+        if isinstance(__obj, types.BuiltinMethodType):
+            owner = __obj.__self__
+            if isinstance(owner, (str, bytes, int, float)):
+                args = __self._checked(__obj.__name__, owner, args, kwargs)
+            elif isinstance(owner, (list, tuple)):
+                __self.copied(owner)  # count and index go over it
         return __self.copied(super().call(__context, __obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -115,7 +131,8 @@ class Bounded(ImmutableSandboxedEnvironment):
         template, is_map = value.__self__, value.__name__ == "format_map"
 
         def format_text(*args: Any, **kwargs: Any) -> str:
-            args, kwargs = ((), args[0]) if is_map else (args, kwargs)
+            if is_map:
+                args, kwargs = (), args[0]
             return _Formatter(self).vformat(template, args, kwargs)
 
         return format_text
@@ -127,13 +144,13 @@ class Bounded(ImmutableSandboxedEnvironment):
         @wraps(function)  # with the mark for what it gets first
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self.step(60)
-            first, (value, *rest) = args[:before], args[before:]
+            first, value, rest = args[:before], args[before], args[before + 1 :]
             is_generator = isinstance(value, types.GeneratorType)
             if name in constant and not (is_generator and name in CONSTANT_FILTERS):
                 return function(*args, **kwargs)
             if is_generator:
                 value = list(value)
-            value, *rest = value, *self._checked(name, value, tuple(rest), kwargs)
+            rest = self._checked(name, value, rest, kwargs)
             return self.copied(function(*first, value, *rest, **kwargs))
 
         return bounded
@@ -142,88 +159,107 @@ class Bounded(ImmutableSandboxedEnvironment):
         """The arguments of a filter or method, which may be run with them."""
         args = tuple(list(arg) if isinstance(arg, types.GeneratorType) else arg for arg in args)
         given = [*args, *kwargs.values()]
-        if name not in NUMBERS and any(isinstance(arg, int) and abs(arg) > WIDTH for arg in given):
+        numbers = [arg for arg in given if isinstance(arg, int)]
+        if name not in NUMBERS and any(abs(number) > WIDTH for number in numbers):
             raise TooMuch(f"{name} is given a number above {WIDTH:,}")
-        characters, items = self._size(value)
-        self._add(characters, items)
-        self.step((characters + items) * SLOW.get(name, 0))
         if name == "sum" and any(isinstance(arg, HOLDERS) for arg in given):  # each sum is a copy of all before
             raise TooMuch("sum is given a list to start from")
-        if isinstance(value, (str, bytes)) and name in ITERATES and not hasattr(value, name):
-            self._check_size(characters, characters)
-        texts = [len(arg) for arg in given if isinstance(arg, (str, bytes))]
-        if name == "replace" and len(texts) > 1:
-            old = next(arg for arg in given if isinstance(arg, (str, bytes)))
-            times = str(value).count(old) if isinstance(old, str) else characters
-            self._check_size(characters + times * texts[1], items)
-        elif name == "join" and isinstance(value, (str, bytes)):  # the method
-            parts, number = self._size(args[0]) if args else (0, 0)
-            self._check_size(parts + number * characters, number)
-        elif name == "join":
-            self._check_size(characters + items * sum(texts), items)
-        elif name in MULTIPLIES:
-            numbers = [arg for arg in given if isinstance(arg, int)]
-            self._check_size((characters + items) * max([1, *texts, *map(abs, numbers)]), items)
-        elif name == "expandtabs":
-            self._check_size(characters * max([8, *(arg for arg in given if isinstance(arg, int))]), 0)
-        elif name == "format":
+        size = self._size(value)
+        self._add(size)
+        self.step(sum(size) * SLOW.get(name, 0))
+        is_text = isinstance(value, TEXTS)
+        if is_text and name in ITERATES and not hasattr(value, name):
+            _require_size(size.characters, size.characters)
+        if name == "format":
             self._check_format(value, tuple(given))
-        elif name == "tojson":
-            depth = max(
-                [1, *(arg if isinstance(arg, int) else len(arg) for arg in given if isinstance(arg, (int, str)))]
-            )
-            self._check_size(characters + items * depth, items)
+        elif name == "join" and is_text:  # the method
+            parts = self._size(args[0]) if args else Size(0, 0)
+            _require_size(parts.characters + parts.items * size.characters, parts.items)
+        else:
+            _require_size(_characters_made(name, value, given, size), size.items)
         return args
 
     def _check_format(self, template: Any, values: Any) -> None:
         """Of ``%``: a width stands in the template, or it is one of the values."""
         text = template if isinstance(template, str) else repr(template)
-        numbers = [value for value in (values if isinstance(values, tuple) else (values,)) if isinstance(value, int)]
-        if re.search(r"\d{7}", text) or ("*" in text and any(abs(number) > WIDTH for number in numbers)):
+        _require_width(text)
+        given = values if isinstance(values, tuple) else (values,)
+        if "*" in text and any(isinstance(value, int) and abs(value) > WIDTH for value in given):
             raise TooMuch(f"a format has a width above {WIDTH:,}")
-        characters, items = self._size(values)
-        self._check_size(len(text) + characters * text.count("%"), items)
+        size = self._size(values)
+        _require_size(len(text) + size.characters * text.count("%"), size.items)
 
-    def _size(self, value: Any) -> tuple[int, int]:
-        """(characters, items) of a value, each counted as often as it is reached. TooMuch above TEXT and ITEMS."""
-        if isinstance(value, (str, bytes)):
-            return len(value), 0
+    def _size(self, value: Any) -> Size:
+        """The size of a value, each part counted as often as it is reached. TooMuch above TEXT and ITEMS."""
+        if isinstance(value, TEXTS):
+            return Size(len(value), 0)
         if isinstance(value, range):
-            return 0, len(value)
+            return Size(0, len(value))
         if not isinstance(value, HOLDERS):
-            return 0, 0
+            return Size(0, 0)
         characters, items, left = 0, 0, [value]
         while left:
             each = left.pop()
             self.steps += 20  # many small ones take longer than their items
             parts = [*each, *each.values()] if isinstance(each, dict) else each
+            # By the types that occur: most lists hold one, and isinstance of each item would take twice as long.
             kinds = set(map(type, parts))
-            texts = tuple(kind for kind in kinds if issubclass(kind, (str, bytes)))
-            characters += sum(len(part) for part in parts if isinstance(part, texts)) if texts else 0
-            if holders := tuple(kind for kind in kinds if issubclass(kind, HOLDERS)):
+            texts = tuple(kind for kind in kinds if issubclass(kind, TEXTS))
+            if texts:
+                characters += sum(len(part) for part in parts if isinstance(part, texts))
+            holders = tuple(kind for kind in kinds if issubclass(kind, HOLDERS))
+            if holders:
                 left += [part for part in parts if isinstance(part, holders)]
             items += len(parts)
-            self._check_size(characters, items + len(left))
-        return characters, items
+            _require_size(characters, items + len(left))
+        return Size(characters, items)
 
-    def _check_size(self, characters: int, items: int) -> None:
-        self._require(characters <= TEXT, f"a text has more than {TEXT:,} characters")
-        self._require(items <= ITEMS, f"a list has more than {ITEMS:,} items")
+    def _add(self, size: Size) -> None:
+        self.work += size.characters + ITEM * size.items
+        if self.work > WORK * self.share:
+            raise TooMuch(f"it copies more than {WORK * self.share:,} characters")
 
-    def _add(self, characters: int, items: int) -> None:
-        self.work += characters + ITEM * items
-        most = WORK * self.share
-        self._require(self.work <= most, f"it copies more than {most:,} characters")
 
-    def _require(self, condition: bool, message: str) -> None:
-        if not condition:
-            raise TooMuch(message)
+def _characters_made(name: str, value: Any, given: list, size: Size) -> int:
+    """The most characters that a filter or method may write, 0 if they are no more than it gets."""
+    characters, items = size
+    texts = [arg for arg in given if isinstance(arg, TEXTS)]
+    lengths = [len(text) for text in texts]
+    numbers = [abs(arg) for arg in given if isinstance(arg, int)]
+    if name == "replace" and len(texts) > 1:
+        times = str(value).count(texts[0]) if isinstance(texts[0], str) else characters
+        return characters + times * lengths[1]
+    if name == "join":
+        return characters + items * sum(lengths)
+    if name in MULTIPLIES:
+        return (characters + items) * max([1, *lengths, *numbers])
+    if name == "expandtabs":
+        return characters * max([8, *numbers])
+    if name == "tojson":  # indented by a number or a text
+        return characters + items * max([1, *numbers, *lengths])
+    return 0
+
+
+def _require_size(characters: int, items: int) -> None:
+    if characters > TEXT:
+        raise TooMuch(f"a text has more than {TEXT:,} characters")
+    if items > ITEMS:
+        raise TooMuch(f"a list has more than {ITEMS:,} items")
+
+
+def _require_bits(bits: int) -> None:
+    if bits > BITS:
+        raise TooMuch(f"a number has more than {BITS:,} bits")
+
+
+def _require_width(template: str) -> None:
+    if re.search(r"\d{7}", template):
+        raise TooMuch(f"a format has a width above {WIDTH:,}")
 
 
 class _Formatter(SandboxedFormatter):
     def format_field(self, value: Any, format_spec: str) -> str:
-        if re.search(r"\d{7}", format_spec):
-            raise TooMuch(f"a format has a width above {WIDTH:,}")
+        _require_width(format_spec)
         return super().format_field(value, format_spec)
 
 
@@ -233,7 +269,7 @@ class _Counted(NodeTransformer):
     def visit_For(self, node: nodes.For) -> nodes.For:
         node = self._counted(node)
         if node.test is not None:
-            node.iter = nodes.Call(nodes.EnvironmentAttribute("passes"), [node.iter], [], None, None)
+            node.iter = _call("passes", node.iter)
         return node
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Macro:
@@ -256,14 +292,17 @@ class _Counted(NodeTransformer):
         return nodes.Filter(nodes.List(node.nodes), "join", [], [], None, None, lineno=node.lineno)
 
     def _measured(self, node: nodes.Expr) -> nodes.Expr:
-        if isinstance(node, nodes.Const):
-            return node
-        return nodes.Call(nodes.EnvironmentAttribute("measure"), [node], [], None, None, lineno=node.lineno)
+        return node if isinstance(node, nodes.Const) else _call("measure", node)
 
     def _counted(self, node: Any) -> Any:
         cost = 10 + sum(1 for _ in node.find_all(nodes.Expr)) // 2
         cost += sum(len(text.data) for text in node.find_all(nodes.TemplateData)) // 10
         node = self.generic_visit(node)
-        count = nodes.Call(nodes.EnvironmentAttribute("count"), [nodes.Const(cost)], [], None, None)
+        count = _call("count", nodes.Const(cost))
         node.body.insert(0, nodes.ExprStmt(count, lineno=node.lineno))
         return node
+
+
+def _call(method: str, argument: nodes.Expr) -> nodes.Call:
+    """A call of a method of the environment, in a template's syntax tree."""
+    return nodes.Call(nodes.EnvironmentAttribute(method), [argument], [], None, None, lineno=argument.lineno)

@@ -11,7 +11,8 @@ assistant's too, and are never learned.
 from collections.abc import Iterable, Iterator
 
 from avlm.config.model import shown
-from avlm.data.text.jinja_template import MARK, JinjaTemplate
+from avlm.data.text.jinja_rendering import MARK
+from avlm.data.text.jinja_template import JinjaTemplate
 from avlm.data.text.pieces import MEDIA, ROLES, Messages, Piece
 from avlm.data.text.templates import TEMPLATES, pieces
 from avlm.data.text.tokenizer import Tokenizer
@@ -86,7 +87,7 @@ class Chat:
                 continues = not self.tokenizer.blank_after_control
             else:
                 reads_control = piece.kind == "markup"
-                yield piece, self.tokenizer.encode(piece.text, goes_on=continues, control=reads_control)
+                yield piece, self.tokenizer.encode(piece.text, continues=continues, control=reads_control)
                 ends_in_control = reads_control and piece.text.endswith(tuple(self.tokenizer.control_tokens))
                 continues = not ends_in_control or not self.tokenizer.blank_after_control
 

@@ -20,6 +20,7 @@ from avlm.config.model import shown
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Lists of more special tokens; the first may be an object.
 EXTRA = ("extra_special_tokens", "additional_special_tokens")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # how an added token is found in a text
 
 
 class Tokenizer:
@@ -67,12 +68,14 @@ class Tokenizer:
         """Characters of the longest token: no text has more of them than this for each of its ids."""
         return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
 
-    def encode(self, text: str, *, goes_on: bool = False, control: bool = False) -> list[int]:
-        """Ids of a text, nothing added. ``goes_on``: it continues another text; ``control``: read control tokens."""
-        skip = len(self._before) if goes_on and self._before else 0
+    def encode(self, text: str, *, continues: bool = False, control: bool = False) -> list[int]:
+        """Ids of a text, nothing added. ``continues``: it continues another text; ``control``: read control tokens."""
+        before = self._before if continues else []
+        if before:
+            text = "\n" + text
         self._tokenizer.encode_special_tokens = not control
         with one_line(f"{self.file} cannot encode a text"):
-            return self._tokenizer.encode("\n" + text if skip else text, add_special_tokens=False).ids[skip:]
+            return self._tokenizer.encode(text, add_special_tokens=False).ids[len(before) :]
 
     def encode_as_published(self, text: str, begins: bool) -> list[int]:
         """Ids of a text in which control tokens are read, with what the file itself puts around one that ``begins``."""
@@ -105,9 +108,11 @@ class Tokenizer:
 
     def added_entries(self) -> list[dict[str, Any]]:
         """The added tokens as a tokenizer.json lists them."""
-        flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-        found = sorted(self._tokenizer.get_added_tokens_decoder().items())
-        return [{"id": number, **{flag: getattr(token, flag) for flag in flags}} for number, token in found]
+        entries = []
+        for number, token in sorted(self._tokenizer.get_added_tokens_decoder().items()):
+            values = {key: getattr(token, key) for key in ("content", *FLAGS, "special")}
+            entries.append({"id": number, **values})
+        return entries
 
     def _keys(self, name: str) -> dict[str, Any]:
         """The JSON object of a file next to tokenizer.json."""
@@ -122,26 +127,27 @@ class Tokenizer:
 
     def _names(self, config: dict[str, Any]) -> dict[str, str]:
         """Special tokens by name: the seven of NAMES, and others that tokenizer_config.json names ``..._token``."""
-        sources = [("tokenizer_config.json", config)]
+        named = [(key, value) for key, value in config.items() if key.endswith("_token") and key not in NAMES]
+        extra = config.get(EXTRA[0])
+        if isinstance(extra, dict):
+            named += extra.items()
+        names = {key: value for key, value in named if isinstance(value, str) and value}
+        sources = {"tokenizer_config.json": config}
         if "added_tokens_decoder" not in config:
-            sources.append(("special_tokens_map.json", self._keys("special_tokens_map.json")))
-        names: dict[str, str] = {}
-        for key, value in config.items():
-            if key.endswith("_token") and key not in NAMES and isinstance(value, str) and value:
-                names[key] = value
-        if isinstance(extra := config.get(EXTRA[0]), dict):
-            names |= {key: value for key, value in extra.items() if isinstance(value, str) and value}
-        for file, keys in sources:
+            sources["special_tokens_map.json"] = self._keys("special_tokens_map.json")
+        for file, keys in sources.items():
             for key in NAMES:
-                if key in keys:
-                    names.pop(key, None)
-                    if (token := self._content(keys[key], file, key)) is not None:
-                        names[key] = token
+                if key not in keys:
+                    continue
+                names.pop(key, None)
+                token = self._content(keys[key], file, key)
+                if token is not None:
+                    names[key] = token
         return names
 
     def _content(self, value: Any, file: str, key: str) -> str | None:
         token = value.get("content") if isinstance(value, dict) else value
-        if not isinstance(token, str) and not (value is None or value is False):
+        if not isinstance(token, str) and value is not None and value is not False:
             raise ValueError(
                 f"{self.file.with_name(file)}: {key} must be a text, or an object with one under content, "
                 f"not {shown(value)}"
@@ -168,40 +174,43 @@ class Tokenizer:
         vocabulary are added only where the chat template or a turn's ends need them: an id that nothing uses is no
         reason to ask for a larger embedding."""
         needed, known = (self.bos, self.eos), set(self.added_tokens)
-        missing, control = [], []  # the library goes over all of them in each call, so they are added in one
+        missing, control = [], [self.bos, self.eos]
         for number, token in self._listed(config):
             content = token.content
+            is_needed = content in needed or content in (self.chat_template or "")
             if content in known:
                 control += [content] if token.special else []
-            elif content and (
-                self.find(content) is not None or content in needed or content in (self.chat_template or "")
-            ):
+            elif content and (is_needed or self.find(content) is not None):
                 missing.append((number, token))
                 known.add(content)
-        self._add([token for _, token in missing])
+        self._add([token for _, token in missing])  # at once: the library goes over all of them in each call
         for number, token in missing:
             if self.find(token.content) != number:
                 raise ValueError(
                     f"{self.file.parent} gives the token {shown(token.content)!r} the id {number}, but tokenizer.json "
                     f"has {self.find(token.content)} for it: they belong to different tokenizers"
                 )
-        control += [token for key in EXTRA for token in texts(config.get(key))]
-        if "added_tokens_decoder" not in config:
-            control += [token for key in EXTRA for token in texts(self._keys("special_tokens_map.json").get(key))]
-        control = [self.bos, self.eos, *control]
+        for key in EXTRA:
+            control += texts(config.get(key))
+            if "added_tokens_decoder" not in config:
+                control += texts(self._keys("special_tokens_map.json").get(key))
         self.make_control([token for token in control if token and self.find(token) is not None])
 
     def make_control(self, tokens: Iterable[str]) -> bool:
         """Read tokens of the vocabulary as control tokens from here on. Whether any of them was none before."""
         present = set(self.control_tokens)
-        new = [token for token in dict.fromkeys(tokens) if token not in present]
-        if not new:
-            return False
         known = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
-        flags = ("single_word", "lstrip", "rstrip", "normalized")
-        kept = lambda token: {flag: getattr(known[token], flag) for flag in flags if token in known}
-        self._add([AddedToken(token, **{"normalized": False, **kept(token)}, special=True) for token in new])
-        return True
+        new = []
+        for content in dict.fromkeys(tokens):
+            if content in present:
+                continue
+            flags = {"normalized": False}
+            if content in known:
+                flags = {flag: getattr(known[content], flag) for flag in FLAGS}
+            new.append(AddedToken(content, **flags, special=True))
+        if new:
+            self._add(new)
+        return bool(new)
 
     def _add(self, tokens: list[AddedToken]) -> None:
         self._tokenizer.add_tokens(tokens)
@@ -211,24 +220,22 @@ class Tokenizer:
     def _listed(self, config: dict[str, Any]) -> list[tuple[int, AddedToken]]:
         """(id, token) of the lists next to tokenizer.json, in the order of the ids."""
         if "added_tokens_decoder" in config:
-            file, listed = self.file.with_name("tokenizer_config.json"), config["added_tokens_decoder"] or {}
-            pairs = list(listed.items()) if isinstance(listed, dict) else [(None, listed)]
+            file = "tokenizer_config.json"
+            listed = config["added_tokens_decoder"] or {}
+            pairs = listed.items() if isinstance(listed, dict) else [(None, listed)]
         else:
-            file = self.file.with_name("added_tokens.json")
-            named = set(self.names.values())
-            pairs = [
-                (number, {"content": content, "special": content in named})
-                for content, number in self._keys("added_tokens.json").items()
-            ]
+            file = "added_tokens.json"
+            special = set(self.names.values())
+            numbers = self._keys(file).items()
+            pairs = [(number, {"content": content, "special": content in special}) for content, number in numbers]
         found = []
         for number, entry in pairs:
-            content = entry.get("content") if isinstance(entry, dict) else entry
+            fields = entry if isinstance(entry, dict) else {"content": entry}
+            content = fields.get("content")
             if not str(number).isdecimal() or isinstance(number, bool) or not isinstance(content, str):
+                file = self.file.with_name(file)
                 raise ValueError(f"{file}: an added token must have an id and a text, not {shown([number, entry])}")
-            flags = {key: value for key, value in entry.items() if isinstance(value, bool)} if content != entry else {}
-            flags = {key: flags[key] for key in ("single_word", "lstrip", "rstrip", "normalized") if key in flags} | {
-                "special": flags.get("special", False)
-            }
+            flags = {flag: fields[flag] for flag in (*FLAGS, "special") if isinstance(fields.get(flag), bool)}
             found.append((int(number), AddedToken(content, **flags)))
         return sorted(found, key=lambda pair: pair[0])
 
@@ -237,8 +244,12 @@ def texts(tokens: Any) -> list[str]:
     """The texts of a list of tokens, which may be objects."""
     if not isinstance(tokens, list):
         return []
-    contents = [token.get("content") if isinstance(token, dict) else token for token in tokens]
-    return [content for content in contents if isinstance(content, str) and content]
+    found = []
+    for token in tokens:
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str) and content:
+            found.append(content)
+    return found
 
 
 @contextmanager

@@ -194,8 +194,9 @@ def test_a_template_that_writes_the_last_turns_only_has_an_end_but_teaches_no_lo
 def test_a_conversation_of_many_turns_takes_few_renderings(tmp_path, monkeypatch, name):
     chat, renderings = with_template(tmp_path, TEMPLATES[name][0]), []
     spelled = spell(chat, TALK)
-    render = chat._jinja._template.render
-    monkeypatch.setattr(chat._jinja._template, "render", lambda **names: renderings.append(1) or render(**names))
+    template = chat._jinja.renderer.template
+    render = template.render
+    monkeypatch.setattr(template, "render", lambda **names: renderings.append(1) or render(**names))
     assert spell(chat, TALK) == spelled and len(renderings) <= 7
     renderings.clear()
     assert spell(chat, TALK * 10).count("[") >= 20 and len(renderings) <= 7
@@ -214,9 +215,9 @@ def test_a_long_conversation_is_not_gone_over_in_each_of_its_turns(tmp_path):
 def test_all_renderings_of_a_conversation_share_one_budget(tmp_path, monkeypatch):
     chat = with_template(tmp_path, "{% for i in range(5000) %}{% endfor %}" + CHATML)
     assert spell(chat, TALK)
-    steps = chat._jinja._environment.steps
+    steps = chat._jinja.renderer.environment.steps
     spell(chat, TALK)
-    assert chat._jinja._environment.steps == steps > 3 * 50_000, "each conversation has its own"
+    assert chat._jinja.renderer.environment.steps == steps > 3 * 50_000, "each conversation has its own"
     monkeypatch.setattr(bounded_jinja, "STEPS", steps - 1)
     with pytest.raises(ValueError, match="it takes more than"):
         chat.pieces(TALK)
