@@ -111,7 +111,7 @@ def units(config: Config) -> list[tuple[tuple[str, ...], str, bool]]:
 
 def of_tensor(config: Config, L: int, R: int) -> Bytes:
     """Each block gathers rows twice and scatters sums twice, and so does its backward the other way round; the
-    embedding scatters, the end of the decoder gathers. The head adds up 5 numbers a target row, and dhidden. Gradients
+    embedding scatters, the end of the decoder gathers. The head adds up 4 numbers a target row, and dhidden. Gradients
     of norms are parts: of the rows, or of the heads, of each rank."""
     decoder, t, c = config.model.decoder, config.parallel.tensor, 2
     whole = c * L * decoder.hidden_size
@@ -120,7 +120,7 @@ def of_tensor(config: Config, L: int, R: int) -> Bytes:
         {
             ("tensor", "all-gather"): ring(t, (4 * decoder.num_layers + 2) * whole),
             ("tensor", "reduce-scatter"): ring(t, (4 * decoder.num_layers + 1) * whole),
-            ("tensor", "all-reduce"): ring(t, 2 * (4 * 5 * R + c * R * decoder.hidden_size + c * norms)),
+            ("tensor", "all-reduce"): ring(t, 2 * (4 * 4 * R + c * R * decoder.hidden_size + c * norms)),
         }
     )
 
