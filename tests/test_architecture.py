@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,15 @@ def test_tests_mirror_the_rooms():
     tested = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
     strange = {str(folder) for folder in tested - rooms} - {".", "kernels", "measurements"}
     assert not strange, f"no room has the name of tests/{sorted(strange)}"
+
+
+def test_the_pages_name_every_room_and_every_file():
+    readme = (ROOT / "README.md").read_text()
+    for room in ARROWS:
+        name = room.replace(".", "/")
+        assert f"{name}/" in readme or f"{name}.py" in readme, f"README.md does not name {name}"
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    tree = "".join(re.findall(r"```text\n(.*?)```", page, re.S))
+    named = set(re.findall(r"\b[a-z_]+\.py\b", tree))
+    on_disk = {path.name for path in SOURCES} - {"__init__.py"}
+    assert named == on_disk, f"only in the page: {sorted(named - on_disk)}; only on disk: {sorted(on_disk - named)}"
