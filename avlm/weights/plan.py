@@ -10,18 +10,18 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from avlm.config.model import MODULES, AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, shown
+from avlm.config.model import MODULES, ModelConfig, shown
 from avlm.config.run import InitFrom
-from avlm.families.door import HEADS, PREFIXES, SINUSOIDS, AnyConfig, anchor, hugging_face_name, skip_reason
+from avlm.families.door import HEADS, PREFIXES, SINUSOIDS, anchor, hugging_face_name, skip_reason
 from avlm.models.freezing import matching
 from avlm.models.lora import is_adapter
 from avlm.models.whisper import sinusoids
 from avlm.storage.run_folder import is_run, read_run
 from avlm.storage.weight_files import WeightFiles, local
+from avlm.weights.compare import check_config
 from avlm.weights.folder import may_be_on_hub
 from avlm.weights.peft import open_adapter
 from avlm.weights.sources import Source, check_shape, open_source
@@ -29,7 +29,6 @@ from avlm.weights.sources import Source, check_shape, open_source
 OWN_HEAD = "decoder.head.weight"
 TIED = "a head tied to the embedding"
 ENTRIES = ("all", "decoder", "vision", "audio", "adapter")  # a tower's own source wins over the whole model's
-NOT_COMPARED = ("max_position", "window", "log_mel", "resize", "resample")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -47,9 +46,10 @@ class Report:
     files: WeightFiles | None = None  # of a model folder
 
     def __str__(self) -> str:
-        files = f" ({self.files})" if self.files else ""
-        loaded = f"{self.entry} from {self.path}{files}: {len(self.names)} of {self.total} tensors loaded"
-        line = f"{loaded}, skipped: {_counted(self.skipped) or 'none'}"
+        line = f"{self.entry} from {self.path}"
+        if self.files:
+            line += f" ({self.files})"
+        line += f": {len(self.names)} of {self.total} tensors loaded, skipped: {_counted(self.skipped) or 'none'}"
         if self.initialised:
             line += f"; parameters initialised from scratch: {_counted(self.initialised)}"
         return line
@@ -122,8 +122,11 @@ def load_plans(config: ModelConfig, shapes: Shapes, init_from: InitFrom) -> list
     optional: set[str] = set()
     for pattern in init_from.allow_missing:
         optional.update(matching(pattern, "init_from.allow_missing", names))
-    plans = [_load_plan(entry, source, config, shapes, left_out, optional) for entry, source in sources.items()]
-    loaded = {name for plan in plans for name in plan.chosen}
+    plans, loaded = [], set()
+    for entry, source in sources.items():
+        plan = _load_plan(entry, source, config, shapes, left_out, optional)
+        plans.append(plan)
+        loaded |= plan.chosen.keys()
     absent = [name for name in names if name not in loaded]
     for pattern in init_from.allow_missing:
         matching(pattern, "init_from.allow_missing", absent, "parameter that the sources lack")
@@ -137,60 +140,6 @@ def _with_absent(report: Report, absent: list[str]) -> Report:
         if report.entry in ("all", module):
             parts["adapters" if is_adapter(name) else module] += 1
     return replace(report, initialised=dict(parts))
-
-
-def check_config(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None:
-    """Raise ValueError with the key where our config describes another model than ``theirs``, that of ``origin``.
-
-    Of a whole model the modules that both have are compared. Not compared: ``max_position`` (ours may be shorter),
-    ``window``, ``log_mel``, ``resize``, ``resample``, and for a plain tower ``feature_layer`` and ``post_norm``, which
-    choose what is taken from it. In a whole model the number of vision layers that are built counts.
-    """
-    part = {DecoderConfig: "decoder", VisionConfig: "vision", AudioConfig: "audio", ModelConfig: "all"}[type(ours)]
-    owner = theirs
-    if part != "all" and isinstance(theirs, ModelConfig):
-        theirs = getattr(theirs, part)
-    if type(ours) is not type(theirs):
-        found = "none" if theirs is None else f"a {type(theirs).__name__}"
-        raise ValueError(f"{origin} holds {found}, and a {type(ours).__name__} is asked for")
-    if part != "all":
-        _check_module(part, _comparable(ours, None), _comparable(theirs, None), origin)
-        _check_length(ours, theirs, origin)
-        return
-    for module in theirs.modules:
-        if getattr(ours, module) is not None:
-            mine = _comparable(getattr(ours, module), ours)
-            _check_module(module, mine, _comparable(getattr(theirs, module), owner), origin)
-    _check_length(ours.decoder, theirs.decoder, origin)
-
-
-def _check_module(module: str, ours: dict[str, Any], theirs: dict[str, Any], origin: str | Path) -> None:
-    for key, value in ours.items():
-        if value != theirs[key]:
-            raise ValueError(f"model.{module}.{key} is {value!r}, and {origin} was made with {theirs[key]!r}")
-
-
-def _check_length(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None:
-    if isinstance(ours, DecoderConfig) and ours.max_position > theirs.max_position:
-        raise ValueError(
-            f"model.decoder.max_position is {ours.max_position}, and {origin} was made for {theirs.max_position}"
-        )
-
-
-def _comparable(config: Any, owner: ModelConfig | None) -> dict[str, Any]:
-    """The values of a module that have to agree. ``owner``: the whole model that it is a part of."""
-    values = {key: value for key, value in vars(config).items() if key not in NOT_COMPARED and not key.startswith("_")}
-    if isinstance(config, VisionConfig):
-        del values["feature_layer"]
-        if owner is None:
-            del values["post_norm"]
-        else:
-            values["num_layers"] = config.num_blocks
-    if isinstance(config, ProjectorConfig):
-        values["hidden_size"] = config.hidden_size or owner.decoder.hidden_size
-        if config.type == "linear":
-            del values["hidden_size"]
-    return values
 
 
 def _load_plan(

@@ -1,8 +1,8 @@
-"""Where weights come from, every kind as names and lazy tensors: what is indexed is read, and nothing else.
+"""Where weights come from. Every kind of source becomes names and lazy tensors, of which only what is indexed is read.
 
 Hugging Face folder or Hub name   safetensors or pickles, one file or shards; config.json
 exported AVLM                     the same under our names
-run, or checkpoint of a run       DCP files of any layout of ranks; the run's config.yaml. Trusted like code
+run, or checkpoint of a run       DCP files of any layout of ranks; the run's config.yaml. Trusted like code: pickles
 .ckpt, .pt, .pth file             {"state_dict": {...}} or the bare dict, under our names or Hugging Face's
 """
 
@@ -62,7 +62,7 @@ class Whole:
 
 
 class Stored:
-    """A tensor of a DCP folder: indexed by slices, it reads the chunks that lie in them, one chunk at a time."""
+    """A tensor of a DCP folder. Indexed by slices, it reads the chunks that overlap them, one chunk at a time."""
 
     def __init__(self, reader: Reader, name: str, metadata: TensorStorageMetadata):
         self.reader = reader
@@ -76,11 +76,10 @@ class Stored:
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
         index = index if isinstance(index, tuple) else (index,)
-        offsets, sizes = [], list(self.shape)
-        for dim, cut in enumerate([*index, *[slice(None)] * (len(self.shape) - len(index))]):
-            start, stop, _ = cut.indices(self.shape[dim])
-            offsets.append(start)
-            sizes[dim] = stop - start
+        offsets, sizes = [0] * len(self.shape), list(self.shape)
+        for dim, cut in enumerate(index):
+            offsets[dim], stop, _ = cut.indices(self.shape[dim])
+            sizes[dim] = stop - offsets[dim]
         region = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         value = torch.empty(region.sizes, dtype=self.dtype)
         items = create_read_items_for_chunk_list(self.name, self.metadata, [region])
@@ -92,7 +91,7 @@ class Stored:
 
 
 class _Into(DefaultLoadPlanner):
-    """Puts what a reader reads at its place in one tensor."""
+    """Puts each chunk that a reader reads at its place in one tensor."""
 
     def __init__(self, value: Tensor):
         super().__init__()
@@ -107,21 +106,21 @@ class _Into(DefaultLoadPlanner):
 
 @dataclass(frozen=True)
 class Source:
-    """What an entry of ``init_from`` names. A single file says nothing of its architecture: no config."""
+    """The weights that an entry of ``init_from`` names."""
 
     path: Path
     tensors: dict[str, Any]  # Whole, Stored or a slice of safetensors
-    config: AnyConfig | None
-    own_names: bool
+    config: AnyConfig | None  # None: a single file says nothing about its architecture
+    own_names: bool  # ours, not Hugging Face's
     files: WeightFiles | None = None  # of a model folder
 
 
 def open_source(given: str | Path) -> Source:
-    """Raises ValueError or FileNotFoundError for what is none of the four kinds, not whole or not readable."""
+    """Raises ValueError or FileNotFoundError for a path that is none of the four kinds, not whole or not readable."""
     path = local(given)
     if path.is_file():
         if path.suffix not in FILES:
-            raise ValueError(f"{path} is a file, and none that ends in {', '.join(FILES)}: give its folder")
+            raise ValueError(f"{path} is a file, and does not end in {', '.join(FILES)}: give its folder")
         tensors, own_names = _unwrapped(read_pickle(path))
         return Source(path, tensors, None, own_names)
     if is_run(path):
@@ -134,7 +133,7 @@ def open_source(given: str | Path) -> Source:
 
 
 def open_checkpoint(path: Path) -> dict[str, Stored]:
-    """Our names -> tensors of a checkpoint folder, without the optimizer's."""
+    """Our name -> tensor of a checkpoint folder, without the optimizer's."""
     reader = Reader(path)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -151,8 +150,8 @@ def open_folder(folder: Path) -> dict[str, Any]:
 
 
 def read_files(folder: Path, files: WeightFiles) -> dict[str, Any]:
-    """Name -> lazy tensor. Where several files have it the last one counts, as in transformers, if it is that of the
-    index; ValueError otherwise."""
+    """Name -> lazy tensor. If several files hold a tensor, the last one counts, as in transformers; ValueError if the
+    index names a different one."""
     tensors: dict[str, Any] = {}
     found: dict[str, str] = {}
     several: set[str] = set()
@@ -179,7 +178,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def read_pickle(path: Path) -> dict[str, Whole]:
-    """The tensors of a pickle, which may run no code; mapped, so that what is not used stays on the disk."""
+    """The tensors of a pickle, which may run no code. They are memory-mapped: those that are not used stay on disk."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
@@ -187,7 +186,7 @@ def read_pickle(path: Path) -> dict[str, Whole]:
             f"{path} cannot be read: it holds more than tensors and plain values, and no code of a weight file is run; "
             "save its state_dict alone"
         ) from None
-    except Exception as error:  # what is no zip or ends early has many names
+    except Exception as error:  # files that are damaged or cut short raise many types
         raise ValueError(f"{path} cannot be read: {cause_of(error)}") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict):
@@ -201,7 +200,7 @@ def read_pickle(path: Path) -> dict[str, Whole]:
 
 
 def _unwrapped(tensors: dict[str, Whole]) -> tuple[dict[str, Whole], bool]:
-    """The tensors, without what a wrapper around our model put before its names; and whether they are our names."""
+    """The tensors without the prefix of a wrapper around our model, and whether the names are ours."""
     for wrapper in WRAPPERS:
         if any(wrapper + anchor in tensors for anchor in OWN_ANCHORS):
             return {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}, True
@@ -228,7 +227,7 @@ def check_shape(name: str, shape: tuple[int, ...], source: Any, origin: str) -> 
 
 @torch.no_grad()
 def copy_slice(parameter: Tensor, source: Any) -> None:
-    """Copy what this rank holds of ``parameter``; the file keeps its dtype until the copy converts it."""
+    """Copy the slice of ``parameter`` that this rank holds; the copy converts the dtype."""
     shape, there = tuple(parameter.shape), tuple(source.get_shape())
     local, offset, size = parameter, (0,) * len(shape), shape
     if isinstance(parameter, DTensor):

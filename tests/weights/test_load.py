@@ -15,10 +15,10 @@ from avlm.config.model import ModelConfig
 from avlm.config.run import InitFrom
 from avlm.evaluation.generation import generate
 from avlm.models.avlm import AVLM
+from avlm.weights.compare import check_config
 from avlm.weights.export import export
 from avlm.weights.folder import read_config, resolve, stop_ids
 from avlm.weights.load import init_weights, load_weights
-from avlm.weights.plan import check_config
 from tests.models.handmade import build, loaded, save
 from tests.models.sharded_load import load_and_answer, text_prompt
 from tests.models.test_avlm import WHOLE, llava
@@ -342,7 +342,7 @@ def test_the_newer_key_layout_of_llava_and_its_parts_load(tmp_path):
     assert "tensors loaded, skipped" in str(report)
 
 
-def test_start_draws_what_no_folder_gave(tmp_path):
+def test_what_no_folder_gives_is_initialised(tmp_path):
     save(llava(), tmp_path)
     config = dataclasses.replace(read_config(tmp_path), audio=WHOLE.audio, audio_projector=WHOLE.audio_projector)
     model = AVLM(config)

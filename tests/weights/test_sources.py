@@ -114,7 +114,7 @@ def test_files_that_are_no_weights_are_one_line_and_run_no_code(tmp_path, capsys
         torch.save(content, tmp_path / name)
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / "nested.pt").read_bytes()[:300])
     (tmp_path / "a.txt").write_text("x")
-    said |= {"cut.ckpt": "cannot be read", "a.txt": "none that ends in .ckpt, .pt, .pth"}
+    said |= {"cut.ckpt": "cannot be read", "a.txt": "does not end in .ckpt, .pt, .pth"}
     for name, message in said.items():
         with pytest.raises(ValueError, match=message) as caught:
             load_weights(AVLM(WHOLE), InitFrom(all=str(tmp_path / name)))
@@ -227,7 +227,7 @@ def test_what_is_missing_or_has_no_place_is_named_unless_it_is_allowed(tmp_path)
             load_weights(AVLM(WHOLE), dataclasses.replace(init, **{key: [*getattr(init, key), pattern]}))
 
 
-def test_a_source_with_fewer_modules_leaves_the_others_to_start_anew(tmp_path):
+def test_a_source_with_fewer_modules_leaves_the_others_to_be_initialised(tmp_path):
     vision = build(VISION_ONLY)
     write_run(tmp_path, vision)
     model = AVLM(WHOLE)
@@ -250,7 +250,7 @@ def loaded_with(config, **keys):
     return model
 
 
-def test_adapters_come_from_a_source_that_has_them_and_start_anew_from_one_that_has_none(tmp_path):
+def test_adapters_come_from_a_source_that_has_them_and_are_initialised_if_it_has_none(tmp_path):
     plain, adapted = build(WHOLE), build(ADAPTED, seed=3)
     write_run(tmp_path / "plain", plain)
     write_run(tmp_path / "adapted", adapted)

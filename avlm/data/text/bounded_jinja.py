@@ -144,14 +144,14 @@ class Bounded(ImmutableSandboxedEnvironment):
         @wraps(function)  # with the mark for what it gets first
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self.step(60)
-            first, value, rest = args[:before], args[before], args[before + 1 :]
+            value = args[before]
             is_generator = isinstance(value, types.GeneratorType)
             if name in constant and not (is_generator and name in CONSTANT_FILTERS):
                 return function(*args, **kwargs)
             if is_generator:
                 value = list(value)
-            rest = self._checked(name, value, rest, kwargs)
-            return self.copied(function(*first, value, *rest, **kwargs))
+            rest = self._checked(name, value, args[before + 1 :], kwargs)
+            return self.copied(function(*args[:before], value, *rest, **kwargs))
 
         return bounded
 

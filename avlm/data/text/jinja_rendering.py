@@ -30,12 +30,24 @@ class Answer:
     token: str | None = None  # that ends the turn
     closes: bool = True  # the template itself ends the turn with a token
 
+    @property
+    def learned_from(self) -> int:
+        return self.learned[0][0]
+
+    @property
+    def learned_to(self) -> int:
+        return self.learned[-1][1]
+
 
 @dataclass
 class Rendering:
     text: str  # without marks
     answers: list[Answer]
     blocks: list[Span]  # of {% generation %}
+
+    @property
+    def after_answers(self) -> str:
+        return self.text[self.answers[-1].end :]
 
 
 class Renderer:

@@ -31,7 +31,8 @@ class JinjaTemplate:
                 f"{tokenizer.file} comes with no chat_template: choose another data.template (generate.py: --raw)"
             )
         self.renderer = Renderer(tokenizer)
-        self._eos = tokenizer.eos if tokenizer.eos and tokenizer.find(tokenizer.eos) is not None else None
+        has_eos = tokenizer.eos is not None and tokenizer.find(tokenizer.eos) is not None
+        self._eos = tokenizer.eos if has_eos else None
         self._has_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template) is not None
         self._control = _any_of(tokenizer.control_tokens)
         ends = [token for token in tokenizer.added_tokens if token.strip(" \n\t\r▁")]
@@ -116,23 +117,19 @@ class JinjaTemplate:
     def _after_answer(self, messages: Messages) -> str:
         """What the template writes after the last answer, or all that it writes where no marks pass."""
         found = self.renderer.find_answers(messages)
-        if found is None:
-            return self.renderer.render(messages)
-        return found.text[found.answers[-1].end :]
+        return found.after_answers if found else self.renderer.render(messages)
 
     def _find_header(self) -> str:
         """How every prompt ends, from the end of the question on; "" where that is only blanks."""
-        renderings = []
-        for roles, texts in (("u", "a"), ("u", "b"), ("uau", "abc"), ("su", "sd")):
-            names = {"u": "user", "a": "assistant", "s": "system"}
-            talk = [{"role": names[role], "content": text} for role, text in zip(roles, texts)]
+        talk = _talk("system", "user", "assistant", "user")
+        backwards = []
+        for messages in (_talk("user"), talk[1:2], talk[1:], talk[:2]):
             try:
-                renderings.append(self.renderer.render(talk, True))
+                backwards.append(self.renderer.render(messages, True)[::-1])
             except ValueError:  # many templates take no system's turn, and some one question only
                 continue
-        if len(renderings) < 2:
+        if len(backwards) < 2:
             return ""
-        backwards = [text[::-1] for text in renderings]
         length = min(_shared(backwards[0], other) for other in backwards[1:])
         header = backwards[0][:length][::-1]
         return header if header.strip() else ""
@@ -156,7 +153,7 @@ class JinjaTemplate:
             return published
         if not answers[-1].learned:
             return published
-        before = text[: answers[-1].learned[0][0]]
+        before = text[: answers[-1].learned_from]
         return before if before.startswith(published) else published
 
     def _training(self, messages: Messages) -> tuple[str, list[Span]]:
@@ -164,32 +161,33 @@ class JinjaTemplate:
         text, answers = self._turns(messages)
         ends_in_answer = [message["role"] for message in messages[-2:]] == ["user", "assistant"]
         if ends_in_answer and not self._has_blocks:
-            self._require_asked(messages[:-1], text[: answers[-1].learned[0][0]])
+            self._require_asked(messages[:-1], text[: answers[-1].learned_from])
         spoken = [message for message in messages if message["role"] == "assistant"]
         spans = []
         for answer, message in zip(answers, spoken, strict=True):
             if is_learned(message):
                 spans += answer.learned
-        if is_learned(messages[-1]) and not answers[-1].closes and answers[-1].learned:
+        last = answers[-1]
+        if is_learned(messages[-1]) and not last.closes and last.learned:
             end = self._opening or self._eos
             if end is None:
                 raise ValueError(
                     "the tokenizer's chat_template puts no token after an answer, so the model would never learn to "
                     "stop: name an eos_token in tokenizer_config.json or choose another data.template"
                 )
-            spans.append((spans[-1][1], len(text) + len(end)))
+            spans.append((last.learned_to, len(text) + len(end)))
             text += end
         return text, spans
 
     def _require_asked(self, question: Messages, before: str) -> None:
         """``before`` an answer has to stand the prompt that the model gets when it is asked."""
-        if before == self.renderer.render(question, True) + self._usual_block or before == self._prompt(question):
-            return
-        raise ValueError(
-            "the tokenizer's chat_template puts another text before this answer than before one that is asked for, "
-            "so the model would learn to answer other prompts than it gets: add {% generation %} blocks to the "
-            "template or choose another data.template"
-        )
+        usual = self.renderer.render(question, True) + self._usual_block
+        if before != usual and before != self._prompt(question):
+            raise ValueError(
+                "the tokenizer's chat_template puts another text before this answer than before one that is asked for, "
+                "so the model would learn to answer other prompts than it gets: add {% generation %} blocks to the "
+                "template or choose another data.template"
+            )
 
     def _turns(self, messages: Messages) -> tuple[str, list[Answer]]:
         """The rendering and each assistant's turn in it."""
@@ -201,9 +199,9 @@ class JinjaTemplate:
         closing = self._closing(messages[: speakers[-1] + 1], len(messages), found)
         closes = self._end.search(closing) is not None  # else the token is the next turn's
         done = 0
+        limits = [answer.end for answer in answers[1:]] + [len(text)]
         for i, answer in enumerate(answers):
-            limit = answers[i + 1].end if i + 1 < len(answers) else len(text)
-            tail = text[answer.end : limit]
+            tail = text[answer.end : limits[i]]
             stop = self._end.search(tail)
             answer.token = stop[0] if stop else None
             answer.closes = closes
@@ -216,14 +214,14 @@ class JinjaTemplate:
         for answer in answers:
             if answer.learned and not closes:
                 end = answer.end + _shared(text[answer.end :], closing)
-                answer.learned += self._next(text, max(answer.learned[-1][1], end))
+                answer.learned += self._next(text, max(answer.learned_to, end))
         return text, answers
 
     def _closing(self, messages: Messages, number: int, found: Rendering) -> str:
         """What the template puts after the last answer, with which ``messages`` end. ``found`` is the rendering of the
         whole conversation, of ``number`` messages."""
         final = found if len(messages) == number else self.renderer.find_answers(messages)
-        return final.text[final.answers[-1].end :] if final else ""
+        return final.after_answers if final else ""
 
     def _next(self, text: str, end: int) -> list[Span]:
         """Where the token that begins the next turn stands after a turn that nothing else ends."""
@@ -304,7 +302,8 @@ class JinjaTemplate:
             end = found[-1].end()
             return Answer(start, end, [(start, end)], found[-1][0])
         opening = self._next(whole, end)
-        return Answer(start, end, [(start, end), *opening], self._opening if opening else None, closes=False)
+        token = self._opening if opening else None
+        return Answer(start, end, [(start, end), *opening], token, closes=False)
 
 
 def _give_blocks(found: Rendering) -> None:
