@@ -1,25 +1,25 @@
-"""Attention on Hopper by specialised warps, forward only: the second tier of kernels/attention.py, in Triton's Gluon.
+"""Attention on Hopper with specialised warps, forward only: the second tier of kernels/attention.py, in Triton's Gluon.
 
     s_ij = scale * q_i . k_j        lse_i = ln sum_j exp s_ij        out_i = sum_j exp(s_ij - lse_i) v_j
 
-``kernels.attention.attention_reference`` is the specification. Only the benchmark and the tests call this file until a
-GPU has measured it. A program owns a tile of queries and divides the work among its warps:
+``kernels.attention.attention_with_lse_reference`` is the specification. Until a GPU has measured this file, only the
+benchmark and the tests call it. A program owns a tile of queries and divides the work among its warps:
 
-    loader       one warp; has TMA copy Q, then the blocks of K and V into rings of STAGES slots
-    consumers    four warps and ROWS queries each; in its turn a consumer issues QK(i) and PV(i - 1) and hands the turn
-                 over, then exponentiates QK(i) while the tensor cores work on PV(i - 1) and on its peer's products
+    loader       one warp; lets TMA copy Q, then the blocks of K and V, into rings of STAGES slots
+    consumers    four warps with ROWS queries each; in its turn a consumer issues QK(i) and PV(i - 1), passes the turn
+                 on, and exponentiates QK(i) while the tensor cores compute PV(i - 1) and the other consumer's products
 
-mbarriers carry all of it. Each counts completed phases; a wait names the parity of the phase that it needs, and passes
-at once if that is the imagined odd phase before the first. Every slot has two: full (its bytes have landed) and free
-(every consumer has read it). Block i uses slot i % STAGES for the (i // STAGES)-th time, which gives the parity.
+They synchronise by mbarriers, which count completed phases. A wait names the parity of the phase that it needs, and
+returns at once for odd parity before the first phase. Every slot has two barriers: full (its bytes have arrived) and
+free (every consumer has read it). Block i is the (i // STAGES)-th use of slot i % STAGES, which gives the parity.
 
-TMA clips at the end of a tensor only, and a segment ends earlier. Two more dimensions move the end to any row, as in
-triton/tools/ragged_tma.py. With row stride s, dimensions of strides 2**34 - s, s, s place the coordinates
+TMA clips at the end of a tensor only, but a segment ends earlier. Two more dimensions move the end to any row, as in
+triton/tools/ragged_tma.py. With row stride s, dimensions of strides 2**34 - s, s, s put the coordinates
 
     (2**30, end, 2**30 - length + row)    at    2**64 + (end - length + row) s    elements: addresses wrap there,
 
-and the third leaves its 2**30 rows just where row reaches length. So rows past a segment load as zeros, whatever the
-next one holds, and are not stored.
+and the third coordinate leaves its 2**30 rows exactly when row reaches length. So rows past a segment load as zeros,
+whatever the next segment holds, and are not stored.
 
 T query rows   S key rows   H query heads   K key/value heads (H a multiple of K)   E head dim   N segments
 """
@@ -38,8 +38,8 @@ from kernels.segments import Segments
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
-REGISTERS = 168  # per thread at launch: 12 warps (the loader's group counts four), which then share them out anew
-CONSUMERS = gl.constexpr(2)  # three, for head dim 64, spill or lose the overlap (ptxas 12.8)
+REGISTERS = 168  # per thread at launch, for 12 warps (the loader's group counts as four); they then redistribute them
+CONSUMERS = gl.constexpr(2)  # three (for head dim 64) spill or lose the overlap (ptxas 12.8)
 ROWS = gl.constexpr(64)  # queries of a consumer: the height of a warpgroup's product
 BLOCK_M = gl.constexpr(128)  # queries of a program
 BLOCK_N = gl.constexpr(128)  # keys of a block
@@ -54,15 +54,26 @@ COLUMN_LAYOUT = gl.constexpr(gl.SliceLayout(0, S_LAYOUT.value))
 
 @gluon.jit(do_not_specialize=["N", "T", "GROUP"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, lse_ptr, cu_q_ptr, cu_k_ptr, N, T, GROUP, scale_log2, CAUSAL: gl.constexpr
+    q_desc,
+    k_desc,
+    v_desc,
+    out_desc,
+    lse_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    N,
+    T,
+    GROUP,
+    scale_log2,
+    CAUSAL: gl.constexpr,
 ):
     """One program owns BLOCK_M queries of one segment and one head.
 
-    Segment n has the tiles from cu[n] // BLOCK_M + n on: enough, however it lies. Tiles that find no row leave.
+    Segment n owns the tiles from cu[n] // BLOCK_M + n on, at least as many as it needs. Tiles without rows return.
     """
     tile = gl.program_id(0)
     if CAUSAL:
-        tile = gl.num_programs(0) - 1 - tile  # the longest rows first
+        tile = gl.num_programs(0) - 1 - tile  # start with the longest
     h = gl.program_id(1)
     n = _find_segment(cu_q_ptr, N, tile)
     q_begin = gl.load(cu_q_ptr + n)
@@ -76,7 +87,8 @@ def forward_kernel(
     if CAUSAL:
         reach -= q_length
     num_blocks = _num_blocks(first + BLOCK_M - 1, reach, k_length)
-    queries, keys = (q_begin, q_length, first, h), (k_begin, k_length, h // GROUP)
+    queries = (q_begin, q_length, first, h)
+    keys = (k_begin, k_length, h // GROUP)
     q = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
@@ -84,7 +96,7 @@ def forward_kernel(
         mbarrier.init(q_full.index(c), count=1)
         mbarrier.init(turn.index(c), count=1)
     shared = (q, q_full, _ring(k_desc), _ring(v_desc))
-    hopper.fence_async_shared()  # TMA completes these barriers and has to see them initialised
+    hopper.fence_async_shared()  # TMA completes these barriers and must see them initialised
     out = (out_desc, lse_ptr + h * T)
     gl.warp_specialize(
         [
@@ -104,15 +116,18 @@ def _find_segment(cu_ptr, N, tile):
     count = 0
     for start in range(0, N, 128):
         exists = start + n < N
-        first_tile = gl.load(cu_ptr + start + n, mask=exists, other=0) // BLOCK_M + start + n
-        count += gl.sum((exists & (first_tile <= tile)).to(gl.int32), 0)
+        begin = gl.load(cu_ptr + start + n, mask=exists, other=0)
+        first_tile = begin // BLOCK_M + start + n
+        starts_before = exists & (first_tile <= tile)
+        count += gl.sum(starts_before.to(gl.int32), 0)
     return count - 1
 
 
 @gluon.jit
 def _num_blocks(row, reach, k_length):
-    """Blocks up to the last key that the query at ``row`` sees. One if it sees none, all masked: no case is empty."""
-    return gl.maximum(gl.cdiv(gl.minimum(row + reach, k_length), BLOCK_N), 1)
+    """Blocks up to the last key that the query at ``row`` sees; at least one (fully masked), so no case is empty."""
+    num_keys = gl.minimum(row + reach, k_length)
+    return gl.maximum(gl.cdiv(num_keys, BLOCK_N), 1)
 
 
 @gluon.jit
@@ -137,32 +152,32 @@ def _slot(ring, i):
 
 @gluon.jit
 def _load(q_desc, k_desc, v_desc, shared, queries, keys, num_blocks):
-    """The loader: the queries of every consumer, then all blocks."""
+    """The loader: queries of each consumer, then all blocks."""
     q, q_full, k_ring, v_ring = shared
     q_begin, q_length, first, h = queries
     k_begin, k_length, kv_head = keys
     for c in gl.static_range(CONSUMERS):
-        at = [FAR, q_begin + q_length, FAR - q_length + first + c * ROWS, h, 0]
+        place = [FAR, q_begin + q_length, FAR - q_length + first + c * ROWS, h, 0]
         mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, at, q_full.index(c), q.index(c))
+        tma.async_copy_global_to_shared(q_desc, place, q_full.index(c), q.index(c))
     for i in range(num_blocks):
-        at = [FAR, k_begin + k_length, FAR - k_length + i * BLOCK_N, kv_head, 0]
-        _fill(k_desc, at, k_ring, i)
-        _fill(v_desc, at, v_ring, i)
+        place = [FAR, k_begin + k_length, FAR - k_length + i * BLOCK_N, kv_head, 0]
+        _fill(k_desc, place, k_ring, i)
+        _fill(v_desc, place, v_ring, i)
 
 
 @gluon.jit
-def _fill(desc, at, ring, i):
-    """Block i into its slot, as soon as the consumers have read what is there."""
+def _fill(desc, place, ring, i):
+    """Load block i into its slot once the consumers have read the previous block there."""
     slot, full, free, parity = _slot(ring, i)
     mbarrier.wait(free, parity ^ 1)
     mbarrier.expect(full, desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, at, full, slot)
+    tma.async_copy_global_to_shared(desc, place, full, slot)
 
 
 @gluon.jit
 def _consume(out, shared, turn, queries, k_length, reach, num_blocks, scale_log2, c: gl.constexpr):
-    """Consumer c: ROWS queries against the blocks that any of them sees, then out and lse."""
+    """Consumer c: ROWS queries and the blocks that any of them sees, then out and lse."""
     out_desc, lse_ptr = out
     q_tile, q_full, k_ring, v_ring = shared
     q_begin, q_length, first, h = queries
@@ -173,8 +188,9 @@ def _consume(out, shared, turn, queries, k_length, reach, num_blocks, scale_log2
     limit = gl.minimum(row + reach, k_length)
     num_own = _num_blocks(top + ROWS - 1, reach, k_length)
     if top >= q_length:
-        num_own = 1  # no row of these exists
-    num_unmasked = gl.minimum(gl.minimum(top + reach, k_length) // BLOCK_N, num_own)
+        num_own = 1  # none of these rows exists
+    seen_by_all = gl.minimum(top + reach, k_length)
+    num_unmasked = gl.minimum(seen_by_all // BLOCK_N, num_own)
 
     mbarrier.wait(q_full.index(c), 0)
     q = q_tile.index(c).reshape([ROWS, E])
@@ -202,16 +218,18 @@ def _consume(out, shared, turn, queries, k_length, reach, num_blocks, scale_log2
     z = gl.where(keyless, 1.0, z)
     lse = gl.where(keyless, float("-inf"), (m + gl.log2(z)) * LN_2)
     gl.store(lse_ptr + q_begin + row, lse, mask=row < q_length)
-    acc *= (1.0 / gl.convert_layout(z, gl.SliceLayout(1, O_LAYOUT)))[:, None]
-    q.store(acc.to(out_desc.dtype))  # over Q, which has been read
+    z = gl.convert_layout(z, gl.SliceLayout(1, O_LAYOUT))
+    acc *= (1.0 / z)[:, None]
+    q.store(acc.to(out_desc.dtype))  # overwrites Q, which has been read
     hopper.fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [FAR, q_begin + q_length, FAR - q_length + top, h, 0], q_tile.index(c))
+    place = [FAR, q_begin + q_length, FAR - q_length + top, h, 0]
+    tma.async_copy_shared_to_global(out_desc, place, q_tile.index(c))
     tma.store_wait(0)
 
 
 @gluon.jit
 def _step(q, p, m, z, acc, k_ring, v_ring, turn, i, limit, scale_log2, c: gl.constexpr, MASKED: gl.constexpr):
-    """QK(i) and PV(i - 1) issued in this consumer's turn, and the probabilities of block i while PV(i - 1) runs."""
+    """Issue QK(i) and PV(i - 1) in this consumer's turn; compute the probabilities of block i while PV(i - 1) runs."""
     k, k_full, k_free, k_parity = _slot(k_ring, i)
     v, v_full, v_free, v_parity = _slot(v_ring, i - 1)
     mbarrier.wait(k_full, k_parity)
@@ -225,13 +243,14 @@ def _step(q, p, m, z, acc, k_ring, v_ring, turn, i, limit, scale_log2, c: gl.con
     p_next, alpha, m, z = _softmax(s, m, z, i, limit, scale_log2, MASKED)
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))  # PV reads p from registers until here
     mbarrier.arrive(v_free)
-    acc *= gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+    alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))
+    acc *= alpha[:, None]
     return gl.convert_layout(p_next.to(p.dtype), p.type.layout), m, z, acc
 
 
 @gluon.jit
 def _scores(q, k):
-    """q . k of a block, as a product in flight."""
+    """q . k of a block: an asynchronous product."""
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
     k = k.reshape([BLOCK_N, q.shape[1]]).permute((1, 0))
     return warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
@@ -239,7 +258,7 @@ def _scores(q, k):
 
 @gluon.jit
 def _softmax(s, m, z, i, limit, scale_log2, MASKED: gl.constexpr):
-    """exp(s - m) of block i, the factor alpha for everything before it, the running maximum m and the running sum z."""
+    """exp(s - m) of block i, the factor alpha for all earlier blocks, the running maximum m and the running sum z."""
     if MASKED:
         column = i * BLOCK_N + gl.arange(0, BLOCK_N, layout=COLUMN_LAYOUT)
         s = gl.where(column[None, :] < limit[:, None], s, float("-inf"))
@@ -250,8 +269,8 @@ def _softmax(s, m, z, i, limit, scale_log2, MASKED: gl.constexpr):
     p = gl.exp2(s * scale_log2 - base[:, None])
     alpha = gl.exp2(m - base)
     z = z * alpha + gl.sum(p, 1)
-    # Left alone, ptxas sinks every exponential below the wait for PV, which undoes the overlap. A barrier of the warp
-    # that takes their sum keeps them above it; the tests look at the SASS.
+    # By itself ptxas moves every exponential below the wait for PV, and nothing overlaps. A warp barrier that takes
+    # their sum keeps them above the wait; the tests inspect the SASS.
     z = gl.inline_asm_elementwise(
         "{ bar.warp.sync 0xffffffff; mov.b32 $0, $1; }", "=r,r", [z], dtype=gl.float32, is_pure=False, pack=1
     )
@@ -260,13 +279,14 @@ def _softmax(s, m, z, i, limit, scale_log2, MASKED: gl.constexpr):
 
 @gluon.jit
 def _wait_for_turn(turn, i, c: gl.constexpr):
-    """Turns begin with block 1. Consumer 0 finds its first given: it is the imagined phase. All others are arrivals."""
+    """Turns begin with block 1. Consumer 0 has the first one without an arrival: it waits for odd parity before the
+    first phase. Every other turn is an arrival of the other consumer."""
     mbarrier.wait(turn.index(c), (i + c) & 1)
 
 
 @gluon.jit
 def _pass(k_ring, v_ring, turn, i, c: gl.constexpr):
-    """Block i, of which only the peer sees keys: the turn handed over, the slots freed once the block is in them."""
+    """Block i, of which only the other consumer sees keys: pass the turn on, and free the slots once they are full."""
     _, k_full, k_free, parity = _slot(k_ring, i)
     _, v_full, v_free, parity = _slot(v_ring, i)
     _wait_for_turn(turn, i, c)
@@ -278,16 +298,24 @@ def _pass(k_ring, v_ring, turn, i, c: gl.constexpr):
 
 
 def supports(q_THE: Tensor, segments: Segments, segments_k: Segments | None = None) -> bool:
-    """Whether ``forward`` takes these, on this device. Keys and values have to be like the queries."""
+    """Whether ``forward`` takes these inputs on this device. Keys and values must be laid out like the queries."""
     on_hopper = q_THE.is_cuda and torch.cuda.get_device_capability(q_THE.device)[0] == 9
     return on_hopper and _objection([q_THE], segments, segments_k) is None
 
 
-def forward(q_THE, k_SKE, v_SKE, segments: Segments, segments_k: Segments | None, causal: bool, scale: float):
+def forward(
+    q_THE: Tensor,
+    k_SKE: Tensor,
+    v_SKE: Tensor,
+    segments: Segments,
+    segments_k: Segments | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """out_THE in the dtype of q and lse_HT in float32 (natural logarithm), without gradients.
 
-    q, k, v: bfloat16 or float16 on a Hopper GPU, E 64 or 128, rows and heads at multiples of 16 bytes, else ValueError.
-    ``segments`` covers all of T; ``segments_k`` (None: the same) cuts S into as many. ``scale`` is positive.
+    q, k, v: bfloat16 or float16 on a Hopper GPU, E 64 or 128, rows and heads at multiples of 16 bytes; else ValueError.
+    ``segments`` covers all of T; ``segments_k`` (None: the same) cuts S into N segments. ``scale`` is positive.
     """
     if objection := _objection([q_THE, k_SKE, v_SKE], segments, segments_k):
         raise ValueError(objection)
@@ -297,10 +325,18 @@ def forward(q_THE, k_SKE, v_SKE, segments: Segments, segments_k: Segments | None
     lse_HT = q_THE.new_empty((H, T), dtype=torch.float32)
     if T == 0 or k_SKE.shape[0] == 0:  # TMA takes no empty tensors
         return out_THE.zero_(), lse_HT.fill_(-torch.inf)
-    blocks = ((q_THE, ROWS), (k_SKE, BLOCK_N), (v_SKE, BLOCK_N), (out_THE, ROWS))
-    forward_kernel[(triton.cdiv(T, BLOCK_M.value) + len(segments), H)](
-        *(_descriptor(x, rows.value) for x, rows in blocks),
-        *(lse_HT, segments.cu_seqlens, segments_k.cu_seqlens, len(segments), T, H // k_SKE.shape[1]),
+    grid = (triton.cdiv(T, BLOCK_M.value) + len(segments), H)
+    forward_kernel[grid](
+        _descriptor(q_THE, ROWS.value),
+        _descriptor(k_SKE, BLOCK_N.value),
+        _descriptor(v_SKE, BLOCK_N.value),
+        _descriptor(out_THE, ROWS.value),
+        lse_HT,
+        segments.cu_seqlens,
+        segments_k.cu_seqlens,
+        len(segments),
+        T,
+        H // k_SKE.shape[1],
         scale_log2=scale * backend.LOG2_E,
         CAUSAL=causal,
         num_warps=4,
@@ -310,6 +346,7 @@ def forward(q_THE, k_SKE, v_SKE, segments: Segments, segments_k: Segments | None
 
 
 def _objection(tensors: list[Tensor], segments: Segments, segments_k: Segments | None) -> str | None:
+    """Why ``forward`` does not take these inputs, or None."""
     x = tensors[0]
     if x.dtype not in DTYPES:
         return f"attention on Hopper takes bfloat16 and float16, not {x.dtype}"
@@ -318,13 +355,16 @@ def _objection(tensors: list[Tensor], segments: Segments, segments_k: Segments |
     if segments.lengths is not None or (segments_k is not None and segments_k.lengths is not None):
         return "attention on Hopper takes packed segments, not slots with spare room (Segments.lengths)"
     for x in tensors:
-        if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8 or x.data_ptr() % 16:
+        row, head, element = x.stride()
+        if element != 1 or row % 8 or head % 8 or x.data_ptr() % 16:
             return f"attention on Hopper takes rows and heads at multiples of 16 bytes, not strides {x.stride()}"
     return None
 
 
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """Blocks of so many rows of one head, which end with a segment (the arithmetic is above)."""
+def _descriptor(x: Tensor, num_rows: int) -> TensorDescriptor:
+    """Blocks of ``num_rows`` rows of one head, which end with a segment (the arithmetic is explained above)."""
     row = x.stride(0)
-    shape, strides = [0x7FFF0000, 0x7FFF0000, FAR.value, *x.shape[1:]], [2**34 - row, row, *x.stride()]
-    return TensorDescriptor(x, shape, strides, [1, 1, rows, 1, x.shape[2]], TILE_LAYOUT)
+    _, num_heads, head_dim = x.shape
+    shape = [0x7FFF0000, 0x7FFF0000, FAR.value, num_heads, head_dim]
+    strides = [2**34 - row, row, *x.stride()]
+    return TensorDescriptor(x, shape, strides, [1, 1, num_rows, 1, head_dim], TILE_LAYOUT)

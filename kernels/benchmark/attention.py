@@ -1,21 +1,22 @@
-"""Attention against what else computes it, on packed rows and while decoding.
+"""Attention and its peers, on packed rows and in decoding.
 
-Arithmetic is counted as flash attention's benchmarks count it, per segment of Q queries and L keys:
+FLOPs are counted as flash attention's benchmarks count them, for segments of Q queries and L keys:
 
     forward = 4 Q L E H, halved when causal        backward = 2.5 forward
 
-so a backward that runs seven matrix products instead of five is charged for five all the same. Decoding is counted
-in bytes: each used row of the cache read once, queries read, outputs written.
+A backward that computes seven matrix products instead of five is credited with five all the same. Decoding counts
+bytes: each used row of the cache read once, queries read, outputs written.
 
-Errors are those of one key/value head and its query heads in the longest segment (the last of equals), against the
-formula in float64; the ratio is to the same formula in matmul, softmax and matmul of the dtype under test. (SDPA's
-math backend would compute bf16 in float32 and is not that.) Of gradients the worst counts, for each number.
+Errors are measured on one key/value head and its query heads in the longest segment (the last one, if several are
+longest), against the formula in float64. The error ratio is relative to the same formula (matmul, softmax, matmul) in
+the dtype under test; SDPA's math backend would compute bf16 in float32. Each number is the worst of all gradients.
 
 G query heads that share a key/value head   Q queries, L keys of a segment   E head dim
 """
 
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,13 +26,13 @@ from kernels.benchmark import measure
 from kernels.benchmark.attention_providers import DECODE_PROVIDERS, PROVIDERS, Case, Provider
 from kernels.segments import Segments
 
-CHUNK = 1024  # queries whose scores exist at a time while errors are measured
-TINY = 256  # tokens become so many times fewer, and heads eight times, on a machine without a GPU
+CHUNK = 1024  # queries whose scores are in memory at a time while errors are measured
+TINY = 256  # without a GPU, token counts are divided by this, and head counts by 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Segments of a packed row and the heads of a model; ``decode``: one query for each segment, its newest token."""
+    """Segments of a packed row, and a model's heads. With ``decode`` each segment has one query, its newest token."""
 
     name: str
     lengths: tuple[int, ...]
@@ -47,11 +48,15 @@ class Shape:
 
     def flops(self, mode: str) -> float:
         num_scores = sum(Q * L for Q, L in zip(self.q_lengths, self.lengths)) * self.heads
-        return 4 * num_scores * self.head_dim * (0.5 if self.causal else 1) * (2.5 if mode == "bwd" else 1)
+        forward = 4 * num_scores * self.head_dim
+        if self.causal:
+            forward /= 2
+        return 2.5 * forward if mode == "bwd" else forward
 
     def num_bytes(self, dtype: torch.dtype) -> int:
-        rows = 2 * sum(self.lengths) * self.kv_heads + 2 * sum(self.q_lengths) * self.heads
-        return rows * self.head_dim * dtype.itemsize
+        cache_rows = 2 * sum(self.lengths) * self.kv_heads
+        query_rows = 2 * sum(self.q_lengths) * self.heads
+        return (cache_rows + query_rows) * self.head_dim * dtype.itemsize
 
     def tiny(self) -> "Shape":
         lengths = tuple(max(2, length // TINY) for length in self.lengths)
@@ -62,25 +67,34 @@ def packed_documents(
     num_tokens: int = 16384, shortest: int = 200, longest: int = 4000, seed: int = 0
 ) -> tuple[int, ...]:
     """Random lengths of documents that fill a row exactly."""
-    draw, lengths, left = random.Random(seed), [], num_tokens
+    rng = random.Random(seed)
+    lengths = []
+    left = num_tokens
     while left > longest:
-        lengths.append(draw.randint(shortest, min(longest, left - shortest)))
-        left -= lengths[-1]
+        length = rng.randint(shortest, min(longest, left - shortest))
+        lengths.append(length)
+        left -= length
     return (*lengths, left)
 
 
 def _convention() -> Iterator[Shape]:
-    """Flash attention's own: 16k tokens, a model width of 2048."""
-    for head_dim in (64, 128):
-        for causal in (False, True):
-            for length in (512, 1024, 2048, 4096, 8192, 16384):
-                lengths, heads = (length,) * (16384 // length), 2048 // head_dim
-                name = f"batch {len(lengths)}"
-                yield Shape(name=name, lengths=lengths, heads=heads, kv_heads=heads, head_dim=head_dim, causal=causal)
+    """The shapes of flash attention's own benchmark: 16k tokens, model width 2048."""
+    lengths = (512, 1024, 2048, 4096, 8192, 16384)
+    for head_dim, causal, length in itertools.product((64, 128), (False, True), lengths):
+        heads = 2048 // head_dim
+        batch = 16384 // length
+        yield Shape(
+            name=f"batch {batch}",
+            lengths=(length,) * batch,
+            heads=heads,
+            kv_heads=heads,
+            head_dim=head_dim,
+            causal=causal,
+        )
 
 
 def _avlm() -> Iterator[Shape]:
-    """The models that this trainer trains: CLIP ViT-L/14 at 336 pixels, Whisper large, Llama-3-8B."""
+    """Models that this trainer trains: CLIP ViT-L/14 at 336 pixels, Whisper large, Llama-3-8B."""
     for images in (16, 64):
         yield Shape(name=f"CLIP {images} images", lengths=(577,) * images, heads=16, kv_heads=16, head_dim=64)
     for clips in (8, 32):
@@ -107,9 +121,10 @@ FORWARD_ONLY = ("decode",)
 
 
 def run(shapes: str, modes: tuple[str, ...], session: measure.Session) -> Iterator[list[dict]]:
-    """The rows of one shape and direction after the other."""
+    """The rows of each shape and direction in turn."""
     for shape in SHAPES[shapes]():
-        shape = shape if session.device == "cuda" else shape.tiny()
+        if session.device != "cuda":
+            shape = shape.tiny()
         case = make_case(shape, session)
         exact, baseline = _reference(case)
         for mode in modes:
@@ -119,75 +134,77 @@ def run(shapes: str, modes: tuple[str, ...], session: measure.Session) -> Iterat
 def make_case(shape: Shape, session: measure.Session) -> Case:
     """Normal random numbers: zeros would run faster and hide errors."""
     generator = torch.Generator(session.device).manual_seed(0)
-    T, S, E = sum(shape.q_lengths), sum(shape.lengths), shape.head_dim
-    q, k, v, grad = (
-        torch.randn(rows, heads, E, generator=generator, device=session.device, dtype=session.dtype)
-        for rows, heads in ((T, shape.heads), (S, shape.kv_heads), (S, shape.kv_heads), (T, shape.heads))
-    )
+
+    def normal(rows: int, heads: int) -> Tensor:
+        size = (rows, heads, shape.head_dim)
+        return torch.randn(size, generator=generator, device=session.device, dtype=session.dtype)
+
+    T, S = sum(shape.q_lengths), sum(shape.lengths)
     segments_k = Segments.of(list(shape.lengths)).to(session.device)
-    segments = Segments.of(list(shape.q_lengths)).to(session.device) if shape.decode else segments_k
-    leaves = {"q_THE": q.requires_grad_(), "k_SKE": k.requires_grad_(), "v_SKE": v.requires_grad_()}
-    return Case(**leaves, grad_THE=grad, segments=segments, segments_k=segments_k, causal=shape.causal)
+    segments = segments_k
+    if shape.decode:
+        segments = Segments.of(list(shape.q_lengths)).to(session.device)
+    return Case(
+        q_THE=normal(T, shape.heads).requires_grad_(),
+        k_SKE=normal(S, shape.kv_heads).requires_grad_(),
+        v_SKE=normal(S, shape.kv_heads).requires_grad_(),
+        grad_THE=normal(T, shape.heads),
+        segments=segments,
+        segments_k=segments_k,
+        causal=shape.causal,
+    )
 
 
-def _rows(shape, case, mode, exact, baseline, session) -> list[dict]:
-    """One row for each provider, with numbers or with the reason why there are none."""
-    calls, errors, reasons = {}, {}, {}
-    for name, provider in (DECODE_PROVIDERS if shape.decode else PROVIDERS).items():
-        try:
-            calls[name], results = _ready(provider, case, mode)
-            each = {key: measure.relative_error(_sample(case, key, x), exact[key]) for key, x in results.items()}
-            ratios = [error / baseline[key] for key, error in each.items()]
-            errors[name] = {"error": _worst(each.values()), "error_ratio": _worst(ratios)}
-        except Exception as error:  # one provider's failure is its row, not the end of the run
-            calls.pop(name, None)
-            reasons[name] = measure.reason(error)
-    timings = measure.time_interleaved(calls, session)
-    reasons |= {name: timing for name, timing in timings.items() if isinstance(timing, str)}
-    amount = {"num_bytes": shape.num_bytes(session.dtype)} if shape.decode else {"flops": shape.flops(mode)}
-    what = {
+def _rows(
+    shape: Shape,
+    case: Case,
+    mode: str,
+    exact: dict[str, Tensor],
+    baseline: dict[str, float],
+    session: measure.Session,
+) -> list[dict]:
+    def prepare(provider: Provider):
+        call, results = _prepare_call(provider, case, mode)
+        errors = {key: measure.relative_error(_sample(case, key, x), exact[key]) for key, x in results.items()}
+        ratios = [error / baseline[key] for key, error in errors.items()]
+        return call, {"error": measure.worst(errors.values()), "error_ratio": measure.worst(ratios)}
+
+    common = {
         "kernel": "decode_attention" if shape.decode else "attention",
         "mode": mode,
-        "metric": "speed",
         "shape": shape.name,
         "x": max(shape.lengths),
-        "dtype": str(session.dtype).removeprefix("torch."),
         "head_dim": shape.head_dim,
         "causal": shape.causal,
-        **measure.environment(session),
     }
-    rows = []
-    for name in DECODE_PROVIDERS if shape.decode else PROVIDERS:
-        row = {**what, "provider": name}
-        if name in reasons:
-            rows.append(row | {"reason": reasons[name]})
-        else:
-            rates = measure.speed(timings[name]["ms_p50"], session, **amount)
-            rows.append(row | timings[name] | rates | errors[name])
-    return rows
+    if shape.decode:
+        amount = {"num_bytes": shape.num_bytes(session.dtype)}
+        return measure.compare(DECODE_PROVIDERS, prepare, common, amount, session)
+    return measure.compare(PROVIDERS, prepare, common, {"flops": shape.flops(mode)}, session)
 
 
-def _ready(provider: Provider, case: Case, mode: str):
-    """The call to be timed, after a first run of it, and what it computed. A backward has its forward behind it."""
+def _prepare_call(provider: Provider, case: Case, mode: str) -> tuple[Callable, dict[str, Tensor]]:
+    """The call to be timed and its results, from a first call. A backward is timed without its forward."""
     forward = provider(case, mode)
     if mode == "fwd":
         call = torch.no_grad()(lambda: forward(*case.leaves))
         return call, {"out": call()}
     out = forward(*case.leaves)
-    call = lambda: torch.autograd.grad(out, case.leaves, case.grad_THE, retain_graph=True)
-    return call, dict(zip(("dq", "dk", "dv"), call()))
 
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, case.leaves, case.grad_THE, retain_graph=True)
 
-def _worst(errors) -> float:
-    return torch.tensor(list(errors)).max().item()  # NaN wins, which it does not in Python's max
+    return backward, dict(zip(("dq", "dk", "dv"), backward()))
 
 
 def _reference(case: Case) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """What the sample should be, in float64, and how far plain PyTorch in the dtype of the case is from it."""
-    inputs = [_sample(case, key, x.detach()) for key, x in zip("qkv", case.leaves)]
-    inputs.append(_sample(case, "out", case.grad_THE))
-    exact = formula(*inputs, case.causal, torch.float64)
-    plain = formula(*inputs, case.causal, case.q_THE.dtype)
+    """The exact values of the sample, in float64, and the errors of plain PyTorch in the dtype of the case."""
+    q_GQE = _sample(case, "q", case.q_THE.detach())
+    k_LE = _sample(case, "k", case.k_SKE.detach())
+    v_LE = _sample(case, "v", case.v_SKE.detach())
+    grad_GQE = _sample(case, "out", case.grad_THE)
+    exact = formula(q_GQE, k_LE, v_LE, grad_GQE, case.causal, torch.float64)
+    plain = formula(q_GQE, k_LE, v_LE, grad_GQE, case.causal, case.q_THE.dtype)
     return exact, {key: measure.relative_error(plain[key], x) for key, x in exact.items()}
 
 
@@ -195,30 +212,40 @@ def _sample(case: Case, key: str, x: Tensor) -> Tensor:
     """The part of a tensor whose error is measured: (L, E) of keys, values and their gradients, (G, Q, E) of others."""
     lengths = [length for _, length in case.segments_k.spans]
     longest = max(range(len(lengths)), key=lambda n: (lengths[n], n))
-    if key in ("k", "v", "dk", "dv"):
-        start, length = case.segments_k.spans[longest]
-        return x[start : start + length, -1]
-    start, length = case.segments.spans[longest]
+    of_keys = key in ("k", "v", "dk", "dv")
+    start, length = (case.segments_k if of_keys else case.segments).spans[longest]
+    rows = x[start : start + length]
+    if of_keys:
+        return rows[:, -1]
     G = case.q_THE.shape[1] // case.k_SKE.shape[1]
-    return x[start : start + length, -G:].transpose(0, 1)
+    return rows[:, -G:].transpose(0, 1)
 
 
-def formula(q_GQE, k_LE, v_LE, grad_GQE, causal: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """out, dq, dk, dv by matmul, softmax and matmul in ``dtype``, CHUNK queries at a time; float64 holds the sums."""
-    q_GQE, grad_GQE = q_GQE.to(dtype), grad_GQE.to(dtype)
-    k_LE, v_LE = (x.to(dtype, copy=True).requires_grad_() for x in (k_LE, v_LE))
-    (G, Q, E), L = q_GQE.shape, k_LE.shape[0]
-    out, dq, dk, dv = (torch.zeros_like(x, dtype=torch.float64) for x in (q_GQE, q_GQE, k_LE, v_LE))
+def formula(
+    q_GQE: Tensor, k_LE: Tensor, v_LE: Tensor, grad_GQE: Tensor, causal: bool, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """out, dq, dk, dv by matmul, softmax and matmul in ``dtype``, CHUNK queries at a time, summed in float64."""
+    G, Q, E = q_GQE.shape
+    L = k_LE.shape[0]
+    k_LE = k_LE.to(dtype, copy=True).requires_grad_()
+    v_LE = v_LE.to(dtype, copy=True).requires_grad_()
+    out = torch.zeros_like(q_GQE, dtype=torch.float64)
+    dq = torch.zeros_like(q_GQE, dtype=torch.float64)
+    dk = torch.zeros_like(k_LE, dtype=torch.float64)
+    dv = torch.zeros_like(v_LE, dtype=torch.float64)
     key_L = torch.arange(L, device=q_GQE.device)
     for g in range(G):
         for row_C in torch.arange(Q, device=q_GQE.device).split(CHUNK):
-            q_CE = q_GQE[g, row_C].requires_grad_()
+            q_CE = q_GQE[g, row_C].to(dtype).requires_grad_()
             s_CL = E**-0.5 * (q_CE @ k_LE.mT)
             if causal:
-                s_CL = s_CL.masked_fill(key_L > row_C[:, None] + L - Q, -torch.inf)
+                hidden_CL = key_L > row_C[:, None] + L - Q
+                s_CL = s_CL.masked_fill(hidden_CL, -torch.inf)
             out_CE = s_CL.softmax(-1) @ v_LE
-            dq_CE, dk_LE, dv_LE = torch.autograd.grad(out_CE, (q_CE, k_LE, v_LE), grad_GQE[g, row_C])
-            out[g, row_C], dq[g, row_C] = out_CE.detach().double(), dq_CE.double()
+            grad_CE = grad_GQE[g, row_C].to(dtype)
+            dq_CE, dk_LE, dv_LE = torch.autograd.grad(out_CE, (q_CE, k_LE, v_LE), grad_CE)
+            out[g, row_C] = out_CE.detach().double()
+            dq[g, row_C] = dq_CE.double()
             dk += dk_LE
             dv += dv_LE
     return {"out": out, "dq": dq, "dk": dk, "dv": dv}

@@ -1,7 +1,7 @@
-"""Who computes attention in the comparison: ours, PyTorch's, and the flash_attn packages where they are installed.
+"""The providers of attention that are compared: ours, PyTorch's, and flash_attn packages if they are installed.
 
-A provider takes the inputs of a case and a direction and returns a function of (q_THE, k_SKE, v_SKE) to out_THE, or
-raises; everything that need not be timed (masks, compilation) happens there. Batched ones see views of the packed row.
+A provider takes the inputs of a case and a direction and returns a function from (q_THE, k_SKE, v_SKE) to out_THE, or
+raises. Work that should not be timed (masks, compilation) happens there. Batched providers see views of the packed row.
 
 T query rows   S key rows   H query heads   K key/value heads   E head dim
 N sequences of equal length   Q, L rows of each (queries, keys)
@@ -28,7 +28,7 @@ from kernels.segments import Segments
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """The inputs of one shape on the device. q, k and v are leaves that want gradients; grad_THE is that of out."""
+    """The inputs of one shape on the device. q, k and v are leaves that require gradients; grad_THE is that of out."""
 
     q_THE: Tensor
     k_SKE: Tensor
@@ -44,11 +44,13 @@ class Case:
 
     @property
     def equal(self) -> bool:
-        """Whether all sequences have as many queries and as many keys as each other."""
-        return all(len({length for _, length in cut.spans}) == 1 for cut in (self.segments, self.segments_k))
+        """Whether all sequences have the same number of queries and the same number of keys."""
+        q_lengths = {length for _, length in self.segments.spans}
+        k_lengths = {length for _, length in self.segments_k.spans}
+        return len(q_lengths) == len(k_lengths) == 1
 
     def batched(self, x: Tensor) -> Tensor:
-        """(rows, heads, E) as (N, rows of one sequence, heads, E). Unavailable when lengths differ."""
+        """(rows, heads, E) as (N, rows of one sequence, heads, E). Raises Unavailable if lengths differ."""
         if not self.equal:
             raise Unavailable("no packed segments")
         return x.unflatten(0, (len(self.segments), -1))
@@ -64,7 +66,7 @@ def _ours(case: Case, mode: str) -> Run:
 
 def _ours_deterministic(case: Case, mode: str) -> Run:
     if mode == "fwd":
-        raise Unavailable("the forward is deterministic as it is")
+        raise Unavailable("the forward is always deterministic")
     return lambda q, k, v: attention(q, k, v, case.segments, causal=case.causal, deterministic=True)
 
 
@@ -72,7 +74,7 @@ def _ours_hopper(case: Case, mode: str) -> Run:
     if mode == "bwd":
         raise Unavailable("forward only")
     _needs_gpu(case)
-    hopper = importlib.import_module("kernels.attention_hopper")  # for one generation of GPUs: absent is a reason
+    hopper = importlib.import_module("kernels.attention_hopper")  # imported here: if that fails, it is a row's reason
     scale = case.q_THE.shape[-1] ** -0.5
     return lambda q, k, v: hopper.forward(q, k, v, case.segments, case.segments_k, case.causal, scale)[0]
 
@@ -98,13 +100,17 @@ def _varlen(case: Case, mode: str) -> Run:
     _needs_gpu(case)
     cut = (case.segments.cu_seqlens, case.segments_k.cu_seqlens, case.segments.max_length, case.segments_k.max_length)
     window = (-1, 0) if case.causal else (-1, -1)
-    return lambda q, k, v: varlen_attn(q, k, v, *cut, window_size=window)
+
+    def run(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
+        return varlen_attn(q_THE, k_SKE, v_SKE, *cut, window_size=window)  # pyrefly: ignore[bad-return]
+
+    return run
 
 
 def _flex(case: Case, mode: str) -> Run:
     _needs_gpu(case)
-    torch.compiler.reset()  # dynamo counts recompilations over all shapes of a run and gives up after some
-    torch._functorch.config.donated_buffer = False  # one graph serves many backwards, so it may not eat its buffers
+    torch.compiler.reset()  # dynamo counts recompilations over all shapes of a run and stops compiling after a few
+    torch._functorch.config.donated_buffer = False  # one graph serves many backwards, which need its buffers again
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     block_mask = _block_mask(case)
     shared = case.q_THE.shape[1] != case.k_SKE.shape[1]
@@ -113,13 +119,13 @@ def _flex(case: Case, mode: str) -> Run:
     def run(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
         q_NHQE, k_NKLE, v_NKLE = (batched(x).transpose(1, 2) for x in (q_THE, k_SKE, v_SKE))
         out = compiled(q_NHQE, k_NKLE, v_NKLE, block_mask=block_mask, enable_gqa=shared)
-        return out.transpose(1, 2).flatten(0, 1)
+        return out.transpose(1, 2).flatten(0, 1)  # pyrefly: ignore[missing-attribute]
 
     return run
 
 
 def _block_mask(case: Case) -> BlockMask | None:
-    """What FlexAttention may skip: future keys, and the keys of other documents where lengths differ."""
+    """Keys that FlexAttention may skip: future ones, and if lengths differ those of other documents."""
     T, device = case.q_THE.shape[0], case.q_THE.device
     if case.equal and not case.causal:
         return None
@@ -139,7 +145,7 @@ def _flash_attn(module_name: str, case: Case, mode: str) -> Run:
     """flash_attn 2, flash_attn_interface (3) and flash_attn.cute (4) share the names and keywords used here."""
     module = importlib.import_module(module_name)
     _needs_gpu(case)
-    decodes = case.segments.max_length == 1 and hasattr(module, "flash_attn_with_kvcache")
+    has_cache = case.segments.max_length == 1 and hasattr(module, "flash_attn_with_kvcache")
     cut = {
         "cu_seqlens_q": case.segments.cu_seqlens,
         "cu_seqlens_k": case.segments_k.cu_seqlens,
@@ -153,12 +159,13 @@ def _flash_attn(module_name: str, case: Case, mode: str) -> Run:
             out = module.flash_attn_varlen_func(q_THE, k_SKE, v_SKE, **cut, causal=case.causal)
         else:
             batch = (case.batched(x) for x in (q_THE, k_SKE, v_SKE))
-            out = (
-                module.flash_attn_with_kvcache(*batch, cache_seqlens=length_N)
-                if decodes
-                else module.flash_attn_func(*batch, causal=case.causal)
-            )
-        return (out[0] if isinstance(out, tuple) else out).reshape(q_THE.shape)  # 4 also returns lse, some 3 do
+            if has_cache:
+                out = module.flash_attn_with_kvcache(*batch, cache_seqlens=length_N)
+            else:
+                out = module.flash_attn_func(*batch, causal=case.causal)
+        if isinstance(out, tuple):  # version 4, and some of version 3, also return lse
+            out = out[0]
+        return out.reshape(q_THE.shape)
 
     return run
 

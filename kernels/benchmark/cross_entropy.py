@@ -1,13 +1,13 @@
-"""Linear head and cross entropy against what else computes them, over rows of which some have a target.
+"""Linear head and cross entropy and their peers, over rows of which only some have a target.
 
-``fwd`` is the loss without gradients, ``full`` the loss and both gradients: ours makes them in its forward, so there is
-no backward to time alone. Arithmetic is counted for the rows with a target, whatever a provider computes besides:
+``fwd`` is the loss without gradients, ``full`` the loss and both gradients: ours computes them in its forward, so there
+is no backward to time alone. FLOPs are counted for R rows with a target, even if a provider computes more:
 
-    fwd = 2 rows D V        full = 3 fwd
+    fwd = 2 R D V        full = 3 fwd
 
-Peak memory is that of one call, with the gradients it returns, on top of hidden and weight. Errors are those of the
-mean loss, of the gradients of the last rows with a target and of some rows of the weight, against float64; the ratio is
-to F.cross_entropy of the logits in the dtype under test. Of the three the worst counts, for each number.
+Peak memory is that of one call, including the gradients it returns, on top of hidden and weight. Errors are those of
+the mean loss, of the gradients of the last rows with a target, and of some rows of the weight, against float64. The
+error ratio is relative to F.cross_entropy of logits in the dtype under test. Each number is the worst of the three.
 
 T rows   R rows with a target   D hidden   V vocabulary
 """
@@ -15,7 +15,6 @@ T rows   R rows with a target   D hidden   V vocabulary
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +24,9 @@ from torch.utils.checkpoint import checkpoint
 from kernels.benchmark import measure
 from kernels.cross_entropy import linear_cross_entropy
 
-CHUNK = 256  # rows whose logits in float64 exist at a time
+CHUNK = 256  # rows whose logits are in memory in float64 at a time
 SAMPLE = 64  # rows of each gradient whose errors are measured
-TINY = 16  # all sizes become so many times smaller on a machine without a GPU
+TINY = 16  # without a GPU, all sizes are divided by this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,21 +44,21 @@ class Shape:
         return round(self.rows * self.share)
 
     def flops(self, mode: str) -> float:
-        return 2 * self.num_targets * self.hidden * self.vocabulary * (3 if mode == "full" else 1)
+        forward = 2 * self.num_targets * self.hidden * self.vocabulary
+        return 3 * forward if mode == "full" else forward
 
     def tiny(self) -> "Shape":
-        sizes = {name: getattr(self, name) // TINY for name in ("rows", "hidden", "vocabulary")}
-        return replace(self, **sizes)
+        return replace(self, rows=self.rows // TINY, hidden=self.hidden // TINY, vocabulary=self.vocabulary // TINY)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """The inputs of one shape on the device. hidden and weight are leaves that want gradients."""
+    """The inputs of one shape on the device. hidden and weight are leaves that require gradients."""
 
     hidden_TD: Tensor
     weight_VD: Tensor
     target_T: Tensor  # -100 where there is none
-    rows_R: Tensor  # rows with a target, which a data loader knows
+    rows_R: Tensor  # rows with a target, as the data loader knows them
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor]:
@@ -97,12 +96,13 @@ def _eager(case: Case) -> Run:
 
 
 def _checkpointed(case: Case) -> Run:
-    """Chunks of 1024 rows, whose logits the backward computes again."""
+    """Chunks of 1024 rows, whose logits the backward recomputes."""
     target_R = case.target_R
 
     def run(hidden: Tensor, weight: Tensor) -> Tensor:
         chunks = zip(hidden[case.rows_R].split(1024), target_R.split(1024))
-        return sum(checkpoint(_loss, chunk, weight, target, use_reentrant=False) for chunk, target in chunks)
+        losses = [checkpoint(_loss, chunk, weight, target, use_reentrant=False) for chunk, target in chunks]
+        return torch.stack(losses).sum()
 
     return run
 
@@ -111,7 +111,7 @@ def _compiled(mode: str | None) -> Provider:
     def provider(case: Case) -> Run:
         if not case.hidden_TD.is_cuda:
             raise measure.Unavailable("needs a GPU")
-        torch.compiler.reset()  # dynamo counts recompilations over all shapes of a run and gives up after some
+        torch.compiler.reset()  # dynamo counts recompilations over all shapes of a run and stops compiling after a few
         compiled = torch.compile(_loss, mode=mode, dynamic=False, fullgraph=True)
         return lambda hidden, weight: compiled(hidden, weight, case.target_T)
 
@@ -120,10 +120,11 @@ def _compiled(mode: str | None) -> Provider:
 
 def _liger(drops_rows: bool, **options) -> Provider:
     def provider(case: Case) -> Run:
-        loss = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss
+        liger = importlib.import_module("liger_kernel.transformers")
         if not case.hidden_TD.is_cuda:
             raise measure.Unavailable("needs a GPU")
-        loss, target_R = loss(reduction="sum", **options), case.target_R
+        loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum", **options)
+        target_R = case.target_R
         if drops_rows:
             return lambda hidden, weight: loss(weight, hidden[case.rows_R], target_R)
         return lambda hidden, weight: loss(weight, hidden, case.target_T)
@@ -138,7 +139,7 @@ PROVIDERS: dict[str, Provider] = {
     "eager (rows dropped)": _eager,
     "checkpointed (rows dropped)": _checkpointed,
     "compile (all rows)": _compiled(None),
-    # CUDA graphs would keep the memory of a call for the next one.
+    # Without CUDA graphs, which would keep the memory of a call for the next one.
     "max-autotune (all rows)": _compiled("max-autotune-no-cudagraphs"),
     "liger (all rows)": _liger(False),
     "liger fp32 (rows dropped)": _liger(True, accum_dtype=torch.float32),
@@ -162,9 +163,10 @@ FORWARD_ONLY = ()
 
 
 def run(shapes: str, modes: tuple[str, ...], session: measure.Session) -> Iterator[list[dict]]:
-    """The rows of one shape and direction after the other; "bwd" asks for the full step."""
+    """The rows of each shape and direction in turn; "bwd" is the full step."""
     for shape in SHAPES[shapes]():
-        shape = shape if session.device == "cuda" else shape.tiny()
+        if session.device != "cuda":
+            shape = shape.tiny()
         case = make_case(shape, session)
         exact = formula(case)
         for mode in modes:
@@ -172,43 +174,41 @@ def run(shapes: str, modes: tuple[str, ...], session: measure.Session) -> Iterat
 
 
 def make_case(shape: Shape, session: measure.Session) -> Case:
-    """Normal random hidden rows, and a weight that makes of them logits of deviation 2."""
+    """Normal random hidden rows, and a weight for which the logits have standard deviation 2."""
     generator = torch.Generator(session.device).manual_seed(0)
     options = {"generator": generator, "device": session.device}
     hidden = torch.randn(shape.rows, shape.hidden, dtype=session.dtype, **options)
-    weight = torch.randn(shape.vocabulary, shape.hidden, dtype=session.dtype, **options) * (2 * shape.hidden**-0.5)
+    weight = torch.randn(shape.vocabulary, shape.hidden, dtype=session.dtype, **options)
+    weight *= 2 * shape.hidden**-0.5
     rows_R = torch.randperm(shape.rows, **options)[: shape.num_targets].sort().values
     target_T = torch.full((shape.rows,), -100, device=session.device)
     target_T[rows_R] = torch.randint(shape.vocabulary, (shape.num_targets,), **options)
-    leaves = {"hidden_TD": hidden.requires_grad_(), "weight_VD": weight.requires_grad_()}
-    return Case(**leaves, target_T=target_T, rows_R=rows_R)
+    return Case(hidden_TD=hidden.requires_grad_(), weight_VD=weight.requires_grad_(), target_T=target_T, rows_R=rows_R)
 
 
 def _rows(shape: Shape, case: Case, mode: str, exact: list[Tensor], session: measure.Session) -> list[dict]:
-    what = {
-        "kernel": "linear_cross_entropy",
-        "mode": mode,
-        "metric": "speed",
-        "shape": f"{shape.name} {shape.hidden}x{shape.vocabulary}, {100 * shape.share:.0f} %",
-        "x": shape.rows,
-        "dtype": str(session.dtype).removeprefix("torch."),
-        **measure.environment(session),
-    }
-    baseline = _errors(case, exact, _call(_eager(case), case, mode)())
+    eager = _call(_eager(case), case, mode)
+    baseline = _errors(case, exact, eager())
 
     def prepare(provider: Provider):
         call = _call(provider(case), case, mode)
         errors = _errors(case, exact, call())
-        ratios = [x / max(y, torch.finfo(torch.float32).eps) for x, y in zip(errors, baseline)]  # below it is luck
-        numbers = {"error": max(errors), "error_ratio": max(ratios)}
-        return call, numbers | {"peak_mib": measure.peak_mib(call, session.device)}
+        smallest = torch.finfo(torch.float32).eps  # an eager error below this is luck
+        ratios = [x / max(y, smallest) for x, y in zip(errors, baseline)]
+        columns = {"error": measure.worst(errors), "error_ratio": measure.worst(ratios)}
+        return call, {**columns, "peak_mib": measure.peak_mib(call, session.device)}
 
-    prepared = {name: partial(prepare, provider) for name, provider in PROVIDERS.items()}
-    return measure.compare(prepared, what, {"flops": shape.flops(mode)}, session)
+    common = {
+        "kernel": "linear_cross_entropy",
+        "mode": mode,
+        "shape": f"{shape.name} {shape.hidden}x{shape.vocabulary}, {100 * shape.share:.0f} %",
+        "x": shape.rows,
+    }
+    return measure.compare(PROVIDERS, prepare, common, {"flops": shape.flops(mode)}, session)
 
 
 def _call(run: Run, case: Case, mode: str) -> Callable[[], list[Tensor]]:
-    """The call to be timed: the mean loss and, in full, its gradients by hidden and weight."""
+    """The call to be timed: the mean loss and, if ``mode`` is "full", its gradients for hidden and weight."""
     if mode == "fwd":
         return torch.no_grad()(lambda: [run(*case.leaves) / len(case.rows_R)])
 
@@ -220,27 +220,38 @@ def _call(run: Run, case: Case, mode: str) -> Callable[[], list[Tensor]]:
 
 
 def _errors(case: Case, exact: list[Tensor], results: list[Tensor]) -> list[float]:
-    samples = [x if of is None else x[of] for x, of in zip(results, (None, *sample(case)))]
-    return [measure.relative_error(x, y) for x, y in zip(samples, exact)]
+    """Relative errors of the loss and, if they are there, of the sampled gradients."""
+    loss, *gradients = results
+    samples = [x[rows] for x, rows in zip(gradients, sample(case))]
+    return [measure.relative_error(x, y) for x, y in zip([loss, *samples], exact)]
 
 
 def sample(case: Case) -> tuple[Tensor, Tensor]:
-    """Rows of hidden and of weight whose gradients are looked at: of the latter, targets and evenly spread others."""
-    spread = torch.linspace(0, len(case.weight_VD) - 1, SAMPLE // 2, device=case.rows_R.device).long()
-    return case.rows_R[-SAMPLE:], torch.cat([case.target_R[: SAMPLE // 2], spread]).unique()
+    """Rows of hidden and of weight whose gradients are compared: of the weight, targets and evenly spaced others."""
+    spaced = torch.linspace(0, len(case.weight_VD) - 1, SAMPLE // 2, device=case.rows_R.device).long()
+    targets = case.target_R[: SAMPLE // 2]
+    return case.rows_R[-SAMPLE:], torch.cat([targets, spaced]).unique()
 
 
 def formula(case: Case) -> list[Tensor]:
     """Mean loss and the sampled gradients in float64, CHUNK rows at a time."""
-    (rows, columns), R = sample(case), len(case.rows_R)
+    rows, columns = sample(case)
+    R = len(case.rows_R)
+    hidden_RD = case.hidden_TD.detach()[case.rows_R]
     weight_VD = case.weight_VD.detach().double()
-    loss, dweight = weight_VD.new_zeros(()), torch.zeros_like(weight_VD[columns])
-    for hidden_CD, target_C in zip(case.hidden_TD.detach()[case.rows_R].split(CHUNK), case.target_R.split(CHUNK)):
+    loss = weight_VD.new_zeros(())
+    dweight = torch.zeros_like(weight_VD[columns])
+    for hidden_CD, target_C in zip(hidden_RD.split(CHUNK), case.target_R.split(CHUNK)):
         logits_CV = hidden_CD.double() @ weight_VD.T
         loss += F.cross_entropy(logits_CV, target_C, reduction="sum") / R
-        dlogits_CV = logits_CV.softmax(-1)
-        dlogits_CV[torch.arange(len(target_C)), target_C] -= 1
+        dlogits_CV = _dlogits(logits_CV, target_C)
         dweight += dlogits_CV[:, columns].T @ hidden_CD.double() / R
-    dlogits_CV = (case.hidden_TD.detach()[rows].double() @ weight_VD.T).softmax(-1)
-    dlogits_CV[torch.arange(len(rows)), case.target_T[rows]] -= 1
-    return [loss, dlogits_CV @ weight_VD / R, dweight]
+    logits_CV = case.hidden_TD.detach()[rows].double() @ weight_VD.T
+    dhidden = _dlogits(logits_CV, case.target_T[rows]) @ weight_VD / R
+    return [loss, dhidden, dweight]
+
+
+def _dlogits(logits_CV: Tensor, target_C: Tensor) -> Tensor:
+    dlogits_CV = logits_CV.softmax(-1)
+    dlogits_CV[torch.arange(len(target_C)), target_C] -= 1
+    return dlogits_CV

@@ -1,22 +1,21 @@
-"""The projector against what else computes it: alone ("mlp"), and with its rows placed among token features.
+"""The projector and its peers: alone ("mlp"), and with its rows placed among token features ("placement").
 
-``fwd`` keeps nothing for a backward. ``full`` is forward and backward of a step that trains the projector behind a
-frozen tower: gradients of its weights and biases. Arithmetic is counted for the products, R rows to each:
+``fwd`` keeps nothing for a backward. ``full`` is forward and backward of a step that trains the projector of a frozen
+tower: gradients of its weights and biases. FLOPs are those of the products, with R rows each:
 
     fwd = 2 R (C F + F D)        full = fwd + 2 R (C F + 2 F D)
 
-Placement leaves out the class token of every image, projects, and writes the rows into a decoder row of 16k tokens or
-four of them; nobody asks for a gradient of the other tokens. Each call writes to new memory, whatever that holds.
+Placement skips the class token of every image, projects, and writes the rows into a decoder row of 16k tokens or four
+times as many; the other tokens need no gradient. Each call writes to new memory, whose contents do not matter.
 
-``saved`` are activations kept for the backward, inputs not counted; peak memory is that of one call, with what it
-returns. Errors are those of the written rows and of all gradients against float64; the ratio is to the eager provider.
-Of all the worst counts, for each number. ``addmm gelu`` is PyTorch's fused product, forward only, and on a GPU its GELU
-is the tanh approximation, which shows in its error.
+``saved`` are activations kept for the backward, without the inputs; peak memory is that of one call, including its
+results. Errors are those of the written rows and of all gradients against float64; the error ratio is relative to the
+eager provider. Each number is the worst of all. ``addmm gelu`` is PyTorch's fused product, forward only; on a GPU its
+GELU is the tanh approximation, which shows in its error.
 
 R rows that are projected   I images   C tower width   F hidden   D decoder width   T token rows
 """
 
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,9 +28,9 @@ from kernels.benchmark import measure
 from kernels.projector import place_projected, projector_mlp
 
 PATCHES = 576  # features of an image, after its class token
-# On a machine without a GPU:
-TINY = 32  # widths become so many times smaller
-FEW = 64  # patches and tokens become so many times fewer
+# Without a GPU:
+TINY = 32  # widths are divided by this
+FEW = 64  # numbers of patches and tokens are divided by this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class Shape:
     images: int
     patches: int = PATCHES
     widths: tuple[int, int, int] = (1024, 4096, 4096)  # C, F, D: CLIP ViT-L to Llama-3-8B
-    tokens: int = 0  # of the row to write to; none: the projector alone
+    tokens: int = 0  # of the row that is written to; 0: the projector alone
 
     @property
     def rows(self) -> int:
@@ -47,37 +46,39 @@ class Shape:
 
     def flops(self, mode: str) -> float:
         C, hidden, D = self.widths
-        up, down = (2 * self.rows * hidden * width for width in (C, D))
+        up = 2 * self.rows * C * hidden
+        down = 2 * self.rows * hidden * D
         return up + down if mode == "fwd" else 2 * up + 3 * down
 
     def tiny(self) -> "Shape":
-        widths = tuple(width // TINY for width in self.widths)
+        C, hidden, D = self.widths
+        widths = C // TINY, hidden // TINY, D // TINY
         return replace(self, patches=self.patches // FEW, widths=widths, tokens=self.tokens // FEW)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """The inputs of one shape on the device. The weights are leaves that want gradients."""
+    """The inputs of one shape on the device. The weights are leaves that require gradients."""
 
     x_PC: Tensor
     weights: tuple[Tensor, ...]  # w1_FC, b1_F, w2_DF, b2_D
-    grad: Tensor  # of what is returned: y_RD, or out_TD
+    grad: Tensor  # of the result: y_RD, or out_TD
     images: int
-    rows_R: Tensor | None  # to write to
-    source_RS: Tensor | None  # rows of x to read
+    rows_R: Tensor | None  # token rows that are written
+    source_RS: Tensor | None  # rows of x that are read
 
     def new_into(self) -> Tensor:
         return torch.empty_like(self.grad)
 
     @property
     def features_RC(self) -> Tensor:
-        """Rows of x that are projected, as eager PyTorch leaves out the others: a view, which a product copies."""
+        """Rows of x that are projected, selected as eager PyTorch does: a view, which a product copies."""
         if self.rows_R is None:
             return self.x_PC
         return self.x_PC.unflatten(0, (self.images, -1))[:, 1:].flatten(0, 1)
 
 
-Run = Callable[..., Tensor]  # the weights to what is returned
+Run = Callable[..., Tensor]  # from the weights to the result
 Provider = Callable[[Case, str], Run]
 
 
@@ -102,7 +103,7 @@ def _eager(case: Case, mode: str) -> Run:
 
 
 def _masked_scatter(case: Case, mode: str) -> Run:
-    """What LLaVA in transformers does: a mask of the placeholders, made whole."""
+    """As LLaVA in transformers: a mask of the placeholders, expanded over the width."""
     if case.rows_R is None:
         raise measure.Unavailable("places nothing")
     mask_TD = torch.zeros_like(case.grad, dtype=torch.bool).index_fill(0, case.rows_R, True)
@@ -112,15 +113,16 @@ def _masked_scatter(case: Case, mode: str) -> Run:
 def _compiled(options: str | None, case: Case, mode: str) -> Run:
     if not case.x_PC.is_cuda:
         raise measure.Unavailable("needs a GPU")
-    torch.compiler.reset()  # dynamo counts recompilations over all shapes of a run and gives up after some
+    torch.compiler.reset()  # dynamo counts recompilations over all shapes of a run and stops compiling after a few
+    rows_R = case.rows_R
 
-    def alone(into: Tensor, x_PC: Tensor, *weights: Tensor) -> Tensor:
-        return _mlp(x_PC, *weights)
+    def step(into: Tensor, x_PC: Tensor, *weights: Tensor) -> Tensor:
+        if rows_R is None:
+            return _mlp(x_PC, *weights)
+        x_RC = x_PC.unflatten(0, (case.images, -1))[:, 1:].flatten(0, 1)
+        return _place(into, rows_R, x_RC, *weights)
 
-    def placed(into: Tensor, x_PC: Tensor, *weights: Tensor) -> Tensor:
-        return _place(into, case.rows_R, x_PC.unflatten(0, (case.images, -1))[:, 1:].flatten(0, 1), *weights)
-
-    run = torch.compile(alone if case.rows_R is None else placed, mode=options, dynamic=False, fullgraph=True)
+    run = torch.compile(step, mode=options, dynamic=False, fullgraph=True)
     return lambda *weights: run(case.new_into(), case.x_PC, *weights)
 
 
@@ -129,15 +131,11 @@ def _addmm_activation(case: Case, mode: str) -> Run:
         raise measure.Unavailable("forward only")
 
     def run(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        y_RD = F.linear(torch._addmm_activation(b1, case.features_RC, w1.T, use_gelu=True), w2, b2)
+        h_RF = torch._addmm_activation(b1, case.features_RC, w1.T, use_gelu=True)
+        y_RD = F.linear(h_RF, w2, b2)
         return y_RD if case.rows_R is None else case.new_into().index_copy(0, case.rows_R, y_RD)
 
     return run
-
-
-def _liger(case: Case, mode: str) -> Run:
-    importlib.import_module("liger_kernel.ops")
-    raise measure.Unavailable("its MLPs are gated: none is two layers with a GELU")
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -145,10 +143,9 @@ PROVIDERS: dict[str, Provider] = {
     "eager": _eager,
     "eager masked_scatter": _masked_scatter,
     "compile": partial(_compiled, None),
-    # Its CUDA graphs would keep the memory of a call for the next one.
+    # Without CUDA graphs, which would keep the memory of a call for the next one.
     "max-autotune": partial(_compiled, "max-autotune-no-cudagraphs"),
     "addmm gelu": _addmm_activation,
-    "liger": _liger,
 }
 SHAPES = {
     "mlp": lambda: [Shape(images=16), Shape(images=64)],
@@ -158,9 +155,10 @@ FORWARD_ONLY = ()
 
 
 def run(shapes: str, modes: tuple[str, ...], session: measure.Session) -> Iterator[list[dict]]:
-    """The rows of one shape and direction after the other; "bwd" asks for the full step."""
+    """The rows of each shape and direction in turn; "bwd" is the full step."""
     for shape in SHAPES[shapes]():
-        shape = shape if session.device == "cuda" else shape.tiny()
+        if session.device != "cuda":
+            shape = shape.tiny()
         case = make_case(shape, session)
         exact = exact_values(case)
         for mode in modes:
@@ -168,22 +166,28 @@ def run(shapes: str, modes: tuple[str, ...], session: measure.Session) -> Iterat
 
 
 def make_case(shape: Shape, session: measure.Session) -> Case:
-    """Normal random numbers, scaled to keep their size from layer to layer; places in order, as data packs them."""
+    """Normal random numbers, scaled to keep their size from layer to layer; rows in order, as the loader packs them."""
     generator = torch.Generator(session.device).manual_seed(0)
     options = {"generator": generator, "device": session.device}
-    normal = lambda *sizes, scale=1.0: scale * torch.randn(sizes, dtype=session.dtype, **options)
+
+    def normal(*sizes: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(sizes, dtype=session.dtype, **options)
+
     C, hidden, D = shape.widths
-    weights = normal(hidden, C, scale=C**-0.5), normal(hidden), normal(D, hidden, scale=hidden**-0.5), normal(D)
+    w1_FC = normal(hidden, C, scale=C**-0.5)
+    b1_F = normal(hidden)
+    w2_DF = normal(D, hidden, scale=hidden**-0.5)
+    b2_D = normal(D)
     rows_R = source_RS = None
     tower_rows = shape.patches
     if shape.tokens:
         tower_rows += 1
-        source_RS = torch.arange(shape.images * tower_rows, device=session.device).unflatten(0, (shape.images, -1))
-        source_RS = source_RS[:, 1:].reshape(-1, 1)
+        rows_of_images = torch.arange(shape.images * tower_rows, device=session.device).view(shape.images, -1)
+        source_RS = rows_of_images[:, 1:].reshape(-1, 1)
         rows_R = torch.randperm(shape.tokens, **options)[: shape.rows].sort().values
     return Case(
         x_PC=normal(shape.images * tower_rows, C),
-        weights=tuple(weight.requires_grad_() for weight in weights),
+        weights=tuple(weight.requires_grad_() for weight in (w1_FC, b1_F, w2_DF, b2_D)),
         grad=normal(shape.tokens or shape.rows, D),
         images=shape.images,
         rows_R=rows_R,
@@ -192,33 +196,31 @@ def make_case(shape: Shape, session: measure.Session) -> Case:
 
 
 def _rows(shape: Shape, case: Case, mode: str, exact: list[Tensor], session: measure.Session) -> list[dict]:
-    what = {
-        "kernel": "place_projected" if shape.tokens else "projector_mlp",
-        "mode": mode,
-        "metric": "speed",
-        "shape": f"{shape.images} images {' -> '.join(map(str, shape.widths))}",
-        "x": shape.rows,
-        "dtype": str(session.dtype).removeprefix("torch."),
-        **measure.environment(session),
-    }
-    baseline = _errors(case, exact, _call(_eager(case, mode), case, mode)())
+    eager = _call(_eager(case, mode), case, mode)
+    baseline = _errors(case, exact, eager())
 
     def prepare(provider: Provider):
         run = provider(case, mode)
         call = _call(run, case, mode)
         errors = _errors(case, exact, call())
         ratios = [x / y for x, y in zip(errors, baseline)]
-        columns = {"error": max(errors), "error_ratio": max(ratios), "peak_mib": measure.peak_mib(call, session.device)}
+        columns = {"error": measure.worst(errors), "error_ratio": measure.worst(ratios)}
+        columns["peak_mib"] = measure.peak_mib(call, session.device)
         if mode != "fwd":
             columns["saved_mib"] = saved_mib(lambda: run(*case.weights), [case.x_PC, *case.weights])
         return call, columns
 
-    prepared = {name: partial(prepare, provider) for name, provider in PROVIDERS.items()}
-    return measure.compare(prepared, what, {"flops": shape.flops(mode)}, session)
+    common = {
+        "kernel": "place_projected" if shape.tokens else "projector_mlp",
+        "mode": mode,
+        "shape": f"{shape.images} images {' -> '.join(map(str, shape.widths))}",
+        "x": shape.rows,
+    }
+    return measure.compare(PROVIDERS, prepare, common, {"flops": shape.flops(mode)}, session)
 
 
 def _call(run: Run, case: Case, mode: str) -> Callable[[], list[Tensor]]:
-    """The call to be timed: what is returned and, in full, the gradients of the weights."""
+    """The call to be timed: the result and, if ``mode`` is "full", the gradients of the weights."""
     if mode == "fwd":
         return torch.no_grad()(lambda: [run(*case.weights)])
 
@@ -230,18 +232,20 @@ def _call(run: Run, case: Case, mode: str) -> Callable[[], list[Tensor]]:
 
 
 def saved_mib(forward: Callable[[], Tensor], inputs: list[Tensor]) -> float:
-    """What autograd keeps of a forward: every piece of floating memory once, but for that of the inputs."""
-    kept, held = {}, {x.untyped_storage().data_ptr() for x in inputs}
+    """Memory that autograd saves in a forward: every floating storage once, without those of the inputs."""
+    given = {x.untyped_storage().data_ptr() for x in inputs}
+    saved = {}
 
-    def note(x: Tensor) -> Tensor:
-        if x.is_floating_point() and x.untyped_storage().data_ptr() not in held:
-            kept[x.untyped_storage().data_ptr()] = x
+    def pack(x: Tensor) -> Tensor:
+        address = x.untyped_storage().data_ptr()
+        if x.is_floating_point() and address not in given:
+            saved[address] = x
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = forward()
     del out
-    return sum(x.nbytes for x in kept.values()) / 2**20
+    return sum(x.nbytes for x in saved.values()) / 2**20
 
 
 def _written(case: Case, out: Tensor) -> Tensor:
@@ -249,12 +253,13 @@ def _written(case: Case, out: Tensor) -> Tensor:
 
 
 def _errors(case: Case, exact: list[Tensor], results: list[Tensor]) -> list[float]:
-    results = [_written(case, results[0]), *results[1:]]
-    return [measure.relative_error(x, y) for x, y in zip(results, exact)]
+    out, *gradients = results
+    return [measure.relative_error(x, y) for x, y in zip([_written(case, out), *gradients], exact)]
 
 
 def exact_values(case: Case) -> list[Tensor]:
     """The projected rows and the gradients of the weights in float64."""
     weights = [weight.detach().double().requires_grad_() for weight in case.weights]
     y_RD = _mlp(case.features_RC.double(), *weights)
-    return [y_RD.detach(), *torch.autograd.grad(y_RD, weights, _written(case, case.grad).double())]
+    dy_RD = _written(case, case.grad).double()
+    return [y_RD.detach(), *torch.autograd.grad(y_RD, weights, dy_RD)]

@@ -165,7 +165,7 @@ def test_flex_attention_is_given_the_same_mask(shape, few_shapes, monkeypatch):
 def test_providers_take_turns(few_shapes):
     calls = []
     functions = {name: (lambda name=name: calls.append(name)) for name in ("a", "b")}
-    timings = measure.time_interleaved(functions, measure.start_session(0.001))
+    timings, _ = measure.time_interleaved(functions, measure.start_session(0.001))
     assert [name for name, _ in itertools.groupby(calls)] == ["a", "b"] * measure.ROUNDS
     assert set(timings["a"]) == {"ms_p50", "ms_p20", "ms_p80", "spread_percent"}
 
@@ -174,7 +174,7 @@ def test_providers_take_turns(few_shapes):
     ("arguments", "complaint"),
     [
         (["projectile"], "invalid choice: 'projectile'"),
-        (["attention", "--seconds", "0"], "a positive number of seconds, not 0"),
+        (["attention", "--seconds", "0"], "must be a positive number of seconds, not 0"),
         (["attention", "--seconds", "soon"], "invalid seconds value: 'soon'"),
         (["attention", "--shapes", "decode", "--direction", "bwd"], "attention --shapes decode has no backward"),
     ],
