@@ -22,33 +22,47 @@ def main() -> None:
     command.add_argument("run", help="run folder, or a checkpoint folder of one")
     command.add_argument("folder", help="folder to write, new or empty")
     command.add_argument("--format", choices=FORMATS, default="avlm")
-    command.add_argument("--step", type=int, help="that checkpoint of the run; without it the newest")
+    command.add_argument("--step", type=int, help="which checkpoint of the run (default: the newest)")
     command.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="of the tensors; without it bfloat16, and adapters as they are stored",
+        help="of the tensors (default: bfloat16, and adapters as they are stored)",
     )
-    command.add_argument("--base", help="name of the decoder that an adapter belongs to; without it init_from.decoder")
+    command.add_argument("--base", help="name of the decoder that an adapter belongs to (default: init_from.decoder)")
     command.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier export, when the new one is whole"
+        "--overwrite", action="store_true", help="replace an earlier export once the new one is complete"
     )
     arguments = parser.parse_args()
     config, path = read_run(arguments.run, arguments.step)
     to_peft = arguments.format == "adapter"
     if arguments.base and not to_peft:
         raise ValueError(f"--base {arguments.base} is for --format adapter, and the format is {arguments.format}")
-    dtype = arguments.dtype or (None if to_peft else "bfloat16")
-    options = {"data": config.stages[-1].data, "base": arguments.base or config.init_from.decoder}
-    options |= {"dtype": dtype and getattr(torch, dtype), "overwrite": arguments.overwrite}
-    if ranks()[1] > 1:
-        options["world"] = mesh.start(dataclasses.replace(config, parallel=ParallelConfig()), torch.device("cpu"))
-        path = options["world"].gather(path)[0]  # the run may go on and save meanwhile
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    if dtype is None and not to_peft:
+        dtype = torch.bfloat16
+    base = arguments.base or config.init_from.decoder
+    rank, size = ranks()
+    world = None
+    if size > 1:
+        world = mesh.start(dataclasses.replace(config, parallel=ParallelConfig()), torch.device("cpu"))
+        path = world.gather(path)[0]  # the run may continue and save meanwhile
     state = open_checkpoint(path)
-    export(config.model, state, arguments.folder, arguments.format, **options)
-    if to_peft and ranks()[0] == 0:
-        if left := left_behind(config, state):
+    export(
+        config.model,
+        state,
+        arguments.folder,
+        arguments.format,
+        data=config.stages[-1].data,
+        dtype=dtype,
+        base=base,
+        overwrite=arguments.overwrite,
+        world=world,
+    )
+    if to_peft and rank == 0:
+        left = left_behind(config, state)
+        if left:
             print(f"{arguments.folder} lacks {', '.join(left)}: --format avlm keeps them, with all adapters merged")
-        if options["base"] is None:
+        if base is None:
             print(f"{arguments.folder} names no base decoder: --base NAME says which one its adapters belong to")
 
 

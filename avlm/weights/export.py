@@ -45,14 +45,12 @@ def export(
     """Write a model folder: safetensors, config.json, generation_config.json and the tokenizer of ``data``.
 
     avlm     every module under our names; ``config.json`` also holds what encoding a prompt needs
-    decoder  LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM; towers are left out
-    llava    LlavaForConditionalGeneration
-    voxtral  VoxtralForConditionalGeneration; a tied head is written beside the embedding, as Voxtral ties none
-    adapter  the decoder's adapters for PEFT, on the decoder ``base``; all other formats have adapters merged
+    adapter  the decoder's adapters for PEFT, on the decoder ``base``; in all other formats adapters are merged
+    decoder and the others are Hugging Face's, see ``avlm.families``; "decoder" leaves the towers out
 
-    ``state`` holds tensors under our parameter names, whole on the CPU or stored, and read when they are written;
-    ``dtype`` casts them. The folder is there when it is whole; one that was there stays until then, and is replaced
-    only with ``overwrite``. The ranks of ``world`` share the work. Raises ValueError or OSError.
+    ``state`` holds tensors under our parameter names, on the CPU or stored; stored ones are read when they are written.
+    ``dtype`` casts them. The folder appears once it is complete. An earlier one stays until then, and is replaced only
+    with ``overwrite``. The ranks of ``world`` share the work. Raises ValueError or OSError.
     """
     folder = Path(folder)
     lazy = {name: Lazy.of(tensor) for name, tensor in state.items()}
@@ -89,8 +87,8 @@ class Content:
     files: dict[str, dict[str, Any]]  # JSON file -> its keys
     tensors: State
     name: str = "model"  # of the files of tensors
-    media: dict[str, str] = dataclasses.field(default_factory=dict)  # kind -> what stands for it in a prompt
-    token: int | None = None  # the id of that, in a format that gives it one
+    media: dict[str, str] = dataclasses.field(default_factory=dict)  # kind -> the token that stands for it in a prompt
+    token: int | None = None  # its id, in a format that needs one
 
 
 def _content(
@@ -133,7 +131,7 @@ def _own_keys(config: ModelConfig, data: DataConfig | None) -> dict[str, Any]:
 
 
 def merged(state: State, config: LoraConfig, dtype: torch.dtype | None = None) -> State:
-    """Weights with adapters in them, in ``dtype`` (None: that of the base), each computed when it is read."""
+    """Weights with their adapters merged, in ``dtype`` (None: the base's), each computed when it is read."""
     done = {}
     for name, base in state.items():
         down, up, magnitude = (state.get(f"{name.removesuffix('.weight')}.{part}") for part in ADAPTER)

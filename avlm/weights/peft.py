@@ -34,7 +34,8 @@ def peft_names(names: Iterable[str]) -> dict[str, str]:
     for name in names:
         if name.startswith("decoder.") and is_adapter(name):
             path, _, part = name.removeprefix("decoder.").partition(".lora_")
-            found[name] = f"{PREFIX}model.{hugging_face_name('decoder', path)}.{LEAVES[part]}"
+            theirs = hugging_face_name("decoder", path)
+            found[name] = f"{PREFIX}model.{theirs}.{LEAVES[part]}"
     return found
 
 
@@ -56,14 +57,19 @@ def open_adapter(given: str | Path, config: ModelConfig, names: Iterable[str]) -
         if theirs != value:
             raise ValueError(f"model.lora.{field} is {value!r}, and {folder} was made with {key}={shown(repr(theirs))}")
     files = choose(folder, ADAPTER)
-    tensors = {ours.get(name, name): tensor for name, tensor in read_files(folder, files).items()}
+    tensors = {}
+    for name, tensor in read_files(folder, files).items():
+        tensors[ours.get(name, name)] = tensor
     return Source(folder, tensors, None, True, files)
 
 
 def adapter_keys(config: ModelConfig, names: Iterable[str], base: str | None) -> dict[str, Any]:
     """adapter_config.json of the adapters ``names``, on the decoder ``base``."""
-    targets = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in peft_names(names).values()}
-    leaves = {target.rpartition(".")[2] for target in targets}
+    targets, leaves = set(), set()
+    for name in peft_names(names).values():
+        target = name.removeprefix(PREFIX).rpartition(".lora_")[0]
+        targets.add(target)
+        leaves.add(target.rpartition(".")[2])
     in_every_layer = len(targets) == len(leaves) * config.decoder.num_layers
     return {
         "peft_type": "LORA",

@@ -98,7 +98,8 @@ def pinned(init_from: InitFrom) -> InitFrom:
 
 
 def _given(init_from: InitFrom) -> dict[str, str]:
-    return {entry: getattr(init_from, entry) for entry in ENTRIES if getattr(init_from, entry) is not None}
+    paths = {entry: getattr(init_from, entry) for entry in ENTRIES}
+    return {entry: path for entry, path in paths.items() if path is not None}
 
 
 def load_plans(config: ModelConfig, shapes: Shapes, init_from: InitFrom) -> list[LoadPlan]:
@@ -181,10 +182,14 @@ def _prefixes(entry: str, source: Source, held: Mapping) -> dict[str, str]:
     if source.own_names:
         present = {name.partition(".")[0] for name in held}
         return {module: f"{module}." for module in MODULES if module in present}
-    if source.config is None:  # a file of tensors; a projector alone could be of either tower
-        found = {module: prefix for module in MODULES if (prefix := _prefix(module, held)) is not None}
-        return {module: prefix for module, prefix in found.items() if module.removesuffix("_projector") in found}
     prefixes = {}
+    if source.config is None:  # a file of tensors
+        for module in MODULES:
+            prefix = _prefix(module, held)
+            tower = module.removesuffix("_projector")  # without it a projector could be either tower's
+            if prefix is not None and (tower == module or tower in prefixes):
+                prefixes[module] = prefix
+        return prefixes
     for module in source.config.modules if isinstance(source.config, ModelConfig) else [entry]:
         prefix = _prefix(module, held)
         if prefix is None:
@@ -194,7 +199,10 @@ def _prefixes(entry: str, source: Source, held: Mapping) -> dict[str, str]:
 
 
 def _prefix(module: str, held: Mapping) -> str | None:
-    return next((prefix for prefix in PREFIXES[module] if prefix + anchor(module) in held), None)
+    for prefix in PREFIXES[module]:
+        if prefix + anchor(module) in held:
+            return prefix
+    return None
 
 
 def _file_name(name: str, prefixes: dict[str, str], held: Mapping) -> str:

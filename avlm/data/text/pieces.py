@@ -6,17 +6,14 @@ from typing import Any
 
 ROLES = ("system", "user", "assistant")
 MEDIA = ("image", "audio", "video")
-TAG = re.compile(r"<(image|audio|video)>")
+TAG = re.compile(f"<({'|'.join(MEDIA)})>")
 
 Messages = list[dict[str, Any]]  # of "role" and "content"; an assistant's turn with "learn": False is not learned
 
 
 @dataclass(frozen=True)
 class Piece:
-    """``kind``: text (as it stands), control (one control token), markup (text in which control tokens are read) or a
-    medium of MEDIA."""
-
-    kind: str
+    kind: str  # text (as it stands), control (one token), markup (text in which control tokens are read) or of MEDIA
     text: str
     learned: bool = False
 
