@@ -154,8 +154,9 @@ def histogram(lengths: list[int]) -> list[str]:
     most = max(bins.values())
     lines = []
     for i in range(min(bins), max(bins) + 1):
+        first, last = 2**i, 2 ** (i + 1) - 1
         bar = "#" * math.ceil(40 * bins[i] / most)
-        lines.append(f"  {2**i:>6} to {2 ** (i + 1) - 1:<6} {bins[i]:>6} {bar}")
+        lines.append(f"  {first:>6} to {last:<6} {bins[i]:>6} {bar}")
     return lines
 
 

@@ -84,9 +84,14 @@ class SyntheticLoader:
         token_T = torch.cat([torch.tensor(ids, dtype=torch.int64), text_T])
         target_T = torch.cat([token_T[1:], token_T.new_full((1,), IGNORE)])
         target_T = torch.where(target_T >= 0, target_T, IGNORE)
-        given = [modality for modality, items in media.items() if items]
-        kind = "mixed" if len(given) > 1 else [*given, "text"][0]
-        return EncodedSample(key, kind, token_T, target_T, media)
+        return EncodedSample(key, _kind(media), token_T, target_T, media)
+
+
+def _kind(media: dict[str, list[Tensor]]) -> str:
+    given = [modality for modality, items in media.items() if items]
+    if len(given) > 1:
+        return "mixed"
+    return given[0] if given else "text"
 
 
 def parse_mix(source: str, model: ModelConfig) -> dict[str, int]:
@@ -105,6 +110,8 @@ def parse_mix(source: str, model: ModelConfig) -> dict[str, int]:
         mix[name] = int(number)
     if mix["documents"] < 1 or mix["seconds"] < 1:
         raise ValueError(f"{source!r}: documents and seconds must be at least 1")
-    if (mix["images"] and not model.vision) or (mix["clips"] and not model.audio):
+    lacks_vision = mix["images"] and model.vision is None
+    lacks_audio = mix["clips"] and model.audio is None
+    if lacks_vision or lacks_audio:
         raise ValueError(f"{source!r} asks for media that the model has no tower for")
     return mix

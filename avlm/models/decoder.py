@@ -47,8 +47,8 @@ def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) 
     if scaling is None:
         return frequency
     turns = scaling.original_max_position * frequency / (2 * math.pi)  # full turns within the original context
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0, 1)
+    width = scaling.high_freq_factor - scaling.low_freq_factor
+    blend = ((turns - scaling.low_freq_factor) / width).clamp(0, 1)
     return blend * frequency + (1 - blend) * frequency / scaling.factor
 
 
@@ -61,8 +61,9 @@ def rope_table(frequency: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
 def rotate(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """Rotary positions, "rotate half" layout of Hugging Face checkpoints; float32 inside."""
     a, b = x_THE.to(cos_TE.dtype).chunk(2, dim=-1)
-    rotated = torch.cat([a, b], -1) * cos_TE[:, None] + torch.cat([-b, a], -1) * sin_TE[:, None]
-    return rotated.to(x_THE.dtype)
+    along_THE = torch.cat([a, b], -1) * cos_TE[:, None]
+    across_THE = torch.cat([-b, a], -1) * sin_TE[:, None]
+    return (along_THE + across_THE).to(x_THE.dtype)
 
 
 class Attention(nn.Module):

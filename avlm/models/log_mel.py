@@ -4,8 +4,8 @@
     log_mel = (max(log10(filters @ power), window's maximum - 8) + 4) / 4
 
 A worker makes them clip by clip. With ``audio.log_mel: device`` it sends the samples, a column for each frame, and the
-windows of a row are made together before the tower. Columns are as many as frames: what pads, counts and shares out
-windows handles both alike.
+tower makes the windows of a row together. There are as many columns as frames, so padding, counting and sharing of
+windows work for both.
 
 C windows   N rows of a column: whether its frame is of the clip (1 or 0), then 10 ms of samples   S samples
 M mel bins   B frequencies   W frames
@@ -31,11 +31,14 @@ def window(clip: Tensor, audio: AudioConfig) -> Tensor:
     covered = math.ceil(clip.shape[0] / HOP)  # frames whose centre lies in the clip
     width = covered + covered % 2
     if audio.log_mel == "worker":
-        return _log_mel(clip[None], (torch.arange(width) < covered)[None], audio)[0]
-    width = 2 * audio.max_positions if audio.window == "fixed" else width
+        is_covered_W = torch.arange(width) < covered
+        return _log_mel(clip[None], is_covered_W[None], audio)[0]
+    if audio.window == "fixed":
+        width = 2 * audio.max_positions
     columns_NW = clip.new_zeros(1 + HOP, width)
     columns_NW[0, :covered] = 1
-    columns_NW[1:, :covered] = F.pad(clip, (0, covered * HOP - clip.shape[0])).view(covered, HOP).T
+    padded = F.pad(clip, (0, covered * HOP - clip.shape[0]))
+    columns_NW[1:, :covered] = padded.view(covered, HOP).T
     return columns_NW
 
 
@@ -45,7 +48,8 @@ def at_tower(windows_CNW: Tensor, audio: AudioConfig) -> Tensor:
         return windows_CNW
     if len(windows_CNW) == 0:  # torch.stft wants at least one
         return windows_CNW.new_zeros(0, audio.num_mels, windows_CNW.shape[2])
-    return _log_mel(windows_CNW[:, 1:].transpose(1, 2).flatten(1), windows_CNW[:, 0] > 0, audio)
+    waveform_CS = windows_CNW[:, 1:].transpose(1, 2).flatten(1)
+    return _log_mel(waveform_CS, windows_CNW[:, 0] > 0, audio)
 
 
 def window_rows(audio: AudioConfig) -> int:
@@ -56,7 +60,7 @@ def window_rows(audio: AudioConfig) -> int:
 def _log_mel(waveform_CS: Tensor, is_covered_CW: Tensor, audio: AudioConfig) -> Tensor:
     """float32 (C, S), S <= W * HOP -> (C, M, W), exactly 0 past each clip; (C, M, 30 s) with ``audio.window: fixed``.
 
-    Frames that touch padding alone have power 0, the floor of the logarithm, and cannot be the maximum: behind the
+    Frames that touch nothing but padding have power 0, the floor of the logarithm, and cannot be the maximum: after the
     longest clip they need no Fourier transform.
     """
     width, whole = is_covered_CW.shape[1], 2 * audio.max_positions

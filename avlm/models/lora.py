@@ -42,8 +42,10 @@ class LowRankLinear(nn.Linear):
         if self.lora_magnitude is None:
             return F.linear(x_TI, self.weight, self.bias) + adapted_TO
         with torch.no_grad():
-            length_O = row_lengths(adapted(self.weight, self.lora_down.weight, self.lora_up.weight, self.scale))
-        y_TO = (F.linear(x_TI, self.weight) + adapted_TO) * (self.lora_magnitude / length_O).to(x_TI.dtype)
+            weight_OI = adapted(self.weight, self.lora_down.weight, self.lora_up.weight, self.scale)
+            length_O = row_lengths(weight_OI)
+        scale_O = (self.lora_magnitude / length_O).to(x_TI.dtype)
+        y_TO = (F.linear(x_TI, self.weight) + adapted_TO) * scale_O
         return y_TO if self.bias is None else y_TO + self.bias
 
 

@@ -7,6 +7,7 @@ T = I * L rows   D width
 from functools import lru_cache
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from avlm.config.model import VisionConfig
@@ -18,9 +19,12 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
-        D, P = config.hidden_size, config.patch_size
-        self.patch = nn.Linear(3 * P * P, D, bias=config.patch_bias)  # the patch convolution, as a matrix product
-        self.class_token = nn.Parameter(torch.empty(1, D)) if config.class_token else None
+        D = config.hidden_size
+        # The patch convolution, written as a matrix product.
+        self.patch = nn.Linear(3 * config.patch_size**2, D, bias=config.patch_bias)
+        self.class_token = None
+        if config.class_token:
+            self.class_token = nn.Parameter(torch.empty(1, D))
         self.position = nn.Parameter(torch.empty(config.num_rows, D))
         self.pre_norm = nn.LayerNorm(D, config.norm_eps) if config.pre_norm else nn.Identity()
         blocks = [EncoderBlock(config, config.activation, eps=config.norm_eps) for _ in range(config.num_blocks)]
@@ -43,9 +47,9 @@ class VisionTower(nn.Module):
     def cut_into_patches(self, pixels_I3SS: Tensor) -> Tensor:
         """(I, N, 3 * P * P), line by line. Pixels past the last whole patch are dropped, as a convolution does."""
         P, side = self.config.patch_size, self.config.patches_per_side
-        whole_I3SS = pixels_I3SS[:, :, : side * P, : side * P]
-        patches = whole_I3SS.unflatten(3, (side, P)).unflatten(2, (side, P))  # image, channel, line, y, column, x
-        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        end = side * P
+        whole_I3SS = pixels_I3SS[:, :, :end, :end]
+        return rearrange(whole_I3SS, "i c (line y) (column x) -> i (line column) (c y x)", y=P, x=P)
 
     def init_stats(self) -> dict[str, tuple[float, float]]:
         """(mean, std) of the normal from which each parameter is drawn; positions and the class token have std 0.02."""

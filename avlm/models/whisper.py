@@ -19,10 +19,11 @@ class AudioTower(nn.Module):
     def __init__(self, config: AudioConfig):
         super().__init__()
         self.config = config
-        self.conv1 = nn.Conv1d(config.num_mels, config.hidden_size, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv1d(config.hidden_size, config.hidden_size, kernel_size=3, stride=2, padding=1)
+        D = config.hidden_size
+        self.conv1 = nn.Conv1d(config.num_mels, D, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(D, D, kernel_size=3, stride=2, padding=1)
         self.blocks = nn.ModuleList(EncoderBlock(config, key_bias=False) for _ in range(config.num_blocks))
-        self.norm = nn.LayerNorm(config.hidden_size)
+        self.norm = nn.LayerNorm(D)
 
     def forward(self, windows: Media) -> Tensor:
         """Features of the kept rows, (K, D) in the weights' dtype. Rows past a clip are dropped before any attention.
@@ -45,7 +46,8 @@ class AudioTower(nn.Module):
 
 def sinusoids(position_K: Tensor, width: int) -> Tensor:
     """Whisper's fixed positions, float32 (K, width): sin then cos of position * 10000^(-i / (width / 2 - 1))."""
-    step = math.log(10_000) / (width // 2 - 1)
-    frequency = torch.exp(-step * torch.arange(width // 2, device=position_K.device, dtype=torch.float32))
-    angle = position_K[:, None] * frequency
+    num_angles = width // 2
+    step = math.log(10_000) / (num_angles - 1)
+    index = torch.arange(num_angles, device=position_K.device, dtype=torch.float32)
+    angle = position_K[:, None] * torch.exp(-step * index)
     return torch.cat([angle.sin(), angle.cos()], dim=1)

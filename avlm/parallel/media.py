@@ -135,38 +135,48 @@ def _route(media: Media, place_T: Tensor, plan: MediaPlan) -> tuple[RoutedSegmen
     part of no feature (class tokens) go nowhere: their destination is -1.
     """
     share = plan.share
-    rank, num_ranks = share.group.rank(), share.group.size()
+    rank = share.group.rank()
+    lengths = [plan.lengths[item] for item in plan.own]
     owner_F = share.home * share.ranks_per_home + place_T[media.rows] // share.tokens_per_rank
     is_row_FS = media.sources >= 0
-    lengths = [plan.lengths[item] for item in plan.own]
     destination_P = torch.full((sum(lengths),), -1)
     destination_P[media.sources[is_row_FS]] = owner_F[:, None].expand_as(media.sources)[is_row_FS]
 
-    handed = _hand_over(destination_P.split(lengths), destination_P, [(length,) for length in plan.lengths], plan)
-    mine = torch.cat([destination_P[:0], *handed])
-    send_counts = mine[mine >= 0].bincount(minlength=num_ranks)
-    num_staying = len(mine) - int(send_counts.sum())
-    send_rows_S = mine.argsort(stable=True)[num_staying:]
-
-    encoders = torch.tensor(plan.encoders, dtype=torch.int64)[plan.own.start : plan.own.stop]
-    encoder_P = encoders.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-    arriving = (destination_P == rank).nonzero().flatten()
-    from_rank = encoder_P[arriving]
-    arrived_P = torch.full((len(destination_P) + 1,), -1)  # a source of -1 picks the last one: -1 again
-    arrived_P[arriving[from_rank.argsort(stable=True)]] = torch.arange(len(arriving))
-
+    send_rows_S, send_counts = _departures(destination_P.split(lengths), destination_P, plan)
+    arrived_P, receive_counts = _arrivals(destination_P, lengths, plan)
     boundaries = Segments.of([plan.lengths[item] for item in plan.mine])
     segments = RoutedSegments(
         boundaries.cu_seqlens,
         boundaries.max_length,
         send_rows_S=send_rows_S,
-        send_counts=send_counts.tolist(),
-        receive_counts=from_rank.bincount(minlength=num_ranks).tolist(),
+        send_counts=send_counts,
+        receive_counts=receive_counts,
         group=share.group,
     )
     lands_F = owner_F == rank
     own_rows_F = place_T[media.rows[lands_F]] % share.tokens_per_rank
     return segments, own_rows_F, arrived_P[media.sources[lands_F]]
+
+
+def _departures(destinations: list[Tensor], like: Tensor, plan: MediaPlan) -> tuple[Tensor, list[int]]:
+    """Rows of the tower's output on this rank in the order in which they are sent, and how many go to each rank."""
+    shapes = [(length,) for length in plan.lengths]
+    mine = torch.cat([like[:0], *_hand_over(destinations, like, shapes, plan)])
+    counts = mine[mine >= 0].bincount(minlength=plan.share.group.size())
+    num_staying = len(mine) - int(counts.sum())
+    return mine.argsort(stable=True)[num_staying:], counts.tolist()
+
+
+def _arrivals(destination_P: Tensor, lengths: list[int], plan: MediaPlan) -> tuple[Tensor, list[int]]:
+    """Where each row of the home's items lies among those that arrive here, else -1; and how many each rank sends."""
+    group = plan.share.group
+    encoders = torch.tensor(plan.encoders[plan.own.start : plan.own.stop], dtype=torch.int64)
+    encoder_P = encoders.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    arriving = (destination_P == group.rank()).nonzero().flatten()
+    from_rank = encoder_P[arriving]
+    arrived_P = torch.full((len(destination_P) + 1,), -1)  # a source of -1 picks the last one: -1 again
+    arrived_P[arriving[from_rank.argsort(stable=True)]] = torch.arange(len(arriving))
+    return arrived_P, from_rank.bincount(minlength=group.size()).tolist()
 
 
 def _hand_over(own_items: list[Tensor], like: Tensor, shapes: list[tuple[int, ...]], plan: MediaPlan) -> list[Tensor]:
