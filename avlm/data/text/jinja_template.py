@@ -86,9 +86,8 @@ class JinjaTemplate:
     def block(self) -> str:
         """What stands between the template's generation prompt and an answer, in training and in our prompts.
         ValueError where that depends on the conversation."""
-        user, system = {"role": "user", "content": "a"}, {"role": "system", "content": "s"}
         blocks = set()
-        for talk in ([user], [system, user], [user, {"role": "assistant", "content": "b"}, user]):
+        for talk in (_talk("user"), _talk("system", "user"), _talk("user", "assistant", "user")):
             try:
                 published = self.renderer.render(talk, True)
             except ValueError:  # many templates take no system's turn
@@ -169,6 +168,7 @@ class JinjaTemplate:
                 spans += answer.learned
         last = answers[-1]
         if is_learned(messages[-1]) and not last.closes and last.learned:
+            # Added, so that the model learns to stop.
             end = self._opening or self._eos
             if end is None:
                 raise ValueError(
@@ -226,16 +226,20 @@ class JinjaTemplate:
     def _next(self, text: str, end: int) -> list[Span]:
         """Where the token that begins the next turn stands after a turn that nothing else ends."""
         found = self._end.search(text, end)
-        is_next = found and found[0] == self._opening and not text[end : found.start()].strip()
-        return [found.span()] if is_next else []
+        if found is None or found[0] != self._opening:
+            return []
+        between = text[end : found.start()]
+        return [] if between.strip() else [found.span()]
 
     def _begin(self, text: str, before: Messages, answer: Answer, done: int) -> int:
         """Where an assistant's turn begins to be its own: after the generation prompt, if only blanks stand between
         that and the answer, or if the template took the answer apart; else where the answer begins. ``done``: the end
         of the turn before."""
-        if answer.start is not None and not (answer.start and text[answer.start - 1].isspace()):
-            return answer.start
-        limit = answer.end if answer.start is None else answer.start
+        limit = answer.end
+        if answer.start is not None:
+            limit = answer.start
+            if not text[max(limit - 1, 0) : limit].isspace():
+                return limit
         begin = self._end_of_header(text, answer, done, limit)
         if begin is None:
             begin = self._end_of_prompt(text, before, done, limit)
@@ -249,14 +253,13 @@ class JinjaTemplate:
     def _end_of_header(self, text: str, answer: Answer, done: int, limit: int) -> int | None:
         """Where what ends every prompt stands before an answer, so that the turns before need no rendering of their
         own; None where that cannot be told: the answer is taken apart and might hold such a text itself."""
-        if not self._header:
+        header = self._header
+        if not header:
             return None
-        if answer.start is None:
-            is_sure = self._control.search(self._header) and text.count(self._header, done, limit) == 1
-            if not is_sure:
-                return None
-        found = text.rfind(self._header, done, limit)
-        return found + len(self._header) if found >= 0 else None
+        if answer.start is None and not (self._control.search(header) and text.count(header, done, limit) == 1):
+            return None
+        found = text.rfind(header, done, limit)
+        return found + len(header) if found >= 0 else None
 
     def _end_of_prompt(self, text: str, before: Messages, done: int, limit: int) -> int | None:
         """The same by a rendering of the turns before; None where the template writes them differently here."""
