@@ -100,6 +100,6 @@ def test_the_plot_shows_every_curve_once_and_wants_steps(tmp_path, monkeypatch):
     assert labels[0] == ["all", "image", "val/x"]
     assert labels[1] == ["learning rate", "gradient norm"]
     assert labels[2] == ["tokens/s without padding", "wait for data", "padding"]
-    assert labels[3] == ["tokens/image", "tokens/audio", "flops/decoder"]
+    assert labels[3] == ["tokens/audio", "tokens/image", "flops/decoder"]
     assert labels[4:] == [["val/x/wer"]]
     assert "bold ones means of 11 steps" in figures[0].get_suptitle()

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 
 from avlm.preflight.check import check_layout
-from avlm.process import exit
-from avlm.process.exit import run_command
 from avlm.storage.run_folder import complete_checkpoints, read_records
 from tests.data.small_files import image_file, picture, write_tokenizer
 from tests.parallel.small import TREE, make_config
@@ -69,15 +67,6 @@ def test_balanced_media_recompute_and_local_accumulation_have_the_rows_of_the_pl
     options = ("parallel.balance_media=true", "train.recompute.decoder=full", "debug.check_collectives=true")
     options += ("train.accumulate=2", "train.accumulate_mode=local")
     assert_same_rows(finish(write_config(tmp_path, **SHORT), *options, ranks=2), pair)
-
-
-def test_log_mels_made_on_the_device_have_the_rows_of_the_plain_run(pair, tmp_path):
-    """From the start, with windows that travel between ranks; and after a resume, by workers again at the end."""
-    path, device = write_config(tmp_path, **SHORT), ("train.accumulate=2", "model.audio.log_mel=device")
-    finish(path, *device, "train.stop_after=2", "parallel.balance_media=true", ranks=2)
-    finish(path, *device, "train.stop_after=4", ranks=2)
-    finish(path, "train.accumulate=2", ranks=2)
-    assert_same_rows(tmp_path, pair)
 
 
 def test_a_run_goes_on_in_another_layout(alone, tmp_path):
@@ -240,48 +229,6 @@ def test_ranks_that_were_started_with_another_config_are_named(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_that_only_a_later_rank_has_is_said_by_it(monkeypatch, capsys):
-    monkeypatch.setattr(exit.mesh, "ranks", lambda: (3, 4))
-    monkeypatch.setattr(exit.time, "sleep", lambda seconds: None)
-
-    def main() -> None:
-        raise FileNotFoundError("no data at /scratch/train.jsonl")
-
-    with pytest.raises(SystemExit) as ended:
-        run_command(main)
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "error (rank 3): no data at /scratch/train.jsonl\n"
-
-
-def test_a_data_worker_that_died_is_one_line(capsys):
-    with pytest.raises(SystemExit) as ended, run_command():
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    assert ended.value.code == 2
-    line = capsys.readouterr().err
-    assert line.startswith("error: a data worker ended (DataLoader worker (pid 7) is killed by signal: Killed.)")
-    assert line.count("\n") == 1
-
-
-def test_a_data_worker_that_died_while_it_was_waited_for_is_one_line_too(capsys):
-    with pytest.raises(SystemExit) as ended, run_command():
-        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly") from ConnectionRefusedError(
-            111, "refused"
-        )
-    assert ended.value.code == 2 and "a data worker ended" in capsys.readouterr().err
-
-
-def test_a_broken_pipe_that_is_not_the_output_is_an_error(monkeypatch, capfd):
-    monkeypatch.setattr(exit.sys, "stdout", exit.sys.__stdout__)
-    with pytest.raises(SystemExit) as ended, run_command():
-        raise BrokenPipeError(32, "Broken pipe")
-    assert ended.value.code == 2 and "Broken pipe" in capfd.readouterr().err
-
-
-def test_an_error_of_the_program_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="a size that is wrong"), run_command():
-        raise RuntimeError("a size that is wrong")
-
-
 @pytest.mark.parametrize(
     ("changes", "world_size", "message"),
     [
@@ -298,7 +245,6 @@ def test_an_error_of_the_program_keeps_its_traceback():
         ),
         ({"parallel": {"tower_sharding": "replicate"}}, 2, "stage all trains audio, vision: choose unit or block"),
         ({"parallel": {"context": 3, "shard": 2}}, 4, "context=3 x tensor=1 does not make 4 ranks"),
-        ({"data": {"train": "synthetic", "seq_length": 3}}, 1, "an image takes 4 rows, more than data.seq_length=3"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(changes, world_size, message):
