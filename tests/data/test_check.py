@@ -124,6 +124,9 @@ def test_metrics_do_not_change_what_samples_encode_to(make):
     assert fingerprint(one.stages[0].data, one.model) == fingerprint(other.stages[0].data, other.model)
 
 
+FIXED = TREE["model"] | {"audio": TREE["model"]["audio"] | {"window": "fixed"}}
+
+
 @pytest.mark.parametrize(
     ("make", "line"),
     [
@@ -132,7 +135,7 @@ def test_metrics_do_not_change_what_samples_encode_to(make):
             r"stage all: an image takes 4 tokens, more than data\.seq_length=3: raise it, or model\.vision_projector",
         ),
         (
-            lambda: make_config(("model.audio.window", "fixed"), data={"train": "synthetic", "seq_length": 15}),
+            lambda: make_config(model=FIXED, data={"train": "synthetic", "seq_length": 15}),
             r"stage all: an audio window takes 16 tokens, more than data\.seq_length=15: raise it, or model\.audio",
         ),
     ],
