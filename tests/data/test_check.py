@@ -136,7 +136,7 @@ FIXED = TREE["model"] | {"audio": TREE["model"]["audio"] | {"window": "fixed"}}
         ),
         (
             lambda: make_config(model=FIXED, data={"train": "synthetic", "seq_length": 15}),
-            r"stage all: an audio window takes 16 tokens, more than data\.seq_length=15: raise it, or model\.audio",
+            r"stage all: an audio window takes 25 tokens, more than data\.seq_length=15: raise it, or model\.audio",
         ),
     ],
 )
