@@ -257,13 +257,14 @@ def attention(
     asks for gradients that repeat bit for bit; the default is that of torch.use_deterministic_algorithms. ValueError
     for inputs that do not fit together.
     """
+    if backend.runs_triton(q_THE):
+        options = dict(causal=causal, segments_k=segments_k, scale=scale, deterministic=deterministic)
+        out_THE, _ = attention_with_lse(q_THE, k_SKE, v_SKE, segments, **options)
+        return out_THE
     segments_k = segments if segments_k is None else segments_k
-    scale = q_THE.shape[-1] ** -0.5 if scale is None else scale
     _check(q_THE, k_SKE, v_SKE, segments, segments_k, scale)
-    if not backend.runs_triton(q_THE):
-        return attention_reference(q_THE, k_SKE, v_SKE, segments, causal=causal, segments_k=segments_k, scale=scale)
-    out_THE, _ = _attention_triton(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale, deterministic)
-    return out_THE
+    scale = q_THE.shape[2] ** -0.5 if scale is None else scale
+    return attention_reference(q_THE, k_SKE, v_SKE, segments, causal=causal, segments_k=segments_k, scale=scale)
 
 
 def attention_with_lse(
@@ -280,25 +281,12 @@ def attention_with_lse(
     """out_THE as ``attention`` returns it, and lse_HT in float32 (natural logarithm), -inf for a query without keys.
     Both are differentiable."""
     segments_k = segments if segments_k is None else segments_k
-    scale = q_THE.shape[-1] ** -0.5 if scale is None else scale
     _check(q_THE, k_SKE, v_SKE, segments, segments_k, scale)
+    scale = q_THE.shape[2] ** -0.5 if scale is None else scale
     if not backend.runs_triton(q_THE):
         return attention_with_lse_reference(
             q_THE, k_SKE, v_SKE, segments, causal=causal, segments_k=segments_k, scale=scale
         )
-    return _attention_triton(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale, deterministic)
-
-
-def _attention_triton(
-    q_THE: Tensor,
-    k_SKE: Tensor,
-    v_SKE: Tensor,
-    segments: Segments,
-    segments_k: Segments,
-    causal: bool,
-    scale: float,
-    deterministic: bool | None,
-) -> tuple[Tensor, Tensor]:
     E = q_THE.shape[2]
     if E > backend.MAX_HEAD_DIM:
         raise ValueError(f"head dim {E} is larger than {backend.MAX_HEAD_DIM}, the limit of the attention kernel")
@@ -313,7 +301,7 @@ def _attention_triton(
     return _Attention.apply(q_THE, k_SKE, v_SKE, *cuts, causal, scale, deterministic)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments, segments_k: Segments, scale: float) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments, segments_k: Segments, scale: float | None) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 3:
         raise ValueError(f"attention takes packed rows (tokens, heads, head dim), not {shapes}")
@@ -333,7 +321,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments, segments_k: Segm
         raise ValueError(f"there are {len(segments)} segments of queries, but {len(segments_k)} segments of keys")
     if len(segments) == 0 and len(q):
         raise ValueError(f"{len(q)} queries belong to no segment")
-    if not 0 < scale < math.inf:
+    if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, not {scale}")
 
 

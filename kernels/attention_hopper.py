@@ -297,29 +297,21 @@ def _pass(k_ring, v_ring, turn, i, c: gl.constexpr):
     mbarrier.arrive(v_free)
 
 
-def supports(q_THE: Tensor, segments: Segments, segments_k: Segments | None = None) -> bool:
-    """Whether ``forward`` takes these inputs on this device. Keys and values must be laid out like the queries."""
-    on_hopper = q_THE.is_cuda and torch.cuda.get_device_capability(q_THE.device)[0] == 9
-    return on_hopper and _objection([q_THE], segments, segments_k) is None
-
-
 def forward(
     q_THE: Tensor,
     k_SKE: Tensor,
     v_SKE: Tensor,
     segments: Segments,
-    segments_k: Segments | None,
+    segments_k: Segments,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out_THE in the dtype of q and lse_HT in float32 (natural logarithm), without gradients.
 
     q, k, v: bfloat16 or float16 on a Hopper GPU, E 64 or 128, rows and heads at multiples of 16 bytes; else ValueError.
-    ``segments`` covers all of T; ``segments_k`` (None: the same) cuts S into N segments. ``scale`` is positive.
+    ``segments`` covers all of T, ``segments_k`` all of S. ``scale`` is positive.
     """
-    if objection := _objection([q_THE, k_SKE, v_SKE], segments, segments_k):
-        raise ValueError(objection)
-    segments_k = segments if segments_k is None else segments_k
+    _check(q_THE, k_SKE, v_SKE, segments, segments_k)
     T, H, _ = q_THE.shape
     out_THE = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
     lse_HT = q_THE.new_empty((H, T), dtype=torch.float32)
@@ -345,20 +337,20 @@ def forward(
     return out_THE, lse_HT
 
 
-def _objection(tensors: list[Tensor], segments: Segments, segments_k: Segments | None) -> str | None:
-    """Why ``forward`` does not take these inputs, or None."""
-    x = tensors[0]
-    if x.dtype not in DTYPES:
-        return f"attention on Hopper takes bfloat16 and float16, not {x.dtype}"
-    if x.shape[2] not in HEAD_DIMS:
-        return f"attention on Hopper takes head dims 64 and 128, not {x.shape[2]}"
-    if segments.lengths is not None or (segments_k is not None and segments_k.lengths is not None):
-        return "attention on Hopper takes packed segments, not slots with spare room (Segments.lengths)"
-    for x in tensors:
+def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments, segments_k: Segments) -> None:
+    if q.dtype not in DTYPES:
+        raise ValueError(f"attention on Hopper takes bfloat16 and float16, not {q.dtype}")
+    if q.shape[2] not in HEAD_DIMS:
+        raise ValueError(f"attention on Hopper takes head dims 64 and 128, not {q.shape[2]}")
+    if segments.lengths is not None or segments_k.lengths is not None:
+        raise ValueError("attention on Hopper takes packed segments, not slots with spare room (Segments.lengths)")
+    for x in (q, k, v):
         row, head, element = x.stride()
         if element != 1 or row % 8 or head % 8 or x.data_ptr() % 16:
-            return f"attention on Hopper takes rows and heads at multiples of 16 bytes, not strides {x.stride()}"
-    return None
+            strides = x.stride()
+            raise ValueError(
+                f"attention on Hopper takes rows and heads at multiples of 16 bytes, not strides {strides}"
+            )
 
 
 def _descriptor(x: Tensor, num_rows: int) -> TensorDescriptor:

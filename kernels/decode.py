@@ -91,7 +91,8 @@ def _split_kernel(
     e = tl.arange(0, BLOCK_E)
     inside_q = (g < GROUP)[:, None] & (e < E)[None, :]
     head = (b * tl.num_programs(0) + k_head) * GROUP + g
-    q = tl.load(q_ptr + head[:, None] * E + e[None, :], mask=inside_q, other=0.0)
+    q_offset = head[:, None] * E + e[None, :]
+    q = tl.load(q_ptr + q_offset, mask=inside_q, other=0.0)
     k_ptr += b * k_stride_b + k_head * k_stride_k + start.to(tl.int64) * k_stride_s
     v_ptr += b * v_stride_b + k_head * v_stride_k + start.to(tl.int64) * v_stride_s
     k_offset = s[:, None] * k_stride_s + e[None, :]
@@ -119,7 +120,8 @@ def _split_kernel(
     part = head * num_splits + split
     total = tl.where(total == 0.0, 1.0, total)
     out = out / total[:, None]
-    tl.store(out_ptr + part[:, None] * E + e[None, :], out.to(out_ptr.dtype.element_ty), mask=inside_q)
+    out_offset = part[:, None] * E + e[None, :]
+    tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=inside_q)
     tl.store(lse_ptr + part, m + tl.log2(total), mask=g < GROUP)
 
 

@@ -122,7 +122,8 @@ def test_other_segments_do_not_matter():
     assert attention(q, k, v, Segments.of([5, 7]), causal=True)[:5].equal(whole[:5])
 
 
-GOOD = dict(q=torch.zeros(5, 4, 8), k=torch.zeros(5, 2, 8), v=torch.zeros(5, 2, 8), segments=Segments.of([5]))
+Q, KV = torch.zeros(5, 4, 8), torch.zeros(5, 2, 8)
+GOOD = dict(q=Q, k=KV, v=KV, segments=Segments.of([5]))
 
 
 @pytest.mark.parametrize(

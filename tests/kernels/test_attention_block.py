@@ -1,4 +1,4 @@
-"""Attention block of keys by block of keys, as a ring has it, against attention over all keys in float64."""
+"""Attention over one block of keys after another, as in a ring, against attention over all keys in float64."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from kernels.attention import attention_reference, attention_with_lse_reference
 from kernels.attention_block import CHUNK, block_backward, block_forward, statistics
 from kernels.backend import INTERPRETED
 from kernels.segments import Segments
-from tests.kernels.exact import slots
+from tests.kernels.exact import slots, spare_rows
 
 # Lengths of three segments' queries, and of their keys in blocks: room, used part. The last block is causal.
 QUERIES = [5 * CHUNK // 2, 5, 0]
@@ -21,16 +21,16 @@ SCALE = 0.3
 
 
 def random_blocks(heads, kv_heads, dtype):
-    """q, dout and (k, v, segments) of each block; rows outside the used part of a slot are NaN."""
-    q, dout = (torch.randn(sum(QUERIES), heads, 16).to(dtype) for _ in range(2))
+    """q, dout and (k, v, segments, causal) of each block; rows outside the used part of a slot are NaN."""
+    q, dout = torch.randn(2, sum(QUERIES), heads, 16).to(dtype)
     blocks = []
     for room, used in BLOCKS:
         causal = room is QUERIES
         segments = Segments.of(QUERIES) if causal else slots(room, used)
-        k, v = (torch.full((sum(room), kv_heads, 16), torch.nan, dtype=dtype) for _ in range(2))
-        for start, length in segments.spans:
-            for x in (k, v):
-                x[start : start + length] = torch.randn(length, kv_heads, 16).to(dtype)
+        k, v = torch.randn(2, sum(room), kv_heads, 16).to(dtype)
+        spare = spare_rows(segments, sum(room))
+        k[spare] = torch.nan
+        v[spare] = torch.nan
         blocks.append((k, v, segments, causal))
     return q, dout, blocks
 
@@ -38,33 +38,39 @@ def random_blocks(heads, kv_heads, dtype):
 def block_by_block(q, dout, blocks, dtype):
     """out, lse, dq, and dk and dv of all blocks one after the other."""
     q, dout = q.to(dtype), dout.to(dtype)
-    so_far, gradients = None, []
-    queries = blocks[-1][2]  # the causal block: queries and keys are one
+    so_far = None
+    gradients = []
+    queries = blocks[-1][2]  # the causal block, whose queries and keys have the same segments
     for k, v, segments, causal in blocks:
-        options = dict(causal=causal, scale=SCALE)
-        so_far = block_forward(q, k.to(dtype), v.to(dtype), queries, segments, **options, earlier=so_far)
+        options = dict(causal=causal, scale=SCALE, earlier=so_far)
+        so_far = block_forward(q, k.to(dtype), v.to(dtype), queries, segments, **options)
     out, lse = so_far
-    of_softmax = statistics(out.to(dtype), dout, lse)
+    lse_and_delta = statistics(out.to(dtype), dout, lse)
     for k, v, segments, causal in blocks:
-        options = dict(causal=causal, scale=SCALE)
-        gradients.append(block_backward(dout, q, k.to(dtype), v.to(dtype), *of_softmax, queries, segments, **options))
+        inputs = dout, q, k.to(dtype), v.to(dtype), *lse_and_delta
+        gradients.append(block_backward(*inputs, queries, segments, causal=causal, scale=SCALE))
     dq, dk, dv = zip(*gradients)
     return dict(out=out, lse=lse, dq=sum(dq), dk=torch.cat(dk), dv=torch.cat(dv))
 
 
 def all_at_once(q, dout, blocks, dtype):
-    """The same by autograd, from the keys of all blocks gathered segment by segment: causal is right for them, since
-    the last query sees all keys before the last block."""
+    """The same by autograd, from the keys of all blocks gathered segment by segment. They are causal as a whole: the
+    queries see all keys of the earlier blocks."""
+    keys, values, segments, _ = zip(*blocks)
     q = q.to(dtype).requires_grad_()
-    k, v = (torch.cat([block[i] for block in blocks]).to(dtype).requires_grad_() for i in (0, 1))
-    starts = torch.tensor([0, *(block[0].shape[0] for block in blocks)]).cumsum(0).tolist()
-    rows, lengths = [], []
+    k = torch.cat(keys).to(dtype).requires_grad_()
+    v = torch.cat(values).to(dtype).requires_grad_()
+    rows = []
+    lengths = [0] * len(QUERIES)
     for n in range(len(QUERIES)):
-        spans = [(start + block[2].spans[n][0], block[2].spans[n][1]) for start, block in zip(starts, blocks)]
-        rows += [torch.arange(first, first + length) for first, length in spans]
-        lengths.append(sum(length for _, length in spans))
+        offset = 0
+        for block, cut in zip(keys, segments):
+            start, length = cut.spans[n]
+            rows.append(torch.arange(offset + start, offset + start + length))
+            lengths[n] += length
+            offset += len(block)
     rows = torch.cat(rows)
-    layout = dict(segments=blocks[-1][2], segments_k=Segments.of(lengths))
+    layout = dict(segments=segments[-1], segments_k=Segments.of(lengths))
     out, lse = attention_with_lse_reference(q, k[rows], v[rows], **layout, causal=True, scale=SCALE)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout.to(dtype))
     return dict(out=out.detach(), lse=lse.detach(), dq=dq, dk=dk, dv=dv)
@@ -74,11 +80,9 @@ def all_at_once(q, dout, blocks, dtype):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2)])
 def test_blocks_add_up_to_attention_over_all_keys(heads, kv_heads, dtype):
     given = random_blocks(heads, kv_heads, dtype)
-    exact, theirs, ours = (
-        all_at_once(*given, torch.float64),
-        all_at_once(*given, dtype),
-        block_by_block(*given, dtype),
-    )
+    exact = all_at_once(*given, torch.float64)
+    theirs = all_at_once(*given, dtype)
+    ours = block_by_block(*given, dtype)
     for name, expected in exact.items():
         assert ours[name].dtype == torch.float32
         theirs_off, ours_off = ((x[name].double() - expected).abs().max() for x in (theirs, ours))
@@ -113,22 +117,27 @@ def test_queries_without_keys_keep_what_earlier_blocks_gave():
     assert not out[:3].any() and (lse[:, :3] == -torch.inf).all()
     earlier = torch.randn(7, 2, 16), torch.randn(2, 7)
     later_out, later_lse = block_forward(q, k, v, queries, keys, **options, earlier=earlier)
-    assert later_out[:3].equal(earlier[0][:3]) and torch.allclose(later_lse[:, :3], earlier[1][:, :3])
-    assert not torch.allclose(later_out[3:], earlier[0][3:])
+    earlier_out, earlier_lse = earlier
+    assert later_out[:3].equal(earlier_out[:3])
+    assert torch.allclose(later_lse[:, :3], earlier_lse[:, :3])
+    assert not torch.allclose(later_out[3:], earlier_out[3:])
     dq, *_ = block_backward(q, q, k, v, *statistics(out, q, lse), queries, keys, **options)
     assert not dq[:3].any() and dq[3:].any()
 
 
 def test_more_queries_than_keys_leave_the_first_without_any():
     queries, keys = Segments.of([3 * CHUNK, 1]), Segments.of([5, 1])
-    q, k, v, dout = (torch.randn(n, 2, 16, dtype=torch.float32) for n in (3 * CHUNK + 1, 6, 6, 3 * CHUNK + 1))
+    q, dout = torch.randn(2, 3 * CHUNK + 1, 2, 16)
+    k, v = torch.randn(2, 6, 2, 16)
     options = dict(causal=True, scale=SCALE)
     out, lse = block_forward(q, k, v, queries, keys, **options)
     gradients = block_backward(dout, q, k, v, *statistics(out, dout, lse), queries, keys, **options)
     double = [x.double().requires_grad_() for x in (q, k, v)]
     exact = attention_reference(*double, queries, segments_k=keys, **options)
-    blank = torch.arange(3 * CHUNK + 1) < 3 * CHUNK - 5
-    assert not out[blank].any() and (lse[:, blank] == -torch.inf).all() and lse[:, ~blank].isfinite().all()
+    no_keys = torch.arange(3 * CHUNK + 1) < 3 * CHUNK - 5
+    assert not out[no_keys].any()
+    assert (lse[:, no_keys] == -torch.inf).all()
+    assert lse[:, ~no_keys].isfinite().all()
     for ours, expected in zip((out, *gradients), (exact, *torch.autograd.grad(exact, double, dout.double()))):
         assert torch.allclose(ours.double(), expected, atol=1e-5)
 
@@ -143,7 +152,7 @@ def test_a_block_without_rows_is_legal():
 
 
 def test_the_kernels_do_the_blocks(launches):
-    """In the interpreter, that is; elsewhere on the CPU the plain formula does."""
+    """In the interpreter. Otherwise the formula in PyTorch runs on the CPU."""
     block_by_block(*random_blocks(2, 1, torch.float32), torch.float32)
     kernels = {"_forward_kernel", "_statistics_kernel", "_keys_kernel", "_queries_kernel"}
     assert set(launches) == (kernels if INTERPRETED else set())

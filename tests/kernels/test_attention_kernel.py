@@ -238,11 +238,13 @@ def test_keys_that_come_in_parts_give_the_whole(monkeypatch):
 def test_earlier_results_of_queries_without_new_keys_stay():
     segments, none = Segments.of([20, 20]), Segments.of([0, 20])
     q, k, v = torch.randn(40, 2, 16), torch.randn(20, 2, 16), torch.randn(20, 2, 16)
-    earlier = (torch.randn(40, 2, 16), torch.randn(2, 40))
-    earlier[1][:, 25:] = -torch.inf
-    earlier[0][25:] = 0.0
+    earlier_out, earlier_lse = torch.randn(40, 2, 16), torch.randn(2, 40)
+    earlier_out[25:] = 0.0
+    earlier_lse[:, 25:] = -torch.inf
+    earlier = earlier_out, earlier_lse
     out, lse = attention_forward.forward(q, k, v, segments, none, False, 0.25, earlier=earlier)
-    assert torch.allclose(out[:20], earlier[0][:20]) and torch.allclose(lse[:, :20], earlier[1][:, :20])
+    assert torch.allclose(out[:20], earlier_out[:20])
+    assert torch.allclose(lse[:, :20], earlier_lse[:, :20])
     alone, alone_lse = attention_with_lse(q, k, v, segments, causal=False, segments_k=none)
     assert torch.allclose(out[25:], alone[25:]) and torch.allclose(lse[:, 25:], alone_lse[:, 25:])
 

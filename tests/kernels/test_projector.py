@@ -271,7 +271,9 @@ def test_debug_mode_reads_the_indices(rows, source, message, monkeypatch):
         place_projected(into * 1.0, torch.tensor(rows), *rest, source_RS=torch.tensor(source)[:, None]).sum().backward()
 
 
-INTO, X, W1, B1, W2, B2 = (torch.zeros(shape) for shape in [(9, 8), (3, 4), (6, 4), (6,), (8, 6), (8,)])
+INTO, X = torch.zeros(9, 8), torch.zeros(3, 4)
+W1, B1 = torch.zeros(6, 4), torch.zeros(6)
+W2, B2 = torch.zeros(8, 6), torch.zeros(8)
 ROWS, SOURCE = torch.arange(3), torch.zeros(3, 1, dtype=torch.int64)
 
 
