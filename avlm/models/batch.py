@@ -65,6 +65,11 @@ class Media:
         sources = torch.empty(0, rows_per_feature, dtype=torch.int64)
         return Media(values, Segments.of([]), sources, torch.arange(0), kept)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Rows of each item in the tower."""
+        return [length for _, length in self.segments.spans]
+
     def stack(self, items: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """``values`` and ``kept`` for other items of this modality. Windows are padded to the longest with zeros."""
         if self.kept is None:
@@ -82,8 +87,7 @@ class Media:
         """Each item without its padding."""
         if self.kept is None:
             return list(self.values)
-        lengths = [length for _, length in self.segments.spans]
-        return [window[:, : FRAMES_PER_ROW * length] for window, length in zip(self.values, lengths)]
+        return [window[:, : FRAMES_PER_ROW * length] for window, length in zip(self.values, self.lengths)]
 
     def item_shape(self, num_rows: int) -> tuple[int, ...]:
         """Shape of an item that has ``num_rows`` rows in the tower."""

@@ -11,7 +11,6 @@ from avlm.config.model import TOWERS, AudioConfig, DecoderConfig, ModelConfig, V
 from avlm.models.batch import FRAMES_PER_ROW, Batch
 from avlm.models.projector import LAYERS
 from avlm.models.shapes import parameter_shapes
-from kernels.segments import Segments
 
 Step = tuple[str, tuple[str, ...]]  # how often it runs, "" where there is no product; modules that share an input
 # By how much the counts of a tower's stem grow with each row of an item.
@@ -27,25 +26,21 @@ def counts(batch: Batch) -> dict[str, int]:
     """
     num_windows = len(batch.audio.values)
     num_frames = batch.audio.values.shape[2] if num_windows else 0
+    documents = [length for _, length in batch.segments.spans]
     found = {
         "batches": 1,
         "tokens": len(batch.token_T),
-        "token_pairs": sum(length * (length + 1) // 2 for length in _lengths(batch.segments)),
+        "token_pairs": sum(length * (length + 1) // 2 for length in documents),
         "targets": len(batch.target_R),
         "patches": batch.image.sources.numel(),
         "frames": num_windows * num_frames,
         "strided_frames": num_windows * (num_frames // FRAMES_PER_ROW),  # left by the second convolution
     }
     for modality, media in batch.media.items():
-        lengths = _lengths(media.segments)
-        found[f"{modality}_rows"] = sum(lengths)
-        found[f"{modality}_pairs"] = sum(length**2 for length in lengths)
+        found[f"{modality}_rows"] = sum(media.lengths)
+        found[f"{modality}_pairs"] = sum(length**2 for length in media.lengths)
         found[f"{modality}_features"] = len(media.rows)
     return found
-
-
-def _lengths(segments: Segments) -> list[int]:
-    return [length for _, length in segments.spans]
 
 
 def item_costs(modality: str, model: ModelConfig) -> tuple[int, int]:
@@ -54,19 +49,23 @@ def item_costs(modality: str, model: ModelConfig) -> tuple[int, int]:
     shapes = parameter_shapes(model)
     per_row = per_pair = 0
     for count, paths in steps(tower, model):
-        for path in paths if count else ():
+        if not count:
+            continue
+        for path in paths:
             if path.endswith("core"):
                 per_pair += attention_cost(path, model)
             else:
-                per_row += PER_ROW.get(count, 1) * 2 * math.prod(shapes[f"{path}.weight"])
+                product = 2 * math.prod(shapes[f"{path}.weight"])
+                per_row += PER_ROW.get(count, 1) * product
     return per_row, per_pair
 
 
 def attention_cost(path: str, model: ModelConfig) -> int:
     """FLOPs of a pair of a query and a key, forward, of the attention core at a path."""
     tower = getattr(model, path.split(".")[0])
-    width = tower.num_heads * tower.head_dim if isinstance(tower, DecoderConfig) else tower.hidden_size
-    return 4 * width
+    if isinstance(tower, DecoderConfig):
+        return 4 * tower.num_heads * tower.head_dim
+    return 4 * tower.hidden_size
 
 
 def block_products(module: str, model: ModelConfig) -> list[str]:

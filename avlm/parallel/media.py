@@ -49,6 +49,14 @@ class MediaPlan:
     mine: list[int]  # those that this rank encodes
     is_pooled: bool
 
+    @property
+    def rank(self) -> int:
+        return self.share.group.rank()
+
+    @property
+    def num_ranks(self) -> int:
+        return self.share.group.size()
+
 
 def split(
     batch: Batch,
@@ -71,7 +79,7 @@ def split(
         return batch
     assert len(place_T) % group.size() == 0, f"{group.size()} ranks cannot hold {len(place_T)} tokens evenly"
     tokens_per_rank = len(place_T) // group.size()
-    lengths = {name: [length for _, length in batch.media[name].segments.spans] for name in model.modalities}
+    lengths = {name: batch.media[name].lengths for name in model.modalities}
     if balance:
         homes = world.gather(lengths if world.leads_row else None)[:: group.size()]
         share = Share(dist.group.WORLD, world.data_rank, group.size(), tokens_per_rank)
@@ -135,8 +143,7 @@ def _route(media: Media, place_T: Tensor, plan: MediaPlan) -> tuple[RoutedSegmen
     part of no feature (class tokens) go nowhere: their destination is -1.
     """
     share = plan.share
-    rank = share.group.rank()
-    lengths = [plan.lengths[item] for item in plan.own]
+    lengths = media.lengths
     owner_F = share.home * share.ranks_per_home + place_T[media.rows] // share.tokens_per_rank
     is_row_FS = media.sources >= 0
     destination_P = torch.full((sum(lengths),), -1)
@@ -153,7 +160,7 @@ def _route(media: Media, place_T: Tensor, plan: MediaPlan) -> tuple[RoutedSegmen
         receive_counts=receive_counts,
         group=share.group,
     )
-    lands_F = owner_F == rank
+    lands_F = owner_F == plan.rank
     own_rows_F = place_T[media.rows[lands_F]] % share.tokens_per_rank
     return segments, own_rows_F, arrived_P[media.sources[lands_F]]
 
@@ -162,40 +169,41 @@ def _departures(destinations: list[Tensor], like: Tensor, plan: MediaPlan) -> tu
     """Rows of the tower's output on this rank in the order in which they are sent, and how many go to each rank."""
     shapes = [(length,) for length in plan.lengths]
     mine = torch.cat([like[:0], *_hand_over(destinations, like, shapes, plan)])
-    counts = mine[mine >= 0].bincount(minlength=plan.share.group.size())
+    counts = mine[mine >= 0].bincount(minlength=plan.num_ranks)
     num_staying = len(mine) - int(counts.sum())
     return mine.argsort(stable=True)[num_staying:], counts.tolist()
 
 
 def _arrivals(destination_P: Tensor, lengths: list[int], plan: MediaPlan) -> tuple[Tensor, list[int]]:
     """Where each row of the home's items lies among those that arrive here, else -1; and how many each rank sends."""
-    group = plan.share.group
-    encoders = torch.tensor(plan.encoders[plan.own.start : plan.own.stop], dtype=torch.int64)
+    encoders = torch.tensor([plan.encoders[item] for item in plan.own], dtype=torch.int64)
     encoder_P = encoders.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-    arriving = (destination_P == group.rank()).nonzero().flatten()
+    arriving = (destination_P == plan.rank).nonzero().flatten()
     from_rank = encoder_P[arriving]
+    in_order = arriving[from_rank.argsort(stable=True)]
     arrived_P = torch.full((len(destination_P) + 1,), -1)  # a source of -1 picks the last one: -1 again
-    arrived_P[arriving[from_rank.argsort(stable=True)]] = torch.arange(len(arriving))
-    return arrived_P, from_rank.bincount(minlength=group.size()).tolist()
+    arrived_P[in_order] = torch.arange(len(in_order))
+    return arrived_P, from_rank.bincount(minlength=plan.num_ranks).tolist()
 
 
 def _hand_over(own_items: list[Tensor], like: Tensor, shapes: list[tuple[int, ...]], plan: MediaPlan) -> list[Tensor]:
     """The items that this rank encodes, ``shapes`` of all items of the plan; each home holds its own ones."""
     if not plan.is_pooled:
         return [own_items[item] for item in plan.mine]
-    group = plan.share.group
     numels = [math.prod(shape) for shape in shapes]
-    outgoing = [item for item in plan.own if plan.senders[item] == group.rank()]
+    outgoing = [item for item in plan.own if plan.senders[item] == plan.rank]
     outgoing.sort(key=lambda item: plan.encoders[item])
     incoming = sorted(plan.mine, key=lambda item: plan.senders[item])
-    send_counts = [0] * group.size()
-    receive_counts = [0] * group.size()
+    send_counts = [0] * plan.num_ranks
+    receive_counts = [0] * plan.num_ranks
     for item in outgoing:
         send_counts[plan.encoders[item]] += numels[item]
     for item in incoming:
         receive_counts[plan.senders[item]] += numels[item]
     flat = [own_items[item - plan.own.start].flatten() for item in outgoing]
     sent = torch.cat([like.new_empty(0), *flat])
-    arrived = swap(sent, send_counts, receive_counts, group).split([numels[item] for item in incoming])
-    pieces = {item: piece.view(shapes[item]) for item, piece in zip(incoming, arrived)}
+    arrived = swap(sent, send_counts, receive_counts, plan.share.group)
+    pieces = {}
+    for item, piece in zip(incoming, arrived.split([numels[item] for item in incoming])):
+        pieces[item] = piece.view(shapes[item])
     return [pieces[item] for item in plan.mine]

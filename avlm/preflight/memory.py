@@ -25,7 +25,7 @@ from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, Projector
 from avlm.config.run import Config, Recompute, StageConfig
 from avlm.models.batch import FRAMES_PER_ROW
 from avlm.models.costs import block_products
-from avlm.models.freezing import trained_names, trained_shapes
+from avlm.models.freezing import trained_shapes
 from avlm.models.log_mel import window_rows
 from avlm.models.lora import frozen_base
 from avlm.models.shapes import Shapes
@@ -108,7 +108,7 @@ def estimate(config: Config, stage: StageConfig, world_size: int, shapes: Shapes
     moments["head"] = _at_head(case)
     moments["decoder block"] = _at_block(case)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    device = {**resident(case), **moments[moment]}
+    device = resident(case) | moments[moment]
     host = {}
     if config.parallel.cpu_offload:
         host = {name: device.pop(name) for name in ("parameters", "gradients", "optimizer state")}
@@ -124,10 +124,11 @@ def resident(case: Case) -> dict[str, int]:
     """Exact bytes of the rank with the largest shards, without AdamW's step counts (4 bytes a parameter tensor)."""
     found = {"parameters": 0, "gradients": 0, "optimizer state": 0, "whole gradients": 0}
     config, layout = case.config, case.layout
-    trained = trained_names(case.stage, case.model, case.shapes)
-    has_bf16_base = case.model.lora is not None and case.model.lora.base == "bf16"
-    halved = frozen_base(case.shapes) if has_bf16_base else ()
-    replicated = case.model.modalities.values() if config.parallel.tower_sharding == "replicate" else ()
+    halved, replicated = set(), set()
+    if case.model.lora and case.model.lora.base == "bf16":
+        halved = frozen_base(case.shapes)
+    if config.parallel.tower_sharding == "replicate":
+        replicated = set(case.model.modalities.values())
     is_local = config.train.accumulate_mode == "local" and config.train.accumulate > 1
     for name, shape in case.shapes.items():
         module = name.split(".")[0]
@@ -137,7 +138,7 @@ def resident(case: Case) -> dict[str, int]:
         rows, *others = tensor_share(name, shape, layout.tensor)
         local = math.ceil(rows / layout.shards_of(module)) * math.prod(others)
         found["parameters"] += (2 if name in halved else 4) * local
-        if name in trained:
+        if name in case.trained:
             found["gradients"] += 4 * local
             found["optimizer state"] += 8 * local
             if is_local:
@@ -287,7 +288,6 @@ def projector_numbers(projector: ProjectorConfig, width: int, decoder: DecoderCo
 
 def block_bytes(name: str, case: Case, mode: Recompute) -> int:
     """What a block of a module keeps for each row, its adapters included."""
-    c, lora = case.itemsize, case.model.lora
     trains = case.trained_numbers(f"{name}.") > 0
     if mode != "none":
         size = recomputing_block_bytes(name, case, mode)
@@ -297,33 +297,42 @@ def block_bytes(name: str, case: Case, mode: Recompute) -> int:
         size = encoder_block_bytes(getattr(case.model, name), case.layout)
     if name != "decoder" and not trains:  # no graph is built
         return 0
-    for parameter, shape in case.trained.items() if mode == "none" else ():
-        if not parameter.startswith(f"{name}.blocks.0."):
+    if mode == "none":
+        size += adapter_bytes(f"{name}.blocks.0.", case)
+    return size
+
+
+def adapter_bytes(block: str, case: Case) -> int:
+    """What the adapters of a block keep for each row."""
+    c, size = case.itemsize, 0
+    for name, shape in case.trained.items():
+        if not name.startswith(block):
             continue
-        if parameter.endswith("lora_down.weight"):
+        if name.endswith("lora_down.weight"):
             size += c * shape[0]  # x @ A.T
-            if lora.dropout > 0:
+            if case.model.lora.dropout > 0:
                 size += (c + 1) * shape[1]  # the dropped input, and its mask
-        if parameter.endswith("lora_magnitude"):
+        if name.endswith("lora_magnitude"):
             size += c * shape[0]  # the output that it scales
     return size
 
 
 def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
     """What a block keeps for each row: full, its input; selective, also attention and every second product."""
-    c, module, t = case.itemsize, getattr(case.model, name), 1
+    c, module = case.itemsize, getattr(case.model, name)
+    t, width = 1, module.hidden_size  # of attention over all heads
     if name == "decoder":
-        t = case.layout.tensor
+        t, width = case.layout.tensor, module.num_heads * module.head_dim
     size = c * module.hidden_size // t
     if mode == "full":
         return size
     for number, path in enumerate(block_products(name, case.model)):
         if keeps_product(number):
-            outputs, _ = tensor_share(f"{path}.weight", case.shapes[f"{path}.weight"], t)
+            weight = f"{path}.weight"
+            outputs, _ = tensor_share(weight, case.shapes[weight], t)
             size += c * outputs  # a product that the ranks will sum has all of them
-    head_dim = module.head_dim if name == "decoder" else module.hidden_size // module.num_heads
     lse = 4 * module.num_heads // t
-    return size + c * module.num_heads * head_dim // t + lse
+    return size + c * width // t + lse
 
 
 def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool) -> int:

@@ -103,7 +103,7 @@ def compare(model, world, counts, balance=False, group=None, shuffled=True):
     num_held = TOKENS // row_group.size()
     rows = place_T.argsort()[row_group.rank() * num_held :][:num_held]  # of the whole row, those that this rank holds
     local = media.split(batch, place_T, model.config, world, balance, group)
-    encoded = len(local.image.values), [length for _, length in local.audio.segments.spans]
+    encoded = len(local.image.values), local.audio.lengths
     local = replace(local, token_T=batch.token_T[rows], position_T=batch.position_T[rows]).to("cpu")
 
     model.zero_grad()

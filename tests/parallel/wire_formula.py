@@ -146,9 +146,9 @@ def of_context(config: Config, L: int) -> Bytes:
 
 
 def of_media(config: Config, world: World, rows: list[Batch]) -> Bytes:
-    """Tower rows go from who encodes them to who holds the token row of their feature, and their gradients back. With
-    balance an image (uint8) or window (float32) first goes to its encoder, and with it 8 bytes a tower row that say where
-    the row is to go."""
+    """Tower rows go from who encodes them to who holds the token of their feature, and their gradients back. With
+    balance an image (uint8) or window (float32) first goes to its encoder, and with it 8 bytes a tower row that say
+    where the row is to go."""
     model, c, row = config.model, 2, world.row_mesh["row"].size()
     balance = config.parallel.balance_media and len(rows) > 1
     if row == 1 and not balance:
@@ -157,9 +157,7 @@ def of_media(config: Config, world: World, rows: list[Batch]) -> Bytes:
     group = dist.group.WORLD if balance else world.row_mesh.get_group("row")
     share = media.Share(group, world.data_rank if balance else 0, row, len(rows[0].token_T) // row)
     sent = Counter()
-    lengths = []
-    for home in homes:
-        lengths.append({name: [n for _, n in items.segments.spans] for name, items in home.media.items()})
+    lengths = [{name: items.lengths for name, items in home.media.items()} for home in homes]
     for name, tower in model.modalities.items():
         plan = media.make_plan(share, [of_home[name] for of_home in lengths], item_costs(name, model))
         crossing = crossings(plan, [home.media[name] for home in homes], homes, world)
