@@ -45,7 +45,7 @@ SIGLIP = {**CLIP, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_no
 DEFAULTS = {"clip_vision_model": CLIP, "siglip_vision_model": SIGLIP}
 ACCEPTED = {"hidden_act": tuple(OUR_ACTIVATIONS), "num_channels": (3,), "quantization_config": (None,)}
 
-# What becomes of an image. CLIP's are the defaults of VisionConfig.
+# How pixels are made. CLIP's way is the default of VisionConfig.
 PIXELS = {
     "clip_vision_model": {},
     "siglip_vision_model": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize": "stretch"},
@@ -74,7 +74,7 @@ NAMES = {
     }
 }
 PREFIXES = {"vision": ["vision_model.", ""]}
-# What a folder may hold besides what we load.
+# Tensors that a folder may hold and we do not load.
 SKIPPED = {
     "vision": [
         (r"embeddings\.position_ids", "computed position ids"),

@@ -2,10 +2,10 @@
 
     MODEL_TYPES, read             config.json -> our config
     PROCESSOR_FILES               files besides config.json that ``read`` wants
-    NAMES, PREFIXES, SKIPPED      our module -> names of its tensors, where it stands in files, what to leave out
+    NAMES, PREFIXES, SKIPPED      our module -> names of its tensors, prefixes of them, tensors that are not loaded
 
 A family that is an export format, FORMATS, also has ``config_json`` and ``processor_json``, our config -> their files,
-and HEAD (where the decoder's head stands), TIES_HEAD (whether a tied head may be left out) and MEDIA_TOKENS.
+HEAD (the name of the decoder's head), TIES_HEAD (whether a tied head may be left out) and MEDIA_TOKENS.
 """
 
 import re
@@ -37,8 +37,10 @@ for family in FAMILIES:
 HEADS = (llama.HEAD, llava.HEAD)
 RESHAPED = clip.RESHAPED
 SINUSOIDS = {"audio": whisper.SINUSOIDS}  # module -> its table of positions, which we compute
-CONSTANTS = {"vision": clip.POOLED_NORM}  # module -> tensors of exports that we do not have, and what fills them
-TEXT_TEMPLATES = {"llava": llava.text_template}  # model_type -> the data.template in place of a template for parts
+CONSTANTS = {
+    "vision": clip.POOLED_NORM
+}  # module -> tensors that exports need and we do not have, and the value that fills them
+TEXT_TEMPLATES = {"llava": llava.text_template}  # model_type -> the data.template that replaces a template for parts
 rebuilds_tokenizer = llama.rebuilds_tokenizer
 
 
@@ -54,7 +56,7 @@ def family_of(keys: Mapping[str, Any]) -> ModuleType:
 
 
 def stop_ids(keys: Mapping[str, Any]) -> list[int] | None:
-    """The ids that end an answer, of a config.json or generation_config.json; None if it does not say."""
+    """The ids that end an answer, from a config.json or generation_config.json; None if it has none."""
     inner = keys.get("text_config")
     ids = keys.get("eos_token_id")
     if ids is None and isinstance(inner, dict):
@@ -87,7 +89,7 @@ def anchor(module: str) -> str:
 
 
 def skip_reason(module: str, name: str, config: ModelConfig) -> str | None:
-    """Why a folder may hold a tensor that no parameter of ours takes, or None where nothing excuses it.
+    """Why a folder may hold a tensor that has no parameter here, or None if there is no good reason.
 
     ``name`` is without the prefix of the module.
     """

@@ -112,7 +112,7 @@ PROCESSOR_FILES = ()
 MEDIA_TOKENS: dict[str, str] = {}
 TIES_HEAD = True
 
-# What Qwen 2's pre-tokenizer splits a text into.
+# The words into which Qwen 2's pre-tokenizer splits a text.
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -159,7 +159,7 @@ def processor_json(config: ModelConfig) -> dict[str, dict[str, Any]]:
 
 
 def rebuilds_tokenizer(model_type: str | None, tokenizer: Mapping[str, Any]) -> bool:
-    """Whether transformers, asked for the tokenizer of a model, would make another than this tokenizer.json says.
+    """Whether transformers would build a different tokenizer for a model than the one of this tokenizer.json.
 
     For Qwen 2 it takes its own class whatever tokenizer_config.json names, unless that has an "auto_map"
     (transformers 5.17, AutoTokenizer.from_pretrained). The class keeps the vocabulary and replaces everything else.

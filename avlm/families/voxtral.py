@@ -1,5 +1,5 @@
 """Voxtral: a decoder of the Llama family with Whisper's encoder, which takes full windows, and a two-layer projector
-without biases. Its input is as many encoder rows side by side as make the width of the encoder's MLP."""
+without biases. Encoder rows are stacked until they are as wide as the encoder's MLP, and projected together."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -67,7 +67,7 @@ def read(keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
     tower = AudioConfig(**to_ours(FIELDS, audio), window="fixed")
     stacked, rest = divmod(tower.intermediate_size, tower.hidden_size)
     if rest or tower.max_positions % stacked:
-        raise ValueError(f"a Voxtral whose intermediate_size is {tower.intermediate_size} is not implemented")
+        raise ValueError(f"a Voxtral with intermediate_size={tower.intermediate_size} is not implemented")
     projector = ProjectorConfig(downsample=stacked, bias=False)
     return ModelConfig(decoder=llama.read(decoder), audio=tower, audio_projector=projector)
 

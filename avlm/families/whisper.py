@@ -53,7 +53,7 @@ SKIPPED = {
 }
 
 PROCESSOR_FILES = ()
-# What the log-mel front end of our tower computes as well (avlm.models.log_mel).
+# The same as in avlm.models.log_mel, which computes them.
 SAMPLE_RATE, HOP, FFT = 16_000, 160, 400  # Hz, samples, samples
 
 

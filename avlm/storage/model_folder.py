@@ -1,4 +1,4 @@
-"""A model folder on disk: it appears whole or not at all, and is never whole in memory."""
+"""A model folder on disk. It appears complete or not at all, and is never in memory as a whole."""
 
 import json
 import os
@@ -39,7 +39,7 @@ class Lazy:
         shape: tuple[int, ...] | None = None,
         dtype: torch.dtype | None = None,
     ) -> "Lazy":
-        """What ``change`` makes of it, of a different ``shape`` or ``dtype`` if one is given."""
+        """The result of ``change``, with a different ``shape`` or ``dtype`` if one is given."""
         return Lazy(shape or self.shape, dtype or self.dtype, lambda: change(self.read()))
 
     def to(self, dtype: torch.dtype) -> "Lazy":
@@ -73,7 +73,7 @@ def publish(folder: Path, write: Callable[[Path], None], overwrite: bool, world:
     check_target(folder, overwrite)
     for left in (partial, old):
         if left.exists():
-            raise ValueError(f"{left} is left over from an export that was interrupted: move it away")
+            raise ValueError(f"{left} is left over from an interrupted export: move it away")
     if world is not None:
         world.barrier()  # after all have looked
     failure = None

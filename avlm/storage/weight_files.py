@@ -30,7 +30,7 @@ class WeightFiles:
 
 
 def local(given: str | Path) -> Path:
-    """A path that a user gave, with ~ written out. ValueError where nothing can have that name."""
+    """A path that a user gave, with ~ expanded. ValueError if no file can have that name."""
     try:
         path = Path(given).expanduser()
         path.stat()
@@ -51,7 +51,7 @@ def choose(folder: Path, kind: tuple[str, ...] = MODEL) -> WeightFiles:
     first = _first(folder, order)
     if first is None:
         for name in order:
-            if (folder / name).is_symlink():  # a cache of the Hub whose file is gone
+            if (folder / name).is_symlink():  # the Hub's cache after its file was deleted
                 raise FileNotFoundError(f"{folder / name} is a link to a file that is not there: download it again")
         there = f": there is {_few(like_weights)}" if like_weights else ""
         raise FileNotFoundError(f"no {' or '.join(order)} in {folder}{there}")
@@ -94,7 +94,8 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def to_fetch(folder: Path) -> Iterator[list[str]]:
-    """What of a folder on the Hub to fetch into ``folder``, step by step; its small files are there already."""
+    """The weight files of a folder on the Hub to fetch into ``folder``, which has the small files already. They come in
+    steps, as an index has to be read for the files that it names."""
     kinds = {"config.json": MODEL, "adapter_config.json": ADAPTER}
     for config, kind in kinds.items():
         if not (folder / config).is_file():

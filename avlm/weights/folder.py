@@ -1,4 +1,4 @@
-"""A model folder, local or from the Hub: what it says about its model and about the prompts that it was trained on."""
+"""A model folder, local or from the Hub: the config of its model, and how its prompts are made."""
 
 from pathlib import Path
 
@@ -94,7 +94,9 @@ def model_and_data(folder: Path) -> tuple[ModelConfig, DataConfig]:
     if isinstance(config, DecoderConfig):
         config = ModelConfig(decoder=config)
     if not isinstance(config, ModelConfig):
-        raise ValueError(f"{folder} holds a tower, which cannot answer: give a decoder, a LLaVA, an export or a run")
+        raise ValueError(
+            f"{folder} holds a tower, which cannot answer: give a decoder, a whole model, an export or a run"
+        )
     path = folder / "config.json"
     keys = read_json(path)
     data = keys.get("data") if is_own(keys) else {"template": template_of(folder)}
@@ -104,8 +106,8 @@ def model_and_data(folder: Path) -> tuple[ModelConfig, DataConfig]:
 
 
 def template_of(folder: Path) -> str:
-    """The ``data.template`` of a Hugging Face folder's prompts: its own, where that takes text. Many folders of the Hub
-    have one that takes lists of parts; it is replaced by ours that says the same."""
+    """The ``data.template`` for a Hugging Face folder: "tokenizer", its own template, if that accepts text. Many
+    folders have one that only accepts lists of parts; for those it is ours that gives the same prompts."""
     text_template = door.TEXT_TEMPLATES.get(read_json(folder / "config.json").get("model_type"))
     if text_template is None:
         return "tokenizer"

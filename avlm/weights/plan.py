@@ -67,7 +67,7 @@ class LoadPlan:
 
 
 def check(config: ModelConfig, shapes: Shapes, init_from: InitFrom) -> None:
-    """Raise ValueError or FileNotFoundError for what is known to be wrong without fetching anything from the Hub."""
+    """Raise ValueError or FileNotFoundError for errors that can be found without fetching anything from the Hub."""
     given = _given(init_from)
     here = {}
     for entry, path in given.items():
@@ -75,12 +75,12 @@ def check(config: ModelConfig, shapes: Shapes, init_from: InitFrom) -> None:
             here[entry] = path
         elif not may_be_on_hub(path):
             raise FileNotFoundError(
-                f"init_from.{entry} is {shown(path)}, and there is nothing: give a folder, file or Hub name"
+                f"init_from.{entry} is {shown(path)}, and there is nothing: give a folder, a file or a Hub name"
             )
     if here == given:
         load_plans(config, shapes, init_from)
         return
-    for entry, path in here.items():  # without the others nothing can be said of the allow lists
+    for entry, path in here.items():  # the allow lists can only be checked with all sources
         if entry == "adapter":
             continue
         theirs = open_source(path).config
@@ -252,7 +252,7 @@ def _skipped(
     held: Mapping,
     chosen: dict[str, str],
 ) -> Counter[str]:
-    """The number of tensors that are not loaded, by reason. ValueError for those that nothing excuses."""
+    """The number of tensors that are not loaded, by reason. ValueError if any has no accepted reason."""
     reasons: Counter[str] = Counter()
     extra = []
     for name in sorted(held.keys() - chosen.values()):

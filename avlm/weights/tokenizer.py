@@ -1,4 +1,4 @@
-"""The tokenizer of an exported folder, as transformers reads it: media tokens, chat template, what ends an answer."""
+"""The tokenizer of an exported folder, as transformers reads it: media tokens, chat template, stop tokens."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from avlm.weights.folder import stop_ids
 
 MAX_BYTES = 2**28  # of a tokenizer.json: those of 262,144 words have 33 MB
 COPIED = ["chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"]
-# Of tokenizer_config.json: what tokenizer.json says too, and what would have transformers build a tokenizer of its own.
+# Keys of tokenizer_config.json that repeat tokenizer.json, or would make transformers build a different tokenizer.
 LEFT_OUT = ("added_tokens_decoder", "auto_map", "tokenizer_file", "split_special_tokens", "add_prefix_space", *EXTRA)
 SYSTEM_PROMPT = (
     "{% if 'system' not in messages | map(attribute='role') %}{% set messages = SYSTEM + messages %}{% endif %}"
@@ -34,9 +34,9 @@ def write_tokenizer(
     """The files of ``data.tokenizer`` with the chat template of ``data``, and generation_config.json with the ids that
     end an answer.
 
-    ``media``: kind -> the token that stands for it in prompts. ``token``: the id of that of a format that has one. For
-    a model of ``model_type`` transformers is to encode with tokenizer.json and nothing else, as we do. So
-    tokenizer_config.json names the class that reads that file as it is, and lists no tokens of its own.
+    ``media``: kind -> the token that stands for it in prompts. ``token``: the id of that token, in a format that needs
+    one. transformers has to encode with tokenizer.json alone, as we do, whatever class it prefers for ``model_type``.
+    So tokenizer_config.json names the class that reads that file unchanged, and lists no tokens of its own.
     """
     for name in COPIED:
         if tokenizer.file.with_name(name).is_file():
@@ -74,9 +74,9 @@ def chat_template(tokenizer: Tokenizer, data: DataConfig, media: dict[str, str])
     template = tokenizer.chat_template
     if data.template != "tokenizer":
         template = templates.jinja(data.template, media)
-    elif block := JinjaTemplate(tokenizer).block:  # stands before an answer in training, besides the prompt
+    elif block := JinjaTemplate(tokenizer).block:  # stands between prompt and answer in training
         asks = f"{{%+ if add_generation_prompt %}}{{{{ {json.dumps(block, ensure_ascii=False)} }}}}{{% endif %}}"
-        template = template.removesuffix("\n") + asks  # a line break at the end of a template is not written
+        template = template.removesuffix("\n") + asks  # Jinja drops a newline at the end of a template
     if not data.system:
         return template
     system = json.dumps([{"role": "system", "content": data.system}], ensure_ascii=False)

@@ -24,7 +24,7 @@ TEXT = 10**7  # characters of one value
 ITEMS = 10**6  # of one value, nested ones included
 BITS = 10_000  # of one number
 WIDTH = 10**6  # of padding, and any other number that a filter or method takes
-NUMBERS = ["default", "d", "int", "float", "truncate"]  # filters whose numbers make nothing longer
+NUMBERS = ["default", "d", "int", "float", "truncate"]  # filters whose numbers do not lengthen anything
 MULTIPLIES = ["wordwrap", "indent", "urlize", "xmlattr"]  # filters that insert a text as often as the value asks for
 # Filter -> steps for each character and item.
 SLOW = dict.fromkeys(["urlize", "wordwrap", "striptags", "title", "wordcount", "batch", "slice"], 10)
@@ -32,8 +32,8 @@ SLOW |= {"min": 20, "max": 20, "sort": 30, "dictsort": 30, "unique": 30, "groupb
 # Filters that take a text apart into its characters.
 ITERATES = ["list", "sort", "map", "select", "reject", "selectattr", "rejectattr", "groupby"]
 ITERATES += ["batch", "slice", "unique", "sum", "min", "max", "join", "items"]
-# Filters and tests that look at no more of a value than its type, its length or one of its items, and build nothing: a
-# conversation that a template passes to them in a loop is not gone over each time.
+# Filters and tests that look only at a value's type, its length or one of its items, and copy nothing: a conversation
+# that a template passes to them in a loop is not measured each time.
 CONSTANT_FILTERS = ["length", "count", "first", "last", "default", "d", "attr"]
 CONSTANT_TESTS = ["defined", "undefined", "none", "boolean", "true", "false", "integer", "float", "number", "string"]
 CONSTANT_TESTS += ["mapping", "sequence", "iterable", "callable", "sameas", "filter", "test", "escaped"]
@@ -51,7 +51,7 @@ class Size(NamedTuple):
 
 
 class Bounded(ImmutableSandboxedEnvironment):
-    """``begin()`` before the renderings of a conversation, whose whole output must pass ``wrote``."""
+    """Call ``begin`` before the renderings of each conversation: they share one budget."""
 
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
 
@@ -66,7 +66,7 @@ class Bounded(ImmutableSandboxedEnvironment):
         self.begin()
 
     def begin(self, turns: int = 0) -> None:
-        """``turns`` of a conversation that is long enough to be allowed more: some templates render each of them."""
+        """A conversation of many ``turns`` has a larger budget, as some templates are rendered for each of them."""
         self.steps = 0
         self.work = 0
         self.share = 1 + turns // 200
@@ -139,7 +139,7 @@ class Bounded(ImmutableSandboxedEnvironment):
         return format_text
 
     def bounded(self, name: str, function: Callable[..., Any], constant: Container[str] = ()) -> Callable[..., Any]:
-        """A filter or test whose arguments and result are checked, unless its time is ``constant``."""
+        """A filter or test with its arguments and result checked, unless ``constant`` has its name."""
         before = hasattr(function, "jinja_pass_arg")  # it gets Jinja's context or environment first
 
         @wraps(function)  # with the mark for what it gets first
@@ -157,7 +157,7 @@ class Bounded(ImmutableSandboxedEnvironment):
         return bounded
 
     def _checked(self, name: str, value: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:
-        """The arguments of a filter or method, which may be run with them."""
+        """The arguments of a filter or method, after a check that it may be run with them."""
         args = tuple(list(arg) if isinstance(arg, types.GeneratorType) else arg for arg in args)
         given = [*args, *kwargs.values()]
         numbers = [arg for arg in given if isinstance(arg, int)]

@@ -1,4 +1,4 @@
-"""What transformers gives a chat template besides Jinja's own: names, the filter ``tojson``, generation blocks."""
+"""What transformers adds to Jinja for chat templates: names, the filter ``tojson``, generation blocks."""
 
 import json
 from typing import NoReturn
@@ -11,8 +11,7 @@ OPEN, CLOSE = "\ufdd5\ufdd6"  # around a generation block: Unicode noncharacters
 
 
 class Absent(jinja2.Undefined):
-    """A special token that the tokenizer lacks: undefined, as in transformers, but nothing where it is added to a
-    text."""
+    """A special token that the tokenizer lacks: undefined, as in transformers, but empty when it is added to a text."""
 
     def __add__(self, other: str) -> str:
         return other
@@ -21,7 +20,7 @@ class Absent(jinja2.Undefined):
 
 
 class Date(jinja2.Undefined):
-    """``strftime_now``: undefined where a template asks whether it is, and no date where it is called."""
+    """``strftime_now``: undefined for a template that tests whether it is defined, and an error when it is called."""
 
     def _fail_with_undefined_error(self, *args: object, **kwargs: object) -> NoReturn:
         raise jinja2.TemplateError(

@@ -22,8 +22,8 @@ REWRITES = (
 
 
 class JinjaTemplate:
-    """What is learned: the template's ``{% generation %}`` blocks, without what it puts before the answer in them; in a
-    template that has none, each answer up to the control token that ends it."""
+    """The parts that are learned are the template's ``{% generation %}`` blocks, without anything before the answer in
+    them. In a template that has none, they are the answers, each with the control token that ends it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if not tokenizer.chat_template:
@@ -84,8 +84,8 @@ class JinjaTemplate:
 
     @cached_property
     def block(self) -> str:
-        """What stands between the template's generation prompt and an answer, in training and in our prompts.
-        ValueError where that depends on the conversation."""
+        """The text between the template's generation prompt and an answer, in training and in our prompts.
+        ValueError if it depends on the conversation."""
         blocks = set()
         for talk in (_talk("user"), _talk("system", "user"), _talk("user", "assistant", "user")):
             try:
@@ -114,12 +114,12 @@ class JinjaTemplate:
         return None
 
     def _after_answer(self, messages: Messages) -> str:
-        """What the template writes after the last answer, or all that it writes where no marks pass."""
+        """The text that the template writes after the last answer; the whole text if no marks pass through it."""
         found = self.renderer.find_answers(messages)
         return found.after_answers if found else self.renderer.render(messages)
 
     def _find_header(self) -> str:
-        """How every prompt ends, from the end of the question on; "" where that is only blanks."""
+        """The text with which every prompt ends, after the question; "" if that is only blanks."""
         talk = _talk("system", "user", "assistant", "user")
         backwards = []
         for messages in (_talk("user"), talk[1:2], talk[1:], talk[:2]):
@@ -144,11 +144,11 @@ class JinjaTemplate:
             return ""
 
     def _prompt(self, messages: Messages) -> str:
-        """What stands before an answer in training: the template's generation prompt and the block it puts there."""
+        """The text before an answer in training: the template's generation prompt, and the block it puts there."""
         published = self.renderer.render(messages, True)
         try:
             text, answers = self._turns([*messages, {"role": "assistant", "content": "answer"}])
-        except ValueError:  # what the template says of such an answer does not matter to a prompt
+        except ValueError:  # that the template refuses such an answer does not matter to a prompt
             return published
         if not answers[-1].learned:
             return published
@@ -156,7 +156,7 @@ class JinjaTemplate:
         return before if before.startswith(published) else published
 
     def _training(self, messages: Messages) -> tuple[str, list[Span]]:
-        """(rendering, what is learned of it)"""
+        """The rendering, and the spans of it that are learned."""
         text, answers = self._turns(messages)
         ends_in_answer = [message["role"] for message in messages[-2:]] == ["user", "assistant"]
         if ends_in_answer and not self._has_blocks:
@@ -180,7 +180,7 @@ class JinjaTemplate:
         return text, spans
 
     def _require_asked(self, question: Messages, before: str) -> None:
-        """``before`` an answer has to stand the prompt that the model gets when it is asked."""
+        """Raise ValueError unless ``before``, the text before an answer, is the prompt that the model gets."""
         usual = self.renderer.render(question, True) + self._usual_block
         if before != usual and before != self._prompt(question):
             raise ValueError(
@@ -218,13 +218,13 @@ class JinjaTemplate:
         return text, answers
 
     def _closing(self, messages: Messages, number: int, found: Rendering) -> str:
-        """What the template puts after the last answer, with which ``messages`` end. ``found`` is the rendering of the
-        whole conversation, of ``number`` messages."""
+        """The text that the template puts after the last answer, with which ``messages`` end. ``found`` is the whole
+        conversation of ``number`` messages, rendered."""
         final = found if len(messages) == number else self.renderer.find_answers(messages)
         return final.after_answers if final else ""
 
     def _next(self, text: str, end: int) -> list[Span]:
-        """Where the token that begins the next turn stands after a turn that nothing else ends."""
+        """The span of the token that begins the next turn, if it alone ends this one."""
         found = self._end.search(text, end)
         if found is None or found[0] != self._opening:
             return []
@@ -251,8 +251,8 @@ class JinjaTemplate:
         return begin if has_blanks_only else answer.start
 
     def _end_of_header(self, text: str, answer: Answer, done: int, limit: int) -> int | None:
-        """Where what ends every prompt stands before an answer, so that the turns before need no rendering of their
-        own; None where that cannot be told: the answer is taken apart and might hold such a text itself."""
+        """The end of the header before an answer, so that the earlier turns need no rendering of their own. None if it
+        is not certain: an answer that the template takes apart could contain the header's text itself."""
         header = self._header
         if not header:
             return None
@@ -262,7 +262,7 @@ class JinjaTemplate:
         return found + len(header) if found >= 0 else None
 
     def _end_of_prompt(self, text: str, before: Messages, done: int, limit: int) -> int | None:
-        """The same by a rendering of the turns before; None where the template writes them differently here."""
+        """The same from a rendering of the earlier turns; None if the template writes them differently there."""
         prompt = self.renderer.render(before, True)
         if text.startswith(prompt) and len(prompt) <= limit:
             return len(prompt)
@@ -274,7 +274,7 @@ class JinjaTemplate:
         return found + len(header) if found >= 0 else None
 
     def _growth(self, messages: Messages) -> tuple[str, list[Answer]]:
-        """What each assistant's turn adds to the rendering, for templates through which no marks pass."""
+        """Each assistant's turn as the text that it adds to the rendering: for templates that pass no marks."""
         text, blocks = self.renderer.render_blocks(messages)
         answers = []
         for i, message in enumerate(messages):
@@ -310,7 +310,7 @@ class JinjaTemplate:
 
 
 def _give_blocks(found: Rendering) -> None:
-    """Each generation block to its answer, without what the template puts before the answer in it."""
+    """Give each generation block to its answer, without anything that the template puts before the answer in it."""
     for start, end in found.blocks:
         owner = next((answer for answer in found.answers if answer.end >= start), found.answers[-1])
         is_inside = owner.start is not None and start < owner.start <= end

@@ -24,9 +24,8 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # how an added token 
 
 
 class Tokenizer:
-    """A Hugging Face ``tokenizer.json`` with what the files beside it say: ``names`` of special tokens, as Jinja
-    templates get them, and the chat template. What is wrong with any of them, or only shows in a text, is a ValueError
-    of one line."""
+    """A Hugging Face ``tokenizer.json`` and the files next to it: ``names`` of special tokens, as Jinja templates get
+    them, and the chat template. Any fault in them, even one that only shows in a text, is a ValueError of one line."""
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
@@ -78,7 +77,8 @@ class Tokenizer:
             return self._tokenizer.encode(text, add_special_tokens=False).ids[len(before) :]
 
     def encode_as_published(self, text: str, begins: bool) -> list[int]:
-        """Ids of a text in which control tokens are read, with what the file itself puts around one that ``begins``."""
+        """Ids of a text in which control tokens are read. If it ``begins`` a prompt, they have the tokens around them
+        that the file itself adds."""
         self._tokenizer.encode_special_tokens = False
         with one_line(f"{self.file} cannot encode a text"):
             return self._tokenizer.encode(text, add_special_tokens=begins).ids
@@ -170,9 +170,11 @@ class Tokenizer:
         return template
 
     def _add_tokens(self, config: dict[str, Any]) -> None:
-        """What the other files call an added or special token and tokenizer.json does not. Those without an id in the
-        vocabulary are added only where the chat template or a turn's ends need them: an id that nothing uses is no
-        reason to ask for a larger embedding."""
+        """Add the tokens that the other files call added or special and tokenizer.json does not.
+
+        Tokens without an id in the vocabulary are added only if the chat template or the end of a turn needs them: an
+        unused id is no reason to ask for a larger embedding.
+        """
         needed, known = (self.bos, self.eos), set(self.added_tokens)
         missing, control = [], [self.bos, self.eos]
         for number, token in self._listed(config):
@@ -264,5 +266,5 @@ def one_line(what: str) -> Iterator[None]:
 
 
 def said(error: BaseException) -> str:
-    """What an error says, in one line that can be printed and is not long."""
+    """The message of an error, on one line that is printable and short."""
     return shown(" ".join(str(error).split()) or type(error).__name__)
