@@ -231,7 +231,7 @@ class ModelConfig:
         for tower in TOWERS.values():
             if (getattr(self, tower) is None) != (getattr(self, f"{tower}_projector") is None):
                 raise ValueError(f"{tower} and {tower}_projector come together: give both or neither")
-        if self.vision:
+        if self.vision and self.vision_projector:
             side = self.vision.patches_per_side
             require(
                 side % self.vision_projector.downsample == 0,

@@ -30,7 +30,7 @@ from avlm.models.log_mel import at_tower
 from avlm.process.exit import run_command
 
 STATISTICS_ROWS = 16
-MAX_PICTURES = 64  # of a sheet, and as many windows of sound
+MAX_PICTURES = 64  # images of a sheet, and the same number of audio windows
 GREEN, CYAN = 32, 36  # terminal colours
 NAMES = {placeholder: modality for modality, placeholder in PLACEHOLDERS.items()}
 

@@ -1,7 +1,7 @@
 """A sample: messages and media in, token ids with counted placeholders, targets and decoded media out.
 
 Every placeholder id stands for exactly one feature: an image gives (image_size / patch / downsample)^2 IMAGE ids, a
-window of sound ceil(rows / stack) AUDIO ids, a video its frames as images and then, if asked for, its sound. They stand
+window of audio ceil(rows / stack) AUDIO ids, a video its frames as images and then, if asked for, its audio. They stand
 in the order of the media, so the n-th IMAGE id belongs to the n-th image feature.
 """
 
@@ -163,7 +163,7 @@ class SampleEncoder:
                 )
 
     def _read(self, kind: str, data: bytes, key: str) -> dict[str, list[Tensor]]:
-        """The items of one file of the sample, by modality: a video has frames and, if asked for, sound."""
+        """The items of one file of the sample, by modality: a video has frames and, if asked for, audio."""
         config = self.data
         items: dict[str, list[Tensor]] = {}
         if kind == "image":
@@ -172,7 +172,7 @@ class SampleEncoder:
         if kind == "video":
             frames = video.decode(data, config.video, config.max_image_pixels)
             items["image"] = [image.fit(frame, self.model.vision) for frame, _ in frames]
-        # A video without a sound track simply has no sound.
+        # A video without an audio track simply has no audio.
         if kind == "audio" or (kind == "video" and config.video.sound and video.has_sound(data)):
             clip = audio.decode(data, config.max_audio_seconds, f"{kind} of {key}")
             items["audio"] = audio.mels(clip, self.model.audio)
@@ -208,7 +208,7 @@ def placeholders(modality: str, items: list[Tensor], model: ModelConfig) -> list
 
 
 def _kind(files: dict[str, list[bytes]]) -> str:
-    """Class for the loss per modality. A video with its sound is still a video."""
+    """Class for the loss per modality. A video with its audio is still a video."""
     given = [kind for kind in MEDIA if files[kind]]
     if len(given) > 1:
         return "mixed"

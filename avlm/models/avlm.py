@@ -5,7 +5,7 @@ T tokens   D decoder width   R rows with a target   P rows of a tower, C wide (s
 
 import zlib
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,8 @@ def initial_values(model: AVLM, seed: int, skip: Collection[str] = ()) -> Iterat
 
     Every parameter has a generator of its own, seeded by its name, so that values do not depend on the sharding.
     """
-    stats = {name: module.init_stats() for name, module in model.named_children()}
+    modules: dict[str, Any] = dict(model.named_children())
+    stats = {name: module.init_stats() for name, module in modules.items()}
     for name, parameter in model.named_parameters():
         if name in skip:
             continue

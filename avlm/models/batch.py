@@ -1,7 +1,7 @@
 """What the model sees: one packed row of tokens with its media. Every tensor is made in the loader, on the CPU.
 
-T tokens of the row   R tokens that carry a target   I items: images, or windows of sound   F features of all items
-S tower rows that make a feature   K rows kept behind the stem   M mel bins   W frames of the longest window
+T tokens of the row   R tokens that carry a target   I items: images, or windows of audio   F features of all items
+S tower rows that make a feature   K rows kept after the stem   M mel bins   W frames of the longest window
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ PLACEHOLDERS = {"image": IMAGE, "audio": AUDIO}  # of each modality
 KINDS = ("text", "image", "audio", "video", "mixed")  # modality class of a sample: what the loss is reported by
 FRAMES_PER_ROW = 2  # the stride of the convolutions of the audio tower
 
-Part = TypeVar("Part")
+Part = TypeVar("Part", "Media", "Batch")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Media:
     segments  the rows of each item in the tower
     sources   int64 (F, S): rows of the tower's output that make each feature, -1: zeros
     rows      int64 (F,): where in token_T each feature is written
-    kept      int64 (K,), for windows: those of the I * W / 2 rows behind the convolutions that belong to a clip.
+    kept      int64 (K,), for windows: those of the I * W / 2 rows after the convolutions that belong to a clip.
               None where the items of a modality have one shape
     """
 
@@ -141,7 +141,7 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Tokens of the samples, without those that fill the end of the row."""
-        return self.segments.cu_seqlens[len(self.keys)].item()
+        return int(self.segments.cu_seqlens[len(self.keys)])
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, copied without waiting if its memory is pinned."""
@@ -164,6 +164,7 @@ def no_media(model: ModelConfig) -> dict[str, Media]:
 def empty_batch(seq_length: int, model: ModelConfig) -> Batch:
     """A row without targets and media, for a rank whose data ends before that of the others."""
     nothing = torch.arange(0)
+    media: dict[str, Any] = no_media(model)
     return Batch(
         token_T=torch.full((seq_length,), PAD),
         position_T=torch.arange(seq_length),
@@ -171,7 +172,7 @@ def empty_batch(seq_length: int, model: ModelConfig) -> Batch:
         target_rows_R=nothing,
         target_R=nothing,
         kind_R=nothing,
-        **no_media(model),
+        **media,
     )
 
 

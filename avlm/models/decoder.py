@@ -167,7 +167,7 @@ class Decoder(nn.Module):
     def tie(self) -> None:
         """Make the head the embedding, where the config says so: to be repeated after whatever replaces parameters."""
         if self.config.tie_embedding:
-            self.head.weight = self.embedding.weight
+            self.head.weight = self.embedding.weight  # pyrefly: ignore[bad-assignment]  (torch calls it a Tensor)
 
     def init_stats(self) -> dict[str, tuple[float, float]]:
         """(mean, std) of the normal from which each parameter is drawn, by name.

@@ -73,8 +73,9 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> None:
     for path in paths:
         if path in chosen:
             parent, _, leaf = path.rpartition(".")
-            adapted_linear = LowRankLinear(model.get_submodule(path), config)
-            setattr(model.get_submodule(parent), leaf, adapted_linear)
+            base = model.get_submodule(path)
+            assert isinstance(base, nn.Linear)
+            setattr(model.get_submodule(parent), leaf, LowRankLinear(base, config))
 
 
 def adaptable(model: nn.Module) -> list[str]:

@@ -45,7 +45,8 @@ class Projector(nn.Module):
         """(mean, std) of the normal from which each parameter is drawn: std 1 / sqrt(inputs), biases 0. ``output_std``
         brings the output to the scale of a token embedding."""
         stats = {}
-        for name, linear in self.named_children():
+        for name in LAYERS[self.config.type]:
+            linear: nn.Linear = getattr(self, name)
             std = 1 / math.sqrt(linear.in_features)
             if name != "up":
                 std *= self.config.output_std

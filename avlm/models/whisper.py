@@ -32,8 +32,10 @@ class AudioTower(nn.Module):
         x_CDW = F.gelu(self.conv1(mel_CMW))
         x_CDW = F.gelu(self.conv2(x_CDW))
         rows_per_window = max(x_CDW.shape[2], 1)
-        x_KD = x_CDW.transpose(1, 2).flatten(0, 1)[windows.kept]
-        positions_KD = sinusoids(windows.kept % rows_per_window, self.config.hidden_size)
+        kept_K = windows.kept
+        assert kept_K is not None
+        x_KD = x_CDW.transpose(1, 2).flatten(0, 1)[kept_K]
+        positions_KD = sinusoids(torch.remainder(kept_K, rows_per_window), self.config.hidden_size)
         x_KD = x_KD + positions_KD.to(x_KD.dtype)
         for block in self.blocks:
             x_KD = block(x_KD, windows.segments)

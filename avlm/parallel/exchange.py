@@ -44,10 +44,10 @@ class RoutedSegments(Segments):
 def apply_media(model: AVLM) -> None:
     """Exchange the towers' rows after them, for batches that ask for it (``media.split``)."""
     for modality in model.modalities:
-        modality.tower.register_forward_hook(_exchange_behind)
+        modality.tower.register_forward_hook(_exchange_after)
 
 
-def _exchange_behind(tower: nn.Module, inputs: tuple[Media], features_PD: Tensor) -> Tensor:
+def _exchange_after(tower: nn.Module, inputs: tuple[Media], features_PD: Tensor) -> Tensor:
     segments = inputs[0].segments
     if isinstance(segments, RoutedSegments):
         return exchange(features_PD, segments)

@@ -11,7 +11,7 @@ A gathered unit counts twice: the all-gather buffer and the unsharded copy (or t
 
 Activations are what autograd keeps on a GPU, with the Triton kernels: attention keeps q, k, v, out (shared with the
 next product) and lse. The plain path keeps a second out. Assumed: every token has a target, and a row is full of the
-media of one modality, images or whole windows of sound, whichever takes more. Memory of CUDA, of NCCL and of
+media of one modality, images or whole windows of audio, whichever takes more. Memory of CUDA, of NCCL and of
 fragmentation is not included.
 
 D width   F intermediate width   Q, K width of all query heads, of all key heads   c bytes of a number in compute
@@ -370,6 +370,6 @@ def _media_rows(name: str, case: Case) -> int:
 
 
 def media_rows(name: str, model: ModelConfig) -> tuple[int, int]:
-    """(rows in the tower, features in the decoder) of an image, or of a whole window of sound."""
+    """(rows in the tower, features in the decoder) of an image, or of a whole window of audio."""
     tower, projector = getattr(model, name), getattr(model, f"{name}_projector")
     return tower.num_rows, tower.num_features(projector.downsample)
