@@ -24,22 +24,22 @@ FAMILIES = (llava, voxtral, llama, clip, whisper)
 FORMATS: dict[str, ModuleType] = {"decoder": llama, "llava": llava, "voxtral": voxtral}
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
 
-NAMES: dict[str, dict[str, str]] = {}
-PREFIXES: dict[str, list[str]] = {}
-SKIPPED: dict[str, list[tuple[str, str]]] = {}
-for family in FAMILIES:
-    NAMES |= family.NAMES
-    SKIPPED |= family.SKIPPED
-    for module, prefixes in family.PREFIXES.items():
-        known = PREFIXES.setdefault(module, [])
-        known += [prefix for prefix in prefixes if prefix not in known]
+NAMES = {module: names for family in FAMILIES for module, names in family.NAMES.items()}
+SKIPPED = {module: patterns for family in FAMILIES for module, patterns in family.SKIPPED.items()}
 
+
+def _prefixes(module: str) -> list[str]:
+    found: dict[str, None] = {}
+    for family in FAMILIES:
+        found |= dict.fromkeys(family.PREFIXES.get(module, []))
+    return list(found)
+
+
+PREFIXES = {module: _prefixes(module) for module in NAMES}
 HEADS = (llama.HEAD, llava.HEAD)
 RESHAPED = clip.RESHAPED
 SINUSOIDS = {"audio": whisper.SINUSOIDS}  # module -> its table of positions, which we compute
-CONSTANTS = {
-    "vision": clip.POOLED_NORM
-}  # module -> tensors that exports need and we do not have, and the value that fills them
+CONSTANTS = {"vision": clip.POOLED_NORM}  # module -> tensors that only exports have, and the value that fills them
 TEXT_TEMPLATES = {"llava": llava.text_template}  # model_type -> the data.template that replaces a template for parts
 rebuilds_tokenizer = llama.rebuilds_tokenizer
 
