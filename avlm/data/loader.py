@@ -25,7 +25,7 @@ def open_loader(
     """A loader of packed rows for one of ``world`` data ranks: iterate it for Batch, ``state()`` is plain JSON.
 
     ``source``: an Energon folder or .yaml blend, a .json or .jsonl file, or "synthetic". Training never ends;
-    validation ends when the rank's share does (go on with ``packing.empty_batch``) and starts anew with each iteration.
+    validation ends when the rank's share does (go on with ``batch.empty_batch``) and starts anew with each iteration.
     ``state`` is what ``state()`` gave after the last row that was used. ValueError if it is of another rank, world
     (``avlm.data.redistribute`` deals it out anew), number of workers, seed or config, or if the source has no usable
     sample.
