@@ -1,10 +1,10 @@
-"""Builds the small real dataset of the demo:  python -m avlm.demo.build [--out data/demo] [--seed 1]
+"""Build the small real dataset of the demo: python -m avlm.demo.build [--out data/demo] [--seed 1]
 
     data/demo/
       caption/train, caption/test, ...   Energon datasets (crude WebDatasets), one folder per task and split
       .../test*/chance.json              what can be answered without a modality, see `chance`
       language.yaml  vision.yaml  audio.yaml  finetune.yaml      Energon blends, one for each stage of training
-      tokenizer/                         byte-level BPE of this very language, ChatML template
+      tokenizer/                         byte-level BPE trained on the demo's texts, ChatML template
       recipe.json                        what the set was built from; written last
 
 `avlm.demo.bank.tasks` composes the samples and says what is held out; bank/NOTICE says whose work they are.
@@ -31,6 +31,7 @@ import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from avlm.config.run import Config
+from avlm.data.text import templates
 from avlm.demo.bank.bank import FOLDER, load
 from avlm.demo.bank.shards import write_shard
 from avlm.storage import locks
@@ -67,12 +68,7 @@ BLENDS = {
     },
 }
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+CHAT_TEMPLATE = templates.jinja("chatml", {})
 
 
 def main() -> None:
@@ -87,7 +83,7 @@ def main() -> None:
 
 
 def build(out_dir: str | Path, seed: int = 1, sets: dict[str, dict[str, int]] = SETS) -> Path:
-    """Builds the set unless it is there.  Safe to call from many processes at once: one builds, the others wait.
+    """Build the set unless it is there. Many processes may call this at once: one builds, the others wait.
 
     Raises ValueError when `out_dir` holds something that is not a demo set; an older demo set is replaced.
     """
@@ -97,7 +93,7 @@ def build(out_dir: str | Path, seed: int = 1, sets: dict[str, dict[str, int]] = 
         return out_dir
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with open(out_dir.parent / f".{out_dir.name}.lock", "w") as lock:
-        locks.lock(lock, wait=True)  # falls with this process, whatever its workers do
+        locks.lock(lock, wait=True)  # released when this process ends, whatever its workers do
         found = read_recipe(out_dir)
         if found == recipe:
             return out_dir
@@ -115,16 +111,17 @@ def build(out_dir: str | Path, seed: int = 1, sets: dict[str, dict[str, int]] = 
 
 
 def ensure(config: Config, folder: str = "data/demo") -> None:
-    """Build the set when a stage reads from its folder and it is not there yet."""
-    sources = [
-        s for stage in config.stages for s in (stage.data.train, stage.data.tokenizer, *stage.data.validation.values())
-    ]
-    if any(Path(source).is_relative_to(folder) for source in sources):
-        build(folder)
+    """Build the set if a stage reads from its folder and it is not there yet."""
+    for stage in config.stages:
+        data = stage.data
+        if any(
+            Path(source).is_relative_to(folder) for source in [data.train, data.tokenizer, *data.validation.values()]
+        ):
+            build(folder)
 
 
 def fingerprint() -> str:
-    """Of the code and the bank: another one would give other samples, so a set made by it is built again."""
+    """A hash of the code and the bank. With another one samples may differ, so the set is built again."""
     files = sorted([Path(__file__), *FOLDER.glob("*.py"), *FOLDER.glob("*.npz"), *FOLDER.glob("*.tar")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -181,11 +178,11 @@ def prepare(folder: Path) -> None:
 
 
 def chance(records: list[dict]) -> dict[str, float]:
-    """The best share of right answers without a modality, by one who has seen this very test set.
+    """The best share of right answers without a modality, for someone who knows this very test set.
 
-    "blind" knows the kind of each question and the most frequent answer to it.  "no_image" knows all other facts as
-    well (what is heard, say) and the most frequent answer that goes with them; "no_order" knows everything but the
-    order of the frames.  Anyone without that modality does worse, up to luck.
+    "blind" knows the kind of each question and its most frequent answer. "no_image" also knows all other facts (what is
+    heard, say) and the most frequent answer that goes with them; "no_order" knows everything but the order of the
+    frames. Without that modality nobody does better, except by luck.
     """
     modalities = sorted({modality for record in records for modality, _ in record["facts"]})
     hidden = {f"no_{name}": {name} for name in modalities} | {"blind": set(modalities)}
