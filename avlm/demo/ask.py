@@ -1,6 +1,6 @@
 """Let generate.py answer questions about held-out samples: python -m avlm.demo.ask runs/demo
 
-The images, sounds and videos of the samples are written to <run>/samples: look, listen and ask something else.
+The images, clips and videos of the samples are written to <run>/samples: look, listen and ask something else.
 """
 
 import argparse

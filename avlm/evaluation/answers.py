@@ -76,7 +76,7 @@ def answers(
 
 
 def ablate(prompt: EncodedSample, ablation: str, seed: int, tower: AudioConfig | None) -> EncodedSample:
-    """The prompt without what its pictures show, without what is heard, or with its frames in a random order."""
+    """The prompt with grey images, with silent audio, or with its frames in a random order."""
     if ablation == "no_image":  # mid-grey, which normalisation brings near zero
         grey = [torch.full_like(frame, 127) for frame in prompt.media["image"]]
         return _with_items(prompt, "image", grey)

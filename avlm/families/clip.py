@@ -83,7 +83,7 @@ SKIPPED = {
         (r"post_layernorm\.", "norm of the pooled output"),
     ]
 }
-# That norm is of no use to features, but transformers wants its tensors: name -> the value that fills it.
+# Features do not need that norm, but transformers expects its tensors: name -> the value that fills it.
 POOLED_NORM = {"post_layernorm.weight": 1.0, "post_layernorm.bias": 0.0}
 
 

@@ -1,7 +1,7 @@
 """Which family a model_type, a module or an export format belongs to. Each family is a module of this folder.
 
     MODEL_TYPES, read             config.json -> our config
-    PROCESSOR_FILES               files besides config.json that ``read`` wants
+    PROCESSOR_FILES               files besides config.json that ``read`` needs
     NAMES, PREFIXES, SKIPPED      our module -> names of its tensors, prefixes of them, tensors that are not loaded
 
 A family that is an export format, FORMATS, also has ``config_json`` and ``processor_json``, our config -> their files,

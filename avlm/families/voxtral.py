@@ -106,11 +106,11 @@ def _require_voxtral(config: ModelConfig) -> None:
         raise ValueError("the voxtral format holds full windows: audio.window=fixed")
     if projector.downsample * audio.hidden_size != audio.intermediate_size:
         raise ValueError(
-            f"the voxtral format wants audio.intermediate_size={audio.intermediate_size} to be "
+            f"the voxtral format needs audio.intermediate_size={audio.intermediate_size} to be "
             f"audio_projector.downsample={projector.downsample} times audio.hidden_size={audio.hidden_size}"
         )
     if audio.max_positions % projector.downsample:
         raise ValueError(
-            f"the voxtral format wants audio.max_positions={audio.max_positions} to be a multiple of "
+            f"the voxtral format needs audio.max_positions={audio.max_positions} to be a multiple of "
             f"audio_projector.downsample={projector.downsample}"
         )

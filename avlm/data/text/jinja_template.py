@@ -74,7 +74,7 @@ class JinjaTemplate:
         for messages in (talk[1:], talk[1:3], talk, talk[:3]):
             try:
                 _, answers = self._turns(messages)
-            except ValueError:  # some templates write one question and its answer only, or want a system's turn
+            except ValueError:  # some templates write only one question and its answer, or need a system's turn
                 continue
             tokens = {answer.token for answer in answers}
             if not answers[-1].closes:

@@ -1,4 +1,4 @@
-"""One sample in the making: takes photos, numerals and words from the bank and gives them their looks and sounds.
+"""One sample in the making: photos, numerals and words of the bank, varied in how they look and sound.
 
 F frames   H, W pixels
 """
@@ -10,7 +10,7 @@ from PIL import Image
 
 from avlm.demo.bank.bank import SAMPLE_RATE, VOICE_GROUPS, Bank
 
-CANVAS = 28  # pixels, each side, of every picture and frame
+CANVAS = 28  # pixels, each side, of every image and frame
 NUM_FRAMES = 8
 FRAME_RATE = 8  # frames per second of every video
 # Neighbours share an axis and differ by the order of the frames alone.
@@ -33,7 +33,7 @@ class Draw:
     turn: int
     rng: np.random.Generator
     sources: list[str] = dataclasses.field(default_factory=list)
-    mute: bool = False  # make no sounds: only what they say is wanted
+    mute: bool = False  # make no audio: only the words are needed
 
     @property
     def training(self) -> bool:
@@ -67,7 +67,7 @@ class Draw:
         return tuple(self.rng.integers(-2, 3, 2)) if self.training else (0, 0)
 
     def framed(self, photo_HW: np.ndarray) -> np.ndarray:
-        """The photo as a picture; in training every other one is as small and as far off the middle as in a video."""
+        """The photo as an image; in training every other one is as small and as far off the middle as in a video."""
         if self.training and self.rng.random() < 0.5:
             return place(photo_HW, self.rng.integers(16, 27), *self.rng.integers(-5, 6, 2))
         return place(photo_HW, CANVAS, *self.shift())

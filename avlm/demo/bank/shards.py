@@ -1,4 +1,4 @@
-"""Samples as files: pictures become PNG, sounds WAV, videos MKV, and a run of samples one WebDataset tar."""
+"""Samples as files: images become PNG, clips WAV, videos MKV, and a range of samples one WebDataset tar."""
 
 import io
 import json
@@ -52,7 +52,7 @@ def encode_sound(wave: np.ndarray) -> bytes:
 
 
 def encode_video(video: Video) -> bytes:
-    """Both tracks are lossless: grey FFV1 frames and, where there is sound, FLAC."""
+    """Both tracks are lossless: grey FFV1 frames and FLAC if the video has audio."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", "matroska", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("ffv1", FRAME_RATE, {"level": "1", "threads": "1"}, pix_fmt="gray")

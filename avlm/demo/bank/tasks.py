@@ -5,17 +5,17 @@
 
 A sample is a pure function of (seed, task, split, index): a set can be cut anywhere and never depends on who builds it.
 Train samples are drawn at random; test samples go through all cases in turn, so that a test set is exactly balanced
-when its size is a multiple of their number (`SETS` in demo.py).
+when its size is a multiple of their number (`SETS` in build.py).
 
     task          the question and its answer                       what no training sample has
     caption       a photo -> "it shows a bag"                       the photo (official test split)
-    numeral       a handwritten digit -> "it reads three"           the picture
+    numeral       a handwritten digit -> "it reads three"           the image
     video         a moving photo -> "the bag moves left"            the photo; in `test` the pair of thing and motion
                   with a spoken digit -> "... left, three"          the photo
     two_pictures  two photos -> "first a bag, then a dress"         the photos
     transcribe    three digits -> "I hear three one seven"          the string and, in `test_unheard`, the voice
     two_sounds    two spoken digits -> "first three, then one"      the ordered pair of digits
-    joint         numeral and spoken digit: same? which sum?        the picture, and so its pair with the sound
+    joint         numeral and spoken digit: same? which sum?        the image, and so its pair with the clip
     mixed         photo and spoken digit, tags in either order      the photo
     text          these with words in place of their media          the strings and pairs
 
@@ -51,7 +51,7 @@ SEEN_MOTIONS = [p for p in np.ndindex(10, 6) if p not in set(UNSEEN_MOTIONS)]
 
 @dataclasses.dataclass
 class Sample:
-    """`facts` are what the answer follows from, each with the modality that alone tells it (`chance` in demo.py)."""
+    """`facts` are what the answer follows from, each with the modality that alone tells it (`chance` in build.py)."""
 
     kind: str
     question: str
@@ -63,7 +63,7 @@ class Sample:
 def compose(task: str, split: str, index: int, bank: Bank, seed: int = 1) -> tuple[dict, dict]:
     """Returns (what stands in the sample's JSON file, {part name: media}).
 
-    Media: pictures are uint8 (CANVAS, CANVAS), sounds int16 at SAMPLE_RATE, videos a `Video`.
+    Media: images are uint8 (CANVAS, CANVAS), clips int16 at SAMPLE_RATE, videos a `Video`.
     """
     rng = np.random.default_rng([seed, zlib.crc32(f"{task}/{split}".encode()), index])
     draw = Draw(bank, split, int(rng.integers(2**60)) if split == "train" else index, rng)
@@ -96,8 +96,8 @@ def caption(draw: Draw) -> Sample:
 def numeral(draw: Draw) -> Sample:
     digit = draw.pick(range(10))
     question = draw.any_of("Which digit?", "Read the digit.")
-    picture = draw.numeral(digit, draw.turn)
-    return Sample("digit", f"<image>\n{question}", f"it reads {UNITS[digit]}", [picture], [("image", UNITS[digit])])
+    image = draw.numeral(digit, draw.turn)
+    return Sample("digit", f"<image>\n{question}", f"it reads {UNITS[digit]}", [image], [("image", UNITS[digit])])
 
 
 def two_pictures(draw: Draw) -> Sample:
@@ -190,7 +190,7 @@ def text(draw: Draw) -> Sample:
 
 
 def describe(words: str, modality: str, rng: np.random.Generator) -> str:
-    """Words among dots, which stand for features that say nothing: a picture has four in all, a spoken digit more."""
+    """Words among dots, which stand for features without content: four in all for an image, more for a spoken digit."""
     if modality == "video":
         return " ".join([f". {words} ."] * 4)
     if modality == "image":

@@ -36,7 +36,7 @@ from avlm.process.exit import run_command
 THINGS = ("a T-shirt", "trousers", "a pullover", "a dress", "a coat", "a sandal", "a shirt", "a sneaker", "a bag")
 THINGS += ("an ankle boot",)
 TRAIN_PHOTOS, TEST_PHOTOS = 60, 10  # of each class
-HELD_OUT = 4  # one of so many prompts that qualify
+HELD_OUT = 4  # one of this many prompts that qualify
 MAX_SECONDS = 12.0  # of a prompt as it was spoken; longer ones are left out
 ROUNDS, PAUSE = 6, 0.2  # of the training clips; seconds between their prompts
 SPEEDS = (1.0, 0.9, 1.1)  # of the rounds in turn, with the pitch: one speaker sounds like three

@@ -1,14 +1,14 @@
-"""A start for the audio projector: connectionist temporal classification (Graves et al. 2006) against the decoder's own
+"""Initialise the audio projector by connectionist temporal classification (Graves et al. 2006) against the decoder's
 token embeddings, before anything is trained through the decoder.
 
     python -m avlm.demo.pretrained.ctc configs/demo_pretrained.yaml --train speech_train.jsonl \\
         --data test=speech_test.jsonl --out P.pt
 
-Learning by the next token, a projector that starts at random has to find out what a clip says through a frozen decoder
-that cannot read it yet: in the minutes of a demo it does not. Here each feature f of a clip is asked directly which
-token it is, p(token) ~ exp(f . embedding), p(nothing) ~ exp(BLANK), and the tokens of the answer have to come in their
-order, with any nothing between them. The features so learn to be embeddings of what is said. The encoder, which is
-frozen, runs once over all clips and its features are kept in memory; one process, on the CPU.
+Trained by the next token, a random projector must learn what a clip says through a frozen decoder that cannot read it
+yet, which takes longer than the minutes of a demo. Here each feature f of a clip is classified directly, p(token) ~
+exp(f . embedding) and p(blank) ~ exp(BLANK), and the answer's tokens must come in their order with any blanks between
+them. So features learn to be the embeddings of what is said. The encoder is frozen: it runs once over all clips, and its
+features are kept in memory. One process, on the CPU.
 """
 
 import argparse
@@ -35,20 +35,20 @@ from avlm.process.exit import run_command
 from avlm.weights.load import init_weights
 from avlm.weights.sources import FILES
 
-# Of the config: no other modality, no adapters, and none of its stages.
-ONLY_SOUND = [f"model.{part}=null" for part in ("lora", "vision", "vision_projector")]
-ONLY_SOUND += [f"init_from.{part}=null" for part in ("all", "adapter", "vision")]
-ONLY_SOUND += ["optimizer={lr: 0.0}", "stages=[{name: ctc, steps: 1, freeze_language_model: true}]"]
-BLANK = 3.0  # logit of nothing: what is like no token gets it, and a token has to be well above 0
-EPOCHS = 3  # as many rows are drawn as so many passes have
-LEARNING_RATE, WARMUP = 2e-3, 50  # steps; then down to 0 in a line
-OTHERS = 1000  # tokens drawn at random that stand against those of a row
+# Overrides that leave the config's decoder and audio tower: no adapters, and none of its stages.
+ONLY_AUDIO = [f"model.{part}=null" for part in ("lora", "vision", "vision_projector")]
+ONLY_AUDIO += [f"init_from.{part}=null" for part in ("all", "adapter", "vision")]
+ONLY_AUDIO += ["optimizer={lr: 0.0}", "stages=[{name: ctc, steps: 1, freeze_language_model: true}]"]
+BLANK = 3.0  # logit of the CTC blank: a feature must match a token better than this
+EPOCHS = 3  # rows are drawn with replacement, EPOCHS * len(rows) in all
+LEARNING_RATE, WARMUP = 2e-3, 50  # steps; then a linear decay to 0
+OTHERS = 1000  # random tokens that a row's own tokens compete with
 ROW = 2048  # tokens of a row: some 30 clips
 
 
 @dataclass(frozen=True)
 class Row:
-    """Of a packed row what the loss depends on. K encoder rows, G features, N clips."""
+    """What the loss needs of a packed row. K encoder rows, G features, N clips."""
 
     x_KC: Tensor  # of the encoder
     frame_rows_GS: Tensor  # encoder rows that make each feature
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file of configs/, with an audio tower and where its weights come from")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--train", required=True, help="clips and what they say, as data.train has them")
+    parser.add_argument("--train", required=True, help="clips and what they say, a source as of data.train")
     parser.add_argument("--data", action="append", default=[], metavar="NAME=SOURCE", help="held-out clips")
     parser.add_argument("--out", type=Path, required=True, help="file to write, for init_from.all")
     arguments = parser.parse_args()
@@ -72,7 +72,7 @@ def align(config: str, overrides: list[str], source: str, held_out: dict[str, st
     config that does not say which decoder and audio tower are to be joined, and for samples that are no clips."""
     if out.suffix not in FILES:
         raise ValueError(f"--out {out}: init_from reads files that end in {', '.join(FILES)}")
-    cfg = load_config(config, [*ONLY_SOUND, *overrides])
+    cfg = load_config(config, [*ONLY_AUDIO, *overrides])
     if cfg.model.audio is None or cfg.init_from.decoder is None or cfg.init_from.audio is None:
         raise ValueError(f"{config}: model.audio, init_from.decoder and init_from.audio say what is to be joined")
     torch.manual_seed(cfg.seed)
@@ -94,8 +94,8 @@ def align(config: str, overrides: list[str], source: str, held_out: dict[str, st
 
 @torch.no_grad()
 def read(model: AVLM, source: str, cfg: Config, leave_out: bool = True) -> Iterator[Row]:
-    """Every sample of a source once, a clip and its answer, through the encoder. One that cannot be read is left out
-    with a line that says why, or a ValueError."""
+    """Every sample of a source, a clip and its answer, through the encoder once. A sample that cannot be read is left
+    out with a line that says why, or is a ValueError."""
     data = replace(cfg.stages[0].data, seq_length=ROW)
     tokenizer = Tokenizer(data.tokenizer)
     control = torch.tensor([tokenizer.id_of(token) for token in tokenizer.control_tokens], dtype=torch.int64)
@@ -109,13 +109,13 @@ def read(model: AVLM, source: str, cfg: Config, leave_out: bool = True) -> Itera
         x_KC = model.audio(batch.audio)
         features_N, targets_N = (by_clip(rows, batch) for rows in (batch.audio.rows, batch.target_rows_R))
         if 0 in features_N:
-            raise ValueError(f"{source}, {batch.keys[features_N.index(0)]}: a sample without sound cannot be aligned")
+            raise ValueError(f"{source}, {batch.keys[features_N.index(0)]}: a sample without audio cannot be aligned")
         answers_N = [answer[~torch.isin(answer, control)] for answer in batch.target_R.split(targets_N)]
         yield Row(x_KC.bfloat16(), batch.audio.sources, features_N, answers_N)
 
 
 def by_clip(rows: Tensor, batch: Batch) -> list[int]:
-    """How many rows each document has, each one clip and its answer; what fills the row has none."""
+    """How many of these positions lie in each document, which is one clip and its answer."""
     documents = torch.bucketize(rows, batch.segments.cu_seqlens[1:], right=True)
     return documents.bincount(minlength=len(batch.keys)).tolist()
 
@@ -128,22 +128,29 @@ def project(model: AVLM, row: Row) -> Tensor:
 
 
 def logits(features_GD: Tensor, embedding_VD: Tensor) -> Tensor:
-    """float32 (G, 1 + V): of nothing, then of each token."""
+    """float32 (G, 1 + V): of the blank, then of each token."""
     logits_GV = features_GD @ embedding_VD.T
     return torch.cat([logits_GV.new_full((len(logits_GV), 1), BLANK), logits_GV], dim=1)
 
 
 def train(model: AVLM, rows: list[Row]) -> None:
-    """A row a step; its tokens stand against each other and against OTHERS of all rows, drawn anew each time."""
+    """One row a step. Its tokens compete with each other and with OTHERS tokens of all rows, drawn for each step."""
     model.audio_projector.requires_grad_(True)
     pairs = [pair for row in rows for pair in zip(row.answers_N, row.features_N)]
-    # Between equal tokens there has to be a nothing.
-    if short := sum(len(said) + int((said[1:] == said[:-1]).sum()) > features for said, features in pairs):
+    short = 0
+    for said, num_features in pairs:
+        num_blanks = int((said[1:] == said[:-1]).sum())  # CTC needs a blank between repeated tokens
+        short += len(said) + num_blanks > num_features
+    if short:
         print(f"nothing is learned of {short} of {len(pairs)} clips: they have too few features", flush=True)
     known = torch.cat([answer for row in rows for answer in row.answers_N]).unique()
     adam = torch.optim.AdamW(model.audio_projector.parameters(), LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    steps, losses = EPOCHS * len(rows), []
-    rate = lambda step: min(1, (step + 1) / WARMUP) * (1 - step / steps)
+    steps = EPOCHS * len(rows)
+    losses = []
+
+    def rate(step: int) -> float:
+        return min(1, (step + 1) / WARMUP) * (1 - step / steps)
+
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, rate)
     for step in range(steps):
         row = rows[torch.randint(len(rows), ()).item()]
@@ -170,16 +177,20 @@ def train(model: AVLM, rows: list[Row]) -> None:
 
 @torch.no_grad()
 def greedy(model: AVLM, row: Row) -> list[Tensor]:
-    """Tokens of each clip: the likeliest of every feature, without repetitions and nothings."""
+    """Tokens of each clip: the most likely one of every feature, without repetitions and blanks."""
     likeliest_G = logits(project(model, row), model.decoder.embedding.weight).argmax(1)
     heard_N = (ids.unique_consecutive() for ids in likeliest_G.split(row.features_N))
     return [ids[ids > 0] - 1 for ids in heard_N]
 
 
 def word_errors(model: AVLM, rows: Iterable[Row], tokenizer: Tokenizer) -> float:
-    texts = lambda ids: tokenizer.decode(ids.tolist(), control=False)
-    pairs = [pair for row in rows for pair in zip(greedy(model, row), row.answers_N)]
-    spelled = [(texts(heard), [texts(said)]) for heard, said in pairs]
+    def text(ids: Tensor) -> str:
+        return tokenizer.decode(ids.tolist(), control=False)
+
+    spelled = []
+    for row in rows:
+        for heard, said in zip(greedy(model, row), row.answers_N):
+            spelled.append((text(heard), [text(said)]))
     return total(itertools.starmap(scorer("wer", spelled), spelled))
 
 

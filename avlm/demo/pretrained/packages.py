@@ -155,7 +155,7 @@ def check(path: Path, package: Package) -> None:
 
 
 def read_deb(path: Path) -> tarfile.TarFile:
-    """The files of a Debian package: its ar archive holds data.tar.* behind 60-byte headers, at even offsets."""
+    """The files of a Debian package: its ar archive holds data.tar.* after 60-byte headers, at even offsets."""
     data, at = path.read_bytes(), len(b"!<arch>\n")
     while at < len(data):
         name, size = data[at : at + 16].decode().rstrip(" /"), int(data[at + 48 : at + 58])

@@ -1,4 +1,4 @@
-"""What the demo with pretrained towers learned, beside what its towers can do alone:
+"""What the demo with pretrained towers learned, next to what its towers can do alone:
 
     python -m avlm.demo.pretrained.report runs/demo_pretrained
 
@@ -61,14 +61,14 @@ def read_stages(run: Path) -> dict[str, Values]:
 
 
 def read_evaluation(run: Path) -> dict[str, Values]:
-    """The evaluation of the last checkpoint: speech, and speech with the sound removed."""
+    """The evaluation of the last checkpoint: speech, and speech with the audio removed."""
     path = run / "report.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: python -m avlm.evaluation writes it (see the Makefile)")
     results = {result["task"]: result for result in json.loads(path.read_text())["results"]}
     return {
         "the end, evaluated again": {name: result["value"] for name, result in results.items()},
-        "... with the sound removed": {name: result["ablations"]["no_audio"] for name, result in results.items()},
+        "... with the audio removed": {name: result["ablations"]["no_audio"] for name, result in results.items()},
     }
 
 

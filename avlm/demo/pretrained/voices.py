@@ -1,4 +1,4 @@
-"""Synthetic speech to train on beside the prompts: four voices of Flite read sentences of the fortune files.
+"""Synthetic speech to train on next to the prompts: four voices of Flite read sentences of the fortune files.
 
 Flite (Black and Lenzo 2001) is called in its shared libraries, which come out of their packages into ``folder``.
 """
