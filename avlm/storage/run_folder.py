@@ -154,9 +154,8 @@ def claim(config: Config, world: World) -> IO[str] | None:
         lock = open(folder / ".lock", "a+")  # noqa: SIM115  (held until the run ends)
         if not locks.lock(lock, wait=False):
             lock.seek(0)
-            failure = (
-                f"{folder} belongs to a run that is live ({lock.read().strip()}): wait for it, or set another output_dir"
-            )
+            owner = lock.read().strip()
+            failure = f"{folder} belongs to a run that is live ({owner}): wait for it, or set another output_dir"
     if world.sum([float(bool(failure))])[0]:
         raise ValueError(failure or f"{folder} belongs to a run that is live")
     if lock is not None:

@@ -7,7 +7,7 @@ token embeddings, before anything is trained through the decoder.
 Trained by the next token, a random projector must learn what a clip says through a frozen decoder that cannot read it
 yet, which takes longer than the minutes of a demo. Here each feature f of a clip is classified directly, p(token) ~
 exp(f . embedding) and p(blank) ~ exp(BLANK), and the answer's tokens must come in their order with any blanks between
-them. So features learn to be the embeddings of what is said. The encoder is frozen: it runs once over all clips, and its
+them. So features learn to be the embeddings of what is said. The frozen encoder runs once over all clips, and its
 features are kept in memory. One process, on the CPU.
 """
 
