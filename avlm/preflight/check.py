@@ -13,12 +13,13 @@ from avlm.weights import plan
 def check(config: Config, world_size: int) -> None:
     """Raise ValueError or FileNotFoundError for what would fail later: mesh, initial weights, data, tokenizer, metrics.
 
-    Data is scanned by one rank of each machine; the others meet it when the process group starts.
+    Files are read by one rank of each machine; the others wait for it when the process group starts.
     """
     check_layout(config, world_size)
+    if not is_first_of_machine():
+        return
     resumes = find(config)[0] is not None
     if not resumes:
         plan.check(config.model, parameter_shapes(config.model), config.init_from)
-    if is_first_of_machine():
-        check_data(config)
-        check_measures(config)
+    check_data(config)
+    check_measures(config)
