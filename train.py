@@ -20,6 +20,7 @@ from avlm.config.load import dump_config, load_config
 from avlm.config.run import Config, StageConfig
 from avlm.data.check import check_skipped
 from avlm.data.loader import open_loader
+from avlm.data.stream import Stream
 from avlm.demo.build import ensure
 from avlm.evaluation.answers import judge, validate_answers
 from avlm.models.avlm import AVLM
@@ -87,7 +88,8 @@ def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World, log: Lo
     for name, source in stage.data.validation.items():
         loader = None
         if world.leads_row:
-            loader = open_loader(source, stage.data, cfg.model, **world.shard_of_data, seed=cfg.seed, train=False)
+            stream = Stream(source, stage.data, cfg.model, **world.shard_of_data, seed=cfg.seed, train=False)
+            loader = open_loader(stream)
         rows = world.share_rows(loader)
         loss = torch.zeros((), device=world.device)
         right = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -135,8 +137,9 @@ def run_stage(
         loader_state = checkpoint.read_loader_state(resume_from, world)
     loader = None
     if world.leads_row:
-        stream = {**world.shard_of_data, "seed": cfg.seed + progress.stage, "train": True, "state": loader_state}
-        loader = open_loader(stage.data.train, stage.data, cfg.model, **stream)
+        seed = cfg.seed + progress.stage
+        stream = Stream(stage.data.train, stage.data, cfg.model, **world.shard_of_data, seed=seed, train=True)
+        loader = open_loader(stream, loader_state)
     rows = world.share_rows(loader)
     costs = flops.costs(cfg, stage)
     log.message(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(trained)}")

@@ -26,6 +26,7 @@ from avlm.config.load import load_config
 from avlm.config.model import ModelConfig
 from avlm.config.run import Config
 from avlm.data.loader import open_loader
+from avlm.data.stream import Stream
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.demo.build import ensure
 from avlm.models.batch import AUDIO, IMAGE, Batch
@@ -63,7 +64,7 @@ class Cell:
 def training_row(config: Config) -> Batch:
     """The first full row that holds samples of TASKS, in this order."""
     data = config.stages[-1].data
-    for batch in open_loader(data.train, data, config.model, rank=0, world=1, seed=SEED, train=True):
+    for batch in open_loader(Stream(data.train, data, config.model, rank=0, world=1, seed=SEED, train=True)):
         tasks = [key.split("_")[0] for key in batch.keys]
         if tasks == TASKS and batch.num_tokens == SEQ_LENGTH:
             return batch

@@ -164,7 +164,6 @@ class AudioConfig:
     num_mels: Annotated[int, Field(gt=0, le=2**10)] = 80
     max_positions: Annotated[int, Field(gt=0, le=2**20)] = 1500  # rows of a full window: 20 ms each
     window: Literal["true", "fixed"] = "true"  # rows of the clip only, or of the whole window whatever the clip holds
-    log_mel: Literal["worker", "device"] = "worker"  # where it is made: clip by clip, or of a row at once at the tower
 
     def __post_init__(self) -> None:
         require(

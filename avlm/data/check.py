@@ -5,9 +5,9 @@ from pathlib import Path
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import Config, DataConfig, StageConfig
-from avlm.data.jsonl import Records, RowStream
+from avlm.data.jsonl import RowStream
 from avlm.data.loader import open_loader
-from avlm.data.sample import SampleEncoder
+from avlm.data.stream import Stream
 from avlm.data.text.chat import check_vocabulary
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.freezing import trained_names
@@ -61,17 +61,17 @@ def _check_room(model: ModelConfig, stage: StageConfig) -> None:
 def _check_training(config: Config, stage: StageConfig) -> None:
     """The training data of a stage, however late it comes, can be opened, and a sample of a file can be used. Samples
     of an Energon folder are not read."""
-    data, model = stage.data, config.model
+    data = stage.data
     try:
         if Path(data.train).suffix in (".json", ".jsonl"):
-            # One row, read as a worker reads it: a loader would start processes for it.
-            encoder = SampleEncoder(model, replace(data, packing_buffer=1), Tokenizer(data.tokenizer))
-            stream = RowStream(Records(data.train, data), encoder, config.seed, train=True, first_slot=0, num_slots=1)
-            _, row, _ = next(iter(stream))
+            # One row, read as a worker reads it, for which a loader would start processes.
+            data = replace(data, packing_buffer=1, num_workers=0)
+            stream = Stream(data.train, data, config.model, rank=0, world=1, seed=config.seed, train=True)
+            _, row, _ = next(iter(RowStream(stream)))
             if isinstance(row, str):
                 raise ValueError(row)
         else:
-            open_loader(data.train, data, model, rank=0, world=1, seed=config.seed, train=True)
+            open_loader(Stream(data.train, data, config.model, rank=0, world=1, seed=config.seed, train=True))
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"stage {stage.name}: data.train: {error}") from None
 
@@ -79,7 +79,7 @@ def _check_training(config: Config, stage: StageConfig) -> None:
 def _check_validation(config: Config, stage: StageConfig) -> None:
     for name, source in stage.data.validation.items():
         try:
-            open_loader(source, stage.data, config.model, rank=0, world=1, seed=config.seed, train=False)
+            open_loader(Stream(source, stage.data, config.model, rank=0, world=1, seed=config.seed, train=False))
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"stage {stage.name}: data.validation.{name}: {error}") from None
 

@@ -2,11 +2,11 @@
 
     python -m avlm.data.inspect CONFIG [section.key=value ...] [--stage NAME] [--count N] [--out DIR]
 
-First N samples, in the order of their packed rows. Text is decoded from the token ids; <image x576> stands for 576
-placeholders, and learned text has [brackets], or is green on a terminal. Then of the first 16 rows: how full they are,
-what they hold, what was skipped and why, how long samples are and how fast they come. --out draws a sheet for each row
-that has one of the N samples, DIR/row_000.png for the first: up to 64 images as the tower gets them, and up to 64
-windows of audio as log-mel spectrograms.
+First come N samples, in the order of their packed rows. Text is decoded from the token ids; <image x576> stands for 576
+placeholders, and learned text has [brackets], or is green on a terminal. Statistics of the first 16 rows follow: how
+full they are, what they hold, what was skipped and why, how long samples are and how fast they come. --out draws a
+sheet for each row that has one of the N samples, DIR/row_000.png for the first: up to 64 images as the tower gets them,
+and up to 64 windows of audio as log-mel spectrograms.
 """
 
 import argparse
@@ -21,16 +21,15 @@ import torch
 from matplotlib.figure import Figure
 
 from avlm.config.load import load_config
-from avlm.config.model import ModelConfig
 from avlm.config.run import Config
 from avlm.data.loader import open_loader
+from avlm.data.stream import Stream
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.batch import KINDS, PLACEHOLDERS, Batch
-from avlm.models.log_mel import at_tower
 from avlm.process.exit import run_command
 
 STATISTICS_ROWS = 16
-MAX_PICTURES = 64  # images of a sheet, and the same number of audio windows
+MAX_PANELS = 64  # images of a sheet, and the same number of audio windows
 GREEN, CYAN = 32, 36  # terminal colours
 NAMES = {placeholder: modality for modality, placeholder in PLACEHOLDERS.items()}
 
@@ -67,7 +66,7 @@ def stage_index(config: Config, name: str | None) -> int:
 def show(config: Config, stage: int, count: int, out: Path | None = None) -> None:
     data = config.stages[stage].data
     tokenizer = Tokenizer(data.tokenizer) if data.tokenizer else None
-    loader = open_loader(data.train, data, config.model, rank=0, world=1, seed=config.seed + stage, train=True)
+    loader = open_loader(Stream(data.train, data, config.model, rank=0, world=1, seed=config.seed + stage, train=True))
     batches: list[Batch] = []
     arrived: list[float] = []  # seconds
     left = count
@@ -77,7 +76,7 @@ def show(config: Config, stage: int, count: int, out: Path | None = None) -> Non
         for i in range(num_shown):
             print(describe(batch, i, tokenizer), end="\n\n")
         if out is not None and left > 0:
-            save_sheet(batch, config.model, out / f"row_{len(batches):03d}.png")
+            save_sheet(batch, out / f"row_{len(batches):03d}.png")
         left -= num_shown
         batches.append(batch)
     print(statistics(batches))
@@ -108,13 +107,13 @@ def describe(batch: Batch, index: int, tokenizer: Tokenizer | None) -> str:
 
 
 def _kind_of_run(token_and_learned: tuple[int, bool]) -> tuple[int, bool]:
-    """Text that is learned, text that is not, and each placeholder are shown apart."""
+    """Learned text, other text and each placeholder are shown separately."""
     token, learned = token_and_learned
     return min(token, 0), learned
 
 
 def statistics(batches: list[Batch]) -> str:
-    """How full rows are, what they hold, what was skipped."""
+    """How full rows are, what they hold and what was skipped."""
     num_tokens = num_read = 0
     lengths: list[int] = []
     reasons: list[str] = []
@@ -166,11 +165,9 @@ def _coloured(text: str, colour: int) -> str:
     return f"\033[{colour}m{text}\033[0m"
 
 
-def save_sheet(batch: Batch, model: ModelConfig, path: Path) -> None:
-    """One PNG with the pictures and the mel windows of a row."""
-    panels = list(batch.image.values[:MAX_PICTURES])
-    if model.audio:
-        panels += at_tower(batch.audio.values[:MAX_PICTURES], model.audio)
+def save_sheet(batch: Batch, path: Path) -> None:
+    """One PNG with the images and the log-mel windows of a row."""
+    panels = [*batch.image.values[:MAX_PANELS], *batch.audio.values[:MAX_PANELS]]
     if not panels:
         return
     columns = min(8, len(panels))

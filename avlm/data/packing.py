@@ -1,7 +1,7 @@
 """Encoded samples -> one packed row: which samples share a row, and every index tensor of the Batch.
 
-No padding inside: samples stand one after the other, each a segment of its own. The rest of the row is one more
-segment, without targets. Letters as in batch.py.
+Samples follow each other without padding, each a segment of its own. The rest of the row is one more segment, without
+targets. Letters as in batch.py.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from avlm.config.model import ModelConfig, VisionConfig
-from avlm.data.media.audio import rows
+from avlm.data.media.audio import num_rows
 from avlm.data.sample import EncodedSample
 from avlm.models.batch import IGNORE, KINDS, PAD, PLACEHOLDERS, Batch, Media, no_media
 from kernels.segments import Segments
@@ -38,12 +38,14 @@ def _knapsack(lengths: list[int], seq_length: int) -> list[list[int]]:
     left: list[tuple[int, int]] = []  # (length, -index), ascending: of equal lengths the earlier sample goes first
     for index, length in enumerate(lengths):
         insort(left, (length, -index))
-    packed, taken = [], set()
+    packed: list[list[int]] = []
+    taken: set[int] = set()
     for index, length in enumerate(lengths):
         if index in taken:
             continue
         del left[bisect_left(left, (length, -index))]
-        row, room = [index], seq_length - length
+        row = [index]
+        room = seq_length - length
         while (place := bisect_right(left, (room, 0))) > 0:
             length, negated = left.pop(place - 1)
             row.append(-negated)
@@ -111,7 +113,7 @@ def pack_media(samples: list[EncodedSample], token_T: Tensor, model: ModelConfig
         if kept is None:  # every item has the same shape
             lengths = [tower.num_rows] * len(items)
         else:
-            lengths = [rows(item) for item in items]
+            lengths = [num_rows(item) for item in items]
         if modality == "image":
             sources = patch_sources(len(items), tower, downsample)
         else:
@@ -122,8 +124,8 @@ def pack_media(samples: list[EncodedSample], token_T: Tensor, model: ModelConfig
 
 
 def patch_sources(num_images: int, vision: VisionConfig, downsample: int) -> Tensor:
-    """Rows of the tower's output that make each image feature, (F, downsample^2): neighbouring patches, line by line
-    (pixel shuffle). The class token of an image is its first row and belongs to none."""
+    """Rows of the tower's output that make each image feature, int64 (F, downsample^2): neighbouring patches, line by
+    line (pixel shuffle). The class token is the first row of an image and belongs to no feature."""
     side = vision.patches_per_side
     patch = torch.arange(vision.num_patches) + vision.class_token
     pattern = "(y fy x fx) -> (y x) (fy fx)"
@@ -133,8 +135,8 @@ def patch_sources(num_images: int, vision: VisionConfig, downsample: int) -> Ten
 
 
 def stacked_sources(lengths: list[int], stack: int) -> Tensor:
-    """Rows of the tower's output that make each feature, (F, stack): neighbours in an item of so many rows. -1 pads the
-    last feature of an item."""
+    """Rows of the tower's output that make each feature, int64 (F, stack): neighbours within an item. ``lengths``: rows
+    of each item. -1 pads the last feature of an item."""
     sources = [torch.empty(0, stack, dtype=torch.int64)]
     start = 0
     for length in lengths:

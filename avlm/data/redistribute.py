@@ -1,16 +1,16 @@
 """Loader states for another number of data ranks.
 
-Every worker of every data rank reads a stream of its own, and its state says where that stands. The same streams are
-dealt out in the same order to other ranks: no sample is lost or read twice, while rows are handed out in another order.
-What ``energon checkpoint redist`` does with Energon's own files, for ours.
+Every worker of every data rank reads a stream of its own, and its state says how far it has read. The same streams are
+dealt out in the same order to a different number of ranks: no sample is lost or read twice, but rows come in another
+order. ``energon checkpoint redist`` does the same with Energon's own files.
 """
 
 from typing import Any
 
 
 def redistribute(states: list[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
-    """The state for data rank ``rank`` of ``world``, of the states of all data ranks that wrote the checkpoint, in
-    order. It asks for as many workers of a rank as keep their whole number. ValueError if that cannot be."""
+    """The state for data rank ``rank`` of ``world``. ``states``: those of all data ranks that wrote the checkpoint, in
+    order. The total number of workers stays the same; ValueError if ``world`` does not divide it."""
     count = len(states) * max(1, states[0]["workers"])
     if count % world:
         raise ValueError(
@@ -18,19 +18,23 @@ def redistribute(states: list[dict[str, Any]], rank: int, world: int) -> dict[st
             f"{states[0]['workers']}), which cannot be dealt out evenly to {world} data ranks: take a number of data "
             f"ranks (parallel.replicate x parallel.shard) that divides {count}, or its weights alone with init_from"
         )
-    own = slice(rank * (count // world), (rank + 1) * (count // world))
-    state = {**states[0], "rank": rank, "world": world, "workers": count // world}
+    workers = count // world
+    own = slice(rank * workers, (rank + 1) * workers)
+    state = {**states[0], "rank": rank, "world": world, "workers": workers}
     if "slots" in state:
-        return {**state, "slots": [slot for given in states for slot in given["slots"]][own], "turn": 0}
+        slots = [slot for given in states for slot in given["slots"]]
+        return {**state, "slots": slots[own], "turn": 0}
     if "energon" in state and states[0]["workers"]:
         from avlm.data.energon.state import from_json, to_json  # slow to import
 
-        merged = [from_json(given["energon"]) for given in states]
-        merged[0].worker_states = [worker for given in merged for worker in given.worker_states][own]
-        merged[0].next_worker_id = 0
-        return {**state, "energon": to_json(merged[0])}
+        loaders = [from_json(given["energon"]) for given in states]
+        streams = [worker for loader in loaders for worker in loader.worker_states]
+        merged = loaders[0]
+        merged.worker_states = streams[own]
+        merged.next_worker_id = 0
+        return {**state, "energon": to_json(merged)}
     what = "Energon's streams of data.num_workers=0" if "energon" in state else "synthetic rows"
     raise ValueError(
-        f"{what} belong to their rank: go on with {len(states)} data ranks (parallel.replicate x parallel.shard), or "
-        "take the weights alone with init_from"
+        f"{what} belong to their rank: continue with {len(states)} data ranks (parallel.replicate x parallel.shard), "
+        "or take the weights alone with init_from"
     )

@@ -1,12 +1,10 @@
 """A sample: messages and media in, token ids with counted placeholders, targets and decoded media out.
 
 Every placeholder id stands for exactly one feature: an image gives (image_size / patch / downsample)^2 IMAGE ids, a
-window of audio ceil(rows / stack) AUDIO ids, a video its frames as images and then, if asked for, its audio. They stand
-in the order of the media, so the n-th IMAGE id belongs to the n-th image feature.
+window of audio ceil(rows / stack) AUDIO ids, a video its frames as images and then, if asked for, its audio. They have
+the order of the media, so the n-th IMAGE id belongs to the n-th image feature.
 """
 
-import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avlm.config.model import MODULES, TOWERS, ModelConfig
+from avlm.config.model import TOWERS, ModelConfig
 from avlm.config.run import DataConfig
 from avlm.data.media import audio, image, video
 from avlm.data.records import read_record
@@ -25,15 +23,15 @@ from avlm.data.text.pieces import MEDIA, TAG, Messages
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.batch import IGNORE, PLACEHOLDERS
 
-# A text of up to LONG_TEXT characters is tokenised whole, however long its tokens may be. If it is longer than PROBE,
-# its beginning is tokenised first.
+# A text of up to LONG_TEXT characters may be tokenised whole, whatever the length of its tokens. If it is longer than
+# PROBE, its beginning is tokenised first.
 LONG_TEXT, PROBE = 2**20, 2**18
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Media are the bytes of their files, in the order of their tags. If there are ``answers``, evaluation compares
-    with these and not with the last turn."""
+    """Media are the bytes of their files, in the order of their tags. Evaluation compares with ``answers``, or with the
+    last turn if there are none."""
 
     key: str
     messages: Messages
@@ -48,10 +46,10 @@ class EncodedSample:
     """T tokens   S image side   M mel bins
 
     token_T   int64: vocabulary ids and placeholders
-    target_T  int64: the following token where that one is learned, else IGNORE
+    target_T  int64: the following token where it is learned, else IGNORE
     media     by modality, in the order of their placeholders:
               "image"  uint8 (3, S, S), not yet normalised
-              "audio"  windows float32 (M, frames), or columns of samples (``log_mel``)
+              "audio"  log-mel windows float32 (M, frames)
     kind      one of KINDS
     """
 
@@ -73,7 +71,7 @@ def parse(record: Any, media: Callable[[str], bytes], key: str) -> Sample:
 
 
 def load_json(text: bytes) -> Any:
-    """ValueError for text that is no JSON, or that is nested too deep."""
+    """ValueError for text that is not JSON, or that is nested too deep."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -81,14 +79,15 @@ def load_json(text: bytes) -> Any:
 
 
 class SampleEncoder:
-    """Encodes samples for one model, by ``data.template`` or a given chat. A bad sample raises a ValueError of one
-    line."""
+    """Encodes samples for a model, by ``data.template`` or a given chat. A bad sample raises a one-line ValueError."""
 
     def __init__(self, model: ModelConfig, data: DataConfig, tokenizer: Tokenizer, chat: Chat | None = None) -> None:
         check_vocabulary(tokenizer, model.decoder.vocab_size)
         if data.video.sound and model.audio is None:
             raise ValueError("data.video.sound=true needs model.audio")
-        self.model, self.data, self.tokenizer = model, data, tokenizer
+        self.model = model
+        self.data = data
+        self.tokenizer = tokenizer
         self.chat = chat or Chat(tokenizer, data.template, data.system)
 
     def encode(self, sample: Sample) -> EncodedSample:
@@ -112,7 +111,8 @@ class SampleEncoder:
         return self._encode(sample, prompt=True)
 
     def _encode(self, sample: Sample, prompt: bool) -> EncodedSample:
-        self._check_length(sample.messages, self.model.decoder.max_position if prompt else self.data.seq_length)
+        most = self.model.decoder.max_position if prompt else self.data.seq_length
+        self._check_length(sample.messages, most)
         pieces = self.chat.pieces(sample.messages, prompt=prompt)
         files = {"image": sample.images, "audio": sample.audios, "video": sample.videos}
         for kind, of_kind in files.items():
@@ -133,27 +133,27 @@ class SampleEncoder:
         following_T = torch.cat([token_T[1:], token_T.new_full((1,), IGNORE)])
         is_learned_T = torch.tensor([*learned[1:], False], dtype=torch.bool)
         target_T = torch.where(is_learned_T, following_T, IGNORE)
-        return EncodedSample(sample.key, _kind(files), token_T, target_T, media)
+        return EncodedSample(sample.key, kind_of(files), token_T, target_T, media)
 
     def _check_length(self, messages: Messages, most: int) -> None:
-        """Refuse text of more than ``most`` tokens before all of it is tokenised: by its length, and by the number of
-        tokens at the beginning of a long one."""
+        """Refuse text of more than ``most`` tokens before all of it is tokenised: by its length, and a long text by the
+        number of tokens at its beginning."""
+        longest = self.tokenizer.longest
         texts = [turn["content"] for turn in messages if isinstance(turn.get("content"), str)]
-        limit = most + self.tokenizer.longest
-        length = sum(map(len, texts))
-        if length > max(LONG_TEXT, most * self.tokenizer.longest):
+        length = sum(len(text) for text in texts)
+        if length > max(LONG_TEXT, most * longest):
             raise ValueError(f"sample has a text of {length:,} characters, which {most} tokens cannot hold")
         for text in texts:
             if len(text) <= PROBE:
                 continue
             beginning = TAG.sub("", text[:PROBE])
-            if len(self.tokenizer.encode(beginning)) > limit:
+            if len(self.tokenizer.encode(beginning)) > most + longest:
                 raise ValueError(f"sample has a text of {len(text):,} characters, which are more than {most} tokens")
 
     def _check_media(self, kind: str, files: list[bytes], num_tags: int) -> None:
         if num_tags != len(files):
             raise ValueError(f"sample has {num_tags} <{kind}> tags but {len(files)} {kind}s")
-        tower = TOWERS.get(kind, "vision")  # which reads the frames of a video
+        tower = TOWERS.get(kind, "vision")  # the vision tower reads the frames of a video
         if files and getattr(self.model, tower) is None:
             raise ValueError(f"sample has {len(files)} {kind}s but the model has no {tower} tower")
         for data in files:
@@ -173,25 +173,10 @@ class SampleEncoder:
             frames = video.decode(data, config.video, config.max_image_pixels)
             items["image"] = [image.fit(frame, self.model.vision) for frame, _ in frames]
         # A video without an audio track simply has no audio.
-        if kind == "audio" or (kind == "video" and config.video.sound and video.has_sound(data)):
-            clip = audio.decode(data, config.max_audio_seconds, f"{kind} of {key}")
-            items["audio"] = audio.mels(clip, self.model.audio)
+        if kind == "audio" or (kind == "video" and config.video.sound and video.has_audio(data)):
+            waveform = audio.decode(data, config.max_audio_seconds, f"{kind} of {key}")
+            items["audio"] = audio.mels(waveform, self.model.audio)
         return items
-
-
-def fingerprint(data: DataConfig, model: ModelConfig) -> str:
-    """Changes with whatever decides what samples encode to and how they are packed, but not with where files lie."""
-    elsewhere = ("train", "validation", "metrics", "tokenizer", "media_root", "num_workers", "max_bad_fraction")
-    settings = {key: value for key, value in dataclasses.asdict(data).items() if key not in elsewhere}
-    settings["vocab_size"] = model.decoder.vocab_size
-    for name in MODULES:
-        if name == "decoder":
-            continue
-        module = getattr(model, name)
-        settings[name] = dataclasses.asdict(module) if module else None
-        for key in ("bias", "output_std", "log_mel", "resample"):  # no sample's length depends on them
-            (settings[name] or {}).pop(key, None)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def placeholders(modality: str, items: list[Tensor], model: ModelConfig) -> list[int]:
@@ -201,15 +186,15 @@ def placeholders(modality: str, items: list[Tensor], model: ModelConfig) -> list
     count = 0
     for item in items:
         if modality == "audio":
-            count += math.ceil(audio.rows(item) / downsample)
+            count += math.ceil(audio.num_rows(item) / downsample)
         else:
             count += tower.num_features(downsample)
     return [PLACEHOLDERS[modality]] * count
 
 
-def _kind(files: dict[str, list[bytes]]) -> str:
-    """Class for the loss per modality. A video with its audio is still a video."""
-    given = [kind for kind in MEDIA if files[kind]]
+def kind_of(media: dict[str, list[Any]]) -> str:
+    """Modality class of a sample, by the media that it is given. A video with its audio is still a video."""
+    given = [kind for kind in MEDIA if media.get(kind)]
     if len(given) > 1:
         return "mixed"
     return given[0] if given else "text"

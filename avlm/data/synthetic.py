@@ -1,8 +1,9 @@
 """Random batches without files, for throughput work:  data.train: synthetic  or, for another mix,
 synthetic:documents=4,images=2,clips=1,seconds=30
 
-A row holds ``documents`` of equal length, with ``images`` and ``clips`` (each of ``seconds``) dealt out to them in
-turn. Every token that is no placeholder and follows another is a target. Row n of a rank depends on (seed, rank, n).
+A row holds ``documents`` of equal length, with ``images`` and ``clips`` of audio (each of ``seconds``) dealt out to
+them in turn. Every token that is no placeholder and follows another is a target. Row n of a rank depends on
+(seed, rank, n).
 """
 
 import zlib
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from avlm.config.model import ModelConfig
-from avlm.config.run import DataConfig
 from avlm.data.media import audio
 from avlm.data.packing import pack
-from avlm.data.sample import EncodedSample, placeholders
+from avlm.data.sample import EncodedSample, kind_of, placeholders
+from avlm.data.stream import Stream
 from avlm.models.batch import IGNORE, Batch
 
 MIX = {"documents": 4, "images": 2, "clips": 1, "seconds": 10}
@@ -24,46 +25,36 @@ VALIDATION_ROWS = 8
 
 
 class SyntheticLoader:
-    def __init__(
-        self,
-        source: str,
-        data: DataConfig,
-        model: ModelConfig,
-        *,
-        rank: int,
-        identity: dict[str, Any],
-        seed: int,
-        train: bool,
-        state: dict[str, Any] | None = None,
-    ) -> None:
-        self.mix = parse_mix(source, model)
-        self.data, self.model, self.train, self.identity = data, model, train, identity
-        self._stream = f"{seed} {rank} {train}"
+    def __init__(self, stream: Stream, state: dict[str, Any] | None = None) -> None:
+        self.stream = stream
+        self.mix = parse_mix(stream.source, stream.model)
         self._row = state["row"] if state else 0
 
     def __iter__(self) -> Iterator[Batch]:
-        if not self.train:
+        if not self.stream.train:
             self._row = 0
-        while self.train or self._row < VALIDATION_ROWS:
+        while self.stream.train or self._row < VALIDATION_ROWS:
             self._row += 1
             yield self._batch(self._row - 1)
 
     def state(self) -> dict[str, Any]:
-        return {**self.identity, "row": self._row}
+        return {**self.stream.identity(), "row": self._row}
 
     def _batch(self, row: int) -> Batch:
         # torch seeds with 32 bits and drops the rest: a checksum mixes all numbers into them.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._stream} {row}".encode()))
+        stream = self.stream
+        seed = zlib.crc32(f"{stream.seed} {stream.rank} {stream.train} {row}".encode())
+        generator = torch.Generator().manual_seed(seed)
         documents = self.mix["documents"]
         samples = []
         for i in range(documents):
             num_images = len(range(i, self.mix["images"], documents))
             num_clips = len(range(i, self.mix["clips"], documents))
             samples.append(self._sample(f"synthetic:{row}:{i}", num_images, num_clips, generator))
-        return pack(samples, self.data.seq_length, self.model, read=documents)
+        return pack(samples, stream.data.seq_length, stream.model, read=documents)
 
     def _sample(self, key: str, num_images: int, num_clips: int, generator: torch.Generator) -> EncodedSample:
-        model = self.model
+        model = self.stream.model
         media: dict[str, list[Tensor]] = {"image": [], "audio": []}
         if num_images:
             shape = (num_images, 3, model.vision.image_size, model.vision.image_size)
@@ -75,7 +66,7 @@ class SyntheticLoader:
         for modality, items in media.items():
             if items:
                 ids += placeholders(modality, items, model)
-        length = self.data.seq_length // self.mix["documents"]
+        length = self.stream.data.seq_length // self.mix["documents"]
         if len(ids) >= length:
             raise ValueError(
                 f"{len(ids)} media features do not fit into a synthetic document of {length} tokens: lower the mix"
@@ -84,18 +75,11 @@ class SyntheticLoader:
         token_T = torch.cat([torch.tensor(ids, dtype=torch.int64), text_T])
         target_T = torch.cat([token_T[1:], token_T.new_full((1,), IGNORE)])
         target_T = torch.where(target_T >= 0, target_T, IGNORE)
-        return EncodedSample(key, _kind(media), token_T, target_T, media)
-
-
-def _kind(media: dict[str, list[Tensor]]) -> str:
-    given = [modality for modality, items in media.items() if items]
-    if len(given) > 1:
-        return "mixed"
-    return given[0] if given else "text"
+        return EncodedSample(key, kind_of(media), token_T, target_T, media)
 
 
 def parse_mix(source: str, model: ModelConfig) -> dict[str, int]:
-    """The mix of a source; by default without media that the model has no tower for."""
+    """The mix that a source asks for; by default without media that the model has no tower for."""
     mix = dict(MIX)
     if model.vision is None:
         mix["images"] = 0

@@ -16,7 +16,6 @@ import torch
 from avlm.config.model import AudioConfig
 from avlm.config.run import Config, DataConfig, StageConfig
 from avlm.data.media import audio
-from avlm.data.media.video import has_sound
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.generation import Ranks, generate
@@ -83,7 +82,7 @@ def ablate(prompt: EncodedSample, ablation: str, seed: int, tower: AudioConfig |
     if ablation == "no_audio":  # as many rows of silence
         silent = []
         for mel in prompt.media["audio"]:
-            silence = torch.zeros(audio.rows(mel) * audio.SAMPLES_PER_ROW)
+            silence = torch.zeros(audio.num_rows(mel) * audio.SAMPLES_PER_ROW)
             silent += audio.mels(silence, tower)
         return _with_items(prompt, "audio", silent)
     if ablation == "shuffled":
@@ -196,7 +195,7 @@ def _possible_ablations(samples: list[Sample], data: DataConfig) -> list[str]:
     has_images = has_videos or any(sample.images for sample in samples)
     has_audio = any(sample.audios for sample in samples)
     if data.video.sound and not has_audio:
-        has_audio = any(has_sound(video) for sample in samples for video in sample.videos)
+        has_audio = any(has_audio(video) for sample in samples for video in sample.videos)
     possible = {"no_image": has_images, "no_audio": has_audio, "shuffled": has_videos}
     return [ablation for ablation, is_possible in possible.items() if is_possible]
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from avlm.config.model import TOWERS, AudioConfig, ModelConfig, VisionConfig
-from avlm.models.log_mel import window_rows
 from kernels.segments import Segments
 
 IGNORE = -100  # target: nothing is learned here
@@ -32,7 +31,7 @@ class Media:
     """The items of one modality in a row.
 
     values    what the tower reads: uint8 pixels (I, 3, height, width), or float32 log-mel windows (I, M, W) whose
-              frames past a clip are exactly 0 (or columns of samples, see ``log_mel``)
+              frames past a clip are exactly 0
     segments  the rows of each item in the tower
     sources   int64 (F, S): rows of the tower's output that make each feature, -1: zeros
     rows      int64 (F,): where in token_T each feature is written
@@ -59,7 +58,7 @@ class Media:
         if isinstance(tower, VisionConfig):
             values = torch.empty(0, 3, tower.image_size, tower.image_size, dtype=torch.uint8)
         if isinstance(tower, AudioConfig):
-            values = torch.empty(0, window_rows(tower), FRAMES_PER_ROW)
+            values = torch.empty(0, tower.num_mels, FRAMES_PER_ROW)
             kept = torch.arange(0)
         rows_per_feature = tower.rows_per_feature(downsample) if tower else 1
         sources = torch.empty(0, rows_per_feature, dtype=torch.int64)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from avlm.config.model import AudioConfig
 from avlm.models.batch import Media
 from avlm.models.encoder import EncoderBlock, encoder_init_stats
-from avlm.models.log_mel import at_tower
 
 
 class AudioTower(nn.Module):
@@ -28,7 +27,7 @@ class AudioTower(nn.Module):
     def forward(self, windows: Media) -> Tensor:
         """Features of the kept rows, (K, D) in the weights' dtype. Rows past a clip are dropped before any attention.
         Zero windows are legal."""
-        mel_CMW = at_tower(windows.values, self.config).to(self.conv1.weight.dtype)
+        mel_CMW = windows.values.to(self.conv1.weight.dtype)
         x_CDW = F.gelu(self.conv1(mel_CMW))
         x_CDW = F.gelu(self.conv2(x_CDW))
         rows_per_window = max(x_CDW.shape[2], 1)

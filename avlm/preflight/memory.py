@@ -26,7 +26,6 @@ from avlm.config.run import Config, Recompute, StageConfig
 from avlm.models.batch import FRAMES_PER_ROW
 from avlm.models.costs import block_products
 from avlm.models.freezing import trained_shapes
-from avlm.models.log_mel import window_rows
 from avlm.models.lora import frozen_base
 from avlm.models.shapes import Shapes
 from avlm.parallel.recompute import keeps_product
@@ -259,9 +258,8 @@ def _stem(tower: VisionConfig | AudioConfig) -> tuple[int, int]:
     if isinstance(tower, VisionConfig):
         pixels = 3 * tower.patch_size**2  # uint8
         return pixels, pixels + 2 * tower.hidden_size  # patches, and the first norm
-    mels = FRAMES_PER_ROW * tower.num_mels
-    frames = FRAMES_PER_ROW * window_rows(tower)  # float32
-    return 4 * frames, mels + 6 * tower.hidden_size  # convolutions with their GELUs, and the last norm
+    mels = FRAMES_PER_ROW * tower.num_mels  # float32
+    return 4 * mels, mels + 6 * tower.hidden_size  # convolutions with their GELUs, and the last norm
 
 
 def _kept_by_blocks(name: str, rows: int, case: Case) -> tuple[int, int]:

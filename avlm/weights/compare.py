@@ -7,15 +7,15 @@ from typing import Any
 from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.families.door import AnyConfig
 
-NOT_COMPARED = ("max_position", "window", "log_mel", "resize", "resample")
+NOT_COMPARED = ("max_position", "window", "resize", "resample")
 
 
 def check_config(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None:
     """Raise ValueError with the key where our config describes a different model from ``theirs``, that of ``origin``.
 
     Of a whole model the modules that both have are compared. Not compared: ``max_position`` (ours may be shorter),
-    ``window``, ``log_mel``, ``resize``, ``resample``, and for a plain tower ``feature_layer`` and ``post_norm``, which
-    choose what is taken from it. In a whole model the number of vision layers that are built counts.
+    ``window``, ``resize``, ``resample``, and for a plain tower ``feature_layer`` and ``post_norm``, which choose what
+    is taken from it. In a whole model the number of vision layers that are built counts.
     """
     part = {DecoderConfig: "decoder", VisionConfig: "vision", AudioConfig: "audio", ModelConfig: "all"}[type(ours)]
     if part != "all" and isinstance(theirs, ModelConfig):

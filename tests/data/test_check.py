@@ -8,7 +8,7 @@ import pytest
 
 from avlm.config.load import resolve_config
 from avlm.data.check import check_room_for_media
-from avlm.data.sample import fingerprint
+from avlm.data.stream import fingerprint
 from avlm.preflight.check import check
 from tests.data.energon.test_loader import write_set
 from tests.data.small_files import write_tokenizer

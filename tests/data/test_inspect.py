@@ -55,7 +55,7 @@ def test_the_help_says_what_happens(config, capsys, tmp_path):
     for words in (
         "usage: python -m avlm.data.inspect [-h]",
         f"of the first {inspect.STATISTICS_ROWS} rows",
-        f"up to {inspect.MAX_PICTURES} images as the tower gets them, and up to {inspect.MAX_PICTURES} windows",
+        f"up to {inspect.MAX_PANELS} images as the tower gets them, and up to {inspect.MAX_PANELS} windows",
         "section.key=value ...",
         "DIR/row_000.png for the first",
         "(default: 4)",
@@ -77,10 +77,7 @@ def test_what_is_learned_is_green_on_a_terminal(config, capsys, monkeypatch):
 
 def test_sheets_are_written(config, tmp_path, capsys):
     main([str(config), "--count", "1", "--out", str(tmp_path / "sheets")])
-    sheet = (tmp_path / "sheets/row_000.png").read_bytes()
-    assert sheet.startswith(b"\x89PNG")
-    main([str(config), "model.audio.log_mel=device", "--count", "1", "--out", str(tmp_path / "again")])
-    assert (tmp_path / "again/row_000.png").read_bytes() == sheet, "sounds are shown as the tower sees them"
+    assert (tmp_path / "sheets/row_000.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_mistakes_are_one_line_and_exit_with_2(config, capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from avlm.data.loader import open_loader, open_samples
+from avlm.data.stream import Stream
 from avlm.models.batch import Batch
 from tests.data.small_files import data, image_file, model, picture, tone
 
@@ -40,8 +41,8 @@ def folder(tmp_path_factory):
 def loader(folder, tokenizer_folder):
     def make(file="set.jsonl", *, rank=0, world=1, seed=1, train=True, state=None, towers=None, **changes):
         settings = data(tokenizer_folder, **changes)
-        where = {"rank": rank, "world": world, "seed": seed, "train": train, "state": state}
-        return open_loader(str(folder / file), settings, towers or model(), **where)
+        stream = Stream(str(folder / file), settings, towers or model(), rank, world, seed, train)
+        return open_loader(stream, state)
 
     return make
 

@@ -32,7 +32,7 @@ def read(make, world, workers, states=None, rows=4):
 
 @both
 @pytest.mark.parametrize("world, workers", [(1, 4), (4, 1)])
-def test_the_streams_go_on_on_other_ranks(loader, world, workers):
+def test_other_ranks_continue_the_same_streams(loader, world, workers):
     _, states = read(loader, world=2, workers=2)
     expected, _ = read(loader, world=2, workers=2, states=states)
     dealt = [redistribute(states, rank, world) for rank in range(world)]
@@ -46,9 +46,9 @@ def test_streams_that_do_not_divide_are_refused(jsonl):
         redistribute(states, 0, 3)
     with pytest.raises(ValueError, match=r"set data\.num_workers=4"):
         jsonl(rank=0, world=1, num_workers=2, state=redistribute(states, 0, 1))
-    with pytest.raises(ValueError, match="synthetic rows belong to their rank: go on with 2 data ranks"):
+    with pytest.raises(ValueError, match="synthetic rows belong to their rank: continue with 2 data ranks"):
         redistribute([{"workers": 2, "row": 3}] * 2, 0, 1)
     with pytest.raises(
-        ValueError, match=r"Energon's streams of data\.num_workers=0 belong to their rank: go on with 2"
+        ValueError, match=r"Energon's streams of data\.num_workers=0 belong to their rank: continue with 2"
     ):
         redistribute([{"workers": 0, "energon": {}}] * 2, 0, 1)

@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from avlm.data.loader import open_loader
+from avlm.data.stream import Stream
 from avlm.models.batch import AUDIO, IMAGE
 from tests.data.small_files import data, model
 
 
 def loader(folder, source="synthetic:seconds=1", towers=None, rank=0, state=None, train=True, **changes):
     settings = data(folder, seq_length=512, **changes)
-    return open_loader(source, settings, towers or model(), rank=rank, world=2, seed=1, train=train, state=state)
+    stream = Stream(source, settings, towers or model(), rank=rank, world=2, seed=1, train=train)
+    return open_loader(stream, state)
 
 
 def test_rows_hold_the_mix_that_was_asked_for(tmp_path):

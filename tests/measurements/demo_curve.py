@@ -8,6 +8,7 @@ from typing import Any
 from avlm.config.load import load_config
 from avlm.config.run import Config, ParallelConfig
 from avlm.data.loader import open_loader
+from avlm.data.stream import Stream
 from avlm.demo.build import ensure
 from avlm.parallel import mesh
 from avlm.parallel.apply import own_part
@@ -30,7 +31,7 @@ def curve(cfg: Config) -> list[float]:
     """Loss per target of every step, on every rank alike. Each rank reads the rows itself: sent to it, every tensor
     would be an open file."""
     data = cfg.stages[0].data
-    loader = open_loader(data.train, data, cfg.model, rank=0, world=1, seed=1, train=True)
+    loader = open_loader(Stream(data.train, data, cfg.model, rank=0, world=1, seed=1, train=True))
     rows = list(itertools.islice(loader, STEPS * ROWS_OF_STEP))
     world, model = build(cfg)
     stage = cfg.stages[0]

@@ -64,7 +64,7 @@ def media_cases(folder: Path, rng: random.Random) -> Iterator[Case]:
         "audio": lambda data: audio.mels(audio.decode(data, 600.0), tower),
         "video": lambda data: [frame for frame, _ in video.decode(data, VideoConfig(), 10**8)],
         "video by time": lambda data: list(video.decode(data, VideoConfig(num_frames=None, fps=2.0), 10**8)),
-        "sound of a video": lambda data: video.has_sound(data),
+        "sound of a video": lambda data: video.has_audio(data),
     }
     seeds = {"image": images(), "audio": sounds(), "video": videos()}
     seeds |= {"video by time": seeds["video"], "sound of a video": seeds["video"]}

@@ -32,6 +32,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from avlm.config.load import load_config
 from avlm.config.model import ModelConfig
 from avlm.data.loader import open_loader
+from avlm.data.stream import Stream
 from avlm.demo.build import ensure
 from avlm.families.door import hugging_face_name
 from avlm.models.avlm import AVLM, init
@@ -189,7 +190,7 @@ def main() -> None:
     config = load_config("configs/demo.yaml")
     ensure(config)
     data, model = config.stages[-1].data, config.model
-    loader = open_loader(data.train, data, model, rank=0, world=1, seed=config.seed, train=True)
+    loader = open_loader(Stream(data.train, data, model, rank=0, world=1, seed=config.seed, train=True))
     rows = list(itertools.islice(loader, ROWS))
     padded = [pad(row, model) for row in rows]
     ours, theirs = AVLM(model), PaddedModel(model)

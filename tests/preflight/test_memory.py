@@ -223,14 +223,6 @@ def test_activations_shrink_with_recomputation_and_with_the_ranks_of_a_row():
     assert of() / 2 < of(("parallel.tensor", 2), world=2) < 0.7 * of()
 
 
-def test_windows_that_come_as_samples_count_with_all_of_them():
-    model = {key: value for key, value in TREE["model"].items() if not key.startswith("vision")}
-    more = {"model": model, "stages": [{"name": "all", "steps": 4, "train": ["decoder", "audio", "audio_projector"]}]}
-    of = lambda where: estimate(make_config(("model.audio.log_mel", where), **more)).device["activations"]
-    rows = 64 // 16 * 48  # tower rows of the four windows that fill a row of tokens; two frames each
-    assert of("device") - of("worker") == 2 * rows * 4 * (1 + 160 - 10)
-
-
 def test_what_is_offloaded_is_shown_apart():
     full = ("train.recompute.decoder", "full")
     kept = estimate(make_config(full, **TEXT_ONLY))

@@ -8,6 +8,7 @@ import os
 import pytest
 
 from avlm.data.loader import open_loader
+from avlm.data.stream import Stream
 from avlm.process.worker import STOPS
 from tests.data.energon.test_loader import write_set
 from tests.data.small_files import data, image_file, model, picture, write_tokenizer
@@ -34,7 +35,7 @@ def test_workers_live_through_signals_that_go_to_a_whole_process_tree(tmp_path, 
         source = tmp_path / "set"
         write_set(source, "train", 24)
     settings = data(write_tokenizer(tmp_path / "tokenizer"), num_workers=1, packing_buffer=4)
-    rows = iter(open_loader(str(source), settings, model(), **WHERE))
+    rows = iter(open_loader(Stream(str(source), settings, model(), **WHERE)))
     next(rows)
     [worker] = multiprocessing.active_children()
     for number in STOPS:
@@ -44,11 +45,12 @@ def test_workers_live_through_signals_that_go_to_a_whole_process_tree(tmp_path, 
 
 def test_a_sample_that_a_resume_was_holding_and_that_is_gone_is_skipped_and_named(pictures, tmp_path):
     settings = data(write_tokenizer(tmp_path / "tokenizer"), seq_length=128, packing_buffer=8)
-    loader = open_loader(str(pictures), settings, model(), **WHERE)
+    stream = Stream(str(pictures), settings, model(), **WHERE)
+    loader = open_loader(stream)
     for _ in iter(loader):
         state = json.loads(json.dumps(loader.state()))
         if held := [number for slot in state["slots"] for row in slot["rows"] for number in row]:
             break
     (tmp_path / f"{held[0]}.png").unlink()
-    first = next(iter(open_loader(str(pictures), settings, model(), **WHERE, state=state)))
+    first = next(iter(open_loader(stream, state)))
     assert [key for key, _ in first.skipped] == [f"pictures.jsonl:{held[0]}"] and first.keys

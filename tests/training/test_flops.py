@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from avlm.config.model import ProjectorConfig
+from avlm.data.stream import Stream
 from avlm.data.synthetic import SyntheticLoader
 from avlm.models import decoder, freezing
 from avlm.models.avlm import AVLM, init
@@ -88,7 +89,7 @@ def make_batch(cfg, documents=4):
     """128 tokens in documents whose lengths are multiples of 16, up to which the plain path rounds."""
     media = ",images=3,clips=1,seconds=1" if cfg.model.vision else ""
     source, data = f"synthetic:documents={documents}{media}", replace(cfg.stages[0].data, seq_length=128)
-    return next(iter(SyntheticLoader(source, data, cfg.model, rank=0, identity={}, seed=0, train=True)))
+    return next(iter(SyntheticLoader(Stream(source, data, cfg.model, rank=0, world=1, seed=0, train=True))))
 
 
 def plain_loss(hidden_RD, weight_VD, target_R):

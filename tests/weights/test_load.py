@@ -159,7 +159,7 @@ def test_a_config_that_disagrees_with_the_folder_names_the_key(llama_folder):
     check = lambda ours: check_config(ours, right, llama_folder)
     check(right)
     check(dataclasses.replace(right, max_position=512))
-    check_config(dataclasses.replace(WHOLE.audio, log_mel="device", window="fixed"), WHOLE.audio, "a run")
+    check_config(dataclasses.replace(WHOLE.audio, window="fixed"), WHOLE.audio, "a run")
     for key, value in (("rope_theta", 5e5), ("num_kv_heads", 4), ("tie_embedding", True), ("max_position", 4096)):
         with pytest.raises(ValueError, match=f"model.decoder.{key} is {value}"):
             check(dataclasses.replace(right, **{key: value}))

@@ -1,11 +1,11 @@
-"""Megatron-Energon: sharded WebDatasets and blends of them, with the same encoding and packing as everywhere.
+"""Megatron-Energon: sharded WebDatasets and blends of them, with the same encoding and packing as for other sources.
 
-A dataset is a folder that ``energon prepare`` went over, of class CrudeWebdataset: a sample is KEY.json, a record of
-one of the forms of ``sample.parse``, and the parts KEY.NAME that it names. A blend is a MetadatasetV2 YAML of them.
+A dataset is a folder that ``energon prepare`` prepared, of class CrudeWebdataset: a sample is KEY.json, a record of one
+of the forms of ``sample.parse``, and the parts KEY.NAME that it names. A blend is a MetadatasetV2 YAML of datasets.
 Samples reach us as bytes, no Python of a dataset folder is run, and state travels as JSON, never as pickle.
 
-A sample that cannot be used is not dropped where that is found out: it goes through the packing buffer as a note and is
-counted in the row that it lands in. So the counts survive a resume like the samples do.
+A bad sample is not dropped on the spot: a record of it travels through the packing buffer and is counted with the row
+it ends up in, so that counts survive a resume.
 """
 
 import functools
@@ -34,18 +34,18 @@ from megatron.energon.errors import FatalSampleError, reraise_exception
 from megatron.energon.flavors import EmptyDatasetError
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
-from avlm.config.model import ModelConfig, shown
-from avlm.config.run import DataConfig
+from avlm.config.model import shown
 from avlm.data.energon.source import check_source
 from avlm.data.energon.state import from_json, to_json
 from avlm.data.packing import pack, select
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder, load_json, parse
+from avlm.data.stream import Stream
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.batch import Batch
 from avlm.process import worker
 
-SAMPLES_PER_SLICE = 100  # samples read one after the other before the reader jumps to another place of the shards
-# What Energon raises where shards, indexes or blends are not what they should be.
+SAMPLES_PER_SLICE = 100  # samples that are read in sequence before the reader jumps to another place of the shards
+# What Energon raises for damaged shards, indexes or blends.
 DAMAGE = (ValueError, AssertionError, RuntimeError, LookupError, OSError, ArithmeticError, tarfile.TarError)
 EMPTY = ("empty dataset", "all empty datasets", "no samples in any")  # what Energon says of a worker without samples
 
@@ -80,16 +80,16 @@ def to_sample(raw: Raw) -> Sample:
 
 
 class RawEncoder(DefaultTaskEncoder):
-    """Samples as they lie in the shards."""
+    """Leaves samples as the shards hold them."""
 
     decoder = None  # raw bytes: Energon decodes nothing
     cookers = [Cooker(cook)]
 
 
-def read_samples(source: str, data: DataConfig) -> Iterator[Sample]:
+def read_samples(source: str) -> Iterator[Sample]:
     check_source(Path(source))
-    alone = WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler=reraise_exception)
-    samples = iter(_loader(source, train=False, worker_config=alone, task_encoder=RawEncoder()))
+    one_reader = WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler=reraise_exception)
+    samples = iter(_loader(source, train=False, worker_config=one_reader, task_encoder=RawEncoder()))
     while True:
         try:
             raw = next(samples, None)
@@ -108,11 +108,13 @@ class TaskEncoder(RawEncoder):
 
     def __init__(self, encoder: SampleEncoder, train: bool) -> None:
         super().__init__()
-        self.encoder, self.train = encoder, train
+        self.encoder = encoder
+        self.train = train
 
     @stateless
     def encode_sample(self, raw: Raw) -> Encoded:
-        sample, reason = None, ""
+        sample = None
+        reason = ""
         try:
             sample = self.encoder.encode(to_sample(raw))
         except ValueError as error:
@@ -120,13 +122,14 @@ class TaskEncoder(RawEncoder):
         return Encoded.derive_from(raw, sample=sample, reason=reason)
 
     def select_samples_to_pack(self, samples: list[Encoded]) -> list[list[Encoded]]:
-        good, bad = ([s for s in samples if (s.sample is None) == is_bad] for is_bad in (False, True))
+        good = [entry for entry in samples if entry.sample is not None]
+        bad = [entry for entry in samples if entry.sample is None]
         if self.train and not good:
             raise ValueError(f"none of {len(bad)} samples can be used; {bad[0].__key__}: {bad[0].reason}")
         lengths = [len(entry.sample) for entry in good]
-        rows = select(lengths, self.encoder.data.seq_length, self.encoder.data.packing)
-        rows = [[good[i] for i in row] for row in rows] or [[]]
-        for i, entry in enumerate(bad):  # spread, so that no single row looks as if it were mostly bad
+        selected = select(lengths, self.encoder.data.seq_length, self.encoder.data.packing)
+        rows = [[good[i] for i in row] for row in selected] or [[]]
+        for i, entry in enumerate(bad):  # spread, so that no row seems to be mostly bad
             rows[i % len(rows)].append(entry)
         return rows
 
@@ -135,7 +138,8 @@ class TaskEncoder(RawEncoder):
         skipped = [(entry.__key__, entry.reason) for entry in samples if entry.sample is None]
         good = [entry.sample for entry in samples if entry.sample is not None]
         batch = pack(good, self.encoder.data.seq_length, self.encoder.model, skipped, read=len(samples))
-        return Packed(__key__=batch.keys[0] if batch.keys else "", __restore_key__=(), batch=batch)
+        key = batch.keys[0] if batch.keys else ""
+        return Packed(__key__=key, __restore_key__=(), batch=batch)
 
     def build_batch(self, dataset: Any, **options: Any) -> Any:
         # With batch_size=None this is Energon's PackingDataset.
@@ -147,7 +151,7 @@ class TaskEncoder(RawEncoder):
         return packing
 
     def _all_but_last(self, samples: list[Encoded], buffer: SavableSampleBuffer) -> list[list[Encoded]]:
-        """The rows of ``samples``. What was left over for the last of several goes back, before what will be read."""
+        """The rows of ``samples``. The leftovers in the last of several rows go back, before the samples to come."""
         rows = self.select_samples_to_pack(samples)
         if len(rows) > 1:
             buffer.extend(rows.pop())
@@ -155,29 +159,20 @@ class TaskEncoder(RawEncoder):
 
 
 class EnergonLoader:
-    """Packed rows of a prepared folder or a blend. Training is endless; validation starts anew with each iteration."""
+    """Packed rows of a prepared folder or a blend. Training is endless; validation starts from the beginning with each
+    iteration."""
 
-    def __init__(
-        self,
-        source: str,
-        data: DataConfig,
-        model: ModelConfig,
-        *,
-        rank: int,
-        identity: dict[str, Any],
-        seed: int,
-        train: bool,
-        state: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, stream: Stream, state: dict[str, Any] | None = None) -> None:
         self._loader: SavableDataLoader | None = None
-        check_source(Path(source))
-        self.source, self.data, self.train, self.identity = source, data, train, identity
-        self._encoder = TaskEncoder(SampleEncoder(model, data, Tokenizer(data.tokenizer)), train)
+        check_source(Path(stream.source))
+        self.stream = stream
+        encoder = SampleEncoder(stream.model, stream.data, Tokenizer(stream.data.tokenizer))
+        self._encoder = TaskEncoder(encoder, stream.train)
         self._workers = WorkerConfig(
-            rank=rank,
-            world_size=identity["world"],
-            num_workers=data.num_workers,
-            seed_offset=seed,
+            rank=stream.rank,
+            world_size=stream.world,
+            num_workers=stream.data.num_workers,
+            seed_offset=stream.seed,
             global_error_handler=reraise_exception,
         )
         self._loader = self._open()
@@ -185,7 +180,7 @@ class EnergonLoader:
             self._loader.restore_state_rank(from_json(state["energon"]))
 
     def __iter__(self) -> Iterator[Batch]:
-        if not self.train:
+        if not self.stream.train:
             self._loader = self._open()
         try:
             for packed in self._loader:
@@ -197,62 +192,69 @@ class EnergonLoader:
                 raise
             raise explained from error
         finally:
-            if not self.train:
+            if not self.stream.train:
                 self._end_workers()
 
     def __del__(self) -> None:
         self._end_workers()
 
     def _end_workers(self) -> None:
-        """Energon's loader refers to itself, and torch needs 5 seconds a worker for what the garbage collector ends."""
+        """Energon's loader refers to itself, and torch takes 5 seconds to end each worker that the garbage collector
+        finds."""
         if self._loader is not None:
             worker.end(self._loader._iterator)
 
     def _explained(self, error: Exception) -> ValueError | None:
-        """One line for a fault of the data; None for a fault of the code (Energon calls it fatal)."""
+        """One line for a fault of the data; None for a fault of the code, which Energon calls fatal."""
+        source = self.stream.source
         if any(words in str(error) for words in EMPTY):
             workers = self._workers.world_size * max(1, self._workers.num_workers)
             return ValueError(
-                f"{self.source} has too few samples: one of {workers} workers (ranks x data.num_workers) has none"
+                f"{source} has too few samples: one of {workers} workers (ranks x data.num_workers) has none"
             )
-        if isinstance(error, ValueError) and not isinstance(error, FatalSampleError):
-            return ValueError(f"{self.source}: {_last_line(error)}")
-        if isinstance(error, LookupError | OSError | ArithmeticError | tarfile.TarError) and not isinstance(
-            error, FatalSampleError
-        ):
-            return ValueError(f"{self.source} is damaged: {shown(_last_line(error))}")
+        if isinstance(error, FatalSampleError):
+            return None
+        if isinstance(error, ValueError):
+            return ValueError(f"{source}: {_last_line(error)}")
+        if isinstance(error, LookupError | OSError | ArithmeticError | tarfile.TarError):
+            return ValueError(f"{source} is damaged: {shown(_last_line(error))}")
         return None
 
     def state(self) -> dict[str, Any]:
         """Plain JSON: where the stream stands after the last row that was handed out."""
-        return {**self.identity, "energon": to_json(self._loader.save_state_rank())}
+        return {**self.stream.identity(), "energon": to_json(self._loader.save_state_rank())}
 
     def _open(self) -> SavableDataLoader:
-        options = {"packing_buffer_size": self.data.packing_buffer}
-        if self.train:
-            options |= {"shuffle_buffer_size": self.data.shuffle_buffer, "max_samples_per_sequence": SAMPLES_PER_SLICE}
-        return _loader(
-            self.source, train=self.train, worker_config=self._workers, task_encoder=self._encoder, **options
-        )
+        data = self.stream.data
+        options = {
+            "worker_config": self._workers,
+            "task_encoder": self._encoder,
+            "packing_buffer_size": data.packing_buffer,
+        }
+        if self.stream.train:
+            options["shuffle_buffer_size"] = data.shuffle_buffer
+            options["max_samples_per_sequence"] = SAMPLES_PER_SLICE
+        return _loader(self.stream.source, train=self.stream.train, **options)
 
 
 def _loader(source: str, *, train: bool, **options: Any) -> SavableDataLoader:
+    get_dataset = get_train_dataset if train else get_val_dataset
     try:
-        dataset = (get_train_dataset if train else get_val_dataset)(source, batch_size=None, **options)
+        dataset = get_dataset(source, batch_size=None, **options)
     except (*DAMAGE, TypeError, AttributeError, EmptyDatasetError) as error:
         split = "train" if train else "val"
         fix = "`energon prepare --split-parts` names one, and so does a blend"
         raise ValueError(
             f"{source} has no split {split!r} that Energon can read ({fix}): {shown(str(error))}"
         ) from error
-    # Energon has caught an exception whose traceback holds the frames of our callers in a cycle: without this, dropping
-    # an EnergonLoader would not call __del__.
+    # Energon has caught an exception whose traceback keeps our callers' frames in a cycle. Unless it is collected here,
+    # dropping an EnergonLoader does not call __del__.
     gc.collect()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'pin_memory' argument")  # Energon always asks for it, we decide below
         loader = get_savable_loader(
             dataset,
-            # A state after every row: a resume then computes no row twice.
+            # A state after every row, so that a resume computes no row twice.
             checkpoint_every_sec=0,
             checkpoint_every_min_n_samples=1,
             watchdog_timeout_seconds=None,
@@ -271,6 +273,9 @@ def _part(parts: dict[str, bytes], name: str) -> bytes:
 
 
 def _last_line(error: Exception) -> str:
-    """What went wrong; an error of a worker process comes with that process's traceback in its text."""
+    """What went wrong. The text of a worker process's error holds that process's traceback."""
     text = str(error).strip()
-    return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
+    if not text.startswith("Caught "):
+        return text
+    _, _, message = text.splitlines()[-1].partition(": ")
+    return message

@@ -72,7 +72,7 @@ def mels(waveform: Tensor, audio: AudioConfig) -> list[Tensor]:
     return [window(clip, audio) for clip in waveform.split(audio.max_positions * SAMPLES_PER_ROW)]
 
 
-def rows(mel: Tensor) -> int:
+def num_rows(mel: Tensor) -> int:
     """Rows that the tower keeps of a window."""
     return mel.shape[1] // 2
 

@@ -40,7 +40,7 @@ def decode(data: bytes, video: VideoConfig, max_pixels: int) -> Iterator[tuple[T
         raise ValueError(f"film cannot be decoded: {reason(error, data)}") from None
 
 
-def has_sound(data: bytes) -> bool:
+def has_audio(data: bytes) -> bool:
     """Whether it has a sound track that is not empty. ``decode`` says what is wrong with a film that cannot be read."""
     try:
         with open_container(data) as container:

@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from avlm.config.load import load_config
 from avlm.config.run import Config
 from avlm.data.loader import open_loader
+from avlm.data.stream import Stream
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.answers import find_sets
 from avlm.evaluation.scores import scorer, total
@@ -99,7 +100,8 @@ def read(model: AVLM, source: str, cfg: Config, leave_out: bool = True) -> Itera
     data = replace(cfg.stages[0].data, seq_length=ROW)
     tokenizer = Tokenizer(data.tokenizer)
     control = torch.tensor([tokenizer.id_of(token) for token in tokenizer.control_tokens], dtype=torch.int64)
-    for batch in open_loader(source, data, cfg.model, rank=0, world=1, seed=0, train=False):
+    stream = Stream(source, data, cfg.model, rank=0, world=1, seed=0, train=False)
+    for batch in open_loader(stream):
         for key, reason in batch.skipped:
             if not leave_out:
                 raise ValueError(f"{source}, {key}: {reason}")

@@ -13,6 +13,7 @@ from megatron.energon.flavors import BaseWebdatasetFactory
 
 from avlm.data.energon.state import from_json, to_json
 from avlm.data.loader import open_loader, open_samples
+from avlm.data.stream import Stream
 from tests.data.small_files import data, image_file, model, picture, tone
 
 CRUDE = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
@@ -60,8 +61,8 @@ def root(tmp_path_factory):
 @pytest.fixture
 def loader(root, tokenizer_folder):
     def make(name="blend.yaml", *, rank=0, world=1, train=True, state=None, **changes):
-        where = {"rank": rank, "world": world, "seed": 1, "train": train, "state": state}
-        return open_loader(str(root / name), data(tokenizer_folder, **changes), model(), **where)
+        settings = data(tokenizer_folder, **changes)
+        return open_loader(Stream(str(root / name), settings, model(), rank, world, 1, train), state)
 
     return make
 
@@ -209,9 +210,8 @@ def test_no_file_of_a_dataset_names_code_at_any_depth(place, tmp_path, tokenizer
     splits = tmp_path / "evil/.nv-meta/split.yaml"
     (tmp_path / "evil/.nv-meta/other.yaml").write_text(splits.read_text())
     (tmp_path / "blend.yaml").write_text(yaml.safe_dump(header | blend))
-    open_at = lambda name: open_loader(
-        str(tmp_path / name), data(tokenizer_folder), model(), rank=0, world=1, seed=1, train=True
-    )
+    settings = data(tokenizer_folder)
+    open_at = lambda name: open_loader(Stream(str(tmp_path / name), settings, model(), 0, 1, seed=1, train=True))
     for name in ("evil", "blend.yaml"):
         open_at(name)
     mark = tmp_path / "ran"
@@ -241,9 +241,8 @@ def test_damaged_and_endless_descriptions_are_one_line_that_names_the_file(tmp_p
         ],
         ".info.json": [b"", b"[]", b"{", b"[" * 100_000, b"{}", b'{"shard_counts": {"shard_0.tar": "x"}}', b"\xff"],
     }
-    open_at = lambda name: open_loader(
-        str(tmp_path / name), data(tokenizer_folder), model(), rank=0, world=1, seed=1, train=True
-    )
+    settings = data(tokenizer_folder)
+    open_at = lambda name: open_loader(Stream(str(tmp_path / name), settings, model(), 0, 1, seed=1, train=True))
     for name, contents in broken.items():
         kept[name] = (meta / name).read_bytes()
         for content in contents:
@@ -293,8 +292,8 @@ def test_a_damaged_shard_ends_training_and_evaluation_with_one_line(split, tmp_p
             if split == "val":
                 list(open_samples(str(tmp_path / "a"), data(tokenizer_folder)))
             settings = data(tokenizer_folder, num_workers=0)
-            source = {"rank": 0, "world": 1, "seed": 1, "train": True}
-            list(islice(open_loader(str(tmp_path / "a"), settings, model(), **source), 20))
+            stream = Stream(str(tmp_path / "a"), settings, model(), rank=0, world=1, seed=1, train=True)
+            list(islice(open_loader(stream), 20))
         assert "\n" not in str(error.value)
 
 

@@ -222,9 +222,9 @@ def test_frames_are_bytes_between_0_and_255_like_pictures():
 
 
 def test_sound_tracks_are_found():
-    assert video.has_sound(film(1, sound=True)) and not video.has_sound(film(1))
-    assert not video.has_sound(film(1, sound=0.0)), "a track without packets"
-    assert not video.has_sound(b"no film")
+    assert video.has_audio(film(1, sound=True)) and not video.has_audio(film(1))
+    assert not video.has_audio(film(1, sound=0.0)), "a track without packets"
+    assert not video.has_audio(b"no film")
 
 
 def test_what_is_no_film_is_refused():

@@ -1,0 +1,76 @@
+"""What a loader reads: a source, seen by one of the data ranks."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from avlm.config.model import MODULES, ModelConfig
+from avlm.config.run import DataConfig
+
+# Settings of a module that change no sample's length.
+LENGTH_IS_THE_SAME = ("bias", "output_std", "resample")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The rows that one data rank reads from a source.
+
+    source  an Energon folder or .yaml blend, a .json or .jsonl file, or "synthetic"
+    data    how its samples are encoded and packed
+    model   whose towers give the number of placeholders
+    rank    of this data rank, one of ``world``; each reads a share of its own
+    seed    of the order in which training reads
+    train   endless and in random order; False: every sample once, in the order of the source
+    """
+
+    source: str
+    data: DataConfig
+    model: ModelConfig
+    rank: int
+    world: int
+    seed: int
+    train: bool
+
+    def identity(self) -> dict[str, Any]:
+        """What a loader's state belongs to. Only the same stream can continue from it."""
+        return {
+            "rank": self.rank,
+            "world": self.world,
+            "workers": self.data.num_workers,
+            "seed": self.seed,
+            "config": fingerprint(self.data, self.model),
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """ValueError if the state belongs to another stream, naming the first difference."""
+        for key, value in self.identity().items():
+            if state.get(key) == value:
+                continue
+            fix = "resume with the same seed and data"
+            if key == "workers":
+                fix = f"set data.num_workers={state['workers']}"
+            raise ValueError(
+                f"the loader state is for {key}={state.get(key)}, this run has {key}={value}: {fix}, or start anew "
+                "with resume=never"
+            )
+
+
+def fingerprint(data: DataConfig, model: ModelConfig) -> str:
+    """Changes with every setting that decides what samples encode to and how they are packed, but not with the place
+    of files, nor with what may change between a run and its resume."""
+    settings = dataclasses.asdict(data)
+    for field in dataclasses.fields(data):
+        if field.metadata.get("may_change") or field.name in ("train", "tokenizer"):
+            del settings[field.name]
+    settings["vocab_size"] = model.decoder.vocab_size
+    for name in MODULES:
+        if name == "decoder":
+            continue
+        module = getattr(model, name)
+        settings[name] = None
+        if module is not None:
+            values = dataclasses.asdict(module)
+            settings[name] = {key: value for key, value in values.items() if key not in LENGTH_IS_THE_SAME}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
