@@ -2,7 +2,7 @@
 
 Hugging Face folder or Hub name   safetensors or pickles, one file or shards; config.json
 exported AVLM                     the same under our names
-run, or checkpoint of a run       DCP files of any layout of ranks; the run's config.yaml. Trusted like code: pickles
+run, or checkpoint of a run       DCP files of any layout of ranks; the run's config.yaml
 .ckpt, .pt, .pth file             {"state_dict": {...}} or the bare dict, under our names or Hugging Face's
 """
 
