@@ -100,7 +100,8 @@ def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World, log: Lo
                 break
             if batch and world.leads_row:
                 log.skipped(batch, f" of {name}")
-            batch = own_part(batch or empty_batch(stage.data.seq_length, cfg.model), cfg, world).to(world.device)
+            batch = batch or empty_batch(stage.data.seq_length, cfg.model)
+            batch = own_part(batch, cfg.model, world, cfg.parallel.balance_media).to(world.device)
             batch_loss, _, token_R = model(batch, predict=True)
             loss += batch_loss
             right += (token_R == batch.target_R).sum()
@@ -141,7 +142,7 @@ def run_stage(
         stream = Stream(stage.data.train, stage.data, cfg.model, **world.shard_of_data, seed=seed, train=True)
         loader = open_loader(stream, loader_state)
     rows = world.share_rows(loader)
-    costs = flops.costs(cfg, stage)
+    costs = flops.costs(cfg.model, stage, cfg.train.recompute)
     log.message(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(trained)}")
     log.restart_clock()
 
@@ -151,7 +152,7 @@ def run_stage(
         started = time.perf_counter()
         batches = [next(rows) for _ in range(cfg.train.accumulate)]
         waited = time.perf_counter() - started
-        parts = [own_part(batch, cfg, world) for batch in batches]
+        parts = [own_part(batch, cfg.model, world, cfg.parallel.balance_media) for batch in batches]
         counted = batches if world.leads_row else []  # a row counts once, whoever works on it
         counts = world.sum_by_name(tally(counted, costs) | {"stop": float(bool(stopping))})
         stop, read, skipped = (counts.pop(name) for name in ("stop", "read", "skipped"))
@@ -197,8 +198,8 @@ def run_stage(
 def main(cfg: Config) -> None:
     # 1. Everything that can be wrong is found before any process group starts. The run folder belongs to one run.
     check(cfg, world_size=ranks()[1])
-    device = mesh.choose_device(cfg)
-    world = mesh.start(cfg, device)
+    device = mesh.choose_device(cfg.device)
+    world = mesh.start(cfg.parallel, device)
     agreement.check_start(world, dump_config(cfg))
     lock = claim(cfg, world)
     resume_from, note = world.gather(find(cfg))[0]
@@ -214,7 +215,7 @@ def main(cfg: Config) -> None:
     torch.use_deterministic_algorithms(cfg.deterministic)
     with torch.device("meta"):
         model = AVLM(cfg.model)
-    apply_parallel(model, world, cfg)
+    apply_parallel(model, world, cfg.parallel, cfg.train)
     progress = read_progress(resume_from, run) if resume_from else Progress()
     log = Log(cfg, world, progress.step)
     log.message(f"{describe(model)}; {world.size} x {device.type}")
@@ -224,7 +225,7 @@ def main(cfg: Config) -> None:
     else:
         for loaded in init_weights(model, world.gather(pinned(cfg.init_from))[0], cfg.seed):
             log.message(str(loaded))
-    warm_up(model, cfg, world)
+    warm_up(model, world)
     if resume_from:
         checkpoint.load_random_state(resume_from, world)
 

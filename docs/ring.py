@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from avlm.parallel.context import plan
+from avlm.parallel.context import share
 
 WIDTH, HEIGHT = 14.0, 10.4
 INK, PALE = "#22303c", "#5d6b78"
@@ -120,7 +120,7 @@ def main() -> None:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
     axes.axis("off")
-    rows_CL = plan(LENGTHS, CONTEXT).rows_CL
+    rows_CL = share(LENGTHS, CONTEXT).rows_CL
     zigzag(axes, rows_CL)
     steps(axes, rows_CL)
     exchange(axes)

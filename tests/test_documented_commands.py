@@ -14,7 +14,7 @@ NAMED = sorted(set(re.findall(r"python (?:-m )?((?:tests|avlm|kernels)[\w./]*\w|
 # Scripts of tests/, each with arguments that shorten it. Those of avlm/ and kernels/ have tests of their own.
 SCRIPTS = {
     "tests.measurements.equivalence": [],  # what `make equivalence` runs
-    "tests.parallel.wire": [],
+    "tests.measurements.wire": [],
     "tests.measurements.measure_balance": ["--repeats", "1"],
     "tests.kernels.test_compiled": [],
     "tests.measurements.fuzz": ["--count", "100"],

@@ -7,7 +7,6 @@ Writes report.json and report.md into the run folder, and every answer into pred
 """
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
@@ -44,12 +43,12 @@ def main() -> None:
         raise ValueError(f"--limit {arguments.limit} leaves no samples")
     sets = find_sets(arguments.data)
     config, path = find_checkpoint(arguments.run, arguments.step)
-    config = dataclasses.replace(config, parallel=ParallelConfig())  # any number of ranks
-    world = mesh.start(config, mesh.choose_device(config))
+    parallel = ParallelConfig()  # any number of ranks
+    world = mesh.start(parallel, mesh.choose_device(config.device))
     path = world.gather(path)[0]  # the run may continue and save meanwhile
     with torch.device("meta"):
         model = AVLM(config.model)
-    apply_parallel(model, world, config)
+    apply_parallel(model, world, parallel, config.train)
     model.requires_grad_(False)  # FSDP needs one dtype among what trains, and adapters may stand on a base in bf16
     checkpoint.load_model(path, model)
     run = path.resolve().parents[1]

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection
 
 from avlm.config.model import MODULES, ModelConfig, shown
-from avlm.config.run import FREEZE_FLAGS, Config, StageConfig
+from avlm.config.run import FREEZE_FLAGS, StageConfig
 from avlm.models.avlm import AVLM
 from avlm.models.lora import collapse, frozen_base, is_adapter
 from avlm.models.shapes import Shapes
@@ -76,5 +76,5 @@ def matching(pattern: str, key: str, names: Collection[str], what: str = "parame
     return found
 
 
-def trained_shapes(config: Config, stage: StageConfig, shapes: Shapes) -> Shapes:
-    return {name: shapes[name] for name in trained_names(stage, config.model, shapes)}
+def trained_shapes(stage: StageConfig, model: ModelConfig, shapes: Shapes) -> Shapes:
+    return {name: shapes[name] for name in trained_names(stage, model, shapes)}

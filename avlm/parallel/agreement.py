@@ -1,7 +1,8 @@
-"""Everything that all ranks have to agree on, checked before a collective waits for a rank that does something else."""
+"""What all ranks have to agree on, checked before a collective waits for a rank that does something else."""
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +44,26 @@ def _compare(world: World, own: dict[str, Any], advice: str) -> None:
     for key in own:
         texts = [of_rank[key] for of_rank in everyone]
         usual, count = Counter(texts).most_common(1)[0]
-        if count == len(texts):
-            continue
-        differences = []
-        for odd in dict.fromkeys(texts):
-            if odd != usual:
-                ranks = ", ".join(str(rank) for rank, text in enumerate(texts) if text == odd)
-                most_have, they_have = _first_difference(usual, odd)
-                differences.append(f"rank {ranks} has `{they_have}`, most have `{most_have}`")
-        raise ValueError(f"ranks disagree on {key}: {', '.join(differences)}; {advice}")
+        if count < len(texts):
+            raise ValueError(f"ranks disagree on {key}: {_differences(texts, usual)}; {advice}")
+
+
+def _differences(texts: list[str], usual: str) -> str:
+    """Which ranks differ from the usual text, and in which line."""
+    ranks_of = defaultdict(list)
+    for rank, text in enumerate(texts):
+        ranks_of[text].append(str(rank))
+    del ranks_of[usual]
+    found = []
+    for odd, ranks in ranks_of.items():
+        most_have, they_have = _first_difference(usual, odd)
+        found.append(f"rank {', '.join(ranks)} has `{they_have}`, most have `{most_have}`")
+    return ", ".join(found)
 
 
 def _first_difference(a: str, b: str) -> tuple[str, str]:
     """The first lines in which two texts differ."""
-    for line_a, line_b in zip(a.splitlines() + [""], b.splitlines() + [""]):
+    for line_a, line_b in zip_longest(a.splitlines(), b.splitlines(), fillvalue=""):
         if line_a != line_b:
             return line_a.strip(), line_b.strip()
     return a, b

@@ -3,7 +3,7 @@
 import torch
 
 from avlm.config.model import ModelConfig
-from avlm.config.run import Config
+from avlm.config.run import ParallelConfig, TrainConfig
 from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch, empty_batch
 from avlm.models.lora import frozen_base
@@ -17,34 +17,39 @@ from avlm.parallel.recompute import apply_compile, apply_recompute
 from avlm.parallel.tensor import apply_tensor
 
 
-def apply_parallel(model: AVLM, world: World, config: Config) -> None:
+def apply_parallel(model: AVLM, world: World, parallel: ParallelConfig, train: TrainConfig) -> None:
     """Lay out a model on the meta device, then give it memory (not values) on the rank's device."""
-    layout = config.parallel
-    if config.model.lora and config.model.lora.base == "bf16":
+    lora = model.config.lora
+    if lora and lora.base == "bf16":
         hold_base_in_bf16(model)
-    if layout.tensor > 1:
+    if parallel.tensor > 1:
         apply_tensor(model.decoder, world.decoder_mesh["tensor"])
-    if layout.context > 1:
-        num_kv_heads = config.model.decoder.num_kv_heads // layout.tensor
-        mode = choose_mode(layout.context_mode, num_kv_heads, layout.context)
+    if parallel.context > 1:
+        num_kv_heads = model.config.decoder.num_kv_heads // parallel.tensor
+        mode = choose_mode(parallel.context_mode, num_kv_heads, parallel.context)
         # Gradients of keys and values travel while the next keys and values do: each has a communicator of its own.
         apply_context(model, world.mesh.get_group("context"), world.new_group("context"), mode)
     apply_media(model)
-    apply_recompute(model, config.train)
-    if config.train.compile:
+    apply_recompute(model, train)
+    if train.compile:
         apply_compile(model)
-    apply_fsdp(model, world, layout, compute_dtype(config, world.device))
-    model.to_empty(device="cpu" if layout.cpu_offload else world.device)
-    if layout.tower_sharding == "replicate":
+    apply_fsdp(model, world, parallel, compute_dtype(train.precision, world.device))
+    model.to_empty(device="cpu" if parallel.cpu_offload else world.device)
+    if parallel.tower_sharding == "replicate":
         for modality in model.modalities:
-            modality.tower.to_empty(device=world.device)  # no unit of FSDP brings it there
+            modality.tower.to_empty(device=world.device)  # outside all units of FSDP, so nothing else moves it there
 
 
-def own_part(batch: Batch, config: Config, world: World) -> Batch:
-    """This rank's part of a row that several ranks share: tokens, and media to encode. On the CPU."""
+def own_part(batch: Batch, model: ModelConfig, world: World, balance: bool) -> Batch:
+    """This rank's part of a row that several ranks share: tokens, and media to encode. On the CPU.
+
+    With ``balance``, the media of all rows are shared evenly among all ranks.
+    """
     batch, place_T = cut(batch, *world.axis("context"))
-    part = split(batch, place_T, config.model, world, balance=config.parallel.balance_media)
-    return part.pin_memory() if world.device.type == "cuda" else part  # the parts are new tensors
+    part = split(batch, place_T, model, world, balance)
+    if world.device.type == "cuda":
+        return part.pin_memory()  # the loader pinned the whole row, but the part is made of new tensors
+    return part
 
 
 def prompt_part(batch: Batch, model: ModelConfig, world: World) -> Batch:
@@ -53,8 +58,8 @@ def prompt_part(batch: Batch, model: ModelConfig, world: World) -> Batch:
     return split(batch, place_T, model, world, group=world.mesh.get_group("tensor"))
 
 
-def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    precision = config.train.precision
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Of what ``train.precision`` says; auto is bf16 on GPUs and float32 on CPUs."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
@@ -70,7 +75,7 @@ def hold_base_in_bf16(model: AVLM) -> None:
 
 
 @torch.no_grad()
-def warm_up(model: AVLM, config: Config, world: World) -> None:
+def warm_up(model: AVLM, world: World) -> None:
     """One forward over an empty row while all parameters that may ever train require a gradient.
 
     FSDP2 notes dtypes at a unit's first forward: a unit that is frozen then and trained later would fail in bf16. It
@@ -78,7 +83,8 @@ def warm_up(model: AVLM, config: Config, world: World) -> None:
     """
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.dtype == torch.float32)
-    num_rows = 16 * config.parallel.context * config.parallel.tensor
-    with torch.compiler.set_stance("force_eager"):  # a graph for no media and so few rows would be useless
-        model(own_part(empty_batch(num_rows, config.model), config, world).to(world.device))
+    num_tokens = 16 * world.row_mesh["row"].size()
+    row = own_part(empty_batch(num_tokens, model.config), model.config, world, balance=False)
+    with torch.compiler.set_stance("force_eager"):  # a graph for no media and so few tokens would be useless
+        model(row.to(world.device))
     reshard(model)

@@ -9,9 +9,11 @@ few keys has a late part that sees many:
 Everything is made on the CPU before the batch goes to its device; attention over such parts: context_attention.py.
 
 T tokens of the row   C context ranks   L = T / C tokens of a rank   N documents   R tokens that carry a target
+2 early and late part
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,20 +21,21 @@ from torch import Tensor
 from avlm.models.batch import Batch
 from kernels.segments import Segments
 
+EARLY, LATE = torch.tensor([1, 0]), torch.tensor([0, 1])  # times a number for each document: it counts for one part
+
 
 @dataclass(frozen=True, eq=False)
 class Shares:
     """What each rank holds. Its tokens ascend: document after document, the early part before the late one.
 
-    rows_CL            int64: the place in the whole packed row of each token that a rank holds
-    early_NC, late_NC  int64: tokens in a rank's early and late part of each document
-    order_NC           int64: the place of a rank among the early parts of a document
+    rows_CL    int64: the place in the whole packed row of each token that a rank holds
+    first_NC2  int64: the position in its document at which each part begins
+    count_NC2  int64: tokens of each part
     """
 
     rows_CL: Tensor
-    early_NC: Tensor
-    late_NC: Tensor
-    order_NC: Tensor
+    first_NC2: Tensor
+    count_NC2: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,19 +61,22 @@ class ContextPlan:
     late: Segments
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ContextPlan":
+        def move(part: Any) -> Any:
+            return part.to(device, non_blocking=non_blocking)
+
         own, _ = self.ring[0]
-        own = own.to(device, non_blocking=non_blocking)
+        own = move(own)
         ring = [(own, own)]
         for queries, keys in self.ring[1:]:
-            ring.append((queries.to(device, non_blocking=non_blocking), keys.to(device, non_blocking=non_blocking)))
+            ring.append((move(queries), move(keys)))
         moved = {"ring": tuple(ring)}
         for entry in fields(self):
             if entry.name != "ring":
-                moved[entry.name] = getattr(self, entry.name).to(device, non_blocking=non_blocking)
+                moved[entry.name] = move(getattr(self, entry.name))
         return ContextPlan(**moved)
 
 
-def plan(lengths: list[int], context: int) -> Shares:
+def share(lengths: list[int], context: int) -> Shares:
     """Share documents of these lengths among ``context`` ranks, each of which gets T / C tokens.
 
     A rank gets L // C tokens of a document of length L, or one more. The cost of causal attention is the number of
@@ -85,34 +91,35 @@ def plan(lengths: list[int], context: int) -> Shares:
         )
     num_held = [0] * context
     num_pairs = [0] * context
-    early = [[0] * context for _ in lengths]
-    late = [[0] * context for _ in lengths]
-    order = [[0] * context for _ in lengths]
-    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        quota = _quotas(lengths[n], num_held, num_pairs)
+    first = [[(0, 0)] * context for _ in lengths]
+    count = [[(0, 0)] * context for _ in lengths]
+    for n in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        length = lengths[n]
+        quota = _quotas(length, num_held, num_pairs)
         # With odd quotas the first in order gets the most pairs: the rank that would be left with the fewest.
-        expected = [num_pairs[c] + quota[c] * (lengths[n] + 1) / 2 for c in range(context)]
-        first, end = 0, lengths[n]  # what lies between the parts that are dealt out
-        for place, c in enumerate(sorted(range(context), key=lambda c: expected[c])):
+        expected = [pairs + tokens * (length + 1) / 2 for pairs, tokens in zip(num_pairs, quota)]
+        start, end = 0, length  # of the middle, which is not dealt out yet
+        for c in sorted(range(context), key=expected.__getitem__):
             num_early = quota[c] // 2
             num_late = quota[c] - num_early
-            num_pairs[c] += _pairs(first, num_early) + _pairs(end - num_late, num_late)
-            num_held[c] += quota[c]
-            first += num_early
             end -= num_late
-            early[n][c], late[n][c], order[n][c] = num_early, num_late, place
-    early_NC = torch.tensor(early, dtype=torch.int64).view(-1, context)
-    late_NC = torch.tensor(late, dtype=torch.int64).view(-1, context)
-    order_NC = torch.tensor(order, dtype=torch.int64).view(-1, context)
-    return Shares(_rows(torch.tensor(lengths), early_NC, late_NC, order_NC), early_NC, late_NC, order_NC)
+            first[n][c] = start, end
+            count[n][c] = num_early, num_late
+            num_held[c] += quota[c]
+            num_pairs[c] += _pairs(start, num_early) + _pairs(end, num_late)
+            start += num_early
+    first_NC2 = torch.tensor(first, dtype=torch.int64).view(-1, context, 2)
+    count_NC2 = torch.tensor(count, dtype=torch.int64).view(-1, context, 2)
+    return Shares(_rows(first_NC2, count_NC2), first_NC2, count_NC2)
 
 
 def _quotas(length: int, num_held: list[int], num_pairs: list[int]) -> list[int]:
-    """Tokens of a document for each rank; what does not divide goes to the ranks that hold least so far."""
+    """Tokens of a document for each rank; the remainder goes to the ranks that hold least so far."""
     context = len(num_held)
-    share, rest = divmod(length, context)
-    quota = [share] * context
-    for c in sorted(range(context), key=lambda c: (num_held[c], num_pairs[c]))[:rest]:
+    quotient, remainder = divmod(length, context)
+    quota = [quotient] * context
+    load = list(zip(num_held, num_pairs))
+    for c in sorted(range(context), key=load.__getitem__)[:remainder]:
         quota[c] += 1
     return quota
 
@@ -122,25 +129,16 @@ def _pairs(first: int, count: int) -> int:
     return count * first + count * (count + 1) // 2
 
 
-def _first_positions(length_N: Tensor, early_NC: Tensor, late_NC: Tensor, order_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """The position in its document at which each early and each late part begins, (N, C) each."""
-    is_before_NCC = order_NC[:, :, None] > order_NC[:, None, :]  # the second rank stands before the first
-    first_early_NC = (is_before_NCC * early_NC[:, None]).sum(-1)
-    end_late_NC = length_N[:, None] - (is_before_NCC * late_NC[:, None]).sum(-1)
-    return first_early_NC, end_late_NC - late_NC
-
-
-def _rows(length_N: Tensor, early_NC: Tensor, late_NC: Tensor, order_NC: Tensor) -> Tensor:
+def _rows(first_NC2: Tensor, count_NC2: Tensor) -> Tensor:
     """``Shares.rows_CL``."""
-    first_early_NC, first_late_NC = _first_positions(length_N, early_NC, late_NC, order_NC)
-    document_N11 = (length_N.cumsum(0) - length_N)[:, None, None]
-    first_NC2 = document_N11 + torch.stack([first_early_NC, first_late_NC], -1)
-    count_NC2 = torch.stack([early_NC, late_NC], -1)
+    length_N = count_NC2.sum((1, 2))
+    document_N = length_N.cumsum(0) - length_N  # where each document begins in the row
+    first_NC2 = first_NC2 + document_N[:, None, None]
     first = first_NC2.transpose(0, 1).flatten()  # of each run: by rank, then document, then early or late
     count = count_NC2.transpose(0, 1).flatten()
     shift = first - (count.cumsum(0) - count)  # from the place of a run in the result
     rows = torch.arange(int(count.sum())) + shift.repeat_interleave(count)
-    return rows.view(early_NC.shape[1], -1)
+    return rows.view(count_NC2.shape[1], -1)
 
 
 def cut(batch: Batch, rank: int, context: int) -> tuple[Batch, Tensor]:
@@ -149,8 +147,7 @@ def cut(batch: Batch, rank: int, context: int) -> tuple[Batch, Tensor]:
     T = batch.token_T.shape[0]
     if context == 1:
         return batch, torch.arange(T)
-    lengths = batch.segments.cu_seqlens.diff().tolist()
-    shares = plan(lengths, context)
+    shares = share(batch.segments.cu_seqlens.diff().tolist(), context)
     place_T = torch.empty(T, dtype=torch.int64)
     place_T[shares.rows_CL.flatten()] = torch.arange(T)
     rows_L = shares.rows_CL[rank]
@@ -163,31 +160,29 @@ def cut(batch: Batch, rank: int, context: int) -> tuple[Batch, Tensor]:
         target_rows_R=place_R[is_held_R],
         target_R=batch.target_R[is_held_R],
         kind_R=batch.kind_R[is_held_R],
-        segments=_context_plan(batch.segments, torch.tensor(lengths), shares, rank, place_T),
+        segments=_context_plan(batch.segments, shares, rank, place_T),
     )
     return of_rank, place_T
 
 
-def _context_plan(whole: Segments, length_N: Tensor, shares: Shares, rank: int, place_T: Tensor) -> ContextPlan:
-    context = shares.rows_CL.shape[0]
-    early_N, late_N = shares.early_NC[:, rank], shares.late_NC[:, rank]
-    first_early_NC, first_late_NC = _first_positions(length_N, shares.early_NC, shares.late_NC, shares.order_NC)
-    own = Segments.of((early_N + late_N).tolist())
+def _context_plan(whole: Segments, shares: Shares, rank: int, place_T: Tensor) -> ContextPlan:
+    context = len(shares.rows_CL)
+    count_N2 = shares.count_NC2[:, rank]
+    own = Segments.of(count_N2.sum(1).tolist())
     ring = [(own, own)]
     for step in range(1, context):
         ring.append(_ring_step(shares, rank, (rank - step) % context))
-    zero_N = torch.zeros_like(length_N)
     # A slot is a document, of which the keys up to the last of these queries are used; the other part has no keys.
-    last_early_N = first_early_NC[:, rank] + early_N
-    last_late_N = first_late_NC[:, rank] + late_N
+    length_N1 = shares.count_NC2.sum((1, 2))[:, None]
+    used_N2 = shares.first_NC2[:, rank] + count_N2
     return ContextPlan(
         whole=whole,
         place_T=place_T,
         rows_T=shares.rows_CL.flatten(),
         ring=tuple(ring),
-        queries=_slots((early_N, late_N)),
-        early=_slots((length_N, zero_N), (last_early_N, zero_N)),
-        late=_slots((zero_N, length_N), (zero_N, last_late_N)),
+        queries=_slots(count_N2),
+        early=_slots(length_N1 * EARLY, used_N2 * EARLY),
+        late=_slots(length_N1 * LATE, used_N2 * LATE),
     )
 
 
@@ -198,21 +193,20 @@ def _ring_step(shares: Shares, rank: int, source: int) -> tuple[Segments, Segmen
     see its early part. If it stands after, its tokens lie between the own early part, which sees none of them, and the
     own late part, which sees all.
     """
-    early_N, late_N = shares.early_NC[:, rank], shares.late_NC[:, rank]
-    source_early_N = shares.early_NC[:, source]
-    held_N = source_early_N + shares.late_NC[:, source]
-    is_before_N = shares.order_NC[:, source] < shares.order_NC[:, rank]
-    zero_N = torch.zeros_like(early_N)
-    queries = _slots((torch.where(is_before_N, early_N + late_N, early_N), torch.where(is_before_N, zero_N, late_N)))
-    first_slot_N = torch.where(is_before_N, held_N, zero_N)
-    second_slot_N = torch.where(is_before_N, zero_N, held_N)
-    first_used_N = torch.where(is_before_N, source_early_N, zero_N)
-    return queries, _slots((first_slot_N, second_slot_N), (first_used_N, second_slot_N))
+    own_N2 = shares.count_NC2[:, rank]
+    source_N2 = shares.count_NC2[:, source]
+    own_N1 = own_N2.sum(1, keepdim=True)
+    held_N1 = source_N2.sum(1, keepdim=True)
+    is_before_N1 = shares.first_NC2[:, source, 1:] > shares.first_NC2[:, rank, 1:]  # late parts stand in reverse order
+    queries_N2 = torch.where(is_before_N1, own_N1 * EARLY, own_N2)
+    keys_N2 = torch.where(is_before_N1, held_N1 * EARLY, held_N1 * LATE)
+    used_N2 = torch.where(is_before_N1, source_N2 * EARLY, held_N1 * LATE)
+    return _slots(queries_N2), _slots(keys_N2, used_N2)
 
 
-def _slots(lengths: tuple[Tensor, Tensor], used: tuple[Tensor, Tensor] | None = None) -> Segments:
-    """Two segments for each document, with these lengths, of which the first ``used`` tokens count."""
-    segments = Segments.of(torch.stack(lengths, 1).flatten().tolist())
-    if used is None:
+def _slots(length_N2: Tensor, used_N2: Tensor | None = None) -> Segments:
+    """Two segments for each document, with these lengths, of which the first ``used_N2`` tokens count."""
+    segments = Segments.of(length_N2.flatten().tolist())
+    if used_N2 is None:
         return segments
-    return replace(segments, lengths=torch.stack(used, 1).flatten().int())
+    return replace(segments, lengths=used_N2.flatten().int())

@@ -1,12 +1,12 @@
-"""Context parallelism, the attention: queries of this rank's rows against the keys of all ranks that share the row.
+"""Context parallelism, the attention: queries of this rank's tokens against the keys of all ranks that share the row.
 
-ring       keys and values travel from rank to rank, each while the ones before are computed with; memory O(T / C)
+ring       keys and values travel from rank to rank, each block while the one before is used; memory O(T / C)
 allgather  keys and values of all ranks are gathered: fewer, larger kernels and messages, memory O(T) of K heads
-ulysses    rows are exchanged for heads: each rank computes whole documents for H / C heads; needs C to divide K
+ulysses    tokens are exchanged for heads: each rank computes whole documents for H / C heads; needs C to divide K
 
-Rows lie as ``context.cut`` says and ``segments`` is its ContextPlan. All three are causal, as the decoder is.
+Tokens lie as ``context.cut`` says and ``segments`` is its ContextPlan. All three are causal, as the decoder is.
 
-T tokens of the row   C ranks   L = T / C rows of a rank   H query heads   K key/value heads   E head dim
+T tokens of the row   C ranks   L = T / C tokens of a rank   H query heads   K key/value heads   E head dim
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,8 @@ class RingAttention(nn.Module):
 
     def __init__(self, group: ProcessGroup, gradient_group: ProcessGroup):
         super().__init__()
-        self.group, self.gradient_group = group, gradient_group
+        self.group = group
+        self.gradient_group = gradient_group
 
     @torch.compiler.disable
     def forward(self, q_LHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, segments: ContextPlan) -> Tensor:
@@ -37,17 +38,23 @@ class RingAttention(nn.Module):
 
 
 class _Ring(torch.autograd.Function):
-    """Blocks are added up in float32 and rounded once. The backward keeps what this rank was given, out and lse."""
+    """Blocks are added up in float32 and rounded once. Kept for the backward: this rank's q, k and v, out and lse."""
 
     @staticmethod
     def forward(ctx, q_LHE, k_LKE, v_LKE, plan, group, gradient_group):
-        kv_2LKE, so_far = torch.stack((k_LKE, v_LKE)), None
+        ctx.plan = plan
+        ctx.group = group
+        ctx.gradient_group = gradient_group
+        ctx.scale = q_LHE.shape[2] ** -0.5
+        kv_2LKE = torch.stack((k_LKE, v_LKE))
+        so_far = None
         for step, block_2LKE in _circulate(kv_2LKE, group):
-            options = dict(causal=step == 0, scale=q_LHE.shape[2] ** -0.5, earlier=so_far)
-            so_far = block_forward(q_LHE, *block_2LKE, *plan.ring[step], **options)
-        out_LHE, lse_HL = so_far[0].to(q_LHE.dtype), so_far[1]
+            so_far = block_forward(
+                q_LHE, *block_2LKE, *plan.ring[step], causal=step == 0, scale=ctx.scale, earlier=so_far
+            )
+        out_LHE, lse_HL = so_far
+        out_LHE = out_LHE.to(q_LHE.dtype)
         ctx.save_for_backward(q_LHE, kv_2LKE, out_LHE, lse_HL)
-        ctx.plan, ctx.group, ctx.gradient_group = plan, group, gradient_group
         return out_LHE
 
     @staticmethod
@@ -59,14 +66,16 @@ class _Ring(torch.autograd.Function):
         dq_LHE = torch.zeros_like(q_LHE, dtype=lse_HL.dtype)
         dkv_2LKE = torch.zeros_like(kv_2LKE, dtype=lse_HL.dtype)
         works = []
-        # The gradient of a block travels with it, one step behind, and after the last step home to the block's rank.
+        # The gradient of a block follows it one step later, and after the last step goes home to the block's rank.
         for step, block_2LKE in _circulate(kv_2LKE, ctx.group):
-            options = dict(causal=step == 0, scale=q_LHE.shape[2] ** -0.5)
-            dq, dk, dv = block_backward(dout_LHE, q_LHE, *block_2LKE, *of_softmax, *ctx.plan.ring[step], **options)
+            dq, dk, dv = block_backward(
+                dout_LHE, q_LHE, *block_2LKE, *of_softmax, *ctx.plan.ring[step], causal=step == 0, scale=ctx.scale
+            )
             _wait(works)
-            for total, share in ((dq_LHE, dq), (dkv_2LKE[0], dk), (dkv_2LKE[1], dv)):
-                total += share
-            del dq, dk, dv, share  # before those of the next block are made
+            dq_LHE += dq
+            dkv_2LKE[0] += dk
+            dkv_2LKE[1] += dv
+            del dq, dk, dv  # before those of the next block are made
             sent_2LKE = dkv_2LKE  # kept until it has arrived
             dkv_2LKE, works = _pass_on(sent_2LKE, ctx.gradient_group)
         _wait(works)
@@ -76,17 +85,21 @@ class _Ring(torch.autograd.Function):
 def _circulate(block: Tensor, group: ProcessGroup) -> Iterator[tuple[int, Tensor]]:
     """(step, block): the own block, then those of the ranks before, one at a time. While the caller computes with one,
     the next is under way."""
-    for step in range(group.size()):
-        last = step == group.size() - 1
-        arriving, works = (None, []) if last else _pass_on(block, group)
+    last = group.size() - 1
+    for step in range(last):
+        arriving, works = _pass_on(block, group)
         yield step, block
         _wait(works)
         block = arriving
+    yield last, block
 
 
 def _pass_on(block: Tensor, group: ProcessGroup) -> tuple[Tensor, list[dist.Work]]:
-    """Start to send a block to the next rank; what the rank before sends is complete when the works are."""
-    arriving, rank, size = torch.empty_like(block), group.rank(), group.size()
+    """Start to send a block to the next rank and to receive the block of the rank before, here when the works are
+    done."""
+    arriving = torch.empty_like(block)
+    rank = group.rank()
+    size = group.size()
     send = dist.P2POp(dist.isend, block, group=group, group_peer=(rank + 1) % size)
     receive = dist.P2POp(dist.irecv, arriving, group=group, group_peer=(rank - 1) % size)
     return arriving, dist.batch_isend_irecv([send, receive])
@@ -116,12 +129,13 @@ class AllGatherAttention(nn.Module):
 
 
 class _GatherRows(torch.autograd.Function):
-    """Rows of all ranks, in the order of the whole row. Backward: the sum over ranks, in float32, of the gradients of
-    the own rows."""
+    """Keys and values of all ranks, in the order of the whole row. Backward: the gradients of this rank's own ones,
+    summed over ranks in float32."""
 
     @staticmethod
     def forward(ctx, x_L2KE, plan, group):
-        ctx.plan, ctx.group = plan, group
+        ctx.plan = plan
+        ctx.group = group
         gathered = x_L2KE.new_empty(x_L2KE.shape[0] * group.size(), *x_L2KE.shape[1:])
         dist.all_gather_into_tensor(gathered, x_L2KE.contiguous(), group=group)
         return gathered[plan.place_T]
@@ -136,7 +150,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 class UlyssesAttention(nn.Module):
-    """DeepSpeed-Ulysses (Jacobs et al., 2309.14509): all rows of H / C heads in place of L rows of all heads, plain
+    """DeepSpeed-Ulysses (Jacobs et al., 2309.14509): all tokens of H / C heads in place of L tokens of all heads, plain
     attention over whole documents, and back."""
 
     def __init__(self, group: ProcessGroup):
@@ -145,14 +159,16 @@ class UlyssesAttention(nn.Module):
 
     @torch.compiler.disable
     def forward(self, q_LHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, segments: ContextPlan) -> Tensor:
-        C, H, K = self.group.size(), q_LHE.shape[1], k_LKE.shape[1]
+        C = self.group.size()
         # One message for q, k and v: (L, C, (H + 2 K) / C, E), by the rank that gets the heads.
-        heads = torch.cat([x.unflatten(1, (C, -1)) for x in (q_LHE, k_LKE, v_LKE)], 2)
-        of_ranks = _Exchange.apply(heads.transpose(0, 1), self.group)
-        q, k, v = of_ranks.flatten(0, 1)[segments.place_T].split((H // C, K // C, K // C), dim=1)
+        by_rank = [x.unflatten(1, (C, -1)) for x in (q_LHE, k_LKE, v_LKE)]
+        counts = [x.shape[2] for x in by_rank]
+        sent = torch.cat(by_rank, 2).transpose(0, 1)
+        arrived = _Exchange.apply(sent, self.group).flatten(0, 1)
+        q, k, v = arrived[segments.place_T].split(counts, dim=1)
         out = attention(q, k, v, segments.whole, causal=True)
-        of_heads = _Exchange.apply(out[segments.rows_T].unflatten(0, (C, -1)), self.group)
-        return of_heads.transpose(0, 1).flatten(1, 2)
+        sent = out[segments.rows_T].unflatten(0, (C, -1))
+        return _Exchange.apply(sent, self.group).transpose(0, 1).flatten(1, 2)
 
 
 class _Exchange(torch.autograd.Function):
@@ -161,8 +177,9 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        received = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dist.all_to_all_single(received, x.contiguous(), group=group)
+        x = x.contiguous()
+        received = torch.empty_like(x)
+        dist.all_to_all_single(received, x, group=group)
         return received
 
     @staticmethod
@@ -186,10 +203,12 @@ def choose_mode(mode: str, num_kv_heads: int, context: int) -> str:
 
 
 def apply_context(model: AVLM, group: ProcessGroup, gradient_group: ProcessGroup, mode: str) -> None:
-    """Give the decoder's blocks, and nobody else, the core of a mode that ``choose_mode`` returned. ``group`` are the
-    ranks that share a row."""
+    """Replace the attention core of the decoder's blocks, and of no tower's, by that of a mode that ``choose_mode``
+    returned. ``group`` holds the ranks that share a row."""
     for block in model.decoder.blocks:
         if mode == "ring":
             block.attention.core = RingAttention(group, gradient_group)
+        elif mode == "allgather":
+            block.attention.core = AllGatherAttention(group)
         else:
-            block.attention.core = {"allgather": AllGatherAttention, "ulysses": UlyssesAttention}[mode](group)
+            block.attention.core = UlyssesAttention(group)

@@ -42,7 +42,7 @@ class RoutedSegments(Segments):
 
 
 def apply_media(model: AVLM) -> None:
-    """Exchange the towers' rows after them, for batches that ask for it (``media.split``)."""
+    """Exchange rows after each tower, for batches that ``media.split`` has prepared for it."""
     for modality in model.modalities:
         modality.tower.register_forward_hook(_exchange_after)
 
@@ -76,7 +76,8 @@ class _Exchange(torch.autograd.Function):
 
 
 def swap(sent: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup) -> Tensor:
-    """What the ranks of a group send to this one, rank after rank. ``send_counts`` cut ``sent`` along its first dim."""
+    """All-to-all: what arrives from the ranks of a group, rank after rank. ``send_counts`` cut ``sent`` along its first
+    dim."""
     arrived = sent.new_empty(sum(receive_counts), *sent.shape[1:])
     dist.all_to_all_single(arrived, sent, receive_counts, send_counts, group=group)
     return arrived

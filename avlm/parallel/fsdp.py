@@ -22,12 +22,11 @@ def apply_fsdp(model: AVLM, world: World, config: ParallelConfig, dtype: torch.d
     Weights, gradients and their sums are float32; compute is in ``dtype``. The loss is divided by the global number of
     targets where it is made, so gradients are summed and never divided.
     """
-    shared = {
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
-        if config.cpu_offload
-        else OffloadPolicy(),
-    }
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    offload = OffloadPolicy()
+    if config.cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    shared = {"mp_policy": policy, "offload_policy": offload}
     decoder_mesh = _sharding(world.decoder_mesh, "shard_context")
     tower_mesh = _sharding(world.tower_mesh, "shard_context_tensor")
     kept: set[nn.Parameter] = set()  # whole on every rank
@@ -36,8 +35,9 @@ def apply_fsdp(model: AVLM, world: World, config: ParallelConfig, dtype: torch.d
             tower.to(dtype)  # frozen, so float32 would gain nothing
             kept |= set(tower.parameters())
         else:
-            for block in tower.blocks if config.tower_sharding == "block" else ():
-                fully_shard(block, mesh=tower_mesh, reshard_after_forward=config.reshard, **shared)
+            if config.tower_sharding == "block":
+                for block in tower.blocks:
+                    fully_shard(block, mesh=tower_mesh, reshard_after_forward=config.reshard, **shared)
             fully_shard(tower, mesh=tower_mesh, reshard_after_forward=config.reshard, **shared)
         fully_shard(projector, mesh=tower_mesh, reshard_after_forward=False, **shared)
     decoder = model.decoder
@@ -53,7 +53,7 @@ def apply_fsdp(model: AVLM, world: World, config: ParallelConfig, dtype: torch.d
         after.set_modules_to_backward_prefetch([before])
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
-        # gloo has no premultiplied sum, which a factor of 1 would ask for
+        # A factor alone would ask for a premultiplied sum, which gloo does not have.
         module.set_force_sum_reduction_for_comms(True)
 
 

@@ -1,4 +1,4 @@
-"""Media parallelism: which rank encodes which image or window, and which of its rows go where.
+"""Media parallelism: which rank encodes which image or audio window, and to which ranks its rows go.
 
 Towers are not sharded along tokens. The images and windows of a row are divided among the ranks that work on it, by the
 cost of their encoding, and each is encoded once. With ``balance``, those of all rows are divided among all ranks: media
@@ -12,8 +12,9 @@ T tokens of the whole row   F features   S tower rows of a feature   P tower row
 
 import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -36,26 +37,25 @@ class Share:
     ranks_per_home: int
     tokens_per_rank: int
 
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    @property
+    def num_ranks(self) -> int:
+        return self.group.size()
+
 
 @dataclass(frozen=True)
 class MediaPlan:
-    """Who encodes what, of the items of one modality: those of the first home, then of the second, and so on."""
+    """Which rank encodes which item of one modality: those of the first home, then of the second, and so on."""
 
     share: Share
     lengths: list[int]  # tower rows of each item
     encoders: list[int]  # the rank that encodes it
-    senders: list[int]  # the rank that sends it there
+    senders: list[int]  # the rank of its home that hands it to the encoder
     own: range  # the items of this rank's home
-    mine: list[int]  # those that this rank encodes
-    is_pooled: bool
-
-    @property
-    def rank(self) -> int:
-        return self.share.group.rank()
-
-    @property
-    def num_ranks(self) -> int:
-        return self.share.group.size()
+    mine: list[int]  # the items that this rank encodes
 
 
 def split(
@@ -74,18 +74,18 @@ def split(
     ``balance`` all ranks of the world.
     """
     group = group or world.row_mesh.get_group("row")
+    row_ranks = group.size()
     balance = balance and world.data_size > 1
-    if group.size() == 1 and not balance:
+    if row_ranks == 1 and not balance:
         return batch
-    assert len(place_T) % group.size() == 0, f"{group.size()} ranks cannot hold {len(place_T)} tokens evenly"
-    tokens_per_rank = len(place_T) // group.size()
+    assert len(place_T) % row_ranks == 0, f"{row_ranks} ranks cannot hold {len(place_T)} tokens evenly"
+    tokens_per_rank = len(place_T) // row_ranks
     lengths = {name: batch.media[name].lengths for name in model.modalities}
+    homes = [lengths]
+    share = Share(group, 0, row_ranks, tokens_per_rank)
     if balance:
-        homes = world.gather(lengths if world.leads_row else None)[:: group.size()]
-        share = Share(dist.group.WORLD, world.data_rank, group.size(), tokens_per_rank)
-    else:
-        homes = [lengths]
-        share = Share(group, 0, group.size(), tokens_per_rank)
+        homes = world.gather(lengths if world.leads_row else None)[::row_ranks]
+        share = Share(dist.group.WORLD, world.data_rank, row_ranks, tokens_per_rank)
     changes = {}
     for name in model.modalities:
         plan = make_plan(share, [home[name] for home in homes], item_costs(name, model))
@@ -94,22 +94,25 @@ def split(
 
 
 def make_plan(share: Share, lengths_of_homes: list[list[int]], costs: tuple[int, int]) -> MediaPlan:
-    """The same on every rank. ``costs`` as in ``item_costs``. An encoder at the item's home has the item already; to
-    others the ranks of the home send in turn."""
+    """The same on every rank. ``costs`` as in ``item_costs``. An encoder of the item's home has the item already; to
+    other encoders the ranks of the home send in turn."""
     per_row, per_pair = costs
-    lengths = [length for of_home in lengths_of_homes for length in of_home]
-    encoders = assign([per_row * length + per_pair * length**2 for length in lengths], share.group.size())
-    starts = [0, *accumulate(len(of_home) for of_home in lengths_of_homes)]
-    homes = [range(start, end) for start, end in pairwise(starts)]
+    lengths = list(chain.from_iterable(lengths_of_homes))
+    encoders = assign([per_row * length + per_pair * length**2 for length in lengths], share.num_ranks)
     senders = []
-    for home, items in enumerate(homes):
+    own = range(0)
+    for home, of_home in enumerate(lengths_of_homes):
+        first = len(senders)
+        items = range(first, first + len(of_home))
+        if home == share.home:
+            own = items
         for item in items:
-            is_at_home = encoders[item] // share.ranks_per_home == home
-            turn = home * share.ranks_per_home + item % share.ranks_per_home
-            senders.append(encoders[item] if is_at_home else turn)
-    mine = [item for item, encoder in enumerate(encoders) if encoder == share.group.rank()]
-    own = homes[share.home]
-    return MediaPlan(share, lengths, encoders, senders, own, mine, is_pooled=len(lengths_of_homes) > 1)
+            sender = encoders[item]
+            if sender // share.ranks_per_home != home:
+                sender = home * share.ranks_per_home + item % share.ranks_per_home
+            senders.append(sender)
+    mine = [item for item, encoder in enumerate(encoders) if encoder == share.rank]
+    return MediaPlan(share, lengths, encoders, senders, own, mine)
 
 
 def assign(costs: list[int], num_ranks: int) -> list[int]:
@@ -120,7 +123,7 @@ def assign(costs: list[int], num_ranks: int) -> list[int]:
     """
     loads = [(0, rank) for rank in range(num_ranks)]
     ranks = [0] * len(costs)
-    for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
+    for item in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
         load, rank = loads[0]
         ranks[item] = rank
         heapq.heapreplace(loads, (load + costs[item], rank))
@@ -143,14 +146,15 @@ def _route(media: Media, place_T: Tensor, plan: MediaPlan) -> tuple[RoutedSegmen
     part of no feature (class tokens) go nowhere: their destination is -1.
     """
     share = plan.share
-    lengths = media.lengths
-    owner_F = share.home * share.ranks_per_home + place_T[media.rows] // share.tokens_per_rank
+    place_F = place_T[media.rows]
+    owner_F = share.home * share.ranks_per_home + place_F // share.tokens_per_rank
+    owner_FS = owner_F[:, None].expand_as(media.sources)
     is_row_FS = media.sources >= 0
-    destination_P = torch.full((sum(lengths),), -1)
-    destination_P[media.sources[is_row_FS]] = owner_F[:, None].expand_as(media.sources)[is_row_FS]
+    destination_P = torch.full((sum(media.lengths),), -1)
+    destination_P[media.sources[is_row_FS]] = owner_FS[is_row_FS]
 
-    send_rows_S, send_counts = _departures(destination_P.split(lengths), destination_P, plan)
-    arrived_P, receive_counts = _arrivals(destination_P, lengths, plan)
+    send_rows_S, send_counts = _departures(destination_P, media.lengths, plan)
+    arrived_P, receive_counts = _arrivals(destination_P, media.lengths, plan)
     boundaries = Segments.of([plan.lengths[item] for item in plan.mine])
     segments = RoutedSegments(
         boundaries.cu_seqlens,
@@ -160,16 +164,16 @@ def _route(media: Media, place_T: Tensor, plan: MediaPlan) -> tuple[RoutedSegmen
         receive_counts=receive_counts,
         group=share.group,
     )
-    lands_F = owner_F == plan.rank
-    own_rows_F = place_T[media.rows[lands_F]] % share.tokens_per_rank
-    return segments, own_rows_F, arrived_P[media.sources[lands_F]]
+    lands_F = owner_F == share.rank
+    return segments, place_F[lands_F] % share.tokens_per_rank, arrived_P[media.sources[lands_F]]
 
 
-def _departures(destinations: list[Tensor], like: Tensor, plan: MediaPlan) -> tuple[Tensor, list[int]]:
+def _departures(destination_P: Tensor, lengths: list[int], plan: MediaPlan) -> tuple[Tensor, list[int]]:
     """Rows of the tower's output on this rank in the order in which they are sent, and how many go to each rank."""
     shapes = [(length,) for length in plan.lengths]
-    mine = torch.cat([like[:0], *_hand_over(destinations, like, shapes, plan)])
-    counts = mine[mine >= 0].bincount(minlength=plan.num_ranks)
+    of_items = _hand_over(destination_P.split(lengths), destination_P, shapes, plan)
+    mine = torch.cat([destination_P[:0], *of_items])
+    counts = mine[mine >= 0].bincount(minlength=plan.share.num_ranks)
     num_staying = len(mine) - int(counts.sum())
     return mine.argsort(stable=True)[num_staying:], counts.tolist()
 
@@ -178,32 +182,33 @@ def _arrivals(destination_P: Tensor, lengths: list[int], plan: MediaPlan) -> tup
     """Where each row of the home's items lies among those that arrive here, else -1; and how many each rank sends."""
     encoders = torch.tensor([plan.encoders[item] for item in plan.own], dtype=torch.int64)
     encoder_P = encoders.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-    arriving = (destination_P == plan.rank).nonzero().flatten()
+    arriving = (destination_P == plan.share.rank).nonzero().flatten()
     from_rank = encoder_P[arriving]
     in_order = arriving[from_rank.argsort(stable=True)]
     arrived_P = torch.full((len(destination_P) + 1,), -1)  # a source of -1 picks the last one: -1 again
     arrived_P[in_order] = torch.arange(len(in_order))
-    return arrived_P, from_rank.bincount(minlength=plan.num_ranks).tolist()
+    return arrived_P, from_rank.bincount(minlength=plan.share.num_ranks).tolist()
 
 
-def _hand_over(own_items: list[Tensor], like: Tensor, shapes: list[tuple[int, ...]], plan: MediaPlan) -> list[Tensor]:
-    """The items that this rank encodes, ``shapes`` of all items of the plan; each home holds its own ones."""
-    if not plan.is_pooled:
+def _hand_over(
+    own_items: Sequence[Tensor], like: Tensor, shapes: list[tuple[int, ...]], plan: MediaPlan
+) -> list[Tensor]:
+    """The items that this rank encodes, from the items of its home; ``shapes`` of all items of the plan."""
+    share = plan.share
+    if share.num_ranks == share.ranks_per_home:
         return [own_items[item] for item in plan.mine]
+    outgoing = [item for item in plan.own if plan.senders[item] == share.rank]
+    outgoing.sort(key=plan.encoders.__getitem__)
+    incoming = sorted(plan.mine, key=plan.senders.__getitem__)
     numels = [math.prod(shape) for shape in shapes]
-    outgoing = [item for item in plan.own if plan.senders[item] == plan.rank]
-    outgoing.sort(key=lambda item: plan.encoders[item])
-    incoming = sorted(plan.mine, key=lambda item: plan.senders[item])
-    send_counts = [0] * plan.num_ranks
-    receive_counts = [0] * plan.num_ranks
+    send_counts = [0] * share.num_ranks
+    receive_counts = [0] * share.num_ranks
     for item in outgoing:
         send_counts[plan.encoders[item]] += numels[item]
     for item in incoming:
         receive_counts[plan.senders[item]] += numels[item]
     flat = [own_items[item - plan.own.start].flatten() for item in outgoing]
     sent = torch.cat([like.new_empty(0), *flat])
-    arrived = swap(sent, send_counts, receive_counts, plan.share.group)
-    pieces = {}
-    for item, piece in zip(incoming, arrived.split([numels[item] for item in incoming])):
-        pieces[item] = piece.view(shapes[item])
-    return [pieces[item] for item in plan.mine]
+    arrived = swap(sent, send_counts, receive_counts, share.group)
+    pieces = dict(zip(incoming, arrived.split([numels[item] for item in incoming])))
+    return [pieces[item].view(shapes[item]) for item in plan.mine]

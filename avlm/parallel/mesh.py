@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from avlm.config.run import Config, ParallelConfig
+from avlm.config.run import ParallelConfig
 from avlm.process.launch import local_ranks, ranks
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: a signal for this process when its parent dies
@@ -56,12 +56,12 @@ class World:
 
     @property
     def shard_of_data(self) -> dict[str, int]:
-        """Which of how many shares of the data this rank loads."""
+        """Which of the data ranks this rank loads for."""
         return {"rank": self.data_rank, "world": self.data_size}
 
     @property
     def counts_losses(self) -> bool:
-        """Whether the losses of this rank are its own; the other ranks of a tensor axis hold the same."""
+        """One rank of a tensor axis counts its losses; the others hold the same ones."""
         return self.mesh.get_local_rank("tensor") == 0
 
     def axis(self, name: str) -> tuple[int, int]:
@@ -71,7 +71,8 @@ class World:
     def new_group(self, axis: str) -> dist.ProcessGroup:
         """Another communicator for the ranks of an axis. All ranks of the world call this together."""
         ranks = self.mesh.mesh.movedim(self.mesh.mesh_dim_names.index(axis), -1)
-        return dist.new_subgroups_by_enumeration(ranks.flatten(0, -2).tolist())[0]
+        own, _ = dist.new_subgroups_by_enumeration(ranks.flatten(0, -2).tolist())
+        return own
 
     def sum(self, values: list[float]) -> list[float]:
         """Sum over all ranks, on the host: nothing waits for a device."""
@@ -80,17 +81,18 @@ class World:
         return total.tolist()
 
     def sum_by_name(self, values: dict[str, float]) -> dict[str, float]:
-        """Sum over all ranks, which give the same names in the same order."""
-        return dict(zip(values, self.sum(list(values.values()))))
+        """Sum over all ranks, which pass the same names in the same order."""
+        totals = self.sum(list(values.values()))
+        return dict(zip(values, totals))
 
     def gather(self, value: Any) -> list[Any]:
-        """The plain data that each rank gives, on every rank."""
+        """Plain data of every rank, on every rank, in rank order."""
         values = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
     def share_rows(self, rows: Iterable[Any] | None) -> Iterator[Any]:
-        """What the leading rank of a row iterates over, on every rank of the row; the others give None."""
+        """Hand the leading rank's rows to every rank that works on them; the others pass None."""
         group = self.row_mesh.get_group("row")
         own = iter(rows) if self.leads_row else itertools.repeat(None)
         while True:
@@ -108,12 +110,14 @@ class World:
 def sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int, int, int]:
     """(replicate, shard, context, tensor) for a world; raises ValueError when they do not multiply to it."""
     others = parallel.replicate * parallel.context * parallel.tensor
-    shard = max(world_size // others, 1) if parallel.shard == -1 else parallel.shard
-    if parallel.shard == -1 and world_size % others:
-        raise ValueError(
-            f"parallel.replicate={parallel.replicate} x context={parallel.context} x tensor={parallel.tensor} does not "
-            f"divide {world_size} ranks: start torchrun with another --nproc-per-node, or change parallel.*"
-        )
+    shard = parallel.shard
+    if shard == -1:
+        if world_size % others:
+            raise ValueError(
+                f"parallel.replicate={parallel.replicate} x context={parallel.context} x tensor={parallel.tensor} does "
+                f"not divide {world_size} ranks: start torchrun with another --nproc-per-node, or change parallel.*"
+            )
+        shard = world_size // others
     if others * shard != world_size:
         raise ValueError(
             f"parallel.replicate={parallel.replicate} x shard={shard} x context={parallel.context} x "
@@ -123,12 +127,13 @@ def sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int, int, int
     return parallel.replicate, shard, parallel.context, parallel.tensor
 
 
-def choose_device(config: Config) -> torch.device:
-    """The device of this rank; raises ValueError when the machine does not have it."""
-    local_rank, local_size = local_ranks()
-    kind = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+def choose_device(kind: str) -> torch.device:
+    """The device of this rank: auto, cpu or cuda. Raises ValueError when the machine does not have it."""
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
         return torch.device("cpu")
+    local_rank, local_size = local_ranks()
     count = torch.cuda.device_count()
     if local_size > count:
         raise ValueError(
@@ -137,58 +142,62 @@ def choose_device(config: Config) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def start(config: Config, device: torch.device) -> World:
+def start(parallel: ParallelConfig, device: torch.device) -> World:
     """Join the process group (gloo for host tensors, NCCL for a GPU's) and lay out the mesh."""
     rank, size = ranks()
-    shape = sizes(config.parallel, size)
+    shape = sizes(parallel, size)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's workers outlive a launcher that was killed, unless told not to
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
     store = store_of_this_start(rank, size) if size > 1 else dist.HashStore()
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return lay_out(shape, device)
 
 
 def store_of_this_start(rank: int, size: int) -> dist.Store:
-    """The launcher's store, under a name that only the ranks of this start know.
+    """The launcher's store, under a prefix that only the ranks of this start know.
 
-    torchrun keeps one store over its restarts (pytorch/pytorch#135712): a rank that is earlier than another would take
-    the address that the other had before for its address of now, and wait for it for half an hour. So rank 0 makes up
-    a name, and gives it to who asks with a word made up as well. It answers those of an earlier start too, until each
-    rank has said the name back.
+    torchrun keeps one store over its restarts (pytorch/pytorch#135712). After a restart a fast rank can read an address
+    that a slow rank published before the restart, and hang for 30 minutes. So rank 0 picks a fresh prefix for this
+    start and hands it out on request. Each request carries a nonce, so a request from the previous start is answered
+    but not counted. Rank 0 stops when every rank has acknowledged the prefix.
     """
     store, _, _ = next(dist.rendezvous("env://", rank, size))
-    word = uuid.uuid4().hex
     if rank > 0:
-        store.queue_push("avlm/to_first", f"asks {word}")
-        name = store.get(f"avlm/to_{word}").decode()
-        store.queue_push("avlm/to_first", f"knows {name}")
-        return dist.PrefixStore(name, store)
-    others = size - 1
-    while others:
-        verb, said = store.queue_pop("avlm/to_first").decode().split()
-        if verb == "asks":
-            store.set(f"avlm/to_{said}", word)
-        elif said == word:
-            others -= 1
-    return dist.PrefixStore(word, store)
+        nonce = uuid.uuid4().hex
+        store.queue_push("avlm/to_first", f"request {nonce}")
+        prefix = store.get(f"avlm/to_{nonce}").decode()
+        store.queue_push("avlm/to_first", f"acknowledge {prefix}")
+        return dist.PrefixStore(prefix, store)
+    prefix = uuid.uuid4().hex
+    num_waiting = size - 1
+    while num_waiting:
+        verb, word = store.queue_pop("avlm/to_first").decode().split()
+        if verb == "request":
+            store.set(f"avlm/to_{word}", prefix)
+        elif word == prefix:
+            num_waiting -= 1
+    return dist.PrefixStore(prefix, store)
 
 
 def lay_out(shape: tuple[int, int, int, int], device: torch.device) -> World:
     """The meshes of a running process group: one order of ranks, seen as different axes."""
     replicate, shard, context, tensor = shape
-    see = lambda **axes: init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+    def view(**axes: int) -> DeviceMesh:
+        return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         device=device,
-        mesh=see(replicate=replicate, shard=shard, context=context, tensor=tensor),
-        decoder_mesh=see(replicate=replicate, shard_context=shard * context, tensor=tensor),
-        tower_mesh=see(replicate=replicate, shard_context_tensor=shard * context * tensor),
-        row_mesh=see(data=replicate * shard, row=context * tensor),
+        mesh=view(replicate=replicate, shard=shard, context=context, tensor=tensor),
+        decoder_mesh=view(replicate=replicate, shard_context=shard * context, tensor=tensor),
+        tower_mesh=view(replicate=replicate, shard_context_tensor=shard * context * tensor),
+        row_mesh=view(data=replicate * shard, row=context * tensor),
     )
 
 

@@ -21,7 +21,7 @@ from avlm.models.avlm import AVLM
 from kernels.segments import Segments
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-ATTENTION = ("attention_forward", "_scaled_dot_product")  # begins the name of our op, and of PyTorch's
+ATTENTION = ("attention_forward", "_scaled_dot_product")  # name prefixes of our attention op and of PyTorch's
 
 
 def keeps_product(number: int) -> bool:
@@ -39,7 +39,7 @@ def apply_recompute(model: AVLM, config: TrainConfig) -> None:
 
 
 def apply_compile(model: AVLM) -> None:
-    """Compile each block on its own: alike blocks share their graphs, and gathering weights stays between them.
+    """Compile each block on its own: equal blocks share a graph, and weights are gathered between blocks, outside it.
 
     The decoder sees the same number of tokens in every step, so its graphs have static shapes, but for the number of
     documents; media vary, so towers have dynamic shapes. Generation is not compiled.
@@ -57,7 +57,7 @@ def _compiled_unless_cached(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Any, cache: Any = None) -> Tensor:
         if cache is not None:
             return forward(x_TD, rope, segments, cache)
-        if isinstance(segments, Segments):  # else a plan for context ranks, which no graph reads
+        if isinstance(segments, Segments):  # else a ContextPlan, which no graph reads
             torch._dynamo.maybe_mark_dynamic(segments.cu_seqlens, 0)  # one graph for any number of documents
         return compiled(x_TD, rope, segments, None)
 
@@ -67,7 +67,7 @@ def _compiled_unless_cached(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _recomputed(
     forward: Callable[..., Any], mode: Recompute, offload: bool, lora: LoraConfig | None
 ) -> Callable[..., Any]:
-    is_random = lora is not None and lora.dropout > 0  # nothing else in a block is
+    is_random = lora is not None and lora.dropout > 0  # there is no other dropout in a block
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": is_random}
     if mode == "selective":
         rank = lora.rank if lora else 0
@@ -84,8 +84,8 @@ def _recomputed(
 
 
 def _every_second_product(rank: int) -> Callable[..., CheckpointPolicy]:
-    """Those of adapters, with a side of ``rank`` or less, are cheap and not counted."""
-    counts: Counter[bool] = Counter()  # of the forward and of its repetition, which have to decide alike
+    """Products of adapters, which have a side of ``rank`` or less, are cheap and not counted."""
+    counts: Counter[bool] = Counter()  # apart for the forward and its recomputation, so that both decide alike
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if getattr(op, "__name__", "").startswith(ATTENTION):

@@ -1,17 +1,17 @@
 """Tensor parallelism of the decoder: what each of its modules does over the axis "tensor", as a plan of DTensor styles.
 
-    embedding      a share of the vocabulary; every rank looks up all tokens, the sum is scattered over the rows
-    norms          whole weights, on this rank's rows
-    q k v gate up  a share of the outputs, on all rows (gathered before them)
-    o down         a share of the inputs; the sum is scattered over the rows
-    head           a share of the vocabulary, on all target rows; the loss needs sums of one number a row
+    embedding      a share of the vocabulary; every rank looks up all tokens, the sum is scattered over the tokens
+    norms          whole weights, on this rank's tokens
+    q k v gate up  a share of the outputs, on all tokens (gathered before them)
+    o down         a share of the inputs; the sum is scattered over the tokens
+    head           a share of the vocabulary, on all tokens with a target; the loss needs sums of one number a target
 
-Adapters go with their linear: where it shares its outputs, ``lora_up`` does so too and ``lora_down`` is whole; where it
-shares its inputs, ``lora_down`` does so too and ``lora_up`` is whole. What they give is part of what the linear gives,
-so nothing more is sent, but for the sums of the gradients of whole ones.
+Adapters are sharded with their linear. If it is sharded by outputs, so is ``lora_up``, and ``lora_down`` is whole; if
+by inputs, so is ``lora_down``, and ``lora_up`` is whole. Their output is added before the linear's own reduction, so
+adapters cost no extra communication except the gradient all-reduce of the whole half.
 
-Between blocks a rank holds its rows alone ("sequence parallel", Korthikanti et al. 2022), so each row is worked on once
-and every gradient is a plain sum. The number of rows must be a multiple of the axis.
+Between blocks a rank holds only its own tokens ("sequence parallel", Korthikanti et al. 2022), so each token is
+computed once and every gradient is a plain sum. The number of tokens must be a multiple of the axis.
 """
 
 import torch.distributed as dist
@@ -34,16 +34,16 @@ from avlm.models.decoder import Decoder
 from avlm.models.lora import LowRankLinear
 from kernels.cross_entropy import linear_argmax, linear_cross_entropy
 
-ROWS = Shard(0)
+TOKENS = Shard(0)  # x_TD between blocks
 
 
-def plan() -> dict[str, ParallelStyle]:
-    """Module path -> style. A block's input and output are this rank's rows."""
-    gather = PrepareModuleInput(input_layouts=(ROWS,), desired_input_layouts=(Replicate(),))
+def tensor_plan() -> dict[str, ParallelStyle]:
+    """Module path -> style. A block's input and output are this rank's tokens."""
+    gather = PrepareModuleInput(input_layouts=(TOKENS,), desired_input_layouts=(Replicate(),))
     gather_first = PrepareModuleInput(
-        input_layouts=(ROWS, None, None, None), desired_input_layouts=(Replicate(), None, None, None)
+        input_layouts=(TOKENS, None, None, None), desired_input_layouts=(Replicate(), None, None, None)
     )  # of x, rope, segments, cache
-    norm_of_heads = SequenceParallel(sequence_dim=1, use_local_output=True)  # heads (T, H, E) are what is shared out
+    norm_of_heads = SequenceParallel(sequence_dim=1, use_local_output=True)  # (T, H, E), sharded by heads
     return {
         "embedding": VocabularyEmbedding(),
         "blocks.*.attention_norm": SequenceParallel(sequence_dim=0),
@@ -53,34 +53,35 @@ def plan() -> dict[str, ParallelStyle]:
         "blocks.*.attention.v": SharedOutputs(),
         "blocks.*.attention.q_norm": norm_of_heads,
         "blocks.*.attention.k_norm": norm_of_heads,
-        "blocks.*.attention.o": SharedInputs(output_layouts=ROWS),
+        "blocks.*.attention.o": SharedInputs(output_layouts=TOKENS),
         "blocks.*.ffn_norm": SequenceParallel(sequence_dim=0),
         "blocks.*.ffn": gather,
         "blocks.*.ffn.gate": SharedOutputs(),
         "blocks.*.ffn.up": SharedOutputs(),
-        "blocks.*.ffn.down": SharedInputs(output_layouts=ROWS),
+        "blocks.*.ffn.down": SharedInputs(output_layouts=TOKENS),
         "norm": OnEveryRank(),
         "head": VocabularyHead(),
     }
 
 
 def apply_tensor(decoder: Decoder, mesh: DeviceMesh) -> None:
-    """Share out the decoder over a mesh of the one axis "tensor". Its output is all rows again, on every rank."""
-    styles = plan()
+    """Shard the decoder over a mesh of the one axis "tensor". Its output is all tokens again, on every rank."""
+    styles = tensor_plan()
     if not decoder.config.qk_norm:
-        styles = {path: style for path, style in styles.items() if not path.endswith(("q_norm", "k_norm"))}
+        del styles["blocks.*.attention.q_norm"], styles["blocks.*.attention.k_norm"]
     parallelize_module(decoder, mesh, styles)
     decoder.tie()
-    parallelize_module(decoder, mesh, PrepareModuleOutput(output_layouts=ROWS, desired_output_layouts=Replicate()))
+    parallelize_module(decoder, mesh, PrepareModuleOutput(output_layouts=TOKENS, desired_output_layouts=Replicate()))
 
 
 def check_sizes(config: ModelConfig, tensor: int) -> None:
-    """Raise ValueError for a model whose decoder cannot be shared out over ``tensor`` ranks."""
-    if tensor > 1 and config.lora and (config.lora.dropout or config.lora.dora):
-        key, reason = "dora", "lengths of rows that no rank holds whole"
+    """Raise ValueError for a model whose decoder cannot be sharded over ``tensor`` ranks."""
+    if tensor > 1 and config.lora:
+        refused = f"parallel.tensor={tensor} does not go with model.lora."
         if config.lora.dropout:
-            key, reason = "dropout", "the same random choices on every rank"
-        raise ValueError(f"parallel.tensor={tensor} does not go with model.lora.{key}, which needs {reason}")
+            raise ValueError(f"{refused}dropout, which needs the same random choices on every rank")
+        if config.lora.dora:
+            raise ValueError(f"{refused}dora, which needs the lengths of weight rows that no rank holds whole")
     for name in ("num_kv_heads", "num_heads", "intermediate_size", "vocab_size"):
         size = getattr(config.decoder, name)
         if size % tensor:
@@ -91,31 +92,36 @@ def check_sizes(config: ModelConfig, tensor: int) -> None:
 
 
 def tensor_share(name: str, shape: tuple[int, ...], tensor: int) -> tuple[int, ...]:
-    """Shape of a parameter on a rank of the axis, as ``plan`` shares it out."""
+    """Shape of a parameter's share on a rank of the axis, as ``tensor_plan`` shards it."""
+    if not name.startswith("decoder.") or "norm" in name:
+        return shape
     path, _, adapter = name.removesuffix(".weight").partition(".lora_")
     by_inputs = path.endswith(("attention.o", "ffn.down"))
-    if not name.startswith("decoder.") or "norm" in name or adapter in ("magnitude", "up" if by_inputs else "down"):
+    whole_half = "up" if by_inputs else "down"
+    if adapter in ("magnitude", whole_half):
         return shape
-    return (shape[0], shape[1] // tensor) if by_inputs else (shape[0] // tensor, *shape[1:])
+    if by_inputs:
+        return shape[0], shape[1] // tensor
+    return shape[0] // tensor, *shape[1:]
 
 
 class SharedOutputs(ColwiseParallel):
-    """Of a linear and of its adapters; the input is whole, and so is ``lora_down``."""
+    """A linear and its adapters, sharded by outputs; the input is whole, and so is ``lora_down``."""
 
     def _apply(self, module: nn.Linear, mesh: DeviceMesh) -> nn.Linear:
         if isinstance(module, LowRankLinear):
-            # Each rank's outputs give a part of the gradients of what is whole.
+            # Each rank's outputs contribute a part to the gradients of the input and of ``lora_down``.
             share_adapter(module.lora_down, mesh, Replicate(), x_gradient=Partial(), gradient=Partial())
             share_adapter(module.lora_up, mesh, Shard(0), gradient=Shard(0), output=Shard(1))
         return super()._apply(module, mesh)
 
     def _partition_linear_fn(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-        for key, parameter in () if name else list(module.named_parameters(recurse=False)):
-            module.register_parameter(key, nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)])))
+        if not name:  # it is called for the adapters as well
+            distribute(module, mesh, Shard(0))
 
 
 class SharedInputs(RowwiseParallel):
-    """Of a linear and of its adapters; the output is a sum over the ranks, and ``lora_up`` is whole on each."""
+    """A linear and its adapters, sharded by inputs; the output is a sum over the ranks, and ``lora_up`` is whole."""
 
     def _apply(self, module: nn.Linear, mesh: DeviceMesh) -> nn.Linear:
         if isinstance(module, LowRankLinear):
@@ -137,44 +143,47 @@ def share_adapter(
     x_gradient: Placement | None = None,
     output: Placement | None = None,
 ) -> None:
-    """From ``lora_down``, which is given a DTensor, to ``lora_up``, which gives one, a rank works on its own part."""
+    """Between the DTensor that enters ``lora_down`` and the one that leaves ``lora_up``, a rank computes with local
+    tensors."""
     adapter.weight = nn.Parameter(distribute_tensor(adapter.weight, mesh, [placement]))
 
     def forward(x: Tensor) -> Tensor:
-        x = x if x_gradient is None else x.to_local(grad_placements=[x_gradient])
+        if x_gradient is not None:
+            x = x.to_local(grad_placements=[x_gradient])
         y = F.linear(x, adapter.weight.to_local(grad_placements=[gradient]))
-        return y if output is None else DTensor.from_local(y, mesh, [output])
+        if output is not None:
+            y = DTensor.from_local(y, mesh, [output])
+        return y
 
     adapter.forward = forward
 
 
 class VocabularyEmbedding(ParallelStyle):
-    """Rank i holds the rows of tokens i * V / n to (i + 1) * V / n of the table."""
+    """Rank i holds the embeddings of token ids i * V / n to (i + 1) * V / n."""
 
     def _apply(self, module: nn.Embedding, mesh: DeviceMesh) -> nn.Embedding:
-        share_rows(module, mesh)
+        distribute(module, mesh, Shard(0))
 
         def forward(token_T: Tensor) -> Tensor:
             weight_VD = module.weight.to_local(grad_placements=[Shard(0)])
-            row_T = token_T - mesh.get_local_rank() * weight_VD.shape[0]
+            num_held = weight_VD.shape[0]
+            id_T = token_T - mesh.get_local_rank() * num_held
             # Tokens of other ranks are zero here; placeholders, whose ids are negative, are so on every rank.
-            held_T = (row_T >= 0) & (row_T < weight_VD.shape[0]) & (token_T >= 0)
-            x_TD = F.embedding(row_T.where(held_T, 0), weight_VD) * held_T.unsqueeze(-1).to(weight_VD.dtype)
-            return (
-                DTensor.from_local(x_TD, mesh, [Partial()])
-                .redistribute(placements=[ROWS])
-                .to_local(grad_placements=[ROWS])
-            )
+            held_T = (id_T >= 0) & (id_T < num_held) & (token_T >= 0)
+            x_TD = F.embedding(id_T.where(held_T, 0), weight_VD)
+            x_TD = x_TD * held_T.unsqueeze(-1).to(x_TD.dtype)
+            summed_TD = DTensor.from_local(x_TD, mesh, [Partial()]).redistribute(placements=[TOKENS])
+            return summed_TD.to_local(grad_placements=[TOKENS])
 
         module.forward = forward
         return module
 
 
 class VocabularyHead(ParallelStyle):
-    """Loss over a shared-out vocabulary: no rank sees all logits of a row. For generation they are gathered."""
+    """Loss over a sharded vocabulary: no rank sees all logits of a token. For generation they are gathered."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        share_rows(module, mesh)
+        distribute(module, mesh, Shard(0))
         operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
         def reduce(x: Tensor, operation: str) -> None:
@@ -182,29 +191,32 @@ class VocabularyHead(ParallelStyle):
 
         def forward(hidden_RD: Tensor, target_R: Tensor | None, predict: bool = False) -> Tensor | tuple[Tensor, ...]:
             weight_VD = module.weight.to_local(grad_placements=[Shard(0)])
-            # The gradient of hidden is the sum of what the shares of the vocabulary give.
+            # Each share of the vocabulary contributes a part to the gradient of hidden.
             hidden_RD = DTensor.from_local(hidden_RD, mesh, [Replicate()]).to_local(grad_placements=[Partial()])
             if target_R is None:
                 logits_RV = DTensor.from_local(F.linear(hidden_RD, weight_VD).float(), mesh, [Shard(1)])
                 return logits_RV.full_tensor()
             first = mesh.get_local_rank() * weight_VD.shape[0]
             losses = linear_cross_entropy(hidden_RD, weight_VD, target_R, first=first, reduce=reduce)
-            return (*losses, linear_argmax(hidden_RD, weight_VD, first=first, reduce=reduce)) if predict else losses
+            if predict:
+                losses = *losses, linear_argmax(hidden_RD, weight_VD, first=first, reduce=reduce)
+            return losses
 
         module.forward = forward
         return module
 
 
 class OnEveryRank(ParallelStyle):
-    """Whole weights, whole rows: every rank of the axis does the same."""
+    """Whole weights, all tokens: every rank of the axis computes the same."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            module.register_parameter(name, nn.Parameter(distribute_tensor(parameter, mesh, [Replicate()])))
+        distribute(module, mesh, Replicate())
         module.register_forward_pre_hook(lambda _, inputs: (DTensor.from_local(inputs[0], mesh, [Replicate()]),))
         module.register_forward_hook(lambda _, inputs, output: output.to_local(grad_placements=[Replicate()]))
         return module
 
 
-def share_rows(module: nn.Module, mesh: DeviceMesh) -> None:
-    module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)]))
+def distribute(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
+    """Make the module's own parameters DTensors."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        module.register_parameter(name, nn.Parameter(distribute_tensor(parameter, mesh, [placement])))

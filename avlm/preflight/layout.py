@@ -43,4 +43,4 @@ def layout_of(config: Config, world_size: int) -> Layout:
     kv_heads = config.model.decoder.num_kv_heads // config.parallel.tensor
     mode = choose_mode(config.parallel.context_mode, kv_heads, config.parallel.context)
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
-    return Layout(*sizes, mode, compute_dtype(config, device))
+    return Layout(*sizes, mode, compute_dtype(config.train.precision, device))

@@ -85,10 +85,13 @@ class Case:
 
     @cached_property
     def trained(self) -> Shapes:
-        return trained_shapes(self.config, self.stage, self.shapes)
+        return trained_shapes(self.stage, self.model, self.shapes)
+
+    def recompute(self, module: str) -> Recompute:
+        return getattr(self.config.train.recompute, module)
 
     def numbers(self, prefix: str) -> int:
-        """Numbers in the parameters whose names begin so, on a rank of the tensor axis."""
+        """How many numbers the parameters with this prefix hold on a rank of the tensor axis."""
         return _numbers(self.shapes, prefix, self.layout.tensor)
 
     def trained_numbers(self, prefix: str) -> int:
@@ -96,8 +99,11 @@ class Case:
 
 
 def _numbers(shapes: Shapes, prefix: str, tensor: int) -> int:
-    held = [tensor_share(name, shape, tensor) for name, shape in shapes.items() if name.startswith(prefix)]
-    return sum(math.prod(shape) for shape in held)
+    total = 0
+    for name, shape in shapes.items():
+        if name.startswith(prefix):
+            total += math.prod(tensor_share(name, shape, tensor))
+    return total
 
 
 def estimate(config: Config, stage: StageConfig, world_size: int, shapes: Shapes) -> Estimate:
@@ -121,44 +127,51 @@ def estimate(config: Config, stage: StageConfig, world_size: int, shapes: Shapes
 
 def resident(case: Case) -> dict[str, int]:
     """Exact bytes of the rank with the largest shards, without AdamW's step counts (4 bytes a parameter tensor)."""
-    found = {"parameters": 0, "gradients": 0, "optimizer state": 0, "whole gradients": 0}
-    config, layout = case.config, case.layout
-    halved, replicated = set(), set()
-    if case.model.lora and case.model.lora.base == "bf16":
+    model = case.model
+    config = case.config
+    halved = set()
+    replicated = set()
+    if model.lora and model.lora.base == "bf16":
         halved = frozen_base(case.shapes)
     if config.parallel.tower_sharding == "replicate":
-        replicated = set(case.model.modalities.values())
-    is_local = config.train.accumulate_mode == "local" and config.train.accumulate > 1
+        replicated = set(model.modalities.values())
+    parameters = gradients = whole = 0
     for name, shape in case.shapes.items():
-        module = name.split(".")[0]
+        module, *_ = name.split(".")
         if module in replicated:
-            found["parameters"] += math.prod(shape) * case.itemsize
+            parameters += case.itemsize * math.prod(shape)
             continue
-        rows, *others = tensor_share(name, shape, layout.tensor)
-        local = math.ceil(rows / layout.shards_of(module)) * math.prod(others)
-        found["parameters"] += (2 if name in halved else 4) * local
+        rows, *others = tensor_share(name, shape, case.layout.tensor)
+        width = math.prod(others)
+        local = math.ceil(rows / case.layout.shards_of(module)) * width
+        parameters += 2 * local if name in halved else 4 * local
         if name in case.trained:
-            found["gradients"] += 4 * local
-            found["optimizer state"] += 8 * local
-            if is_local:
-                found["whole gradients"] += 4 * rows * math.prod(others)
-    return found
+            gradients += 4 * local
+            whole += 4 * rows * width
+    is_local = config.train.accumulate_mode == "local" and config.train.accumulate > 1
+    return {
+        "parameters": parameters,
+        "gradients": gradients,
+        "optimizer state": 2 * gradients,
+        "whole gradients": whole if is_local else 0,
+    }
 
 
 # 2. What comes and goes.
 
 
 def _at_block(case: Case) -> dict[str, int]:
-    c, layout, decoder = case.itemsize, case.layout, case.model.decoder
+    c = case.itemsize
+    decoder = case.model.decoder
     # The head's gradient is still on its way when the last block is done; a tied one waits for the embedding's.
     block_gradient = case.trained_numbers("decoder.blocks.0.")
     waiting = 4 * max(block_gradient, case.trained_numbers("decoder.head."))
     if decoder.tie_embedding:
         waiting += c * case.trained_numbers("decoder.embedding.")
     kept, _ = _kept(case)
-    gradients = c * (3 * decoder.intermediate_size // layout.tensor + 2 * decoder.hidden_size)
+    gradients = c * (3 * decoder.intermediate_size // case.layout.tensor + 2 * decoder.hidden_size)
     return {
-        "gathered weights": _held(case) + layout.gathered("decoder") * case.numbers("decoder.blocks.0."),
+        "gathered weights": _held(case) + case.layout.gathered("decoder") * case.numbers("decoder.blocks.0."),
         "gradients in reduction": c * block_gradient + waiting,
         "activations": kept,
         "at work": case.tokens * (_recomputed("decoder", case) + gradients),
@@ -167,19 +180,21 @@ def _at_block(case: Case) -> dict[str, int]:
 
 def _at_head(case: Case) -> dict[str, int]:
     """What ``kernels.cross_entropy`` holds: losses, logits a chunk of rows at a time, the gradient of the weight."""
-    c, tokens, decoder = case.itemsize, case.tokens, case.model.decoder
-    D, V = decoder.hidden_size, decoder.vocab_size // case.layout.tensor
+    c = case.itemsize
+    decoder = case.model.decoder
+    D = decoder.hidden_size
+    V = decoder.vocab_size // case.layout.tensor
     weight = "decoder.embedding.weight" if decoder.tie_embedding else "decoder.head.weight"
     trains = weight in case.trained
     rows = chunk_rows(V, D, c, trains)
     gradient = copied = 0
-    if trains and rows >= tokens:
+    if trains and rows >= case.tokens:
         gradient = V * D * c
     elif trains:  # it is summed in float32, and copied into its own dtype in the end
         gradient = V * D * 4
         copied = V * D * c if c < 4 else 0
-    hidden = tokens * D * (4 + 4 * c)  # x, its float32 copy, the norm's two results, the gradient of hidden
-    logits = min(rows, tokens) * V * c
+    hidden = case.tokens * D * (4 + 4 * c)  # x, its float32 copy, the norm's two results, the gradient of hidden
+    logits = min(rows, case.tokens) * V * c
     kept, _ = _kept(case)
     return {
         "gathered weights": _held(case) + case.layout.gathered("decoder") * case.numbers("decoder.head."),
@@ -189,15 +204,17 @@ def _at_head(case: Case) -> dict[str, int]:
 
 
 def _at_tower(name: str, case: Case) -> dict[str, int]:
-    c, layout, tower = case.itemsize, case.layout, getattr(case.model, name)
+    c = case.itemsize
+    tower = getattr(case.model, name)
     sharding = case.config.parallel.tower_sharding
-    whole, block = case.numbers(f"{name}."), case.numbers(f"{name}.blocks.0.")
+    whole = case.numbers(f"{name}.")
+    block = case.numbers(f"{name}.blocks.0.")
     gathered = reduction = 0
     if sharding == "unit":
-        gathered = layout.gathered(name) * whole
+        gathered = case.layout.gathered(name) * whole
         reduction = max(0, (c + 4) * case.trained_numbers(f"{name}.") - gathered)  # the weights are freed before
     if sharding == "block":
-        gathered = layout.gathered(name) * block + c * (whole - block * tower.num_blocks)
+        gathered = case.layout.gathered(name) * block + c * (whole - block * tower.num_blocks)
         reduction = (c + 4) * case.trained_numbers(f"{name}.blocks.0.")
     work = _recomputed(name, case) + c * (2 * tower.hidden_size + 3 * tower.intermediate_size)
     kept, _ = _kept_by_tower(name, case)
@@ -210,16 +227,16 @@ def _at_tower(name: str, case: Case) -> dict[str, int]:
 
 
 def _held(case: Case) -> int:
-    """Weights that stay gathered from their forward to their backward, whatever else is."""
-    parallel, towers = case.config.parallel, case.model.modalities.values()
-    is_tied = case.model.decoder.tie_embedding  # then the embedding belongs to the root, which stays gathered
+    """Weights that stay gathered from their forward to their backward, in every moment."""
+    parallel = case.config.parallel
+    towers = case.model.modalities.values()
     held = [f"{tower}_projector." for tower in towers]
-    if is_tied or not parallel.reshard:
+    if case.model.decoder.tie_embedding or not parallel.reshard:  # tied, it belongs to the root, which stays gathered
         held.append("decoder.embedding.")
     if not parallel.reshard:
         held.append("decoder.blocks.")
-    if not parallel.reshard and parallel.tower_sharding != "replicate":
-        held += [f"{tower}." for tower in towers]
+        if parallel.tower_sharding != "replicate":
+            held += [f"{tower}." for tower in towers]
     return case.itemsize * sum(case.numbers(prefix) for prefix in held)
 
 
@@ -230,18 +247,21 @@ def _kept(case: Case) -> tuple[int, int]:
     """(device, host) bytes of all that autograd keeps between forward and backward."""
     decoder = case.model.decoder
     device, host = _kept_by_blocks("decoder", case.tokens * decoder.num_layers, case)
-    device += case.tokens * decoder.head_dim * 8  # cos and sin of the positions
+    rope = 8 * case.tokens * decoder.head_dim  # cos and sin of the positions
     by_towers = [_kept_by_tower(tower, case) for tower in case.model.modalities.values()]
     tower_device, tower_host = max(by_towers, key=sum, default=(0, 0))  # a row is full of one modality
-    return device + tower_device, host + tower_host
+    return device + rope + tower_device, host + tower_host
 
 
 def _kept_by_tower(name: str, case: Case) -> tuple[int, int]:
     """(device, host) bytes of a tower, its input and its projector, for a row full of its media."""
-    tower, projector = getattr(case.model, name), getattr(case.model, f"{name}_projector")
-    c, rows = case.itemsize, _media_rows(name, case)
+    c = case.itemsize
+    tower = getattr(case.model, name)
+    projector = getattr(case.model, f"{name}_projector")
+    rows = _media_rows(name, case)
     arriving, stem = _stem(tower)
-    device, host = arriving * rows, 0
+    device = arriving * rows
+    host = 0
     trains = case.trained_numbers(f"{name}.") > 0
     if trains:
         blocks, host = _kept_by_blocks(name, rows * tower.num_blocks, case)
@@ -264,7 +284,7 @@ def _stem(tower: VisionConfig | AudioConfig) -> tuple[int, int]:
 
 def _kept_by_blocks(name: str, rows: int, case: Case) -> tuple[int, int]:
     """(device, host) bytes of the blocks of a module, for the rows of all blocks together."""
-    mode = getattr(case.config.train.recompute, name)
+    mode = case.recompute(name)
     kept = rows * block_bytes(name, case, mode)
     if mode == "full" and case.config.train.offload_activations:
         return 0, kept
@@ -273,36 +293,35 @@ def _kept_by_blocks(name: str, rows: int, case: Case) -> tuple[int, int]:
 
 def _recomputed(name: str, case: Case) -> int:
     """Bytes for each row that come back when the backward recomputes a block."""
-    mode = getattr(case.config.train.recompute, name)
-    return block_bytes(name, case, "none") - block_bytes(name, case, mode)
+    return block_bytes(name, case, "none") - block_bytes(name, case, case.recompute(name))
 
 
 def projector_numbers(projector: ProjectorConfig, width: int, decoder: DecoderConfig) -> int:
     """Numbers that a projector keeps for the backward, per feature: the tower rows, ``width``, and its output (linear)
     or the input of its GELU (mlp2x_gelu)."""
-    hidden = projector.hidden_size or decoder.hidden_size
-    return width + (decoder.hidden_size if projector.type == "linear" else hidden)
+    if projector.type == "linear":
+        return width + decoder.hidden_size
+    return width + (projector.hidden_size or decoder.hidden_size)
 
 
 def block_bytes(name: str, case: Case, mode: Recompute) -> int:
     """What a block of a module keeps for each row, its adapters included."""
     trains = case.trained_numbers(f"{name}.") > 0
+    if name != "decoder" and not trains:  # no graph is built
+        return 0
     if mode != "none":
-        size = recomputing_block_bytes(name, case, mode)
-    elif name == "decoder":
+        return recomputing_block_bytes(name, case, mode)
+    if name == "decoder":
         size = decoder_block_bytes(case.model.decoder, case.layout, trains)
     else:
         size = encoder_block_bytes(getattr(case.model, name), case.layout)
-    if name != "decoder" and not trains:  # no graph is built
-        return 0
-    if mode == "none":
-        size += adapter_bytes(f"{name}.blocks.0.", case)
-    return size
+    return size + adapter_bytes(f"{name}.blocks.0.", case)
 
 
 def adapter_bytes(block: str, case: Case) -> int:
     """What the adapters of a block keep for each row."""
-    c, size = case.itemsize, 0
+    c = case.itemsize
+    size = 0
     for name, shape in case.trained.items():
         if not name.startswith(block):
             continue
@@ -317,10 +336,13 @@ def adapter_bytes(block: str, case: Case) -> int:
 
 def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
     """What a block keeps for each row: full, its input; selective, also attention and every second product."""
-    c, module = case.itemsize, getattr(case.model, name)
-    t, width = 1, module.hidden_size  # of attention over all heads
+    c = case.itemsize
+    module = getattr(case.model, name)
+    t = 1
+    width = module.hidden_size  # of attention over all heads
     if name == "decoder":
-        t, width = case.layout.tensor, module.num_heads * module.head_dim
+        t = case.layout.tensor
+        width = module.num_heads * module.head_dim
     size = c * module.hidden_size // t
     if mode == "full":
         return size
@@ -335,17 +357,23 @@ def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
 
 def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool) -> int:
     """What a block keeps for each token if nothing is recomputed. Frozen weights need no inputs of products."""
-    c, t = layout.dtype.itemsize, layout.tensor
-    D, F = decoder.hidden_size, decoder.intermediate_size
+    c = layout.dtype.itemsize
+    t = layout.tensor
+    D = decoder.hidden_size
+    F = decoder.intermediate_size
     Q = decoder.num_heads * decoder.head_dim // t
     K = decoder.num_kv_heads * decoder.head_dim // t
     norms = 2 * (4 * D + c * D * trains) // t  # the float32 copy, and the normed before its scale
     if decoder.qk_norm:
         norms += (4 + c * trains) * (Q + K)
-    mode = layout.context_mode if layout.context > 1 else "ring"
-    num_keys = layout.context if mode == "allgather" else 1
-    num_outs = {"ring": 1, "ulysses": 1 + trains, "allgather": 2 + trains}[mode]
-    num_lse = 2 if num_keys > 1 else 1
+    num_keys = num_outs = num_lse = 1
+    mode = layout.context_mode if layout.context > 1 else "none"
+    if mode == "ulysses":
+        num_outs += trains
+    if mode == "allgather":
+        num_keys = layout.context
+        num_outs += 1 + trains
+        num_lse = 2
     lse = 4 * decoder.num_heads // t
     attention = c * (Q + 2 * K * num_keys + Q * num_outs) + lse * num_lse
     products = 2 * D * trains + (3 + trains) * F // t  # inputs of q, k, v and of gate, up; gate, up, silu, product
@@ -354,20 +382,16 @@ def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool) ->
 
 def encoder_block_bytes(tower: VisionConfig | AudioConfig, layout: Layout) -> int:
     """What a block of a tower that trains keeps for each of its rows if nothing is recomputed."""
-    c, D, F = layout.dtype.itemsize, tower.hidden_size, tower.intermediate_size
-    activation = tower.activation if isinstance(tower, VisionConfig) else "gelu"
-    num_activations = 3 if activation == "quick_gelu" else 2  # quick_gelu is three operations
-    return c * (8 * D + num_activations * F) + 4 * tower.num_heads
+    num_activations = 2
+    if isinstance(tower, VisionConfig) and tower.activation == "quick_gelu":
+        num_activations = 3  # quick_gelu is three operations
+    numbers = 8 * tower.hidden_size + num_activations * tower.intermediate_size
+    return layout.dtype.itemsize * numbers + 4 * tower.num_heads
 
 
 def _media_rows(name: str, case: Case) -> int:
-    """Rows of a tower on the rank with most, for a row full of its media."""
-    rows, features = media_rows(name, case.model)
-    num_items = math.ceil(case.stage.data.seq_length // features / case.layout.row_ranks)
-    return num_items * rows
-
-
-def media_rows(name: str, model: ModelConfig) -> tuple[int, int]:
-    """(rows in the tower, features in the decoder) of an image, or of a whole window of audio."""
-    tower, projector = getattr(model, name), getattr(model, f"{name}_projector")
-    return tower.num_rows, tower.num_features(projector.downsample)
+    """Rows of a tower on the rank with most, for a row full of images or of whole windows of audio."""
+    tower = getattr(case.model, name)
+    projector = getattr(case.model, f"{name}_projector")
+    num_items = case.stage.data.seq_length // tower.num_features(projector.downsample)
+    return math.ceil(num_items / case.layout.row_ranks) * tower.num_rows

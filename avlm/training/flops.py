@@ -9,7 +9,7 @@ An input has a gradient where something below it trains: a frozen tower is forwa
 projectors that train passes gradients on and makes none of its own.
 
 Recomputed forward FLOPs (``train.recompute``) are kept apart, for HFU. Recomputation inside the attention kernel, and
-everything but matrix products, are not counted. What the counts are: ``avlm.models.costs``.
+everything but matrix products, are not counted. ``avlm.models.costs`` says what each count counts.
 
 n parameters of the weight   R rows   A width of all query heads   P pairs of a query and a key that it sees   r rank
 """
@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterator
 import torch
 
 from avlm.config.model import ModelConfig
-from avlm.config.run import Config, Recompute, StageConfig
+from avlm.config.run import Recompute, RecomputeConfig, StageConfig
 from avlm.models.costs import attention_cost, steps
 from avlm.models.freezing import trained_shapes
 from avlm.models.lora import is_adapter
@@ -54,36 +54,36 @@ def peak(device: torch.device) -> float | None:
 
 def by_module(costs: Costs, count: dict[str, int]) -> dict[str, tuple[int, int, int]]:
     """FLOPs of each module, (forward, backward, recomputed in the backward). The head is a module of its own."""
-    flops = {module: [0, 0, 0] for module, _ in costs}
-    for (module, name), each in costs.items():
-        for i, cost in enumerate(each):
-            flops[module][i] += cost * count[name]
-    return {module: tuple(parts) for module, parts in flops.items()}
+    flops: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for (module, name), of_one in costs.items():
+        for kind, cost in enumerate(of_one):
+            flops[module][kind] += cost * count[name]
+    return {module: tuple(of_kinds) for module, of_kinds in flops.items()}
 
 
-def costs(config: Config, stage: StageConfig) -> Costs:
+def costs(model: ModelConfig, stage: StageConfig, recompute: RecomputeConfig) -> Costs:
     """What each count costs in a stage."""
-    shapes = parameter_shapes(config.model)
-    trained = set(trained_shapes(config, stage, shapes))
+    shapes = parameter_shapes(model)
+    trained = trained_shapes(stage, model, shapes)
     found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     has_graph = {}  # module -> whether anything in it, or below it, trains
-    for module in sorted(config.model.modules, key="decoder".__eq__):  # the decoder comes last: all others feed it
+    for module in sorted(model.modules, key="decoder".__eq__):  # the decoder comes last: all others feed it
         tower = module.removesuffix("_projector")
         below = any(has_graph.values()) if module == "decoder" else has_graph.get(tower, False)
-        mode = getattr(config.train.recompute, module, "none")
-        repeated = _repeated(module, config.model, shapes, mode)
-        for count, paths in steps(module, config.model):
+        mode = getattr(recompute, module, "none")
+        repeated = _repeated(module, model, shapes, mode)
+        for count, paths in steps(module, model):
             for path in paths:
                 label = "head" if path == "decoder.head" else module
                 # A block whose input and weights have no gradient has no backward, and is not recomputed.
                 block = _block(path)
                 runs_again = mode != "none" and block and (below or _is_trained(block, trained))
-                for name, by, forward, backward in _cost(path, count, config.model, shapes, trained, below):
-                    is_repeated = runs_again and (path in repeated or is_adapter(name))
+                for name, by, forward, backward in _cost(path, count, model, shapes, trained, below):
                     total = found[label, by]
                     total[0] += forward
                     total[1] += backward
-                    total[2] += forward if is_repeated else 0
+                    if runs_again and (path in repeated or is_adapter(name)):
+                        total[2] += forward
             below |= any(_is_trained(path, trained) for path in paths)
         has_graph[module] = below
     return {key: tuple(total) for key, total in found.items()}

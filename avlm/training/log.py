@@ -43,7 +43,7 @@ class Log:
         self.unwritten: list[Record] = []  # while the disk is full
         self.bad: set[str] = set()  # keys of skipped samples that have been named
         # Compute in float32 is not measured against the bf16 peak.
-        is_bf16 = compute_dtype(config, world.device) == torch.bfloat16
+        is_bf16 = compute_dtype(config.train.precision, world.device) == torch.bfloat16
         self.peak = flops.peak(world.device) if is_bf16 else None
         self.run = None
         if world.is_first:

@@ -1,7 +1,6 @@
 """Write a checkpoint of a run as a model folder: ``python -m avlm.weights export RUN DIR --format FORMAT``."""
 
 import argparse
-import dataclasses
 
 import torch
 
@@ -44,7 +43,7 @@ def main() -> None:
     rank, size = ranks()
     world = None
     if size > 1:
-        world = mesh.start(dataclasses.replace(config, parallel=ParallelConfig()), torch.device("cpu"))
+        world = mesh.start(ParallelConfig(), torch.device("cpu"))
         path = world.gather(path)[0]  # the run may continue and save meanwhile
     state = open_checkpoint(path)
     export(

@@ -27,8 +27,7 @@ from avlm.models import freezing
 from avlm.models.avlm import AVLM, init
 from avlm.parallel import mesh
 from avlm.parallel.apply import own_part
-from tests.measurements import demo_curve
-from tests.parallel import no_hang
+from tests.measurements import demo_curve, no_hang
 from tests.parallel.small import TREE, build, make_rows, whole
 from tests.parallel.spawn import run_ranks
 from train import train_step
@@ -184,7 +183,9 @@ def run_case(case: Case, layout: dict[str, Any], worlds: dict) -> tuple[float, f
     world, model = build(cfg, worlds)
     rows = make_rows(cfg, case.mixes(world.data_size))
     num_targets = sum(len(row.target_R) for row in rows)
-    parts = [own_part(row, cfg, world) for row in rows[world.data_rank :: world.data_size]]
+    parts = [
+        own_part(row, cfg.model, world, cfg.parallel.balance_media) for row in rows[world.data_rank :: world.data_size]
+    ]
     found: dict[str, torch.Tensor] = {}
 
     class Observed:  # stands for the optimizer: the gradients are looked at where it would use them

@@ -84,9 +84,9 @@ def build(cfg: Config, worlds: dict[tuple, mesh.World] | None = None) -> tuple[m
     world = worlds[shape]
     with torch.device("meta"):
         model = AVLM(cfg.model)
-    apply_parallel(model, world, cfg)
+    apply_parallel(model, world, cfg.parallel, cfg.train)
     init_weights(model, cfg.init_from, cfg.seed)
-    warm_up(model, cfg, world)
+    warm_up(model, world)
     freezing.freeze(model, cfg.stages[0])
     return world, model
 

@@ -50,7 +50,7 @@ def test_every_rank_is_told_which_ranks_differ_and_in_what():
 
 def test_ranks_of_a_restart_do_not_find_what_the_start_before_left_in_the_store(monkeypatch):
     launcher = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    launcher.queue_push("avlm/to_first", "asks a-rank-that-is-gone")
+    launcher.queue_push("avlm/to_first", "request nonce-of-a-rank-that-is-gone")
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": launcher.port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for key, value in environment.items():
         monkeypatch.setenv(key, str(value))

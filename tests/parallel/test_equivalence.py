@@ -2,8 +2,8 @@
 
 import pytest
 
+from tests.measurements import no_hang
 from tests.measurements.equivalence import LAYOUTS, choose, compare_all
-from tests.parallel import no_hang
 from tests.parallel.spawn import run_ranks
 
 

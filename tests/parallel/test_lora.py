@@ -69,7 +69,7 @@ def step(cfg, world, model):
     """(loss, whole gradients) of one step, of a row for each data rank."""
     rows = make_rows(cfg, MIXES[: world.data_size])
     num_targets = sum(len(row.target_R) for row in rows)
-    part = own_part(rows[world.data_rank], cfg, world)
+    part = own_part(rows[world.data_rank], cfg.model, world, balance=False)
     found = {}
 
     class Observed:
@@ -130,7 +130,7 @@ def train_in_bf16(worlds):
         for i in range(6):
             optimizer.schedule(adam, stage.optimizer, i, 6)
             [row] = make_rows(cfg, ["both"])
-            part = own_part(row, cfg, world)
+            part = own_part(row, cfg.model, world, balance=False)
             values = train_step(model, [part], 2.0 * len(row.target_R), adam, 1.0, world)
             losses.append(values[:-2].sum().item())
     moved = {name for name, parameter in model.named_parameters() if not whole(parameter).equal(before[name])}

@@ -1,4 +1,4 @@
-"""Images and windows encoded on any rank give the features, and the gradients, of one process."""
+"""Images and audio windows encoded on any rank give the features and the gradients of one process."""
 
 import functools
 import itertools
@@ -34,38 +34,73 @@ MODEL = ModelConfig(
     audio_projector=ProjectorConfig(downsample=2),
 )
 
-# By world size: (replicate, shard, context, tensor), and of each case the (images, clips) of every data rank.
+# Ranks -> mesh (replicate, shard, context, tensor) -> cases: (images, clips) of every data rank.
 APART = {
-    2: {(1, 1, 2, 1): [[(5, 0)], [(0, 3)], [(3, 4)], [(1, 0)], [(0, 0)]]},
+    2: {
+        (1, 1, 2, 1): [[(5, 0)], [(0, 3)], [(3, 4)], [(1, 0)], [(0, 0)]],
+    },
     4: {
         (1, 1, 2, 2): [[(5, 0)], [(0, 3)], [(4, 5)], [(1, 1)], [(0, 0)]],
         (1, 2, 2, 1): [[(3, 2), (0, 1)], [(0, 0), (2, 0)]],
     },
 }
 POOLED = {
-    2: {(1, 2, 1, 1): [[(12, 5), (0, 0)], [(0, 3), (2, 0)], [(0, 0), (0, 0)]]},
+    2: {
+        (1, 2, 1, 1): [
+            [(12, 5), (0, 0)],
+            [(0, 3), (2, 0)],
+            [(0, 0), (0, 0)],
+        ],
+    },
     4: {
-        (2, 2, 1, 1): [[(12, 5), (0, 0), (0, 0), (0, 0)], [(3, 1), (0, 2), (1, 0), (6, 4)]],
-        (1, 2, 1, 2): [[(12, 5), (0, 0)], [(2, 0), (3, 7)], [(0, 11), (1, 0)], [(0, 0), (0, 0)]],
+        (2, 2, 1, 1): [
+            [(12, 5), (0, 0), (0, 0), (0, 0)],
+            [(3, 1), (0, 2), (1, 0), (6, 4)],
+        ],
+        (1, 2, 1, 2): [
+            [(12, 5), (0, 0)],
+            [(2, 0), (3, 7)],
+            [(0, 11), (1, 0)],
+            [(0, 0), (0, 0)],
+        ],
     },
 }
 WORLDS = pytest.mark.parametrize("world_size", [2, 4])
 
 
+def cases_of(world_size):
+    """(kind, mesh, counts) of every case."""
+    for kind, layouts in (("apart", APART), ("pooled", POOLED)):
+        for shape, cases in layouts[world_size].items():
+            for counts in cases:
+                yield kind, shape, counts
+
+
 def make_batch(model, num_images, num_clips, seed):
-    """One row; clips of 9 to 20 kept rows, so that some have an odd one at the end."""
+    """One row in a random order: samples of an image or of a clip, and one of text."""
     generator = torch.Generator().manual_seed(seed)
-    samples = []
-    for images, clips in [(1, 0)] * num_images + [(0, 1)] * num_clips + [(0, 0)]:
-        kept = int(torch.randint(9, 21, (), generator=generator))
-        height = model.audio.num_mels if model.audio else 0
-        mels = [torch.randn(height, 2 * kept, generator=generator) for _ in range(clips)]
-        token_T = torch.tensor([-200] * (4 * images) + [-300] * (clips * math.ceil(kept / 2)) + [7])
-        pixels = torch.randint(0, 255, (images, 3, 16, 16), generator=generator, dtype=torch.uint8)
-        items = {"image": list(pixels), "audio": mels}
-        samples.append(EncodedSample("", "text", token_T, torch.full_like(token_T, -100), items))
+    samples = [make_image(generator) for _ in range(num_images)]
+    samples += [make_clip(model, generator) for _ in range(num_clips)]
+    samples.append(make_sample([], {}))
     order = torch.randperm(len(samples), generator=generator).tolist()
     return pack([samples[i] for i in order], TOKENS, model)
+
+
+def make_image(generator):
+    pixels = torch.randint(0, 255, (3, 16, 16), generator=generator, dtype=torch.uint8)
+    return make_sample([-200] * 4, {"image": [pixels]})
+
+
+def make_clip(model, generator):
+    """9 to 20 tower rows, so that some clips have an odd one at the end."""
+    num_rows = int(torch.randint(9, 21, (), generator=generator))
+    mel = torch.randn(model.audio.num_mels, 2 * num_rows, generator=generator)
+    return make_sample([-300] * math.ceil(num_rows / 2), {"audio": [mel]})
+
+
+def make_sample(placeholders, items):
+    token_T = torch.tensor([*placeholders, 7])
+    return EncodedSample("", "text", token_T, torch.full_like(token_T, -100), items)
 
 
 def gradients(model):
@@ -75,9 +110,12 @@ def gradients(model):
 def reference(model, batches, weights):
     """Token features of every row and the summed gradients, in this process alone."""
     model.zero_grad()
-    features = [model.embed(batch) for batch in batches]
-    sum((x_TD * weight_TD).sum() for x_TD, weight_TD in zip(features, weights)).backward()
-    return [x_TD.detach() for x_TD in features], gradients(model)
+    features = []
+    for batch, weight_TD in zip(batches, weights):
+        x_TD = model.embed(batch)
+        (x_TD * weight_TD).sum().backward()
+        features.append(x_TD.detach())
+    return features, gradients(model)
 
 
 def window_cost(model, rows):
@@ -86,7 +124,8 @@ def window_cost(model, rows):
 
 
 def distance(found, expected, floor=1e-30):
-    return ((found - expected).abs().max() / expected.abs().max().clamp(min=floor)).item()
+    largest = expected.abs().max().clamp(min=floor)
+    return ((found - expected).abs().max() / largest).item()
 
 
 def compare(model, world, counts, balance=False, group=None, shuffled=True):
@@ -98,48 +137,54 @@ def compare(model, world, counts, balance=False, group=None, shuffled=True):
 
     row_group = group or world.row_mesh.get_group("row")
     batch = batches[world.data_rank]
-    place_T = torch.randperm(TOKENS, generator=generator) if shuffled else torch.arange(TOKENS)
+    place_T = torch.arange(TOKENS)
+    if shuffled:
+        place_T = torch.randperm(TOKENS, generator=generator)
     num_held = TOKENS // row_group.size()
-    rows = place_T.argsort()[row_group.rank() * num_held :][:num_held]  # of the whole row, those that this rank holds
+    held = place_T.argsort()[row_group.rank() * num_held :][:num_held]  # tokens of the whole row on this rank
     local = media.split(batch, place_T, model.config, world, balance, group)
-    encoded = len(local.image.values), local.audio.lengths
-    local = replace(local, token_T=batch.token_T[rows], position_T=batch.position_T[rows]).to("cpu")
+    num_images = len(local.image.values)
+    window_lengths = local.audio.lengths
+    local = replace(local, token_T=batch.token_T[held], position_T=batch.position_T[held]).to("cpu")
 
     model.zero_grad()
     x_TD = model.embed(local)
-    (x_TD * weights[world.data_rank][rows]).sum().backward()
+    (x_TD * weights[world.data_rank][held]).sum().backward()
     summed = gradients(model)
-    for gradient in summed.values():
-        dist.all_reduce(gradient, group=group)
     assert summed.keys() == expected.keys()
-    norm = torch.cat([gradient.flatten() for gradient in expected.values()]).norm().item()
-    errors = [distance(summed[name], gradient, 1e-3 * norm) for name, gradient in expected.items()]
-    return distance(x_TD, features[world.data_rank][rows]), max(errors), *encoded
+    floor = 1e-3 * torch.cat([gradient.flatten() for gradient in expected.values()]).norm().item()
+    error = 0.0
+    for name, gradient in expected.items():
+        dist.all_reduce(summed[name], group=group)
+        error = max(error, distance(summed[name], gradient, floor))
+    return distance(x_TD, features[world.data_rank][held]), error, num_images, window_lengths
+
+
+def make_model(config):
+    model = AVLM(config)
+    init(model)
+    apply_media(model)
+    return model
 
 
 def all_cases(world_size):
     """What ``compare`` finds, by case; and whether a batch stays as it is where nobody shares its row."""
     dist.init_process_group("gloo")
-    see = lambda shape: lay_out(shape, torch.device("cpu"))
-    model = AVLM(MODEL)
-    init(model)
-    apply_media(model)
+    device = torch.device("cpu")
+    model = make_model(MODEL)
     found = {}
-    for kind, layouts in (("apart", APART), ("pooled", POOLED)):
-        for shape, cases in layouts[world_size].items():
-            world = see(shape)
-            for counts in cases:
-                found[kind, shape, str(counts)] = compare(model, world, counts, balance=kind == "pooled")
+    for kind, shape, counts in cases_of(world_size):
+        found[kind, shape, str(counts)] = compare(model, lay_out(shape, device), counts, balance=kind == "pooled")
 
-    world, counts = see((1, 1, world_size // 2, 2)), [(3, 2)]
-    found["group of the tensor axis"] = compare(model, world, counts, False, world.mesh.get_group("tensor"), False)
-    world, counts = see((1, world_size, 1, 1)), [(3, 2)] + [(0, 0)] * (world_size - 1)
+    world = lay_out((1, 1, world_size // 2, 2), device)
+    group = world.mesh.get_group("tensor")
+    found["group of the tensor axis"] = compare(model, world, [(3, 2)], group=group, shuffled=False)
+    world = lay_out((1, world_size, 1, 1), device)
+    others = [(0, 0)] * (world_size - 1)
     model.vision.requires_grad_(False)
-    found["frozen tower"] = compare(model, world, counts, balance=True)
-    no_sound = AVLM(replace(MODEL, audio=None, audio_projector=None))
-    init(no_sound)
-    apply_media(no_sound)
-    found["no audio tower"] = compare(no_sound, world, [(3, 0)] + [(0, 0)] * (world_size - 1), balance=True)
+    found["frozen tower"] = compare(model, world, [(3, 2), *others], balance=True)
+    no_audio = make_model(replace(MODEL, audio=None, audio_projector=None))
+    found["no audio tower"] = compare(no_audio, world, [(3, 0), *others], balance=True)
     batch = make_batch(MODEL, 1, 1, 0)
     is_same = media.split(batch, torch.arange(TOKENS), MODEL, world) is batch
     dist.destroy_process_group()
@@ -161,19 +206,26 @@ def test_every_rank_gets_the_features_and_gradients_of_one_process(world_size):
 
 @WORLDS
 def test_each_image_and_window_is_encoded_once_and_no_rank_has_more_than_its_share(world_size):
-    for kind, layouts in (("apart", APART), ("pooled", POOLED)):
-        for shape, cases in layouts[world_size].items():
-            for counts in cases:
-                encoded = [found[kind, shape, str(counts)][2:] for found, _ in measured(world_size)]
-                homes = [counts] if kind == "pooled" else [[count] for count in counts]
-                size = world_size // len(homes)
-                for first, home in zip(range(0, world_size, size), homes):
-                    images, windows = zip(*encoded[first : first + size])
-                    costs = [sum(window_cost(MODEL, rows) for rows in of_rank) for of_rank in windows]
-                    most = window_cost(MODEL, 20)
-                    assert (sum(images), sum(map(len, windows))) == tuple(map(sum, zip(*home)))
-                    assert max(images) - min(images) <= 1
-                    assert max(costs) <= sum(costs) / size + most
+    ranks = [found for found, _ in measured(world_size)]
+    for kind, shape, counts in cases_of(world_size):
+        encoded = [found[kind, shape, str(counts)][2:] for found in ranks]
+        if kind == "pooled":
+            check_shares(encoded, counts)
+            continue
+        size = world_size // len(counts)
+        for home, count in enumerate(counts):
+            check_shares(encoded[home * size : (home + 1) * size], [count])
+
+
+def check_shares(encoded, counts):
+    """``encoded``: of each rank that shares these (images, clips), its images and the rows of each window."""
+    images, windows = zip(*encoded)
+    num_images, num_clips = map(sum, zip(*counts))
+    assert sum(images) == num_images
+    assert sum(map(len, windows)) == num_clips
+    assert max(images) - min(images) <= 1
+    costs = [sum(window_cost(MODEL, rows) for rows in of_rank) for of_rank in windows]
+    assert max(costs) <= sum(costs) / len(costs) + window_cost(MODEL, 20)
 
 
 @WORLDS
@@ -188,7 +240,9 @@ def test_a_route_moves_to_a_device_with_its_boundaries():
         ordinary.cu_seqlens, 3, send_rows_S=rows_S, send_counts=[1, 1], receive_counts=[0, 2], group=None
     )
     moved = routed.to("meta")
-    assert isinstance(moved, RoutedSegments) and moved.cu_seqlens.is_meta and moved.send_rows_S.is_meta
+    assert isinstance(moved, RoutedSegments)
+    assert moved.cu_seqlens.is_meta
+    assert moved.send_rows_S.is_meta
     assert moved.spans == ordinary.spans, "known without asking the device"
     assert (moved.max_length, moved.send_counts, moved.receive_counts) == (3, [1, 1], [0, 2])
 
@@ -203,7 +257,8 @@ def slowest(costs, ranks):
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(1, 3))
 def test_the_slowest_rank_takes_at_most_a_third_longer_than_in_the_best_assignment(costs, num_ranks):
     ranks = media.assign(costs, num_ranks)
-    best = min(slowest(costs, other) for other in itertools.product(range(num_ranks), repeat=len(costs)))
+    assignments = itertools.product(range(num_ranks), repeat=len(costs))
+    best = min(slowest(costs, other) for other in assignments)
     assert set(ranks) <= set(range(num_ranks))
     assert slowest(costs, ranks) <= (4 / 3 - 1 / (3 * num_ranks)) * best + 1e-9
 
@@ -215,8 +270,10 @@ def test_with_four_clips_to_a_rank_the_slowest_is_within_a_tenth_of_what_is_poss
     draw = random.Random(0)
     for _ in range(1000):
         num_ranks = draw.choice([2, 4, 8, 16, 32])
-        seconds = [draw.lognormvariate(math.log(6), 0.7) for _ in range(draw.randint(4 * num_ranks, 5 * num_ranks))]
-        costs = [window_cost(model, round(50 * min(max(s, 1), 30))) for s in seconds]
+        costs = []
+        for _ in range(draw.randint(4 * num_ranks, 5 * num_ranks)):
+            seconds = min(max(draw.lognormvariate(math.log(6), 0.7), 1), 30)
+            costs.append(window_cost(model, round(50 * seconds)))
         bound = max(sum(costs) / num_ranks, max(costs))
         assert slowest(costs, media.assign(costs, num_ranks)) <= 1.1 * bound
 

@@ -5,8 +5,8 @@ import functools
 import pytest
 
 from tests.measurements.equivalence import LAYOUTS
+from tests.measurements.wire import CHOSEN, count_all, count_options
 from tests.parallel.spawn import run_ranks
-from tests.parallel.wire import CHOSEN, count_all, count_options
 
 
 @functools.cache

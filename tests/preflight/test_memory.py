@@ -114,12 +114,12 @@ LAYOUTS = {
 def held(configs):
     """Bytes of parameters, gradients and moments on this rank, for each config."""
     found = []
-    mesh.start(configs[0], torch.device("cpu"))
+    mesh.start(configs[0].parallel, torch.device("cpu"))
     for cfg in configs:
         world = mesh.lay_out(mesh.sizes(cfg.parallel, ranks()[1]), torch.device("cpu"))
         with torch.device("meta"):
             model = AVLM(cfg.model)
-        apply_parallel(model, world, cfg)
+        apply_parallel(model, world, cfg.parallel, cfg.train)
         freezing.freeze(model, cfg.stages[0])
         adam = optimizer.build(model, cfg.stages[0].optimizer)
         gradients = []

@@ -211,7 +211,7 @@ def refuse_other_weights(cfg, other, folder):
     for changed in other:
         with torch.device("meta"):
             wrong = AVLM(changed.model)
-        apply_parallel(wrong, world, changed)
+        apply_parallel(wrong, world, changed.parallel, changed.train)
         try:
             checkpoint.load_model(path, wrong)
         except ValueError as error:

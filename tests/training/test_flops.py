@@ -123,7 +123,7 @@ def test_flops_are_those_that_pytorch_counts(case, monkeypatch):
     count = counts(batch)
     # The plain path computes every pair of a document, those that a query may not see as well.
     count["token_pairs"] = sum(length**2 for _, length in batch.segments.spans)
-    found = flops.by_module(flops.costs(cfg, cfg.stages[0]), count)
+    found = flops.by_module(flops.costs(cfg.model, cfg.stages[0], cfg.train.recompute), count)
     forward, backward, modules = counted(cfg, batch, monkeypatch)
     assert sum(parts[0] for parts in found.values()) == forward
     assert sum(parts[1] + parts[2] for parts in found.values()) == backward
@@ -133,7 +133,7 @@ def test_flops_are_those_that_pytorch_counts(case, monkeypatch):
 
 def test_attention_is_counted_by_document():
     cfg = CASES["text"]
-    costs = flops.costs(cfg, cfg.stages[0])
+    costs = flops.costs(cfg.model, cfg.stages[0], cfg.train.recompute)
     whole, cut = (counts(make_batch(cfg, documents)) for documents in (1, 4))
     assert (whole["token_pairs"], cut["token_pairs"]) == (128 * 129 // 2, 4 * 32 * 33 // 2)
     of_pairs = whole["token_pairs"] * 12 * 32 * 2  # 4 forward and 8 backward, for 32 numbers in each of 2 layers
@@ -142,7 +142,7 @@ def test_attention_is_counted_by_document():
 
 def test_a_frozen_tower_has_no_backward():
     cfg = CASES["projectors"]
-    found = flops.by_module(flops.costs(cfg, cfg.stages[0]), counts(make_batch(cfg)))
+    found = flops.by_module(flops.costs(cfg.model, cfg.stages[0], cfg.train.recompute), counts(make_batch(cfg)))
     assert found["vision"][0] > 0 and found["audio"][0] > 0
     assert found["vision"][1] == found["audio"][1] == 0
     assert found["head"][0] == found["head"][1], "the frozen head passes a gradient on, and makes none of its own"
@@ -150,7 +150,7 @@ def test_a_frozen_tower_has_no_backward():
 
 def test_what_fills_a_row_counts():
     cfg = CASES["everything"]
-    costs = flops.costs(cfg, cfg.stages[0])
+    costs = flops.costs(cfg.model, cfg.stages[0], cfg.train.recompute)
     empty = flops.by_module(costs, counts(empty_batch(64, cfg.model)))
     assert empty["decoder"][0] > 0 and empty["head"] == empty["vision"] == empty["audio"] == (0, 0, 0)
 
@@ -178,7 +178,7 @@ def test_mfu_is_reported_where_the_peak_is_known(name, mfu, tmp_path, monkeypatc
     monkeypatch.setattr(time, "perf_counter", iter([0.0, 2.0, 2.0]).__next__)
     cfg = make_config(output_dir=str(tmp_path), train={"log_every": 1})
     log = Log(cfg, SimpleNamespace(device=torch.device("cuda"), size=4, is_first=True), 0)
-    row = {"step": 1, "stage": "all", "lr": 0.1} | tally([], flops.costs(cfg, cfg.stages[0]))
+    row = {"step": 1, "stage": "all", "lr": 0.1} | tally([], flops.costs(cfg.model, cfg.stages[0], cfg.train.recompute))
     row |= {
         "tokens": 6,
         "row_tokens": 8,

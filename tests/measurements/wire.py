@@ -1,4 +1,4 @@
-"""What a rank sends in a training step, counted and by formula:  python -m tests.parallel.wire
+"""What a rank sends in a training step, counted and by formula:  python -m tests.measurements.wire
 
 Counted are the collectives themselves, forward and backward, where torch hands them to the backend. What one of them
 sends is taken as in a ring of n ranks, whatever gloo or NCCL choose to do:
@@ -27,9 +27,9 @@ from avlm.parallel.fsdp import fsdp_modules
 from avlm.parallel.mesh import World
 from avlm.training import optimizer
 from tests.measurements.equivalence import LAYOUTS, Case
+from tests.measurements.wire_formula import ASKERS, Bytes, axis_of, formula, ranks_of_axes
 from tests.parallel.small import build, make_config, make_rows
 from tests.parallel.spawn import run_ranks
-from tests.parallel.wire_formula import ASKERS, Bytes, axis_of, formula, ranks_of_axes
 from train import train_step
 
 MIXES = ("video", "text", "audio", "image")  # of the rows of the data ranks
@@ -116,7 +116,7 @@ def count_all(layouts: dict[str, dict[str, Any]]) -> dict[str, tuple[Bytes, Byte
         for wire in (Wire(world), Wire(world)):
             # The first does not count: after a forward without a backward FSDP2 gathers one unit for nothing.
             with wire:
-                part = own_part(rows[world.data_rank], config, world)
+                part = own_part(rows[world.data_rank], config.model, world, config.parallel.balance_media)
                 train_step(model, [part], num_targets, adam, 1.0, world)
         found[name] = wire.sent, formula(config, world, rows)
     mesh.stop()
@@ -135,7 +135,7 @@ def count_options(options: list[dict[str, Any]], num_batches: int) -> list[tuple
         adam = optimizer.build(model, config.stages[0].optimizer)
         for wire in (Wire(world), Wire(world)):
             with wire:
-                parts = [own_part(row, config, world)] * num_batches
+                parts = [own_part(row, config.model, world, balance=False)] * num_batches
                 train_step(model, parts, 10.0, adam, 1.0, world, config.train.accumulate_mode)
         state = model.decoder.blocks[0]._get_fsdp_state()
         found.append((wire.sent, len(fsdp_modules(model)), bool(state._states_to_forward_prefetch)))

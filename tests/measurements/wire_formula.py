@@ -1,0 +1,225 @@
+"""What a rank sends in a training step, by formula, from the config, the rows and the plan of the media. All that is
+known here of the code that communicates is which axes its collectives run over (``ASKERS``).
+
+c bytes of a number in compute   T tokens of the row   C, t ranks of context, tensor   L = T / C
+R tokens with a target   D decoder width   H, K heads of queries, of keys   E head dim
+"""
+
+import math
+import pickle
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+
+from avlm.config.model import ModelConfig
+from avlm.config.run import Config
+from avlm.models.avlm import AVLM
+from avlm.models.batch import KINDS, Batch
+from avlm.models.costs import item_costs
+from avlm.parallel import media
+from avlm.parallel.context import cut
+from avlm.parallel.mesh import World
+
+FSDP, DTENSOR, OURS = "torch/distributed/fsdp/", "torch/distributed/tensor/", "avlm/parallel/"
+# File that asks for a collective -> its axes. Where two axes have the same ranks, only this tells them apart.
+ASKERS = {
+    DTENSOR: ("tensor",),
+    OURS + "tensor.py": ("tensor",),
+    OURS + "context_attention.py": ("context",),
+    OURS + "exchange.py": ("row", "world"),
+    FSDP: ("replicate", "shard_context", "shard_context_tensor"),
+    OURS + "mesh.py": ("world",),
+    "avlm/training/optimizer.py": ("world",),
+    "train.py": ("world",),
+}
+Bytes = Counter[tuple[str, str]]  # (axis, kind) -> bytes that this rank sends
+ITEMSIZE = 2  # bf16
+
+
+def ranks_of_axes(world: World) -> dict[str, list[int]]:
+    """The ranks that this one shares each axis with."""
+    meshes = {"replicate": world.mesh, "context": world.mesh, "tensor": world.mesh, "row": world.row_mesh}
+    meshes |= {"shard_context": world.decoder_mesh, "shard_context_tensor": world.tower_mesh}
+    found = {"world": list(range(world.size))}
+    for name, mesh in meshes.items():
+        found[name] = sorted(dist.get_process_group_ranks(mesh.get_group(name)))
+    return found
+
+
+def axis_of(axes: dict[str, list[int]], candidates: tuple[str, ...], ranks: list[int]) -> str:
+    """The axis of these ranks; both names where decoder and towers are sharded over the same ranks."""
+    same = [name for name in candidates if axes[name] == ranks]
+    assert same, f"a collective over ranks {ranks}, none of {candidates}"
+    if same[0] == "shard_context":
+        return " = ".join(same)
+    return same[0]
+
+
+def formula(config: Config, world: World, rows: list[Batch]) -> Bytes:
+    """What a step over ``rows``, one for each data rank, should send. Exact: padding is in it."""
+    part, _ = cut(rows[world.data_rank], *world.axis("context"))
+    num_tokens = len(part.token_T)
+    norm_and_losses = 4 * (1 + len(KINDS))
+    sent = of_weights(config, world)
+    sent["world", "all-reduce"] = ring(world.size, 2 * norm_and_losses)
+    for kind, count in of_tensor(config, num_tokens, len(part.target_R)).items():
+        sent["tensor", kind] = count
+    for kind, count in of_context(config, num_tokens).items():
+        sent["context", kind] = count
+    if config.parallel.balance_media and len(rows) > 1:
+        share = media.Share(dist.group.WORLD, world.data_rank, *row_of(world, rows))
+        sent["world", "all-to-all"] = of_media(config, world, rows, share)
+        sent["world", "objects"] = of_lengths(config, world, rows)
+    else:
+        share = media.Share(world.row_mesh.get_group("row"), 0, *row_of(world, rows))
+        sent["row", "all-to-all"] = of_media(config, world, [rows[world.data_rank]], share)
+    return sent
+
+
+def row_of(world: World, rows: list[Batch]) -> tuple[int, int]:
+    """Ranks that share a row, and the tokens that each holds."""
+    ranks = world.row_mesh["row"].size()
+    return ranks, len(rows[0].token_T) // ranks
+
+
+def ring(n: int, count: float) -> float:
+    return count * (n - 1) / n
+
+
+def of_weights(config: Config, world: World) -> Bytes:
+    """FSDP, unit by unit: gathered for the forward, and again for the backward where it was freed; gradients summed in
+    float32. Dim 0 of every tensor is padded to a multiple of the ranks."""
+    with torch.device("meta"):
+        parameters = dict(AVLM(config.model).named_parameters())
+    axes = ranks_of_axes(world)
+    copies = len(axes["replicate"])
+    sent = Counter()
+    for prefixes, axis, is_freed in units(config):
+        n = len(axes[axis])
+        padded = 0
+        for name, parameter in parameters.items():
+            if name.startswith(prefixes):
+                first, width = share_of(name, parameter.shape, config.parallel.tensor)
+                padded += math.ceil(first / n) * n * width
+        name = axis_of(axes, ASKERS[FSDP], axes[axis])
+        sent[name, "all-gather"] += ring(n, (1 + is_freed) * ITEMSIZE * padded)
+        sent[name, "reduce-scatter"] += ring(n, 4 * padded)
+        sent["replicate", "all-reduce"] += ring(copies, 2 * 4 * padded / n)
+    return sent
+
+
+def share_of(name: str, shape: torch.Size, t: int) -> tuple[int, int]:
+    """(rows, numbers in a row) of a parameter that a rank of the tensor axis has."""
+    rows = shape[0]
+    width = math.prod(shape[1:])
+    if not name.startswith("decoder.") or "norm" in name:
+        return rows, width
+    if name.endswith(("attention.o.weight", "ffn.down.weight")):
+        return rows, width // t
+    return rows // t, width
+
+
+def units(config: Config) -> list[tuple[tuple[str, ...], str, bool]]:
+    """Of each unit of FSDP, with tower_sharding=unit and an untied head: names, axis, whether the forward frees it."""
+    freed = config.parallel.reshard
+    found = [(("decoder.embedding.",), "shard_context", freed)]
+    for i in range(config.model.decoder.num_layers):
+        found.append(((f"decoder.blocks.{i}.",), "shard_context", freed))
+    found.append((("decoder.norm.", "decoder.head."), "shard_context", False))
+    for tower in ("vision", "audio"):
+        found.append(((f"{tower}.",), "shard_context_tensor", freed))
+        found.append(((f"{tower}_projector.",), "shard_context_tensor", False))
+    return found
+
+
+def of_tensor(config: Config, L: int, R: int) -> dict[str, float]:
+    """Each block gathers tokens twice and scatters sums twice, and its backward does the reverse; the embedding
+    scatters, the end of the decoder gathers. The head sums 4 numbers for each target, and dhidden. Gradients of norms
+    are partial sums over the tokens, or over the heads, of each rank."""
+    decoder = config.model.decoder
+    t = config.parallel.tensor
+    D = decoder.hidden_size
+    blocks = 4 * decoder.num_layers
+    norms = 2 * D
+    if decoder.qk_norm:
+        norms += 2 * decoder.head_dim
+    head = 4 * 4 * R + ITEMSIZE * R * D
+    return {
+        "all-gather": ring(t, (blocks + 2) * ITEMSIZE * L * D),
+        "reduce-scatter": ring(t, (blocks + 1) * ITEMSIZE * L * D),
+        "all-reduce": ring(t, 2 * (head + ITEMSIZE * decoder.num_layers * norms)),
+    }
+
+
+def of_context(config: Config, L: int) -> dict[str, float]:
+    """Every layer, with k and v, or q, k and v, of a rank's own tokens:
+
+    ring        k, v: C - 1 moves forward, C - 1 backward; dk, dv in float32: C moves, the last brings them home
+    allgather   k, v to all; dk, dv in float32 from all
+    ulysses     q, k, v to the ranks of their heads, the result back; all of it again in the backward
+    """
+    decoder = config.model.decoder
+    mode = config.parallel.context_mode
+    C = config.parallel.context
+    of_head = decoder.num_layers * L * decoder.head_dim // config.parallel.tensor
+    q = of_head * decoder.num_heads
+    kv = of_head * 2 * decoder.num_kv_heads
+    if C == 1:
+        return {}
+    if mode == "ring":
+        return {"send": kv * (2 * ITEMSIZE * (C - 1) + 4 * C)}
+    if mode == "allgather":
+        return {"all-gather": ring(C, ITEMSIZE * C * kv), "reduce-scatter": ring(C, 4 * C * kv)}
+    return {"all-to-all": ring(C, 2 * ITEMSIZE * (2 * q + kv))}
+
+
+def of_media(config: Config, world: World, homes: list[Batch], share: media.Share) -> int:
+    """Tower rows go from the rank that encodes them to the rank that holds the token of their feature, and their
+    gradients back. With balance an image (uint8) or window (float32) first goes to its encoder, and with it 8 bytes a
+    tower row that say where the row is to go."""
+    model = config.model
+    total = 0
+    for name, tower in model.modalities.items():
+        plan = media.make_plan(share, [home.media[name].lengths for home in homes], item_costs(name, model))
+        total += ITEMSIZE * getattr(model, tower).hidden_size * crossings(plan, name, homes, world)
+        for length, sender, encoder in zip(plan.lengths, plan.senders, plan.encoders):
+            if len(homes) > 1 and sender == share.rank != encoder:
+                total += item_bytes(name, length, model) + 8 * length
+    return total
+
+
+def item_bytes(modality: str, length: int, model: ModelConfig) -> int:
+    if modality == "image":
+        return 3 * model.vision.image_size**2
+    return 4 * model.audio.num_mels * 2 * length  # two frames a tower row
+
+
+def of_lengths(config: Config, world: World, rows: list[Batch]) -> int:
+    """With balance every rank sends the lengths of its media to all, padded to the longest message, and 8 bytes that
+    say how long it is."""
+    longest = 0
+    for row in rows:
+        lengths = {name: row.media[name].lengths for name in config.model.modalities}
+        longest = max(longest, len(pickle.dumps(lengths)))
+    return (world.size - 1) * (8 + longest)
+
+
+def crossings(plan: media.MediaPlan, modality: str, homes: list[Batch], world: World) -> int:
+    """Tower rows that this rank encodes for others, and those that others encode for it."""
+    share = plan.share
+    _, context = world.axis("context")
+    first = count = 0
+    for home, batch in enumerate(homes):
+        items = batch.media[modality]
+        _, place_T = cut(batch, 0, context)
+        own = slice(first, first + len(items.segments))
+        first = own.stop
+        encoders = torch.tensor(plan.encoders[own], dtype=torch.int64)
+        encoder_P = encoders.repeat_interleave(torch.tensor(plan.lengths[own], dtype=torch.int64))
+        owner_F1 = home * share.ranks_per_home + place_T[items.rows, None] // share.tokens_per_rank
+        encoder_FS = encoder_P[items.sources]
+        crosses_FS = (items.sources >= 0) & (encoder_FS != owner_F1)
+        is_mine_FS = (encoder_FS == share.rank) | (owner_F1 == share.rank)
+        count += int((crosses_FS & is_mine_FS).sum())
+    return count
