@@ -149,7 +149,7 @@ MESSAGES = {
     "people": ("vqa_accuracy", r'people.jsonl:1: vqa_accuracy needs 10 texts under "answers", .* there are 9$'),
     "none": ("vqa_accuracy", r'none.jsonl:0: vqa_accuracy needs 10 texts under "answers", .* there are none$'),
     "empty": ("exact_match", "empty.jsonl holds no records"),
-    "picture": ("exact_match", "picture.jsonl:1: .* are not a picture"),
+    "picture": ("exact_match", "picture.jsonl:1: .* are not an image"),
 }
 
 

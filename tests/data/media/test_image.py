@@ -224,7 +224,7 @@ def test_a_truncated_picture_is_refused(form):
 
 def test_what_is_no_picture_is_refused():
     for data in (b"", b"hello", b"\xff\xd8\xff"):
-        with pytest.raises(ValueError, match="not a picture"):
+        with pytest.raises(ValueError, match="not an image"):
             image.decode(data, LIMIT)
 
 
@@ -253,7 +253,7 @@ def test_what_is_no_picture_is_refused():
     ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_what_is_not_read_is_named_for_what_it_is(data, kind):
-    with pytest.raises(ValueError, match=f"picture is {kind}.*, which is not read: convert it to JPEG, PNG, WEBP"):
+    with pytest.raises(ValueError, match=f"image is {kind}.*, which is not read: convert it to JPEG, PNG, WEBP"):
         image.decode(data, LIMIT)
 
 
