@@ -15,7 +15,7 @@ import torch
 
 from avlm.config.model import AudioConfig
 from avlm.config.run import Config, DataConfig, StageConfig
-from avlm.data.media import audio
+from avlm.data.media import audio, video
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.generation import Ranks, generate
@@ -195,7 +195,7 @@ def _possible_ablations(samples: list[Sample], data: DataConfig) -> list[str]:
     has_images = has_videos or any(sample.images for sample in samples)
     has_audio = any(sample.audios for sample in samples)
     if data.video.sound and not has_audio:
-        has_audio = any(has_audio(video) for sample in samples for video in sample.videos)
+        has_audio = any(video.has_audio(file) for sample in samples for file in sample.videos)
     possible = {"no_image": has_images, "no_audio": has_audio, "shuffled": has_videos}
     return [ablation for ablation, is_possible in possible.items() if is_possible]
 

@@ -11,12 +11,12 @@ import torch
 
 from avlm.config.load import resolve_config
 from avlm.data.loader import open_loader, open_samples
-from avlm.data.sample import SampleEncoder
+from avlm.data.sample import Sample, SampleEncoder
 from avlm.data.stream import Stream
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation import answers as evaluation
 from avlm.evaluation import scores as text_metrics
-from avlm.evaluation.answers import _chances, ablate, evaluate, find_sets, judge
+from avlm.evaluation.answers import _chances, _possible_ablations, ablate, evaluate, find_sets, judge
 from avlm.evaluation.report import bound, report, table
 from avlm.evaluation.scores import cer, total
 from avlm.models.avlm import AVLM, init
@@ -237,6 +237,16 @@ def test_shuffling_changes_the_order_of_frames_from_sample_to_sample(encoder):
         orders.append([next(i for i, frame in enumerate(frames) if frame is s) for s in shuffled])
     assert all(sorted(order) == list(range(len(frames))) for order in orders)
     assert len({tuple(order) for order in orders}) > 1
+
+
+def test_the_audio_of_a_video_can_be_taken_away_if_it_is_encoded(cfg):
+    data = cfg.stages[0].data
+    with_audio = dataclasses.replace(data, video=dataclasses.replace(data.video, sound=True))
+    loud = [Sample("loud", [], videos=[film(1, sound=True)])]
+    silent = [Sample("silent", [], videos=[film(1)])]
+    assert _possible_ablations(loud, with_audio) == ["no_image", "no_audio", "shuffled"]
+    assert _possible_ablations(silent, with_audio) == ["no_image", "shuffled"]
+    assert _possible_ablations(loud, data) == ["no_image", "shuffled"]
 
 
 def test_a_guesser_stays_below_the_bound_in_95_of_100_sets():
