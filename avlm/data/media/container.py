@@ -1,4 +1,4 @@
-"""Files of sound and video in memory, opened and decoded as ffmpeg does: packets that no decoder takes are left out."""
+"""Audio and video files in memory, opened and decoded as ffmpeg does: packets that no decoder takes are left out."""
 
 import io
 import sys
@@ -9,31 +9,38 @@ import av
 from avlm.data.media import signature
 
 MAX_LINES = 10
-MAX_RETRIES = 100  # of reads for which FFmpeg asks where a stream is damaged
+MAX_RETRIES = 100  # of reads, which FFmpeg asks for where a stream is damaged
 SAID: set[str] = set()  # lines of this process
-STREAMED = ("mpeg", "mpegts")  # where a packet without a place of its own has no time of its own: FFmpeg guesses one
-FAULTS = (av.FFmpegError, UnicodeError)  # UnicodeError: names in the file that PyAV decodes strictly
+STREAMED = ("mpeg", "mpegts")  # formats in which FFmpeg guesses the time of a packet that has no position of its own
+FAULTS = (av.FFmpegError, UnicodeError)  # UnicodeError: PyAV decodes names in the file strictly
 
 
 def open_container(data: bytes) -> av.container.InputContainer:
-    """FFmpeg may open nothing else: playlists name other files, and a sample is not trusted."""
+    """FFmpeg may open no other file: playlists name some, and a sample is not trusted."""
     return av.open(io.BytesIO(data), options={"protocol_whitelist": "pipe"}, metadata_errors="replace")
 
 
 def reason(error: Exception, data: bytes) -> str:
-    """FFmpeg's words for an error, and what the file is where its first bytes say so."""
+    """FFmpeg's words for an error, and the kind of file if its first bytes tell."""
+    said = getattr(error, "strerror", None) or "it is damaged"
     kind = signature.name(data)
-    return (getattr(error, "strerror", None) or "it is damaged") + (f" (the file is {kind})" if kind else "")
+    return f"{said} (the file is {kind})" if kind else said
 
 
 class Decoder:
-    """Frames of one stream. ``packets`` were read, ``errors`` holds why some of them gave none, and ``stopped`` why the
-    file cannot be read past ``reached`` seconds."""
+    """Frames of one stream.
+
+    packets   how many were read
+    errors    of packets that gave no frames
+    stopped   why the file cannot be read any further, past ``reached`` seconds
+    key_time  of the key frame after a seek, in the stream's time base
+    """
 
     def __init__(self, container: av.container.InputContainer, stream: av.stream.Stream) -> None:
         if stream.codec_context is None:
             raise ValueError(f"{stream.type} stream has a codec that FFmpeg does not know: convert the file")
-        self.container, self.stream = container, stream
+        self.container = container
+        self.stream = stream
         self.packets = 0
         self.errors: list[Exception] = []
         self.stopped: Exception | None = None
@@ -41,14 +48,16 @@ class Decoder:
         self.key_time: int | None = None
 
     def frames(self, from_key: bool = False) -> Iterator[av.frame.Frame]:
-        """From where the container stands, in the order in which they are shown. With ``from_key``, after a seek, from
-        the next packet that needs no other: its time becomes ``key_time``."""
-        guessed = self.container.format.name in STREAMED
+        """From the container's position, in the order in which they are shown. With ``from_key``, after a seek, from
+        the next packet that needs no other; its time becomes ``key_time``."""
+        may_guess = self.container.format.name in STREAMED
         for packet in self.demux():
             if from_key and packet.size:
-                if not packet.is_keyframe or packet.pts is None or (guessed and packet.pos is None):
+                is_guessed = may_guess and packet.pos is None
+                if not packet.is_keyframe or packet.pts is None or is_guessed:
                     continue
-                self.key_time, from_key = packet.pts, False
+                self.key_time = packet.pts
+                from_key = False
             self.packets += packet.size > 0
             try:
                 frames = packet.decode()
@@ -59,12 +68,15 @@ class Decoder:
 
     def faults(self) -> list[Exception]:
         """Why frames are missing."""
-        return self.errors + ([self.stopped] if self.stopped else [])
+        if self.stopped is None:
+            return self.errors
+        return [*self.errors, self.stopped]
 
     def demux(self) -> Iterator[av.Packet]:
-        """Packets up to the end, or up to where the file cannot be read any further. ValueError where that is for want
-        of a feature, as then nothing is wrong with the rest of the file."""
-        packets, retries = _demux(self.container, [self.stream]), 0
+        """Packets up to the end, or up to the place past which the file cannot be read. ValueError if FFmpeg lacks a
+        feature to read on: nothing is wrong with the rest of such a file."""
+        packets = _demux(self.container, [self.stream])
+        retries = 0
         while True:
             try:
                 packet = next(packets, None)
@@ -75,7 +87,8 @@ class Decoder:
                 ) from None
             except FAULTS as error:
                 if isinstance(error, av.BlockingIOError) and retries < MAX_RETRIES:
-                    packets, retries = _demux(self.container, [self.stream]), retries + 1
+                    packets = _demux(self.container, [self.stream])
+                    retries += 1
                     continue
                 self.stopped = error
                 packet = av.Packet()
@@ -98,12 +111,15 @@ def has_packets(container: av.container.InputContainer, streams: list[av.stream.
 def _demux(container: av.container.InputContainer, streams: list[av.stream.Stream]) -> Iterator[av.Packet]:
     try:
         yield from container.demux(*streams)
-    except IndexError:  # PyAV's own, at the end of a file that has gained a stream under way
+    except IndexError:  # PyAV's own, at the end of a file that has gained a stream
         return
 
 
 def say_once(line: str) -> None:
-    """On stderr, once in a process: a file is read again in each epoch. There are at most MAX_LINES of them."""
-    if line not in SAID and len(SAID) < MAX_LINES:
-        SAID.add(line)
-        print(line + "; further files are not named" * (len(SAID) == MAX_LINES), file=sys.stderr, flush=True)
+    """Print a line on stderr, once in a process, as a file is read again in each epoch; at most MAX_LINES in all."""
+    if line in SAID or len(SAID) == MAX_LINES:
+        return
+    SAID.add(line)
+    if len(SAID) == MAX_LINES:
+        line += "; further files are not named"
+    print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, for messages about files that are not read."""
+"""The kind of a file by its first bytes, for messages about files that are not read."""
 
 STARTS = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -46,7 +46,7 @@ STARTS = (
     (b"Rar!", "a RAR archive"),
     (b"version https://git-lfs", "a Git LFS pointer, so its file was not downloaded"),
 )
-BRANDS = (  # of ISO media files: four bytes after "ftyp", or among those that the file says it is compatible with
+BRANDS = (  # of ISO media files: the four bytes after "ftyp", or among the compatible brands that follow
     ((b"avif", b"avis"), "AVIF"),
     ((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1", b"mif2"), "HEIC"),
     ((b"crx ",), "a camera's raw file"),
@@ -57,19 +57,18 @@ TEXTS = (("<svg", "SVG"), ("<!doctype html", "an HTML page"), ("<html", "an HTML
 
 
 def name(data: bytes) -> str | None:
-    """Such as "HEIC" or "an HTML page"; None for what is not known."""
+    """Such as "HEIC" or "an HTML page"; None for a file of no known kind."""
     for start, found in STARTS:
         if data.startswith(start):
             return found
     if _is_tga(data):
         return "TGA"
     if data.startswith(b"\0\0\2\0") and data[4:6] != b"\0\0":
-        return "ICO"  # a pointer, as many as these bytes say
+        return "ICO"  # a cursor; the bytes count its images
     if data[:1] == b"\n" and data[1:2] in b"\0\2\3\4\5" and data[2:3] in b"\0\1" and data[3:4] in b"\1\2\4\x08":
         return "PCX"
     if data[4:8] == b"ftyp":
-        brands = {data[8:12], *(data[i : i + 4] for i in range(16, min(len(data), int.from_bytes(data[:4]), 256), 4))}
-        return next((found for names, found in BRANDS if brands & set(names)), "MP4 or QuickTime")
+        return _of_iso(data)
     if data.startswith(b"RIFF"):
         return {b"WEBP": "WebP", b"WAVE": "WAV", b"AVI ": "AVI"}.get(data[8:12], "RIFF")
     if data[:1] == b"P" and data[1:2] in b"1234567" and data[2:3].isspace():
@@ -84,9 +83,22 @@ def name(data: bytes) -> str | None:
     return None
 
 
+def _of_iso(data: bytes) -> str:
+    """Of an ISO media file, by its brands."""
+    end = min(len(data), int.from_bytes(data[:4]), 256)
+    brands = {data[8:12]}
+    for start in range(16, end, 4):
+        brands.add(data[start : start + 4])
+    for names, found in BRANDS:
+        if brands & set(names):
+            return found
+    return "MP4 or QuickTime"
+
+
 def _is_tga(data: bytes) -> bool:
-    """By its header, which has no start of its own: whether there are colours to choose from, and which kind it is."""
-    if len(data) < 18 or 0 in (int.from_bytes(data[12:14], "little"), int.from_bytes(data[14:16], "little")):
+    """Such a file begins with no signature, but its header allows few values: whether there is a palette, the type of
+    image, and bits per pixel."""
+    if len(data) < 18 or data[12:14] == b"\0\0" or data[14:16] == b"\0\0":  # width and height
         return False
     if data[1] == 0:
         return data[2] in (2, 3, 10, 11) and not any(data[3:8]) and data[16] in (8, 15, 16, 24, 32)

@@ -1,8 +1,8 @@
-"""Films: bytes -> frames spread over the film, each a picture, with their times.
+"""Videos: bytes -> frames spread over the video, each an image, with their times.
 
 Frames are looked up by time: those that ``num_frames`` or ``fps`` ask for, never more than ``max_frames``. Times count
-from the first frame to the end of the last one, whatever the file says of its length or its sound does before and
-after. Between distant times the film is seeked, so that an hour costs little more than a minute.
+from the first frame to the end of the last one, whatever the file claims as its length and however long its audio is.
+Between distant times the decoder seeks, so that an hour costs little more than a minute.
 """
 
 import contextlib
@@ -21,27 +21,30 @@ from avlm.config.run import VideoConfig
 from avlm.data.media.container import FAULTS, Decoder, has_packets, open_container, reason
 
 SEEK_SECONDS = 4.0  # a gap that is worth a seek: nearer frames are decoded on the way
-SEEK_MARGIN = 1  # seconds before the end: the packet that is shown last need not be the last packet
-MAX_SEEKS = 4  # for one time, each twice as far before it as the one that landed after it
-MAX_WASTED = 3  # seeks in a film that went back: its key frames are further apart than the frames asked for
-MAX_FRAME_PIXELS = 2**25  # 8K, more than which no decoder is given: some hold 17 frames
+SEEK_MARGIN = 1  # seconds before the end: the last packet of the file need not be the last on screen
+MAX_SEEKS = 4  # for one time; each looks twice as far before it as the last
+MAX_WASTED = 3  # seeks that went back: the video's key frames are further apart than the frames asked for
+MAX_FRAME_PIXELS = 2**25  # 8K; no decoder is given more, as some hold 17 frames
 MAX_FRAME_BITS = 24 * MAX_FRAME_PIXELS
-FURTHEST = 2**63 - 1  # time that FFmpeg can count to
+MAX_TIME = 2**63 - 1  # that FFmpeg can count to, in units of the stream
+USUAL_RATE = 25  # frames a second, where the file gives none
+
+TimedFrame = tuple[float, av.VideoFrame]  # seconds from the first frame
 
 
 def decode(data: bytes, video: VideoConfig, max_pixels: int) -> Iterator[tuple[Tensor, float]]:
     """Frames uint8 (3, H, W) with their times in seconds, one at a time. ValueError without a readable video stream."""
     try:
-        with _Film(data, max_pixels) as film:
+        with _Video(data, max_pixels) as opened:
             convert = VideoReformatter()  # one for all frames: it keeps its tables
-            for seconds, frame in film.frames_at(times(film.seconds, video)):
+            for seconds, frame in opened.frames_at(times(opened.seconds, video)):
                 yield _rgb(frame, convert), seconds
     except FAULTS as error:
-        raise ValueError(f"film cannot be decoded: {reason(error, data)}") from None
+        raise ValueError(f"video cannot be decoded: {reason(error, data)}") from None
 
 
 def has_audio(data: bytes) -> bool:
-    """Whether it has a sound track that is not empty. ``decode`` says what is wrong with a film that cannot be read."""
+    """Whether there is an audio track that is not empty. False for a video that cannot be read: ``decode`` says why."""
     try:
         with open_container(data) as container:
             return has_packets(container, container.streams.audio)
@@ -50,107 +53,127 @@ def has_audio(data: bytes) -> bool:
 
 
 def times(seconds: float, video: VideoConfig) -> list[float]:
-    """Times of the frames: the middles of ``num_frames`` equal parts; or every 1 / fps, and where that gives more than
-    ``max_frames``, the middles of that many parts."""
+    """Times of the frames: the middles of ``num_frames`` equal parts; or every 1 / fps, and if that gives more than
+    ``max_frames``, the middles of ``max_frames`` parts."""
     count = video.num_frames
     if video.fps is not None:
-        if (steps := max(1, round(seconds * video.fps))) <= video.max_frames:
-            return [i / video.fps for i in range(steps)]
+        num_steps = max(1, round(seconds * video.fps))
+        if num_steps <= video.max_frames:
+            return [i / video.fps for i in range(num_steps)]
         count = video.max_frames
     return [(i + 0.5) * seconds / count for i in range(count)]
 
 
-class _Film:
-    """Frames by their times in ``seconds``, its length."""
+class _Video:
+    """An open file: its length in ``seconds``, and its frames by their times."""
 
     def __init__(self, data: bytes, max_pixels: int) -> None:
-        self.data, self.max_pixels = data, max_pixels
+        self.data = data
+        self.max_pixels = max_pixels
         self.container: av.container.InputContainer | None = None
-        self.seekable, self.wasted = True, 0
+        self.seekable = True
+        self.num_wasted = 0
         self.start: int | None = None  # time of the first frame, in the stream's time base
-        self.timed: bool | None = None  # whether its packets have times, where that was looked for
+        self.timed: bool | None = None  # whether the packets have times; None until that is looked for
         self.delay: int | None = None  # of an AVI, whose time base is a frame: frames that its decoder holds back
-        self.frames: Iterator[tuple[float, av.VideoFrame]] = iter(())
-        self.following: tuple[float, av.VideoFrame] | None = None
+        self.frames: Iterator[TimedFrame] = iter(())
+        self.following: TimedFrame | None = None
 
-    def __enter__(self) -> "_Film":
-        with contextlib.ExitStack() as unless_all_is_well:
-            unless_all_is_well.push(self.__exit__)
+    def __enter__(self) -> "_Video":
+        with contextlib.ExitStack() as on_error:
+            on_error.push(self.__exit__)
             self._restart()
             self.following = next(self.frames, None)
             if self.following is None:
-                raise next(iter(self.decoder.faults()), ValueError("film has no frame"))
+                raise next(iter(self.decoder.faults()), ValueError("video has no frame"))
             self.seconds = self._length()
-            unless_all_is_well.pop_all()
+            on_error.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.frames = self.following = None  # a generator that holds this object, and so the whole file
+        # The generator holds this object, and so the whole file.
+        self.frames = iter(())
+        self.following = None
         if self.container is not None:
             self.container.close()
 
-    def frames_at(self, wanted: list[float]) -> Iterator[tuple[float, av.VideoFrame]]:
+    def frames_at(self, wanted: list[float]) -> Iterator[TimedFrame]:
         """The frame on screen at each time (ascending): the last that starts at or before it."""
-        shown = None
+        on_screen = None
         for seconds in wanted:
             if self.seekable and self.following is not None and seconds - self.following[0] > SEEK_SECONDS:
                 self._seek(seconds)
-            while self.following is not None and (shown is None or self.following[0] <= seconds):
-                shown, self.following = self.following, next(self.frames, None)
-            if shown is not None:
-                yield shown
+            while self.following is not None and (on_screen is None or self.following[0] <= seconds):
+                on_screen = self.following
+                self.following = next(self.frames, None)
+            if on_screen is not None:
+                yield on_screen
 
     def _restart(self) -> None:
-        """At the first frame, where no seek leads for sure."""
+        """Open the file at its first frame, which no seek reaches reliably."""
         if self.container is not None:
             self.container.close()
         self.container = open_container(self.data)
         stream = _stream(self.container)
         self.decoder = Decoder(self.container, stream)
         if not stream.time_base:
-            raise ValueError("film cannot be decoded: its times have no unit")
+            raise ValueError("video cannot be decoded: its times have no unit")
         self._check_size(stream.codec_context)
-        # The loader's workers are the parallelism; threads cost small films most.
+        # The loader's workers are the parallelism; threads make small videos slower.
         stream.codec_context.thread_count = 1
-        stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # of frames that grow under way
-        self.time_base, self.rate = stream.time_base, stream.average_rate
+        stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # a stream may change its size
+        self.time_base = stream.time_base
+        self.rate = stream.average_rate or USUAL_RATE
         self.frames = self._timed(self.decoder.frames())
 
-    def _timed(self, frames: Iterator[av.VideoFrame]) -> Iterator[tuple[float, av.VideoFrame]]:
-        """With the time of each. Frames of bare streams have none: they follow each other, each for as long as it
-        lasts. In files with times, frames without one that come first are before time 0, for others to refer to, and
-        not shown. AVI knows only when packets are decoded, which delays each frame as much as the first one."""
+    def _timed(self, frames: Iterator[av.VideoFrame]) -> Iterator[TimedFrame]:
+        """Frames with their times. Frames of bare streams have none: each is shown when the last one ends. In files
+        with times, the first frames may lack one: they lie before time 0, for others to refer to, and are not shown."""
         ended = None
         for frame in frames:
-            self._check_size(frame)  # a stream may change it under way
-            shown_at = frame.pts
-            if self.container.format.name == "avi" and frame.dts is not None:
-                self.delay = self.decoder.packets - 1 if self.delay is None else self.delay
-                shown_at = frame.dts - self.delay
-            if shown_at is not None:
-                self.start = shown_at if self.start is None else self.start
-                seconds = float((shown_at - self.start) * self.time_base)
+            self._check_size(frame)  # a stream may change its size
+            time = self._time(frame)
+            if time is not None:
+                if self.start is None:
+                    self.start = time
+                seconds = float((time - self.start) * self.time_base)
             elif ended is not None:
                 seconds = ended
             elif self._has_times():
                 continue
             else:
-                self.seekable, seconds = False, 0.0
+                self.seekable = False
+                seconds = 0.0
             yield seconds, frame
-            ended = seconds + float(frame.duration * self.time_base if frame.duration else 1 / (self.rate or 25))
+            lasts = frame.duration * self.time_base if frame.duration else 1 / self.rate
+            ended = seconds + float(lasts)
+
+    def _time(self, frame: av.VideoFrame) -> int | None:
+        """When a frame is shown, in the stream's time base. AVI only says when packets are decoded, which is before
+        their frames are shown, by the delay of the first frame."""
+        if self.container.format.name != "avi" or frame.dts is None:
+            return frame.pts
+        if self.delay is None:
+            self.delay = self.decoder.packets - 1
+        return frame.dts - self.delay
 
     def _has_times(self) -> bool:
         """Whether any packet says when it is shown."""
         if self.timed is None:
             with open_container(self.data) as container:
-                decoder = Decoder(container, container.streams[self.decoder.stream.index])
-                self.timed = any(packet.pts is not None for packet in decoder.demux())
+                packets = self._decoder_of(container).demux()
+                self.timed = any(packet.pts is not None for packet in packets)
         return self.timed
 
+    def _decoder_of(self, container: av.container.InputContainer) -> Decoder:
+        """For the same stream of the file, opened once more."""
+        return Decoder(container, container.streams[self.decoder.stream.index])
+
     def _seek(self, seconds: float) -> None:
-        """To a frame at or before the time, from which on all can be decoded. A seek may land anywhere: what it found
-        is looked at, and where none helps the film is decoded from its start, without another seek."""
-        before, back = self.following[0], 0.0
+        """To a frame at or before the time, from which on everything can be decoded. A seek may land anywhere, so the
+        result is checked. If no seek helps, the video is decoded from its start, without seeking again."""
+        before = self.following[0]
+        back = 0.0
         for _ in range(MAX_SEEKS):
             if seconds - back <= before or not self.seekable:
                 break
@@ -160,8 +183,8 @@ class _Film:
             except FAULTS:
                 break
             if self.following is not None and self.following[0] <= seconds:
-                self.wasted += self.following[0] <= before
-                self.seekable = self.seekable and self.wasted < MAX_WASTED
+                self.num_wasted += self.following[0] <= before
+                self.seekable = self.seekable and self.num_wasted < MAX_WASTED
                 return
             back = 2 * back or SEEK_SECONDS
         self.seekable = False
@@ -169,75 +192,98 @@ class _Film:
         self.following = next(self.frames, None)
 
     def _jump(self, target: Fraction) -> None:
-        """To about a time of the stream. Frames before the key frame, which lack what they refer to, are left out."""
-        self.container.seek(max(-FURTHEST, min(FURTHEST, int(target))), stream=self.decoder.stream)
+        """To about a time of the stream. Frames before the key frame are left out: they lack what they refer to."""
+        self.container.seek(_clamped(int(target)), stream=self.decoder.stream)
         frames = self.decoder.frames(from_key=True)
         whole = (frame for frame in frames if frame.pts is None or frame.pts >= self.decoder.key_time)
         self.frames = self._timed(whole)
 
     def _length(self) -> float:
-        """From the first frame to the end of the last packet, which is looked for near the end that the file claims, or
-        else in all of it: files claim the length of their sound, what was cut off since, or nothing. A claim that is
-        right to within a frame counts."""
+        """Seconds from the first frame to the end of the last packet.
+
+        A file may claim the length of its audio, a length from before it was cut, or none. So the last packet is looked
+        for near the claimed end, or else in the whole file; a claim that is right to within a frame counts.
+        """
         stream = self.decoder.stream
         claimed = Fraction(self.container.duration or 0, av.time_base)
         if stream.duration:
             claimed = stream.duration * self.time_base
         end = None
-        if self.container.format.name != "mpeg":  # whose times are guesses from where reading began
+        if self.container.format.name != "mpeg":  # its times are guesses from where reading began
             target = (stream.start_time or 0) + int((claimed - SEEK_MARGIN) / self.time_base)
             with contextlib.suppress(*FAULTS):  # of files that cannot be seeked
-                end = self._last_end(max(-FURTHEST, min(FURTHEST, target)))
+                end = self._last_end(_clamped(target))
                 if end is not None and end < target:  # only the last packet was seen
-                    end = max(end, self._last_end(end - int(SEEK_MARGIN / self.time_base)) or end)
+                    earlier = self._last_end(end - int(SEEK_MARGIN / self.time_base))
+                    end = max(end, earlier or end)
         if end is None:
             end = self._last_end(None)
         found = ((end or 0) - (self.start or 0)) * self.time_base
-        return float(claimed if abs(claimed - found) <= 1 / (self.rate or 25) else max(0, found))
+        if abs(claimed - found) <= 1 / self.rate:
+            return float(claimed)
+        return float(max(0, found))
 
     def _last_end(self, seek_to: int | None) -> int | None:
-        """End of the last packet, of those from a place to which the stream is seeked, or of all."""
-        untimed, latest, before, length = 0, None, None, 0
+        """End of the last packet after a seek to a time, or of all packets. None if no packet has a time there."""
+        untimed = 0
+        latest = before = None
+        length = 0
         with open_container(self.data) as container:
-            decoder = Decoder(container, container.streams[self.decoder.stream.index])
+            decoder = self._decoder_of(container)
             if seek_to is not None:
                 container.seek(seek_to, stream=decoder.stream)
             for packet in decoder.demux():
-                shown_at = packet.pts if packet.pts is not None else packet.dts
                 if not packet.size or packet.is_discard:
                     continue
-                if shown_at is None:
+                time = packet.dts if packet.pts is None else packet.pts
+                if time is None:
                     untimed += packet.duration or 0
-                elif latest is None or shown_at > latest:
-                    before, latest, length = latest, shown_at, packet.duration
+                elif latest is None or time > latest:
+                    before = latest
+                    latest = time
+                    length = packet.duration
         if latest is None:
             return untimed if untimed and seek_to is None else None
-        period = int(1 / (self.time_base * (self.rate or 25)))
-        return latest + (length or (latest - before if before is not None else period))
+        if length:
+            return latest + length
+        if before is not None:
+            return latest + (latest - before)
+        return latest + int(1 / (self.time_base * self.rate))
 
-    def _check_size(self, of: av.VideoCodecContext | av.VideoFrame) -> None:
-        size, pixels = f"film of {of.width} x {of.height} pixels", of.width * of.height
-        if pixels > self.max_pixels:
+    def _check_size(self, source: av.VideoCodecContext | av.VideoFrame) -> None:
+        num_pixels = source.width * source.height
+        size = f"video of {source.width} x {source.height} pixels"
+        if num_pixels > self.max_pixels:
             raise ValueError(f"{size} exceeds data.max_image_pixels={self.max_pixels}")
-        if pixels * max(24, of.format.padded_bits_per_pixel if of.format else 0) > MAX_FRAME_BITS:
+        bits = source.format.padded_bits_per_pixel if source.format else 0
+        if num_pixels * max(24, bits) > MAX_FRAME_BITS:
             raise ValueError(f"{size} would take too much memory to decode: scale it down to 8K, or to fewer bits")
 
 
+def _clamped(time: int) -> int:
+    return max(-MAX_TIME, min(MAX_TIME, time))
+
+
 def _stream(container: av.container.InputContainer) -> av.VideoStream:
-    """The first that is not the cover of a recording."""
+    """The first stream that is not the cover of a recording."""
     streams = container.streams.video
     if not streams:
         raise ValueError("file has no video stream")
-    return next((stream for stream in streams if not stream.disposition & Disposition.attached_pic), streams[0])
+    for stream in streams:
+        if not stream.disposition & Disposition.attached_pic:
+            return stream
+    return streams[0]
 
 
 def _rgb(frame: av.VideoFrame, convert: VideoReformatter) -> Tensor:
-    """uint8 (3, H, W), upright: telephones film sideways or mirrored and say so in the metadata."""
-    image = torch.from_numpy(convert.reformat(frame, format="rgb24", threads=1).to_ndarray()).permute(2, 0, 1)
+    """uint8 (3, H, W), upright: phones record sideways or mirrored, and say so in the metadata."""
+    pixels = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
     across_x, down_x, across_y, down_y = _matrix(frame)
     turned = abs(down_x) + abs(across_y) > abs(across_x) + abs(down_y)
     if turned:
-        image, across_x, down_y = image.transpose(1, 2), across_y, down_x
+        image = image.transpose(1, 2)
+        across_x, down_y = across_y, down_x
     flips = [dim for dim, scale in ((1, down_y), (2, across_x)) if scale < 0]
     return image.flip(flips) if flips else image
 
@@ -246,7 +292,7 @@ def _matrix(frame: av.VideoFrame) -> tuple[float, float, float, float]:
     """How the display matrix scales: x to across and down, then y to across and down."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # next to it there is data of a kind that PyAV has no name for: it still knows the angle
+    except ValueError:  # PyAV has no name for another piece of side data, but still knows the angle
         turn = math.radians(-frame.rotation)
         return math.cos(turn), math.sin(turn), -math.sin(turn), math.cos(turn)
     if matrix is None:

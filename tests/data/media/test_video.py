@@ -254,7 +254,7 @@ def test_a_truncated_film_gives_frames_or_a_clear_error():
         frames = list(video.decode(data[: len(data) // 2], VideoConfig(num_frames=4), LIMIT))
         assert np.all([frame.shape == (3, 48, 64) for frame, _ in frames])
     except ValueError as error:
-        assert "film" in str(error)
+        assert "video" in str(error)
 
 
 def stream(side: int, first: int, count: int) -> bytes:
@@ -272,15 +272,15 @@ def stream(side: int, first: int, count: int) -> bytes:
 def test_frames_that_grow_under_way_are_bounded_too():
     growing = stream(64, 0, 150) + stream(256, 150, 150)
     assert len(list(video.decode(growing, VideoConfig(num_frames=8), 256 * 256))) == 8
-    with pytest.raises(ValueError, match="film of 256 x 256 pixels exceeds"):
+    with pytest.raises(ValueError, match="video of 256 x 256 pixels exceeds"):
         list(video.decode(growing, VideoConfig(num_frames=8), 10_000))
 
 
 def test_a_film_is_let_go_of_when_its_last_frame_was_taken(monkeypatch):
     """Without waiting for Python's collector of cycles: a film may have hundreds of megabytes."""
     films = weakref.WeakSet()
-    opened = video._Film.__enter__
-    monkeypatch.setattr(video._Film, "__enter__", lambda film: (films.add(film), opened(film))[1])
+    opened = video._Video.__enter__
+    monkeypatch.setattr(video._Video, "__enter__", lambda film: (films.add(film), opened(film))[1])
     gc.disable()
     try:
         list(video.decode(film(2.0), VideoConfig(), 10**8))
