@@ -25,7 +25,7 @@ from kernels.attention_block import block_backward, block_forward, statistics
 
 class RingAttention(nn.Module):
     """Ring attention (Liu et al., 2310.01889). ``gradient_group`` has the ranks of ``group`` and a communicator of its
-    own, so that gradients of keys and values do not queue behind keys and values."""
+    own, so that gradients of keys and values need not wait for keys and values that are under way."""
 
     def __init__(self, group: ProcessGroup, gradient_group: ProcessGroup):
         super().__init__()

@@ -1,7 +1,7 @@
 """FSDP2: which parts of the model are gathered together, over which ranks, and how gradients are summed.
 
 The decoder is sharded over shard x context. Towers and projectors are sharded over shard x context x tensor: each of
-those ranks encodes media of its own and holds token rows of its own, so every gradient is a plain sum over all of them.
+those ranks encodes media of its own and holds tokens of its own, so every gradient is a plain sum over all of them.
 """
 
 import itertools

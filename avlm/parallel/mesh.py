@@ -24,8 +24,8 @@ class World:
     """This process among all ranks, which lie in row-major order on the axes replicate x shard x context x tensor.
 
     mesh          all four axes by name
-    decoder_mesh  replicate, shard_context, tensor: what the decoder's weights are laid out on
-    tower_mesh    replicate, shard_context_tensor: what those of towers and projectors are laid out on
+    decoder_mesh  replicate, shard_context, tensor: for the decoder's weights
+    tower_mesh    replicate, shard_context_tensor: for the weights of towers and projectors
     row_mesh      data, row: the ranks that work on the same row of tokens (context x tensor) are one "row"
     """
 
@@ -122,7 +122,7 @@ def sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int, int, int
         raise ValueError(
             f"parallel.replicate={parallel.replicate} x shard={shard} x context={parallel.context} x "
             f"tensor={parallel.tensor} does not make {world_size} ranks: start torchrun with another "
-            "--nproc-per-node, or change parallel.* (shard=-1 takes what is left)"
+            "--nproc-per-node, or change parallel.* (shard=-1 takes all ranks that are left)"
         )
     return parallel.replicate, shard, parallel.context, parallel.tensor
 

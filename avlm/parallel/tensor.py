@@ -1,4 +1,4 @@
-"""Tensor parallelism of the decoder: what each of its modules does over the axis "tensor", as a plan of DTensor styles.
+"""Tensor parallelism of the decoder: how each of its modules is sharded over the axis "tensor", by DTensor styles.
 
     embedding      a share of the vocabulary; every rank looks up all tokens, the sum is scattered over the tokens
     norms          whole weights, on this rank's tokens

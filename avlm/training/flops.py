@@ -9,7 +9,7 @@ An input has a gradient where something below it trains: a frozen tower is forwa
 projectors that train passes gradients on and makes none of its own.
 
 Recomputed forward FLOPs (``train.recompute``) are kept apart, for HFU. Recomputation inside the attention kernel, and
-everything but matrix products, are not counted. ``avlm.models.costs`` says what each count counts.
+everything but matrix products, are not counted. The counts are defined in ``avlm.models.costs``.
 
 n parameters of the weight   R rows   A width of all query heads   P pairs of a query and a key that it sees   r rank
 """
@@ -106,9 +106,11 @@ def _repeated(module: str, model: ModelConfig, shapes: Shapes, mode: Recompute) 
         if mode == "selective":
             products = [path for path in paths if not path.endswith("core")]
             paths = [path for number, path in enumerate(products) if not keeps_product(number)]
-        found.update(paths)
-    needless = {path for path in found if path.endswith(".down") and f"{path}.lora_magnitude" not in shapes}
-    return found - needless
+        for path in paths:
+            is_needless = path.endswith(".down") and f"{path}.lora_magnitude" not in shapes
+            if not is_needless:
+                found.add(path)
+    return found
 
 
 def _block(path: str) -> str:
@@ -125,16 +127,18 @@ def _is_trained(path: str, trained: Collection[str]) -> bool:
 def _cost(
     path: str, count: str, model: ModelConfig, shapes: Shapes, trained: Collection[str], below: bool
 ) -> Iterator[tuple[str, str, int, int]]:
-    """(weight, count, forward, backward) of all that one module computes. ``below``: its input has a gradient."""
+    """(weight, count, forward, backward) of each product of one module. ``below``: its input has a gradient."""
     if not count:
         return
     if path.endswith("attention.core"):
         forward = attention_cost(path, model)
         yield "", count, forward, 2 * forward * below
         return
-    is_tied = path == "decoder.head" and model.decoder.tie_embedding
-    base = "decoder.embedding.weight" if is_tied else f"{path}.weight"
-    down, up = f"{path}.lora_down.weight", f"{path}.lora_up.weight"
+    base = f"{path}.weight"
+    if path == "decoder.head" and model.decoder.tie_embedding:
+        base = "decoder.embedding.weight"
+    down = f"{path}.lora_down.weight"
+    up = f"{path}.lora_up.weight"
     for name, has_gradient in ((base, below), (down, below), (up, below or down in trained)):
         if name in shapes:
             product = 2 * math.prod(shapes[name])

@@ -1,38 +1,47 @@
 """No rank waits for a tower that another does not run: every pair of media on neighbouring ranks, towers frozen and
-trainable, sharded in each way. Nothing here is timed out: a case that hangs is seen as the whole run standing still."""
+trained, sharded in each way. There is no timeout here: a case that hangs stops the whole run.
+
+    python -m tests.measurements.no_hang
+"""
 
 import itertools
 
-from avlm.config.load import resolve_config
 from avlm.config.model import MODULES
 from avlm.parallel import mesh
-from tests.parallel.small import MEDIA, TREE, build, make_rows
+from tests.parallel.small import MEDIA, build, make_config, make_rows
 from tests.parallel.spawn import run_ranks
 
 PROJECTORS = ["vision_projector", "audio_projector"]
-KINDS = {  # how towers are sharded -> what trains
+TRAINED = {  # how towers are sharded -> modules that train
     "unit": [list(MODULES), PROJECTORS, ["decoder"]],
     "block": [list(MODULES), PROJECTORS, ["vision", "audio"]],
     "replicate": [PROJECTORS, ["decoder"]],
 }
+CASES = [(sharding, trained) for sharding, choices in TRAINED.items() for trained in choices]
+
+
+def pairs_of(quick: bool) -> list[tuple[str, str]]:
+    """Media of even ranks and of odd ones."""
+    pairs = list(itertools.product(MEDIA, MEDIA))
+    return pairs[::3] if quick else pairs
 
 
 def steps(quick: bool) -> list[str]:
-    """Runs on every rank: one forward and backward for each pair. Losses are those of the first sharding."""
+    """Runs on every rank: one forward and backward for each pair. Losses must be those of the first sharding."""
     worlds: dict = {}
-    failed, losses = [], {}
-    for sharding, trained in itertools.chain(*([(k, t) for t in v] for k, v in KINDS.items())):
-        tree = {**TREE, "parallel": {"tower_sharding": sharding}}
-        cfg = resolve_config({**tree, "stages": [{"name": "all", "steps": 1, "train": trained}]}, "no hang")
+    losses: dict[tuple[str, str], float] = {}
+    failed = []
+    for sharding, trained in CASES:
+        stage = {"name": "all", "steps": 1, "train": trained}
+        cfg = make_config(parallel={"tower_sharding": sharding}, stages=[stage])
         world, model = build(cfg, worlds)
-        pairs = list(itertools.product(MEDIA, MEDIA))
-        for pair in pairs[:: 3 if quick else 1]:
+        for pair in pairs_of(quick):
             mixes = [pair[rank % 2] for rank in range(world.size)]
             row = make_rows(cfg, mixes)[world.rank]
             loss, _ = model(row)
             loss.backward()
-            total = world.sum([loss.item()])[0]
-            expected = losses.setdefault(pair, total)  # of the first layout; the rows are the same
+            [total] = world.sum([loss.item()])
+            expected = losses.setdefault(pair, total)
             if not abs(total - expected) <= 1e-5 * expected:
                 failed.append(
                     f"{world.size} ranks, {pair}, towers {sharding}, {trained} train: {total}, not {expected}"
@@ -43,10 +52,11 @@ def steps(quick: bool) -> list[str]:
 
 def run(world_sizes: list[int], quick: bool) -> list[str]:
     failed = []
-    for world_size in (size for size in world_sizes if size > 1):
-        failed += run_ranks(steps, world_size, quick, method="spawn")[0]
-        count = sum(map(len, KINDS.values())) * len(range(0, len(MEDIA) ** 2, 3 if quick else 1))
-        print(f"{world_size}  no hang: {count} combinations of media, frozen parts and tower sharding went through")
+    count = len(CASES) * len(pairs_of(quick))
+    for world_size in world_sizes:
+        if world_size > 1:
+            failed += run_ranks(steps, world_size, quick, method="spawn")[0]
+            print(f"{world_size}  no hang: {count} combinations of media, frozen parts and tower sharding went through")
     return failed
 
 

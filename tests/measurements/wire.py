@@ -1,13 +1,13 @@
-"""What a rank sends in a training step, counted and by formula:  python -m tests.measurements.wire
+"""How many bytes a rank sends in a training step, counted and by formula:  python -m tests.measurements.wire
 
-Counted are the collectives themselves, forward and backward, where torch hands them to the backend. What one of them
-sends is taken as in a ring of n ranks, whatever gloo or NCCL choose to do:
+Collectives are counted where torch hands them to the backend, forward and backward. Each counts as in a ring of n
+ranks, whatever gloo or NCCL choose to do:
 
-    all-gather, reduce-scatter   (n - 1) / n of the whole tensor      all-to-all   what goes to others
+    all-gather, reduce-scatter   (n - 1) / n of the whole tensor      all-to-all   rows for other ranks
     all-reduce                   2 (n - 1) / n of the tensor          send         the tensor
 
-It is compared with the formulas of wire_formula.py. One micro-batch, nothing recomputed, everything trains, bf16. The
-loader's rows and the counts of targets, which go over the host before the step, are not in it.
+The formulas are those of wire_formula.py. One micro-batch, nothing recomputed, everything trains, bf16. The loader's
+rows and the counts of targets, which go over the host before the step, are not counted.
 """
 
 import math
@@ -21,6 +21,9 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from avlm.config.run import Config
+from avlm.models.avlm import AVLM
+from avlm.models.batch import Batch
 from avlm.parallel import mesh
 from avlm.parallel.apply import own_part
 from avlm.parallel.fsdp import fsdp_modules
@@ -42,26 +45,31 @@ class Wire(TorchDispatchMode):
 
     def __init__(self, world: World):
         super().__init__()
-        self.axes, self.sent = ranks_of_axes(world), Counter()
+        self.axes = ranks_of_axes(world)
+        self.sent = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # DTensor goes first; what it sends comes here by itself
+            return NotImplemented  # DTensor goes first; its own collectives come back here
         name = function._schema.name.partition("::")[2]
         if function.namespace in ("c10d", "_c10d_functional") and name not in SILENT:
             self.note(name, args)
         return function(*args, **(kwargs or {}))
 
     def note(self, name: str, args: tuple) -> None:
-        if isinstance(args[-1], str):  # a functional collective: the group comes last, by name
-            group = _resolve_process_group(args[-1])
-        else:
-            boxed = next(x for x in args if isinstance(x, torch.ScriptObject))
-            group = _resolve_process_group(dist.ProcessGroup.unbox(boxed).group_name)
+        group = group_of(args)
         ranks = sorted(dist.get_process_group_ranks(group))
         if len(ranks) > 1:
+            axis = axis_of(self.axes, asker(), ranks)
             kind, count = sent_by(name, args, len(ranks), group.rank())
-            self.sent[axis_of(self.axes, asker(), ranks), kind] += count
+            self.sent[axis, kind] += count
+
+
+def group_of(args: tuple) -> dist.ProcessGroup:
+    if isinstance(args[-1], str):  # a functional collective: the group comes last, by name
+        return _resolve_process_group(args[-1])
+    boxed = next(x for x in args if isinstance(x, torch.ScriptObject))
+    return _resolve_process_group(dist.ProcessGroup.unbox(boxed).group_name)
 
 
 def asker() -> tuple[str, ...]:
@@ -77,28 +85,40 @@ def asker() -> tuple[str, ...]:
 
 def sent_by(name: str, args: tuple, n: int, rank: int) -> tuple[str, float]:
     """(kind, bytes) of one collective on ``rank`` of ``n``; its arguments as the schema of the op has them."""
-    size = lambda tensor: tensor.numel() * tensor.element_size()
     match name:
         case "_allgather_base_":  # result, own part
-            return "all-gather", (n - 1) * size(args[1])
+            return "all-gather", (n - 1) * args[1].nbytes
         case "all_gather_into_tensor":  # own part
-            return "all-gather", (n - 1) * size(args[0])
+            return "all-gather", (n - 1) * args[0].nbytes
         case "_reduce_scatter_base_":  # result, the whole
-            return "reduce-scatter", (n - 1) * size(args[0])
+            return "reduce-scatter", (n - 1) * args[0].nbytes
         case "reduce_scatter_tensor":  # the whole
-            return "reduce-scatter", (n - 1) / n * size(args[0])
+            return "reduce-scatter", (n - 1) / n * args[0].nbytes
         case "allreduce_":
-            return "all-reduce", 2 * (n - 1) / n * size(args[0][0])
+            return "all-reduce", 2 * (n - 1) / n * args[0][0].nbytes
         case "all_reduce":
-            return "all-reduce", 2 * (n - 1) / n * size(args[0])
+            return "all-reduce", 2 * (n - 1) / n * args[0].nbytes
         case "send":
-            return "send", size(args[0][0])
-        case "alltoall_base_":  # result, what is sent, group, rows of the result by source, rows sent by destination
-            rows = args[4] or [args[1].shape[0] // n] * n
-            return "all-to-all", size(args[1]) * (sum(rows) - rows[rank]) / max(sum(rows), 1)
+            return "send", args[0][0].nbytes
+        case "alltoall_base_":  # result, sent tensor, group, rows of the result by source, sent rows by destination
+            sent = args[1]
+            rows = args[4] or [sent.shape[0] // n] * n
+            return "all-to-all", sent.nbytes * (sum(rows) - rows[rank]) / max(sum(rows), 1)
         case "allgather_":  # Python objects: their sizes, then their bytes
-            return "objects", (n - 1) * size(args[1][0])
+            return "objects", (n - 1) * args[1][0].nbytes
     raise AssertionError(f"{name} is not counted yet")
+
+
+def count_step(config: Config, world: World, model: AVLM, rows: list[Batch], num_targets: float) -> Bytes:
+    """Bytes of the second of two equal steps: after a forward without a backward, as that of the warm-up is, FSDP2
+    gathers one unit for nothing."""
+    adam = optimizer.build(model, config.stages[0].optimizer)
+    optimizer.schedule(adam, config.stages[0].optimizer, 0, 1)
+    for wire in (Wire(world), Wire(world)):
+        with wire:
+            parts = [own_part(row, config.model, world, config.parallel.balance_media) for row in rows]
+            train_step(model, parts, num_targets, adam, 1.0, world, config.train.accumulate_mode)
+    return wire.sent
 
 
 def count_all(layouts: dict[str, dict[str, Any]]) -> dict[str, tuple[Bytes, Bytes]]:
@@ -111,34 +131,24 @@ def count_all(layouts: dict[str, dict[str, Any]]) -> dict[str, tuple[Bytes, Byte
         world, model = build(config, worlds)
         rows = make_rows(config, MIXES[: world.data_size])
         num_targets = sum(len(row.target_R) for row in rows)
-        adam = optimizer.build(model, config.stages[0].optimizer)
-        optimizer.schedule(adam, config.stages[0].optimizer, 0, 1)
-        for wire in (Wire(world), Wire(world)):
-            # The first does not count: after a forward without a backward FSDP2 gathers one unit for nothing.
-            with wire:
-                part = own_part(rows[world.data_rank], config.model, world, config.parallel.balance_media)
-                train_step(model, [part], num_targets, adam, 1.0, world)
-        found[name] = wire.sent, formula(config, world, rows)
+        counted = count_step(config, world, model, [rows[world.data_rank]], num_targets)
+        found[name] = counted, formula(config, world, rows)
     mesh.stop()
     return found
 
 
 def count_options(options: list[dict[str, Any]], num_batches: int) -> list[tuple[Bytes, int, bool]]:
     """Runs on every rank, for configs that differ in how a step is run: bytes of a step of some micro-batches, units of
-    FSDP, and whether blocks ask for the weights of the next."""
+    FSDP, and whether blocks prefetch the weights of the next."""
     worlds: dict[tuple, World] = {}
     found = []
     for option in options:
         config = make_config(**option)
         world, model = build(config, worlds)
-        row = make_rows(config, ["both"])[0]
-        adam = optimizer.build(model, config.stages[0].optimizer)
-        for wire in (Wire(world), Wire(world)):
-            with wire:
-                parts = [own_part(row, config.model, world, balance=False)] * num_batches
-                train_step(model, parts, 10.0, adam, 1.0, world, config.train.accumulate_mode)
+        rows = make_rows(config, ["both"]) * num_batches
+        counted = count_step(config, world, model, rows, 10.0)
         state = model.decoder.blocks[0]._get_fsdp_state()
-        found.append((wire.sent, len(fsdp_modules(model)), bool(state._states_to_forward_prefetch)))
+        found.append((counted, len(fsdp_modules(model)), bool(state._states_to_forward_prefetch)))
     mesh.stop()
     return found
 
@@ -147,11 +157,17 @@ def main() -> None:
     ranks = run_ranks(count_all, 4, {name: LAYOUTS[4][name] for name in CHOSEN})
     print(f"{'layout, 4 ranks':<28} {'axis':<37} {'collective':<15} {'counted':>9} {'formula':>9}  ratio")
     for name in CHOSEN:
-        counted, expected = (sum((rank[name][i] for rank in ranks), Counter()) for i in (0, 1))
+        counted, expected = Counter(), Counter()
+        for rank in ranks:
+            of_rank, by_formula = rank[name]
+            counted += of_rank
+            expected += by_formula
         for axis, kind in sorted(counted | expected):
-            a, b = counted[axis, kind] / len(ranks), expected[axis, kind] / len(ranks)
+            a = counted[axis, kind] / len(ranks)
+            b = expected[axis, kind] / len(ranks)
             ratio = a / b if b else math.inf
-            print(f"{name:<28} {axis:<37} {kind:<15} {a:>9,.0f} {b:>9,.0f}  {ratio:.3f}")
+            label = f"{name:<28} {axis:<37} {kind:<15}"
+            print(f"{label} {a:>9,.0f} {b:>9,.0f}  {ratio:.3f}")
     print("bytes that a rank sends in a step of a tiny model, mean of the ranks")
 
 

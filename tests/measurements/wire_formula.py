@@ -39,8 +39,14 @@ ITEMSIZE = 2  # bf16
 
 def ranks_of_axes(world: World) -> dict[str, list[int]]:
     """The ranks that this one shares each axis with."""
-    meshes = {"replicate": world.mesh, "context": world.mesh, "tensor": world.mesh, "row": world.row_mesh}
-    meshes |= {"shard_context": world.decoder_mesh, "shard_context_tensor": world.tower_mesh}
+    meshes = {
+        "replicate": world.mesh,
+        "context": world.mesh,
+        "tensor": world.mesh,
+        "row": world.row_mesh,
+        "shard_context": world.decoder_mesh,
+        "shard_context_tensor": world.tower_mesh,
+    }
     found = {"world": list(range(world.size))}
     for name, mesh in meshes.items():
         found[name] = sorted(dist.get_process_group_ranks(mesh.get_group(name)))
@@ -58,9 +64,12 @@ def axis_of(axes: dict[str, list[int]], candidates: tuple[str, ...], ranks: list
 
 def formula(config: Config, world: World, rows: list[Batch]) -> Bytes:
     """What a step over ``rows``, one for each data rank, should send. Exact: padding is in it."""
-    part, _ = cut(rows[world.data_rank], *world.axis("context"))
+    own = rows[world.data_rank]
+    part, _ = cut(own, *world.axis("context"))
     num_tokens = len(part.token_T)
-    norm_and_losses = 4 * (1 + len(KINDS))
+    num_ranks = world.row_mesh["row"].size()
+    tokens_per_rank = len(own.token_T) // num_ranks
+    norm_and_losses = 4 * (1 + len(KINDS))  # losses by kind
     sent = of_weights(config, world)
     sent["world", "all-reduce"] = ring(world.size, 2 * norm_and_losses)
     for kind, count in of_tensor(config, num_tokens, len(part.target_R)).items():
@@ -68,22 +77,17 @@ def formula(config: Config, world: World, rows: list[Batch]) -> Bytes:
     for kind, count in of_context(config, num_tokens).items():
         sent["context", kind] = count
     if config.parallel.balance_media and len(rows) > 1:
-        share = media.Share(dist.group.WORLD, world.data_rank, *row_of(world, rows))
+        share = media.Share(dist.group.WORLD, world.data_rank, num_ranks, tokens_per_rank)
         sent["world", "all-to-all"] = of_media(config, world, rows, share)
         sent["world", "objects"] = of_lengths(config, world, rows)
     else:
-        share = media.Share(world.row_mesh.get_group("row"), 0, *row_of(world, rows))
-        sent["row", "all-to-all"] = of_media(config, world, [rows[world.data_rank]], share)
+        share = media.Share(world.row_mesh.get_group("row"), 0, num_ranks, tokens_per_rank)
+        sent["row", "all-to-all"] = of_media(config, world, [own], share)
     return sent
 
 
-def row_of(world: World, rows: list[Batch]) -> tuple[int, int]:
-    """Ranks that share a row, and the tokens that each holds."""
-    ranks = world.row_mesh["row"].size()
-    return ranks, len(rows[0].token_T) // ranks
-
-
 def ring(n: int, count: float) -> float:
+    """Bytes that a rank sends when ``count`` bytes go around a ring of n ranks."""
     return count * (n - 1) / n
 
 
@@ -103,7 +107,8 @@ def of_weights(config: Config, world: World) -> Bytes:
                 first, width = share_of(name, parameter.shape, config.parallel.tensor)
                 padded += math.ceil(first / n) * n * width
         name = axis_of(axes, ASKERS[FSDP], axes[axis])
-        sent[name, "all-gather"] += ring(n, (1 + is_freed) * ITEMSIZE * padded)
+        num_gathers = 2 if is_freed else 1
+        sent[name, "all-gather"] += ring(n, num_gathers * ITEMSIZE * padded)
         sent[name, "reduce-scatter"] += ring(n, 4 * padded)
         sent["replicate", "all-reduce"] += ring(copies, 2 * 4 * padded / n)
     return sent
@@ -123,10 +128,10 @@ def share_of(name: str, shape: torch.Size, t: int) -> tuple[int, int]:
 def units(config: Config) -> list[tuple[tuple[str, ...], str, bool]]:
     """Of each unit of FSDP, with tower_sharding=unit and an untied head: names, axis, whether the forward frees it."""
     freed = config.parallel.reshard
-    found = [(("decoder.embedding.",), "shard_context", freed)]
-    for i in range(config.model.decoder.num_layers):
-        found.append(((f"decoder.blocks.{i}.",), "shard_context", freed))
-    found.append((("decoder.norm.", "decoder.head."), "shard_context", False))
+    blocks = [f"decoder.blocks.{i}." for i in range(config.model.decoder.num_layers)]
+    found = [(("decoder.norm.", "decoder.head."), "shard_context", False)]
+    for name in ("decoder.embedding.", *blocks):
+        found.append(((name,), "shard_context", freed))
     for tower in ("vision", "audio"):
         found.append(((f"{tower}.",), "shard_context_tensor", freed))
         found.append(((f"{tower}_projector.",), "shard_context_tensor", False))
@@ -144,11 +149,13 @@ def of_tensor(config: Config, L: int, R: int) -> dict[str, float]:
     norms = 2 * D
     if decoder.qk_norm:
         norms += 2 * decoder.head_dim
-    head = 4 * 4 * R + ITEMSIZE * R * D
+    whole = ITEMSIZE * L * D
+    head = (4 * 4 + ITEMSIZE * D) * R
+    reduced = head + ITEMSIZE * decoder.num_layers * norms
     return {
-        "all-gather": ring(t, (blocks + 2) * ITEMSIZE * L * D),
-        "reduce-scatter": ring(t, (blocks + 1) * ITEMSIZE * L * D),
-        "all-reduce": ring(t, 2 * (head + ITEMSIZE * decoder.num_layers * norms)),
+        "all-gather": ring(t, (blocks + 2) * whole),
+        "reduce-scatter": ring(t, (blocks + 1) * whole),
+        "all-reduce": ring(t, 2 * reduced),
     }
 
 
@@ -162,16 +169,19 @@ def of_context(config: Config, L: int) -> dict[str, float]:
     decoder = config.model.decoder
     mode = config.parallel.context_mode
     C = config.parallel.context
+    if C == 1:
+        return {}
     of_head = decoder.num_layers * L * decoder.head_dim // config.parallel.tensor
     q = of_head * decoder.num_heads
     kv = of_head * 2 * decoder.num_kv_heads
-    if C == 1:
-        return {}
     if mode == "ring":
-        return {"send": kv * (2 * ITEMSIZE * (C - 1) + 4 * C)}
+        blocks = 2 * ITEMSIZE * (C - 1) * kv
+        gradients = 4 * C * kv
+        return {"send": blocks + gradients}
     if mode == "allgather":
         return {"all-gather": ring(C, ITEMSIZE * C * kv), "reduce-scatter": ring(C, 4 * C * kv)}
-    return {"all-to-all": ring(C, 2 * ITEMSIZE * (2 * q + kv))}
+    forward = ITEMSIZE * (2 * q + kv)
+    return {"all-to-all": ring(C, 2 * forward)}
 
 
 def of_media(config: Config, world: World, homes: list[Batch], share: media.Share) -> int:
@@ -181,8 +191,10 @@ def of_media(config: Config, world: World, homes: list[Batch], share: media.Shar
     model = config.model
     total = 0
     for name, tower in model.modalities.items():
-        plan = media.make_plan(share, [home.media[name].lengths for home in homes], item_costs(name, model))
-        total += ITEMSIZE * getattr(model, tower).hidden_size * crossings(plan, name, homes, world)
+        lengths = [home.media[name].lengths for home in homes]
+        plan = media.make_plan(share, lengths, item_costs(name, model))
+        width = getattr(model, tower).hidden_size
+        total += ITEMSIZE * width * crossings(plan, name, homes, world)
         for length, sender, encoder in zip(plan.lengths, plan.senders, plan.encoders):
             if len(homes) > 1 and sender == share.rank != encoder:
                 total += item_bytes(name, length, model) + 8 * length
@@ -190,9 +202,10 @@ def of_media(config: Config, world: World, homes: list[Batch], share: media.Shar
 
 
 def item_bytes(modality: str, length: int, model: ModelConfig) -> int:
+    """An image is uint8; a window is float32, two frames for each of its ``length`` tower rows."""
     if modality == "image":
         return 3 * model.vision.image_size**2
-    return 4 * model.audio.num_mels * 2 * length  # two frames a tower row
+    return 4 * model.audio.num_mels * 2 * length
 
 
 def of_lengths(config: Config, world: World, rows: list[Batch]) -> int:
@@ -216,8 +229,10 @@ def crossings(plan: media.MediaPlan, modality: str, homes: list[Batch], world: W
         own = slice(first, first + len(items.segments))
         first = own.stop
         encoders = torch.tensor(plan.encoders[own], dtype=torch.int64)
-        encoder_P = encoders.repeat_interleave(torch.tensor(plan.lengths[own], dtype=torch.int64))
-        owner_F1 = home * share.ranks_per_home + place_T[items.rows, None] // share.tokens_per_rank
+        lengths = torch.tensor(plan.lengths[own], dtype=torch.int64)
+        encoder_P = encoders.repeat_interleave(lengths)
+        first_rank = home * share.ranks_per_home
+        owner_F1 = first_rank + place_T[items.rows, None] // share.tokens_per_rank
         encoder_FS = encoder_P[items.sources]
         crosses_FS = (items.sources >= 0) & (encoder_FS != owner_F1)
         is_mine_FS = (encoder_FS == share.rank) | (owner_F1 == share.rank)

@@ -1,5 +1,7 @@
 """A small model and rows of any mix of media, for tests that run on several ranks."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,7 +41,8 @@ TREE = {
     "optimizer": {"lr": 3e-3, "warmup_steps": 2},
     "stages": [{"name": "all", "steps": 20, "train": list(MODULES)}],
 }
-MEDIA = {"text": (0, 0), "image": (2, 0), "audio": (0, 1), "both": (1, 1), "video": (4, 1)}  # pictures, clips
+# mix of media -> images and clips of a sample
+MEDIA = {"text": (0, 0), "image": (2, 0), "audio": (0, 1), "both": (1, 1), "video": (4, 1)}
 
 
 def make_config(**overrides) -> Config:
@@ -49,27 +52,30 @@ def make_config(**overrides) -> Config:
 def make_rows(cfg: Config, mixes: list[str], seed: int = 0) -> list[Batch]:
     """One packed row for each mix: two samples with its media and one of text between them."""
     generator = torch.Generator().manual_seed(seed)
-    samples = lambda mix: [
-        make_sample(mix, 6, generator),
-        make_sample("text", 7, generator),
-        make_sample(mix, 4, generator),
-    ]
-    return [pack(samples(mix), cfg.stages[0].data.seq_length, cfg.model) for mix in mixes]
+    rows = []
+    for mix in mixes:
+        samples = [
+            make_sample(mix, 6, generator),
+            make_sample("text", 7, generator),
+            make_sample(mix, 4, generator),
+        ]
+        rows.append(pack(samples, cfg.stages[0].data.seq_length, cfg.model))
+    return rows
 
 
 def make_sample(mix: str, num_words: int, generator: torch.Generator) -> EncodedSample:
-    """A sample of the small model: 4 rows a picture, one for 40 ms of sound; every word but the first is learned."""
+    """A sample of the small model: 4 features an image, one for 40 ms of audio; every word but the first is learned."""
     num_images, num_clips = MEDIA[mix]
-    mels = [torch.randn(16, 2 * (4 + num_words), generator=generator) for _ in range(num_clips)]
+    num_frames = 2 * (4 + num_words)
+    mels = [torch.randn(16, num_frames, generator=generator) for _ in range(num_clips)]
     text = torch.randint(0, 96, (num_words,), generator=generator)
-    media = [-200] * (4 * num_images) + [-300] * sum(-(-mel.shape[1] // 4) for mel in mels)
+    media = [-200] * (4 * num_images) + [-300] * (math.ceil(num_frames / 4) * num_clips)
     token_T = torch.cat([torch.tensor(media, dtype=torch.long), text])
     target_T = torch.full_like(token_T, -100)
     target_T[len(media) : -1] = token_T[len(media) + 1 :]
     pixels = torch.randint(0, 255, (num_images, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    items = {"image": list(pixels), "audio": mels}
-    kind = {"both": "mixed"}.get(mix, mix)
-    return EncodedSample(mix, kind, token_T, target_T, items)
+    kind = "mixed" if mix == "both" else mix
+    return EncodedSample(mix, kind, token_T, target_T, {"image": list(pixels), "audio": mels})
 
 
 def build(cfg: Config, worlds: dict[tuple, mesh.World] | None = None) -> tuple[mesh.World, AVLM]:
@@ -91,6 +97,24 @@ def build(cfg: Config, worlds: dict[tuple, mesh.World] | None = None) -> tuple[m
     return world, model
 
 
+class Observer:
+    """Stands for the optimizer: in place of a step it copies the whole gradients."""
+
+    def __init__(self, model: AVLM):
+        self.model = model
+        self.gradients: dict[str, Tensor] = {}
+
+    def step(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                self.gradients[name] = whole(parameter.grad)
+
+    def zero_grad(self) -> None:
+        pass
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A copy of all of a sharded tensor."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().clone()

@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks of this machine and returns what each gave back."""
+"""Runs a function on several gloo ranks of this machine and returns the result of each."""
 
 import os
 import queue
@@ -17,9 +17,9 @@ def run_ranks(
 ) -> list[Any]:
     """``function(*args)`` in ``world_size`` processes with torchrun's environment; plain data back, in rank order.
 
-    Fails as soon as a rank does or dies, and after ``timeout`` seconds: ranks that wait for each other never end. Ranks
-    are forks of one process that has imported what most of them need; with ``method`` "spawn" each starts anew, with a
-    hash seed of its own, as those of torchrun do.
+    Fails as soon as a rank fails or dies, and after ``timeout`` seconds: ranks that wait for each other never end.
+    Ranks are forks of one process that has made the usual imports; with ``method`` "spawn" each is a fresh process with
+    a hash seed of its own, as under torchrun.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Ranks that are not about to do the same are told so, all of them, before any collective; and how ranks find each
+"""When ranks are about to do different things, all of them are told so before any collective; and how ranks find each
 other after a restart."""
 
 from multiprocessing.pool import ThreadPool
@@ -19,17 +19,21 @@ def message(check, *arguments) -> str:
 
 
 def disagreements(cfg) -> dict[str, str]:
-    """What this rank is told of three that differ in one thing after the other."""
+    """The error that this rank gets, of three that differ in one thing after another."""
     world, model = build(cfg)
     [row] = make_rows(cfg, ["both"])
-    short = make_rows(make_config(data={"train": "synthetic", "seq_length": 32}), ["text"])[0]
-    found = {"nothing": message(agreement.check_step, world, model, 7, [row, row])}
-    found["micro-batches"] = message(agreement.check_step, world, model, 7, [row] * (1 + (world.rank == 1)))
-    found["rows"] = message(agreement.check_step, world, model, 7, [short if world.rank == 0 else row])
+    [short] = make_rows(make_config(data={"train": "synthetic", "seq_length": 32}), ["text"])
+
+    def of_step(*parts) -> str:
+        return message(agreement.check_step, world, model, 7, list(parts))
+
+    found = {"nothing": of_step(row, row)}
+    found["micro-batches"] = of_step(row, row) if world.rank == 1 else of_step(row)
+    found["tokens"] = of_step(short if world.rank == 0 else row)
     found["configs"] = message(agreement.check_start, world, f"output_dir: runs/a\nseed: {world.rank}\n")
     if world.rank == 2:
         model.vision.requires_grad_(False)
-    found["modules"] = message(agreement.check_step, world, model, 7, [row])
+    found["modules"] = of_step(row)
     mesh.stop()
     return found
 
@@ -40,7 +44,7 @@ def test_every_rank_is_told_which_ranks_differ_and_in_what():
         assert found["micro-batches"].startswith(
             "ranks disagree on micro-batches: rank 1 has `2`, most have `1`; every rank has to run every tower"
         )
-        assert "token rows: rank 0 has `[32]`, most have `[64]`" in found["rows"]
+        assert "tokens: rank 0 has `[32]`, most have `[64]`" in found["tokens"]
         assert (
             "config: rank 1 has `seed: 1`, most have `seed: 0`, rank 2 has `seed: 2`, most have `seed: 0`"
             in found["configs"]

@@ -40,24 +40,34 @@ def train_and_save(folder):
     cfg = config_of(folder, parallel={"shard": 2, "tensor": 2})
     world, model = build(cfg)
     adam = optimizer.build(model, cfg.stages[0].optimizer)
-    saver, found = Saver(Path(folder), CheckpointConfig(), world), []
+    saver = Saver(Path(folder), CheckpointConfig(), world)
+    found = []
     for step in (1, 2):
         rows = make_rows(cfg, ["both", "image"], seed=step)
         train_step(model, [rows[world.data_rank]], 50.0, adam, 1.0, world)
         saver.save(Progress(step=step), model, adam, {})
-        found.append({name: whole(parameter).numpy() for name, parameter in model.named_parameters()})
+        found.append(weights_of(model))
     if world.is_first:
         (Path(folder) / "config.yaml").write_text(dump_config(cfg))
     mesh.stop()
     return found
 
 
+def weights_of(model):
+    return {name: whole(parameter).numpy() for name, parameter in model.named_parameters()}
+
+
+def are_same(weights, expected):
+    assert weights.keys() == expected.keys()
+    return all((weights[name] == expected[name]).all() for name in expected)
+
+
 def start_from(source, layout):
-    """The weights that a run begins with that starts from a source on these ranks."""
+    """The weights that a run on these ranks takes from a source."""
     _, model = build(config_of("unused", parallel=layout, init_from={"all": source}))
-    state = {name: whole(parameter).numpy() for name, parameter in model.named_parameters()}
+    weights = weights_of(model)
     mesh.stop()
-    return state
+    return weights
 
 
 def logits(model, cfg):
@@ -86,18 +96,20 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("size", LAYOUTS)
 def test_what_four_ranks_saved_is_what_a_run_on_other_ranks_starts_from(size, saved):
     run, first, last = saved
-    source, expected = (run / "checkpoints" / "step_00000001", first) if size == 3 else (run, last)
-    for state in run_ranks(start_from, size, str(source), LAYOUTS[size]):
-        assert state.keys() == expected.keys() and all((state[name] == expected[name]).all() for name in expected)
-    assert any((first[name] != last[name]).any() for name in first)
+    assert not are_same(first, last)
+    source, expected = run, last
+    if size == 3:
+        source, expected = run / "checkpoints" / "step_00000001", first
+    for weights in run_ranks(start_from, size, str(source), LAYOUTS[size]):
+        assert are_same(weights, expected)
 
 
 def test_its_export_is_read_back_with_the_same_logits(saved, tmp_path):
     run, _, last = saved
     cfg = config_of(run)
     expected = AVLM(cfg.model)
-    init_weights(expected, InitFrom(all=str(run)), seed=1)  # a process alone
-    assert all((parameter.detach().numpy() == last[name]).all() for name, parameter in expected.named_parameters())
+    init_weights(expected, InitFrom(all=str(run)), seed=1)  # in a single process
+    assert are_same(weights_of(expected), last)
     config, path = read_run(run)
     export(config.model, open_checkpoint(path), tmp_path / "out")
     merged = AVLM(dataclasses.replace(cfg.model, lora=None))
@@ -110,21 +122,35 @@ def test_a_slice_is_read_from_the_chunks_that_it_lies_in_and_no_other(saved, mon
     name = "decoder.blocks.0.ffn.up.weight"
     tensor = open_checkpoint(run / "checkpoints" / "step_00000002")[name]
     assert len(tensor.metadata.chunks) == 4  # 64 rows, of which a rank has 16
-    read, real = [], FileSystemReader.read_data
-    count = lambda self, plan, planner: read.append(len(plan.items)) or real(self, plan, planner)
+    read = []
+    read_data = FileSystemReader.read_data
+
+    def count(self, plan, planner):
+        read.append(len(plan.items))
+        return read_data(self, plan, planner)
+
     monkeypatch.setattr(FileSystemReader, "read_data", count)
-    for rows, chunks in ((slice(16, 32), 1), (slice(20, 40), 2), (slice(None), 4)):
-        assert (tensor[rows].numpy() == last[name][rows]).all() and read.pop() == chunks
+    for rows, num_chunks in ((slice(16, 32), 1), (slice(20, 40), 2), (slice(None), 4)):
+        assert (tensor[rows].numpy() == last[name][rows]).all()
+        assert read.pop() == num_chunks
 
 
 def test_ranks_share_the_files_of_an_export(saved, tmp_path, monkeypatch):
-    run_ranks(export_together, 2, str(saved[0]), str(tmp_path / "two"))
+    run, *_ = saved
+    run_ranks(export_together, 2, str(run), str(tmp_path / "two"))
     monkeypatch.setattr(model_folder, "SHARD_BYTES", 20_000)
-    config, path = read_run(saved[0])
+    config, path = read_run(run)
     data = config.stages[-1].data
     export(config.model, open_checkpoint(path), tmp_path / "one", data=data, dtype=torch.float32)
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
-    assert one == two
-    index = json.loads(one["model.safetensors.index.json"])
-    held = {name for file in one if file.endswith(".safetensors") for name in load_file(tmp_path / "two" / file)}
-    assert held == index["weight_map"].keys() and len(set(index["weight_map"].values())) > 5
+    files = files_of(tmp_path / "one")
+    assert files_of(tmp_path / "two") == files
+    file_of = json.loads(files["model.safetensors.index.json"])["weight_map"]
+    assert len(set(file_of.values())) > 5
+    held = set()
+    for name in set(file_of.values()):
+        held |= load_file(tmp_path / "two" / name).keys()
+    assert held == file_of.keys()
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

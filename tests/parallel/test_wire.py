@@ -1,4 +1,4 @@
-"""What a rank sends is what the formulas of docs/parallelism.md say."""
+"""A rank sends as many bytes as the formulas of docs/parallelism.md say."""
 
 import functools
 
@@ -39,12 +39,12 @@ def test_an_axis_is_seen_with_its_collectives(layout, axis, kinds):
         assert {kind for name, kind in found[layout][0] if name == axis} == kinds
 
 
-def test_a_ring_sends_the_same_whoever_is_asked():
+def test_every_rank_of_a_ring_sends_the_same():
     sent = [found["ring"][0]["context", "send"] for found in measured()]
     assert len(set(sent)) == 1
 
 
-def test_accumulation_reshard_and_blocks_of_towers_change_what_is_sent_as_they_say():
+def test_accumulation_reshard_and_blocks_of_towers_change_the_bytes_as_documented():
     """Two ranks, three micro-batches."""
     options = [
         {},
@@ -54,11 +54,15 @@ def test_accumulation_reshard_and_blocks_of_towers_change_what_is_sent_as_they_s
         {"parallel": {"replicate": 2}},
     ]
     plain, local, kept, blocks, copies = run_ranks(count_options, 2, options, 3)[0]
-    axis = "shard_context = shard_context_tensor"
-    assert plain[0][axis, "all-gather"]
-    gathered, scattered = (plain[0][axis, kind] for kind in ("all-gather", "reduce-scatter"))
-    assert local[0][axis, "reduce-scatter"] * 3 == scattered and local[0][axis, "all-gather"] == gathered
-    assert kept[0][axis, "all-gather"] < gathered and kept[0][axis, "reduce-scatter"] == scattered
+    gathers = "shard_context = shard_context_tensor", "all-gather"
+    scatters = "shard_context = shard_context_tensor", "reduce-scatter"
+    gathered = plain[0][gathers]
+    scattered = plain[0][scatters]
+    assert gathered
+    assert local[0][gathers] == gathered
+    assert local[0][scatters] * 3 == scattered
+    assert kept[0][gathers] < gathered
+    assert kept[0][scatters] == scattered
     assert blocks[1] > plain[1]
     assert 0 < copies[0]["replicate", "all-reduce"] <= 2 * scattered / 3, "between copies once a step"
     assert all(prefetches for *_, prefetches in (plain, local, kept))
