@@ -66,44 +66,46 @@ def stage_index(config: Config, name: str | None) -> int:
 def show(config: Config, stage: int, count: int, out: Path | None = None) -> None:
     data = config.stages[stage].data
     tokenizer = Tokenizer(data.tokenizer) if data.tokenizer else None
-    loader = open_loader(Stream(data.train, data, config.model, rank=0, world=1, seed=config.seed + stage, train=True))
+    seed = config.seed + stage
+    loader = open_loader(Stream(data.train, data, config.model, rank=0, world=1, seed=seed, train=True))
     batches: list[Batch] = []
     arrived: list[float] = []  # seconds
-    left = count
+    num_left = count
     for batch in itertools.islice(loader, STATISTICS_ROWS):
         arrived.append(time.perf_counter())
-        num_shown = min(len(batch.keys), left)
+        num_shown = min(len(batch.keys), num_left)
         for i in range(num_shown):
             print(describe(batch, i, tokenizer), end="\n\n")
-        if out is not None and left > 0:
+        if out is not None and num_left > 0:
             save_sheet(batch, out / f"row_{len(batches):03d}.png")
-        left -= num_shown
+        num_left -= num_shown
         batches.append(batch)
     print(statistics(batches))
     workers = max(1, data.num_workers)
     if len(batches) > workers:  # a worker's first row waits for its packing buffer
-        samples = sum(len(batch.keys) for batch in batches[workers:])
-        per_second = samples / (arrived[-1] - arrived[workers - 1])
+        num_samples = sum(len(batch.keys) for batch in batches[workers:])
+        seconds = arrived[-1] - arrived[workers - 1]
+        per_second = num_samples / seconds
         print(f"{per_second:,.0f} samples per second from {workers} workers, {per_second / workers:,.0f} each")
 
 
 def describe(batch: Batch, index: int, tokenizer: Tokenizer | None) -> str:
     """One sample of a row: its key, its length and its tokens."""
     start, length = batch.segments.spans[index]
-    tokens = batch.token_T[start : start + length]
+    span = slice(start, start + length)
     is_learned_T = torch.zeros_like(batch.token_T, dtype=torch.bool)
     is_learned_T[batch.target_rows_R + 1] = True  # the target of a position is the next token
-    is_learned = is_learned_T[start : start + length]
+    tokens = batch.token_T[span].tolist()
+    is_learned = is_learned_T[span].tolist()
     text = ""
-    runs = itertools.groupby(zip(tokens.tolist(), is_learned.tolist()), key=_kind_of_run)
-    for (placeholder, learned), run in runs:
+    for (placeholder, learned), run in itertools.groupby(zip(tokens, is_learned), key=_kind_of_run):
         ids = [token for token, _ in run]
         if placeholder:
             text += _coloured(f"<{NAMES[placeholder]} x{len(ids)}>", CYAN)
             continue
         decoded = tokenizer.decode(ids) if tokenizer else f"{len(ids)} ids"
         text += _coloured(f"[{decoded}]", GREEN) if learned else decoded
-    return f"{batch.keys[index]}: {length} tokens, {int(is_learned.sum())} learned\n{text}"
+    return f"{batch.keys[index]}: {length} tokens, {sum(is_learned)} learned\n{text}"
 
 
 def _kind_of_run(token_and_learned: tuple[int, bool]) -> tuple[int, bool]:
@@ -173,14 +175,13 @@ def save_sheet(batch: Batch, path: Path) -> None:
     columns = min(8, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(2 * columns, 2 * lines))
-    grid = figure.subplots(lines, columns, squeeze=False)
-    for axes, panel in zip(grid.flat, panels):
+    for number, panel in enumerate(panels, start=1):
+        axes = figure.add_subplot(lines, columns, number)
+        axes.set_axis_off()
         if panel.ndim == 3:
             axes.imshow(panel.permute(1, 2, 0).numpy())
         else:
             axes.imshow(panel.numpy(), origin="lower", aspect="auto")
-    for axes in figure.axes:
-        axes.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight")
     print(f"wrote {path}")

@@ -145,12 +145,12 @@ class JsonlLoader:
                 f"{stream.source} holds {num_records} records, but {state['records']} when the state was written"
             )
         self._turn = state["turn"] if state else 0
-        self._slots = [dict(slot) for slot in state["slots"]] if state else self._rows.slots
+        self._slots = list(state["slots"]) if state else self._rows.slots
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.stream.train:
             self._turn = 0
-            self._slots = [dict(START) for _ in self._slots]
+            self._slots = [START] * len(self._slots)
         self._rows.turn = self._turn
         self._rows.slots = self._slots
         loader = DataLoader(
@@ -175,11 +175,11 @@ class JsonlLoader:
 
     def state(self) -> dict[str, Any]:
         """Plain JSON: where the stream stands after the last row that was handed out."""
-        slots = [dict(slot) for slot in self._slots]
-        return {**self.stream.identity(), "records": len(self._rows.records), "turn": self._turn, "slots": slots}
+        position = {"records": len(self._rows.records), "turn": self._turn, "slots": list(self._slots)}
+        return {**self.stream.identity(), **position}
 
 
-START = {"place": 0, "rows": []}
+START = {"place": 0, "rows": []}  # of a slot
 
 
 class RowStream(IterableDataset):
@@ -192,7 +192,7 @@ class RowStream(IterableDataset):
         self.encoder = SampleEncoder(stream.model, stream.data, Tokenizer(stream.data.tokenizer))
         self.num_workers = max(1, stream.data.num_workers)
         self.turn = 0
-        self.slots = [dict(START) for _ in range(self.num_workers)]
+        self.slots = [START] * self.num_workers
         self._epoch = -1
         self._order = torch.empty(0)
 

@@ -48,30 +48,38 @@ class SyntheticLoader:
         documents = self.mix["documents"]
         samples = []
         for i in range(documents):
+            # Media i, i + documents, i + 2 documents, ... of the row.
             num_images = len(range(i, self.mix["images"], documents))
             num_clips = len(range(i, self.mix["clips"], documents))
-            samples.append(self._sample(f"synthetic:{row}:{i}", num_images, num_clips, generator))
+            media = self._media(num_images, num_clips, generator)
+            samples.append(self._sample(f"synthetic:{row}:{i}", media, generator))
         return pack(samples, stream.data.seq_length, stream.model, read=documents)
 
-    def _sample(self, key: str, num_images: int, num_clips: int, generator: torch.Generator) -> EncodedSample:
+    def _media(self, num_images: int, num_clips: int, generator: torch.Generator) -> dict[str, list[Tensor]]:
         model = self.stream.model
         media: dict[str, list[Tensor]] = {"image": [], "audio": []}
         if num_images:
-            shape = (num_images, 3, model.vision.image_size, model.vision.image_size)
-            media["image"] = list(torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8))
+            side = model.vision.image_size
+            pixels = torch.randint(0, 256, (num_images, 3, side, side), generator=generator, dtype=torch.uint8)
+            media["image"] = list(pixels)
         for _ in range(num_clips):
             noise = torch.randn(self.mix["seconds"] * audio.SAMPLE_RATE, generator=generator)
             media["audio"] += audio.mels(noise, model.audio)
+        return media
+
+    def _sample(self, key: str, media: dict[str, list[Tensor]], generator: torch.Generator) -> EncodedSample:
+        model = self.stream.model
         ids: list[int] = []
         for modality, items in media.items():
             if items:
                 ids += placeholders(modality, items, model)
         length = self.stream.data.seq_length // self.mix["documents"]
-        if len(ids) >= length:
+        num_text = length - len(ids)
+        if num_text <= 0:
             raise ValueError(
                 f"{len(ids)} media features do not fit into a synthetic document of {length} tokens: lower the mix"
             )
-        text_T = torch.randint(0, model.decoder.vocab_size, (length - len(ids),), generator=generator)
+        text_T = torch.randint(0, model.decoder.vocab_size, (num_text,), generator=generator)
         token_T = torch.cat([torch.tensor(ids, dtype=torch.int64), text_T])
         target_T = torch.cat([token_T[1:], token_T.new_full((1,), IGNORE)])
         target_T = torch.where(target_T >= 0, target_T, IGNORE)

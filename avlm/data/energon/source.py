@@ -1,6 +1,6 @@
-"""What Energon is about to open, checked before it does: it imports and calls what a file of a dataset names.
+"""Checks what Energon is about to open: it imports and calls whatever a file of a dataset names.
 
-Of a prepared folder its dataset.yaml, split.yaml and .info.json; of a blend its YAML, and all that it names in turn.
+Of a prepared folder that is its dataset.yaml, split.yaml and .info.json; of a blend its YAML, and all that it names.
 """
 
 import json
@@ -17,14 +17,17 @@ from megatron.energon.eyaml import load_yaml
 from avlm.config.load import MAX_BYTES, read_yaml
 from avlm.config.model import shown
 
-MAX_PARTS, MAX_SHARDS = 10_000, 1_000_000  # datasets of a blend, files that one name with braces stands for
+MAX_PARTS = 10_000  # datasets of a blend
+MAX_SHARDS = 1_000_000  # files that one name with braces stands for
+NOT_SUPPORTED = ("joiner", "join", "aux", "dataset_config")  # keys of a blend
 
 
 def check_source(path: Path, inside: tuple[Path, ...] = (), splits: str | None = None) -> int:
-    """Refuse what is no prepared crude dataset or blend of them, and whatever would make Energon run foreign code.
+    """Refuse everything but prepared crude datasets and blends of them, and whatever would make Energon run foreign
+    code.
 
-    ``inside``: the blends that name it; ``splits``: the file of its splits, where one of them says which. Returns the
-    number of datasets and blends that Energon would open.
+    ``inside``: the blends that name this source; ``splits``: the file of its splits, if one of them names it. Returns
+    the number of datasets and blends that Energon would open. ValueError or FileNotFoundError for a refused one.
     """
     if path.is_dir():
         _check_folder(path, splits)
@@ -39,8 +42,8 @@ def check_source(path: Path, inside: tuple[Path, ...] = (), splits: str | None =
         raise ValueError(f"{path} must be of megatron.energon's class MetadatasetV2, not {shown(kind)}")
     _refuse_code(found, path)
     num_opened = 1
-    for (inner, config), times in Counter(_parts(found, path)).items():
-        num_opened += times * check_source(path.parent / inner, (*inside, path.resolve()), config)
+    for (part, splits_of_part), times in Counter(_parts(found, path)).items():
+        num_opened += times * check_source(path.parent / part, (*inside, path.resolve()), splits_of_part)
         if num_opened > MAX_PARTS:
             raise ValueError(f"{path} names more than {MAX_PARTS:,} datasets, those of the blends in it included")
     return num_opened
@@ -57,78 +60,108 @@ def _check_folder(folder: Path, splits: str | None) -> None:
         named = shown({"__module__": kind[0], "__class__": kind[1], **found})
         raise ValueError(f"{config} must name megatron.energon's CrudeWebdataset and nothing else, not {named}")
     _refuse_code(found, config)
-    others = [] if splits else ["split.json"]  # where Energon looks as well
-    for names in ([splits or "split.yaml", *others], [".info.json", ".info.yaml"]):
-        file = next((meta / name for name in names if (meta / name).is_file()), meta / names[0])
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: run `energon prepare {folder}`")
-        _refuse_code(found := _read_yaml(file), file)
-        counts = found.get("shard_counts")
-        for name, count in counts.items() if isinstance(counts, dict) else ():
+    split_names = [splits] if splits else ["split.yaml", "split.json"]
+    for names in (split_names, [".info.json", ".info.yaml"]):
+        present = [meta / name for name in names if (meta / name).is_file()]
+        if not present:
+            raise ValueError(f"{meta / names[0]} is missing: run `energon prepare {folder}`")
+        _check_meta_file(present[0], folder)
+
+
+def _check_meta_file(file: Path, folder: Path) -> None:
+    found = _read_yaml(file)
+    _refuse_code(found, file)
+    counts = found.get("shard_counts")
+    if isinstance(counts, dict):
+        for name, count in counts.items():
             if type(count) is not int or not 0 <= count < 2**40:
                 raise ValueError(
                     f"{file}: {shown(name)} has {shown(repr(count))} samples: run `energon prepare {folder}`"
                 )
-        for text in _texts(found):
-            if _num_expanded(text) > MAX_SHARDS:
-                raise ValueError(f"{file}: {shown(text)!r} stands for more than {MAX_SHARDS:,} files")
+    for text in _texts(found):
+        if _num_expanded(text) > MAX_SHARDS:
+            raise ValueError(f"{file}: {shown(text)!r} stands for more than {MAX_SHARDS:,} files")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of a YAML or JSON file as Energon's own parser finds them: what is checked is what it would act on."""
+    """The keys of a YAML or JSON file as Energon's own parser finds them, so that the check sees what it acts on."""
     try:
         if path.suffix == ".yaml" and path.stat().st_size <= MAX_BYTES:
-            read_yaml(path, max_values=MAX_BYTES)  # its errors say where
-        found = json.loads(path.read_bytes()) if path.suffix == ".json" else load_yaml(path.read_bytes())
+            read_yaml(path, max_values=MAX_BYTES)  # its errors name the place
+        parse = json.loads if path.suffix == ".json" else load_yaml
+        found = parse(path.read_bytes())
     except (RecursionError, json.JSONDecodeError, UnicodeDecodeError, AttributeError, ryml.ExceptionBasic) as error:
-        reason = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
-        raise ValueError(f"{path} is not valid YAML or JSON: {reason}") from None
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"{path} is not valid YAML or JSON: {shown(lines[0])}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold keys and values, not {shown(found, 80)}")
     return found
 
 
+def _nodes(tree: Any) -> Iterator[Any]:
+    """Every value of a tree, and every key, at any depth; without recursion, as a file may be nested very deep."""
+    left = [tree]
+    while left:
+        node = left.pop()
+        yield node
+        if isinstance(node, dict):
+            left += [*node, *node.values()]
+        elif isinstance(node, list):
+            left += node
+
+
 def _refuse_code(tree: Any, origin: Path) -> None:
     """Energon imports and calls what __module__ and __function__ or __class__ name, at any depth."""
-    trees = [tree]
-    while trees:
-        tree = trees.pop()
-        for key in tree if isinstance(tree, dict) else ():
+    for node in _nodes(tree):
+        for key in node if isinstance(node, dict) else ():
             if str(key).startswith("__"):
                 raise ValueError(f"{origin}: {shown(str(key))!r} is not supported: it could name code to run")
-        trees += tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
 
 
 def _parts(tree: Any, origin: Path) -> Iterator[tuple[str, str | None]]:
-    """Every dataset that a blend names, with the file of its splits where the blend says that."""
-    refused = [key for key in ("joiner", "join", "aux", "dataset_config") if isinstance(tree, dict) and key in tree]
-    if refused:
-        raise ValueError(f"{origin}: {refused[0]!r} is not supported")
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
-        if key in ("weight", "repetitions") and not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise ValueError(f"{origin}: {key}={shown(repr(value))} is no number above 0")  # 0 repetitions never end
+    """Every dataset that a blend names, with the file of its splits if the blend names that too."""
+    if isinstance(tree, list):
+        for value in tree:
+            yield from _parts(value, origin)
+    if not isinstance(tree, dict):
+        return
+    for key in NOT_SUPPORTED:
+        if key in tree:
+            raise ValueError(f"{origin}: {key!r} is not supported")
+    for key, value in tree.items():
+        if key in ("weight", "repetitions") and not _is_positive(value):  # 0 repetitions never end
+            raise ValueError(f"{origin}: {key}={shown(repr(value))} is no number above 0")
         if key == "path":
-            splits = tree.get("split_config")
-            for text in (value, splits or "split.yaml"):
-                if not isinstance(text, str) or "://" in text or "\0" in text:
-                    raise ValueError(f"{origin} names {shown(text)}, which is no path of a file or folder here")
-            if splits is not None and Path(splits).name != splits:
-                raise ValueError(f"{origin}: split_config={shown(splits)!r} lies outside of the dataset's .nv-meta")
-            yield value, splits
+            yield _checked_path(tree, origin)
         elif key != "subflavors":
             yield from _parts(value, origin)
 
 
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
+
+
+def _checked_path(entry: dict[str, Any], origin: Path) -> tuple[str, str | None]:
+    """(path, file of the splits) of a dataset in a blend."""
+    path = entry["path"]
+    splits = entry.get("split_config")
+    for text in (path, splits or "split.yaml"):
+        if not isinstance(text, str) or "://" in text or "\0" in text:
+            raise ValueError(f"{origin} names {shown(text)}, which is no path of a file or folder here")
+    if splits is not None and Path(splits).name != splits:
+        raise ValueError(f"{origin}: split_config={shown(splits)!r} lies outside of the dataset's .nv-meta")
+    return path, splits
+
+
 def _texts(tree: Any) -> Iterator[str]:
-    trees = [tree]
-    while trees:
-        tree = trees.pop()
-        if isinstance(tree, str):
-            yield tree
-        trees += [*tree, *tree.values()] if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return (node for node in _nodes(tree) if isinstance(node, str))
 
 
 def _num_expanded(text: str) -> int:
     """An upper bound of the names that braces in a text stand for: name_{000..127}.tar, {a,b}.tar."""
-    spans = [abs(int(b) - int(a)) + 1 for a, b in re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})", text)]
-    return math.prod(spans) * math.prod(2 + group.count(",") for group in re.findall(r"\{[^{}]*,[^{}]*", text))
+    count = 1
+    for first, last in re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})", text):
+        count *= abs(int(last) - int(first)) + 1
+    for group in re.findall(r"\{[^{}]*,[^{}]*", text):
+        count *= 2 + group.count(",")
+    return count

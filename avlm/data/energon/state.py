@@ -10,20 +10,17 @@ from megatron.energon.rng import SystemRngState
 from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState
 from megatron.energon.state import FlexState
 
-STATES = {
-    state.__name__: state
-    for state in (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SystemRngState, SliceState)
-}
+KINDS = (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SystemRngState, SliceState)
+STATES = {kind.__name__: kind for kind in KINDS}
 
 
 def to_json(value: Any) -> Any:
-    """Energon's state as plain JSON: each container that JSON lacks becomes an object with its kind as the one key."""
+    """Energon's state as plain JSON: a container that JSON lacks becomes an object whose one key is its kind."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, list):
-        return [to_json(item) for item in value]
-    if isinstance(value, tuple):
-        return {"tuple": [to_json(item) for item in value]}
+    if isinstance(value, list | tuple):
+        items = [to_json(item) for item in value]
+        return {"tuple": items} if isinstance(value, tuple) else items
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
     if isinstance(value, torch.Tensor):
@@ -32,11 +29,12 @@ def to_json(value: Any) -> Any:
     if isinstance(value, numpy.ndarray):
         return {"array": [str(value.dtype), value.tolist()]}
     if isinstance(value, dict):
-        return {
-            "flex" if isinstance(value, FlexState) else "dict": [[to_json(k), to_json(v)] for k, v in value.items()]
-        }
-    fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return {"state": [STATES[type(value).__name__].__name__, fields]}
+        kind = "flex" if isinstance(value, FlexState) else "dict"
+        return {kind: [[to_json(key), to_json(item)] for key, item in value.items()]}
+    name = type(value).__name__
+    assert name in STATES
+    fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {"state": [name, fields]}
 
 
 def from_json(value: Any) -> Any:
@@ -55,6 +53,7 @@ def from_json(value: Any) -> Any:
     if kind == "array":
         return numpy.array(content[1], dtype=content[0])
     if kind in ("dict", "flex"):
-        return (FlexState if kind == "flex" else dict)((from_json(k), from_json(v)) for k, v in content)
+        pairs = [(from_json(key), from_json(item)) for key, item in content]
+        return FlexState(pairs) if kind == "flex" else dict(pairs)
     name, fields = content
     return STATES[name](**{key: from_json(item) for key, item in fields.items()})

@@ -189,12 +189,9 @@ def _scale_key(image: Image.Image, depth: int) -> None:
     key = image.info.get("transparency")
     if image.mode not in ("L", "RGB") or key is None or depth == 8:
         return
-    values = [int(value) for value in numpy.atleast_1d(key)]
-    if depth == 16:
-        scaled = [value >> 8 for value in values]
-    else:
-        scaled = [value * 255 // (2**depth - 1) for value in values]
-    image.info["transparency"] = tuple(scaled) if image.mode == "RGB" else scaled[0]
+    values = numpy.atleast_1d(key)
+    scaled = values >> 8 if depth == 16 else values * 255 // (2**depth - 1)
+    image.info["transparency"] = tuple(scaled.tolist()) if image.mode == "RGB" else scaled[0].item()
 
 
 def _orientation(image: Image.Image) -> int:
