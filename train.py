@@ -17,18 +17,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avlm.config.load import dump_config, load_config
-from avlm.config.run import Config, StageConfig
+from avlm.config.run import Config
 from avlm.data.check import check_skipped
 from avlm.data.loader import open_loader
 from avlm.data.stream import Stream
 from avlm.demo.build import ensure
-from avlm.evaluation.answers import judge, validate_answers
+from avlm.evaluation.validation import judge, validate
 from avlm.models.avlm import AVLM
-from avlm.models.batch import KINDS, Batch, empty_batch
+from avlm.models.batch import KINDS, Batch
 from avlm.models.freezing import freeze
 from avlm.parallel import agreement, mesh
 from avlm.parallel.apply import apply_parallel, own_part, warm_up
-from avlm.parallel.fsdp import reshard
 from avlm.parallel.mesh import World
 from avlm.preflight.check import check
 from avlm.preflight.report import check_memory, report
@@ -76,47 +75,6 @@ def train_step(
     return torch.cat([losses, norm.to(losses.device).reshape(1), own.reshape(1)])  # offloaded gradients are on the host
 
 
-@torch.no_grad()
-def validate(model: AVLM, stage: StageConfig, cfg: Config, world: World, log: Log, step: int) -> dict[str, float]:
-    """For each validation set: the mean loss per target, the share of targets that are the most likely token, and
-    scores of generated answers if asked for.
-
-    Every rank runs the same number of forwards, that of the rank with most rows. Raises ValueError for a set without a
-    target.
-    """
-    results = {}
-    for name, source in stage.data.validation.items():
-        loader = None
-        if world.leads_row:
-            stream = Stream(source, stage.data, cfg.model, **world.shard_of_data, seed=cfg.seed, train=False)
-            loader = open_loader(stream)
-        rows = world.share_rows(loader)
-        loss = torch.zeros((), device=world.device)
-        right = torch.zeros((), dtype=torch.int64, device=world.device)
-        num_targets = 0
-        for _ in range(cfg.train.validate_batches):
-            batch = next(rows, None)
-            if world.sum([batch is not None])[0] == 0:
-                break
-            if batch and world.leads_row:
-                log.skipped(batch, f" of {name}")
-            batch = batch or empty_batch(stage.data.seq_length, cfg.model)
-            batch = own_part(batch, cfg.model, world, cfg.parallel.balance_media).to(world.device)
-            batch_loss, _, token_R = model(batch, predict=True)
-            loss += batch_loss
-            right += (token_R == batch.target_R).sum()
-            num_targets += len(batch.target_R)
-        loss, right, num_targets = world.sum([loss.item(), right.item(), num_targets])
-        if not num_targets:
-            raise ValueError(f"validation set {name} ({source}) has no sample that can be used")
-        scores = {"loss": loss / num_targets, "token_accuracy": right / num_targets}
-        if cfg.train.validate_answers:
-            scores |= validate_answers(model, name, stage, cfg, world, step)
-        results |= {f"val/{name}/{metric}": value for metric, value in scores.items()}
-    reshard(model)
-    return results
-
-
 def run_stage(
     model: AVLM,
     cfg: Config,
@@ -162,8 +120,9 @@ def run_stage(
         if cfg.debug.check_collectives:
             agreement.check_step(world, model, progress.step, parts)
         num_targets = max(counts["target_tokens"], 1.0)
-        clip_norm, mode = stage.optimizer.clip_norm, cfg.train.accumulate_mode
-        values = train_step(model, parts, num_targets, adam, clip_norm, world, mode)
+        values = train_step(
+            model, parts, num_targets, adam, stage.optimizer.clip_norm, world, cfg.train.accumulate_mode
+        )
         progress = progress.after_step(read, skipped)
         record = {"step": progress.step, "stage": stage.name, "lr": lr, "data_seconds": waited}
         record |= {"skipped_samples": progress.skipped, **counts}
@@ -171,10 +130,10 @@ def run_stage(
         check_skipped(progress.read, progress.skipped, stage.data.max_bad_fraction)
 
         # 3. Validation and checkpoints, at their steps and at the end.
-        ends = progress.stage_step == stage.steps
-        every = cfg.train.validate_every
         before = progress
-        if stage.data.validation and every and (ends or progress.step % every == 0):
+        every = cfg.train.validate_every
+        is_due = every and (progress.step % every == 0 or progress.stage_step == stage.steps)
+        if stage.data.validation and is_due:
             log.flush()
             results = validate(model, stage, cfg, world, log, progress.step)
             progress = judge(progress, results, cfg.checkpoint.best)

@@ -130,12 +130,15 @@ def _plain(tree: Any, origin: str, max_values: int) -> Any:
             raise ValueError(f"{origin} holds more than {max_values:,} values, with aliases written out")
         if depth > MAX_DEPTH:
             raise ValueError(f"{origin} is nested deeper than {MAX_DEPTH} levels, or in itself")
-        if isinstance(value, dict):
-            keys = {key: _scalar(key, origin, where or "a key") for key in value}
-            return {key: copy(value[old], f"{where}.{key}"[-100:].strip("."), depth + 1) for old, key in keys.items()}
         if isinstance(value, list):
             return [copy(item, f"{where}.{i}"[-100:], depth + 1) for i, item in enumerate(value)]
-        return _scalar(value, origin, where)
+        if not isinstance(value, dict):
+            return _scalar(value, origin, where)
+        copied = {}
+        for key, item in value.items():
+            name = _scalar(key, origin, where or "a key")
+            copied[name] = copy(item, f"{where}.{name}"[-100:].strip("."), depth + 1)
+        return copied
 
     return copy(tree, "", 0)
 

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 
 from avlm.config.model import AudioConfig
-from avlm.config.run import Config, DataConfig, StageConfig
+from avlm.config.run import DataConfig
 from avlm.data.media import audio, video
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.generation import Ranks, generate
 from avlm.evaluation.report import ABLATIONS
-from avlm.evaluation.scores import LOWER_IS_BETTER, read_set, references, scorer, total, value
+from avlm.evaluation.scores import read_set, references, scorer, total, value
 from avlm.models.avlm import AVLM
 from avlm.parallel.apply import prompt_part
 from avlm.parallel.fsdp import reshard
 from avlm.parallel.mesh import World
-from avlm.storage.run_folder import Progress, write_durably
+from avlm.storage.run_folder import write_durably
 
 PROMPTS = 64  # answered together on each rank
 
@@ -121,29 +121,6 @@ def score(
 
 def predictions_path(run: Path | str, step: int, name: str) -> Path:
     return Path(run) / "predictions" / f"step_{step:08d}" / f"{name}.jsonl"
-
-
-def validate_answers(
-    model: AVLM, name: str, stage: StageConfig, config: Config, world: World, step: int
-) -> dict[str, float]:
-    """metric -> its value on the first samples of a validation set, as training reports it. Writes the answers."""
-    train, data = config.train, stage.data
-    metrics = data.metrics.get(name, ["exact_match"])
-    samples = read_set(data.validation[name], data, metrics, train.validate_answers)
-    encoder = SampleEncoder(model.config, data, Tokenizer(data.tokenizer))
-    given = answers(model, samples, encoder, world, max_new_tokens=train.validate_new_tokens)
-    return score(given, samples, metrics, world, predictions_path(config.output_dir, step, name))
-
-
-def judge(progress: Progress, results: dict[str, float], best: str | None) -> Progress:
-    """The progress, with its own step as the best one if ``results`` are better in the metric ``best`` than before. The
-    best step in another metric is forgotten."""
-    if best not in results or math.isnan(results[best]):
-        return progress
-    sign = -1 if best.rpartition("/")[2] in LOWER_IS_BETTER else 1
-    if progress.best_metric == best and sign * results[best] <= sign * progress.best_value:
-        return progress
-    return dataclasses.replace(progress, best_step=progress.step, best_metric=best, best_value=results[best])
 
 
 def evaluate(

@@ -79,7 +79,9 @@ class Log:
             if self._is_shown(record) or record["step"] == 1:
                 self.message(self._line(record))
         self.write(self.records)
-        self.records, self.values, self.keys = [], [], []
+        self.records = []
+        self.values = []
+        self.keys = []
 
     def _is_shown(self, record: Record) -> bool:
         return record["step"] % self.config.train.log_every == 0
@@ -104,10 +106,9 @@ class Log:
 
     def _line(self, record: Record) -> str:
         mfu = f"  mfu {record['mfu']:.1%}" if self.peak else ""
-        return (
-            f"step {record['step']}/{self.config.total_steps} {record['stage']}  loss {record['loss']:.4f}  "
-            f"grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s{mfu}"
-        )
+        place = f"step {record['step']}/{self.config.total_steps} {record['stage']}"
+        losses = f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}"
+        return f"{place}  {losses}  {record['tokens_per_second']:,.0f} tokens/s{mfu}"
 
     def validation(self, progress: Progress, stage: str, results: dict[str, float]) -> None:
         """Write and show what validation found after a step."""
@@ -185,16 +186,11 @@ class Log:
 
 def tally(batches: list[Batch], costs: flops.Costs) -> dict[str, float]:
     """What ranks sum for a step, by the names of metrics.jsonl, with the same names whatever the batches hold."""
-    names = [
-        "tokens",
-        "row_tokens",
-        *(f"tokens/{modality}" for modality in PLACEHOLDERS),
-        "target_tokens",
-        "recomputed_flops",
-        "read",
-        "skipped",
-    ]
-    names += [f"targets/{kind}" for kind in KINDS] + [f"flops/{module}" for module, _ in costs]
+    names = ["tokens", "row_tokens"]
+    names += [f"tokens/{modality}" for modality in PLACEHOLDERS]
+    names += ["target_tokens", "recomputed_flops", "read", "skipped"]
+    names += [f"targets/{kind}" for kind in KINDS]
+    names += [f"flops/{module}" for module, _ in costs]
     total = dict.fromkeys(names, 0.0)
     for batch in batches:
         total["tokens"] += batch.num_tokens
@@ -204,11 +200,12 @@ def tally(batches: list[Batch], costs: flops.Costs) -> dict[str, float]:
         total["target_tokens"] += len(batch.target_R)
         total["read"] += batch.read
         total["skipped"] += len(batch.skipped)
-        for kind, count in zip(KINDS, torch.bincount(batch.kind_R, minlength=len(KINDS)).tolist()):
+        targets = torch.bincount(batch.kind_R, minlength=len(KINDS))
+        for kind, count in zip(KINDS, targets.tolist()):
             total[f"targets/{kind}"] += count
-        for module, work in flops.by_module(costs, counts(batch)).items():
-            total[f"flops/{module}"] += work[0] + work[1]
-            total["recomputed_flops"] += work[2]
+        for module, (forward, backward, recomputed) in flops.by_module(costs, counts(batch)).items():
+            total[f"flops/{module}"] += forward + backward
+            total["recomputed_flops"] += recomputed
     return total
 
 
@@ -225,7 +222,7 @@ def _wandb_run(config: Config, first_step: int) -> Any:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors of this rank took on its GPU, or on the CPU the most that its process did."""
+    """Peak bytes of this rank: of its tensors on a GPU, of its whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -16,16 +16,16 @@ from avlm.data.stream import Stream
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation import answers as evaluation
 from avlm.evaluation import scores as text_metrics
-from avlm.evaluation.answers import _chances, _possible_ablations, ablate, evaluate, find_sets, judge
+from avlm.evaluation.answers import _chances, _possible_ablations, ablate, evaluate, find_sets
 from avlm.evaluation.report import bound, report, table
 from avlm.evaluation.scores import cer, total
+from avlm.evaluation.validation import judge, validate
 from avlm.models.avlm import AVLM, init
 from avlm.storage.run_folder import Progress
 from avlm.training.log import Log
 from tests.data.small_files import film, image_file, picture, tone, write_tokenizer
 from tests.parallel.small import TREE, build
 from tests.parallel.spawn import run_ranks
-from train import validate
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,93 @@
+"""Validation while training: the loss of each set, scores of generated answers, and which step is the best so far."""
+
+import dataclasses
+import math
+
+import torch
+
+from avlm.config.run import Config, StageConfig
+from avlm.data.loader import open_loader
+from avlm.data.sample import SampleEncoder
+from avlm.data.stream import Stream
+from avlm.data.text.tokenizer import Tokenizer
+from avlm.evaluation.answers import answers, predictions_path, score
+from avlm.evaluation.scores import LOWER_IS_BETTER, read_set
+from avlm.models.avlm import AVLM
+from avlm.models.batch import empty_batch
+from avlm.parallel.apply import own_part
+from avlm.parallel.fsdp import reshard
+from avlm.parallel.mesh import World
+from avlm.storage.run_folder import Progress
+from avlm.training.log import Log
+
+
+@torch.no_grad()
+def validate(model: AVLM, stage: StageConfig, config: Config, world: World, log: Log, step: int) -> dict[str, float]:
+    """val/SET/METRIC -> value, for each validation set of a stage: the mean loss per target, the share of targets that
+    are the most likely token, and scores of generated answers if asked for.
+
+    Raises ValueError for a set without a target.
+    """
+    results = {}
+    for name in stage.data.validation:
+        scores = _validate_set(model, name, stage, config, world, log)
+        if config.train.validate_answers:
+            scores |= validate_answers(model, name, stage, config, world, step)
+        results |= {f"val/{name}/{metric}": value for metric, value in scores.items()}
+    reshard(model)
+    return results
+
+
+def _validate_set(
+    model: AVLM, name: str, stage: StageConfig, config: Config, world: World, log: Log
+) -> dict[str, float]:
+    """Loss and accuracy of a set. Every rank runs the same number of forwards, that of the rank with most rows."""
+    source = stage.data.validation[name]
+    loader = None
+    if world.leads_row:
+        stream = Stream(source, stage.data, config.model, **world.shard_of_data, seed=config.seed, train=False)
+        loader = open_loader(stream)
+    rows = world.share_rows(loader)
+    loss = torch.zeros((), device=world.device)
+    right = torch.zeros((), dtype=torch.int64, device=world.device)
+    num_targets = 0
+    for _ in range(config.train.validate_batches):
+        batch = next(rows, None)
+        num_batches = world.sum([batch is not None])[0]
+        if num_batches == 0:
+            break
+        if batch and world.leads_row:
+            log.skipped(batch, f" of {name}")
+        batch = batch or empty_batch(stage.data.seq_length, config.model)
+        batch = own_part(batch, config.model, world, config.parallel.balance_media).to(world.device)
+        batch_loss, _, token_R = model(batch, predict=True)
+        loss += batch_loss
+        right += (token_R == batch.target_R).sum()
+        num_targets += len(batch.target_R)
+    loss, right, num_targets = world.sum([loss.item(), right.item(), num_targets])
+    if not num_targets:
+        raise ValueError(f"validation set {name} ({source}) has no sample that can be used")
+    return {"loss": loss / num_targets, "token_accuracy": right / num_targets}
+
+
+def validate_answers(
+    model: AVLM, name: str, stage: StageConfig, config: Config, world: World, step: int
+) -> dict[str, float]:
+    """metric -> its value on the first samples of a validation set, as training reports it. Writes the answers."""
+    train, data = config.train, stage.data
+    metrics = data.metrics.get(name, ["exact_match"])
+    samples = read_set(data.validation[name], data, metrics, train.validate_answers)
+    encoder = SampleEncoder(model.config, data, Tokenizer(data.tokenizer))
+    given = answers(model, samples, encoder, world, max_new_tokens=train.validate_new_tokens)
+    return score(given, samples, metrics, world, predictions_path(config.output_dir, step, name))
+
+
+def judge(progress: Progress, results: dict[str, float], best: str | None) -> Progress:
+    """The progress, with its own step as the best one if ``results`` are better in the metric ``best`` than before. The
+    best step in another metric is forgotten."""
+    if best not in results or math.isnan(results[best]):
+        return progress
+    sign = -1 if best.rpartition("/")[2] in LOWER_IS_BETTER else 1
+    if progress.best_metric == best and sign * results[best] <= sign * progress.best_value:
+        return progress
+    return dataclasses.replace(progress, best_step=progress.step, best_metric=best, best_value=results[best])
