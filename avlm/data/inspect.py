@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
 from avlm.config.load import load_config
@@ -92,31 +91,30 @@ def show(config: Config, stage: int, count: int, out: Path | None = None) -> Non
 def describe(batch: Batch, index: int, tokenizer: Tokenizer | None) -> str:
     """One sample of a row: its key, its length and its tokens."""
     start, length = batch.segments.spans[index]
-    span = slice(start, start + length)
-    is_learned_T = torch.zeros_like(batch.token_T, dtype=torch.bool)
-    is_learned_T[batch.target_rows_R + 1] = True  # the target of a position is the next token
-    tokens = batch.token_T[span].tolist()
-    is_learned = is_learned_T[span].tolist()
+    positions = range(start, start + length)
+    tokens = batch.token_T.tolist()
+    learned = {position + 1 for position in batch.target_rows_R.tolist()}  # a target is the token that follows
+
+    def kind(position: int) -> tuple[int, bool]:
+        """Learned text, other text and each placeholder are shown separately."""
+        return min(tokens[position], 0), position in learned
+
     text = ""
-    for (placeholder, learned), run in itertools.groupby(zip(tokens, is_learned), key=_kind_of_run):
-        ids = [token for token, _ in run]
+    for (placeholder, is_learned), run in itertools.groupby(positions, kind):
+        ids = [tokens[position] for position in run]
         if placeholder:
             text += _coloured(f"<{NAMES[placeholder]} x{len(ids)}>", CYAN)
             continue
         decoded = tokenizer.decode(ids) if tokenizer else f"{len(ids)} ids"
-        text += _coloured(f"[{decoded}]", GREEN) if learned else decoded
-    return f"{batch.keys[index]}: {length} tokens, {sum(is_learned)} learned\n{text}"
-
-
-def _kind_of_run(token_and_learned: tuple[int, bool]) -> tuple[int, bool]:
-    """Learned text, other text and each placeholder are shown separately."""
-    token, learned = token_and_learned
-    return min(token, 0), learned
+        text += _coloured(f"[{decoded}]", GREEN) if is_learned else decoded
+    num_learned = len(learned.intersection(positions))
+    return f"{batch.keys[index]}: {length} tokens, {num_learned} learned\n{text}"
 
 
 def statistics(batches: list[Batch]) -> str:
     """How full rows are, what they hold and what was skipped."""
-    num_tokens = num_read = 0
+    num_tokens = 0
+    num_read = 0
     lengths: list[int] = []
     reasons: list[str] = []
     features: Counter[str] = Counter()
@@ -140,11 +138,15 @@ def statistics(batches: list[Batch]) -> str:
         f"samples per row {len(lengths) / len(batches):.1f}",
     ]
     for modality in PLACEHOLDERS:
-        lines.append(f"{modality} features {share(features[modality])} ({items[modality]} items)")
+        filled = share(features[modality])
+        lines.append(f"{modality} features {filled} ({items[modality]} items)")
     by_kind = ", ".join(f"{kind} {targets[kind]}" for kind in KINDS if targets[kind])
     lines.append(f"targets {share(targets.total())}: {by_kind}")
     lines.append(f"samples read {num_read}, skipped {len(reasons)}")
-    return "\n".join([*lines, *reasons[:10], "tokens of a sample", *histogram(lengths)])
+    lines += reasons[:10]
+    lines.append("tokens of a sample")
+    lines += histogram(lengths)
+    return "\n".join(lines)
 
 
 def histogram(lengths: list[int]) -> list[str]:
@@ -155,9 +157,11 @@ def histogram(lengths: list[int]) -> list[str]:
     most = max(bins.values())
     lines = []
     for i in range(min(bins), max(bins) + 1):
-        first, last = 2**i, 2 ** (i + 1) - 1
-        bar = "#" * math.ceil(40 * bins[i] / most)
-        lines.append(f"  {first:>6} to {last:<6} {bins[i]:>6} {bar}")
+        first = 2**i
+        last = 2 * first - 1
+        count = bins[i]
+        bar = "#" * math.ceil(40 * count / most)
+        lines.append(f"  {first:>6} to {last:<6} {count:>6} {bar}")
     return lines
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from avlm.config.model import shown
 
+Record = dict[str, Any]  # or a turn, or a part of one: any JSON object
+
 # Keys, in lower case, under which public data sets keep what training does not depend on: where a record comes from and
 # what its media are.
 HARMLESS = """
@@ -40,7 +42,7 @@ def says_nothing(value: Any) -> bool:
     return value is None
 
 
-def check_keys(keys: dict[str, Any], known: set[str], where: str, harmless: str = "") -> None:
+def check_keys(keys: Record, known: set[str], where: str, harmless: str = "") -> None:
     """ValueError for a key with a value that is neither known nor harmless. ``where``: what has the keys."""
     allowed = set(harmless.split())
     for key, value in keys.items():
@@ -52,7 +54,7 @@ def check_keys(keys: dict[str, Any], known: set[str], where: str, harmless: str 
         )
 
 
-def check_whole_file(keys: dict[str, Any]) -> None:
+def check_whole_file(keys: Record) -> None:
     """ValueError if a record or a turn asks for a part of a file, as NeMo's do by "offset" and "duration"."""
     offset = keys.get("offset")
     if offset:

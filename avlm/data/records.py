@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from avlm.config.model import shown
-from avlm.data.record_keys import HARMLESS, check_keys, check_whole_file, says_nothing
+from avlm.data.record_keys import HARMLESS, Record, check_keys, check_whole_file, says_nothing
 from avlm.data.text.pieces import MEDIA, TAG, Messages
 from avlm.data.turns import LEARNED_IF_TRUE, ROLE_NAMES, Tags, first_with_value, read_pairs, read_turns
 
@@ -33,9 +33,7 @@ KEYS |= {key for kind in MEDIA for key in (kind, f"{kind}s", f"{kind}_url")}
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def read_record(
-    record: dict[str, Any], media: Callable[[str], bytes]
-) -> tuple[Messages, dict[str, list[bytes]], list[str]]:
+def read_record(record: Record, media: Callable[[str], bytes]) -> tuple[Messages, dict[str, list[bytes]], list[str]]:
     """(turns, media by kind, references). ``media`` reads a file by the name in the record. One-line ValueError for a
     record of another form, or with anything that is not read."""
     if not isinstance(record, dict):
@@ -57,7 +55,7 @@ def read_record(
     return messages, files, references
 
 
-def _form(record: dict[str, Any]) -> str:
+def _form(record: Record) -> str:
     present = [key for key in FORMS if key in record]
     with_turns = [key for key in present if not says_nothing(record[key])]
     form = next(iter(with_turns or present), None)
@@ -67,7 +65,7 @@ def _form(record: dict[str, Any]) -> str:
     return form
 
 
-def _check_record_keys(record: dict[str, Any]) -> None:
+def _check_record_keys(record: Record) -> None:
     known = set(KEYS)
     for key, value in record.items():
         if value is False and str(key).lower() not in LEARNED_IF_TRUE:
@@ -75,7 +73,7 @@ def _check_record_keys(record: dict[str, Any]) -> None:
     check_keys(record, known, "the record", HARMLESS)
 
 
-def _check_meaning(record: dict[str, Any], form: str) -> None:
+def _check_meaning(record: Record, form: str) -> None:
     """Refuse some values of keys that are harmless with others."""
     check_whole_file(record)
     for key, value in record.items():
@@ -115,7 +113,7 @@ def _plain(text: Any) -> Any:
     return " ".join(TAG.sub("", text).split())
 
 
-def _system(record: dict[str, Any]) -> str | None:
+def _system(record: Record) -> str | None:
     """The system prompt that the record has next to its turns."""
     given = {key: record[key] for key in SYSTEM if not says_nothing(record.get(key))}
     for key, value in given.items():
@@ -136,7 +134,7 @@ def _prepend_system(messages: Messages, system: str) -> None:
         raise ValueError("the record has a system prompt next to its turns and another one among them: give one")
 
 
-def _files(record: dict[str, Any], kind: str, tags: Tags, media: Callable[[str], bytes]) -> list[bytes]:
+def _files(record: Record, kind: str, tags: Tags, media: Callable[[str], bytes]) -> list[bytes]:
     """The media of one kind in the order of their tags: those that parts of turns bring, and between them the
     record's own."""
     sources = _names(record, kind)
@@ -167,7 +165,7 @@ def _decoded(url: str, kind: str) -> bytes:
         raise ValueError(f"{kind} {shown(url, 60)!r} is not valid base64") from None
 
 
-def _references(record: dict[str, Any]) -> list[str]:
+def _references(record: Record) -> list[str]:
     answers = record.get("answers")
     if says_nothing(answers):
         return []
@@ -176,7 +174,7 @@ def _references(record: dict[str, Any]) -> list[str]:
     return [answer.strip() for answer in answers]
 
 
-def _names(record: dict[str, Any], kind: str) -> list[str]:
+def _names(record: Record, kind: str) -> list[str]:
     """File names under "images" or "image": a list, one name or null. A name may be an object that has it under
     "path"."""
     plural = _names_under(f"{kind}s", record, kind)
@@ -186,7 +184,7 @@ def _names(record: dict[str, Any], kind: str) -> list[str]:
     return plural or singular
 
 
-def _names_under(key: str, record: dict[str, Any], kind: str) -> list[str]:
+def _names_under(key: str, record: Record, kind: str) -> list[str]:
     given = record.get(key)
     listed = given if isinstance(given, list) else [given]
     names = [_path(each, kind) for each in listed]

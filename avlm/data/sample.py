@@ -27,6 +27,8 @@ from avlm.models.batch import IGNORE, PLACEHOLDERS
 # PROBE, its beginning is tokenised first.
 LONG_TEXT, PROBE = 2**20, 2**18
 
+Items = dict[str, list[Tensor]]  # modality -> what its tower reads, in the order of the placeholders
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -57,7 +59,7 @@ class EncodedSample:
     kind: str
     token_T: Tensor
     target_T: Tensor
-    media: dict[str, list[Tensor]] = field(default_factory=dict)
+    media: Items = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.token_T.shape[0]
@@ -120,11 +122,12 @@ class SampleEncoder:
         unread = {kind: iter(of_kind) for kind, of_kind in files.items()}
         ids: list[int] = []
         learned: list[bool] = []
-        media: dict[str, list[Tensor]] = {modality: [] for modality in PLACEHOLDERS}
+        media: Items = {modality: [] for modality in PLACEHOLDERS}
         for piece, piece_ids in self.chat.encode(pieces):
             if piece.kind in MEDIA:
                 piece_ids = []
-                for modality, items in self._read(piece.kind, next(unread[piece.kind]), sample.key).items():
+                file = next(unread[piece.kind])
+                for modality, items in self._read(piece.kind, file, sample.key).items():
                     media[modality] += items
                     piece_ids += placeholders(modality, items, self.model)
             ids += piece_ids
@@ -162,10 +165,10 @@ class SampleEncoder:
                     f"{kind} of {len(data)} bytes exceeds data.max_media_bytes={self.data.max_media_bytes}"
                 )
 
-    def _read(self, kind: str, data: bytes, key: str) -> dict[str, list[Tensor]]:
+    def _read(self, kind: str, data: bytes, key: str) -> Items:
         """The items of one file of the sample, by modality: a video has frames and, if asked for, audio."""
         config = self.data
-        items: dict[str, list[Tensor]] = {}
+        items: Items = {}
         if kind == "image":
             decoded = image.decode(data, config.max_image_pixels)
             items["image"] = [image.fit(decoded, self.model.vision)]
@@ -182,7 +185,8 @@ class SampleEncoder:
 def placeholders(modality: str, items: list[Tensor], model: ModelConfig) -> list[int]:
     """A placeholder id for every feature of some items. The last feature of a window may be made of fewer rows."""
     name = model.modalities[modality]
-    tower, downsample = getattr(model, name), getattr(model, f"{name}_projector").downsample
+    tower = getattr(model, name)
+    downsample = getattr(model, f"{name}_projector").downsample
     count = 0
     for item in items:
         if modality == "audio":

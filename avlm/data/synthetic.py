@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from avlm.config.model import ModelConfig
 from avlm.data.media import audio
 from avlm.data.packing import pack
-from avlm.data.sample import EncodedSample, kind_of, placeholders
+from avlm.data.sample import EncodedSample, Items, kind_of, placeholders
 from avlm.data.stream import Stream
 from avlm.models.batch import IGNORE, Batch
 
@@ -43,8 +42,8 @@ class SyntheticLoader:
     def _batch(self, row: int) -> Batch:
         # torch seeds with 32 bits and drops the rest: a checksum mixes all numbers into them.
         stream = self.stream
-        seed = zlib.crc32(f"{stream.seed} {stream.rank} {stream.train} {row}".encode())
-        generator = torch.Generator().manual_seed(seed)
+        name = f"{stream.seed} {stream.rank} {stream.train} {row}"
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         documents = self.mix["documents"]
         samples = []
         for i in range(documents):
@@ -52,22 +51,25 @@ class SyntheticLoader:
             num_images = len(range(i, self.mix["images"], documents))
             num_clips = len(range(i, self.mix["clips"], documents))
             media = self._media(num_images, num_clips, generator)
-            samples.append(self._sample(f"synthetic:{row}:{i}", media, generator))
+            sample = self._sample(f"synthetic:{row}:{i}", media, generator)
+            samples.append(sample)
         return pack(samples, stream.data.seq_length, stream.model, read=documents)
 
-    def _media(self, num_images: int, num_clips: int, generator: torch.Generator) -> dict[str, list[Tensor]]:
+    def _media(self, num_images: int, num_clips: int, generator: torch.Generator) -> Items:
         model = self.stream.model
-        media: dict[str, list[Tensor]] = {"image": [], "audio": []}
+        media: Items = {"image": [], "audio": []}
         if num_images:
             side = model.vision.image_size
-            pixels = torch.randint(0, 256, (num_images, 3, side, side), generator=generator, dtype=torch.uint8)
+            shape = (num_images, 3, side, side)
+            pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
             media["image"] = list(pixels)
+        num_samples = self.mix["seconds"] * audio.SAMPLE_RATE
         for _ in range(num_clips):
-            noise = torch.randn(self.mix["seconds"] * audio.SAMPLE_RATE, generator=generator)
+            noise = torch.randn(num_samples, generator=generator)
             media["audio"] += audio.mels(noise, model.audio)
         return media
 
-    def _sample(self, key: str, media: dict[str, list[Tensor]], generator: torch.Generator) -> EncodedSample:
+    def _sample(self, key: str, media: Items, generator: torch.Generator) -> EncodedSample:
         model = self.stream.model
         ids: list[int] = []
         for modality, items in media.items():
@@ -94,7 +96,9 @@ def parse_mix(source: str, model: ModelConfig) -> dict[str, int]:
     if model.audio is None:
         mix["clips"] = 0
     _, _, settings = source.partition(":")
-    for part in settings.split(",") if settings else ():
+    if not settings:
+        return mix
+    for part in settings.split(","):
         name, _, number = part.partition("=")
         if name not in MIX or not number.isdigit():
             known = ", ".join(f"{key}=N" for key in MIX)
@@ -102,8 +106,7 @@ def parse_mix(source: str, model: ModelConfig) -> dict[str, int]:
         mix[name] = int(number)
     if mix["documents"] < 1 or mix["seconds"] < 1:
         raise ValueError(f"{source!r}: documents and seconds must be at least 1")
-    lacks_vision = mix["images"] and model.vision is None
-    lacks_audio = mix["clips"] and model.audio is None
-    if lacks_vision or lacks_audio:
-        raise ValueError(f"{source!r} asks for media that the model has no tower for")
+    for media, tower in (("images", model.vision), ("clips", model.audio)):
+        if mix[media] and tower is None:
+            raise ValueError(f"{source!r} asks for {media} that the model has no tower for")
     return mix

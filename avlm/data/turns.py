@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from avlm.config.model import shown
-from avlm.data.record_keys import HARMLESS_OF_TURN, check_keys, check_whole_file, says_nothing
+from avlm.data.record_keys import HARMLESS_OF_TURN, Record, check_keys, check_whole_file, says_nothing
 from avlm.data.text.pieces import MEDIA, TAG, Messages
 
 ROLE_NAMES = {
@@ -69,7 +69,7 @@ def read_turns(given: Any, tags: Tags) -> Messages:
     return messages
 
 
-def read_pairs(record: dict[str, Any], tags: Tags) -> Messages:
+def read_pairs(record: Record, tags: Tags) -> Messages:
     """Questions under "context", answers under "answers"."""
     context = record["context"]
     answers = record["answers"]
@@ -87,7 +87,7 @@ def read_pairs(record: dict[str, Any], tags: Tags) -> Messages:
     return messages
 
 
-def first_with_value(keys: dict[str, Any], names: tuple[str, ...]) -> tuple[str | None, Any]:
+def first_with_value(keys: Record, names: tuple[str, ...]) -> tuple[str | None, Any]:
     """The first of the names that has a value, and the value; (None, None) without one."""
     for name in names:
         value = keys.get(name)
@@ -96,7 +96,7 @@ def first_with_value(keys: dict[str, Any], names: tuple[str, ...]) -> tuple[str 
     return None, None
 
 
-def _read_turn(turn: Any, tags: Tags) -> dict[str, Any]:
+def _read_turn(turn: Any, tags: Tags) -> Record:
     if not isinstance(turn, dict):
         raise ValueError(f"a turn is not of the form that records.py describes: {shown(turn)}")
     role = _either(turn, "role", "from")
@@ -123,14 +123,14 @@ def _is_medium(kind: Any) -> bool:
     return isinstance(kind, str) and kind in MEDIA
 
 
-def _message(role: Any, content: Any, learned: bool) -> dict[str, Any]:
+def _message(role: Any, content: Any, learned: bool) -> Record:
     message = {"role": role, "content": content}
     if not learned:
         message["learn"] = False
     return message
 
 
-def _role_and_learned(message: dict[str, Any]) -> tuple[Any, bool]:
+def _role_and_learned(message: Record) -> tuple[Any, bool]:
     return message["role"], message.get("learn", True)
 
 
@@ -145,7 +145,7 @@ def _joined(messages: Messages) -> Messages:
     return joined
 
 
-def _either(turn: dict[str, Any], name: str, other: str) -> Any:
+def _either(turn: Record, name: str, other: str) -> Any:
     """The value under one of two names."""
     given = [turn[key] for key in (name, other) if key in turn]
     if not given:
@@ -156,7 +156,7 @@ def _either(turn: dict[str, Any], name: str, other: str) -> Any:
     return values[0] if values else None
 
 
-def _is_learned(turn: dict[str, Any], role: Any) -> bool:
+def _is_learned(turn: Record, role: Any) -> bool:
     """Whether an assistant's turn is learned, by the flags of other trainers. True for turns of other roles."""
     wanted = set()
     for key in (*LEARNED_IF_TRUE, *LEARNED_IF_FALSE):

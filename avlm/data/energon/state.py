@@ -16,7 +16,7 @@ STATES = {kind.__name__: kind for kind in KINDS}
 
 def to_json(value: Any) -> Any:
     """Energon's state as plain JSON: a container that JSON lacks becomes an object whose one key is its kind."""
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, bool | int | float | str | None):
         return value
     if isinstance(value, list | tuple):
         items = [to_json(item) for item in value]
@@ -33,7 +33,9 @@ def to_json(value: Any) -> Any:
         return {kind: [[to_json(key), to_json(item)] for key, item in value.items()]}
     name = type(value).__name__
     assert name in STATES
-    fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    fields = {}
+    for field in dataclasses.fields(value):
+        fields[field.name] = to_json(getattr(value, field.name))
     return {"state": [name, fields]}
 
 
