@@ -58,7 +58,7 @@ def write_tokenizer(folder: Path, control: list[str] = CONTROL, **config) -> Pat
     return folder
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     """Smooth noise, as photographs are."""
     noise = np.random.default_rng(seed).integers(0, 256, (max(1, height // 8), max(1, width // 8), 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.BICUBIC)
@@ -83,7 +83,7 @@ def tone(seconds: float, rate: int = 16_000, channels: int = 1, frequency: float
     return buffer.getvalue()
 
 
-def film(
+def video_file(
     seconds: float, rate: int = 8, sound: bool | float = False, container: str = "matroska", codec: str = "mpeg4"
 ) -> bytes:
     """Frame n is grey of brightness 2 n; its sound is as long, or of the given seconds (0.0: an empty track)."""

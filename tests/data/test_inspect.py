@@ -6,12 +6,12 @@ import yaml
 
 from avlm.data import inspect
 from avlm.data.inspect import main
-from tests.data.small_files import data, image_file, model, picture, tone
+from tests.data.small_files import data, image_file, model, photo, tone
 
 
 @pytest.fixture
 def config(tmp_path, tokenizer_folder):
-    (tmp_path / "a.png").write_bytes(image_file(picture(30, 20)))
+    (tmp_path / "a.png").write_bytes(image_file(photo(30, 20)))
     (tmp_path / "a.wav").write_bytes(tone(0.2))
     turns = [{"from": "human", "value": "see <image> hear <audio>"}, {"from": "gpt", "value": "one"}]
     records = [{"conversations": turns, "image": "a.png", "audio": "a.wav"}] * 3 + [{"conversations": []}]

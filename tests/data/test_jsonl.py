@@ -9,7 +9,7 @@ import torch
 from avlm.data.loader import open_loader, open_samples
 from avlm.data.stream import Stream
 from avlm.models.batch import Batch
-from tests.data.small_files import data, image_file, model, picture, tone
+from tests.data.small_files import data, image_file, model, photo, tone
 
 RECORDS = 23
 BAD = {3: "2 <image> tags but 1 images", 11: "no media file"}
@@ -18,16 +18,16 @@ BAD = {3: "2 <image> tags but 1 images", 11: "no media file"}
 def record(number: int) -> dict:
     question = "<image><image>" if number == 3 else "<image><audio>" if number % 5 == 0 else "<image>"
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "one " * (number + 1)}]
-    image = "nowhere.png" if number == 11 else f"pictures/{number % 4}.png"
+    image = "nowhere.png" if number == 11 else f"images/{number % 4}.png"
     return {"messages": messages, "images": [image], "audios": ["a.wav"] if number % 5 == 0 else []}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("set")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for number in range(4):
-        (folder / f"pictures/{number}.png").write_bytes(image_file(picture(30, 20, number)))
+        (folder / f"images/{number}.png").write_bytes(image_file(photo(30, 20, number)))
     (folder / "a.wav").write_bytes(tone(0.3))
     records = [record(number) for number in range(RECORDS)]
     (folder / "set.jsonl").write_text("\n".join(json.dumps(r) for r in records))
@@ -180,23 +180,23 @@ def test_what_only_a_hostile_file_holds_is_skipped_too(loader, folder, line, rea
     assert batch.keys == ["hostile.jsonl:0"] and reason in batch.skipped[0][1]
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "pictures/../../secret.png"])
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "images/../../secret.png"])
 def test_names_that_lead_out_of_the_media_folder_are_refused(folder, tokenizer_folder, name):
-    (folder.parent / "secret.png").write_bytes(image_file(picture(8, 8)))
+    (folder.parent / "secret.png").write_bytes(image_file(photo(8, 8)))
     (folder / "evil.jsonl").write_text(json.dumps(record(1) | {"images": [name]}))
     with pytest.raises(ValueError, match="leads out of"):
         list(open_samples(str(folder / "evil.jsonl"), data(tokenizer_folder)))
 
 
 def test_whole_names_in_the_media_folder_are_taken(folder, tokenizer_folder, tmp_path):
-    name = str(folder / "pictures/1.png")
+    name = str(folder / "images/1.png")
     (folder / "whole.jsonl").write_text(
         json.dumps(record(1) | {"images": ["/" + name]})
     )  # // is / in every file system
     (tmp_path / "whole.jsonl").write_text(json.dumps(record(1) | {"images": ["file://" + name]}))
     (tmp_path / "link").symlink_to(folder)
     read = lambda file, **changes: next(open_samples(str(file), data(tokenizer_folder, **changes))).images
-    expected = [(folder / "pictures/1.png").read_bytes()]
+    expected = [(folder / "images/1.png").read_bytes()]
     assert read(folder / "whole.jsonl") == read(folder / "whole.jsonl", media_root=str(tmp_path)) == expected
     for root in (folder, "/", tmp_path / "link"):  # what the refusal says to do
         assert read(tmp_path / "whole.jsonl", media_root=str(root)) == expected
@@ -223,7 +223,7 @@ def test_media_are_looked_up_in_media_root_and_bounded(loader, folder, tmp_path)
 def test_samples_of_an_evaluation_come_in_order_and_whole(folder, tokenizer_folder):
     samples = list(open_samples(str(folder / "good.jsonl"), data(tokenizer_folder)))
     assert [sample.key for sample in samples] == [f"good.jsonl:{i}" for i in range(21)]
-    assert samples[1].images == [(folder / "pictures/1.png").read_bytes()]
+    assert samples[1].images == [(folder / "images/1.png").read_bytes()]
     with pytest.raises(ValueError, match=r"set\.jsonl:11: no media file"):
         list(open_samples(str(folder / "set.jsonl"), data(tokenizer_folder)))
 

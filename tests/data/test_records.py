@@ -7,7 +7,7 @@ import pytest
 
 from avlm.data.sample import Sample, parse
 
-FILES = {"a.png": b"picture", "b.png": b"other", "c.wav": b"sound", "d.mp4": b"film"}
+FILES = {"a.png": b"image", "b.png": b"other", "c.wav": b"sound", "d.mp4": b"video"}
 USER, ANSWER = {"role": "user", "content": "who?"}, {"role": "assistant", "content": "a friend"}
 DATA = base64.b64encode(b"inside").decode()
 
@@ -71,7 +71,7 @@ def test_weights_of_nemos_answers_are_read():
         (
             [{"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}, {"type": "text", "text": "who?"}],
             "<image>\nwho?",
-            ["picture"],
+            ["image"],
             [],
         ),
         ([{"type": "image_url", "image_url": f"data:image/png;base64,{DATA}"}], "<image>", ["inside"], []),
@@ -79,14 +79,14 @@ def test_weights_of_nemos_answers_are_read():
         (
             [{"type": "image", "image": "a.png"}, {"type": "audio", "audio": "c.wav"}, "x"],
             "<image><audio>\nx",
-            ["picture"],
+            ["image"],
             ["sound"],
         ),
-        ([{"type": "image", "path": "a.png"}, {"image": "b.png"}], "<image><image>", ["picture", "other"], []),
+        ([{"type": "image", "path": "a.png"}, {"image": "b.png"}], "<image><image>", ["image", "other"], []),
         (
             [{"type": "image"}, {"type": "image", "image": "a.png"}, {"type": "image", "image": None}],
             "<image><image><image>",
-            ["other", "picture", "picture"],
+            ["other", "image", "image"],
             [],
         ),
     ],
@@ -127,7 +127,7 @@ def test_what_says_nothing_or_changes_nothing_is_taken():
     about = {"id": "x", "model": "", "source": "coco", "width": 1, "height": 2, "metadata": {"tools": 1}, "task": "vqa"}
     turn = ANSWER | {"tool_calls": None, "refusal": None, "name": None, "annotations": [], "id": 3, "type": "text"}
     record = {**nothing, **about, "messages": [USER, turn], "image": "a.png", "images": ["a.png"], "mask": "User"}
-    assert spoken(read(record))[1] == ("assistant", "a friend") and read(record).images == [b"picture"]
+    assert spoken(read(record))[1] == ("assistant", "a friend") and read(record).images == [b"image"]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_what_sets_say_besides_is_left_aside(about):
 @pytest.mark.parametrize("given", [{"path": "a.png", "bytes": None}, [{"bytes": None, "path": "a.png"}, None][:1]])
 def test_a_file_may_be_an_object_with_its_path(given):
     for key in ("image", "images"):
-        assert read({"messages": [USER | {"content": "<image>"}, ANSWER], key: given}).images == [b"picture"]
+        assert read({"messages": [USER | {"content": "<image>"}, ANSWER], key: given}).images == [b"image"]
     nothing = {"path": None, "bytes": None}
     assert read({"messages": [USER, ANSWER], "image": nothing, "videos": [nothing]}).images == []
 
@@ -174,7 +174,7 @@ def test_the_number_of_a_parts_file_must_be_the_one_that_it_gets():
         USER | {"content": [image(index), text]} if index is not None else ANSWER for index in indices
     ]
     record = {"messages": talk(0, None, 1, None), "images": ["a.png", "b.png"]}
-    assert read(record).images == [b"picture", b"other"]
+    assert read(record).images == [b"image", b"other"]
     for indices in ((1, None, 0, None), (0, None, 0, None), ("0", None, 1, None)):
         with pytest.raises(ValueError, match=r"index=. of a part of type image is not read: parts take the record's"):
             read(record | {"messages": talk(*indices)})
@@ -204,10 +204,10 @@ def test_a_turn_of_a_type_reads_a_whole_file(turn, message):
 @pytest.mark.parametrize(
     ("part", "expected"),
     [
-        ({"type": "image", "image": {"url": "a.png", "data": None}}, "picture"),
+        ({"type": "image", "image": {"url": "a.png", "data": None}}, "image"),
         ({"type": "image", "image": {"url": None, "data": DATA}}, "inside"),
-        ({"type": "image", "image": "a.png", "data": None, "url": ""}, "picture"),
-        ({"type": "image", "image": "a.png", "data": "a.png"}, "picture"),
+        ({"type": "image", "image": "a.png", "data": None, "url": ""}, "image"),
+        ({"type": "image", "image": "a.png", "data": "a.png"}, "image"),
         ({"type": "image", "image": None, "data": DATA}, "inside"),
     ],
 )

@@ -11,7 +11,7 @@ from avlm.data.stream import fingerprint
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.batch import AUDIO as AUDIO_ID
 from avlm.models.batch import IGNORE, IMAGE
-from tests.data.small_files import AUDIO, VISION, data, film, image_file, model, picture, tone, write_tokenizer
+from tests.data.small_files import AUDIO, VISION, data, image_file, model, photo, tone, video_file, write_tokenizer
 
 SECONDS = [0.1, 0.5, 1.0, 1.007, 2.51, 9.99, 29.99, 30.0, 30.01, 65.0]
 
@@ -26,7 +26,7 @@ def sample(question: str, answer: str = "one", **media) -> Sample:
 
 
 def png(seed: int) -> bytes:
-    return image_file(picture(40, 30, seed))
+    return image_file(photo(40, 30, seed))
 
 
 def runs(token_T: torch.Tensor, placeholder: int) -> list[int]:
@@ -79,9 +79,9 @@ def test_media_stand_where_their_tags_stand(tokenizer_folder):
     assert text == "<|im_start|>user\nonetwothree<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"
 
 
-def test_a_film_becomes_its_frames_scaled_like_images_and_then_its_sound(tokenizer_folder):
+def test_a_video_becomes_its_frames_scaled_like_images_and_then_its_sound(tokenizer_folder):
     config = {"video": VideoConfig(num_frames=3, sound=True)}
-    encoded = encoder(tokenizer_folder, **config).encode(sample("<video>", videos=[film(1.5, sound=True)]))
+    encoded = encoder(tokenizer_folder, **config).encode(sample("<video>", videos=[video_file(1.5, sound=True)]))
     pixels = torch.stack(encoded.media["image"])
     assert pixels.shape == (3, 3, 28, 28) and pixels.dtype == torch.uint8
     assert pixels.float().mean().item() == pytest.approx(12, abs=3)  # bytes: not normalised twice, not 0..1
@@ -91,8 +91,8 @@ def test_a_film_becomes_its_frames_scaled_like_images_and_then_its_sound(tokeniz
     assert encoded.kind == "video"
 
 
-def test_a_silent_film_has_no_sound_rows(tokenizer_folder):
-    encoded = encoder(tokenizer_folder, video=VideoConfig(sound=True)).encode(sample("<video>", videos=[film(1)]))
+def test_a_silent_video_has_no_sound_rows(tokenizer_folder):
+    encoded = encoder(tokenizer_folder, video=VideoConfig(sound=True)).encode(sample("<video>", videos=[video_file(1)]))
     assert encoded.media["audio"] == [] and len(encoded.media["image"]) == 8
 
 
@@ -153,7 +153,7 @@ def test_wrong_samples_are_refused_with_their_numbers(tokenizer_folder):
     with pytest.raises(ValueError, match=r"exceeds data\.max_media_bytes=10"):
         encoder(tokenizer_folder, max_media_bytes=10).encode(sample("<image>", images=[png(1)]))
     with pytest.raises(ValueError, match="1 videos but the model has no vision tower"):
-        encoder(tokenizer_folder, model(vision=None)).encode(sample("<video>", videos=[film(1)]))
+        encoder(tokenizer_folder, model(vision=None)).encode(sample("<video>", videos=[video_file(1)]))
     with pytest.raises(ValueError, match="1 audios but the model has no audio tower"):
         encoder(tokenizer_folder, model(audio=None)).encode(sample("<audio>", audios=[tone(1)]))
     with pytest.raises(ValueError, match=r"video\.sound=true needs model\.audio"):
@@ -216,7 +216,7 @@ def test_audio_features_round_up_within_each_window():
 
 
 def test_three_forms_of_records_are_the_same_sample():
-    files = {"a.png": b"picture", "b.wav": b"sound"}
+    files = {"a.png": b"image", "b.wav": b"sound"}
     turns = [("what <image>", "this"), ("and <audio>", "that")]
     messages = [m for q, a in turns for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
     conversations = [m for q, a in turns for m in ({"from": "human", "value": q}, {"from": "gpt", "value": a})]
@@ -232,7 +232,7 @@ def test_three_forms_of_records_are_the_same_sample():
             "videos": None,
         },
     ]
-    expected = Sample("k", messages, [b"picture"], [b"sound"], [])
+    expected = Sample("k", messages, [b"image"], [b"sound"], [])
     assert all(parse(json.loads(json.dumps(record)), files.__getitem__, "k") == expected for record in records)
 
 

@@ -23,7 +23,7 @@ from avlm.evaluation.validation import judge, validate
 from avlm.models.avlm import AVLM, init
 from avlm.storage.run_folder import Progress
 from avlm.training.log import Log
-from tests.data.small_files import film, image_file, picture, tone, write_tokenizer
+from tests.data.small_files import image_file, photo, tone, video_file, write_tokenizer
 from tests.parallel.small import TREE, build
 from tests.parallel.spawn import run_ranks
 
@@ -33,7 +33,7 @@ def cfg(tmp_path_factory):
     """One sample with a picture, one with a sound; validation of the first alone and of both. Prompts end in a
     sign, as answers go on with the last token (``quieten``) and blanks around them are taken away."""
     folder = tmp_path_factory.mktemp("set")
-    (folder / "a.png").write_bytes(image_file(picture(16, 16)))
+    (folder / "a.png").write_bytes(image_file(photo(16, 16)))
     (folder / "b.wav").write_bytes(tone(0.3))
     records = [
         {"messages": turns("<image>\nhello?", "hello"), "images": ["a.png"]},
@@ -216,7 +216,7 @@ def encoder(cfg):
 
 def test_an_ablation_takes_away_one_modality_and_nothing_else(encoder):
     tower = encoder.model.audio
-    media = {"images": [image_file(picture(16, 16))], "audios": [tone(0.3)]}
+    media = {"images": [image_file(photo(16, 16))], "audios": [tone(0.3)]}
     prompt = encoder.prompt(turns("<image><audio>?", "")[:1], **media)
     blind, deaf = (ablate(prompt, name, 0, tower) for name in ("no_image", "no_audio"))
     [seen], [grey] = prompt.media["image"], blind.media["image"]
@@ -229,7 +229,7 @@ def test_an_ablation_takes_away_one_modality_and_nothing_else(encoder):
 
 
 def test_shuffling_changes_the_order_of_frames_from_sample_to_sample(encoder):
-    prompt = encoder.prompt(turns("<video>?", "")[:1], videos=[film(2)])
+    prompt = encoder.prompt(turns("<video>?", "")[:1], videos=[video_file(2)])
     frames = prompt.media["image"]
     orders = []
     for seed in range(5):
@@ -242,8 +242,8 @@ def test_shuffling_changes_the_order_of_frames_from_sample_to_sample(encoder):
 def test_the_audio_of_a_video_can_be_taken_away_if_it_is_encoded(cfg):
     data = cfg.stages[0].data
     with_audio = dataclasses.replace(data, video=dataclasses.replace(data.video, sound=True))
-    loud = [Sample("loud", [], videos=[film(1, sound=True)])]
-    silent = [Sample("silent", [], videos=[film(1)])]
+    loud = [Sample("loud", [], videos=[video_file(1, sound=True)])]
+    silent = [Sample("silent", [], videos=[video_file(1)])]
     assert _possible_ablations(loud, with_audio) == ["no_image", "no_audio", "shuffled"]
     assert _possible_ablations(silent, with_audio) == ["no_image", "shuffled"]
     assert _possible_ablations(loud, data) == ["no_image", "shuffled"]

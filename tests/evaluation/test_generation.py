@@ -22,7 +22,7 @@ from avlm.process.exit import run_command
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights
-from tests.data.small_files import film, image_file, picture, tone
+from tests.data.small_files import image_file, photo, tone, video_file
 from tests.models.handmade import build, save
 from tests.models.sharded_load import text_prompt
 from tests.models.test_avlm import DECODER, WHOLE, llava
@@ -227,8 +227,8 @@ def test_the_command_line_prints_one_json_object_per_prompt(exported, tmp_path, 
 
 def test_a_prompt_without_tags_gets_every_medium_in_front(exported, tmp_path, monkeypatch, capsys):
     (tmp_path / "a.wav").write_bytes(tone(0.4))
-    (tmp_path / "c.mkv").write_bytes(film(1.0))
-    (tmp_path / "b.png").write_bytes(image_file(picture(30, 20)))
+    (tmp_path / "c.mkv").write_bytes(video_file(1.0))
+    (tmp_path / "b.png").write_bytes(image_file(photo(30, 20)))
     media = ["--audio", tmp_path / "a.wav", "--image", tmp_path / "b.png", "--video", tmp_path / "c.mkv"]
     arguments = [exported, *media, "--json", "--max-new-tokens", "4"]
     plain, err, code = run(monkeypatch, capsys, *arguments, "--prompt", "well?")
@@ -278,7 +278,7 @@ def test_a_run_with_adapters_a_checkpoint_of_it_and_its_export_answer_alike(
     older, newer = build(config, seed=1), build(config, seed=2)
     paths = [write_run(tmp_path / "run", model, step, data) for step, model in ((3, older), (5, newer))]
     export(config, newer.state_dict(), tmp_path / "export", data=data)
-    (tmp_path / "b.png").write_bytes(image_file(picture(30, 20)))
+    (tmp_path / "b.png").write_bytes(image_file(photo(30, 20)))
     media = ["--image", tmp_path / "b.png", "--prompt", "what is this", "--json", "--max-new-tokens", "8"]
     answers = []
     for model in (tmp_path / "run", paths[1], tmp_path / "export", paths[0]):

@@ -12,12 +12,12 @@ import numpy as np
 from PIL import Image
 
 from tests.data import small_files as media
-from tests.data.small_files import film, image_file, tone
+from tests.data.small_files import image_file, tone, video_file
 
 
 def images() -> list[bytes]:
-    pictures = [media.picture(64, 48), media.picture(40, 90, 1).convert("L"), media.picture(30, 30, 2).convert("P")]
-    clear = Image.merge("RGBA", [*media.picture(32, 32, 3).split(), media.picture(32, 32, 4).convert("L")])
+    pictures = [media.photo(64, 48), media.photo(40, 90, 1).convert("L"), media.photo(30, 30, 2).convert("P")]
+    clear = Image.merge("RGBA", [*media.photo(32, 32, 3).split(), media.photo(32, 32, 4).convert("L")])
     exif = Image.Exif()
     exif[0x112] = 6
     files = [image_file(picture, kind) for picture in pictures for kind in ("PNG", "WEBP", "GIF", "BMP", "TIFF")]
@@ -50,8 +50,8 @@ def _sound(container: str, codec: str) -> bytes:
 def videos() -> list[bytes]:
     kinds = [("matroska", "mpeg4"), ("avi", "mpeg4"), ("nut", "mpeg4")]
     kinds += [("mpegts", "mpeg2video"), ("mpeg", "mpeg2video")]
-    files = [film(1.5, rate=25, container=container, codec=codec) for container, codec in kinds]
-    return [*files, film(1.0, sound=True)]
+    files = [video_file(1.5, rate=25, container=container, codec=codec) for container, codec in kinds]
+    return [*files, video_file(1.0, sound=True)]
 
 
 def records() -> list[dict]:

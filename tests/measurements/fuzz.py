@@ -42,7 +42,7 @@ from avlm.training import checkpoint
 from avlm.weights import folder as folders
 from avlm.weights.sources import open_checkpoint, open_folder
 from tests.data import small_files as media
-from tests.data.small_files import AUDIO, VISION, film, tone, write_tokenizer
+from tests.data.small_files import AUDIO, VISION, tone, video_file, write_tokenizer
 from tests.measurements.damage import JUNK, damaged, images, mutated, records, sounds, videos
 from tests.parallel.small import TREE
 
@@ -82,7 +82,7 @@ def check_finite(value: Any) -> Any:
 
 
 def record_cases(folder: Path, rng: random.Random) -> Iterator[Case]:
-    files = {"a.png": images()[0], "a.wav": tone(0.3), "a.mkv": film(0.5)}
+    files = {"a.png": images()[0], "a.wav": tone(0.3), "a.mkv": video_file(0.5)}
     seeds = records()
     tokenizer = Tokenizer(write_tokenizer(folder / "tokenizer"))
     encoder = SampleEncoder(media.model(), media.data(folder / "tokenizer", seq_length=2048), tokenizer)

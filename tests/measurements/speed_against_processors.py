@@ -26,7 +26,7 @@ from transformers import CLIPImageProcessor, WhisperFeatureExtractor
 from avlm.config.model import AudioConfig, VisionConfig
 from avlm.data.media import audio, image
 from avlm.models.vit import normalise
-from tests.data.small_files import image_file, picture, tone
+from tests.data.small_files import image_file, photo, tone
 
 VISION = VisionConfig(
     hidden_size=1024, intermediate_size=4096, num_layers=24, num_heads=16, image_size=336, patch_size=14
@@ -37,7 +37,7 @@ ROUNDS = 40
 
 def main() -> None:
     torch.set_num_threads(1)
-    jpeg = image_file(picture(640, 480), "JPEG")
+    jpeg = image_file(photo(640, 480), "JPEG")
     wav = tone(10.0)
     whole, own = (AudioConfig(**AUDIO, window=window) for window in ("fixed", "true"))
     image_processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})

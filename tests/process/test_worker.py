@@ -11,26 +11,26 @@ from avlm.data.loader import open_loader
 from avlm.data.stream import Stream
 from avlm.process.worker import STOPS
 from tests.data.energon.test_loader import write_set
-from tests.data.small_files import data, image_file, model, picture, write_tokenizer
+from tests.data.small_files import data, image_file, model, photo, write_tokenizer
 
 WHERE = {"rank": 0, "world": 1, "seed": 1, "train": True}
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """24 records, each with a picture of its own."""
+def records(tmp_path):
+    """24 records, each with an image of its own."""
     lines = []
     for i in range(24):
-        (tmp_path / f"{i}.png").write_bytes(image_file(picture(30, 30, i)))
+        (tmp_path / f"{i}.png").write_bytes(image_file(photo(30, 30, i)))
         turns = [{"role": "user", "content": "<image> what?"}, {"role": "assistant", "content": "one " * (1 + i % 5)}]
         lines.append(json.dumps({"messages": turns, "images": [f"{i}.png"]}) + "\n")
-    (tmp_path / "pictures.jsonl").write_text("".join(lines))
-    return tmp_path / "pictures.jsonl"
+    (tmp_path / "records.jsonl").write_text("".join(lines))
+    return tmp_path / "records.jsonl"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "energon"])
-def test_workers_live_through_signals_that_go_to_a_whole_process_tree(tmp_path, pictures, kind):
-    source = pictures
+def test_workers_live_through_signals_that_go_to_a_whole_process_tree(tmp_path, records, kind):
+    source = records
     if kind == "energon":
         source = tmp_path / "set"
         write_set(source, "train", 24)
@@ -43,9 +43,9 @@ def test_workers_live_through_signals_that_go_to_a_whole_process_tree(tmp_path, 
     assert len(list(itertools.islice(rows, 30))) == 30 and worker.is_alive()
 
 
-def test_a_sample_that_a_resume_was_holding_and_that_is_gone_is_skipped_and_named(pictures, tmp_path):
+def test_a_sample_that_a_resume_was_holding_and_that_is_gone_is_skipped_and_named(records, tmp_path):
     settings = data(write_tokenizer(tmp_path / "tokenizer"), seq_length=128, packing_buffer=8)
-    stream = Stream(str(pictures), settings, model(), **WHERE)
+    stream = Stream(str(records), settings, model(), **WHERE)
     loader = open_loader(stream)
     for _ in iter(loader):
         state = json.loads(json.dumps(loader.state()))
@@ -53,4 +53,4 @@ def test_a_sample_that_a_resume_was_holding_and_that_is_gone_is_skipped_and_name
             break
     (tmp_path / f"{held[0]}.png").unlink()
     first = next(iter(open_loader(stream, state)))
-    assert [key for key, _ in first.skipped] == [f"pictures.jsonl:{held[0]}"] and first.keys
+    assert [key for key, _ in first.skipped] == [f"records.jsonl:{held[0]}"] and first.keys

@@ -17,7 +17,7 @@ from avlm.config.load import load_config
 from avlm.process.exit import run_command
 from avlm.storage.run_folder import complete_checkpoints, read_progress, read_records
 from avlm.training import checkpoint
-from tests.data.small_files import image_file, picture, write_tokenizer
+from tests.data.small_files import image_file, photo, write_tokenizer
 from tests.parallel.small import TREE
 from tests.parallel.spawn import run_ranks
 
@@ -154,7 +154,7 @@ def test_files_are_trained_validated_answered_and_resumed(tmp_path):
     """JSONL from two ranks, with a bad sample, validation with answers at a checkpoint's step, a resume, and wandb."""
     lines = []
     for i in range(24):
-        (tmp_path / f"{i}.png").write_bytes(image_file(picture(16, 16, seed=i)) if i != 5 else b"no picture")
+        (tmp_path / f"{i}.png").write_bytes(image_file(photo(16, 16, seed=i)) if i != 5 else b"no picture")
         turns = [{"role": "user", "content": "<image> hello?"}, {"role": "assistant", "content": "one two"}]
         lines.append(json.dumps({"messages": turns, "images": [f"{i}.png"]}) + "\n")
     (tmp_path / "all.jsonl").write_text("".join(lines))

@@ -12,7 +12,7 @@ import pytest
 
 from avlm.preflight.check import check_layout
 from avlm.storage.run_folder import complete_checkpoints, read_records
-from tests.data.small_files import image_file, picture, write_tokenizer
+from tests.data.small_files import image_file, photo, write_tokenizer
 from tests.parallel.small import TREE, make_config
 from tests.parallel.spawn import run_ranks
 from tests.training.test_train import (
@@ -108,7 +108,7 @@ def write_files(folder: Path, **train) -> Path:
     row; the answer to a validation set's second sample is never learned."""
     samples = []
     for i in range(12):
-        (folder / f"{i}.png").write_bytes(image_file(picture(16, 16, seed=i)) if i != 5 else b"no picture")
+        (folder / f"{i}.png").write_bytes(image_file(photo(16, 16, seed=i)) if i != 5 else b"no picture")
         samples.append(conversation("<image> hello?", "one two") | {"images": [f"{i}.png"]})
         samples.append(conversation("what?", "three"))
     samples.append(conversation("what is this picture of? " * 40, "four"))

@@ -23,7 +23,7 @@ from avlm.models.batch import AUDIO, IMAGE
 from avlm.storage import model_folder
 from avlm.weights.export import export
 from avlm.weights.folder import model_and_data, read_config, stop_ids
-from tests.data.small_files import CONTROL, CORPUS, image_file, picture, tone, write_tokenizer
+from tests.data.small_files import CONTROL, CORPUS, image_file, photo, tone, write_tokenizer
 from tests.models.handmade import build
 from tests.models.test_avlm import VISION_ONLY
 from tests.weights.test_export import VOXTRAL
@@ -121,7 +121,7 @@ def test_a_llava_export_answers_prompts_of_its_processor_as_we_do(family, templa
     processor = transformers.AutoProcessor.from_pretrained(out)
     image_token = theirs.config.image_token_index
     assert (image_token < encoder.tokenizer.size) == known and processor.image_token_id == image_token
-    pictures, question = [picture(40, 30), picture(16, 48, seed=1)], "what is this picture of?"
+    pictures, question = [photo(40, 30), photo(16, 48, seed=1)], "what is this picture of?"
     messages = [{"role": "user", "content": f"<image><image>\n{question}"}]
     parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": question}]
     if template == "tokenizer":  # the processor has no template of its own then, and the tokenizer's wants a text

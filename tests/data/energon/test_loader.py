@@ -14,13 +14,13 @@ from megatron.energon.flavors import BaseWebdatasetFactory
 from avlm.data.energon.state import from_json, to_json
 from avlm.data.loader import open_loader, open_samples
 from avlm.data.stream import Stream
-from tests.data.small_files import data, image_file, model, picture, tone
+from tests.data.small_files import data, image_file, model, photo, tone
 
 CRUDE = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
 
 
 def write_set(folder: Path, split: str, count: int, first: int = 0, bad: tuple[int, ...] = (), shards: int = 2) -> None:
-    """Crude samples kNNNN; bad ones lack their picture."""
+    """Crude samples kNNNN; bad ones lack their image."""
     folder.mkdir(parents=True)
     names = [f"shard_{s}.tar" for s in range(shards)]
     for s, name in enumerate(names):
@@ -30,7 +30,7 @@ def write_set(folder: Path, split: str, count: int, first: int = 0, bad: tuple[i
                 answer = {"role": "assistant", "content": "one " * (i % 20 + 1)}
                 record = {"messages": [{"role": "user", "content": question}, answer], "images": ["image0.png"]}
                 parts = {"json": json.dumps(record | {"audios": ["audio0.wav"] if i % 5 == 0 else []}).encode()}
-                parts |= {} if i in bad else {"image0.png": image_file(picture(30, 20, i % 3))}
+                parts |= {} if i in bad else {"image0.png": image_file(photo(30, 20, i % 3))}
                 parts |= {"audio0.wav": tone(0.1)} if i % 5 == 0 else {}
                 for part, content in parts.items():
                     member = tarfile.TarInfo(f"k{first + i:04d}.{part}")

@@ -10,7 +10,7 @@ import torch
 from transformers import WhisperFeatureExtractor
 
 from avlm.data.media import audio
-from tests.data.small_files import AUDIO, film, tone
+from tests.data.small_files import AUDIO, tone, video_file
 
 RATE = audio.SAMPLE_RATE
 SECONDS = [0.1, 0.32, 1.0, 2.505, 9.999, 29.99, 30.0, 30.02, 65.0]
@@ -238,9 +238,9 @@ def test_what_holds_no_sound_is_refused():
     with pytest.raises(ValueError, match="audio is empty"):
         audio.decode(tone(0), 10)
     with pytest.raises(ValueError, match="no audio stream"):
-        audio.decode(film(0.5), 10)
+        audio.decode(video_file(0.5), 10)
     with pytest.raises(ValueError, match="audio is empty"):
-        audio.decode(film(0.5, sound=0.0), 10)
+        audio.decode(video_file(0.5, sound=0.0), 10)
     for data in (b"", b"RIFF nonsense that no decoder takes", b"<html><body>404</body></html>"):
         with pytest.raises(ValueError, match="cannot be decoded"):
             audio.decode(data, 10)

@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessor, SiglipImageProcessor
 
 from avlm.data.media import image
 from avlm.models.vit import normalise
-from tests.data.small_files import VISION, film, image_file, picture
+from tests.data.small_files import VISION, image_file, photo, video_file
 
 CLIP = dataclasses.replace(VISION, image_size=224, patch_size=14)
 LIMIT = 100_000_000
@@ -26,7 +26,7 @@ def clip_processor(normalise: bool) -> CLIPImageProcessor:
 
 @pytest.mark.parametrize("size", [(640, 480), (481, 333), (37, 100), (224, 224), (225, 224), (1000, 50), (20_000, 100)])
 def test_pixels_equal_those_of_clips_processor(size):
-    original = picture(*size)
+    original = photo(*size)
     ours = image.fit(image.decode(image_file(original), LIMIT), CLIP)
     theirs = clip_processor(False)(original, return_tensors="pt")["pixel_values"][0]
     assert (ours / 255 - theirs).abs().max() <= 1 / 255
@@ -36,7 +36,7 @@ def test_pixels_equal_those_of_clips_processor(size):
 
 @pytest.mark.parametrize("size", [(2021, 101), (101, 2021), (450, 10_000), (3, 500), (1000, 47)])
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
-def test_the_middle_of_a_very_long_picture_lies_on_the_grid_of_the_whole(size, resample):
+def test_the_middle_of_a_very_long_image_lies_on_the_grid_of_the_whole(size, resample):
     noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *size), dtype=np.uint8))
     scaled = [int(224 * side / min(size)) for side in size]
     top, left = ((side - 224) // 2 for side in scaled)
@@ -48,7 +48,7 @@ def test_the_middle_of_a_very_long_picture_lies_on_the_grid_of_the_whole(size, r
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 def test_stretched_pixels_equal_those_of_siglips_processor(resample):
     stretch = dataclasses.replace(CLIP, resize="stretch", resample=resample, mean=[0.5] * 3, std=[0.5] * 3)
-    original = picture(301, 177)
+    original = photo(301, 177)
     ours = normalise(image.fit(image.decode(image_file(original), LIMIT), stretch)[None], stretch)
     processor = SiglipImageProcessor(size={"height": 224, "width": 224}, resample=Image.Resampling[resample.upper()])
     theirs = processor(original, return_tensors="pt")["pixel_values"]
@@ -58,7 +58,7 @@ def test_stretched_pixels_equal_those_of_siglips_processor(resample):
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "RGB", "CMYK"])
 def test_every_colour_mode_becomes_rgb(mode):
     file_format = "JPEG" if mode == "CMYK" else "PNG"
-    data = image_file(picture(50, 40).convert(mode), file_format)
+    data = image_file(photo(50, 40).convert(mode), file_format)
     with Image.open(io.BytesIO(data)) as reference:
         expected = torch.from_numpy(np.array(reference.convert("RGB"))).permute(2, 0, 1)
     decoded = image.decode(data, LIMIT)
@@ -118,8 +118,8 @@ def test_what_is_transparent_is_white_and_shows_no_hidden_colour(data, expected)
 
 
 def test_webp_is_read():
-    data = image_file(picture(40, 30), "WEBP", lossless=True)
-    assert torch.equal(image.decode(data, LIMIT), image.decode(image_file(picture(40, 30)), LIMIT))
+    data = image_file(photo(40, 30), "WEBP", lossless=True)
+    assert torch.equal(image.decode(data, LIMIT), image.decode(image_file(photo(40, 30)), LIMIT))
 
 
 XMP = (
@@ -167,8 +167,8 @@ def with_orientation(orientation: int, original: Image.Image) -> dict[str, bytes
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_stands_as_pillow_stands_it_wherever_its_file_says_how(orientation):
-    for where, data in with_orientation(orientation, picture(64, 40)).items():
+def test_an_image_stands_as_pillow_stands_it_wherever_its_file_says_how(orientation):
+    for where, data in with_orientation(orientation, photo(64, 40)).items():
         with Image.open(io.BytesIO(data)) as file:
             upright = np.array(ImageOps.exif_transpose(file).convert("RGB"))
         assert upright.shape == ((64, 40, 3) if orientation > 4 else (40, 64, 3)), where
@@ -176,7 +176,7 @@ def test_a_picture_stands_as_pillow_stands_it_wherever_its_file_says_how(orienta
 
 
 def test_damage_in_metadata_ends_nothing_and_damage_in_pixels_is_noticed():
-    original = picture(64, 40)
+    original = photo(64, 40)
     jpeg, plain = image_file(original, "JPEG"), image_file(original)
     bad_exif = b"Exif\0\0II*\0\xff\xff\xff\xff"
     good = [
@@ -203,12 +203,12 @@ def test_damage_in_metadata_ends_nothing_and_damage_in_pixels_is_noticed():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (20_000, 30), (3, 2)])
-def test_odd_sizes_give_a_full_picture(size):
-    fitted = image.fit(image.decode(image_file(picture(*size)), LIMIT), CLIP)
+def test_odd_sizes_give_a_full_image(size):
+    fitted = image.fit(image.decode(image_file(photo(*size)), LIMIT), CLIP)
     assert fitted.shape == (3, 224, 224)
 
 
-def test_only_the_middle_of_a_very_wide_picture_is_kept():
+def test_only_the_middle_of_a_very_wide_image_is_kept():
     wide = np.zeros((10, 2000, 3), np.uint8)
     wide[:, 990:1010] = 200  # twice the height: the crop sees nothing else
     fitted = image.fit(image.decode(image_file(Image.fromarray(wide)), LIMIT), CLIP)
@@ -216,13 +216,13 @@ def test_only_the_middle_of_a_very_wide_picture_is_kept():
 
 
 @pytest.mark.parametrize("form", [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {})])
-def test_a_truncated_picture_is_refused(form):
-    data = image_file(picture(200, 200), form[0], **form[1])
+def test_a_truncated_image_is_refused(form):
+    data = image_file(photo(200, 200), form[0], **form[1])
     with pytest.raises(ValueError, match=r"cannot be decoded|header is damaged"):
         image.decode(data[: len(data) // 2], LIMIT)
 
 
-def test_what_is_no_picture_is_refused():
+def test_what_is_no_image_is_refused():
     for data in (b"", b"hello", b"\xff\xd8\xff"):
         with pytest.raises(ValueError, match="not an image"):
             image.decode(data, LIMIT)
@@ -231,14 +231,14 @@ def test_what_is_no_picture_is_refused():
 @pytest.mark.parametrize(
     ("data", "kind"),
     [
-        (image_file(picture(20, 20), "GIF"), "GIF"),
-        (image_file(picture(20, 20), "BMP"), "BMP"),
-        (image_file(picture(20, 20), "TIFF"), "TIFF"),
-        (image_file(picture(20, 20), "ICO"), "ICO"),
-        (image_file(picture(20, 20), "PCX"), "PCX"),
-        (image_file(picture(20, 20), "TGA"), "TGA"),
-        (image_file(picture(20, 20).convert("P"), "TGA", compression="tga_rle"), "TGA"),
-        (image_file(picture(20, 20), "JPEG2000"), "JPEG 2000"),
+        (image_file(photo(20, 20), "GIF"), "GIF"),
+        (image_file(photo(20, 20), "BMP"), "BMP"),
+        (image_file(photo(20, 20), "TIFF"), "TIFF"),
+        (image_file(photo(20, 20), "ICO"), "ICO"),
+        (image_file(photo(20, 20), "PCX"), "PCX"),
+        (image_file(photo(20, 20), "TGA"), "TGA"),
+        (image_file(photo(20, 20).convert("P"), "TGA", compression="tga_rle"), "TGA"),
+        (image_file(photo(20, 20), "JPEG2000"), "JPEG 2000"),
         (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
         (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "AVIF"),
         (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
@@ -247,7 +247,7 @@ def test_what_is_no_picture_is_refused():
         (b"%PDF-1.7", "PDF"),
         (b"\n<!DOCTYPE html><html>", "an HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-        (film(0.2), "Matroska or WebM"),
+        (video_file(0.2), "Matroska or WebM"),
         (bytes(100), "nothing but zeros"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
@@ -257,15 +257,15 @@ def test_what_is_not_read_is_named_for_what_it_is(data, kind):
         image.decode(data, LIMIT)
 
 
-def test_a_small_file_that_claims_a_huge_picture_is_refused_before_decoding():
+def test_a_small_file_that_claims_a_huge_image_is_refused_before_decoding():
     with pytest.raises(ValueError, match=r"too large|max_image_pixels"):
         image.decode(png(60_000, 60_000, 8, 2, b""), LIMIT)
     with pytest.raises(ValueError, match=r"50 x 40 pixels exceeds data\.max_image_pixels=1999"):
-        image.decode(image_file(picture(50, 40)), 1999)
+        image.decode(image_file(photo(50, 40)), 1999)
 
 
-def test_a_picture_that_would_take_too_much_memory_or_time_is_refused_before_decoding():
-    jpeg = image_file(picture(20, 20), "JPEG", progressive=True)
+def test_an_image_that_would_take_too_much_memory_or_time_is_refused_before_decoding():
+    jpeg = image_file(photo(20, 20), "JPEG", progressive=True)
     size = jpeg.index(b"\xff\xc2") + 5
     vast = jpeg[:size] + struct.pack(">HH", 12_000, 10_000) + jpeg[size + 4 :]
     last_scan = vast[vast.rindex(b"\xff\xda") : -2]
@@ -274,7 +274,7 @@ def test_a_picture_that_would_take_too_much_memory_or_time_is_refused_before_dec
     assert image.decode(jpeg + b"\xff\xda" * 10**4, LIMIT).equal(image.decode(jpeg, LIMIT)), "appended by a telephone"
     with pytest.raises(ValueError, match="more than 65536 JPEG segments"):
         image.decode(b"\xff\xd8" + b"\xff" * 70_000 + jpeg[2:], LIMIT)
-    webp = image_file(picture(20, 20), "WEBP")
+    webp = image_file(photo(20, 20), "WEBP")
     vast = webp[:26] + struct.pack("<HH", 9_000, 9_000) + webp[30:]
     with pytest.raises(ValueError, match="9000 x 9000 pixels would take 1313 MiB to decode as WEBP"):
         image.decode(vast, LIMIT)

@@ -13,7 +13,7 @@ import pytest
 from avlm.config.run import VideoConfig
 from avlm.data.media import video
 from avlm.data.media.container import Decoder
-from tests.data.small_files import film
+from tests.data.small_files import video_file
 
 LIMIT = 1_000_000
 
@@ -24,19 +24,19 @@ def brightness(data: bytes, config: VideoConfig) -> tuple[list[float], list[floa
 
 
 def test_frames_are_spread_evenly_and_show_what_is_on_screen_then():
-    shown, times = brightness(film(8), VideoConfig(num_frames=4))
+    shown, times = brightness(video_file(8), VideoConfig(num_frames=4))
     assert times == [1.0, 3.0, 5.0, 7.0]
     assert shown == pytest.approx([16, 48, 80, 112], abs=4)  # frame n is of brightness 2 n, 8 frames a second
 
 
-def test_a_long_film_is_seeked_and_gives_the_same_frames():
-    shown, times = brightness(film(15), VideoConfig(num_frames=2))  # times further apart than SEEK_SECONDS
+def test_a_long_video_is_seeked_and_gives_the_same_frames():
+    shown, times = brightness(video_file(15), VideoConfig(num_frames=2))  # times further apart than SEEK_SECONDS
     assert times == [3.75, 11.25]
     assert shown == pytest.approx([60, 180], abs=4)
 
 
-def test_little_of_a_long_film_is_decoded(monkeypatch):
-    data, decoded, frames = film(120, rate=4), [], Decoder.frames
+def test_little_of_a_long_video_is_decoded(monkeypatch):
+    data, decoded, frames = video_file(120, rate=4), [], Decoder.frames
 
     def counting(self, *arguments, **options):
         for frame in frames(self, *arguments, **options):
@@ -49,7 +49,7 @@ def test_little_of_a_long_film_is_decoded(monkeypatch):
 
 
 # Container, codec and their options. Those whose seeks land late, or whose times are those of decoding, come with
-# pictures out of order; those of MPEG-1 and -2 have no rate below 23.976.
+# images out of order; those of MPEG-1 and -2 have no rate below 23.976.
 FORMS = {
     "mp4": ("mp4", "libx264", {"bf": "2"}),
     "mov": ("mov", "mpeg4", {}),
@@ -78,19 +78,19 @@ COLOURS = {"gif": "rgb8"}
 
 @cache
 def rising(form: str, seconds: float = 20, late: float = 0, sound: float | None = None, **container_options) -> bytes:
-    """A film whose brightness at t seconds is 10 t."""
+    """A video whose brightness at t seconds is 10 t."""
     container, codec, options = FORMS[form]
     rate, buffer = 25 if "video" in codec else 10, io.BytesIO()
     with av.open(buffer, "w", container, container_options=container_options) as file:
-        pictures = file.add_stream(codec, rate=rate, options={"b": "2M"} | options)
-        pictures.width, pictures.height, pictures.pix_fmt = 64, 48, COLOURS.get(codec, "yuv420p")
-        pictures.codec_context.gop_size = 25
+        images = file.add_stream(codec, rate=rate, options={"b": "2M"} | options)
+        images.width, images.height, images.pix_fmt = 64, 48, COLOURS.get(codec, "yuv420p")
+        images.codec_context.gop_size = 25
         track = file.add_stream("libmp3lame", rate=44_100, layout="mono") if sound else None
         for n in range(round(seconds * rate)):
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 10 * n / rate, np.uint8), format="rgb24")
             frame.pts, frame.time_base = n + round(late * rate), Fraction(1, rate)
-            file.mux(pictures.encode(frame))
-        file.mux(pictures.encode(None))
+            file.mux(images.encode(frame))
+        file.mux(images.encode(None))
         if track:
             silence = av.AudioFrame.from_ndarray(np.zeros((1, round(sound * 44_100)), np.float32), "fltp", "mono")
             silence.sample_rate, silence.pts = 44_100, 0
@@ -114,7 +114,7 @@ def test_frames_are_those_on_screen_at_their_times(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_film_that_is_seeked_gives_the_frames_of_one_that_is_not(form, monkeypatch):
+def test_a_video_that_is_seeked_gives_the_frames_of_one_that_is_not(form, monkeypatch):
     data, config = rising(form), VideoConfig(num_frames=5)
     seeked = list(video.decode(data, config, LIMIT))
     monkeypatch.setattr(video, "SEEK_SECONDS", math.inf)
@@ -124,12 +124,12 @@ def test_a_film_that_is_seeked_gives_the_frames_of_one_that_is_not(form, monkeyp
 
 
 @pytest.mark.parametrize("form", ["mp4", "mov", "mkv", "ts", "mpg", "avi", "wmv"])
-def test_a_film_is_as_long_as_its_pictures_whatever_its_sound(form):
+def test_a_video_is_as_long_as_its_images_whatever_its_sound(form):
     check_brightness(rising(form, seconds=12, sound=31), 12.0, (4,))
     check_brightness(rising(form, seconds=12, late=5, sound=14), 12.0, (4,))
 
 
-def test_a_film_ends_with_the_frame_that_is_shown_last_which_need_not_be_the_last_packet():
+def test_a_video_ends_with_the_frame_that_is_shown_last_which_need_not_be_the_last_packet():
     every_frame = VideoConfig(num_frames=None, fps=25.0, max_frames=1000)
     assert len(brightness(rising("ts, MPEG-2", seconds=12, sound=40), every_frame)[0]) == 300
 
@@ -141,7 +141,7 @@ def test_frames_before_time_0_are_not_shown():
     assert shown == pytest.approx([10 * at + 15 for at in found], abs=2.6)
 
 
-def test_a_film_without_an_index_or_a_length_is_as_long_as_its_packets():
+def test_a_video_without_an_index_or_a_length_is_as_long_as_its_packets():
     check_brightness(rising("webm, VP8", live="1"))
     check_brightness(rising("mkv", seconds=12, sound=25, live="1"), 12.0)
     cut = with_its_index_first(rising("mp4"))
@@ -174,14 +174,14 @@ TURNS = {  # matrix (x to across and down, y to across and down) -> what it does
 
 
 @pytest.mark.parametrize("matrix", TURNS)
-def test_films_are_turned_and_mirrored_as_their_matrix_says(matrix):
+def test_videos_are_turned_and_mirrored_as_their_matrix_says(matrix):
     buffer = io.BytesIO()
     with av.open(buffer, "w", "mp4") as file:
-        pictures = file.add_stream("libx264rgb", rate=8, options={"qp": "0"})
-        pictures.width, pictures.height, pictures.pix_fmt = 64, 48, "rgb24"
+        images = file.add_stream("libx264rgb", rate=8, options={"qp": "0"})
+        images.width, images.height, images.pix_fmt = 64, 48, "rgb24"
         stored = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-        file.mux(pictures.encode(av.VideoFrame.from_ndarray(stored, format="rgb24")))
-        file.mux(pictures.encode(None))
+        file.mux(images.encode(av.VideoFrame.from_ndarray(stored, format="rgb24")))
+        file.mux(images.encode(None))
     data = bytearray(buffer.getvalue())
     across_x, down_x, across_y, down_y = (value << 16 for value in matrix)
     at = data.index(b"tkhd") + 44
@@ -199,48 +199,48 @@ def test_damaged_packets_are_left_out():
 
 
 def test_fps_sets_the_times_and_max_frames_bounds_them():
-    _, times = brightness(film(4), VideoConfig(num_frames=None, fps=2.0))
+    _, times = brightness(video_file(4), VideoConfig(num_frames=None, fps=2.0))
     assert times == [i / 2 for i in range(8)]
-    _, times = brightness(film(4), VideoConfig(num_frames=None, fps=2.0, max_frames=4))
+    _, times = brightness(video_file(4), VideoConfig(num_frames=None, fps=2.0, max_frames=4))
     assert times == [0.5, 1.5, 2.5, 3.5]
 
 
-def test_a_film_shorter_than_the_frames_asked_for_repeats_them():
-    shown, _ = brightness(film(0.25), VideoConfig(num_frames=8))
+def test_a_video_shorter_than_the_frames_asked_for_repeats_them():
+    shown, _ = brightness(video_file(0.25), VideoConfig(num_frames=8))
     assert len(shown) == 8
 
 
 @pytest.mark.parametrize("container", ["matroska", "mp4", "avi", "mpegts"])
 def test_containers_are_read(container):
-    shown, _ = brightness(film(4, container=container), VideoConfig(num_frames=4))
+    shown, _ = brightness(video_file(4, container=container), VideoConfig(num_frames=4))
     assert shown == pytest.approx([8, 24, 40, 56], abs=6)
 
 
-def test_frames_are_bytes_between_0_and_255_like_pictures():
-    [(frame, _)] = list(video.decode(film(30, rate=4), VideoConfig(num_frames=1), LIMIT))
+def test_frames_are_bytes_between_0_and_255_like_images():
+    [(frame, _)] = list(video.decode(video_file(30, rate=4), VideoConfig(num_frames=1), LIMIT))
     assert frame.dtype.is_floating_point is False and frame.shape == (3, 48, 64)
 
 
 def test_sound_tracks_are_found():
-    assert video.has_audio(film(1, sound=True)) and not video.has_audio(film(1))
-    assert not video.has_audio(film(1, sound=0.0)), "a track without packets"
-    assert not video.has_audio(b"no film")
+    assert video.has_audio(video_file(1, sound=True)) and not video.has_audio(video_file(1))
+    assert not video.has_audio(video_file(1, sound=0.0)), "a track without packets"
+    assert not video.has_audio(b"no video")
 
 
-def test_what_is_no_film_is_refused():
+def test_what_is_no_video_is_refused():
     with pytest.raises(ValueError, match="cannot be decoded"):
-        list(video.decode(b"no film", VideoConfig(), LIMIT))
+        list(video.decode(b"no video", VideoConfig(), LIMIT))
     with pytest.raises(ValueError, match=r"64 x 48 pixels exceeds data\.max_image_pixels=100"):
-        list(video.decode(film(1), VideoConfig(), 100))
+        list(video.decode(video_file(1), VideoConfig(), 100))
     header = b"YUV4MPEG2 W8200 H8200 F25:1 C420jpeg\nFRAME\n"
     with pytest.raises(ValueError, match="8200 x 8200 pixels would take too much memory"):
         list(video.decode(header + bytes(8200 * 8200 * 3 // 2), VideoConfig(), 10**9))
     with pytest.raises(ValueError, match="video stream has a codec that FFmpeg does not know"):
-        list(video.decode(film(1).replace(b"V_MPEG4/ISO/ASP", b"V_XPEG4/XSO/XSP"), VideoConfig(), LIMIT))
+        list(video.decode(video_file(1).replace(b"V_MPEG4/ISO/ASP", b"V_XPEG4/XSO/XSP"), VideoConfig(), LIMIT))
 
 
 def test_times_that_no_file_can_hold_are_not_believed():
-    data = bytearray(film(1))
+    data = bytearray(video_file(1))
     scale, length = data.index(b"\x2a\xd7\xb1\x83"), data.index(b"\x44\x89\x88")
     data[scale : scale + 7] = b"\x2a\xd7\xb1\x83\x00\x00\x01"  # a time base of 1 ns
     data[length + 3 : length + 11] = struct.pack(">d", 9e21)
@@ -248,8 +248,8 @@ def test_times_that_no_file_can_hold_are_not_believed():
         assert all(0 <= seconds < 1e-5 for _, seconds in video.decode(bytes(data), config, LIMIT))
 
 
-def test_a_truncated_film_gives_frames_or_a_clear_error():
-    data = film(4)
+def test_a_truncated_video_gives_frames_or_a_clear_error():
+    data = video_file(4)
     try:
         frames = list(video.decode(data[: len(data) // 2], VideoConfig(num_frames=4), LIMIT))
         assert np.all([frame.shape == (3, 48, 64) for frame, _ in frames])
@@ -260,12 +260,12 @@ def test_a_truncated_film_gives_frames_or_a_clear_error():
 def stream(side: int, first: int, count: int) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mpegts") as container:
-        pictures = container.add_stream("mpeg2video", rate=25, width=side, height=side, pix_fmt="yuv420p")
+        images = container.add_stream("mpeg2video", rate=25, width=side, height=side, pix_fmt="yuv420p")
         for i in range(count):
             frame = av.VideoFrame.from_ndarray(np.zeros((side, side, 3), np.uint8), format="rgb24")
             frame.pts = first + i
-            container.mux(pictures.encode(frame))
-        container.mux(pictures.encode())
+            container.mux(images.encode(frame))
+        container.mux(images.encode())
     return buffer.getvalue()
 
 
@@ -276,16 +276,16 @@ def test_frames_that_grow_under_way_are_bounded_too():
         list(video.decode(growing, VideoConfig(num_frames=8), 10_000))
 
 
-def test_a_film_is_let_go_of_when_its_last_frame_was_taken(monkeypatch):
-    """Without waiting for Python's collector of cycles: a film may have hundreds of megabytes."""
-    films = weakref.WeakSet()
+def test_a_video_is_let_go_of_when_its_last_frame_was_taken(monkeypatch):
+    """Without waiting for Python's collector of cycles: a video may have hundreds of megabytes."""
+    videos = weakref.WeakSet()
     opened = video._Video.__enter__
-    monkeypatch.setattr(video._Video, "__enter__", lambda film: (films.add(film), opened(film))[1])
+    monkeypatch.setattr(video._Video, "__enter__", lambda video: (videos.add(video), opened(video))[1])
     gc.disable()
     try:
-        list(video.decode(film(2.0), VideoConfig(), 10**8))
+        list(video.decode(video_file(2.0), VideoConfig(), 10**8))
         with pytest.raises(ValueError, match="exceeds"):
-            list(video.decode(film(2.0), VideoConfig(), 100))
-        assert not films
+            list(video.decode(video_file(2.0), VideoConfig(), 100))
+        assert not videos
     finally:
         gc.enable()
