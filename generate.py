@@ -25,7 +25,7 @@ from avlm.weights.load import OpenModel, open_model
 
 
 class RawChat:
-    """In place of avlm.data.text.chat.Chat: no template, only the tokens that the tokenizer itself adds to a text."""
+    """Replaces avlm.data.text.chat.Chat: no template, only the tokens that the tokenizer itself adds to a text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -68,7 +68,7 @@ def encode(prompt: str, media: dict[str, list[bytes]], encoder: SampleEncoder) -
 
 
 class Stream:
-    """Prints an answer as it grows. A character is held back until all of its bytes are there."""
+    """Prints an answer as it grows. A character is held back until all of its bytes have arrived."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

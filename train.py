@@ -85,7 +85,7 @@ def run_stage(
     resume_from: Path | None,
     stopping: list[int],
 ) -> Progress:
-    """Train one stage from where ``progress`` stands to its end, or to where the run has to stop."""
+    """Train one stage from where ``progress`` stands to the end of the stage, or until the run has to stop."""
     # 1. What trains, with its own optimizer state; where the data continues.
     stage = cfg.stages[progress.stage]
     trained = freeze(model, stage)
@@ -111,7 +111,7 @@ def run_stage(
         batches = [next(rows) for _ in range(cfg.train.accumulate)]
         waited = time.perf_counter() - started
         parts = [own_part(batch, cfg.model, world, cfg.parallel.balance_media) for batch in batches]
-        counted = batches if world.leads_row else []  # a row counts once, whoever works on it
+        counted = batches if world.leads_row else []  # a row counts once, however many ranks share it
         counts = world.sum_by_name(tally(counted, costs) | {"stop": float(bool(stopping))})
         stop, read, skipped = (counts.pop(name) for name in ("stop", "read", "skipped"))
         for batch in counted:
@@ -145,7 +145,7 @@ def run_stage(
             is_final = bool(stop) or progress.step in (cfg.total_steps, cfg.train.stop_after)
             state = loader.state() if world.leads_row else {}
             saved = saver.save_or_warn(progress, model, adam, state, log, is_final)
-            if is_best and not saved:  # it is not kept, so a later step may be the best
+            if is_best and not saved:  # it was not saved, so a later step may be the best
                 progress = progress.with_best_of(before)
             log.restart_clock()
         if stop:
@@ -170,7 +170,7 @@ def main(cfg: Config) -> None:
     stopping = listen()
 
     # 2. Model: shapes first (meta), then layout and memory, then values: a checkpoint's, or initial ones.
-    torch.manual_seed(cfg.seed + world.rank)  # ranks with other rows drop other inputs of adapters
+    torch.manual_seed(cfg.seed + world.rank)  # ranks with different rows draw different dropout
     torch.use_deterministic_algorithms(cfg.deterministic)
     with torch.device("meta"):
         model = AVLM(cfg.model)
@@ -214,13 +214,13 @@ def command() -> None:
     parser.add_argument("--print", action="store_true", help="show the resolved config and stop")
     parser.add_argument("--preflight", action="store_true", help="check and estimate, then stop")
     parser.add_argument("--world-size", type=int, default=1, help="ranks that --preflight assumes")
-    parser.add_argument("--device-memory-gib", type=float, help="error of --preflight when a rank needs more")
+    parser.add_argument("--device-memory-gib", type=float, help="let --preflight fail if a rank needs more")
     arguments = parser.parse_intermixed_args()
     cfg = load_config(arguments.config, arguments.overrides)
     if arguments.print:
         print(dump_config(cfg))
         return
-    ensure(cfg)  # the demo's data, where the config is a demo's
+    ensure(cfg)  # a config of the demo needs the demo's data
     if not arguments.preflight:
         main(cfg)
         return

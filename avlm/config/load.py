@@ -107,7 +107,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 
 def parse_yaml(text: str, origin: str, max_values: int = MAX_VALUES) -> Any:
-    """A YAML text as fresh dicts, lists, texts, numbers and None, every alias a copy."""
+    """A YAML text as fresh dicts, lists, strings, numbers and None. Every alias becomes a copy."""
     try:
         tree = yaml.load(text, _Loader)
     except RecursionError:
@@ -149,7 +149,7 @@ def _scalar(value: Any, origin: str, where: str) -> str | int | float | bool | N
     if isinstance(value, int) and value.bit_length() > 64:
         raise ValueError(f"{origin}: {shown(where)} is a number of {value.bit_length():,} bits")
     if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{origin}: {shown(where)} holds half of a surrogate pair, which is no text")
+        raise ValueError(f"{origin}: {shown(where)} holds half of a surrogate pair, which is not valid text")
     if value is not None and not isinstance(value, str | int | float):
         raise ValueError(
             f"{origin}: {shown(where)} is a YAML {type(value).__name__}: give a text, number, list or keys"
@@ -168,11 +168,11 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
                 raise ValueError(f"there is no stage {shown(key)!r}: {shown(names)}")
             if i == len(keys) - 1:
                 raise ValueError(
-                    f"{where}.{shown(key)} is a whole stage: give a key of it, {where}.{shown(key)}.KEY=value"
+                    f"{where}.{shown(key)} is a whole stage: give one of its keys, {where}.{shown(key)}.KEY=value"
                 )
             tree = named[0]
         elif not isinstance(tree, dict):
-            raise ValueError(f"{where} is a value, it has no key {shown(key)!r}")
+            raise ValueError(f"{where} is a single value and has no key {shown(key)!r}")
         elif i < len(keys) - 1:
             tree = tree.setdefault(key, {})
         else:
@@ -201,7 +201,7 @@ def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
 
 
 def _as_written(loc: tuple, tree: dict[str, Any]) -> tuple:
-    """The key as the file has it: what a stage took over from the run's ``optimizer`` or ``data`` is written there."""
+    """The key as the file has it. A value that a stage inherits is under the run's own ``optimizer`` or ``data``."""
     if len(loc) < 4 or loc[0] != "stages" or loc[2] not in SHARED:
         return loc
     _, index, section, *keys = loc

@@ -1,7 +1,7 @@
 """What a model is: towers, projectors and adapters, with their sizes.
 
-Fields stand in the order of their importance; sizes are whole-model sizes, never per-rank sizes. Every number has its
-range, so that a slip is named when the file is read, before anything is computed with it.
+Fields stand in the order of their importance; sizes are whole-model sizes, never per-rank sizes. Every number has a
+range, so that a typo is reported when the file is read, before anything is computed with it.
 """
 
 import json
@@ -23,10 +23,8 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
-Epsilon = Annotated[
-    float, Field(ge=1e-37, le=1)
-]  # 0, in float32 too, would divide zeros by zero: features of media without gradients
-# About ten times the largest published models: no product of them overflows 64 bits, 1,000 layers are built in seconds.
+Epsilon = Annotated[float, Field(ge=1e-37, le=1)]  # not 0 in float32 either: the norm of a row of zeros would be 0 / 0
+# About ten times the largest published models: no product of sizes overflows 64 bits, and models build in seconds.
 Layers = Annotated[int, Field(gt=0, le=1000)]
 FromTheEnd = Annotated[int, Field(ge=-1000, le=-1)]
 Stack = Annotated[int, Field(gt=0, le=2**10)]
@@ -70,7 +68,7 @@ class DecoderConfig:
     tie_embedding: bool = False  # the head is the embedding
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3: RMSNorm on every query and key head
-    max_position: Tokens = 8192  # tokens the checkpoint was made for; data.seq_length must not exceed it
+    max_position: Tokens = 8192  # tokens that the checkpoint was trained for; data.seq_length must not exceed it
 
     def __post_init__(self) -> None:
         if not self.head_dim:
@@ -95,7 +93,7 @@ class VisionConfig:
     num_layers: Layers
     num_heads: Heads
     image_size: Pixels  # square
-    patch_size: Pixels  # square; pixels right and below of the last whole patch are cut, as a convolution cuts them
+    patch_size: Pixels  # square; pixels past the last whole patch are dropped, as a convolution does
     feature_layer: FromTheEnd = -2  # -1: output of the last layer, -2: of the one before; later layers are not built
     activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
     norm_eps: Epsilon = 1e-5
@@ -149,7 +147,7 @@ class VisionConfig:
         return downsample**2
 
     def num_features(self, downsample: int) -> int:
-        """Rows of an image in the decoder."""
+        """Positions of an image in the decoder."""
         return (self.patches_per_side // downsample) ** 2
 
 
@@ -163,7 +161,7 @@ class AudioConfig:
     num_heads: Heads
     num_mels: Annotated[int, Field(gt=0, le=2**10)] = 80
     max_positions: Annotated[int, Field(gt=0, le=2**20)] = 1500  # rows of a full window: 20 ms each
-    window: Literal["true", "fixed"] = "true"  # rows of the clip only, or of the whole window whatever the clip holds
+    window: Literal["true", "fixed"] = "true"  # only the clip's rows, or the whole window's even if the clip is shorter
 
     def __post_init__(self) -> None:
         require(
@@ -185,7 +183,7 @@ class AudioConfig:
         return downsample
 
     def num_features(self, downsample: int) -> int:
-        """Rows of a full window in the decoder."""
+        """Positions of a full window in the decoder."""
         return math.ceil(self.max_positions / downsample)
 
 
@@ -195,7 +193,7 @@ class ProjectorConfig:
     downsample: Stack = 1  # vision: pixel shuffle of n x n patches; audio: n frames stacked; before the projection
     hidden_size: WidthOrDefault = 0  # of mlp2x_gelu; 0: the decoder's width
     bias: bool = True  # Voxtral has none
-    output_std: Positive = 0.02  # of the features at random start, about; the decoder's token embedding is a good guide
+    output_std: Positive = 0.02  # approximate std of features when initialised; best that of the token embeddings
 
 
 @config
@@ -206,11 +204,11 @@ class LoraConfig:
     alpha: Positive = 32.0  # adapters are scaled by alpha / rank
     targets: Annotated[list[str], Field(min_length=1)] = field(
         default_factory=lambda: [f"decoder.*.{name}" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    )  # linears by their paths from the model; * stands for anything
+    )  # patterns of module paths; * matches anything
     dropout: ShareBelowOne = 0.0  # of the adapters' inputs
     rslora: bool = False  # scale by alpha / sqrt(rank)
     dora: bool = False  # a magnitude for each output, trained apart from the direction
-    base: Literal["fp32", "bf16"] = "fp32"  # how adapted towers are held; bf16: half the memory, no stage trains them
+    base: Literal["fp32", "bf16"] = "fp32"  # dtype of adapted towers; bf16: half the memory, no stage trains them
 
     @property
     def scale(self) -> float:
@@ -253,15 +251,15 @@ def require(condition: bool, message: str) -> None:
 
 
 def validated(cls: type, keys: Any, origin: Any) -> Any:
-    """A config class from the values of a JSON file ``origin``; ValueError with one line."""
+    """An instance of a config class from values of the JSON file ``origin``. ValueError with one line."""
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(keys))  # a dict would have to be strict: no list for a tuple
+        return TypeAdapter(cls).validate_json(json.dumps(keys))  # a dict would be refused a list for a tuple
     except ValidationError as error:
         raise ValueError(f"{origin}: {first_error(error)}") from None
 
 
 def first_error(error: ValidationError, loc: tuple | None = None) -> str:
-    """One line for the first thing that pydantic found, ``loc`` its key if that is known better."""
+    """One line for the first error that pydantic found. ``loc`` replaces the key that pydantic gives."""
     first = error.errors()[0]
     where = shown(".".join(str(part) for part in loc or first["loc"]))
     message = first["msg"].removeprefix("Value error, ")
@@ -270,7 +268,7 @@ def first_error(error: ValidationError, loc: tuple | None = None) -> str:
 
 
 def shown(value: Any, most: int = 200) -> str:
-    """What a user gave, as an error shows it: on one line, and no more than ``most`` printable characters of it."""
+    """A user's input for an error message: one line of at most ``most`` printable characters."""
     text = value if isinstance(value, str) else repr(value)
     text = "".join(character if character.isprintable() else " " for character in text[: most + 1])
     return text if len(text) <= most else f"{text[:most]}..."

@@ -78,8 +78,8 @@ class DataConfig:
     template: Literal["plain", "llava", "llama3", "chatml", "tokenizer"] = "llama3"  # tokenizer: its own Jinja template
     seq_length: Tokens = 8192  # tokens of a packed row
     system: str | None = None  # system prompt of samples that have none
-    media_root: str | None = may_change(None)  # folder of a JSON file's media; null: its own
-    num_workers: Annotated[int, Field(ge=0, le=1024)] = may_change(2)  # processes of each rank; 0: the rank itself
+    media_root: str | None = may_change(None)  # folder of a JSON file's media; null: the folder of the file
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = may_change(2)  # worker processes of each rank; 0: none
     packing: Literal["knapsack", "first_fit"] = "knapsack"
     packing_buffer: Count = 200  # samples that are packed together
     shuffle_buffer: Whole = 1000  # samples
@@ -102,7 +102,7 @@ class OptimizerConfig:
     weight_decay: NonNegative = 0.1  # not of biases, norms and position embeddings
     clip_norm: NonNegative | None = 1.0  # of all gradients; null: no clipping
     lr_scale: dict[Part, NonNegative] = field(default_factory=dict)
-    # module -> factor on lr and min_lr; adapters take that of lora, where it is given
+    # module -> factor on lr and min_lr; adapters take that of lora if it is given
 
     def __post_init__(self) -> None:
         require(
@@ -116,7 +116,7 @@ class OptimizerConfig:
 class StageConfig:
     """A stretch of training. ``optimizer`` and ``data`` hold the keys that differ from the run's own.
 
-    What trains is said by ``train`` or by freeze flags, and then by patterns of parameter names
+    ``train`` or the freeze flags choose what trains; patterns of parameter names then change that choice
     (``avlm.models.freezing``).
     """
 
@@ -146,7 +146,7 @@ Recompute = Literal["none", "selective", "full"]
 
 @config
 class RecomputeConfig:
-    """Activation checkpointing: what the backward computes again instead of keeping it, for each tower.
+    """Activation checkpointing: what each tower recomputes in the backward instead of keeping it.
 
     full keeps the input of a block; selective keeps attention and every second matrix product as well.
     """
@@ -160,7 +160,7 @@ class RecomputeConfig:
 class TrainConfig:
     accumulate: Count = may_change(1)  # micro-batches (packed rows) of each data rank in a step
     accumulate_mode: Literal["sharded", "local"] = may_change("sharded")
-    # sharded: reduce gradients after each micro-batch; local: keep them whole, in fp32, and reduce once
+    # sharded: reduce gradients after each micro-batch; local: keep them unsharded, in fp32, and reduce once
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of compute; weights stay fp32; auto: bf16 on GPUs
     recompute: RecomputeConfig = may_change(default_factory=RecomputeConfig)
     offload_activations: bool = may_change(False)  # keep block inputs (recompute: full) in host memory; slower
@@ -169,7 +169,7 @@ class TrainConfig:
     validate_every: Whole = may_change(500)  # steps; 0: never
     validate_batches: Count = may_change(20)  # packed rows of each set and rank
     validate_answers: Whole = may_change(0)  # samples of each set to answer by generation, for data.metrics
-    validate_new_tokens: Count = may_change(64)  # upper bound of an answer's tokens
+    validate_new_tokens: Count = may_change(64)  # most tokens of an answer
     stop_after: Count | None = may_change(None)  # end cleanly after this many steps in all
 
 
@@ -177,7 +177,7 @@ class TrainConfig:
 class ParallelConfig:
     """Mesh of ranks: replicate x shard x context x tensor. Rows are loaded for replicate x shard data ranks."""
 
-    shard: RanksOrRest = -1  # ranks that share one copy of weights, gradients and optimizer state; -1: what is left
+    shard: RanksOrRest = -1  # ranks that share a copy of weights, gradients and optimizer state; -1: all others
     replicate: Ranks = 1  # copies
     context: Ranks = 1  # ranks that share the tokens of a row
     tensor: Ranks = 1  # ranks that share the heads, widths and vocabulary of the decoder
@@ -185,12 +185,12 @@ class ParallelConfig:
     tower_sharding: Literal["unit", "block", "replicate"] = "unit"
     # unit: one FSDP unit for each tower; block: one for each block; replicate: towers are frozen, not sharded, and held
     # and saved in the compute dtype
-    balance_media: bool = False  # share media evenly over all ranks; else over the ranks of their own row
+    balance_media: bool = False  # spread media evenly over all ranks; else over the ranks of their own row
     reshard: bool = True  # free the gathered weights of a block between forward and backward
     cpu_offload: bool = False  # weights, gradients and optimizer state in host memory
 
     def __post_init__(self) -> None:
-        require(self.shard != 0, "shard=0 ranks cannot hold a model; -1 takes all that are left")
+        require(self.shard != 0, "shard=0 ranks cannot hold a model; -1 takes all remaining ranks")
 
 
 @config
@@ -201,7 +201,7 @@ class DebugConfig:
 @config
 class CheckpointConfig:
     every: Count = 500  # steps; the end of every stage is saved too
-    keep: Count = 3  # the newest checkpoints that are not removed
+    keep: Count = 3  # how many of the newest checkpoints stay
     best: str | None = None
     # val/NAME/METRIC, as metrics.jsonl calls it: a step with a new best value is saved, and kept until a better one is
     # found (checkpoints/best). Lower is better for loss, wer and cer

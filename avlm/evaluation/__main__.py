@@ -31,9 +31,9 @@ def main() -> None:
         "--data", action="append", required=True, metavar="NAME=SOURCE", help="a set, or a folder of sets"
     )
     parser.add_argument("--metrics", metavar="NAME,NAME", help=f"of {', '.join(METRICS)}")
-    parser.add_argument("--step", default="latest", help="checkpoint: of a step, best or latest")
+    parser.add_argument("--step", default="latest", help="which checkpoint: a step, best or latest")
     parser.add_argument("--limit", type=int, help="samples of each set")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="most tokens of an answer")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="upper bound of an answer's tokens")
     arguments = parser.parse_args()
     metrics = None
     if arguments.metrics is not None:
@@ -49,7 +49,7 @@ def main() -> None:
     with torch.device("meta"):
         model = AVLM(config.model)
     apply_parallel(model, world, parallel, config.train)
-    model.requires_grad_(False)  # FSDP needs one dtype among what trains, and adapters may stand on a base in bf16
+    model.requires_grad_(False)  # FSDP needs one dtype among trained parameters, and adapters may have a bf16 base
     checkpoint.load_model(path, model)
     run = path.resolve().parents[1]
     step = read_progress(path).step

@@ -2,7 +2,7 @@
 
 Metrics are those of ``avlm.evaluation.scores``. An ablation takes a modality away: then accuracy must stay within the
 one-sided 95 % bound of chance, or the set can be answered without looking or listening. Chance is the best exact match
-that anyone could reach with what the ablation leaves; a set may state it in its ``chance.json``.
+that can be reached with what the ablation leaves; a set may state it in its ``chance.json``.
 """
 
 import dataclasses
@@ -76,10 +76,10 @@ def answers(
 
 def ablate(prompt: EncodedSample, ablation: str, seed: int, tower: AudioConfig | None) -> EncodedSample:
     """The prompt with grey images, with silent audio, or with its frames in a random order."""
-    if ablation == "no_image":  # mid-grey, which normalisation brings near zero
+    if ablation == "no_image":  # mid-grey is near zero after normalisation
         grey = [torch.full_like(frame, 127) for frame in prompt.media["image"]]
         return _with_items(prompt, "image", grey)
-    if ablation == "no_audio":  # as many rows of silence
+    if ablation == "no_audio":  # silence with the same number of rows
         silent = []
         for mel in prompt.media["audio"]:
             silence = torch.zeros(audio.num_rows(mel) * audio.SAMPLES_PER_ROW)

@@ -1,4 +1,4 @@
-"""What can be wrong with the measures that a run asks for, known before any rank starts."""
+"""Mistakes in the metrics that a run asks for, found before any rank starts."""
 
 import difflib
 
@@ -21,10 +21,10 @@ def _check_metrics(config: Config, stage: StageConfig) -> None:
     for name, metrics in stage.data.metrics.items():
         where = f"stage {stage.name}: data.metrics.{name}"
         if name not in sets:
-            raise ValueError(f"{where}: data.validation has no such set, only {', '.join(sets) or 'none'}")
+            raise ValueError(f"{where}: data.validation has no such set (it has {', '.join(sets) or 'none'})")
         check_names(metrics, where)
         if not config.train.validate_answers:
-            raise ValueError(f"{where} needs answers: set train.validate_answers to their number, it is 0")
+            raise ValueError(f"{where} needs answers: set train.validate_answers, which is 0, to their number")
 
 
 def _check_answers(config: Config, stage: StageConfig) -> None:
@@ -54,8 +54,8 @@ def _check_best(config: Config) -> None:
     else:
         hint = f"it reports {', '.join(reported) or 'nothing'}"
     if not config.train.validate_answers:
-        hint += "; it has no scores of answers, as train.validate_answers=0"
-    raise ValueError(f"checkpoint.best={best} is nothing that validation reports: {hint}")
+        hint += " (answers are not scored, because train.validate_answers=0)"
+    raise ValueError(f"checkpoint.best={best} is not a value that validation reports: {hint}")
 
 
 def _reported(config: Config) -> list[str]:

@@ -74,7 +74,7 @@ class Ranks:
 
     everyone_done   (this rank is done) -> whether all ranks are
     own_part        packed prompts -> the same with the media that this rank encodes
-    multiple        prompts and their tokens are filled up to a multiple of this, as tensor parallelism splits both
+    multiple        prompts and their tokens are padded to a multiple of this, because tensor parallelism splits both
     """
 
     device: torch.device
@@ -193,7 +193,7 @@ def _prompt_phase(prompts: list[EncodedSample], model: AVLM, spare: int, ranks: 
 
 
 def _fill(prompts: list[EncodedSample], multiple: int) -> list[EncodedSample]:
-    """Prompts to ignore, which bring the number of prompts and the number of their tokens to a multiple."""
+    """Dummy prompts that bring the number of prompts and the number of their tokens to a multiple."""
     num_tokens = sum(map(len, prompts))
     if num_tokens % multiple == 0 and len(prompts) % multiple == 0:
         return []

@@ -36,7 +36,7 @@ from avlm.data.sample import Sample
 
 Score = tuple[float, float]
 MANY_WORDS = 100  # one foreign word in this many words of references makes a set foreign
-# A space between letters of scripts that write none: Thai, Lao, Burmese, Khmer, kana, Han and their marks.
+# Scripts that write no space between words: Thai, Lao, Burmese, Khmer, kana, Han and their marks.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
 UNSPACED += "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 UNSPACED_BLANK = re.compile(f"(?<=[{UNSPACED}])\\s+(?=[{UNSPACED}])|^\\s+|\\s+$")
@@ -102,7 +102,7 @@ def rouge_l(answer: str, references: list[str]) -> Score:
 def vqa_accuracy(answer: str, references: list[str]) -> Score:
     """ValueError unless there are exactly ten references."""
     if len(references) != VQA_ANSWERS:
-        raise ValueError(f"vqa_accuracy needs {VQA_ANSWERS} answers of different people, not {len(references)}")
+        raise ValueError(f"vqa_accuracy needs {VQA_ANSWERS} answers from different people, not {len(references)}")
     answer = vqa_form(answer)
     given = [vqa_form(reference) for reference in references]
     others = [given.count(answer) - (reference == answer) for reference in given]
@@ -120,7 +120,7 @@ def scorer(metric: str, pairs: list[tuple[str, list[str]]]) -> Callable[[str, li
     references choose it, so that a model's mistakes cannot change it.
 
     A single loanword among ten or more words does not prove another language, and fewer than MANY_WORDS words without
-    a foreign letter do not prove English. Such sets use the English form but letters keep their marks: "schön" differs
+    a foreign letter do not prove English. Such sets use the English form but keep the marks of letters: "schön" differs
     from "schon", while numbers and spellings are compared as in English.
     """
     if metric not in ("wer", "cer"):
@@ -172,12 +172,12 @@ def read_set(source: str, data: DataConfig, metrics: list[str], limit: int | Non
             raise ValueError(f"{source}, {sample.key}: its last two turns must be a user's and an assistant's text")
         if not sample.answers and not last[-1].get("learn", True):
             raise ValueError(
-                f"{source}, {sample.key}: its last turn is marked as not to be learned, so it is no reference"
+                f"{source}, {sample.key}: its last turn is marked as not to be learned, so it cannot be a reference"
             )
         if "vqa_accuracy" in metrics and len(sample.answers) != VQA_ANSWERS:
             raise ValueError(
                 f'{source}, {sample.key}: vqa_accuracy needs {VQA_ANSWERS} texts under "answers", '
-                f"one of each person asked, and there are {len(sample.answers) or 'none'}"
+                f"one from each person asked, and there are {len(sample.answers) or 'none'}"
             )
     return samples
 
@@ -219,14 +219,14 @@ def basic_form(text: str) -> str:
 
 
 def _foreign_letters(text: str) -> set[str]:
-    """Letters and marks beyond a to z, other shapes of which (the wide ones of East Asia, say) do not count."""
+    """Letters and marks beyond a to z. Variants of a to z, such as full-width letters, do not count."""
     letters = {character for character in text if unicodedata.category(character)[0] in "LM"}
     return {letter for letter in letters if not unicodedata.normalize("NFKC", letter).isascii()}
 
 
 def _with_marks(process: Callable, answer: str, references: list[str]) -> Score:
-    """The English form, in which letters beyond a to z stay different from all others: ideographs stand in for them,
-    as Whisper's form leaves those alone."""
+    """Score in the English form, but keep letters beyond a to z distinct: ideographs replace them, because Whisper's
+    form leaves ideographs alone."""
 
     def plain(text: str) -> str:
         return unicodedata.normalize("NFC", text.lower())
@@ -244,13 +244,13 @@ def _with_marks(process: Callable, answer: str, references: list[str]) -> Score:
 
 @functools.cache
 def _rouge_scorer():
-    from rouge_score import rouge_scorer  # half a second, and only for this
+    from rouge_score import rouge_scorer  # takes half a second, and only this needs it
 
     return rouge_scorer.RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=_words))
 
 
 def _words(text: str) -> list[str]:
-    """The words of any script. rouge_score's own tokenizer knows only a to z, and a regex's \\w no vowel signs."""
+    """The words of any script. rouge_score's own tokenizer knows only a to z, and a regex's \\w lacks vowel signs."""
     text = unicodedata.normalize("NFC", text.lower())
     return "".join(character if _is_part_of_word(character) else " " for character in text).split()
 

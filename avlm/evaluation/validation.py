@@ -41,7 +41,7 @@ def validate(model: AVLM, stage: StageConfig, config: Config, world: World, log:
 def _validate_set(
     model: AVLM, name: str, stage: StageConfig, config: Config, world: World, log: Log
 ) -> dict[str, float]:
-    """Loss and accuracy of a set. Every rank runs the same number of forwards, that of the rank with most rows."""
+    """Loss and accuracy of a set. Every rank runs the same number of forwards, that of the rank with the most rows."""
     source = stage.data.validation[name]
     loader = None
     if world.leads_row:
@@ -83,8 +83,8 @@ def validate_answers(
 
 
 def judge(progress: Progress, results: dict[str, float], best: str | None) -> Progress:
-    """The progress, with its own step as the best one if ``results`` are better in the metric ``best`` than before. The
-    best step in another metric is forgotten."""
+    """The progress, with its step marked as the best one if ``results`` improve the metric ``best``. A best step in a
+    different metric is forgotten."""
     if best not in results or math.isnan(results[best]):
         return progress
     sign = -1 if best.rpartition("/")[2] in LOWER_IS_BETTER else 1

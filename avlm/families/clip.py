@@ -13,7 +13,7 @@ VARIANTS = {
     "clip_vision_model": {"class_token": True, "pre_norm": True, "patch_bias": False},
     "siglip_vision_model": {"class_token": False, "pre_norm": False, "patch_bias": True},
 }
-TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # and the tower that we take
+TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # both towers -> the one we take
 MODEL_TYPES = (*VARIANTS, *TWO_TOWERS)
 
 # our field -> their key
@@ -52,7 +52,7 @@ PIXELS = {
 }
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the first that is there counts
 PROCESSOR_FIELDS = {"mean": "image_mean", "std": "image_std"}
-RESAMPLE = {"bilinear": 2, "bicubic": 3}  # numbers of Pillow
+RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's codes
 OUR_RESAMPLE = {number: name for name, number in RESAMPLE.items()}
 
 # Our module or parameter -> theirs, {i} the layer, without the prefix of the module.
@@ -120,7 +120,7 @@ def write(config: VisionConfig) -> dict[str, Any]:
 
 
 def stored_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes in a file of the parameters of RESHAPED: there a convolution (D, 3, P, P) and a vector (D,)."""
+    """Shapes that the parameters of RESHAPED have in a file: a convolution (D, 3, P, P) and a vector (D,)."""
     side = config.patch_size
     return {
         "vision.patch.weight": (config.hidden_size, 3, side, side),
@@ -138,10 +138,10 @@ def is_unused_layer(name: str, config: VisionConfig) -> bool:
 
 
 def _read_processor(processor: dict[str, Any], side: int, file: str) -> dict[str, Any]:
-    """Fields of VisionConfig. ValueError where the pixels that our tower gets would differ from theirs."""
+    """Fields of VisionConfig. ValueError if our tower would get different pixels from theirs."""
     processor = processor.get("image_processor", processor)
     if not isinstance(processor, dict):
-        raise ValueError(f"image_processor in {file} is no object of keys but {shown(repr(processor))}")
+        raise ValueError(f"image_processor in {file} must be an object, not {shown(repr(processor))}")
     given = {key: value for key, value in processor.items() if value is not None}
     size, crops = given.get("size", side), given.get("do_center_crop")
     has_shortest = isinstance(size, dict) and bool(size.get("shortest_edge"))
@@ -172,7 +172,7 @@ def _read_processor(processor: dict[str, Any], side: int, file: str) -> dict[str
 
 
 def _is_all(found: Any, value: Any) -> bool:
-    """Whether every number of a size, which may be one, a list or an object, is ``value``."""
+    """Whether every number of a size is ``value``. A size may be a number, a list or an object."""
     if isinstance(found, dict):
         found = list(found.values())
     if not isinstance(found, list):

@@ -19,7 +19,7 @@ from avlm.families.keys import check_types
 
 AnyConfig = DecoderConfig | VisionConfig | AudioConfig | ModelConfig
 
-# Whole models first: where the tensors of several fit a file, the layout of the first is taken.
+# Whole models first: if a file fits several layouts, the first is taken.
 FAMILIES = (llava, voxtral, llama, clip, whisper)
 FORMATS: dict[str, ModuleType] = {"decoder": llama, "llava": llava, "voxtral": voxtral}
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
@@ -40,7 +40,7 @@ HEADS = (llama.HEAD, llava.HEAD)
 RESHAPED = clip.RESHAPED
 SINUSOIDS = {"audio": whisper.SINUSOIDS}  # module -> its table of positions, which we compute
 CONSTANTS = {"vision": clip.POOLED_NORM}  # module -> tensors that only exports have, and the value that fills them
-TEXT_TEMPLATES = {"llava": llava.text_template}  # model_type -> the data.template that replaces a template for parts
+TEXT_TEMPLATES = {"llava": llava.text_template}  # model_type -> our template for one of parts
 rebuilds_tokenizer = llama.rebuilds_tokenizer
 
 
@@ -65,7 +65,7 @@ def stop_ids(keys: Mapping[str, Any]) -> list[int] | None:
         return None
     ids = ids if isinstance(ids, list) else [ids]
     if any(type(each) is not int for each in ids):
-        raise ValueError(f"eos_token_id is no number or list of numbers but {shown(repr(ids))}")
+        raise ValueError(f"eos_token_id must be a number or a list of numbers, not {shown(repr(ids))}")
     return ids
 
 
@@ -102,5 +102,5 @@ def skip_reason(module: str, name: str, config: ModelConfig) -> str | None:
 
 
 def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Our parameter -> its shape in a file, where that is another."""
+    """Our parameter -> its shape in a file, if the two differ."""
     return clip.stored_shapes(config.vision) if config.vision else {}

@@ -6,7 +6,7 @@ from typing import Any
 from avlm.config.model import shown
 
 NUMBER = (int, float)
-# Keys that we use before the config classes check them, by type: bool("false"), for one, is True.
+# Keys that we use before the config classes check them, by type. (bool("false"), for example, is True.)
 KEYS_OF_TYPE = {
     str: "model_type hidden_act",
     list: "layer_types",
@@ -18,23 +18,23 @@ KEYS_OF_TYPE = {
 }
 TYPES: dict[str, Any] = {key: kind for kind, keys in KEYS_OF_TYPE.items() for key in keys.split()}
 TYPE_NAMES = {
-    str: "text",
-    list: "list",
-    dict: "object of keys",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
     bool: "true or false",
-    int: "integer",
-    NUMBER: "number",
+    int: "an integer",
+    NUMBER: "a number",
 }
 
 
 def check_types(keys: Mapping[str, Any], where: str = "") -> None:
-    """Raise ValueError for a key of the wrong type, at any depth. Null is allowed: it stands for a default."""
+    """Raise ValueError for a key of the wrong type, at any depth. Null is allowed: it means the default."""
     for key, value in keys.items():
         wanted = TYPES.get(key)
         if wanted is None or value is None:
             continue
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            raise ValueError(f"{where}{key} is no {TYPE_NAMES[wanted]} but {shown(repr(value))}")
+            raise ValueError(f"{where}{key} must be {TYPE_NAMES[wanted]}, not {shown(repr(value))}")
         if wanted is dict:
             check_types(value, f"{where}{key}.")
 

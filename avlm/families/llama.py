@@ -1,7 +1,7 @@
 """Llama, Mistral, Qwen 2 and Qwen 3: one decoder, whose variants differ in biases, norms and defaults.
 
-transformers 5 writes ``rope_parameters``; most folders of the Hub hold ``rope_theta`` and ``rope_scaling``. Both are
-read, and the older keys are written, which every version of transformers reads.
+transformers 5 writes ``rope_parameters``; most folders of the Hub hold ``rope_theta`` and ``rope_scaling``. We read
+both, and write the older keys, which every version of transformers reads.
 """
 
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ LLAMA = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "max_position_embeddings": 2048,
-    "use_sliding_window": True,  # no key of these two classes: the window is used if there is one
+    "use_sliding_window": True,  # Llama and Mistral have no such key: a window is used if there is one
 }
 MISTRAL = {
     **LLAMA,
@@ -159,7 +159,7 @@ def processor_json(config: ModelConfig) -> dict[str, dict[str, Any]]:
 
 
 def rebuilds_tokenizer(model_type: str | None, tokenizer: Mapping[str, Any]) -> bool:
-    """Whether transformers would build a different tokenizer for a model than the one of this tokenizer.json.
+    """Whether transformers would build a different tokenizer for a model than the one in this tokenizer.json.
 
     For Qwen 2 it takes its own class whatever tokenizer_config.json names, unless that has an "auto_map"
     (transformers 5.17, AutoTokenizer.from_pretrained). The class keeps the vocabulary and replaces everything else.

@@ -63,14 +63,14 @@ def read(keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
 
 
 def config_json(config: ModelConfig, media_token: int) -> dict[str, Any]:
-    """The tower has the layers that we build, so its features are those of the last one."""
+    """Only the layers that we build are exported, so the features are those of the last layer."""
     vision, projector = config.vision, config.vision_projector
     if vision is None or config.audio is not None:
         raise ValueError("the llava format holds a decoder with a vision tower and without an audio tower")
     if projector.type != "mlp2x_gelu" or projector.downsample != 1 or vision.post_norm:
         raise ValueError("the llava format holds an mlp2x_gelu projector without downsampling, and no post_norm")
     if projector.hidden_size not in (0, config.decoder.hidden_size):
-        raise ValueError(f"the llava format has no vision_projector.hidden_size={projector.hidden_size}")
+        raise ValueError(f"the llava format cannot hold vision_projector.hidden_size={projector.hidden_size}")
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -87,7 +87,7 @@ def config_json(config: ModelConfig, media_token: int) -> dict[str, Any]:
 
 
 def processor_json(config: ModelConfig) -> dict[str, dict[str, Any]]:
-    """File name -> keys. An image is (side / patch_size)^2 image tokens and the additional ones, less one under the
+    """File name -> keys. An image takes (side / patch_size)^2 tokens and the additional ones, minus one under the
     strategy "default", which drops the class token."""
     vision = config.vision
     processor = {
@@ -102,7 +102,7 @@ def processor_json(config: ModelConfig) -> dict[str, dict[str, Any]]:
 
 
 def text_template(control_tokens: Collection[str]) -> str:
-    """The ``data.template`` that writes what a folder's template for lists of parts does."""
+    """The ``data.template`` that makes the same prompts as a folder's own template for lists of parts."""
     return "chatml" if "<|im_start|>" in control_tokens else "llava"
 
 

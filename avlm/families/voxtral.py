@@ -101,7 +101,7 @@ def _require_voxtral(config: ModelConfig) -> None:
     if projector.type != "mlp2x_gelu" or projector.bias:
         raise ValueError("the voxtral format holds an audio_projector of type mlp2x_gelu with bias=false")
     if projector.hidden_size not in (0, config.decoder.hidden_size):
-        raise ValueError(f"the voxtral format has no audio_projector.hidden_size={projector.hidden_size}")
+        raise ValueError(f"the voxtral format cannot hold audio_projector.hidden_size={projector.hidden_size}")
     if audio.window != "fixed":
         raise ValueError("the voxtral format holds full windows: audio.window=fixed")
     if projector.downsample * audio.hidden_size != audio.intermediate_size:

@@ -1,4 +1,4 @@
-"""The attention core: the part of attention without parameters, and the place where another one can be put."""
+"""The part of attention that has no parameters, as a module, so that context parallelism can replace it."""
 
 from torch import Tensor, nn
 

@@ -52,8 +52,8 @@ class AVLM(nn.Module):
     def forward(self, batch: Batch, caches: list | None = None, predict: bool = False) -> Tensor | tuple[Tensor, ...]:
         """The loss summed over target rows, and the loss of each of them without a graph: float32 () and (R,).
 
-        ``predict``, for validation, adds the likeliest token of each, int64 (R,). With ``caches`` the logits of the
-        target rows instead, float32 (R, V).
+        ``predict``, for validation, adds the likeliest token of each, int64 (R,). With ``caches`` it
+        returns the logits of the target rows instead, float32 (R, V).
         """
         with_media = caches is None or caches[0].is_prompt  # after the prompt no rank has any
         x_TD = self.decoder(self.embed(batch, with_media), batch.position_T, batch.segments, caches)
@@ -78,7 +78,7 @@ def trains(module: nn.Module) -> bool:
 
 
 def initial_values(model: AVLM, seed: int, skip: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Random initial values, parameter by parameter: (name, whole float32 tensor on the CPU); none for ``skip``.
+    """Random initial values, parameter by parameter: (name, whole float32 tensor on the CPU), except ``skip``.
 
     Every parameter has a generator of its own, seeded by its name, so that values do not depend on the sharding.
     """
@@ -89,7 +89,7 @@ def initial_values(model: AVLM, seed: int, skip: Collection[str] = ()) -> Iterat
             continue
         module, _, inner = name.partition(".")
         mean, std = stats[module][inner]
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it takes 32 bits
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it uses 32 bits
         yield name, torch.empty(parameter.shape).normal_(mean, std, generator=generator)
 
 

@@ -20,7 +20,7 @@ AUDIO = -300  # token: an audio feature goes here
 PAD = 0  # token: fills the end of a row; nothing is learned from it
 
 PLACEHOLDERS = {"image": IMAGE, "audio": AUDIO}  # of each modality
-KINDS = ("text", "image", "audio", "video", "mixed")  # modality class of a sample: what the loss is reported by
+KINDS = ("text", "image", "audio", "video", "mixed")  # of samples; the loss is reported for each kind
 FRAMES_PER_ROW = 2  # the stride of the convolutions of the audio tower
 
 Part = TypeVar("Part", "Media", "Batch")
@@ -35,8 +35,8 @@ class Media:
     segments  the rows of each item in the tower
     sources   int64 (F, S): rows of the tower's output that make each feature, -1: zeros
     rows      int64 (F,): where in token_T each feature is written
-    kept      int64 (K,), for windows: those of the I * W / 2 rows after the convolutions that belong to a clip.
-              None where the items of a modality have one shape
+    kept      int64 (K,), for windows: which of the I * W / 2 rows after the convolutions belong to a clip.
+              None for a modality whose items all have the same shape
     """
 
     values: Tensor
@@ -52,7 +52,7 @@ class Media:
 
     @staticmethod
     def empty(tower: VisionConfig | AudioConfig | None, downsample: int = 1) -> "Media":
-        """No items, in the shape that a tower reads; without a tower, in no shape."""
+        """No items, with the shape and dtype that the tower reads, if there is one."""
         values = torch.empty(0)
         kept = None
         if isinstance(tower, VisionConfig):
@@ -73,7 +73,7 @@ class Media:
         """``values`` and ``kept`` for other items of this modality. Windows are padded to the longest with zeros."""
         if self.kept is None:
             return torch.stack(items) if items else self.values[:0], None
-        longest = max([FRAMES_PER_ROW, *(item.shape[1] for item in items)])  # convolutions take no window of no frames
+        longest = max([FRAMES_PER_ROW, *(item.shape[1] for item in items)])  # a convolution refuses an empty window
         values = self.values.new_zeros(len(items), self.values.shape[1], longest)
         kept = [torch.arange(0)]
         for i, item in enumerate(items):
@@ -103,7 +103,7 @@ class Media:
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed row. Shapes are checked here, once; nobody checks them again.
+    """One packed row. Shapes are checked here, once.
 
     token_T        int64: vocabulary ids, and a placeholder (IMAGE, AUDIO) for every feature
     position_T     int64: position within the document, from 0
@@ -151,7 +151,7 @@ class Batch:
 
 
 def no_media(model: ModelConfig) -> dict[str, Media]:
-    """The ``Media`` of a row that has none."""
+    """Empty ``Media`` for every modality."""
     found = {}
     for modality, tower in TOWERS.items():
         projector = getattr(model, f"{tower}_projector")
@@ -161,7 +161,7 @@ def no_media(model: ModelConfig) -> dict[str, Media]:
 
 
 def empty_batch(seq_length: int, model: ModelConfig) -> Batch:
-    """A row without targets and media, for a rank whose data ends before that of the others."""
+    """A row without targets and media, for a rank that runs out of data before the others."""
     nothing = torch.arange(0)
     media: dict[str, Any] = no_media(model)
     return Batch(
@@ -176,7 +176,7 @@ def empty_batch(seq_length: int, model: ModelConfig) -> Batch:
 
 
 def _moved(part: Part, device: torch.device | str, non_blocking: bool) -> Part:
-    """With its tensors, and the fields that hold tensors, on a device. Segments may stand for a plan of shared rows."""
+    """A copy on a device. Fields that can move do, ``segments`` too when it is a ``ContextPlan``."""
     moved: dict[str, Any] = {}
     for entry in dataclasses.fields(part):
         value = getattr(part, entry.name)
@@ -186,7 +186,7 @@ def _moved(part: Part, device: torch.device | str, non_blocking: bool) -> Part:
 
 
 def _pinned(part: Part) -> Part:
-    """With its tensors in pinned memory. The boundaries of segments are too small to matter."""
+    """A copy with its tensors in pinned memory, except those of segments, which are too small to matter."""
     pinned: dict[str, Any] = {}
     for entry in dataclasses.fields(part):
         value = getattr(part, entry.name)

@@ -1,7 +1,7 @@
 """What a model computes, counted: the matrix products and attentions of each module, in the order in which they run.
 
-A count is how often something happens for a row of tokens: a linear of n parameters takes 2 n FLOPs for each of its
-rows, attention 4 A for each pair of a query and a key that it sees, A wide over all heads.
+A count is how often something happens for a row of tokens. A linear of n parameters takes 2 n FLOPs for each of its
+rows; attention takes 4 A for each pair of a query and a key that it sees, where A is the width of all heads together.
 """
 
 import math
@@ -12,7 +12,7 @@ from avlm.models.batch import FRAMES_PER_ROW, Batch
 from avlm.models.projector import LAYERS
 from avlm.models.shapes import parameter_shapes
 
-Step = tuple[str, tuple[str, ...]]  # how often it runs, "" where there is no product; modules that share an input
+Step = tuple[str, tuple[str, ...]]  # its count, "" if it has no product; modules that share an input
 # By how much the counts of a tower's stem grow with each row of an item.
 PER_ROW = {"patches": 1, "frames": FRAMES_PER_ROW, "strided_frames": 1}
 
@@ -21,8 +21,8 @@ def counts(batch: Batch) -> dict[str, int]:
     """The counts of a packed row. The batch is on the host, before ranks share it.
 
     A causal query sees the keys up to itself, so a document of L tokens has L (L + 1) / 2 pairs; an image or a window
-    has L^2. The filled end of a row is computed as one more document. Convolutions work on whole windows, the head on
-    rows with a target.
+    has L^2. The padding at the end of a row is computed as one more document. Convolutions work on whole windows, the
+    head on rows with a target.
     """
     num_windows = len(batch.audio.values)
     num_frames = batch.audio.values.shape[2] if num_windows else 0
@@ -78,7 +78,7 @@ def block_products(module: str, model: ModelConfig) -> list[str]:
 
 
 def steps(module: str, model: ModelConfig) -> Iterator[Step]:
-    """The modules in a module of the model, by their paths. Norms and embeddings have no product."""
+    """The submodules of a module of the model, by path. Norms and embeddings have no product."""
     config = getattr(model, module)
     if module == "decoder":
         found = _decoder(config)
@@ -132,4 +132,4 @@ def _encoder(config: VisionConfig | AudioConfig, modality: str) -> Iterator[Step
         yield "", (f"{block}.ffn_norm",)
         yield rows, (f"{block}.up",)
         yield rows, (f"{block}.down",)
-    yield "", ("norm", "post_norm")  # Whisper's, and a ViT's that has one
+    yield "", ("norm", "post_norm")  # Whisper's norm, or the post_norm of a ViT

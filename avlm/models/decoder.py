@@ -1,7 +1,7 @@
 """Llama-family decoder (Llama 2/3, Mistral, Qwen2, Qwen3, SmolLM2): token features in, hidden states out.
 
 It is written for one device and one packed row. Position and segments are inputs, so that packing, caches and context
-parallelism are the same code; head counts are inferred from the tensors (a tensor-parallel rank holds a share).
+parallelism share the same code; head counts are inferred from the tensors (a tensor-parallel rank holds a share).
 
 T tokens   D hidden   F intermediate   H query heads   K key/value heads   E head dim
 R rows with a target   V vocabulary
@@ -138,8 +138,8 @@ class Head(nn.Module):
 
     def forward(self, hidden_RD: Tensor, target_R: Tensor | None, predict: bool = False) -> Tensor | tuple[Tensor, ...]:
         """The summed loss and, without a graph, the loss of each row: float32 () and (R,). ``predict`` adds the
-        likeliest token of each row, int64 (R,), at the cost of a second product with the weight. Without targets the
-        logits, float32 (R, V), for generation."""
+        likeliest token of each row, int64 (R,), at the cost of a second product with the weight. Without targets it
+        returns the logits, float32 (R, V), for generation."""
         if target_R is None:
             return F.linear(hidden_RD, self.weight).float()
         losses = linear_cross_entropy(hidden_RD, self.weight, target_R)
@@ -165,7 +165,7 @@ class Decoder(nn.Module):
         return x_TD
 
     def tie(self) -> None:
-        """Make the head the embedding, where the config says so: to be repeated after whatever replaces parameters."""
+        """Share the embedding's weight with the head, if configured. Repeat it after replacing parameters."""
         if self.config.tie_embedding:
             self.head.weight = self.embedding.weight  # pyrefly: ignore[bad-assignment]  (torch calls it a Tensor)
 

@@ -1,9 +1,9 @@
 """What a stage trains, parameter by parameter.
 
-    train                       modules by name; "lora" is the adapters of all towers, a tower's name includes its own
-    freeze_language_model ...   NeMo's five flags instead: everything trains but what they freeze, and adapters always
-    freeze_params               on top, SALM's lists of regular expressions, matched from the start of a parameter's
-    prevent_freeze_params       name: the first freeze what matches (adapters never), the second train it after all
+    train                       modules by name, a tower with its adapters; "lora" is the adapters of all towers
+    freeze_language_model ...   NeMo's five flags instead: they freeze modules, and everything else trains, adapters too
+    freeze_params               then SALM's lists of regular expressions, matched from the start of a parameter's name:
+    prevent_freeze_params       the first freezes what matches, never adapters; the second makes it train after all
 
 A frozen parameter has no gradient and no optimizer state.
 """
@@ -20,8 +20,8 @@ from avlm.models.shapes import Shapes
 
 
 def freeze(model: AVLM, stage: StageConfig) -> list[str]:
-    """Let what the stage trains require gradients, and nothing else. Returns the modules that train, "lora" for
-    adapters."""
+    """Require gradients of the parameters that the stage trains, and of no others. Returns the modules that train,
+    "lora" for adapters."""
     trained = trained_names(stage, model.config, [name for name, _ in model.named_parameters()])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
@@ -30,7 +30,7 @@ def freeze(model: AVLM, stage: StageConfig) -> list[str]:
 
 
 def trained_names(stage: StageConfig, model: ModelConfig, names: Collection[str]) -> set[str]:
-    """Those of the parameters ``names`` that a stage trains. Raises ValueError for a stage that is not possible."""
+    """The parameters among ``names`` that a stage trains. Raises ValueError for a stage that cannot be run."""
     trained = {name for name in names if _is_chosen(name, stage)}
     for pattern in stage.freeze_params:
         found = matching(pattern, f"stage {stage.name}: freeze_params", names)
@@ -67,12 +67,14 @@ def matching(pattern: str, key: str, names: Collection[str], what: str = "parame
     try:
         found = [name for name in names if re.match(pattern, name)]
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{key} holds {shown(repr(pattern))}, no regular expression: {error}") from None
+        raise ValueError(f"{key} holds {shown(repr(pattern))}, which is not a regular expression: {error}") from None
     if not found:
         known = sorted({collapse(name) for name in names})
         plain = re.sub(r"[\\^$+?()\[\]|]", "", pattern)
         near = difflib.get_close_matches(plain, known, n=4, cutoff=0.3) or known[:8]
-        raise ValueError(f"{key} holds {shown(repr(pattern))}, which matches no {what}; near are {shown(near, 400)}")
+        raise ValueError(
+            f"{key} holds {shown(repr(pattern))}, which matches no {what}; the nearest are {shown(near, 400)}"
+        )
     return found
 
 

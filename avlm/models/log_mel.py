@@ -25,8 +25,8 @@ def window(clip: Tensor, audio: AudioConfig) -> Tensor:
     """float32 (samples,), at most 30 s -> float32 (M, W) with W even, exactly 0 past the clip; with
     ``audio.window: fixed`` W is 30 s, and silence follows the clip.
 
-    Frames that touch nothing but padding have power 0, the floor of the logarithm, and cannot be the maximum: they
-    need no Fourier transform.
+    Frames that touch nothing but padding have power 0, the floor of the logarithm, and cannot be the maximum, so
+    they need no Fourier transform.
     """
     covered = math.ceil(clip.shape[0] / HOP)  # frames whose centre lies in the clip
     width = covered + covered % 2

@@ -4,7 +4,8 @@
     DoRA     y = m / |W + s * B @ A| * (x @ W.T + s * (dropout(x) @ A.T) @ B.T) + b  (Liu et al. 2024, 2402.09353)
 
 s is alpha / r, or alpha / sqrt(r) with ``rslora`` (Kalajdzievski 2023). |.| is the length of each row; no gradient goes
-through it (section 4.3 of the paper). A begins random and B zero, so an adapted model begins as its base.
+through it (section 4.3 of the paper). A is initialised at random and B to zero, so an adapted model starts out
+equal to its base.
 
 W (O, I) base   A (r, I) ``lora_down``   B (O, r) ``lora_up``   m (O,) ``lora_magnitude``
 T tokens
@@ -26,7 +27,7 @@ class LowRankLinear(nn.Linear):
     """A linear with its adapters as children, so that its own parameters keep their names."""
 
     def __init__(self, base: nn.Linear, config: LoraConfig):
-        # On the meta device, as the weights are those of the base.
+        # On the meta device, because the weights are those of the base.
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.dropout, self.scale = config.dropout, config.scale
@@ -59,7 +60,7 @@ def row_lengths(weight_OI: Tensor) -> Tensor:
 
 
 def apply_lora(model: nn.Module, config: LoraConfig) -> None:
-    """Give adapters to the linears that a target names: a pattern of paths from the model, in which * stands for
+    """Add adapters to the linears that the targets match. A target is a pattern of module paths, in which * matches
     anything. Raises ValueError for a target that matches none."""
     paths = adaptable(model)
     chosen: set[str] = set()
@@ -68,7 +69,7 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> None:
         if not found:
             known = sorted({collapse(path) for path in paths})
             near = difflib.get_close_matches(target, known, n=4, cutoff=0.4) or known
-            raise ValueError(f"model.lora.targets names {target!r}, which is no linear: the nearest are {near}")
+            raise ValueError(f"model.lora.targets names {target!r}, which matches no linear: the nearest are {near}")
         chosen.update(found)
     for path in paths:
         if path in chosen:
@@ -85,7 +86,7 @@ def adaptable(model: nn.Module) -> list[str]:
 
 
 def collapse(path: str) -> str:
-    """The path of all layers at once: numbers become *."""
+    """The path with the numbers of layers replaced by *."""
     return re.sub(r"\.\d+\.", ".*.", path)
 
 
@@ -95,15 +96,15 @@ def is_adapter(name: str) -> bool:
 
 
 def frozen_base(names: Iterable[str]) -> set[str]:
-    """The parameters of modules that have adapters, without the adapters: those that ``lora.base`` is about."""
+    """The parameters of modules that have adapters, without the adapters: ``lora.base`` is their dtype."""
     names = list(names)
     adapted_modules = {name.split(".")[0] for name in names if is_adapter(name)}
     return {name for name in names if name.split(".")[0] in adapted_modules and not is_adapter(name)}
 
 
 def lora_init_stats(module: nn.Module) -> dict[str, tuple[float, float]]:
-    """(mean, std) of the normal from which each adapter parameter in a module is drawn, by name: A with the spread that
-    PEFT gives it, B zero. Magnitudes follow from their weights, see ``init_magnitudes``."""
+    """(mean, std) of the normal from which each adapter parameter in a module is drawn, by name: A with PEFT's
+    std, B zero. Magnitudes are computed from the weights by ``init_magnitudes``."""
     stats = {}
     for name, linear in module.named_modules():
         if isinstance(linear, LowRankLinear):
@@ -115,8 +116,8 @@ def lora_init_stats(module: nn.Module) -> dict[str, tuple[float, float]]:
 
 @torch.no_grad()
 def init_magnitudes(model: nn.Module, skip: Collection[str] = ()) -> None:
-    """Let DoRA begin as its base: each magnitude, unless ``skip`` names it, becomes the norm of its weight row. To be
-    called once the weights have their values."""
+    """Make DoRA start out equal to its base: each magnitude, unless ``skip`` names it, becomes the norm of its weight
+    row. Call it once the weights have their values."""
     for name, linear in model.named_modules():
         is_dora = isinstance(linear, LowRankLinear) and linear.lora_magnitude is not None
         if is_dora and f"{name}.lora_magnitude" not in skip:

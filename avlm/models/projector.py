@@ -33,7 +33,7 @@ class Projector(nn.Module):
     def forward(self, into_TD: Tensor, rows_R: Tensor, x_PC: Tensor, source_RS: Tensor) -> Tensor:
         """``into`` with the projected features written at ``rows``. ``into`` itself must not be used afterwards.
 
-        Tower rows source_RS[i], side by side, make feature i; -1 stands for zeros past the end of a window.
+        Tower rows source_RS[i], side by side, make feature i; -1 means zeros, past the end of a window.
         """
         if self.config.type == "linear":
             x_RC = side_by_side(x_PC, source_RS)

@@ -17,7 +17,7 @@ def parameter_shapes(model: ModelConfig) -> Shapes:
     return _parameter_shapes(json.dumps(dataclasses.asdict(model)))
 
 
-@functools.lru_cache(maxsize=4)  # a second for a model of billions, and asked for at every turn
+@functools.lru_cache(maxsize=4)  # it takes a second for a model of billions of parameters, and many callers ask
 def _parameter_shapes(model: str) -> Shapes:
     with torch.device("meta"):
         built = AVLM(TypeAdapter(ModelConfig).validate_json(model))

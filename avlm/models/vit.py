@@ -69,5 +69,5 @@ def normalise(pixels_I3SS: Tensor, vision: VisionConfig) -> Tensor:
 
 @lru_cache
 def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 (3, 1, 1) in steps of a pixel. Kept, as a copy to a GPU makes the host wait."""
+    """float32 (3, 1, 1), scaled to pixel values of 0..255. Cached, because a copy to a GPU makes the host wait."""
     return 255 * torch.tensor(values, device=device).view(3, 1, 1)

@@ -1,4 +1,4 @@
-"""Audio tower: the Whisper encoder (Radford et al. 2022), all windows in one packed row of true length.
+"""Audio tower: the Whisper encoder (Radford et al. 2022), all windows in one packed row, without padding.
 
 C windows   M mel bins   W frames of 10 ms   W / 2 rows after the stride-2 convolution   K rows kept   D width
 """

@@ -2,7 +2,7 @@
 
 0        done
 1        an error of the code, with its traceback
-2        an error of the user, or a lost rank, disk or data worker: one line
+2        a user's mistake, or a lost rank, disk or data worker: one line
 128 + n  asked to end by signal n (SIGTERM 143, SIGINT 130, SIGHUP 129), after saving if there was something to save
 141      nobody reads the output any more (``| head``)
 """
@@ -21,7 +21,7 @@ import torch
 from avlm.process.launch import ranks
 from avlm.process.worker import STOPS
 
-# What gloo, the rendezvous store and NCCL say of a rank that is gone.
+# How gloo, the rendezvous store and NCCL report a rank that is gone.
 LOST_RANK = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed", "remote process exited")
 
 
@@ -30,11 +30,11 @@ class NonFiniteLoss(RuntimeError):
 
 
 def listen() -> list[int]:
-    """The numbers of signals that ask this process to end, in the order of their arrival. A loop looks at the list
-    after each step.
+    """Collect the signals that ask this process to end, instead of ending at once. Returns the list to which their
+    numbers are added as they arrive; the training loop looks at it after each step.
 
     A signal that is ignored, as SIGHUP is under nohup, stays ignored. A second Ctrl-C ends the process at once, but not
-    under a launcher, which passes on the one that the ranks receive anyway.
+    under a launcher, which forwards a signal that the ranks receive anyway.
     """
     arrived: list[int] = []
     launched = "TORCHELASTIC_RUN_ID" in os.environ
@@ -51,16 +51,16 @@ def listen() -> list[int]:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command to its end, and **end the process** by the codes above.
+    """Run a command to its end, and **end the process** with one of the codes above.
 
-    An error of the user is one line and code 2. A rank that only lost another says so in one line, as the other's own
-    error is the one to read. Any other error keeps its traceback. After success a command of one process returns, while
-    the ranks of a larger run end at once: threads of gloo that outlive the interpreter would abort it. After an error
-    they end at once because others may wait for them in a collective.
+    A user's mistake is one line and code 2. A rank that only lost a peer reports that in one line, because the peer's
+    own error is the one to read. Any other error keeps its traceback. After success a command of one process returns,
+    while the ranks of a larger run exit at once: threads of gloo that outlive the interpreter would abort it. After an
+    error they exit at once because their peers may be waiting for them in a collective.
     """
     try:
         main()
-        if sys.stdout is not None:  # it may have been closed from the start
+        if sys.stdout is not None:  # None if the process was started without one
             sys.stdout.flush()
     except SystemExit as end:
         if ranks()[1] == 1:
@@ -95,7 +95,7 @@ def _explain(error: Exception) -> None:
     if not lost and not isinstance(error, ValueError | OSError | NonFiniteLoss):
         if not started:
             raise error
-        sys.excepthook(type(error), error, error.__traceback__)  # torch's, which puts the rank before every line
+        sys.excepthook(type(error), error, error.__traceback__)  # torch's hook, which puts the rank before every line
         _leave(1, at_once=True)
     if not started and rank > 0:
         time.sleep(2)  # most often the first rank prints the same, and the launcher ends this one meanwhile
@@ -115,7 +115,7 @@ def _leave(code: int, at_once: bool) -> None:
 
 def _lost(error: Exception) -> str:
     """A message if the error only means that another process is gone, else ""."""
-    of_cause = _loss(error.__cause__) if error.__cause__ else ""  # an error of reading a checkpoint has one
+    of_cause = _loss(error.__cause__) if error.__cause__ else ""  # an error while reading a checkpoint has a cause
     return of_cause or _loss(error)
 
 
@@ -124,9 +124,7 @@ def _loss(error: BaseException) -> str:
         return ""
     text = str(error).partition("\n")[0]
     if text.startswith("DataLoader worker"):
-        return (
-            f"a data worker ended ({text.strip()}): where memory ran out, lower data.num_workers or data.packing_buffer"
-        )
+        return f"a data worker ended ({text.strip()}): if memory ran out, lower data.num_workers or data.packing_buffer"
     if any(phrase in text for phrase in LOST_RANK):
-        return f"another rank ended, look for its own error ({text.partition('] ')[2] or text})"
+        return f"another rank ended; look for its own error ({text.partition('] ')[2] or text})"
     return ""

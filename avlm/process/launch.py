@@ -1,4 +1,4 @@
-"""What the launcher says of this process."""
+"""The rank of this process, from the launcher's environment variables."""
 
 import os
 

@@ -20,7 +20,7 @@ def start(number: int, then: Callable[[int], None] | None = None) -> None:
 
 def end(rows: Iterator[Any] | None) -> None:
     """End the processes of a DataLoader's iterator. torch would ask them, wait, and send a signal that they ignore."""
-    if hasattr(rows, "_shutdown_workers"):  # an iterator without processes has none
+    if hasattr(rows, "_shutdown_workers"):  # an iterator without processes has no such method
         rows._shutdown_workers()
         for process in rows._workers:
             process.kill()
@@ -28,8 +28,8 @@ def end(rows: Iterator[Any] | None) -> None:
 
 @atexit.register  # runs before multiprocessing's own handler, which waits for them
 def _kill() -> None:
-    """A finished process does not wait for the row that a worker is reading."""
+    """Kill the workers, so that a finished process does not wait for the row that one of them is reading."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report an error
     for process in multiprocessing.active_children():
-        if process.daemon:  # as data workers are; multiprocessing would send them a signal that they ignore
+        if process.daemon:  # data workers are; multiprocessing would send them a signal that they ignore
             process.kill()

@@ -48,7 +48,7 @@ class Reader(dcp.FileSystemReader):
             metadata = _Unpickler(io.BytesIO(content)).load()
             _check(metadata)
         except Exception as error:  # a damaged pickle may raise any error
-            raise ValueError(f"{path} is no index of a checkpoint: {cause_of(error)}") from None
+            raise ValueError(f"{path} is not the index of a checkpoint: {cause_of(error)}") from None
         metadata.storage_meta = None
         self.written = written_digests(path.parent)
         self.places = defaultdict(list)
@@ -74,7 +74,7 @@ class Reader(dcp.FileSystemReader):
         """ValueError unless the file belongs to this checkpoint: that of another step has the same layout."""
         written = self.written.get(name)
         if written is not None and written != fingerprint(Path(self.path) / name, self.places[name]):
-            raise ValueError(f"{Path(self.path) / name} is of another checkpoint: {DAMAGED}")
+            raise ValueError(f"{Path(self.path) / name} belongs to another checkpoint: {DAMAGED}")
         self.written.pop(name, None)  # checked once
 
 
@@ -146,7 +146,7 @@ def read_marker(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{marker} is not valid JSON: {cause_of(error)}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{marker} holds no keys but {shown(str(found))}")
+        raise ValueError(f"{marker} must hold an object of keys, not {shown(str(found))}")
     checksum = found.pop("checksum", None)
     if (checksum is not None or "files" in found) and checksum != digest(json.dumps(found).encode()):
         raise ValueError(f"{marker} is damaged: {DAMAGED}")
@@ -196,7 +196,7 @@ def _check(metadata: Any) -> None:
         raise ValueError("it holds no Metadata")
     for name, value in metadata.state_dict_metadata.items():  # DCP would unpickle anything that is no tensor
         if not isinstance(value, TensorStorageMetadata) or not isinstance(value.properties.dtype, torch.dtype):
-            raise ValueError(f"{shown(str(name))} is no tensor")
+            raise ValueError(f"{shown(str(name))} is not a tensor")
         sizes = [value.size]
         for chunk in value.chunks:
             sizes += [chunk.offsets, chunk.sizes]
@@ -208,7 +208,7 @@ def _check(metadata: Any) -> None:
         if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
             raise ValueError("its files are not listed by tensor")
         if Path(place.relative_path).name != place.relative_path or getattr(place, "transform_descriptors", None):
-            raise ValueError(f"it names {shown(str(place.relative_path))}, which is no plain file of the folder")
+            raise ValueError(f"it names {shown(str(place.relative_path))}, which is not a plain file of the folder")
 
 
 def cause_of(error: BaseException) -> str:

@@ -22,7 +22,7 @@ CONFIGS = ("config.json", "adapter_config.json")  # every model folder has one o
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that is to be written: it is read, and computed, when its file is written."""
+    """A tensor to be written. It is read, and computed, only when its file is written."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -51,7 +51,7 @@ class Lazy:
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError where a model folder may not be written: over a file, or over files that are no model's."""
+    """Raise ValueError if a model folder may not be written: over a file, or over files that are not a model's."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -63,7 +63,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 
 def publish(folder: Path, write: Callable[[Path], None], overwrite: bool, world: World | None) -> None:
-    """Let all ranks ``write`` into a folder that takes its name when they are done; an earlier one is removed then.
+    """Let all ranks ``write`` into a partial folder, which replaces ``folder`` when all of them are done.
 
     If a rank fails, the earlier folder stays and the new one is removed: ValueError, or OSError with the cause.
     """
@@ -75,7 +75,7 @@ def publish(folder: Path, write: Callable[[Path], None], overwrite: bool, world:
         if left.exists():
             raise ValueError(f"{left} is left over from an interrupted export: move it away")
     if world is not None:
-        world.barrier()  # after all have looked
+        world.barrier()  # until all ranks have looked
     failure = None
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -145,11 +145,11 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except RecursionError:
-        raise ValueError(f"{path} is not valid JSON: it is nested too deep") from None
-    except ValueError as error:  # of its encoding and of too long numbers too
+        raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:  # also of a wrong encoding, or of a number that is too long
         raise ValueError(f"{path} is not valid JSON: {shown(str(error))}") from None
     if not isinstance(keys, dict):
-        raise ValueError(f"{path} holds no keys but {shown(keys, 80)}")
+        raise ValueError(f"{path} must hold an object of keys, not {shown(keys, 80)}")
     return keys
 
 

@@ -38,7 +38,7 @@ class Progress:
     best_value: float = 0.0
 
     def after_step(self, read: float, skipped: float) -> "Progress":
-        """One step later, which read and skipped these numbers of samples."""
+        """The progress after one more step, in which ``read`` samples were read and ``skipped`` of them skipped."""
         return dataclasses.replace(
             self,
             step=self.step + 1,
@@ -97,7 +97,7 @@ def read_progress(path: Path, run: Path | None = None) -> Progress:
         raise ValueError(f"{path / MARKER}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if path.name.startswith("step_") and path.name != folder_of(path, progress.step).name:
         raise ValueError(
-            f"{path / MARKER} says step {progress.step}: the folder has another name, or the file is damaged"
+            f"{path / MARKER} records step {progress.step}: the folder was renamed, or the file is damaged"
         )
     if run is not None and path.resolve().parents[1] != run.resolve():
         return progress.with_best_of(Progress())
@@ -145,7 +145,7 @@ def write_durably(path: Path, content: str | bytes) -> None:
 
 
 def claim(config: Config, world: World) -> IO[str] | None:
-    """Make the run folder this run's own until the returned file is closed."""
+    """Lock the run folder for this process until the returned file is closed."""
     folder = Path(config.output_dir)
     failure = ""
     lock = None
@@ -172,14 +172,14 @@ def read_records(path: Path) -> list[Record]:
     records = []
     lines = path.read_bytes().split(b"\n")[:-1]
     for number, line in enumerate(lines, 1):
-        if not line.strip(b"\0 \t\r"):  # empty blocks are left by a power cut
+        if not line.strip(b"\0 \t\r"):  # a power cut leaves empty blocks
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not valid JSON ({shown(str(error))}): remove it") from None
         if not isinstance(record, dict) or type(record.get("step")) is not int:
-            raise ValueError(f"{path}, line {number} is no record with a step: remove it")
+            raise ValueError(f"{path}, line {number} is not a record with a step: remove it")
         records.append(record)
     return records
 

@@ -22,7 +22,7 @@ LIKE_WEIGHTS = ("*.safetensors", "*.gguf", "pytorch_model*.bin", "adapter_model*
 class WeightFiles:
     read: list[str]  # in this order
     unread: list[str] = field(default_factory=list)  # others that look like weights
-    places: dict[str, str] = field(default_factory=dict)  # tensor -> file, as an index says
+    places: dict[str, str] = field(default_factory=dict)  # tensor -> file, from an index
 
     def __str__(self) -> str:
         read = _few(self.read)
@@ -37,12 +37,14 @@ def local(given: str | Path) -> Path:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{shown(str(given))} is no path: {getattr(error, 'strerror', None) or error}") from None
+        raise ValueError(
+            f"{shown(str(given))} is not a valid path: {getattr(error, 'strerror', None) or error}"
+        ) from None
     return path
 
 
 def choose(folder: Path, kind: tuple[str, ...] = MODEL) -> WeightFiles:
-    """The first of ``kind`` that is there. Raises FileNotFoundError or ValueError where it is not whole."""
+    """The first of ``kind`` that exists. Raises FileNotFoundError or ValueError if it is incomplete."""
     order = _order(folder, kind)
     like_weights = []
     for path in sorted(folder.iterdir()):
@@ -69,7 +71,7 @@ def _first(folder: Path, order: tuple[str, ...]) -> str | None:
 
 
 def _order(folder: Path, kind: tuple[str, ...]) -> tuple[str, ...]:
-    """``kind``, or the one file that a config.json names in its place."""
+    """``kind``, or the one file that a config.json names instead."""
     path = folder / "config.json"
     if kind is not MODEL or not path.is_file():
         return kind
@@ -78,7 +80,7 @@ def _order(folder: Path, kind: tuple[str, ...]) -> tuple[str, ...]:
         return kind
     endings = (".safetensors", f".safetensors{INDEX}")
     if not _is_plain(named) or not named.endswith(endings):
-        raise ValueError(f"{path}: transformers_weights={shown(repr(named))} is no safetensors file of the folder")
+        raise ValueError(f"{path}: transformers_weights={shown(repr(named))} is not a safetensors file of the folder")
     return (named,)
 
 
@@ -86,16 +88,16 @@ def read_index(path: Path) -> dict[str, str]:
     """Tensor -> file of an index of shards."""
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise ValueError(f"{path} holds no weight_map that says which tensor is in which file")
+        raise ValueError(f"{path} holds no weight_map that maps each tensor to its file")
     for tensor, name in places.items():
         if not _is_plain(name):
-            raise ValueError(f"{path} says that {shown(tensor, 100)} is in {shown(repr(name))}, no file of the folder")
+            raise ValueError(f"{path} puts {shown(tensor, 100)} in {shown(repr(name))}, not a file of the folder")
     return places
 
 
 def to_fetch(folder: Path) -> Iterator[list[str]]:
     """The weight files of a folder on the Hub to fetch into ``folder``, which has the small files already. They come in
-    steps, as an index has to be read for the files that it names."""
+    steps, because an index has to be read before the files that it names are known."""
     kinds = {"config.json": MODEL, "adapter_config.json": ADAPTER}
     for config, kind in kinds.items():
         if not (folder / config).is_file():
@@ -110,7 +112,7 @@ def to_fetch(folder: Path) -> Iterator[list[str]]:
 
 
 def _is_plain(name: object) -> bool:
-    """Whether it can be the name of a file in a folder, and no path."""
+    """Whether it can be the name of a file, and is not a path."""
     return isinstance(name, str) and Path(name).name == name and name.isprintable() and len(name.encode()) < 256
 
 

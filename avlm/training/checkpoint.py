@@ -61,10 +61,10 @@ class Saver:
         self.run = run
         self.config = config
         self.world = world
-        self.has_failed = False  # the last time
+        self.has_failed = False  # the last attempt
 
     def is_due(self, step: int) -> bool:
-        """Whether this step is saved anyway: its turn has come, or the last attempt failed."""
+        """Whether this step is saved: every ``config.every`` steps, and after a failed attempt."""
         return self.has_failed or step % self.config.every == 0
 
     def save_or_warn(
@@ -86,8 +86,8 @@ class Saver:
         return not failure
 
     def save(self, progress: Progress, model: AVLM, optimizer: torch.optim.Optimizer, loader_state: dict) -> str:
-        """Write a checkpoint. Returns "", or why it could not be written, the same on every rank: then earlier
-        checkpoints are as they were, and nothing is left of this one."""
+        """Write a checkpoint. Returns "", or why it could not be written, the same on every rank. After a failure
+        earlier checkpoints are untouched, and nothing is left of this one."""
         failure = self._save(progress, model, optimizer, loader_state)
         self.has_failed = bool(failure)
         return failure
@@ -151,7 +151,7 @@ class Saver:
             shutil.rmtree(old, ignore_errors=True)
 
     def _attempt(self, path: Path, need: int, write: Callable[[], Any]) -> str:
-        """Write. Returns "" if every rank could, else the reason (most often a full disk), the same on all ranks.
+        """Call ``write``. Returns "" if it worked on every rank, else why not (most often a full disk), on all ranks.
 
         Only errors that leave all ranks at the same point are caught: file errors, and DCP's own, which it raises on
         all ranks. Any other may come from the middle of a collective, such as the death of a data worker: it ends this
@@ -174,7 +174,7 @@ class Saver:
 
 
 def _reason(error: BaseException, path: Path, need: int) -> str:
-    """Why a checkpoint of ``need`` bytes could not be written. PyTorch's zip writer does not name a full disk."""
+    """Why a checkpoint of ``need`` bytes could not be written. PyTorch's zip writer hides that a disk is full."""
     for cause in _causes(error):
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror.lower()
@@ -220,8 +220,8 @@ def _named_errors(path: Path) -> Iterator[None]:
 
 
 def load_random_state(path: Path, world: World) -> None:
-    """Restore the random state of this rank, which only the dropout of adapters uses. With another number of ranks than
-    before, the seed's state stays."""
+    """Restore the random state of this rank, which only the dropout of adapters uses. With a different number of
+    ranks than before, the state that the seed gave is kept."""
     if len(_files(path, "rank_*.json")) != world.size:
         return
     file = path / f"rank_{world.rank:05d}.safetensors"
@@ -269,12 +269,12 @@ def _read_state(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {cause_of(error)}") from None
     if not isinstance(state, dict):  # null would start the data from the beginning
-        raise ValueError(f"{path} holds no state but {shown(str(state))}: remove this checkpoint folder")
+        raise ValueError(f"{path} holds {shown(str(state))}, not a state: remove this checkpoint folder")
     return state
 
 
 def model_tensors(model: AVLM) -> dict[str, Tensor]:
-    """Parameters by name: the live tensors, which a load writes into. What is tied has one name."""
+    """Parameters by name: the live tensors, which a load writes into. Tied parameters appear once."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {name: parameter.detach() for parameter, name in names.items()}
 

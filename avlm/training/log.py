@@ -212,7 +212,7 @@ def tally(batches: list[Batch], costs: flops.Costs) -> dict[str, float]:
 def _wandb_run(config: Config, first_step: int) -> Any:
     """The wandb run of this folder. A resumed run continues the one that it began; steps that wandb already has stay as
     they were."""
-    import wandb  # half a second, and a process of its own: only for those who use it
+    import wandb  # takes half a second and starts a process: only for those who use it
 
     path = Path(config.output_dir) / "wandb_id"
     if not first_step or not path.is_file():

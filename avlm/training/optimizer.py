@@ -16,7 +16,7 @@ from avlm.models.lora import is_adapter
 def build(model: AVLM, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the trained parameters, one group per module and kind of weight. ``schedule`` sets the rates.
 
-    Its state is allocated here, as a checkpoint can only be loaded into state that exists.
+    Its state is allocated here, because a checkpoint can only be loaded into state that exists.
     """
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():

@@ -9,7 +9,7 @@ import matplotlib
 
 from avlm.process.exit import run_command
 
-matplotlib.use("Agg")  # a file, no window
+matplotlib.use("Agg")  # draw to a file, without a window
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 

@@ -11,8 +11,8 @@ from avlm.storage.run_folder import complete_checkpoints, read_progress
 
 
 def check_resume(config: Config, checkpoint: Path | None) -> None:
-    """Raise ValueError where a run would continue with another model, data or stages than it began with, naming the
-    key; and where a new run would begin over the checkpoints of an earlier one."""
+    """Raise ValueError, naming the key, if a run would continue with a different model, data or stages than it began
+    with; and if a new run would write over the checkpoints of an earlier one."""
     if checkpoint is None:
         if complete_checkpoints(Path(config.output_dir)):
             raise ValueError(
@@ -29,13 +29,13 @@ def check_resume(config: Config, checkpoint: Path | None) -> None:
     fits = progress.stage < len(steps) and progress.stage_step <= steps[progress.stage]
     if not fits or progress.step != sum(steps[: progress.stage]) + progress.stage_step:
         raise ValueError(
-            f"{checkpoint} says step {progress.step}, which is step {progress.stage_step} of stage {progress.stage}: "
+            f"{checkpoint} is at step {progress.step}, which is step {progress.stage_step} of stage {progress.stage}: "
             f"the stages have {steps} steps, so it is damaged"
         )
 
 
 def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, value of ``a``, value of ``b``) of what differs and may not change."""
+    """(dotted key, value of ``a``, value of ``b``) of each field that differs and may not change."""
     if dataclasses.is_dataclass(a) and type(a) is type(b):
         for field in dataclasses.fields(a):
             if not field.metadata.get("may_change"):

@@ -25,7 +25,7 @@ def main() -> None:
     command.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="of the tensors (default: bfloat16, and adapters as they are stored)",
+        help="of the tensors (default: bfloat16; for adapters, as they are stored)",
     )
     command.add_argument("--base", help="name of the decoder that an adapter belongs to (default: init_from.decoder)")
     command.add_argument(
@@ -62,7 +62,7 @@ def main() -> None:
         if left:
             print(f"{arguments.folder} lacks {', '.join(left)}: --format avlm keeps them, with all adapters merged")
         if base is None:
-            print(f"{arguments.folder} names no base decoder: --base NAME says which one its adapters belong to")
+            print(f"{arguments.folder} names no base decoder: --base NAME adds the one that its adapters belong to")
 
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ NOT_COMPARED = ("max_position", "window", "resize", "resample")
 def check_config(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None:
     """Raise ValueError with the key where our config describes a different model from ``theirs``, that of ``origin``.
 
-    Of a whole model the modules that both have are compared. Not compared: ``max_position`` (ours may be shorter),
-    ``window``, ``resize``, ``resample``, and for a plain tower ``feature_layer`` and ``post_norm``, which choose what
-    is taken from it. In a whole model the number of vision layers that are built counts.
+    Two whole models are compared in the modules that both have. Not compared: ``max_position`` (ours may be shorter),
+    ``window``, ``resize``, ``resample``, and for a tower alone ``feature_layer`` and ``post_norm``, which choose what
+    we take from it. Two whole models must build the same number of vision layers.
     """
     part = {DecoderConfig: "decoder", VisionConfig: "vision", AudioConfig: "audio", ModelConfig: "all"}[type(ours)]
     if part != "all" and isinstance(theirs, ModelConfig):
         theirs = getattr(theirs, part)
     if type(ours) is not type(theirs):
         found = "none" if theirs is None else f"a {type(theirs).__name__}"
-        raise ValueError(f"{origin} holds {found}, and a {type(ours).__name__} is asked for")
+        raise ValueError(f"{origin} holds {found}, but a {type(ours).__name__} is needed")
     if part != "all":
         _check_module(part, _comparable(ours, None), _comparable(theirs, None), origin)
         _check_length(ours, theirs, origin)

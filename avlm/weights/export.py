@@ -46,11 +46,11 @@ def export(
 
     avlm     every module under our names; ``config.json`` also holds what encoding a prompt needs
     adapter  the decoder's adapters for PEFT, on the decoder ``base``; in all other formats adapters are merged
-    decoder and the others are Hugging Face's, see ``avlm.families``; "decoder" leaves the towers out
+    decoder, llava and voxtral are Hugging Face's (``avlm.families``); decoder leaves the towers out
 
-    ``state`` holds tensors under our parameter names, on the CPU or stored; stored ones are read when they are written.
-    ``dtype`` casts them. The folder appears once it is complete. An earlier one stays until then, and is replaced only
-    with ``overwrite``. The ranks of ``world`` share the work. Raises ValueError or OSError.
+    ``state`` holds tensors under our parameter names, on the CPU or stored; stored ones are read only when they are
+    written. ``dtype`` casts them. The folder appears once it is complete. An earlier one stays until then, and is
+    replaced only with ``overwrite``. The ranks of ``world`` share the work. Raises ValueError or OSError.
     """
     folder = Path(folder)
     lazy = {name: Lazy.of(tensor) for name, tensor in state.items()}
@@ -82,7 +82,7 @@ def export(
 
 @dataclasses.dataclass
 class Content:
-    """What a format makes of a model."""
+    """The files of a model in one format."""
 
     files: dict[str, dict[str, Any]]  # JSON file -> its keys
     tensors: State
@@ -148,7 +148,7 @@ def _merge(base_OI: Tensor, down: Lazy, up: Lazy, magnitude: Lazy | None, config
 
 
 def _hugging_face_tensors(family: ModuleType, config: ModelConfig, state: State) -> State:
-    """The modules that a format holds, under its names and in its shapes, with the tensors that we do not have."""
+    """The modules that a format holds, with its names and shapes, and the tensors that only the format has."""
     prefixes = {module: known[0] for module, known in family.PREFIXES.items()}
     shapes = door.stored_shapes(config)
     tensors = {}
@@ -170,7 +170,7 @@ def _hugging_face_tensors(family: ModuleType, config: ModelConfig, state: State)
             like = state[f"{module}.conv1.weight"]
             tensors[prefix + door.SINUSOIDS[module]] = _sinusoids(getattr(config, module)).to(like.dtype)
     if not family.TIES_HEAD:
-        tied = state["decoder.embedding.weight"].changed(torch.clone)  # safetensors shares no memory
+        tied = state["decoder.embedding.weight"].changed(torch.clone)  # safetensors refuses tensors that share memory
         tensors.setdefault(family.HEAD, tied)
     return tensors
 
@@ -181,7 +181,7 @@ def _sinusoids(audio: AudioConfig) -> Lazy:
 
 
 def _make_room(tensors: State, family: ModuleType, rows: int) -> int:
-    """Pad the embedding and the head to ``rows`` for a new media token. The number of rows that they then have.
+    """Pad the embedding and the head to ``rows`` for a new media token. Returns their new number of rows.
 
     A new row is the mean row, so its logit is the mean of the others and never the largest.
     """

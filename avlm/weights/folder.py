@@ -37,7 +37,7 @@ def resolve(name_or_folder: str | Path) -> Path:
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"{shown(name)} is no folder here and could not be fetched from the Hub ({shown(lines[0])}); "
+            f"{shown(name)} is not a local folder and could not be fetched from the Hub ({shown(lines[0])}); "
             "download it elsewhere and give the folder"
         ) from None
 
@@ -47,11 +47,11 @@ def may_be_on_hub(name: str) -> bool:
 
 
 def read_config(folder: str | Path) -> AnyConfig:
-    """The config of a supported decoder, tower or whole model, or of our own export. ValueError where our models would
-    compute something else: a folder that loads gives the numbers that it was trained for."""
+    """The config of a supported decoder, tower or whole model, or of our own export. ValueError if our models would
+    compute something different: a folder that loads computes what it was trained to compute."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no config.json in {folder}: it is no model folder")
+        raise FileNotFoundError(f"no config.json in {folder}: it is not a model folder")
     keys = read_json(path)
     try:
         if is_own(keys):
@@ -107,12 +107,12 @@ def model_and_data(folder: Path) -> tuple[ModelConfig, DataConfig]:
 
 def template_of(folder: Path) -> str:
     """The ``data.template`` for a Hugging Face folder: "tokenizer", its own template, if that accepts text. Many
-    folders have one that only accepts lists of parts; for those it is ours that gives the same prompts."""
+    folders have one that only accepts lists of parts; they get the template of ours that makes the same prompts."""
     text_template = door.TEXT_TEMPLATES.get(read_json(folder / "config.json").get("model_type"))
     if text_template is None:
         return "tokenizer"
     tokenizer = Tokenizer(folder)
-    if not (folder / "chat_template.json").is_file():  # the processor's; the tokenizer's is then that of its decoder
+    if not (folder / "chat_template.json").is_file():  # the processor's; the tokenizer's is then the decoder's
         try:
             pieces = Chat(tokenizer, "tokenizer", published=True).pieces(
                 [{"role": "user", "content": "question"}], prompt=True

@@ -1,10 +1,10 @@
-"""Weights into a model: from what ``init_from`` names, or from one folder or run that is opened whole.
+"""Weights into a model: from the sources of ``init_from``, or from a folder or run that is opened as a whole.
 
     init_weights(model, init_from, seed)    every parameter: from a source, or at random
     load_weights(model, init_from)          only what the sources have
     open_model(name)                        a trained model, for use
 
-A rank reads only the slice that it holds, one tensor at a time, whatever sharded the model and whatever layout wrote
+A rank reads only the slice that it holds, one tensor at a time, however the model is sharded and whatever layout wrote
 the file.
 """
 

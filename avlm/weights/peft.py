@@ -43,7 +43,7 @@ def open_adapter(given: str | Path, config: ModelConfig, names: Iterable[str]) -
     """A PEFT folder under our ``names``; ValueError where it computes something different from ``config``."""
     folder = resolve(given)
     if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in ADAPTER):
-        raise FileNotFoundError(f"{folder} is no PEFT folder: it has to hold {CONFIG} and {' or '.join(ADAPTER)}")
+        raise FileNotFoundError(f"{folder} is not a PEFT folder: it must hold {CONFIG} and {' or '.join(ADAPTER)}")
     ours = {theirs: name for name, theirs in peft_names(names).items()}
     if config.lora is None or not ours:
         raise ValueError(f"init_from.adapter is {str(given)!r}, and the decoder has no adapters (model.lora)")
@@ -85,8 +85,8 @@ def adapter_keys(config: ModelConfig, names: Iterable[str], base: str | None) ->
 
 
 def left_behind(config: Config, names: Collection[str]) -> list[str]:
-    """Modules, and adapters of them, among a run's parameters ``names`` that a PEFT folder lacks: everything except the
-    decoder's adapters, and except a decoder that no stage trains, as that is the base."""
+    """The modules, and adapters of modules, among a run's parameters ``names`` that a PEFT folder lacks: everything
+    except the decoder's adapters, and except a decoder that no stage trains, because that is the base."""
     trained: set[str] = set()
     for stage in config.stages:
         trained |= trained_names(stage, config.model, names)

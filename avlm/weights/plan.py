@@ -1,9 +1,9 @@
-"""Which tensor of which source becomes which parameter. Everything that ``init_from`` can get wrong is found here,
-before a weight is read: only headers and indices of files are.
+"""Which tensor of which source becomes which parameter. Every mistake in ``init_from`` is found here, from the
+headers and indices of files alone, before any weight is read.
 
 Every tensor of a source is loaded, or skipped with a reason that the report counts, or named by ``allow_unused``. Every
 parameter of a module that a source and the model share is in the source, or named by ``allow_missing``. Anything else
-is an error. Adapters are loaded from a source that has some, and initialised where it has none.
+is an error. Adapters are loaded if the source has them, and initialised otherwise.
 """
 
 from collections import Counter
@@ -34,8 +34,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Report:
-    """What one entry of ``init_from`` gives: our names of the loaded tensors, skipped tensors by reason, and the number
-    of parameters by part that no entry gives, so that they are initialised."""
+    """What one entry of ``init_from`` provides: our names of the loaded tensors, skipped tensors by reason, and by
+    module the number of parameters that no entry provides, which are initialised."""
 
     entry: str
     path: Path
@@ -75,7 +75,7 @@ def check(config: ModelConfig, shapes: Shapes, init_from: InitFrom) -> None:
             here[entry] = path
         elif not may_be_on_hub(path):
             raise FileNotFoundError(
-                f"init_from.{entry} is {shown(path)}, and there is nothing: give a folder, a file or a Hub name"
+                f"init_from.{entry} is {shown(path)}, which does not exist: give a folder, a file or a Hub name"
             )
     if here == given:
         load_plans(config, shapes, init_from)
@@ -89,7 +89,7 @@ def check(config: ModelConfig, shapes: Shapes, init_from: InitFrom) -> None:
 
 
 def pinned(init_from: InitFrom) -> InitFrom:
-    """Runs replaced by their newest checkpoints, for all ranks to read the same while a run is still writing."""
+    """Runs replaced by their newest checkpoints, so that all ranks read the same one while a run is still writing."""
     newest = {}
     for entry, path in _given(init_from).items():
         if entry != "adapter" and is_run(local(path)):
@@ -152,7 +152,7 @@ def _load_plan(
     prefixes = _prefixes(entry, source, held)
     modules = [name for name in prefixes if getattr(config, name) and entry in ("all", "adapter", name)]
     if not modules:
-        raise ValueError(f"init_from.{entry}: {source.path} holds no module that it would give")
+        raise ValueError(f"init_from.{entry}: {source.path} holds no module that this entry could provide")
     has_adapters = _brings_adapters(source, held, config, modules)
     chosen = {}
     for name, shape in shapes.items():
@@ -178,7 +178,7 @@ def _load_plan(
 
 
 def _prefixes(entry: str, source: Source, held: Mapping) -> dict[str, str]:
-    """Where the modules of a source stand in it."""
+    """Module -> the prefix of its tensors in a source."""
     if source.own_names:
         present = {name.partition(".")[0] for name in held}
         return {module: f"{module}." for module in MODULES if module in present}
@@ -298,6 +298,6 @@ def _check_tied(head: str, embedding: str | None, held: Mapping, path: Path) -> 
     rows = slice(256)  # all of a head's rows move when it trains
     if embedding is not None and not held[head][rows].equal(held[embedding][rows]):
         raise ValueError(
-            f"{path}: {head} is not the embedding, to which tie_embedding (tie_word_embeddings in config.json) ties "
-            "the head: make that false, or leave the head out by init_from.allow_unused"
+            f"{path}: {head} differs from the embedding, but tie_embedding (tie_word_embeddings in config.json) "
+            "is true: make that false, or leave the head out by init_from.allow_unused"
         )

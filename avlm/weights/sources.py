@@ -1,4 +1,4 @@
-"""Where weights come from. Every kind of source becomes names and lazy tensors, of which only what is indexed is read.
+"""Where weights come from. Every kind of source becomes names and lazy tensors, which read only what is indexed.
 
 Hugging Face folder or Hub name   safetensors or pickles, one file or shards; config.json
 exported AVLM                     the same under our names
@@ -35,7 +35,7 @@ from avlm.storage.weight_files import WeightFiles, choose, local
 from avlm.weights.folder import is_own, read_config, resolve
 
 FILES = (".ckpt", ".pt", ".pth")
-# Names by which our own are known, and what wrappers (Lightning, DDP) may have put before them.
+# Names by which we recognise our own files, and prefixes that wrappers (Lightning, DDP) may have added.
 OWN_ANCHORS = (
     "decoder.embedding.weight",
     "vision.patch.weight",
@@ -116,11 +116,11 @@ class Source:
 
 
 def open_source(given: str | Path) -> Source:
-    """Raises ValueError or FileNotFoundError for a path that is none of the four kinds, not whole or not readable."""
+    """Raises ValueError or FileNotFoundError for a path that is none of the four kinds, incomplete or unreadable."""
     path = local(given)
     if path.is_file():
         if path.suffix not in FILES:
-            raise ValueError(f"{path} is a file, and does not end in {', '.join(FILES)}: give its folder")
+            raise ValueError(f"{path} is a file that does not end in {', '.join(FILES)}: give its folder")
         tensors, own_names = _unwrapped(read_pickle(path))
         return Source(path, tensors, None, own_names)
     if is_run(path):
@@ -163,7 +163,7 @@ def read_files(folder: Path, files: WeightFiles) -> dict[str, Any]:
         found |= dict.fromkeys(held, name)
     for tensor, name in files.places.items():
         if tensor in several and found[tensor] != name:
-            raise ValueError(f"{folder}: {shown(tensor)} is in {found[tensor]}, and the index says in {shown(name)}")
+            raise ValueError(f"{folder}: {shown(tensor)} is in {found[tensor]}, but the index names {shown(name)}")
     if not tensors:
         raise ValueError(f"{folder}: {files} holds no tensor")
     return tensors
@@ -178,22 +178,22 @@ def read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def read_pickle(path: Path) -> dict[str, Whole]:
-    """The tensors of a pickle, which may run no code. They are memory-mapped: those that are not used stay on disk."""
+    """The tensors of a pickle, read without running code. They are memory-mapped: unused ones stay on disk."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{path} cannot be read: it holds more than tensors and plain values, and no code of a weight file is run; "
+            f"{path} cannot be read: it holds more than tensors and plain values, and code in weight files is not run; "
             "save its state_dict alone"
         ) from None
     except Exception as error:  # files that are damaged or cut short raise many types
         raise ValueError(f"{path} cannot be read: {cause_of(error)}") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds no state_dict, and is none: it is a {type(content).__name__}")
+        raise ValueError(f"{path} holds no state_dict and is not one: it is a {type(content).__name__}")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{path} holds no state_dict, and is none: {shown(repr(key))} is no tensor")
+            raise ValueError(f"{path} holds no state_dict and is not one: {shown(repr(key))} is not a tensor")
     if not state:
         raise ValueError(f"{path} holds no tensor")
     return {key: Whole(value) for key, value in state.items()}
@@ -218,7 +218,7 @@ def check_shape(name: str, shape: tuple[int, ...], source: Any, origin: str) -> 
         dtype = source.get_dtype()
         is_float = dtype.startswith(("F16", "F32", "F64", "BF16"))
     if not is_float:
-        raise ValueError(f"{origin} is of {dtype}: weights that are quantised are not read")
+        raise ValueError(f"{origin} has dtype {dtype}: quantised weights are not supported")
     there = tuple(source.get_shape())
     is_reshaped = name in RESHAPED and len(there) != len(shape) and math.prod(there) == math.prod(shape)
     if there != tuple(shape) and not is_reshaped:

@@ -14,7 +14,7 @@ from avlm.families.door import rebuilds_tokenizer
 from avlm.storage.model_folder import read_json, write_json
 from avlm.weights.folder import stop_ids
 
-MAX_BYTES = 2**28  # of a tokenizer.json: those of 262,144 words have 33 MB
+MAX_BYTES = 2**28  # of a tokenizer.json: one with 262,144 words has 33 MB
 COPIED = ["chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt"]
 # Keys of tokenizer_config.json that repeat tokenizer.json, or would make transformers build a different tokenizer.
 LEFT_OUT = ("added_tokens_decoder", "auto_map", "tokenizer_file", "split_special_tokens", "add_prefix_space", *EXTRA)
@@ -74,7 +74,7 @@ def chat_template(tokenizer: Tokenizer, data: DataConfig, media: dict[str, str])
     template = tokenizer.chat_template
     if data.template != "tokenizer":
         template = templates.jinja(data.template, media)
-    elif block := JinjaTemplate(tokenizer).block:  # stands between prompt and answer in training
+    elif block := JinjaTemplate(tokenizer).block:  # the text between prompt and answer in training
         asks = f"{{%+ if add_generation_prompt %}}{{{{ {json.dumps(block, ensure_ascii=False)} }}}}{{% endif %}}"
         template = template.removesuffix("\n") + asks  # Jinja drops a newline at the end of a template
     if not data.system:
@@ -84,7 +84,7 @@ def chat_template(tokenizer: Tokenizer, data: DataConfig, media: dict[str, str])
 
 
 def media_token_id(tokenizer: Tokenizer | None, word: str, vocab_size: int) -> int:
-    """The id of a media token, or the first that the tokenizer leaves free."""
+    """The id of a media token; if the tokenizer has none, the first free id."""
     if tokenizer is None:
         return vocab_size
     known = tokenizer.find(word)
@@ -92,7 +92,7 @@ def media_token_id(tokenizer: Tokenizer | None, word: str, vocab_size: int) -> i
 
 
 def _with_media_token(added: list[dict[str, Any]], word: str, token: int) -> list[dict[str, Any]]:
-    """The added tokens and the media token, unless it is one of them."""
+    """The added tokens, with the media token if it is not one of them yet."""
     if any(entry["content"] == word for entry in added):
         return added
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

@@ -93,7 +93,7 @@ def test_what_can_be_measured_passes(make, options):
         ({"sets": ["gone"]}, r"no data at .*gone.jsonl"),
         (
             {"data": {"metrics": {"god": ["wer"]}}, "train": ANSWERS},
-            r"metrics.god: data.validation has no such set, only good",
+            r"metrics.god: data.validation has no such set \(it has good",
         ),
         ({"data": {"metrics": {"good": ["were"]}}, "train": ANSWERS}, r"names 'were', which is no metric .*mean wer\?"),
         ({"data": {"metrics": {"good": []}}, "train": ANSWERS}, r"metrics.good names no metric"),
@@ -102,13 +102,19 @@ def test_what_can_be_measured_passes(make, options):
             {"data": {"metrics": {"good": ["vqa_accuracy"]}}, "train": ANSWERS},
             r"validation.good: .*good.jsonl:0: vqa_accuracy needs 10 texts",
         ),
-        ({"best": "val/god/loss"}, r"checkpoint.best=val/god/loss is nothing that .*did you mean val/good/loss\?"),
+        ({"best": "val/god/loss"}, r"checkpoint.best=val/god/loss is not a value that .*did you mean val/good/loss\?"),
         (
             {"best": "val/good/wer"},
-            r"val/good/wer is nothing that .*; it has no scores of answers, as train.validate_an",
+            r"val/good/wer is not a value that .*answers are not scored, because train.validate_an",
         ),
-        ({"best": "val/good/wer", "train": ANSWERS}, r"val/good/wer is nothing that validation reports: did you mean"),
-        ({"best": "loss", "sets": []}, r"checkpoint.best=loss is nothing that validation reports: it reports nothing"),
+        (
+            {"best": "val/good/wer", "train": ANSWERS},
+            r"val/good/wer is not a value that validation reports: did you mean",
+        ),
+        (
+            {"best": "loss", "sets": []},
+            r"checkpoint.best=loss is not a value that validation reports: it reports nothing",
+        ),
         ({"best": "val/good/loss", "train": {"validate_every": 0}}, r"needs validation, but train.validate_every=0"),
     ],
 )

@@ -192,7 +192,7 @@ def test_vqa_answers_are_compared_in_one_form(text, form):
 
 
 def test_vqa_accuracy_of_other_than_ten_people_is_refused():
-    with pytest.raises(ValueError, match="needs 10 answers of different people, not 3"):
+    with pytest.raises(ValueError, match="needs 10 answers from different people, not 3"):
         METRICS["vqa_accuracy"]("yes", ["yes"] * 3)
 
 

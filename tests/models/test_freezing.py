@@ -95,17 +95,17 @@ def test_patterns_come_on_top_of_names_and_flags_and_prevention_wins():
         ({"lora": None, "freeze_params": [".*"]}, "stage one trains nothing"),
         (
             {"train": ["decoder"], "freeze_params": [r"^decoder\.block\..+"]},
-            r"freeze_params holds .*matches no parameter; near are .*'decoder.blocks.\*",
+            r"freeze_params holds .*matches no parameter; the nearest are .*'decoder.blocks.\*",
         ),
         (
             {"train": ["decoder"], "prevent_freeze_params": ["vision.positions"]},
             r"matches no parameter.*vision.position",
         ),
-        ({"train": ["decoder"], "freeze_params": ["decoder.(*"]}, "no regular expression"),
+        ({"train": ["decoder"], "freeze_params": ["decoder.(*"]}, "not a regular expression"),
         ({"train": ["decoder"], "lora": {**LORA, "base": "bf16"}}, "one trains decoder.*model.lora.base=bf16"),
         (
             {"train": ["lora"], "lora": {**LORA, "targets": ["decoder.*.query"]}},
-            "'decoder.*.query', which is no linear",
+            "'decoder.*.query', which matches no linear",
         ),
         ({"train": ["lora"], "parallel": {"tower_sharding": "replicate"}}, "replicate keeps frozen .* trains vision"),
         (

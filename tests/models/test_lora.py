@@ -97,10 +97,10 @@ def test_a_target_that_names_nothing_is_refused_with_the_nearest_names():
         ("decoder.*.q_proj", "decoder.blocks.*.attention.q"),
         ("audio.blocks.*.gate", "audio.blocks.*"),
     ):
-        with pytest.raises(ValueError, match="is no linear") as caught:
+        with pytest.raises(ValueError, match="matches no linear") as caught:
             AVLM(make({"targets": ["decoder.*.q", target]}).model)
         assert f"targets names {target!r}" in str(caught.value) and near in str(caught.value)
-    with pytest.raises(ValueError, match="is no linear"):  # their layers are fused, and they train whole
+    with pytest.raises(ValueError, match="matches no linear"):  # their layers are fused, and they train whole
         AVLM(make({"targets": ["vision_projector.*"]}).model)
 
 

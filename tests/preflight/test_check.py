@@ -69,7 +69,7 @@ def test_a_resume_may_change_where_and_how_often(saved, change):
 def test_a_marker_that_lies_is_noticed(saved, progress):
     cfg, path = saved
     (path / checkpoint.MARKER).write_text('{"step": 3, ' + progress + "}")
-    with pytest.raises(ValueError, match=r"says step 3, which is step .* so it is damaged"):
+    with pytest.raises(ValueError, match=r"is at step 3, which is step .* so it is damaged"):
         check_resume(cfg, path)
 
 

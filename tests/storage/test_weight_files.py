@@ -85,7 +85,7 @@ def test_a_file_that_the_config_names_is_read_in_their_place(states, tmp_path):
     assert str(source.files) == "tuned.safetensors, leaving model.safetensors unread"
     for odd in ("../tuned.safetensors", "model.bin", 3, "x" * 5000 + ".safetensors"):
         (tmp_path / "config.json").write_text(json.dumps(keys | {"transformers_weights": odd}))
-        with pytest.raises(ValueError, match="is no safetensors file of the folder"):
+        with pytest.raises(ValueError, match="is not a safetensors file of the folder"):
             open_folder(tmp_path)
 
 
@@ -101,7 +101,7 @@ def test_shards_that_the_index_does_not_name_are_left_aside_and_those_it_lacks_a
     first, second = sorted(set(places.values()))
     stale = next(name for name, file in places.items() if file == first)
     save_file({name: new[name] for name in new if places[name] == second} | {stale: old[stale]}, tmp_path / second)
-    with pytest.raises(ValueError, match=rf"{stale} is in {second}, and the index says in {first}"):
+    with pytest.raises(ValueError, match=rf"{stale} is in {second}, but the index names {first}"):
         open_source(tmp_path)  # transformers reads the stale one, whose file comes last
     (tmp_path / second).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{second} is missing: {INDEX} names it"):
@@ -115,11 +115,11 @@ def test_shards_that_the_index_does_not_name_are_left_aside_and_those_it_lacks_a
         ({"weight_map": None}, "holds no weight_map"),
         ({"weight_map": {}}, "holds no weight_map"),
         ({"weight_map": ["a"]}, "holds no weight_map"),
-        ({"weight_map": {"a": "x", "b": 1}}, "says that b is in 1"),
-        ({"weight_map": {"a": ["x"]}}, r"is in \['x'\], no file of the folder"),
-        ({"weight_map": {"a": "../x"}}, "no file of the folder"),
-        ({"weight_map": {"a": "x" * 5000}}, "no file of the folder"),
-        ({"weight_map": {"a": "x\0"}}, "no file of the folder"),
+        ({"weight_map": {"a": "x", "b": 1}}, "puts b in 1"),
+        ({"weight_map": {"a": ["x"]}}, r"in \['x'\], not a file of the folder"),
+        ({"weight_map": {"a": "../x"}}, "not a file of the folder"),
+        ({"weight_map": {"a": "x" * 5000}}, "not a file of the folder"),
+        ({"weight_map": {"a": "x\0"}}, "not a file of the folder"),
         ({"weight_map": {"a": "x"}}, "x is missing"),
     ],
 )
@@ -135,7 +135,7 @@ def test_files_without_tensors_and_folders_with_other_names_say_so(tmp_path):
         ("model.safetensors", lambda path: save_file({}, path), "holds no tensor"),
         ("model.safetensors", lambda path: path.write_bytes(b""), "cannot be read"),
         ("pytorch_model.bin", lambda path: torch.save({}, path), "holds no tensor"),
-        ("pytorch_model.bin", lambda path: torch.save({1: torch.ones(1)}, path), "1 is no tensor"),
+        ("pytorch_model.bin", lambda path: torch.save({1: torch.ones(1)}, path), "1 is not a tensor"),
         ("pytorch_model.bin", lambda path: path.write_bytes(b""), "cannot be read"),
         (
             "model.fp16.safetensors",
@@ -209,13 +209,13 @@ def test_whole_numbers_are_no_weights(states, tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     torch.save(state, tmp_path / "state.pt")
     for source in (tmp_path, tmp_path / "state.pt"):
-        with pytest.raises(ValueError, match=rf"{EMBEDDING} is of .*(I8|int8): weights that are quantised"):
+        with pytest.raises(ValueError, match=rf"{EMBEDDING} has dtype .*(I8|int8): quantised weights"):
             load_weights(AVLM(ModelConfig(decoder=read_config(tmp_path))), InitFrom(decoder=str(source)))
 
 
 @pytest.mark.parametrize("name", ["/nowhere", "/" + "x" * 5000, "a\0b", "a\nb/c/d", "~nobody-has-this-name/x"])
 def test_a_name_that_is_no_folder_is_said_so_in_one_line(name):
     for read in (resolve, open_source):
-        with pytest.raises((FileNotFoundError, ValueError), match=r"no model folder|is no path") as error:
+        with pytest.raises((FileNotFoundError, ValueError), match=r"no model folder|is not a valid path") as error:
             read(name)
         assert str(error.value).isprintable() and len(str(error.value)) < 400

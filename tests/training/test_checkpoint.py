@@ -138,16 +138,16 @@ def test_a_flipped_bit_in_a_stored_weight_is_noticed(saved, tmp_path):
     ("name", "content", "message"),
     [
         ("complete", b"", "complete is not valid JSON"),
-        ("complete", b"null", "complete holds no keys but None"),
+        ("complete", b"null", "complete must hold an object of keys, not None"),
         ("complete", b'{"step": 3, "x": 1}', "complete: x: "),
         ("complete", b'{"step": "3"}', "complete: step: "),
-        ("complete", b'{"step": 4}', "complete says step 4"),
+        ("complete", b'{"step": 4}', "complete records step 4"),
         ("complete", b"[" * 10**5, "complete is not valid JSON"),
         ("complete", b'{"step": 3, "files": {"loader_00000.json": ""}}', "complete is damaged"),
         ("complete", b'{"step": 3, "files": 5}', "complete is damaged"),
         ("complete", b'{"step": 3, "stage": -1}', "complete: stage: "),
         ("rank_00000.json", b"{}", "rank_00000.json holds no random state"),
-        ("loader_00000.json", b"null", "loader_00000.json holds no state but None"),
+        ("loader_00000.json", b"null", "loader_00000.json holds None, not a state"),
         ("loader_00000.json", b"[" * 10**5, "loader_00000.json is not valid JSON"),
         ("rank_00000.safetensors", b"\0" * 9, "rank_00000.safetensors cannot be read"),
     ],
@@ -182,9 +182,9 @@ def test_a_file_of_another_step_is_noticed(saved, tmp_path):
     [other] = complete_checkpoints(folder)
     path = shutil.copytree(saved, tmp_path / saved.name)
     shutil.copyfile(other / "__0_0.distcp", path / "__0_0.distcp")
-    with pytest.raises(ValueError, match=r"__0_0.distcp is of another checkpoint"):
+    with pytest.raises(ValueError, match=r"__0_0.distcp belongs to another checkpoint"):
         read_all(path)
-    with pytest.raises(ValueError, match=r"__0_0.distcp is of another checkpoint"):
+    with pytest.raises(ValueError, match=r"__0_0.distcp belongs to another checkpoint"):
         next(iter(open_checkpoint(path).values()))[:]
     (path / "__0_0.distcp").unlink()
     with pytest.raises(ValueError, match=r"lacks __0_0.distcp, which its marker names"):

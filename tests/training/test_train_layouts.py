@@ -210,7 +210,7 @@ def test_a_rank_that_fails_ends_all_within_seconds_and_is_heard_first(pair, tmp_
     (failed, first), *others = [(at, line) for at, line in lines if line.startswith("error")]
     assert "error (rank 1): the loader state is for seed=7, this run has" in first
     assert time.monotonic() - failed < 20
-    assert all("error (rank 0): another rank ended, look for its own error" in line for _, line in others)
+    assert all("error (rank 0): another rank ended; look for its own error" in line for _, line in others)
     assert not any("[rank" in line for _, line in lines), "no traceback of a rank"
 
 

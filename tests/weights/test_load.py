@@ -146,7 +146,7 @@ def test_a_head_that_is_not_the_embedding_is_not_tied_silently(tmp_path):
     torch.manual_seed(0)
     save(llama(), tmp_path)
     edit(tmp_path, tmp_path, tie_word_embeddings=True)
-    with pytest.raises(ValueError, match=r"lm_head.weight is not the embedding, to which tie_embedding"):
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from the embedding, but tie_embedding"):
         loaded(ModelConfig(decoder=read_config(tmp_path)), decoder=str(tmp_path))
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -163,7 +163,7 @@ def test_a_config_that_disagrees_with_the_folder_names_the_key(llama_folder):
     for key, value in (("rope_theta", 5e5), ("num_kv_heads", 4), ("tie_embedding", True), ("max_position", 4096)):
         with pytest.raises(ValueError, match=f"model.decoder.{key} is {value}"):
             check(dataclasses.replace(right, **{key: value}))
-    with pytest.raises(ValueError, match="VisionConfig is asked for"):
+    with pytest.raises(ValueError, match="VisionConfig is needed"):
         check(WHOLE.vision)
 
 
@@ -237,7 +237,7 @@ def test_processors_and_files_of_any_type_are_read_or_refused_in_one_short_line(
 
 def test_a_flag_that_is_a_text_is_not_taken_for_true(llama_folder, tmp_path):
     """bool("false") is True, and a tied head is another model."""
-    with pytest.raises(ValueError, match="tie_word_embeddings is no true or false but 'false'"):
+    with pytest.raises(ValueError, match="tie_word_embeddings must be true or false, not 'false'"):
         read_config(edit(llama_folder, tmp_path / "tied", tie_word_embeddings="false"))
 
 
@@ -271,7 +271,7 @@ def test_a_name_that_is_neither_folder_nor_reachable_is_one_line(monkeypatch):
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no route\nx"))
     )
-    with pytest.raises(ValueError, match=r"owner/model is no folder here .*no route") as caught:
+    with pytest.raises(ValueError, match=r"owner/model is not a local folder .*no route") as caught:
         resolve("owner/model")
     assert "\n" not in str(caught.value)
 

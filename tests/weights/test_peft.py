@@ -77,7 +77,7 @@ def test_the_base_of_an_adapter_is_named_by_the_command_or_by_the_run(tmp_path, 
         arguments = ["--format", "adapter", "--overwrite", *(["--base", given] if given else [])]
         command(monkeypatch, run, tmp_path / "out", *arguments)
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == expected
-        assert ("out names no base decoder: --base NAME says" in capsys.readouterr().out) == (expected is None)
+        assert ("out names no base decoder: --base NAME adds" in capsys.readouterr().out) == (expected is None)
     with pytest.raises(ValueError, match="--base my/base is for --format adapter, and the format is decoder"):
         command(monkeypatch, plain, tmp_path / "decoder", "--format", "decoder", "--base", "my/base")
     assert not (tmp_path / "decoder").exists()

@@ -94,7 +94,7 @@ def test_a_single_file_loads_under_the_names_of_hugging_face(tmp_path):
     model = AVLM(config)
     load_weights(model, InitFrom(vision=str(tmp_path / "llava.pt")))
     assert model.vision.position.equal(whole.vision.position)
-    with pytest.raises(ValueError, match="holds no module that it would give"):
+    with pytest.raises(ValueError, match="holds no module that this entry could provide"):
         load_weights(AVLM(AUDIO_ONLY), InitFrom(audio=str(tmp_path / "llava.pt")))
 
 
@@ -106,8 +106,8 @@ class Code:
 def test_files_that_are_no_weights_are_one_line_and_run_no_code(tmp_path, capsys):
     contents = {"code.pt": {"w": Code()}, "nested.pt": {"model": {"w": torch.zeros(1)}}, "list.pt": [torch.zeros(1)]}
     said = {
-        "code.pt": "no code of a weight file is run",
-        "nested.pt": "'model' is no tensor",
+        "code.pt": "code in weight files is not run",
+        "nested.pt": "'model' is not a tensor",
         "list.pt": "holds no state_dict",
     }
     for name, content in contents.items():
@@ -149,9 +149,9 @@ def test_a_checkpoint_runs_no_code_and_reads_no_file_outside_its_folder(tmp_path
 
     changes = {
         "path.*touch|Path.touch": change("planner_data", Touch(mark)),
-        "is no tensor|BytesStorage": hide,
-        "no plain file": lambda metadata: setattr(metadata.storage_data[place], "relative_path", "../../x"),
-        "zstd.*no plain file|no plain file": lambda m: setattr(
+        "is not a tensor|BytesStorage": hide,
+        "not a plain file": lambda metadata: setattr(metadata.storage_data[place], "relative_path", "../../x"),
+        "zstd.*not a plain file|not a plain file": lambda m: setattr(
             m.storage_data[place], "transform_descriptors", ["zstd"]
         ),
         "names no files": change("storage_data", None),
@@ -168,7 +168,7 @@ def test_a_checkpoint_runs_no_code_and_reads_no_file_outside_its_folder(tmp_path
             assert "\n" not in str(error.value) and len(str(error.value)) < 500
     for damaged in (pickle.dumps(Touch(mark)), pickle.dumps([1]), good[:500], b"", b"\x80\x05junk"):
         index.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"\.metadata is no index of a checkpoint"):
+        with pytest.raises(ValueError, match=r"\.metadata is not the index of a checkpoint"):
             open_source(path)
     index.unlink()
     with pytest.raises(ValueError, match=r"\.metadata cannot be read: No such file"):
@@ -221,7 +221,7 @@ def test_what_is_missing_or_has_no_place_is_named_unless_it_is_allowed(tmp_path)
         ("allow_missing", "vision.positions", "vision.position"),  # of no parameter
         ("allow_missing", "decoder.norm", "vision.position"),  # of one that is there
         ("allow_unused", "decoder.heads", "decoder.head"),
-        ("allow_unused", "(", "no regular expression"),
+        ("allow_unused", "(", "not a regular expression"),
     ):
         with pytest.raises(ValueError, match=f"init_from.{key} holds .*{near}"):
             load_weights(AVLM(WHOLE), dataclasses.replace(init, **{key: [*getattr(init, key), pattern]}))
@@ -295,7 +295,7 @@ def test_folders_that_hold_no_weights_say_what_they_lack(tmp_path):
     (path / checkpoint.MARKER).unlink()
     (tmp_path / "empty").mkdir()
     said = {path: "is not a complete checkpoint", tmp_path / "run": "holds no complete checkpoint"}
-    said |= {tmp_path / "empty": "no config.json in", tmp_path / "nowhere": "and there is nothing"}
+    said |= {tmp_path / "empty": "no config.json in", tmp_path / "nowhere": "which does not exist"}
     for source, message in said.items():
         config = dataclasses.replace(run_config(WHOLE, tmp_path / "new"), init_from=InitFrom(all=str(source)))
         with pytest.raises(FileNotFoundError, match=message):
@@ -336,5 +336,5 @@ def test_adapters_go_to_a_peft_folder_and_come_back(tmp_path):
         (folder / "adapter_config.json").write_text(json.dumps(keys | {key: value}))
         with pytest.raises(ValueError, match=rf"{key}=.* is not implemented"):
             loaded_with(config, adapter=str(folder))
-    with pytest.raises(FileNotFoundError, match="is no PEFT folder"):
+    with pytest.raises(FileNotFoundError, match="is not a PEFT folder"):
         loaded_with(config, adapter=str(tmp_path / "base"))
