@@ -104,7 +104,7 @@ def test_each_clip_is_read_with_its_own_answer(tmp_path):
     with source.open("a") as file:
         file.write('{"messages": "no conversation"}\n')
     path = write_config(tmp_path, source)
-    cfg = load_config(path, ctc.ONLY_SOUND)
+    cfg = load_config(path, ctc.ONLY_AUDIO)
     tokenizer = Tokenizer(tmp_path / "tokenizer")
     model = loaded(cfg.model, decoder=tmp_path / "decoder.pt", audio=tmp_path / "audio.pt")
     [row] = ctc.read(model, str(source), cfg)
