@@ -67,7 +67,7 @@ def encode(prompt: str, media: dict[str, list[bytes]], encoder: SampleEncoder) -
     return encoder.prompt([{"role": "user", "content": prompt}], **chosen)
 
 
-class Stream:
+class AnswerPrinter:
     """Prints an answer as it grows. A character is held back until all of its bytes have arrived."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
     encoder, stops = open_encoder(opened, arguments.raw)
     model = opened.load(torch.device(device), getattr(torch, dtype))
     prompts = [encode(prompt, media, encoder) for prompt in arguments.prompt]
-    stream = Stream(encoder.tokenizer) if len(prompts) == 1 and not arguments.json else None
+    printer = AnswerPrinter(encoder.tokenizer) if len(prompts) == 1 and not arguments.json else None
     completions = generate(
         model,
         prompts,
@@ -130,9 +130,9 @@ def run(arguments: argparse.Namespace) -> None:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
-        on_token=stream,
+        on_token=printer,
     )
-    if stream:
+    if printer:
         print()
     else:
         show(arguments, encoder.tokenizer, completions)

@@ -56,7 +56,7 @@ class Report:
 
 
 def _counted(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} of {what}" for what, count in counts.items())
+    return ", ".join(f"{count} ({what})" for what, count in counts.items())
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ def test_what_is_missing_or_has_no_place_is_named_unless_it_is_allowed(tmp_path)
     [report] = load_weights(other, init)
     assert equal(model, other, set(state)) and not equal(model, other)
     assert report.initialised == {"vision": 1} and report.skipped == {"init_from.allow_unused": 1}
-    assert "parameters initialised from scratch: 1 of vision" in str(report)
+    assert "parameters initialised from scratch: 1 (vision)" in str(report)
     for key, pattern, near in (
         ("allow_missing", "vision.positions", "vision.position"),  # of no parameter
         ("allow_missing", "decoder.norm", "vision.position"),  # of one that is there
