@@ -18,6 +18,7 @@ from avlm.config.run import InitFrom
 from avlm.families.door import HEADS, PREFIXES, SINUSOIDS, anchor, hugging_face_name, skip_reason
 from avlm.models.freezing import matching
 from avlm.models.lora import is_adapter
+from avlm.models.shapes import Shapes
 from avlm.models.whisper import sinusoids
 from avlm.storage.run_folder import is_run, read_run
 from avlm.storage.weight_files import WeightFiles, local
@@ -29,7 +30,6 @@ from avlm.weights.sources import Source, check_shape, open_source
 OWN_HEAD = "decoder.head.weight"
 TIED = "a head tied to the embedding"
 ENTRIES = ("all", "decoder", "vision", "audio", "adapter")  # a tower's own source wins over the whole model's
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)

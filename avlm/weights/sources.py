@@ -229,11 +229,11 @@ def check_shape(name: str, shape: tuple[int, ...], source: Any, origin: str) -> 
 def copy_slice(parameter: Tensor, source: Any) -> None:
     """Copy the slice of ``parameter`` that this rank holds; the copy converts the dtype."""
     shape, there = tuple(parameter.shape), tuple(source.get_shape())
-    local, offset, size = parameter, (0,) * len(shape), shape
+    shard, offset, size = parameter, (0,) * len(shape), shape
     if isinstance(parameter, DTensor):
-        local = parameter.to_local()  # without grad: the storage itself
+        shard = parameter.to_local()  # without grad: the storage itself
         size, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
-    if not local.numel():
+    if not shard.numel():
         return
     region = tuple(slice(start, start + length) for start, length in zip(offset, size))
     if there == shape:
@@ -242,4 +242,4 @@ def copy_slice(parameter: Tensor, source: Any) -> None:
         value = source[region[0]].flatten(1)[:, region[1]]
     else:  # (D,) -> (1, D)
         value = source[:].view(shape)[region]
-    local.copy_(value)
+    shard.copy_(value)

@@ -4,7 +4,7 @@
 
 A case is a layout, what media the rows hold, how many rows a rank accumulates, what is recomputed and what trains; any
 two settings of two of these factors meet in some case (pairwise covering). It is compared with the plain model in one
-process: loss, gradient norm and every gradient, by the rule of docs/architecture.md. Prints a line a case, and exits
+process: loss, gradient norm and every gradient, by the rule of docs/contracts.md. Prints a line a case, and exits
 with 1 when one fails.
 """
 
@@ -200,7 +200,7 @@ def run_case(case: Case, layout: dict[str, Any], worlds: dict) -> tuple[float, f
 
 
 def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Of the worst parameter, by the rule of docs/architecture.md."""
+    """Of the worst parameter, by the rule of docs/contracts.md."""
     assert found.keys() == expected.keys(), f"gradients of {sorted(found.keys() ^ expected.keys())}"
     norm = torch.stack([g.norm() for g in expected.values()]).norm()
     return max(relative((found[name] - g).norm(), torch.maximum(g.norm(), 1e-3 * norm)) for name, g in expected.items())

@@ -100,7 +100,7 @@ def test_synthetic_rows_do_not_go_on_with_another_number_of_data_ranks(pair, tmp
     result = run(write_config(tmp_path, **SHORT), "train.accumulate=2", f"resume={stored}")
     assert result.returncode == 2
     [line] = result.stderr.splitlines()
-    assert "synthetic rows belong to their rank: go on with 2 data ranks" in line
+    assert "synthetic rows belong to their rank: continue with 2 data ranks" in line
 
 
 def write_files(folder: Path, **train) -> Path:
