@@ -13,6 +13,7 @@ from pathlib import Path
 from avlm.demo.bank.bank import load
 from avlm.demo.bank.shards import encode
 from avlm.demo.bank.tasks import compose
+from avlm.process.exit import run_command
 
 SAMPLES = (("caption", "test", 7), ("transcribe", "test_human", 31), ("joint", "test_sum", 84), ("video", "test", 25))
 
@@ -21,6 +22,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     run = parser.parse_args().run
+    if not run.is_dir():
+        raise FileNotFoundError(f"there is no run {run}: make demo trains one")
     folder = run / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     for task, split, index in SAMPLES:
@@ -38,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -2,7 +2,6 @@
 
 import ctypes
 import itertools
-import os
 import signal
 import uuid
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from avlm.config.run import ParallelConfig
-from avlm.process.launch import local_ranks, ranks
+from avlm.process.launch import local_ranks, ranks, started_by_torchrun
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: a signal for this process when its parent dies
 
@@ -117,7 +116,7 @@ def sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int, int, int
                 f"parallel.replicate={parallel.replicate} x context={parallel.context} x tensor={parallel.tensor} does "
                 f"not divide {world_size} ranks: start torchrun with another --nproc-per-node, or change parallel.*"
             )
-        shard = world_size // others
+        shard = max(world_size // others, 1)  # a world of 0 is refused below
     if others * shard != world_size:
         raise ValueError(
             f"parallel.replicate={parallel.replicate} x shard={shard} x context={parallel.context} x "
@@ -146,7 +145,7 @@ def start(parallel: ParallelConfig, device: torch.device) -> World:
     """Join the process group (gloo for host tensors, NCCL for a GPU's) and lay out the mesh."""
     rank, size = ranks()
     shape = sizes(parallel, size)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's workers outlive a launcher that was killed, unless told not to
+    if started_by_torchrun():  # torchrun's workers outlive a launcher that was killed, unless told not to
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     backend = "gloo"
     if device.type == "cuda":

@@ -5,7 +5,7 @@ from avlm.data.check import check_data
 from avlm.evaluation.check import check_measures
 from avlm.models.shapes import parameter_shapes
 from avlm.parallel.check import check_layout
-from avlm.process.launch import is_first_of_machine
+from avlm.process.launch import local_ranks, started_by_torchrun
 from avlm.storage.run_folder import find
 from avlm.weights import plan
 
@@ -13,10 +13,11 @@ from avlm.weights import plan
 def check(config: Config, world_size: int) -> None:
     """Raise ValueError or FileNotFoundError for what would fail later: mesh, initial weights, data, tokenizer, metrics.
 
-    Files are read by one rank of each machine; the others wait for it when the process group starts.
+    Under torchrun one rank of each machine reads the files. If it finds an error, torchrun ends the others, which wait
+    for it to join the process group.
     """
     check_layout(config, world_size)
-    if not is_first_of_machine():
+    if started_by_torchrun() and local_ranks()[0] > 0:
         return
     resumes = find(config)[0] is not None
     if not resumes:

@@ -18,7 +18,7 @@ from typing import TextIO
 
 import torch
 
-from avlm.process.launch import ranks
+from avlm.process.launch import ranks, started_by_torchrun
 from avlm.process.worker import STOPS
 
 # How gloo, the rendezvous store and NCCL report a rank that is gone.
@@ -37,10 +37,9 @@ def listen() -> list[int]:
     under a launcher, which forwards a signal that the ranks receive anyway.
     """
     arrived: list[int] = []
-    launched = "TORCHELASTIC_RUN_ID" in os.environ
 
     def note(number: int, frame: object) -> None:
-        if number == signal.SIGINT and number in arrived and not launched:
+        if number == signal.SIGINT and number in arrived and not started_by_torchrun():
             raise KeyboardInterrupt
         arrived.append(number)
 

@@ -13,5 +13,6 @@ def local_ranks() -> tuple[int, int]:
     return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def is_first_of_machine() -> bool:
-    return local_ranks()[0] == 0
+def started_by_torchrun() -> bool:
+    """torchrun ends all ranks when one of them fails; other launchers may let them wait for it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ

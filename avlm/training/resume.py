@@ -49,4 +49,6 @@ def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value

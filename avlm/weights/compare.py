@@ -22,7 +22,7 @@ def check_config(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None
         theirs = getattr(theirs, part)
     if type(ours) is not type(theirs):
         found = "none" if theirs is None else f"a {type(theirs).__name__}"
-        raise ValueError(f"{origin} holds {found}, but a {type(ours).__name__} is needed")
+        raise ValueError(f"{origin} holds {found}, not the {type(ours).__name__} that is needed")
     if part != "all":
         _check_module(part, _comparable(ours, None), _comparable(theirs, None), origin)
         _check_length(ours, theirs, origin)

@@ -7,6 +7,7 @@ import pytest
 
 from avlm.config.load import dump_config, resolve_config
 from avlm.data.check import check_skipped
+from avlm.preflight.check import check
 from avlm.preflight.report import report
 from avlm.storage import locks
 from avlm.storage.run_folder import find, folder_of
@@ -105,3 +106,20 @@ def test_a_file_system_without_locks_is_said_and_counts_as_locked(tmp_path, monk
             return
         assert locks.lock(file, wait=False) == (number != errno.EAGAIN)
     assert ("cannot be locked here (as it is there)" in capsys.readouterr().err) == (number != errno.EAGAIN)
+
+
+@pytest.mark.parametrize("world_size", [0, -4])
+def test_a_world_without_ranks_is_refused(world_size):
+    with pytest.raises(ValueError, match=f"does not make {world_size} ranks"):
+        report(make_config(), world_size)
+
+
+def test_files_are_read_by_every_rank_that_no_launcher_would_end(monkeypatch):
+    """Under torchrun the first rank of a machine finds the error, and torchrun ends the others."""
+    config = make_config(data={"train": "gone.jsonl", "seq_length": 64})
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(FileNotFoundError, match=r"no data at gone\.jsonl"):
+        check(config, world_size=1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    check(config, world_size=1)

@@ -163,7 +163,7 @@ def test_a_config_that_disagrees_with_the_folder_names_the_key(llama_folder):
     for key, value in (("rope_theta", 5e5), ("num_kv_heads", 4), ("tie_embedding", True), ("max_position", 4096)):
         with pytest.raises(ValueError, match=f"model.decoder.{key} is {value}"):
             check(dataclasses.replace(right, **{key: value}))
-    with pytest.raises(ValueError, match="VisionConfig is needed"):
+    with pytest.raises(ValueError, match="not the VisionConfig that is needed"):
         check(WHOLE.vision)
 
 
