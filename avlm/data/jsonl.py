@@ -1,4 +1,4 @@
-"""Plain .json or .jsonl files with a media folder beside them: LLaVA's own format, no preparation step.
+"""Plain .json or .jsonl files with a media folder next to them: LLaVA's own format, no preparation step.
 
 Training reads an endless stream: epoch after epoch, each a permutation made from (seed, epoch). Slot s of S = world x
 workers takes the positions s, s + S, s + 2S, ... of that stream, so every sample is read once an epoch for any number

@@ -36,7 +36,7 @@ def open_loader(stream: Stream, state: dict[str, Any] | None = None) -> Any:
         if state is None:
             raise
         raise ValueError(
-            f"the loader state is not one of {source} ({error!r:.100}): start anew with resume=never"
+            f"the loader state is not one of {source} ({error!r:.100}): start from scratch with resume=never"
         ) from error
 
 

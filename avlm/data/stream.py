@@ -52,8 +52,8 @@ class Stream:
             if key == "workers":
                 fix = f"set data.num_workers={state['workers']}"
             raise ValueError(
-                f"the loader state is for {key}={state.get(key)}, this run has {key}={value}: {fix}, or start anew "
-                "with resume=never"
+                f"the loader state is for {key}={state.get(key)}, this run has {key}={value}: {fix}, or start from "
+                "scratch with resume=never"
             )
 
 

@@ -79,7 +79,7 @@ def warm_up(model: AVLM, world: World) -> None:
     """One forward over an empty row while all parameters that may ever train require a gradient.
 
     FSDP2 notes dtypes at a unit's first forward: a unit that is frozen then and trained later would fail in bf16. It
-    wants the parameters of a unit that train to have one dtype; a base that is held in bf16 never trains.
+    needs the trained parameters of a unit to have one dtype; a base that is held in bf16 never trains.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.dtype == torch.float32)
