@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,8 +26,11 @@ def plot(run: Path) -> Path:
     steps = [record for record in records if "loss" in record]
     if not steps:
         raise ValueError(f"{run / 'metrics.jsonl'} holds no steps yet")
-    figure, axes = pyplot.subplots(2, 3, figsize=(20, 9), sharex=True)
-    panels = (_loss, _optimizer, _throughput, _shares, _validation)
+    panels = [_loss, _optimizer, _throughput, _shares]
+    if not all(name.endswith("/loss") for name in _names(records, "val/")):
+        panels.append(_validation)
+    columns = math.ceil(len(panels) / 2)
+    figure, axes = pyplot.subplots(2, columns, figsize=(6.7 * columns, 9), sharex=True)
     for panel, draw in zip(axes.flat, panels):
         draw(panel, steps, records)
         _mark_stages(panel, steps)
