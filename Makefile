@@ -40,7 +40,7 @@ test: $(VENV)/.test
 check: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pyrefly check --summary=none
+	$(VENV)/bin/pyrefly check --summary=none --python-interpreter-path $(VENV)/bin/python
 	$(VENV)/bin/python -m pytest tests/test_architecture.py
 
 equivalence: $(VENV)/.test
