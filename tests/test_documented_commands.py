@@ -37,6 +37,13 @@ def test_every_command_of_the_pages_names_a_file_that_is_there():
     assert named <= targets, f"no make targets: {named - targets}"
 
 
+def test_every_test_that_the_pages_name_is_there():
+    named = re.findall(r"`(?:tests/)?([\w/]+\.py)::(test_\w+)`", TEXT)
+    assert len(named) >= 7
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file} has no {name}"
+
+
 def test_every_script_of_the_pages_is_run_to_its_end_by_a_test():
     assert {name for name in NAMED if name.startswith("tests")} <= SCRIPTS.keys() | AFTER_MAKE_DEMO
 

@@ -121,9 +121,10 @@ def ensure(config: Config, folder: str = "data/demo") -> None:
 
 
 def fingerprint() -> str:
-    """A hash of the code and the bank. With another one samples may differ, so the set is built again."""
+    """A hash of the code, the bank and the chat template. If it differs, samples may too, so the set is built again."""
     files = sorted([Path(__file__), *FOLDER.glob("*.py"), *FOLDER.glob("*.npz"), *FOLDER.glob("*.tar")])
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    content = [CHAT_TEMPLATE.encode(), *(file.read_bytes() for file in files)]
+    return hashlib.sha256(b"".join(content)).hexdigest()
 
 
 def read_recipe(folder: Path) -> dict | None:

@@ -59,7 +59,7 @@ def prompt_part(batch: Batch, model: ModelConfig, world: World) -> Batch:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Of what ``train.precision`` says; auto is bf16 on GPUs and float32 on CPUs."""
+    """The dtype of compute for a ``train.precision``: auto is bf16 on GPUs and float32 on CPUs."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32

@@ -144,11 +144,6 @@ def open_checkpoint(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-def open_folder(folder: Path) -> dict[str, Any]:
-    """Name -> lazy tensor of the weight files of a model folder."""
-    return read_files(folder, choose(folder))
-
-
 def read_files(folder: Path, files: WeightFiles) -> dict[str, Any]:
     """Name -> lazy tensor. If several files hold a tensor, the last one counts, as in transformers; ValueError if the
     index names a different one."""

@@ -38,9 +38,10 @@ from avlm.data.text.chat import Chat
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.avlm import AVLM
 from avlm.storage.run_folder import read_progress, read_run
+from avlm.storage.weight_files import choose
 from avlm.training import checkpoint
 from avlm.weights import folder as folders
-from avlm.weights.sources import open_checkpoint, open_folder
+from avlm.weights.sources import open_checkpoint, read_files
 from tests.data import small_files as media
 from tests.data.small_files import AUDIO, VISION, tone, video_file, write_tokenizer
 from tests.measurements.damage import JUNK, damaged, images, mutated, records, sounds, videos
@@ -160,7 +161,7 @@ def _model_folder(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
     def use(folder: Path) -> Any:
         folders.read_config(folder)
         folders.template_of(folder)
-        return folders.stop_ids(folder), open_folder(folder)
+        return folders.stop_ids(folder), read_files(folder, choose(folder))
 
     return folder, use
 

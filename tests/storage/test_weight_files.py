@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from avlm.config.model import LoraConfig, ModelConfig
 from avlm.config.run import InitFrom
 from avlm.models.avlm import AVLM
+from avlm.storage.weight_files import choose
 from avlm.weights.export import export
 from avlm.weights.folder import read_config, resolve
 from avlm.weights.load import load_weights
-from avlm.weights.sources import open_folder, open_source
+from avlm.weights.sources import open_source, read_files
 from tests.models.handmade import build, save
 from tests.models.test_avlm import AUDIO_ONLY
 
@@ -86,7 +87,7 @@ def test_a_file_that_the_config_names_is_read_in_their_place(states, tmp_path):
     for odd in ("../tuned.safetensors", "model.bin", 3, "x" * 5000 + ".safetensors"):
         (tmp_path / "config.json").write_text(json.dumps(keys | {"transformers_weights": odd}))
         with pytest.raises(ValueError, match="is not a safetensors file of the folder"):
-            open_folder(tmp_path)
+            read_files(tmp_path, choose(tmp_path))
 
 
 def test_shards_that_the_index_does_not_name_are_left_aside_and_those_it_lacks_are_an_error(states, tmp_path):
@@ -126,7 +127,7 @@ def test_shards_that_the_index_does_not_name_are_left_aside_and_those_it_lacks_a
 def test_an_index_of_wrong_types_is_one_short_line(index, message, tmp_path):
     (tmp_path / INDEX).write_text(json.dumps(index))
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        open_folder(tmp_path)
+        read_files(tmp_path, choose(tmp_path))
     assert str(error.value).isprintable() and len(str(error.value)) < 500
 
 
@@ -145,7 +146,7 @@ def test_files_without_tensors_and_folders_with_other_names_say_so(tmp_path):
     ):
         write(tmp_path / name)
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-            open_folder(tmp_path)
+            read_files(tmp_path, choose(tmp_path))
         assert str(error.value).isprintable()
         (tmp_path / name).unlink()
 
