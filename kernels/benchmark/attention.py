@@ -1,134 +1,40 @@
 """Attention and its peers, on packed rows and in decoding.
 
-FLOPs are counted as flash attention's benchmarks count them, for segments of Q queries and L keys:
+Errors are measured on two samples, a key/value head with its query heads in one segment: the last head in the longest
+segment and the first head in one of median length. The exact values are those of the formula in float64; the error ratio is
+relative to the same formula (matmul, softmax, matmul) in the dtype under test; SDPA's math backend would compute bf16
+in float32. Each number is the worst of all gradients and samples.
 
-    forward = 4 Q L E H, halved when causal        backward = 2.5 forward
-
-A backward that computes seven matrix products instead of five is credited with five all the same. Decoding counts
-bytes: each used row of the cache read once, queries read, outputs written.
-
-Errors are measured on one key/value head and its query heads in the longest segment (the last one, if several are
-longest), against the formula in float64. The error ratio is relative to the same formula (matmul, softmax, matmul) in
-the dtype under test; SDPA's math backend would compute bf16 in float32. Each number is the worst of all gradients.
+Peak memory is that of the timed call, on top of its inputs: for a backward, of the backward alone.
 
 G query heads that share a key/value head   Q queries, L keys of a segment   E head dim
 """
 
-import itertools
-import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from kernels.benchmark import measure
+from kernels.benchmark import measure, timing
 from kernels.benchmark.attention_providers import DECODE_PROVIDERS, PROVIDERS, Case, Provider
+from kernels.benchmark.attention_shapes import Shape
 from kernels.segments import Segments
 
 CHUNK = 1024  # queries whose scores are in memory at a time while errors are measured
-TINY = 256  # without a GPU, token counts are divided by this, and head counts by 8
+Sample = tuple[int, int]  # a segment, a key/value head
+Values = dict[tuple[str, Sample], Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Segments of a packed row, and a model's heads. With ``decode`` each segment has one query, its newest token."""
-
-    name: str
-    lengths: tuple[int, ...]
-    heads: int
-    kv_heads: int
-    head_dim: int
-    causal: bool = False
-    decode: bool = False
-
-    @property
-    def q_lengths(self) -> tuple[int, ...]:
-        return (1,) * len(self.lengths) if self.decode else self.lengths
-
-    def flops(self, mode: str) -> float:
-        num_scores = sum(Q * L for Q, L in zip(self.q_lengths, self.lengths)) * self.heads
-        forward = 4 * num_scores * self.head_dim
-        if self.causal:
-            forward /= 2
-        return 2.5 * forward if mode == "bwd" else forward
-
-    def num_bytes(self, dtype: torch.dtype) -> int:
-        cache_rows = 2 * sum(self.lengths) * self.kv_heads
-        query_rows = 2 * sum(self.q_lengths) * self.heads
-        return (cache_rows + query_rows) * self.head_dim * dtype.itemsize
-
-    def tiny(self) -> "Shape":
-        lengths = tuple(max(2, length // TINY) for length in self.lengths)
-        return replace(self, lengths=lengths, heads=self.heads // 8, kv_heads=self.kv_heads // 8)
-
-
-def packed_documents(
-    num_tokens: int = 16384, shortest: int = 200, longest: int = 4000, seed: int = 0
-) -> tuple[int, ...]:
-    """Random lengths of documents that fill a row exactly."""
-    rng = random.Random(seed)
-    lengths = []
-    left = num_tokens
-    while left > longest:
-        length = rng.randint(shortest, min(longest, left - shortest))
-        lengths.append(length)
-        left -= length
-    return (*lengths, left)
-
-
-def _convention() -> Iterator[Shape]:
-    """The shapes of flash attention's own benchmark: 16k tokens, model width 2048."""
-    lengths = (512, 1024, 2048, 4096, 8192, 16384)
-    for head_dim, causal, length in itertools.product((64, 128), (False, True), lengths):
-        heads = 2048 // head_dim
-        batch = 16384 // length
-        yield Shape(
-            name=f"batch {batch}",
-            lengths=(length,) * batch,
-            heads=heads,
-            kv_heads=heads,
-            head_dim=head_dim,
-            causal=causal,
-        )
-
-
-def _avlm() -> Iterator[Shape]:
-    """Models that this trainer trains: CLIP ViT-L/14 at 336 pixels, Whisper large, Llama-3-8B."""
-    for images in (16, 64):
-        yield Shape(name=f"CLIP {images} images", lengths=(577,) * images, heads=16, kv_heads=16, head_dim=64)
-    for clips in (8, 32):
-        yield Shape(name=f"Whisper {clips} clips", lengths=(1500,) * clips, heads=20, kv_heads=20, head_dim=64)
-    for length in (2048, 4096, 8192, 16384, 32768):
-        yield Shape(name="Llama-3-8B", lengths=(length,), heads=32, kv_heads=8, head_dim=128, causal=True)
-
-
-def _packed() -> Iterator[Shape]:
-    lengths = packed_documents()
-    yield Shape(name="documents 32/8 heads", lengths=lengths, heads=32, kv_heads=8, head_dim=128, causal=True)
-    yield Shape(name="documents 16 heads", lengths=lengths, heads=16, kv_heads=16, head_dim=64)
-
-
-def _decode() -> Iterator[Shape]:
-    for batch in (1, 2, 4, 8, 16, 32):
-        for length in (8192, 16384, 32768, 65536):
-            lengths = (length,) * batch
-            yield Shape(name=f"batch {batch}", lengths=lengths, heads=32, kv_heads=8, head_dim=128, decode=True)
-
-
-SHAPES = {"convention": _convention, "avlm": _avlm, "packed": _packed, "decode": _decode}
-FORWARD_ONLY = ("decode",)
-
-
-def run(shapes: str, modes: tuple[str, ...], session: measure.Session) -> Iterator[list[dict]]:
-    """The rows of each shape and direction in turn."""
-    for shape in SHAPES[shapes]():
+def run(shapes: Iterable[Shape], modes: tuple[str, ...], session: measure.Session) -> Iterator[list[dict]]:
+    """The rows of each shape and direction in turn. A shape that decodes has no backward."""
+    for shape in shapes:
         if session.device != "cuda":
             shape = shape.tiny()
         case = make_case(shape, session)
         exact, baseline = _reference(case)
         for mode in modes:
-            yield _rows(shape, case, mode, exact, baseline, session)
+            if not (shape.decode and mode == "bwd"):
+                yield _rows(shape, case, mode, exact, baseline, session)
 
 
 def make_case(shape: Shape, session: measure.Session) -> Case:
@@ -159,28 +65,30 @@ def _rows(
     shape: Shape,
     case: Case,
     mode: str,
-    exact: dict[str, Tensor],
-    baseline: dict[str, float],
+    exact: Values,
+    baseline: dict[tuple[str, Sample], float],
     session: measure.Session,
 ) -> list[dict]:
     def prepare(provider: Provider):
         call, results = _prepare_call(provider, case, mode)
-        errors = {key: measure.relative_error(_sample(case, key, x), exact[key]) for key, x in results.items()}
-        ratios = [error / baseline[key] for key, error in errors.items()]
-        return call, {"error": measure.worst(errors.values()), "error_ratio": measure.worst(ratios)}
+        keys = [key for key in exact if key[0] in results]
+        errors = [measure.relative_error(_part(case, name, results[name], at), exact[name, at]) for name, at in keys]
+        columns = measure.error_columns(errors, [baseline[key] for key in keys])
+        del results
+        return call, {**columns, "peak_mib": timing.peak_mib(call, session.device)}
 
     common = {
         "kernel": "decode_attention" if shape.decode else "attention",
         "mode": mode,
         "shape": shape.name,
-        "x": max(shape.lengths),
+        "x": shape.x,
         "head_dim": shape.head_dim,
         "causal": shape.causal,
     }
+    amount = {"num_bytes": shape.num_bytes(mode, session.dtype)}
     if shape.decode:
-        amount = {"num_bytes": shape.num_bytes(session.dtype)}
         return measure.compare(DECODE_PROVIDERS, prepare, common, amount, session)
-    return measure.compare(PROVIDERS, prepare, common, {"flops": shape.flops(mode)}, session)
+    return measure.compare(PROVIDERS, prepare, common, amount | {"flops": shape.flops(mode)}, session)
 
 
 def _prepare_call(provider: Provider, case: Case, mode: str) -> tuple[Callable, dict[str, Tensor]]:
@@ -197,28 +105,39 @@ def _prepare_call(provider: Provider, case: Case, mode: str) -> tuple[Callable, 
     return backward, dict(zip(("dq", "dk", "dv"), backward()))
 
 
-def _reference(case: Case) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The exact values of the sample, in float64, and the errors of plain PyTorch in the dtype of the case."""
-    q_GQE = _sample(case, "q", case.q_THE.detach())
-    k_LE = _sample(case, "k", case.k_SKE.detach())
-    v_LE = _sample(case, "v", case.v_SKE.detach())
-    grad_GQE = _sample(case, "out", case.grad_THE)
-    exact = formula(q_GQE, k_LE, v_LE, grad_GQE, case.causal, torch.float64)
-    plain = formula(q_GQE, k_LE, v_LE, grad_GQE, case.causal, case.q_THE.dtype)
-    return exact, {key: measure.relative_error(plain[key], x) for key, x in exact.items()}
+def _reference(case: Case) -> tuple[Values, dict[tuple[str, Sample], float]]:
+    """The exact values of the samples, in float64, and the errors of plain PyTorch in the dtype of the case."""
+    exact, baseline = {}, {}
+    for at in samples(case):
+        q_GQE = _part(case, "q", case.q_THE.detach(), at)
+        k_LE = _part(case, "k", case.k_SKE.detach(), at)
+        v_LE = _part(case, "v", case.v_SKE.detach(), at)
+        grad_GQE = _part(case, "out", case.grad_THE, at)
+        right = formula(q_GQE, k_LE, v_LE, grad_GQE, case.causal, torch.float64)
+        plain = formula(q_GQE, k_LE, v_LE, grad_GQE, case.causal, case.q_THE.dtype)
+        for name, x in right.items():
+            exact[name, at] = x
+            baseline[name, at] = measure.relative_error(plain[name], x)
+    return exact, baseline
 
 
-def _sample(case: Case, key: str, x: Tensor) -> Tensor:
-    """The part of a tensor whose error is measured: (L, E) of keys, values and their gradients, (G, Q, E) of others."""
-    lengths = [length for _, length in case.segments_k.spans]
-    longest = max(range(len(lengths)), key=lambda n: (lengths[n], n))
-    of_keys = key in ("k", "v", "dk", "dv")
-    start, length = (case.segments_k if of_keys else case.segments).spans[longest]
+def samples(case: Case) -> list[Sample]:
+    spans = case.segments_k.spans
+    by_length = sorted(range(len(spans)), key=lambda n: (spans[n][1], n))
+    median = by_length[(len(by_length) - 1) // 2]
+    return list(dict.fromkeys([(by_length[-1], case.k_SKE.shape[1] - 1), (median, 0)]))
+
+
+def _part(case: Case, name: str, x: Tensor, at: Sample) -> Tensor:
+    """The part of a tensor in a sample: (L, E) of keys, values and their gradients, (G, Q, E) of others."""
+    segment, head = at
+    of_keys = name in ("k", "v", "dk", "dv")
+    start, length = (case.segments_k if of_keys else case.segments).spans[segment]
     rows = x[start : start + length]
     if of_keys:
-        return rows[:, -1]
+        return rows[:, head]
     G = case.q_THE.shape[1] // case.k_SKE.shape[1]
-    return rows[:, -G:].transpose(0, 1)
+    return rows[:, head * G : (head + 1) * G].transpose(0, 1)
 
 
 def formula(

@@ -1,7 +1,8 @@
 """The providers of attention that are compared: ours, PyTorch's, and flash_attn packages if they are installed.
 
 A provider takes the inputs of a case and a direction and returns a function from (q_THE, k_SKE, v_SKE) to out_THE, or
-raises. Work that should not be timed (masks, compilation) happens there. Batched providers see views of the packed row.
+raises. Work that should not be timed (masks, compilation) happens there. Batched providers see views of the packed row;
+nested ones, too, and repeat the keys of shared heads, which they must have.
 
 T query rows   S key rows   H query heads   K key/value heads   E head dim
 N sequences of equal length   Q, L rows of each (queries, keys)
@@ -16,12 +17,18 @@ import torch
 import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
 from kernels.attention import attention
-from kernels.benchmark.measure import Unavailable
+from kernels.benchmark.peers import Unavailable, peer
 from kernels.decode import decode_attention
 from kernels.segments import Segments
 
@@ -96,6 +103,52 @@ def _sdpa(backend: SDPBackend, case: Case, mode: str) -> Run:
     return run
 
 
+def _nested(backend: SDPBackend, case: Case, mode: str) -> Run:
+    """scaled_dot_product_attention of nested tensors in the jagged layout."""
+    _needs_gpu(case)
+    if case.causal and case.segments is not case.segments_k:
+        raise Unavailable("self-attention only")
+    group_size = case.q_THE.shape[1] // case.k_SKE.shape[1]
+
+    def nested(x: Tensor, segments: Segments) -> Tensor:
+        lengths = [length for _, length in segments.spans]
+        bounds = {"min_seqlen": min(lengths), "max_seqlen": max(lengths)}
+        return torch.nested.nested_tensor_from_jagged(x, segments.cu_seqlens, **bounds).transpose(1, 2)
+
+    def run(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
+        k_SHE, v_SHE = (x.repeat_interleave(group_size, 1) if group_size > 1 else x for x in (k_SKE, v_SKE))
+        q, k, v = nested(q_THE, case.segments), nested(k_SHE, case.segments_k), nested(v_SHE, case.segments_k)
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal).transpose(1, 2).values()
+
+    return run
+
+
+def _with_flash(version: str | None, provider: Callable[[Case, str], Run], case: Case, mode: str) -> Run:
+    """A provider that runs PyTorch's flash attention op, by the kernels of FA3 or FA4; None: those PyTorch comes with.
+    The choice is one for the whole process, so every call makes it, and every backward."""
+    if version:
+        peer(FLASH_MODULES[version])
+    run = provider(case, mode)
+
+    def choose(*_: Tensor) -> None:
+        if current_flash_attention_impl() == version:
+            return
+        if version:
+            activate_flash_attention_impl(version)
+        else:
+            restore_flash_attention_impl()
+
+    def chosen(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
+        choose()
+        out_THE = run(q_THE, k_SKE, v_SKE)
+        if out_THE.requires_grad:
+            out_THE.register_hook(choose)
+        return out_THE
+
+    return chosen
+
+
 def _varlen(case: Case, mode: str) -> Run:
     _needs_gpu(case)
     cut = (case.segments.cu_seqlens, case.segments_k.cu_seqlens, case.segments.max_length, case.segments_k.max_length)
@@ -107,7 +160,9 @@ def _varlen(case: Case, mode: str) -> Run:
     return run
 
 
-def _flex(case: Case, mode: str) -> Run:
+def _flex(backend: str | None, case: Case, mode: str) -> Run:
+    if backend == "FLASH":
+        peer("flash_attn.cute")
     _needs_gpu(case)
     torch.compiler.reset()  # dynamo counts recompilations over all shapes of a run and stops compiling after a few
     torch._functorch.config.donated_buffer = False  # one graph serves many backwards, which need its buffers again
@@ -115,10 +170,11 @@ def _flex(case: Case, mode: str) -> Run:
     block_mask = _block_mask(case)
     shared = case.q_THE.shape[1] != case.k_SKE.shape[1]
     batched = case.batched if case.equal else lambda x: x.unsqueeze(0)
+    options: dict = {"kernel_options": {"BACKEND": backend}} if backend else {}
 
     def run(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
         q_NHQE, k_NKLE, v_NKLE = (batched(x).transpose(1, 2) for x in (q_THE, k_SKE, v_SKE))
-        out = compiled(q_NHQE, k_NKLE, v_NKLE, block_mask=block_mask, enable_gqa=shared)
+        out = compiled(q_NHQE, k_NKLE, v_NKLE, block_mask=block_mask, enable_gqa=shared, **options)
         return out.transpose(1, 2).flatten(0, 1)  # pyrefly: ignore[missing-attribute]
 
     return run
@@ -143,7 +199,7 @@ def _block_mask(case: Case) -> BlockMask | None:
 
 def _flash_attn(module_name: str, case: Case, mode: str) -> Run:
     """flash_attn 2, flash_attn_interface (3) and flash_attn.cute (4) share the names and keywords used here."""
-    module = importlib.import_module(module_name)
+    module = peer(module_name)
     _needs_gpu(case)
     has_cache = case.segments.max_length == 1 and hasattr(module, "flash_attn_with_kvcache")
     cut = {
@@ -175,12 +231,18 @@ def _needs_gpu(case: Case) -> None:
         raise Unavailable("needs a GPU")
 
 
+FLASH_MODULES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
 OTHERS: dict[str, Provider] = {
-    "sdpa flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+    "sdpa flash": partial(_with_flash, None, partial(_sdpa, SDPBackend.FLASH_ATTENTION)),
     "sdpa cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
     "sdpa efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
-    "torch varlen": _varlen,
-    "flex": _flex,
+    "nested flash": partial(_with_flash, None, partial(_nested, SDPBackend.FLASH_ATTENTION)),
+    "nested cudnn": partial(_nested, SDPBackend.CUDNN_ATTENTION),
+    "varlen": partial(_with_flash, None, _varlen),
+    "varlen FA3": partial(_with_flash, "FA3", _varlen),
+    "varlen FA4": partial(_with_flash, "FA4", _varlen),
+    "flex": partial(_flex, None),
+    "flex FLASH": partial(_flex, "FLASH"),
     "flash_attn 2": partial(_flash_attn, "flash_attn"),
     "flash_attn 3": partial(_flash_attn, "flash_attn_interface"),
     "flash_attn 4": partial(_flash_attn, "flash_attn.cute"),

@@ -5,15 +5,18 @@ is no backward to time alone. FLOPs are counted for R rows with a target, even i
 
     fwd = 2 R D V        full = 3 fwd
 
+and bytes for hidden and weight, in "full" also for their gradients, once each.
+
 Peak memory is that of one call, including the gradients it returns, on top of hidden and weight. Errors are those of
 the mean loss, of the gradients of the last rows with a target, and of some rows of the weight, against float64. The
-error ratio is relative to F.cross_entropy of logits in the dtype under test. Each number is the worst of the three.
+error ratio is relative to F.cross_entropy of logits in the dtype under test. Each number is the worst of the three. In
+a mean the errors of R losses cancel by luck; for the ratio, PyTorch's counts as eps / sqrt(R) at least.
 
 T rows   R rows with a target   D hidden   V vocabulary
 """
 
-import importlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.benchmark import measure
+from kernels.benchmark import measure, timing
+from kernels.benchmark.peers import Unavailable, peer
 from kernels.cross_entropy import linear_cross_entropy
 
 CHUNK = 256  # rows whose logits are in memory in float64 at a time
@@ -33,11 +37,19 @@ TINY = 16  # without a GPU, all sizes are divided by this
 class Shape:
     """``share`` of the rows of a packed row have a target; the others are media, questions and padding."""
 
-    name: str
+    name: str = "own shape"
     rows: int = 8192
     hidden: int
     vocabulary: int
-    share: float
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.hidden, self.vocabulary) < 1 or not 0 < self.share <= 1:
+            raise ValueError(f"rows, hidden and vocabulary must be positive, and share in (0, 1]: {self}")
+
+    @property
+    def x(self) -> int:
+        return self.rows
 
     @property
     def num_targets(self) -> int:
@@ -46,6 +58,10 @@ class Shape:
     def flops(self, mode: str) -> float:
         forward = 2 * self.num_targets * self.hidden * self.vocabulary
         return 3 * forward if mode == "full" else forward
+
+    def num_bytes(self, mode: str, dtype: torch.dtype) -> int:
+        once = (self.num_targets + self.vocabulary) * self.hidden * dtype.itemsize
+        return 2 * once if mode == "full" else once
 
     def tiny(self) -> "Shape":
         return replace(self, rows=self.rows // TINY, hidden=self.hidden // TINY, vocabulary=self.vocabulary // TINY)
@@ -110,7 +126,7 @@ def _checkpointed(case: Case) -> Run:
 def _compiled(mode: str | None) -> Provider:
     def provider(case: Case) -> Run:
         if not case.hidden_TD.is_cuda:
-            raise measure.Unavailable("needs a GPU")
+            raise Unavailable("needs a GPU")
         torch.compiler.reset()  # dynamo counts recompilations over all shapes of a run and stops compiling after a few
         compiled = torch.compile(_loss, mode=mode, dynamic=False, fullgraph=True)
         return lambda hidden, weight: compiled(hidden, weight, case.target_T)
@@ -118,18 +134,37 @@ def _compiled(mode: str | None) -> Provider:
     return provider
 
 
-def _liger(drops_rows: bool, **options) -> Provider:
+def _liger(implementation: str | None, drops_rows: bool, **options) -> Provider:
+    """``implementation``: None for the Triton kernels of the releases, or a name that newer versions choose by."""
+
     def provider(case: Case) -> Run:
-        liger = importlib.import_module("liger_kernel.transformers")
+        liger = peer("liger_kernel.transformers")
+        if implementation:
+            peer("cutlass")
+            if not hasattr(peer("liger_kernel"), "set_impl"):
+                raise Unavailable("this version of liger_kernel has Triton kernels only")
         if not case.hidden_TD.is_cuda:
-            raise measure.Unavailable("needs a GPU")
+            raise Unavailable("needs a GPU")
         loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum", **options)
-        target_R = case.target_R
-        if drops_rows:
-            return lambda hidden, weight: loss(weight, hidden[case.rows_R], target_R)
-        return lambda hidden, weight: loss(weight, hidden, case.target_T)
+        target_T = case.target_R if drops_rows else case.target_T
+
+        def run(hidden: Tensor, weight: Tensor) -> Tensor:
+            if hasattr(peer("liger_kernel"), "set_impl"):
+                peer("liger_kernel").set_impl(implementation or "nvidia-triton")
+            return loss(weight, hidden[case.rows_R] if drops_rows else hidden, target_T)
+
+        return run
 
     return provider
+
+
+def _cut(case: Case) -> Run:
+    """Apple's kernels, which never hold logits (Wijmans et al. 2024, arXiv 2411.09009)."""
+    cut = peer("cut_cross_entropy")
+    if not case.hidden_TD.is_cuda:
+        raise Unavailable("needs a GPU")
+    target_R = case.target_R
+    return lambda hidden, weight: cut.linear_cross_entropy(hidden[case.rows_R], weight, target_R, reduction="sum")
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -141,8 +176,10 @@ PROVIDERS: dict[str, Provider] = {
     "compile (all rows)": _compiled(None),
     # Without CUDA graphs, which would keep the memory of a call for the next one.
     "max-autotune (all rows)": _compiled("max-autotune-no-cudagraphs"),
-    "liger (all rows)": _liger(False),
-    "liger fp32 (rows dropped)": _liger(True, accum_dtype=torch.float32),
+    "liger (all rows)": _liger(None, False),
+    "liger fp32 (rows dropped)": _liger(None, True, accum_dtype=torch.float32),
+    "liger CuTe fp32 (rows dropped)": _liger("nvidia-cutedsl", True, accum_dtype=torch.float32),
+    "cut_cross_entropy (rows dropped)": _cut,
 }
 
 
@@ -159,12 +196,11 @@ def _others() -> Iterator[Shape]:
 
 
 SHAPES = {"llama": _llama, "others": _others}
-FORWARD_ONLY = ()
 
 
-def run(shapes: str, modes: tuple[str, ...], session: measure.Session) -> Iterator[list[dict]]:
+def run(shapes: Iterable[Shape], modes: tuple[str, ...], session: measure.Session) -> Iterator[list[dict]]:
     """The rows of each shape and direction in turn; "bwd" is the full step."""
-    for shape in SHAPES[shapes]():
+    for shape in shapes:
         if session.device != "cuda":
             shape = shape.tiny()
         case = make_case(shape, session)
@@ -188,23 +224,23 @@ def make_case(shape: Shape, session: measure.Session) -> Case:
 
 def _rows(shape: Shape, case: Case, mode: str, exact: list[Tensor], session: measure.Session) -> list[dict]:
     eager = _call(_eager(case), case, mode)
-    baseline = _errors(case, exact, eager())
+    of_loss, *of_gradients = _errors(case, exact, eager())
+    luck = torch.finfo(session.dtype).eps / math.sqrt(shape.num_targets)
+    baseline = [max(of_loss, luck), *of_gradients]
 
     def prepare(provider: Provider):
         call = _call(provider(case), case, mode)
-        errors = _errors(case, exact, call())
-        smallest = torch.finfo(torch.float32).eps  # an eager error below this is luck
-        ratios = [x / max(y, smallest) for x, y in zip(errors, baseline)]
-        columns = {"error": measure.worst(errors), "error_ratio": measure.worst(ratios)}
-        return call, {**columns, "peak_mib": measure.peak_mib(call, session.device)}
+        columns = measure.error_columns(_errors(case, exact, call()), baseline)
+        return call, {**columns, "peak_mib": timing.peak_mib(call, session.device)}
 
     common = {
         "kernel": "linear_cross_entropy",
         "mode": mode,
         "shape": f"{shape.name} {shape.hidden}x{shape.vocabulary}, {100 * shape.share:.0f} %",
-        "x": shape.rows,
+        "x": shape.x,
     }
-    return measure.compare(PROVIDERS, prepare, common, {"flops": shape.flops(mode)}, session)
+    amount = {"flops": shape.flops(mode), "num_bytes": shape.num_bytes(mode, session.dtype)}
+    return measure.compare(PROVIDERS, prepare, common, amount, session)
 
 
 def _call(run: Run, case: Case, mode: str) -> Callable[[], list[Tensor]]:

@@ -1,140 +1,104 @@
-"""Measurements for every suite: interleaved timing, errors against float64, and the ceilings of the machine.
+"""What every suite shares: the session, errors against float64, the roofline and the rows of a comparison.
 
-On a GPU, times are those of ``triton.testing.do_bench``: device events around the call, with the L2 cache flushed
-before it. The host enqueues the call during the flush; if that takes it longer (some 0.1 ms), we measure host time.
-Providers take turns, ROUNDS times, so that a drifting clock affects all of them; quantiles are over all rounds.
+    bound = max(FLOPs / peak FLOP/s, bytes / peak bytes/s)        % of bound = bound / time
+
+Bytes are those that have to move: each input read once, each result written once. The peaks are those of the data sheet
+(``cards.py``, half precision), or else the matrix product and the copy that the session has measured.
 
 Without a GPU everything shrinks and runs on the host's clock: that tests a command and measures nothing.
 """
 
-import re
+import contextlib
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import accumulate, chain
 from typing import TypeVar
 
 import torch
 import triton
-import triton.testing
 from torch import Tensor
 
 from kernels.backend import INTERPRETED
+from kernels.benchmark import timing
+from kernels.benchmark.cards import CARDS, Card
+from kernels.benchmark.peers import reason
 
-ROUNDS = 2
-QUANTILES = {"ms_p50": 0.5, "ms_p20": 0.2, "ms_p80": 0.8}
-SXM_TFLOPS = 989.0  # NVIDIA's datasheets of H100 and H200 SXM: bf16, dense
 NVIDIA_SMI = {"driver": "driver_version", "power_limit_w": "power.limit", "sm_clock_mhz": "clocks.sm"}
 GEMM_SIZE, COPY_ELEMENTS = 8192, 2**30
 TINY_GEMM_SIZE, TINY_COPY_ELEMENTS = 256, 2**20
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MAX_RATIO = 2  # of an error to that of plain PyTorch in the same dtype
+LUCK = 2 * torch.finfo(torch.float32).eps
 Provider = TypeVar("Provider")
-
-
-class Unavailable(Exception):
-    """A provider is not installed or does not support a shape. The message is the reason shown in its row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """One run of the command: where and how long it measures, and the ceilings that it compares with."""
+    """One run of the command: where, what and how long it measures, and the ceilings that it compares with."""
 
     device: str
     label: str  # of the device, in every row
     dtype: torch.dtype
     seconds: float  # for one provider, shape and direction, all rounds together
+    wanted: tuple[str, ...]  # what the names of the providers begin with
     gpu: str
     gemm_tflops: float  # a square matrix product in dtype
     copy_gb_per_s: float  # a copy within the device's memory, bytes read plus bytes written
 
     @property
-    def datasheet_tflops(self) -> float | None:
-        """None for a device whose peak we did not look up. The peaks of PCIe and NVL cards differ from SXM's."""
-        is_sxm = re.search("H[12]00", self.gpu) and not re.search("PCIe|NVL", self.gpu)
-        return SXM_TFLOPS if is_sxm else None
+    def card(self) -> Card | None:
+        """None for a device or dtype whose peak we did not look up."""
+        return None if self.dtype == torch.float32 else CARDS.get(self.gpu)
+
+    @property
+    def roof(self) -> tuple[float, float]:
+        """TFLOP/s and GB/s of the roofline."""
+        if self.card is None:
+            return self.gemm_tflops, self.copy_gb_per_s
+        return self.card.tflops, self.card.gb_per_s
+
+    def chosen(self, providers: dict[str, Provider]) -> dict[str, Provider]:
+        return {name: provider for name, provider in providers.items() if name.startswith(self.wanted)}
+
+    def own_stream(self) -> contextlib.AbstractContextManager:
+        """A stream that CUDA graphs can be captured on, which the default stream is not."""
+        return torch.cuda.stream(torch.cuda.Stream()) if self.device == "cuda" else contextlib.nullcontext()
 
 
-def start_session(seconds: float) -> Session:
-    """Inspect the machine and measure its ceilings. This is the first call that touches the GPU."""
+def start_session(seconds: float, dtype: torch.dtype | None = None, wanted: tuple[str, ...] = ("",)) -> Session:
+    """Inspect the machine and measure its ceilings. This is the first call that touches the GPU.
+
+    ``dtype`` is bf16 by default, float32 without a GPU.
+    """
     on_gpu = torch.cuda.is_available() and not INTERPRETED
     if on_gpu:
-        device, dtype, label = "cuda", torch.bfloat16, "cuda"
+        device, label = "cuda", "cuda"
         gemm_size, copy_elements = GEMM_SIZE, COPY_ELEMENTS
     else:
-        device, dtype = "cpu", torch.float32  # interpreted products of bfloat16 are wrong
+        device = "cpu"
         kind = "interpreter" if INTERPRETED else "reference"
         label = f"cpu ({kind}, tiny shapes: a try of the command, not a measurement)"
         gemm_size, copy_elements = TINY_GEMM_SIZE, TINY_COPY_ELEMENTS
+    if dtype is None:
+        dtype = torch.bfloat16 if on_gpu else torch.float32
     a = torch.randn(gemm_size, gemm_size, device=device, dtype=dtype)
     b = torch.randn(gemm_size, gemm_size, device=device, dtype=dtype)
-    gemm_ms = _median(times_ms(lambda: a @ b, seconds, device))
+    gemm_ms = timing.median(timing.times_ms(lambda: a @ b, seconds, device))
     source = torch.randn(copy_elements, device=device, dtype=dtype)
     target = torch.empty_like(source)
-    copy_ms = _median(times_ms(lambda: target.copy_(source), seconds, device))
+    copy_ms = timing.median(timing.times_ms(lambda: target.copy_(source), seconds, device))
     return Session(
         device=device,
         label=label,
         dtype=dtype,
         seconds=seconds,
+        wanted=wanted,
         gpu=torch.cuda.get_device_name() if on_gpu else "",
         gemm_tflops=2 * gemm_size**3 / gemm_ms / 1e9,
         copy_gb_per_s=2 * source.nbytes / copy_ms / 1e6,
     )
-
-
-def times_ms(function: Callable[[], object], seconds: float, device: str) -> list[float]:
-    """Milliseconds of single calls, repeated for about ``seconds``; on a GPU after a warm-up of at most 25 ms."""
-    if device == "cuda":
-        warmup_ms = min(25, 250 * seconds)
-        return triton.testing.do_bench(function, warmup=warmup_ms, rep=1000 * seconds, return_mode="all")
-    times = []
-    end = time.perf_counter() + seconds
-    while not times or time.perf_counter() < end:
-        start = time.perf_counter()
-        function()
-        times.append(1000 * (time.perf_counter() - start))
-    return times
-
-
-def time_interleaved(
-    functions: dict[str, Callable[[], object]], session: Session
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Quantiles over all rounds and the spread between rounds of every function; and a reason for each that fails."""
-    rounds: dict[str, list[list[float]]] = {name: [] for name in functions}
-    reasons: dict[str, str] = {}
-    for _ in range(ROUNDS):
-        for name, function in functions.items():
-            if name in reasons:
-                continue
-            try:
-                rounds[name].append(times_ms(function, session.seconds / ROUNDS, session.device))
-            except Exception as error:  # a provider that fails is a row with a reason; the run continues
-                reasons[name] = reason(error)
-    timings = {name: _quantiles(rounds[name]) for name in functions if name not in reasons}
-    return timings, reasons
-
-
-def _quantiles(rounds: list[list[float]]) -> dict[str, float]:
-    times = torch.tensor(list(chain(*rounds)), dtype=torch.float64)
-    medians = [_median(ms) for ms in rounds]
-    columns = {column: times.quantile(q).item() for column, q in QUANTILES.items()}
-    return {**columns, "spread_percent": 100 * (max(medians) / min(medians) - 1)}
-
-
-def speed(ms: float, session: Session, *, flops: float | None = None, num_bytes: float | None = None) -> dict:
-    """The rate columns of a row: FLOPs relative to datasheet and matrix product, or traffic relative to a copy."""
-    columns = {}
-    if flops is not None:
-        tflops = flops / ms / 1e9
-        columns |= {"tflops": tflops, "percent_of_gemm": 100 * tflops / session.gemm_tflops}
-        if session.datasheet_tflops is not None:
-            columns["percent_of_datasheet"] = 100 * tflops / session.datasheet_tflops
-    if num_bytes is not None:
-        gb_per_s = num_bytes / ms / 1e6
-        columns |= {"gb_per_s": gb_per_s, "percent_of_copy": 100 * gb_per_s / session.copy_gb_per_s}
-    return columns
 
 
 def compare(
@@ -144,19 +108,23 @@ def compare(
     amount: dict,
     session: Session,
 ) -> list[dict]:
-    """One row for each provider, with numbers or with the reason why there are none.
+    """One row for each provider that is wanted, with numbers or with the reason why there are none.
 
-    ``prepare`` makes of a provider the call to be timed and columns of its own, or raises. ``common`` are the columns
-    that describe the case; ``amount`` is what ``speed`` counts.
+    ``prepare`` makes of a provider the call to be timed and columns of its own (``error_ratio`` among them), or raises.
+    ``common`` are the columns that describe the case; ``amount`` is what ``speed`` counts.
     """
     calls, columns, reasons = {}, {}, {}
+    providers = session.chosen(providers)
     for name, provider in providers.items():
         try:
             calls[name], columns[name] = prepare(provider)
         except Exception as error:  # a provider that fails is a row with a reason; the run continues
             reasons[name] = reason(error)
-    timings, failures = time_interleaved(calls, session)
+    timings, failures = timing.time_interleaved(calls, session.seconds, session.device)
     reasons |= failures
+    if session.device == "cuda":  # after all others, because a capture that fails may leave its mark
+        for name in timings:
+            columns[name] |= timing.time_graph(calls[name], session.seconds / 2)
     dtype = str(session.dtype).removeprefix("torch.")
     common = {**common, "metric": "speed", "dtype": dtype, **environment(session)}
     rows = []
@@ -167,23 +135,29 @@ def compare(
         else:
             row |= timings[name] | columns[name]
             row |= speed(row["ms_p50"], session, **amount)
+            row["verdict"] = "ok" if row["error_ratio"] <= MAX_RATIO else "wrong"  # NaN is wrong
         rows.append(row)
     return rows
 
 
-def peak_mib(function: Callable[[], object], device: str) -> float:
-    """Peak memory of a call, its results included, above what was allocated before it."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
-        function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    allocated = accumulate(event.nbytes() for event in events)
-    return max(allocated, default=0) / 2**20
+def speed(ms: float, session: Session, *, flops: float = 0, num_bytes: float) -> dict:
+    """The rate columns of a row: FLOP/s, or traffic where no FLOPs are counted, and the distance to the roofline."""
+    if flops:
+        tflops = flops / ms / 1e9
+        columns = {"tflops": tflops, "percent_of_gemm": 100 * tflops / session.gemm_tflops}
+        if session.card is not None:
+            columns["percent_of_datasheet"] = 100 * tflops / session.card.tflops
+    else:
+        gb_per_s = num_bytes / ms / 1e6
+        columns = {"gb_per_s": gb_per_s, "percent_of_copy": 100 * gb_per_s / session.copy_gb_per_s}
+        if session.card is not None:
+            columns["percent_of_datasheet"] = 100 * gb_per_s / session.card.gb_per_s
+    peak_tflops, peak_gb_per_s = session.roof
+    arithmetic_ms = flops / peak_tflops / 1e9
+    memory_ms = num_bytes / peak_gb_per_s / 1e6
+    bound_ms = max(arithmetic_ms, memory_ms)
+    columns |= {"flop_per_byte": flops / num_bytes, "bound_ms": bound_ms, "percent_of_bound": 100 * bound_ms / ms}
+    return {**columns, "bound_by": "arithmetic" if arithmetic_ms > memory_ms else "memory"}
 
 
 def environment(session: Session) -> dict[str, str]:
@@ -219,18 +193,11 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
     return (difference.norm() / exact.norm()).item()
 
 
+def error_columns(errors: list[float], baseline: list[float]) -> dict[str, float]:
+    """The worst error, and the worst ratio to the error of plain PyTorch, of which less than LUCK is luck."""
+    ratios = [x / max(y, LUCK) for x, y in zip(errors, baseline, strict=True)]
+    return {"error": worst(errors), "error_ratio": worst(ratios)}
+
+
 def worst(errors: Iterable[float]) -> float:
     return torch.tensor(list(errors)).max().item()  # NaN wins, unlike in Python's max
-
-
-def reason(error: Exception) -> str:
-    """One line for the row of a provider that failed."""
-    message = str(error).strip() or "no message"
-    first_line = message.splitlines()[0]
-    if isinstance(error, Unavailable | ImportError):
-        return first_line
-    return f"{type(error).__name__}: {first_line}"
-
-
-def _median(values: list[float]) -> float:
-    return torch.tensor(values, dtype=torch.float64).quantile(0.5).item()

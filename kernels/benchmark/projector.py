@@ -5,6 +5,8 @@ tower: gradients of its weights and biases. FLOPs are those of the products, wit
 
     fwd = 2 R (C F + F D)        full = fwd + 2 R (C F + 2 F D)
 
+Bytes are the features, the weights and the results, in "full" also the results' gradients and those of the weights.
+
 Placement skips the class token of every image, projects, and writes the rows into a decoder row of 16k tokens or four
 times as many; the other tokens need no gradient. Each call writes to new memory, whose contents do not matter.
 
@@ -16,7 +18,7 @@ GELU is the tanh approximation, which shows in its error.
 R rows that are projected   I images   C tower width   F hidden   D decoder width   T token rows
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.benchmark import measure
+from kernels.benchmark import measure, timing
+from kernels.benchmark.peers import Unavailable
 from kernels.projector import place_projected, projector_mlp
 
 PATCHES = 576  # features of an image, after its class token
@@ -40,6 +43,14 @@ class Shape:
     widths: tuple[int, int, int] = (1024, 4096, 4096)  # C, F, D: CLIP ViT-L to Llama-3-8B
     tokens: int = 0  # of the row that is written to; 0: the projector alone
 
+    def __post_init__(self) -> None:
+        if min(self.images, self.patches, *self.widths) < 1 or len(self.widths) != 3 or 0 < self.tokens < self.rows:
+            raise ValueError(f"images, patches and three widths must be positive, and fit into tokens: {self}")
+
+    @property
+    def x(self) -> int:
+        return self.rows
+
     @property
     def rows(self) -> int:
         return self.images * self.patches
@@ -49,6 +60,14 @@ class Shape:
         up = 2 * self.rows * C * hidden
         down = 2 * self.rows * hidden * D
         return up + down if mode == "fwd" else 2 * up + 3 * down
+
+    def num_bytes(self, mode: str, dtype: torch.dtype) -> int:
+        C, hidden, D = self.widths
+        weights = C * hidden + hidden + hidden * D + D
+        numbers = self.rows * (C + D) + weights
+        if mode != "fwd":
+            numbers += self.rows * D + weights
+        return numbers * dtype.itemsize
 
     def tiny(self) -> "Shape":
         C, hidden, D = self.widths
@@ -105,14 +124,14 @@ def _eager(case: Case, mode: str) -> Run:
 def _masked_scatter(case: Case, mode: str) -> Run:
     """As LLaVA in transformers: a mask of the placeholders, expanded over the width."""
     if case.rows_R is None:
-        raise measure.Unavailable("places nothing")
+        raise Unavailable("places nothing")
     mask_TD = torch.zeros_like(case.grad, dtype=torch.bool).index_fill(0, case.rows_R, True)
     return lambda *weights: case.new_into().masked_scatter(mask_TD, _mlp(case.features_RC, *weights))
 
 
 def _compiled(options: str | None, case: Case, mode: str) -> Run:
     if not case.x_PC.is_cuda:
-        raise measure.Unavailable("needs a GPU")
+        raise Unavailable("needs a GPU")
     torch.compiler.reset()  # dynamo counts recompilations over all shapes of a run and stops compiling after a few
     rows_R = case.rows_R
 
@@ -128,7 +147,7 @@ def _compiled(options: str | None, case: Case, mode: str) -> Run:
 
 def _addmm_activation(case: Case, mode: str) -> Run:
     if mode != "fwd":
-        raise measure.Unavailable("forward only")
+        raise Unavailable("forward only")
 
     def run(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         h_RF = torch._addmm_activation(b1, case.features_RC, w1.T, use_gelu=True)
@@ -151,12 +170,11 @@ SHAPES = {
     "mlp": lambda: [Shape(images=16), Shape(images=64)],
     "placement": lambda: [Shape(images=16, tokens=16384), Shape(images=64, tokens=4 * 16384)],
 }
-FORWARD_ONLY = ()
 
 
-def run(shapes: str, modes: tuple[str, ...], session: measure.Session) -> Iterator[list[dict]]:
+def run(shapes: Iterable[Shape], modes: tuple[str, ...], session: measure.Session) -> Iterator[list[dict]]:
     """The rows of each shape and direction in turn; "bwd" is the full step."""
-    for shape in SHAPES[shapes]():
+    for shape in shapes:
         if session.device != "cuda":
             shape = shape.tiny()
         case = make_case(shape, session)
@@ -202,10 +220,8 @@ def _rows(shape: Shape, case: Case, mode: str, exact: list[Tensor], session: mea
     def prepare(provider: Provider):
         run = provider(case, mode)
         call = _call(run, case, mode)
-        errors = _errors(case, exact, call())
-        ratios = [x / y for x, y in zip(errors, baseline)]
-        columns = {"error": measure.worst(errors), "error_ratio": measure.worst(ratios)}
-        columns["peak_mib"] = measure.peak_mib(call, session.device)
+        columns = measure.error_columns(_errors(case, exact, call()), baseline)
+        columns["peak_mib"] = timing.peak_mib(call, session.device)
         if mode != "fwd":
             columns["saved_mib"] = saved_mib(lambda: run(*case.weights), [case.x_PC, *case.weights])
         return call, columns
@@ -214,9 +230,10 @@ def _rows(shape: Shape, case: Case, mode: str, exact: list[Tensor], session: mea
         "kernel": "place_projected" if shape.tokens else "projector_mlp",
         "mode": mode,
         "shape": f"{shape.images} images {' -> '.join(map(str, shape.widths))}",
-        "x": shape.rows,
+        "x": shape.x,
     }
-    return measure.compare(PROVIDERS, prepare, common, {"flops": shape.flops(mode)}, session)
+    amount = {"flops": shape.flops(mode), "num_bytes": shape.num_bytes(mode, session.dtype)}
+    return measure.compare(PROVIDERS, prepare, common, amount, session)
 
 
 def _call(run: Run, case: Case, mode: str) -> Callable[[], list[Tensor]]:

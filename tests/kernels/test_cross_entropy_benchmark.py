@@ -17,6 +17,7 @@ def test_the_benchmark_counts_the_rows_with_a_target():
     llama, _ = suite.SHAPES["llama"]()
     assert llama.num_targets == 2458 and llama.flops("fwd") == 2 * 2458 * 4096 * 128256
     assert llama.flops("full") == 3 * llama.flops("fwd")
+    assert llama.num_bytes("full", torch.bfloat16) == 2 * 2 * (2458 + 128256) * 4096
 
 
 def test_the_benchmark_gives_time_memory_and_error_of_each_provider_or_a_reason(monkeypatch, capsys, tmp_path):
@@ -41,8 +42,7 @@ def test_the_benchmark_shows_a_wrong_provider(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     session = measure.start_session(0.001)
     monkeypatch.setattr(suite, "PROVIDERS", {"wrong": lambda case: lambda h, w: 1.1 * suite._ours(case)(h, w)})
-    monkeypatch.setitem(suite.SHAPES, "llama", lambda: [SHAPE])
-    for [row] in suite.run("llama", ("fwd", "bwd"), session):
+    for [row] in suite.run([SHAPE], ("fwd", "bwd"), session):
         assert row["error"] == pytest.approx(0.1, rel=1e-3) and row["error_ratio"] > 1000
 
 

@@ -23,7 +23,9 @@ def few_shapes(monkeypatch):
 def rows_of(shapes: str) -> dict[tuple[str, str], dict]:
     session = measure.start_session(0.001)
     return {
-        (row["mode"], row["provider"]): row for rows in projector.run(shapes, ("fwd", "bwd"), session) for row in rows
+        (row["mode"], row["provider"]): row
+        for rows in projector.run(projector.SHAPES[shapes](), ("fwd", "bwd"), session)
+        for row in rows
     }
 
 
