@@ -27,29 +27,17 @@ from avlm.models.freezing import trained_shapes
 from avlm.models.lora import is_adapter
 from avlm.models.shapes import Shapes, parameter_shapes
 from avlm.parallel.recompute import keeps_product
+from kernels.benchmark.cards import CARDS
 
 Costs = dict[tuple[str, str], tuple[int, int, int]]  # (module, count) -> (forward, backward, recomputed) of each
 
-# Dense bf16 with float32 sums, FLOP/s, from the vendor's data sheets, by the full name of the device: parts of a card
-# (MIG) and its slower relatives (NVL, laptops) have other peaks, so they are not in the table.
-PEAKS = {
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,  # SXM
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-}
-
 
 def peak(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of a device, None where the table does not know it."""
+    """Dense bf16 FLOP/s of a device by its vendor's data sheet, None where the table does not know it."""
     if device.type != "cuda":
         return None
-    return PEAKS.get(torch.cuda.get_device_name(device))
+    card = CARDS.get(torch.cuda.get_device_name(device))
+    return card and card.tflops * 1e12
 
 
 def by_module(costs: Costs, count: dict[str, int]) -> dict[str, tuple[int, int, int]]:

@@ -10,7 +10,6 @@ import triton
 
 from kernels.benchmark import __main__ as command
 from kernels.benchmark import everything, page, report
-from kernels.benchmark.cards import CARDS
 from kernels.benchmark.everything import Part
 from kernels.benchmark.peers import INSTALL, Unavailable, peer
 from kernels.benchmark.suites import SUITES
@@ -104,13 +103,6 @@ def test_a_package_that_is_missing_says_how_to_install_it(module, monkeypatch):
     with pytest.raises(Unavailable) as error:
         peer(module)
     assert str(error.value).endswith(INSTALL[module if module in INSTALL else "liger_kernel"])
-
-
-def test_the_cards_have_the_peaks_that_training_counts_with():
-    from avlm.training import flops
-
-    for name, peak in flops.PEAKS.items():
-        assert CARDS[name].tflops == pytest.approx(peak / 1e12, rel=2e-3)
 
 
 def test_the_csv_has_a_column_for_all_that_a_row_can_have(small, tmp_path):
