@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import attention_backward, attention_forward, backend
+from kernels import attention_backward, attention_forward, attention_varlen, backend, dispatch
 from kernels.segments import Segments
 
 
@@ -158,16 +158,21 @@ def attention_forward_op(
     k_SKE: Tensor,
     v_SKE: Tensor,
     cu_q: Tensor,
-    cu_k: Tensor,
+    cu_k: Tensor | None,
     used_q: Tensor | None,
     used_k: Tensor | None,
+    longest_q: int,
+    longest_k: int,
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """out_THE and lse_HT by the Triton kernels. Segments come as tensors, because an op takes no Python objects."""
-    segments = _segments(cu_q, used_q)
-    segments_k = _segments(cu_k, used_k)
-    return attention_forward.forward(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale)
+    """out_THE and lse_HT. Segments come as tensors and numbers, because an op takes no Python objects. Without ``cu_k``
+    the keys have the segments of the queries: torch.compile (2.14) gives no tensor twice to a Function."""
+    segments = _segments(cu_q, longest_q, used_q)
+    segments_k = segments if cu_k is None else _segments(cu_k, longest_k, used_k)
+    is_varlen = backend.implementation("attention_forward", q_THE, q_THE.shape[2]) == "varlen"
+    run = attention_varlen.forward if is_varlen else attention_forward.forward
+    return run(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale)
 
 
 def _fake_forward(q_THE, k_SKE, v_SKE, *_):
@@ -184,15 +189,21 @@ def attention_backward_op(
     out_THE: Tensor,
     lse_HT: Tensor,
     cu_q: Tensor,
-    cu_k: Tensor,
+    cu_k: Tensor | None,
     used_q: Tensor | None,
     used_k: Tensor | None,
+    longest_q: int,
+    longest_k: int,
     causal: bool,
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    segments = _segments(cu_q, used_q)
-    segments_k = _segments(cu_k, used_k)
+    segments = _segments(cu_q, longest_q, used_q)
+    segments_k = segments if cu_k is None else _segments(cu_k, longest_k, used_k)
+    if dlse_HT is None and backend.implementation("attention_backward", q_THE, q_THE.shape[2]) == "varlen":
+        return attention_varlen.backward(
+            dout_THE, q_THE, k_SKE, v_SKE, out_THE, lse_HT, segments, segments_k, causal, scale, deterministic
+        )
     dout_THE = dout_THE.contiguous()
     lse2_HR, delta_HR = attention_backward.statistics(out_THE, dout_THE, lse_HT, dlse_HT)
     return attention_backward.backward(
@@ -204,10 +215,10 @@ def _fake_backward(dout_THE, dlse_HT, q_THE, k_SKE, v_SKE, *_):
     return q_THE.new_empty(q_THE.shape), k_SKE.new_empty(k_SKE.shape), v_SKE.new_empty(v_SKE.shape)
 
 
-def _segments(cu_seqlens: Tensor, lengths: Tensor | None) -> Segments:
+def _segments(cu_seqlens: Tensor, longest: int, lengths: Tensor | None) -> Segments:
     if lengths is not None:
         lengths = lengths.contiguous()
-    return Segments(cu_seqlens.contiguous(), 0, lengths)
+    return Segments(cu_seqlens.contiguous(), longest, lengths)
 
 
 _forward_op = backend.define_op(attention_forward_op, _fake_forward)
@@ -219,22 +230,24 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(q_THE, k_SKE, v_SKE, *arguments):
-        return _forward_op(q_THE, k_SKE, v_SKE, *arguments[:-1])
+        return _forward_op(q_THE, k_SKE, v_SKE, *arguments[:-2])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q_THE, k_SKE, v_SKE, cu_q, cu_k, used_q, used_k, *ctx.options = inputs
+        q_THE, k_SKE, v_SKE, cu_q, cu_k, used_q, used_k, *ctx.options, ctx.learns_lse = inputs
         ctx.save_for_backward(q_THE, k_SKE, v_SKE, *output, cu_q, cu_k, used_q, used_k)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout_THE, dlse_HT):
+        if not ctx.learns_lse:  # torch.compile gives zeros for None
+            dlse_HT = None
         if dout_THE is None:  # only the log-sum-exp was used
             out_THE = ctx.saved_tensors[3]
             dout_THE = torch.zeros_like(out_THE)
         gradients = _backward_op(dout_THE, dlse_HT, *ctx.saved_tensors, *ctx.options)
-        return *gradients, *[None] * 7
+        return *gradients, *[None] * 10
 
 
 def attention(
@@ -253,18 +266,17 @@ def attention(
     q_THE, k_SKE, v_SKE share one floating dtype. ``segments`` cuts T and, unless ``segments_k`` is given, S as well.
     ``scale`` is 1 / sqrt(E) by default. Rows outside the used part of a slot are 0.
 
-    Triton where ``backend.runs_triton`` says so, for head dims up to 256; the reference elsewhere. ``deterministic``
-    asks for gradients that repeat bit for bit; the default is that of torch.use_deterministic_algorithms. ValueError
-    for inputs that do not fit together.
+    ``kernels.dispatch`` says what runs. ``deterministic`` asks for gradients that repeat bit for bit; the default is
+    that of torch.use_deterministic_algorithms. ValueError for inputs that do not fit together.
     """
-    if backend.runs_triton(q_THE):
-        options = dict(causal=causal, segments_k=segments_k, scale=scale, deterministic=deterministic)
-        out_THE, _ = attention_with_lse(q_THE, k_SKE, v_SKE, segments, **options)
-        return out_THE
     segments_k = segments if segments_k is None else segments_k
     _check(q_THE, k_SKE, v_SKE, segments, segments_k, scale)
     scale = q_THE.shape[2] ** -0.5 if scale is None else scale
-    return attention_reference(q_THE, k_SKE, v_SKE, segments, causal=causal, segments_k=segments_k, scale=scale)
+    learns = backend.needs_graph(q_THE, k_SKE, v_SKE)
+    if _runs_in_pytorch(q_THE, ("attention_forward", "attention_backward") if learns else ("attention_forward",)):
+        return attention_reference(q_THE, k_SKE, v_SKE, segments, causal=causal, segments_k=segments_k, scale=scale)
+    out_THE, _ = _by_op(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale, deterministic, learns_lse=False)
+    return out_THE
 
 
 def attention_with_lse(
@@ -279,26 +291,50 @@ def attention_with_lse(
     deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out_THE as ``attention`` returns it, and lse_HT in float32 (natural logarithm), -inf for a query without keys.
-    Both are differentiable."""
+    Both are differentiable; what cannot differentiate lse does not run where gradients are recorded."""
     segments_k = segments if segments_k is None else segments_k
     _check(q_THE, k_SKE, v_SKE, segments, segments_k, scale)
     scale = q_THE.shape[2] ** -0.5 if scale is None else scale
-    if not backend.runs_triton(q_THE):
+    learns = backend.needs_graph(q_THE, k_SKE, v_SKE)
+    both = ("attention_forward", "attention_backward", dispatch.LSE_GRADIENT)
+    if _runs_in_pytorch(q_THE, both if learns else ("attention_forward",)):
         return attention_with_lse_reference(
             q_THE, k_SKE, v_SKE, segments, causal=causal, segments_k=segments_k, scale=scale
         )
-    E = q_THE.shape[2]
-    if E > backend.MAX_HEAD_DIM:
-        raise ValueError(f"head dim {E} is larger than {backend.MAX_HEAD_DIM}, the limit of the attention kernel")
+    return _by_op(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale, deterministic, learns_lse=True)
+
+
+def _runs_in_pytorch(q_THE: Tensor, operations: tuple[str, ...]) -> bool:
+    """Autograd connects the forward and the backward of plain PyTorch, so it runs both or none."""
+    return any(backend.implementation(name, q_THE, q_THE.shape[2]) == "pytorch" for name in operations)
+
+
+def _by_op(
+    q_THE: Tensor,
+    k_SKE: Tensor,
+    v_SKE: Tensor,
+    segments: Segments,
+    segments_k: Segments,
+    causal: bool,
+    scale: float,
+    deterministic: bool | None,
+    learns_lse: bool,
+) -> tuple[Tensor, Tensor]:
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    if torch.compiler.is_compiling():  # a graph for each length would be too many, so these are bounds
+        longest = q_THE.shape[0], k_SKE.shape[0]
+    else:
+        longest = segments.max_length, segments_k.max_length
     cuts = segments.cu_seqlens, segments_k.cu_seqlens, segments.lengths, segments_k.lengths
+    if segments_k is segments:
+        cuts = segments.cu_seqlens, None, segments.lengths, None
     if not backend.needs_graph(q_THE, k_SKE, v_SKE):
-        return _forward_op(q_THE, k_SKE, v_SKE, *cuts, causal, scale)
+        return _forward_op(q_THE, k_SKE, v_SKE, *cuts, *longest, causal, scale)
     # Views: torch.compile (2.11) loses a gradient of a tensor that a Function is given twice.
     k_SKE = k_SKE.view_as(k_SKE)
     v_SKE = v_SKE.view_as(v_SKE)
-    return _Attention.apply(q_THE, k_SKE, v_SKE, *cuts, causal, scale, deterministic)
+    return _Attention.apply(q_THE, k_SKE, v_SKE, *cuts, *longest, causal, scale, deterministic, learns_lse)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments, segments_k: Segments, scale: float | None) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention_backward, attention_forward, backend
+from kernels import attention_backward, attention_forward, attention_varlen, backend
 from kernels.attention import by_key_head, by_query, finite, group_segments, masked_scores, softmax_attention
 from kernels.segments import Segments
 
@@ -107,10 +107,16 @@ def block_forward(
 ) -> tuple[Tensor, Tensor]:
     """out_THE and lse_HT over these keys and those of ``earlier``, which this function returned for the same queries.
 
-    Both are float32 for every dtype of q (float64 stays), and have no graph; 0 and -inf for a query without keys.
+    Both are float32 for every dtype of q (float64 stays), and have no graph; 0 and -inf for a query without keys. Where
+    torch's own kernels run, the out of each block is rounded to the dtype of q before it is added.
     """
-    if not backend.runs_triton(q_THE):
+    implementation = backend.implementation("block_forward", q_THE, q_THE.shape[2])
+    if implementation == "pytorch":
         return forward_reference(q_THE, k_SKE, v_SKE, segments, segments_k, causal=causal, scale=scale, earlier=earlier)
+    if implementation == "varlen":
+        out_THE, lse_HT = attention_varlen.forward(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale)
+        out_THE = out_THE.float()
+        return (out_THE, lse_HT) if earlier is None else _merge(*earlier, out_THE, lse_HT)
     if earlier is None:  # without earlier results the kernel would round to the dtype of q
         T, H, _ = q_THE.shape
         earlier_out_THE = torch.zeros_like(q_THE, dtype=torch.float32)
@@ -121,9 +127,13 @@ def block_forward(
 
 
 def statistics(out_THE: Tensor, dout_THE: Tensor, lse_HT: Tensor) -> tuple[Tensor, Tensor]:
-    """lse and delta of the whole softmax (H, T), as ``block_backward`` takes them: float32 (float64 stays), 0 for a
-    query without keys. For the kernels lse is base 2, and both have room for a last tile."""
-    if backend.runs_triton(out_THE):
+    """What ``block_backward`` takes of the whole softmax, whose out has the dtype of q. In plain PyTorch lse and delta
+    (H, T), float32 (float64 stays), 0 for a query without keys. For our kernels lse is base 2, and both have room for a
+    last tile. Torch's own kernels take lse and out as they are."""
+    implementation = backend.implementation("block_backward", out_THE, out_THE.shape[2])
+    if implementation == "varlen":
+        return lse_HT, out_THE
+    if implementation == "triton":
         with torch.cuda.device_of(out_THE):
             return attention_backward.statistics(out_THE, dout_THE, lse_HT, None)
     delta_HT = (out_THE.to(lse_HT.dtype) * dout_THE).sum(-1).T
@@ -144,10 +154,17 @@ def block_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The shares of these keys and queries in dq_THE, dk_SKE and dv_SKE, float32 (float64 stays). ``lse_HT`` and
-    ``delta_HT`` are the ``statistics`` of the softmax over all blocks."""
+    ``delta_HT`` are the ``statistics`` of the softmax over all blocks; the second is its out for torch's kernels."""
     inputs = dout_THE, q_THE, k_SKE, v_SKE, lse_HT, delta_HT, segments, segments_k
-    if not backend.runs_triton(q_THE):
+    implementation = backend.implementation("block_backward", q_THE, q_THE.shape[2])
+    if implementation == "pytorch":
         return backward_reference(*inputs, causal=causal, scale=scale)
     deterministic = torch.are_deterministic_algorithms_enabled()
+    if implementation == "varlen":
+        out_THE = delta_HT  # see ``statistics``
+        dq_THE, dk_SKE, dv_SKE = attention_varlen.backward(
+            dout_THE, q_THE, k_SKE, v_SKE, out_THE, lse_HT, segments, segments_k, causal, scale, deterministic
+        )
+        return dq_THE.float(), dk_SKE.float(), dv_SKE.float()
     with torch.cuda.device_of(q_THE):
         return attention_backward.backward(*inputs, causal, scale, deterministic, dtype=torch.float32)

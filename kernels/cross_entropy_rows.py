@@ -43,7 +43,8 @@ def losses(
     Rows of logits start at multiples of 16 elements; the padding between them is overwritten too. ``first`` is the
     vocabulary index of the shard's first column.
     """
-    run = _losses_triton if backend.runs_triton(logits_CV) else losses_reference
+    in_pytorch = backend.implementation("cross_entropy", logits_CV) == "pytorch"
+    run = losses_reference if in_pytorch else _losses_triton
     return run(logits_CV, target_C, softcap, gradient, first, reduce)
 
 

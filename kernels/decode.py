@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import LOG2_E, MAX_HEAD_DIM, define_op, runs_triton
+from kernels.backend import LOG2_E, define_op, implementation
+from kernels.dispatch import MAX_HEAD_DIM
 
 TILE_BYTES = 16 * 1024  # of keys, and the same of values, that a program loads at a time
 PROGRAMS_PER_PROCESSOR = 3  # resident at a time; each has one or two tiles of both in flight, 96 KiB or more in all
@@ -243,7 +244,7 @@ def decode_attention(
     split differently and may round differently. Not differentiable. ValueError for inputs that do not fit together.
     """
     _check(q_BHE, k_cache_BSKE, v_cache_BSKE, length_B)
-    if not runs_triton(q_BHE):
+    if implementation("decode", q_BHE, q_BHE.shape[2]) == "pytorch":
         return decode_attention_reference(q_BHE, k_cache_BSKE, v_cache_BSKE, length_B, scale=scale)
     scale = q_BHE.shape[2] ** -0.5 if scale is None else scale
     return _decode(q_BHE, k_cache_BSKE, v_cache_BSKE, length_B, scale)

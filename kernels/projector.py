@@ -134,11 +134,11 @@ def projector_mlp(
     ``source_RS`` (int64) names the tower rows of each input row, each at most once, or -1 for zeros; by default input
     row i is tower row i. A source out of range reads zeros; with TRITON_DEBUG=1 it raises ValueError.
 
-    Triton where ``backend.runs_triton`` says so, the reference elsewhere. The same call returns the same bits.
+    Triton where ``kernels.dispatch`` says so, the reference elsewhere. The same call returns the same bits.
     ValueError for inputs that do not fit together.
     """
     _check(x_PC, w1_FK, b1_F, w2_DF, b2_D, source_RS)
-    if not backend.runs_triton(x_PC):
+    if backend.implementation("projector", x_PC) == "pytorch":
         return projector_mlp_reference(x_PC, w1_FK, b1_F, w2_DF, b2_D, source_RS=source_RS)
     return _apply(None, None, x_PC, source_RS, w1_FK, b1_F, w2_DF, b2_D)
 
@@ -166,7 +166,7 @@ def place_projected(
     _check_placement(into_TD, rows_R, num_rows, w2_DF)
     if torch.is_grad_enabled() and _must_be_kept(into_TD):
         into_TD = into_TD.clone(memory_format=torch.contiguous_format)
-    if not backend.runs_triton(x_PC):
+    if backend.implementation("projector", x_PC) == "pytorch":
         return place_projected_reference(into_TD, rows_R, x_PC, w1_FK, b1_F, w2_DF, b2_D, source_RS=source_RS)
     return _apply(into_TD, rows_R, x_PC, source_RS, w1_FK, b1_F, w2_DF, b2_D)
 
