@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from avlm.config.model import DecoderConfig
 from avlm.models.attention import AttentionCore
@@ -29,10 +30,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # float32 inside: a mean of bf16 squares loses three digits. Rounded before the scale, as Llama does.
-        x_float = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean_square = x_float.square().mean(-1, keepdim=True)
-        return (x_float * torch.rsqrt(mean_square + self.eps)).to(x.dtype) * self.weight
+        # Float32 inside, in one kernel on a GPU. Rounded once; transformers also rounds before the scale.
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) -> Tensor:
@@ -59,11 +58,40 @@ def rope_table(frequency: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Rotary positions, "rotate half" layout of Hugging Face checkpoints; float32 inside."""
+    """Rotary positions, "rotate half" layout of Hugging Face checkpoints: (a, b) -> (a cos - b sin, b cos + a sin).
+    The products are float32."""
+    if not torch.compiler.is_compiling():
+        return _Rotation.apply(x_THE, cos_TE, sin_TE)
+    # The formula itself: a compiler makes one pass of it, and (torch 2.11) loses the gradient of the Function.
     a, b = x_THE.to(cos_TE.dtype).chunk(2, dim=-1)
     along_THE = torch.cat([a, b], -1) * cos_TE[:, None]
     across_THE = torch.cat([-b, a], -1) * sin_TE[:, None]
     return (along_THE + across_THE).to(x_THE.dtype)
+
+
+class _Rotation(torch.autograd.Function):
+    """The same in few passes: half of the products are added to the other half, which lies in the dtype of x. Nothing
+    of x is kept for the gradient, which is turned back by the same angle."""
+
+    @staticmethod
+    def forward(ctx, x_THE, cos_TE, sin_TE):
+        ctx.save_for_backward(cos_TE, sin_TE)
+        return _turned(x_THE, cos_TE, sin_TE, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_THE):
+        return _turned(dy_THE, *ctx.saved_tensors, -1), None, None
+
+
+def _turned(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, direction: int) -> Tensor:
+    y_THE = torch.mul(x_THE, cos_TE[:, None], out=torch.empty_like(x_THE))
+    a, b = x_THE.chunk(2, dim=-1)
+    y_a, y_b = y_THE.chunk(2, dim=-1)
+    sin_a, sin_b = sin_TE[:, None].chunk(2, dim=-1)
+    y_a.addcmul_(b, sin_a, value=-direction)
+    y_b.addcmul_(a, sin_b, value=direction)
+    return y_THE
 
 
 class Attention(nn.Module):

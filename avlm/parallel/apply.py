@@ -13,7 +13,7 @@ from avlm.parallel.exchange import apply_media
 from avlm.parallel.fsdp import apply_fsdp, reshard
 from avlm.parallel.media import split
 from avlm.parallel.mesh import World
-from avlm.parallel.recompute import apply_compile, apply_recompute
+from avlm.parallel.recompute import apply_recompute
 from avlm.parallel.tensor import apply_tensor
 
 
@@ -31,8 +31,6 @@ def apply_parallel(model: AVLM, world: World, parallel: ParallelConfig, train: T
         apply_context(model, world.mesh.get_group("context"), world.new_group("context"), mode)
     apply_media(model)
     apply_recompute(model, train)
-    if train.compile:
-        apply_compile(model)
     apply_fsdp(model, world, parallel, compute_dtype(train.precision, world.device))
     model.to_empty(device="cpu" if parallel.cpu_offload else world.device)
     if parallel.tower_sharding == "replicate":

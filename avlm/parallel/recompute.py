@@ -17,10 +17,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from avlm.config.model import LoraConfig
 from avlm.config.run import Recompute, TrainConfig
+from avlm.models.attention import AttentionCore
 from avlm.models.avlm import AVLM
 from kernels.segments import Segments
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+# Graphs of one block's code, which both towers share: with and without gradients, for each set of modules that a stage
+# trains. Past torch's own limit of 8 a block would run uncompiled for the rest of the run.
+GRAPHS = 64
 ATTENTION = ("attention_forward", "_scaled_dot_product")  # name prefixes of our attention op and of PyTorch's
 
 
@@ -30,36 +34,51 @@ def keeps_product(number: int) -> bool:
 
 
 def apply_recompute(model: AVLM, config: TrainConfig) -> None:
+    """Replace the forward of each block by one that recomputes and, with ``config.compile``, is compiled.
+
+    Each block is compiled on its own: equal blocks share a graph, and weights are gathered between blocks, outside it.
+    ``full`` goes around the graph. ``selective`` has to be part of it, which the attention over context is not: such a
+    decoder runs uncompiled.
+    """
+    if config.compile:
+        torch._dynamo.config.recompile_limit = GRAPHS
     for name in ("decoder", *model.config.modalities.values()):
         mode: Recompute = getattr(config.recompute, name)
-        if mode == "none":
-            continue
+        compiled = _compiled_decoder_block if name == "decoder" else _compiled_tower_block
         for block in getattr(model, name).blocks:
-            block.forward = _recomputed(block.forward, mode, config.offload_activations, model.config.lora)
+            in_one_graph = isinstance(block.attention.core, AttentionCore)
+            if config.compile and mode != "selective":
+                block.forward = compiled(block.forward)
+            if mode != "none":
+                block.forward = _recomputed(block.forward, mode, config.offload_activations, model.config.lora)
+            if config.compile and mode == "selective" and in_one_graph:
+                block.forward = compiled(block.forward)
 
 
-def apply_compile(model: AVLM) -> None:
-    """Compile each block on its own: equal blocks share a graph, and weights are gathered between blocks, outside it.
-
-    The decoder sees the same number of tokens in every step, so its graphs have static shapes, but for the number of
-    documents; media vary, so towers have dynamic shapes. Generation is not compiled.
-    """
-    for block in model.decoder.blocks:
-        block.forward = _compiled_unless_cached(block.forward)
-    for modality in model.modalities:
-        for block in modality.tower.blocks:
-            block.forward = torch.compile(block.forward)
-
-
-def _compiled_unless_cached(forward: Callable[..., Any]) -> Callable[..., Any]:
-    compiled = torch.compile(forward, dynamic=False)
+def _compiled_decoder_block(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """One graph for any number of documents; the number of tokens is that of every row. Generation is not compiled."""
+    compiled = torch.compile(forward)
 
     def run(x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Any, cache: Any = None) -> Tensor:
         if cache is not None:
             return forward(x_TD, rope, segments, cache)
         if isinstance(segments, Segments):  # else a ContextPlan, which no graph reads
-            torch._dynamo.maybe_mark_dynamic(segments.cu_seqlens, 0)  # one graph for any number of documents
+            torch._dynamo.maybe_mark_dynamic(segments.cu_seqlens, 0)
         return compiled(x_TD, rope, segments, None)
+
+    return functools.wraps(forward)(run)
+
+
+def _compiled_tower_block(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """One graph for any number of items and rows, except none: to the compiler, a size of 0 is another graph."""
+    compiled = torch.compile(forward)
+
+    def run(x_TD: Tensor, segments: Segments) -> Tensor:
+        if len(x_TD) == 0:
+            return forward(x_TD, segments)
+        torch._dynamo.maybe_mark_dynamic(x_TD, 0)
+        torch._dynamo.maybe_mark_dynamic(segments.cu_seqlens, 0)
+        return compiled(x_TD, segments)
 
     return functools.wraps(forward)(run)
 

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from avlm.config.run import RecomputeConfig
 from avlm.models.avlm import AVLM, init
 from avlm.models.decoder import rope_frequencies, rope_table
-from avlm.parallel.recompute import apply_compile, apply_recompute
+from avlm.parallel.recompute import apply_recompute
 from kernels.segments import Segments
 from tests.parallel.small import make_config, make_rows
 
@@ -34,8 +34,8 @@ def built(frozen: str = "", recompute: str = "none") -> tuple[AVLM, AVLM]:
     plain, compiled = AVLM(cfg.model), AVLM(cfg.model)
     init(plain, seed=0)
     compiled.load_state_dict(plain.state_dict())
-    apply_recompute(compiled, replace(cfg.train, recompute=RecomputeConfig(decoder=recompute, vision=recompute)))
-    apply_compile(compiled)
+    modes = RecomputeConfig(decoder=recompute, vision=recompute)
+    apply_recompute(compiled, replace(cfg.train, compile=True, recompute=modes))
     for model in (plain, compiled):
         if frozen:
             getattr(model, frozen).requires_grad_(False)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from avlm.config.load import resolve_config
 from avlm.models.avlm import AVLM, init
 from avlm.models.lora import LowRankLinear, is_adapter
-from avlm.parallel.recompute import apply_compile, apply_recompute
+from avlm.parallel.recompute import apply_recompute
 from avlm.storage.model_folder import Lazy
 from avlm.weights.export import export, merged
 from avlm.weights.folder import read_config
@@ -189,9 +189,7 @@ def test_what_is_computed_again_drops_the_same_inputs(mode, compiled):
     only_adapters_train(model)
     [row] = make_rows(cfg, ["text"])
     recompute = dataclasses.replace(cfg.train.recompute, decoder=mode)
-    apply_recompute(model, dataclasses.replace(cfg.train, recompute=recompute))
-    if compiled:
-        apply_compile(model)
+    apply_recompute(model, dataclasses.replace(cfg.train, compile=compiled, recompute=recompute))
 
     torch.manual_seed(3)
     found = gradients_of(model, model(row)[0])
