@@ -1,9 +1,9 @@
 """Attention and its peers, on packed rows and in decoding.
 
 Errors are measured on two samples, a key/value head with its query heads in one segment: the last head in the longest
-segment and the first head in one of median length. The exact values are those of the formula in float64; the error ratio is
-relative to the same formula (matmul, softmax, matmul) in the dtype under test; SDPA's math backend would compute bf16
-in float32. Each number is the worst of all gradients and samples.
+segment and the first head in one of median length. The exact values are those of the formula in float64; the error
+ratio is relative to the same formula (matmul, softmax, matmul) in the dtype under test; SDPA's math backend would
+compute bf16 in float32. Each number is the worst of all gradients and samples.
 
 Peak memory is that of the timed call, on top of its inputs: for a backward, of the backward alone.
 

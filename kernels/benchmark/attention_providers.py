@@ -27,6 +27,7 @@ from torch.nn.attention import (
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
+from kernels import attention_forward
 from kernels.attention import attention
 from kernels.benchmark.peers import Unavailable, peer
 from kernels.decode import decode_attention
@@ -77,6 +78,15 @@ def _ours_deterministic(case: Case, mode: str) -> Run:
     return lambda q, k, v: attention(q, k, v, case.segments, causal=case.causal, deterministic=True)
 
 
+def _ours_triton(case: Case, mode: str) -> Run:
+    """Our kernel itself, where ``attention`` may run another and adds its checks and autograd."""
+    if mode == "bwd":
+        raise Unavailable("forward only")
+    _needs_gpu(case)
+    scale = case.q_THE.shape[-1] ** -0.5
+    return lambda q, k, v: attention_forward.forward(q, k, v, case.segments, case.segments_k, case.causal, scale)[0]
+
+
 def _ours_hopper(case: Case, mode: str) -> Run:
     if mode == "bwd":
         raise Unavailable("forward only")
@@ -125,8 +135,8 @@ def _nested(backend: SDPBackend, case: Case, mode: str) -> Run:
 
 
 def _with_flash(version: str | None, provider: Callable[[Case, str], Run], case: Case, mode: str) -> Run:
-    """A provider that runs PyTorch's flash attention op, by the kernels of FA3 or FA4; None: those PyTorch comes with.
-    The choice is one for the whole process, so every call makes it, and every backward."""
+    """A provider that may run PyTorch's flash attention op, by the kernels of FA3 or FA4; None: those PyTorch comes
+    with. The choice is one for the whole process, so every call makes it, and every backward."""
     if version:
         peer(FLASH_MODULES[version])
     run = provider(case, mode)
@@ -248,8 +258,9 @@ OTHERS: dict[str, Provider] = {
     "flash_attn 4": partial(_flash_attn, "flash_attn.cute"),
 }
 PROVIDERS: dict[str, Provider] = {
-    "ours": _ours,
-    "ours deterministic": _ours_deterministic,
+    "ours": partial(_with_flash, None, _ours),
+    "ours deterministic": partial(_with_flash, None, _ours_deterministic),
+    "ours triton": _ours_triton,
     "ours hopper": _ours_hopper,
     **OTHERS,
 }

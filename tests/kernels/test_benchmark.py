@@ -263,7 +263,13 @@ def test_shapes_are_chosen_by_length_and_head_dim_and_providers_by_how_they_begi
     command.main([*arguments, "--csv", str(tmp_path), "--seconds", "0.001", "--direction", "fwd"])
     rows = list(csv.DictReader((tmp_path / "attention_packed.csv").open()))
     assert {row["shape"] for row in rows} == {"images"}
-    assert [row["provider"] for row in rows] == ["ours", "ours deterministic", "ours hopper", "sdpa flash"]
+    assert [row["provider"] for row in rows] == [
+        "ours",
+        "ours deterministic",
+        "ours triton",
+        "ours hopper",
+        "sdpa flash",
+    ]
 
 
 def test_own_shapes_of_any_dtype(few_shapes, tmp_path, capsys):
