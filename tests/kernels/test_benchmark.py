@@ -1,5 +1,6 @@
 """The comparison with other attention, as far as it runs without a GPU."""
 
+import contextlib
 import csv
 import itertools
 from dataclasses import replace
@@ -316,3 +317,20 @@ def test_the_roofline_is_that_of_the_data_sheet_where_the_card_is_known():
     ):
         row = measure.speed(2.0, other, flops=700e9, num_bytes=1)
         assert row["bound_ms"] == pytest.approx(1.0) and "percent_of_datasheet" not in row
+
+
+def test_a_call_that_cannot_be_captured_has_a_reason_and_others_the_time_of_the_replay(monkeypatch):
+    """With stand-ins for CUDA's graphs, which a machine without a GPU does not have."""
+    replays = []
+
+    class Graph:
+        def replay(self):
+            replays.append(True)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "times_ms", lambda function, seconds, device: [function() or 3.0])
+    assert timing.time_graph(lambda: None, 0.1) == {"graph_ms": 3.0} and replays == [True]
+    assert timing.time_graph(lambda: 1 / 0, 0.1) == {"graph_reason": "ZeroDivisionError: division by zero"}
