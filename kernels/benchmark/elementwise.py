@@ -5,9 +5,9 @@
     swiglu     y = silu(g) * u                        reads g, u, writes y    backward: reads g, u, dy, writes dg, du
 
 Bytes are those that a fused kernel moves: each of these tensors once; a weight of D numbers and the angles' cosines and
-sines (T, E) are left out. The eager provider is the formula of ``avlm/models/decoder.py``, float32 inside. A backward
-is timed without its forward. Errors are those of the result or of all gradients against float64; the error ratio is
-relative to the eager formula in the dtype under test.
+sines (T, E) are left out. ``ours`` is what ``avlm/models/decoder.py`` runs without torch.compile, ``eager`` the formula
+with float32 inside, as transformers writes it. A backward is timed without its forward. Errors are those of the result
+or of all gradients against float64; the error ratio is relative to ``eager`` in the dtype under test.
 
 T tokens   D width   H heads   E head dim
 """
@@ -100,11 +100,36 @@ def _compiled(kernel: str, case: Case, mode: str) -> Formula:
     return torch.compile(FORMULAS[kernel], dynamic=False, fullgraph=True)
 
 
-def _torch(kernel: str, case: Case, mode: str) -> Formula:
-    """PyTorch's fused RMSNorm, which rounds once, after the scale."""
-    if kernel != "rms_norm":
-        raise Unavailable("rms_norm only")
-    return lambda x_TD, weight_D: F.rms_norm(x_TD, (x_TD.shape[-1],), weight_D, EPS)
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_THE, cos_TE, sin_TE):
+        ctx.save_for_backward(cos_TE, sin_TE)
+        return _turned(x_THE, cos_TE, sin_TE, 1)
+
+    @staticmethod
+    def backward(ctx, dy_THE):
+        return _turned(dy_THE, *ctx.saved_tensors, -1), None, None
+
+
+def _turned(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, direction: int) -> Tensor:
+    y_THE = torch.mul(x_THE, cos_TE[:, None], out=torch.empty_like(x_THE))
+    a, b = x_THE.chunk(2, dim=-1)
+    y_a, y_b = y_THE.chunk(2, dim=-1)
+    sin_a, sin_b = sin_TE[:, None].chunk(2, dim=-1)
+    y_a.addcmul_(b, sin_a, value=-direction)
+    y_b.addcmul_(a, sin_b, value=direction)
+    return y_THE
+
+
+DECODER: dict[str, Formula] = {
+    "rms_norm": lambda x_TD, weight_D: F.rms_norm(x_TD, weight_D.shape, weight_D, EPS),
+    "rotate": _Rotation.apply,
+    "swiglu": swiglu,
+}
+
+
+def _ours(kernel: str, case: Case, mode: str) -> Formula:
+    return DECODER[kernel]
 
 
 def _liger(kernel: str, case: Case, mode: str) -> Formula:
@@ -123,9 +148,9 @@ def _liger(kernel: str, case: Case, mode: str) -> Formula:
 
 
 PROVIDERS: dict[str, Provider] = {
+    "ours": _ours,
     "eager": _eager,
     "compile": _compiled,
-    "torch rms_norm": _torch,
     "liger": _liger,
 }
 

@@ -18,7 +18,7 @@ from kernels.benchmark.suites import SUITES
 QUICK_SECONDS = 210
 BOTH = ("fwd", "bwd")
 # What a compiler has to be run for takes minutes over all shapes.
-FAST = ("ours", "sdpa", "nested", "varlen", "flash_attn", "eager", "checkpointed", "liger", "cut", "addmm", "torch")
+FAST = ("ours", "sdpa", "nested", "varlen", "flash_attn", "eager", "checkpointed", "liger", "cut", "addmm")
 
 
 @dataclass(frozen=True)

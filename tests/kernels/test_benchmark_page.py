@@ -8,8 +8,9 @@ import pytest
 import torch
 import triton
 
+from avlm.models import decoder
 from kernels.benchmark import __main__ as command
-from kernels.benchmark import everything, page, report
+from kernels.benchmark import elementwise, everything, page, report
 from kernels.benchmark.everything import Part
 from kernels.benchmark.peers import INSTALL, Unavailable, peer
 from kernels.benchmark.suites import SUITES
@@ -85,16 +86,15 @@ def test_elementwise_work_is_counted_in_tensors_read_and_written():
     assert swiglu.num_bytes("bwd", torch.bfloat16) == 5 * 8192 * 14336 * 2
 
 
-def test_elementwise_formulas_are_those_of_the_decoder():
-    from avlm.models.decoder import RMSNorm
-    from avlm.models.decoder import rotate as of_the_decoder
-    from kernels.benchmark import elementwise
-
-    norm = RMSNorm(8, elementwise.EPS)
-    x_TD, x_THE, angle_TE = torch.randn(5, 8), torch.randn(5, 2, 4), torch.randn(5, 4)
-    assert elementwise.rms_norm(x_TD, norm.weight).equal(norm(x_TD))
+def test_elementwise_work_is_what_the_decoder_does_and_the_formula():
+    norm = decoder.RMSNorm(8, elementwise.EPS)
+    x_TD, x_THE, angle_TE = torch.randn(5, 8), torch.randn(5, 2, 4), torch.randn(5, 2).repeat(1, 2)
     angles = angle_TE.cos(), angle_TE.sin()
-    assert elementwise.rotate(x_THE, *angles).equal(of_the_decoder(x_THE, *angles))
+    assert elementwise.DECODER["rms_norm"](x_TD, norm.weight).equal(norm(x_TD))
+    assert elementwise.DECODER["rotate"](x_THE, *angles).equal(decoder.rotate(x_THE, *angles))
+    for kernel, inputs in (("rms_norm", (x_TD, norm.weight)), ("rotate", (x_THE, *angles))):
+        outs = (forms[kernel](*inputs) for forms in (elementwise.DECODER, elementwise.FORMULAS))
+        assert torch.allclose(*outs, atol=1e-6)
 
 
 @pytest.mark.parametrize("module", [*INSTALL, "liger_kernel.transformers"])
