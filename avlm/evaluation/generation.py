@@ -1,10 +1,10 @@
-"""Generation: one forward over all prompts as a packed row, then one forward for each new token of all sequences.
+"""Generation: prompts in, completions out. What runs on the device is in ``avlm.evaluation.decoding``.
 
-B sequences   T tokens of the current forward (all prompt tokens, then B)   S cache slots of a sequence
-H query heads   K key/value heads   E head dim   V vocabulary
+B sequences   T tokens of all prompts   N new tokens of a sequence, at most
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
+from avlm.evaluation.decoding import Decoding, Slots, choose, recorded
 from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch
-from kernels.attention import attention
-from kernels.decode import decode_attention
-from kernels.segments import Segments
+
+READ_EVERY = 8  # steps: on a GPU, between two looks at the new tokens, for which the device has to be waited for
+WARM_UP = 2  # steps that run before one is recorded, so that every kernel has been compiled and loaded
 
 
 @dataclass(frozen=True)
@@ -26,46 +27,6 @@ class Completion:
 
     token_ids: list[int]
     logprobs: list[float]
-
-
-@dataclass
-class Slots:
-    """Where the tokens of the current forward are stored, shared by the caches of all blocks.
-
-    index_T   int64: index of each token in the flattened (B, S) cache
-    length_B  int64: used slots of each sequence, with this forward's tokens
-    """
-
-    index_T: Tensor
-    length_B: Tensor
-    size: int
-    is_prompt: bool = True
-
-
-class KeyValueCache:
-    """Keys and values of one decoder block, with the number of heads and the dtype of the prompt's keys."""
-
-    def __init__(self, slots: Slots):
-        self.slots = slots
-        self.k_BSKE = self.v_BSKE = torch.empty(0)
-
-    @property
-    def is_prompt(self) -> bool:
-        return self.slots.is_prompt
-
-    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, segments: Segments) -> Tensor:
-        """Store keys and values, then attend: within the packed prompts, or from each new token to its sequence."""
-        slots = self.slots
-        if slots.is_prompt:
-            shape = (len(slots.length_B), slots.size, *k_TKE.shape[1:])
-            # Zeros, not empty: unused slots are multiplied by probability 0, so they must be finite.
-            self.k_BSKE = k_TKE.new_zeros(shape)
-            self.v_BSKE = v_TKE.new_zeros(shape)
-        self.k_BSKE.flatten(0, 1).index_copy_(0, slots.index_T, k_TKE)
-        self.v_BSKE.flatten(0, 1).index_copy_(0, slots.index_T, v_TKE)
-        if slots.is_prompt:
-            return attention(q_THE, k_TKE, v_TKE, segments, causal=True)
-        return decode_attention(q_THE, self.k_BSKE, self.v_BSKE, slots.length_B)
 
 
 @dataclass(frozen=True)
@@ -95,70 +56,75 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
+    read_every: int | None = None,
     ranks: Ranks | None = None,
 ) -> list[Completion]:
     """One completion for each prompt. ``temperature`` 0 is greedy; ``top_k`` 0 keeps every token.
 
-    Prompt i draws from its own generator, seeded ``seed + i``. ``on_token(i, id)`` is called for every new token. A
-    sharded model needs ``ranks``.
+    Prompt i draws from its own generator, seeded ``seed + i``. ``on_token(i, id)`` is called for every new token, in
+    order. Whether sequences have ended is looked up after every ``read_every`` steps, which changes no completion; by
+    default every step, and on a GPU, unless somebody watches the tokens, every ``READ_EVERY``. On a GPU of its own the
+    steps are a CUDA graph. A sharded model needs ``ranks``.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    on_one_gpu = ranks is None and model.decoder.embedding.weight.is_cuda  # collectives of ranks are not recorded
     ranks = ranks or Ranks(model.decoder.embedding.weight.device)
-    device = ranks.device
-    num_asked = len(prompts)
+    if read_every is None:
+        read_every = READ_EVERY if ranks.device.type == "cuda" and on_token is None else 1
+    answers = _Answers(len(prompts), stop_ids, on_token)
     prompts = prompts + _fill(prompts, ranks.multiple)
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    batch, slots = _prompt_phase(prompts, model, max_new_tokens, ranks)
-    empty = pack([], 0, model.config).to(device)
-    ones = Segments.of([1] * len(prompts), device)
-    caches = [KeyValueCache(slots) for _ in range(model.config.decoder.num_layers)]
+    batch, slots = prompt_phase(prompts, model, max_new_tokens, ranks)
+    draw_NB = draws(len(prompts), max_new_tokens, seed).to(ranks.device)
+    chosen = functools.partial(choose, temperature=temperature, top_k=top_k, top_p=top_p)
+    decoding = Decoding(model, slots, draw_NB, chosen)
 
-    completions = [Completion([], []) for _ in prompts]
-    done = [i >= num_asked for i in range(len(prompts))]
-    for step in range(max_new_tokens):
-        logits_BV = model(batch, caches)
-        draw_B = torch.tensor([torch.rand((), generator=generator).item() for generator in generators])
-        token_B, logprob_B = choose(logits_BV, temperature, top_k, top_p, draw_B.to(device))
-        # The one place where decoding waits for the device.
-        for i, (token, logprob) in enumerate(zip(token_B.tolist(), logprob_B.tolist())):
-            if not done[i]:
-                completions[i].token_ids.append(token)
-                completions[i].logprobs.append(logprob)
-                done[i] = token in stop_ids
-                if on_token is not None:
-                    on_token(i, token)
-        if step + 1 == max_new_tokens or ranks.everyone_done(all(done)):
-            break
-        # Finished sequences keep decoding into their own slots and are ignored, so that shapes stay fixed.
-        slots.is_prompt = False
-        slots.index_T = torch.arange(len(prompts), device=device) * slots.size + slots.length_B
-        batch = _next_batch(empty, token_B, slots.length_B, ones)
-        slots.length_B = slots.length_B + 1
-    return completions[:num_asked]
+    decoding.prompt(batch)
+    advance = decoding.step
+    for count in range(1, max_new_tokens + 1):  # new tokens of each sequence
+        is_last = count == max_new_tokens
+        if count % read_every == 0 or is_last:
+            answers.add(decoding.read(answers.num_steps, count))
+            if is_last or ranks.everyone_done(answers.are_complete):
+                break
+        if on_one_gpu and count == 1 + WARM_UP:
+            advance = recorded(decoding.step)
+        advance()
+    return answers.completions
 
 
-def choose(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, draw_B: Tensor) -> tuple[Tensor, Tensor]:
-    """A token for each sequence, and its log probability (before temperature); ``draw_B`` is uniform in [0, 1).
+class _Answers:
+    """Completions of the prompts that were asked for, up to their stop tokens."""
 
-    It is drawn from the ``top_k`` most likely tokens, and of those from the fewest whose probabilities add up to
-    ``top_p``.
-    """
-    logprob_BV = logits_BV.log_softmax(-1)
-    if temperature == 0.0:
-        token_B = logits_BV.argmax(-1)
-    else:
-        # float64: the sum over a large vocabulary must not stay below a draw close to 1.
-        p_BV, order_BV = (logits_BV.double() / temperature).softmax(-1).sort(stable=True, dim=-1, descending=True)
-        if top_k:
-            p_BV[:, top_k:] = 0.0
-            p_BV /= p_BV.sum(-1, keepdim=True)
-        if top_p < 1.0:
-            p_BV[p_BV.cumsum(-1) - p_BV >= top_p] = 0.0
-        sum_BV = p_BV.cumsum(-1)
-        index_B = (sum_BV <= draw_B[:, None] * sum_BV[:, -1:]).sum(-1)
-        index_B = torch.minimum(index_B, (p_BV > 0).sum(-1) - 1)
-        token_B = order_BV.gather(-1, index_B[:, None]).squeeze(-1)
-    return token_B, logprob_BV.gather(-1, token_B[:, None]).squeeze(-1)
+    def __init__(self, count: int, stop_ids: list[int], on_token: Callable[[int, int], None] | None):
+        self.completions = [Completion([], []) for _ in range(count)]
+        self.is_done = [False] * count
+        self.stop_ids = stop_ids
+        self.on_token = on_token
+        self.num_steps = 0
+
+    @property
+    def are_complete(self) -> bool:
+        return all(self.is_done)
+
+    def add(self, steps: list[list[tuple[int, float]]]) -> None:
+        """The next tokens of all sequences, step by step; what follows a stop token is dropped."""
+        for of_step in steps:
+            for i, (completion, (token, logprob)) in enumerate(zip(self.completions, of_step)):
+                if not self.is_done[i]:
+                    completion.token_ids.append(token)
+                    completion.logprobs.append(logprob)
+                    self.is_done[i] = token in self.stop_ids
+                    if self.on_token is not None:
+                        self.on_token(i, token)
+        self.num_steps += len(steps)
+
+
+def draws(num_sequences: int, num_tokens: int, seed: int) -> Tensor:
+    """Numbers from [0, 1), float32 (N, B): a stream of its own for each sequence."""
+    draw_NB = torch.empty(num_tokens, num_sequences)
+    for i in range(num_sequences):
+        draw_NB[:, i] = torch.rand(num_tokens, generator=torch.Generator().manual_seed(seed + i))
+    return draw_NB
 
 
 def _check(model: AVLM, prompts: list[EncodedSample], max_new_tokens, temperature, top_k, top_p) -> None:
@@ -177,7 +143,7 @@ def _check(model: AVLM, prompts: list[EncodedSample], max_new_tokens, temperatur
         raise ValueError("a prompt without any token cannot be continued")
 
 
-def _prompt_phase(prompts: list[EncodedSample], model: AVLM, spare: int, ranks: Ranks) -> tuple[Batch, Slots]:
+def prompt_phase(prompts: list[EncodedSample], model: AVLM, spare: int, ranks: Ranks) -> tuple[Batch, Slots]:
     """All prompts as one packed row, the last position of each as its target; and the slots that they fill."""
     length_B = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
     num_tokens = sum(map(len, prompts))
@@ -201,16 +167,3 @@ def _fill(prompts: list[EncodedSample], multiple: int) -> list[EncodedSample]:
     lengths = [1] * (count - 1) + [1 + -(num_tokens + count) % multiple]
     zeros = [torch.zeros(length, dtype=torch.int64) for length in lengths]
     return [EncodedSample("", "text", token_T, token_T) for token_T in zeros]
-
-
-def _next_batch(empty: Batch, token_B: Tensor, position_B: Tensor, segments: Segments) -> Batch:
-    unused_B = torch.zeros_like(token_B)
-    return dataclasses.replace(
-        empty,
-        token_T=token_B,
-        position_T=position_B,
-        segments=segments,
-        target_rows_R=torch.arange(len(token_B), device=token_B.device),
-        target_R=unused_B,
-        kind_R=unused_B,
-    )

@@ -1,6 +1,7 @@
 """Answers token by token, and the command line around them."""
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -10,12 +11,14 @@ import tokenizers
 import torch
 import transformers
 from PIL import Image
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import generate as command
 from avlm.config.model import LoraConfig, ModelConfig
 from avlm.config.run import DataConfig, InitFrom
 from avlm.data.sample import EncodedSample
-from avlm.evaluation.generation import Ranks, choose, generate
+from avlm.evaluation.decoding import Decoding, choose
+from avlm.evaluation.generation import Ranks, draws, generate, prompt_phase
 from avlm.models.avlm import AVLM
 from avlm.models.batch import IGNORE, IMAGE
 from avlm.process.exit import run_command
@@ -111,6 +114,67 @@ def test_an_answer_ends_with_its_stop_token_and_the_others_go_on():
     assert streamed == [answer.token_ids for answer in stopped]
 
 
+@pytest.mark.parametrize("read_every", [3, 8, 100])
+def test_completions_and_streams_do_not_depend_on_how_often_tokens_are_read(read_every):
+    model = build(TEXT)
+    prompts = [prompt(torch.randint(61, (length,)).tolist()) for length in (4, 11, 2)]
+    settings = {"max_new_tokens": 14, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 1}
+    free = generate(model, prompts, stop_ids=[], **settings)
+    stops = [free[0].token_ids[4], free[1].token_ids[8]]
+    streams = {}
+    for every in (1, read_every):
+        stream = streams[every] = []
+        on_token = lambda i, token, stream=stream: stream.append((i, token))
+        answers = generate(model, prompts, stop_ids=stops, on_token=on_token, read_every=every, **settings)
+        for whole, answer in zip(free, answers):
+            end = next((i + 1 for i, token in enumerate(whole.token_ids) if token in stops), len(whole.token_ids))
+            assert answer.token_ids == whole.token_ids[:end] and answer.logprobs == whole.logprobs[:end]
+    assert streams[1] == streams[read_every]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_step_that_is_recorded_once_and_repeated_gives_the_same_tokens(temperature):
+    """What a CUDA graph does, with a graph of operators: numbers of the host and addresses of tensors are fixed."""
+    model = build(WHOLE)
+    prompts = [text_prompt([1, 2, 3]), text_prompt([4, 5])]
+    expected = generate(model, prompts, stop_ids=[], max_new_tokens=12, temperature=temperature, seed=2)
+
+    batch, slots = prompt_phase(prompts, model, 12, Ranks(torch.device("cpu")))
+    chosen = functools.partial(choose, temperature=temperature, top_k=0, top_p=1.0)
+    decoding = Decoding(model, slots, draws(2, 12, seed=2), chosen)
+    with torch.no_grad():
+        decoding.prompt(batch)
+        decoding.step()
+        changed = (decoding.token_NB, decoding.logprob_NB, decoding.count_1, slots.length_B)
+        before = [tensor.clone() for tensor in changed]
+        steps = make_fx(lambda: decoding.step())()  # recording runs the step, which a CUDA graph does not
+        for tensor, value in zip(changed, before):
+            tensor.copy_(value)
+        for _ in range(10):
+            steps()
+    of_steps = decoding.read(0, 12)
+    for i, answer in enumerate(expected):
+        assert [step[i][0] for step in of_steps] == answer.token_ids
+        assert [step[i][1] for step in of_steps] == answer.logprobs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_cuda_graph_of_the_step_gives_the_tokens_of_steps_that_are_launched(temperature):
+    model = build(WHOLE).to("cuda", torch.bfloat16)
+    prompts = [text_prompt([1, 2, 3]), text_prompt([4, 5])]
+    settings = {"stop_ids": [], "max_new_tokens": 40, "temperature": temperature, "top_k": 30, "top_p": 0.9}
+    launched = generate(model, prompts, ranks=Ranks(torch.device("cuda")), **settings)
+    assert generate(model, prompts, **settings) == launched
+
+
+def test_a_sequence_draws_the_numbers_of_its_own_seed():
+    for i in range(2):
+        generator = torch.Generator().manual_seed(7 + i)
+        one_by_one = [torch.rand((), generator=generator).item() for _ in range(40)]
+        assert draws(2, 40, seed=7)[:, i].tolist() == one_by_one
+
+
 def test_ranks_stop_together_and_one_without_prompts_keeps_step():
     model = build(WHOLE)
     asked = []
@@ -149,7 +213,7 @@ def test_sampling_follows_temperature_top_k_and_top_p():
     assert close(share(temperature=1.0, top_k=0, top_p=0.01), [0, 1, 0, 0])
     sharp = probability**2 / (probability**2).sum()
     assert close(share(temperature=0.5, top_k=0, top_p=1.0), sharp.tolist())
-    token, logprob = choose(logits, 0.5, 0, 1.0, draw)
+    token, logprob = choose(logits, draw, temperature=0.5, top_k=0, top_p=1.0)
     assert torch.allclose(logprob, probability.log()[token])  # before temperature
 
 

@@ -1,0 +1,160 @@
+"""The steps of generation: a forward over the prompts, then one forward for each new token of all sequences.
+
+A step after the prompt reads and writes tensors that stay where they are, and nothing in it depends on a number that
+the host counts. So a CUDA graph can record one step and repeat it: its hundreds of small kernels take longer to launch
+than to run.
+
+B sequences   T tokens of the current forward (all prompt tokens, then B)   S cache slots of a sequence
+N new tokens of a sequence, at most   H query heads   K key/value heads   E head dim   V vocabulary
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from avlm.models.avlm import AVLM
+from avlm.models.batch import Batch, empty_batch
+from kernels.attention import attention
+from kernels.decode import decode_attention
+from kernels.segments import Segments
+
+
+@dataclass
+class Slots:
+    """Where the tokens of the current forward are stored, shared by the caches of all blocks.
+
+    index_T   int64: index of each token in the flattened (B, S) cache
+    length_B  int64: used slots of each sequence, with this forward's tokens
+    """
+
+    index_T: Tensor
+    length_B: Tensor
+    size: int
+    is_prompt: bool = True
+
+
+class KeyValueCache:
+    """Keys and values of one decoder block, with the number of heads and the dtype of the prompt's keys."""
+
+    def __init__(self, slots: Slots):
+        self.slots = slots
+        self.k_BSKE = self.v_BSKE = torch.empty(0)
+
+    @property
+    def is_prompt(self) -> bool:
+        return self.slots.is_prompt
+
+    def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, segments: Segments) -> Tensor:
+        """Store keys and values, then attend: within the packed prompts, or from each new token to its sequence."""
+        slots = self.slots
+        if slots.is_prompt:
+            shape = (len(slots.length_B), slots.size, *k_TKE.shape[1:])
+            # Zeros, not empty: unused slots are multiplied by probability 0, so they must be finite.
+            self.k_BSKE = k_TKE.new_zeros(shape)
+            self.v_BSKE = v_TKE.new_zeros(shape)
+        self.k_BSKE.flatten(0, 1).index_copy_(0, slots.index_T, k_TKE)
+        self.v_BSKE.flatten(0, 1).index_copy_(0, slots.index_T, v_TKE)
+        if slots.is_prompt:
+            return attention(q_THE, k_TKE, v_TKE, segments, causal=True)
+        return decode_attention(q_THE, self.k_BSKE, self.v_BSKE, slots.length_B)
+
+
+class Decoding:
+    """The new tokens of all sequences, and the forwards that add them.
+
+    ``choose_token`` makes tokens (B,) and their log probabilities of logits (B, V) and a row of ``draw_NB``, which are
+    uniform numbers. Sequences that have ended keep decoding into their own slots, so that shapes stay fixed.
+    """
+
+    def __init__(
+        self,
+        model: AVLM,
+        slots: Slots,
+        draw_NB: Tensor,
+        choose_token: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ):
+        self.model = model
+        self.slots = slots
+        self.choose_token = choose_token
+        self.draw_NB = draw_NB
+        self.token_NB = torch.zeros_like(draw_NB, dtype=torch.int64)
+        self.logprob_NB = torch.zeros_like(draw_NB, dtype=torch.float32)
+        self.count_1 = torch.zeros(1, dtype=torch.int64, device=draw_NB.device)  # new tokens of each sequence
+        self.caches = [KeyValueCache(slots) for _ in range(model.config.decoder.num_layers)]
+
+    def prompt(self, batch: Batch) -> None:
+        """The first new token of each sequence, from the packed prompts; it is the target of a row's last position."""
+        self._add(self.model(batch, self.caches))
+        slots = self.slots
+        num_sequences = len(slots.length_B)
+        slots.is_prompt = False
+        row_B = torch.arange(num_sequences, device=slots.length_B.device)
+        self.first_B = row_B * slots.size
+        slots.index_T = torch.empty_like(self.first_B)
+        self.batch = dataclasses.replace(
+            empty_batch(0, self.model.config).to(row_B.device),
+            token_T=torch.empty_like(row_B),
+            position_T=torch.empty_like(row_B),
+            segments=Segments.of([1] * num_sequences, row_B.device),
+            target_rows_R=row_B,
+            target_R=torch.zeros_like(row_B),
+            kind_R=torch.zeros_like(row_B),
+        )
+
+    def step(self) -> None:
+        """The next token of each sequence."""
+        slots = self.slots
+        self.batch.token_T.copy_(self.token_NB.index_select(0, self.count_1 - 1).squeeze(0))
+        self.batch.position_T.copy_(slots.length_B)
+        slots.index_T.copy_(self.first_B + slots.length_B)
+        slots.length_B.add_(1)
+        self._add(self.model(self.batch, self.caches))
+
+    def _add(self, logits_BV: Tensor) -> None:
+        draw_B = self.draw_NB.index_select(0, self.count_1).squeeze(0)
+        token_B, logprob_B = self.choose_token(logits_BV, draw_B)
+        self.token_NB.index_copy_(0, self.count_1, token_B.unsqueeze(0))
+        self.logprob_NB.index_copy_(0, self.count_1, logprob_B.unsqueeze(0))
+        self.count_1.add_(1)
+
+    def read(self, start: int, end: int) -> list[list[tuple[int, float]]]:
+        """(token, log probability) of each sequence, for each of the new tokens from ``start`` to ``end``. Here, and
+        nowhere else, decoding waits for the device."""
+        tokens = self.token_NB[start:end].tolist()
+        logprobs = self.logprob_NB[start:end].tolist()
+        return [list(zip(*of_step)) for of_step in zip(tokens, logprobs)]
+
+
+def recorded(step: Callable[[], None]) -> Callable[[], None]:
+    """The step as a CUDA graph. Recording does not run it; it must have run before, which compiles its kernels."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def choose(logits_BV: Tensor, draw_B: Tensor, *, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """A token for each sequence, and its log probability (before temperature); ``draw_B`` is uniform in [0, 1).
+
+    It is drawn from the ``top_k`` most likely tokens, and of those from the fewest whose probabilities add up to
+    ``top_p``.
+    """
+    logprob_BV = logits_BV.log_softmax(-1)
+    if temperature == 0.0:
+        token_B = logits_BV.argmax(-1)
+    else:
+        # float64: the sum over a large vocabulary must not stay below a draw close to 1.
+        p_BV, order_BV = (logits_BV.double() / temperature).softmax(-1).sort(stable=True, dim=-1, descending=True)
+        if top_k:
+            p_BV[:, top_k:] = 0.0
+            p_BV /= p_BV.sum(-1, keepdim=True)
+        if top_p < 1.0:
+            p_BV.masked_fill_(p_BV.cumsum(-1) - p_BV >= top_p, 0.0)
+        sum_BV = p_BV.cumsum(-1)
+        index_B = (sum_BV <= draw_B[:, None] * sum_BV[:, -1:]).sum(-1)
+        index_B = torch.minimum(index_B, (p_BV > 0).sum(-1) - 1)
+        token_B = order_BV.gather(-1, index_B[:, None]).squeeze(-1)
+    return token_B, logprob_BV.gather(-1, token_B[:, None]).squeeze(-1)
