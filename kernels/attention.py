@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import attention_backward, attention_forward, attention_varlen, backend, dispatch
+from kernels import attention_backward, attention_forward, attention_statistics, attention_varlen, backend, dispatch
 from kernels.segments import Segments
 
 
@@ -205,7 +205,7 @@ def attention_backward_op(
             dout_THE, q_THE, k_SKE, v_SKE, out_THE, lse_HT, segments, segments_k, causal, scale, deterministic
         )
     dout_THE = dout_THE.contiguous()
-    lse2_HR, delta_HR = attention_backward.statistics(out_THE, dout_THE, lse_HT, dlse_HT)
+    lse2_HR, delta_HR = attention_statistics.statistics(out_THE, dout_THE, lse_HT, dlse_HT)
     return attention_backward.backward(
         dout_THE, q_THE, k_SKE, v_SKE, lse2_HR, delta_HR, segments, segments_k, causal, scale, deterministic
     )

@@ -16,63 +16,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention_configs import keys_config, one_pass, queries_config
 from kernels.attention_tiles import (
-    NOTHING,
     bits,
+    capped,
+    clear_past,
     descriptor,
+    find_program,
+    heads_in_turn,
     hide,
-    keys_config,
     load_tile,
     loadable,
     locate,
     num_tiles,
-    one_pass,
-    padded_head_dim,
     precision,
-    queries_config,
+    score_numbers,
+    seen_by,
+    seen_keys,
     store_tile,
 )
-from kernels.backend import LOG2_E
+from kernels.backend import num_processors
 from kernels.segments import Segments
 
-_LOG2_E = tl.constexpr(LOG2_E)
-_ROOM = 128  # rows by which a tile may extend past the last one
+
+@triton.jit
+def _ds(p, dp, delta, s, softcap):
+    """Gradient of the scores before the cap, whose derivative is 1 - (s / softcap)^2."""
+    ds = p * (dp - delta)
+    if softcap is not None:
+        ds *= 1 - (s / softcap) * (s / softcap)
+    return ds
 
 
-@triton.jit(do_not_specialize=["T", "ROWS"])
-def _statistics_kernel(
-    out_ptr,
-    dout_ptr,
-    lse_ptr,
-    dlse_ptr,
-    lse2_ptr,
-    delta_ptr,
-    T,
-    ROWS,
-    H: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    # One program owns 32 rows of one head: delta and log2(e) lse, both 0 for rows without keys.
-    row = tl.program_id(0) * 32 + tl.arange(0, 32)
-    row = row.to(tl.int64)
-    h = tl.program_id(1)
-    e = tl.arange(0, BLOCK_E)
-    offset = row[:, None] * (H * E) + h * E + e[None, :]
-    inside = (row < T)[:, None] & (e < E)[None, :]
-    out = tl.load(out_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    dout = tl.load(dout_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    delta = tl.sum(out * dout, 1)
-    if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + h * T + row, mask=row < T, other=0.0)
-    lse = tl.load(lse_ptr + h * T + row, mask=row < T, other=NOTHING)
-    lse2 = tl.where(lse == NOTHING, 0.0, lse * _LOG2_E)
-    delta = tl.where(lse == NOTHING, 0.0, delta)
-    tl.store(lse2_ptr + h * ROWS + row, lse2, mask=row < ROWS)
-    tl.store(delta_ptr + h * ROWS + row, delta, mask=row < ROWS)
-
-
-@triton.jit(do_not_specialize=["N", "ROWS", "heads_per_key"])
+@triton.jit(do_not_specialize=["S", "N", "ROWS", "heads", "group", "parts", "section"])
 def _keys_kernel(
     q_desc,
     k_desc,
@@ -87,85 +63,95 @@ def _keys_kernel(
     cu_k_ptr,
     used_q_ptr,
     used_k_ptr,
+    first_query_ptr,
+    last_query_ptr,
+    S,
     N,
     ROWS,
-    heads_per_key,
+    heads,
+    group,
+    parts,
+    section,
     scale,
     scale_log2,
-    K: tl.constexpr,
+    cap_scale,
+    softcap,
     E: tl.constexpr,
+    PITCH: tl.constexpr,
     CAUSAL: tl.constexpr,
     ADD_DQ: tl.constexpr,
-    LATE_DK: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LATE_DK: tl.constexpr,
 ):
-    # One program owns BLOCK_N key rows of one key/value head in one segment, for all query heads that share it.
-    kh = tl.program_id(1)
+    # One program owns BLOCK_N key rows of one key/value head in one segment, for ``group`` of the query heads that
+    # share it. Their gradients go to one of the ``parts`` of dk and dv.
+    tile, share = find_program(heads, section)
+    kh = share // parts
     first, k_begin, slot, k_length, q_begin, q_length = locate(
-        cu_k_ptr, used_k_ptr, cu_q_ptr, used_q_ptr, N, tl.program_id(0), BLOCK_N
+        cu_k_ptr, used_k_ptr, cu_q_ptr, used_q_ptr, S, N, tile, BLOCK_N
     )
     if first >= slot:
         return
-    diagonal = k_length - q_length
-    # Queries before `start` see none of these keys; queries from `full` on see all of them.
-    start = 0
-    full = 0
-    if CAUSAL:
-        start = tl.maximum(first - diagonal, 0) // BLOCK_M * BLOCK_M
-        full = first + BLOCK_N - 1 - diagonal
-    if first + BLOCK_N > k_length:  # some of these keys lie past the segment
-        full = q_length
-    num_blocks = tl.cdiv(tl.maximum(q_length - start, 0), BLOCK_M)
-
     col = first + tl.arange(0, BLOCK_N)
-    k = load_tile(k_desc, k_begin + first, kh, BLOCK_E)
-    v = load_tile(v_desc, k_begin + first, kh, BLOCK_E)
+    last_col = tl.minimum(first + BLOCK_N, k_length) - 1
+    # As in the forward: the queries that see any of these keys (start to end), and those that see all of them.
+    low, high = seen_by(first_query_ptr, last_query_ptr, k_begin, col, k_length, q_length, CAUSAL)
+    start, whole_end = seen_by(first_query_ptr, last_query_ptr, k_begin, first, k_length, q_length, CAUSAL)
+    whole_start, end = seen_by(first_query_ptr, last_query_ptr, k_begin, last_col, k_length, q_length, CAUSAL)
+    low = tl.where(col < k_length, low, q_length)  # keys past the segment are seen by no query
+    if first + BLOCK_N > k_length:
+        whole_start = q_length
+    start = start // BLOCK_M * BLOCK_M
+    num_blocks = tl.cdiv(tl.maximum(end - start, 0), BLOCK_M)
+
+    k = clear_past(load_tile(k_desc, k_begin + first, kh, PITCH), E)
+    v = clear_past(load_tile(v_desc, k_begin + first, kh, PITCH), E)
     dk = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     # Scores are transposed, keys by queries, so that p and ds are left operands and stay in registers. With LATE_DK the
     # product that adds a block to dk is issued in the next iteration and overlaps with the exponentials there.
-    h = kh * heads_per_key
+    h = share * group
     i = start
-    ds = tl.zeros((BLOCK_N, BLOCK_M), q_desc.dtype)
-    late = bits(ds, q_desc.dtype)
-    for step in tl.range(0, num_blocks * heads_per_key):
-        q_before = load_tile(q_desc, q_begin + i, h, BLOCK_E) if LATE_DK else k
-        h = kh * heads_per_key + step // num_blocks
-        i = start + step % num_blocks * BLOCK_M
-        q = load_tile(q_desc, q_begin + i, h, BLOCK_E)
+    late = bits(tl.zeros((BLOCK_N, BLOCK_M), tl.float32), q_desc.dtype)
+    for step in tl.range(0, num_blocks * group):
+        q_before = load_tile(q_desc, q_begin + i, h, PITCH) if LATE_DK else k
+        h = share * group + step // tl.maximum(num_blocks, 1)
+        i = start + step % tl.maximum(num_blocks, 1) * BLOCK_M
+        q = load_tile(q_desc, q_begin + i, h, PITCH)
         s = tl.dot(k, q.T, input_precision=PRECISION)
         if LATE_DK:
             dk = tl.dot(late.to(q.dtype, bitcast=True), q_before, dk, input_precision=PRECISION)
+        s = capped(s, cap_scale, softcap)
         row = i + tl.arange(0, BLOCK_M)
-        if (i < full) | (i + BLOCK_M > q_length):
-            s = hide(s, row[None, :], col[:, None], k_length, diagonal, CAUSAL)
-            s = tl.where((row < q_length)[None, :], s, NOTHING)
         statistic = h.to(tl.int64) * ROWS + q_begin + row
+        if (i < whole_start) | (i + BLOCK_M > whole_end):
+            s = hide(s, row[None, :], low[:, None], high[:, None], True)
         lse2 = tl.load(lse2_ptr + statistic)
         p = tl.exp2(s * scale_log2 - lse2[None, :])
-        dout = load_tile(dout_desc, q_begin + i, h, BLOCK_E)
+        dout = load_tile(dout_desc, q_begin + i, h, PITCH)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, dout.T, input_precision=PRECISION)
         delta = tl.load(delta_ptr + statistic)
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        ds = _ds(p, dp, delta[None, :], s, softcap).to(q.dtype)
         if LATE_DK:
             late = bits(ds, q.dtype)
         else:
             dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         if ADD_DQ:
             dq = tl.dot(ds.T, k, input_precision=PRECISION)
-            dq_desc.atomic_add([q_begin + i, h * BLOCK_E], dq)
+            dq_desc.atomic_add([q_begin + i, h * PITCH], dq)
     if LATE_DK:
-        q = load_tile(q_desc, q_begin + i, h, BLOCK_E)
+        q = load_tile(q_desc, q_begin + i, h, PITCH)
         dk = tl.dot(late.to(q.dtype, bitcast=True), q, dk, input_precision=PRECISION)
-    store_tile(dk_ptr, dk * scale, k_begin, col, k_length, slot, kh, K, E)
-    store_tile(dv_ptr, dv, k_begin, col, k_length, slot, kh, K, E)
+    part = (share % parts).to(tl.int64) * S * (heads // parts) * E
+    store_tile(dk_ptr + part, dk * scale, k_begin, col, k_length, slot, kh, heads // parts, E)
+    store_tile(dv_ptr + part, dv, k_begin, col, k_length, slot, kh, heads // parts, E)
 
 
-@triton.jit(do_not_specialize=["N", "ROWS", "heads_per_key"])
+@triton.jit(do_not_specialize=["T", "N", "ROWS", "heads", "group", "section"])
 def _queries_kernel(
     q_desc,
     k_desc,
@@ -178,56 +164,60 @@ def _queries_kernel(
     cu_k_ptr,
     used_q_ptr,
     used_k_ptr,
+    first_ptr,
+    last_ptr,
+    T,
     N,
     ROWS,
-    heads_per_key,
+    heads,
+    group,
+    section,
     scale,
     scale_log2,
-    H: tl.constexpr,
+    cap_scale,
+    softcap,
     E: tl.constexpr,
+    PITCH: tl.constexpr,
     CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     # One program owns BLOCK_M query rows of one head in one segment: dq of the two-pass form.
-    tile = tl.program_id(0)
+    tile, h = find_program(heads, section)
     if CAUSAL:  # tiles take longer towards the end of a segment: start with the longest
-        tile = tl.num_programs(0) - 1 - tile
-    h = tl.program_id(1)
+        tile = tl.num_programs(0) // heads - 1 - tile
     first, q_begin, slot, q_length, k_begin, k_length = locate(
-        cu_q_ptr, used_q_ptr, cu_k_ptr, used_k_ptr, N, tile, BLOCK_M
+        cu_q_ptr, used_q_ptr, cu_k_ptr, used_k_ptr, T, N, tile, BLOCK_M
     )
     if first >= slot:
         return
-    diagonal = k_length - q_length
-    end = k_length
-    full = k_length
-    if CAUSAL:
-        end = tl.minimum(end, first + BLOCK_M + diagonal)
-        full = tl.minimum(full, first + 1 + diagonal)
-
     row = first + tl.arange(0, BLOCK_M)
-    kh = h // heads_per_key
-    q = load_tile(q_desc, q_begin + first, h, BLOCK_E)
-    dout = load_tile(dout_desc, q_begin + first, h, BLOCK_E)
+    last_row = tl.minimum(first + BLOCK_M, q_length) - 1
+    low, high = seen_keys(first_ptr, last_ptr, q_begin, row, q_length, k_length, CAUSAL)
+    start, whole_end = seen_keys(first_ptr, last_ptr, q_begin, first, q_length, k_length, CAUSAL)
+    whole_start, end = seen_keys(first_ptr, last_ptr, q_begin, last_row, q_length, k_length, CAUSAL)
+
+    kh = h // group
+    q = clear_past(load_tile(q_desc, q_begin + first, h, PITCH), E)
+    dout = clear_past(load_tile(dout_desc, q_begin + first, h, PITCH), E)
     statistic = h.to(tl.int64) * ROWS + q_begin + row
     lse2 = tl.load(lse2_ptr + statistic)
     delta = tl.load(delta_ptr + statistic)
     dq = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    for j in tl.range(0, end, BLOCK_N):
-        k = load_tile(k_desc, k_begin + j, kh, BLOCK_E)
-        s = tl.dot(q, k.T, input_precision=PRECISION)
-        if j + BLOCK_N > full:
+    for j in tl.range(start // BLOCK_N * BLOCK_N, end, BLOCK_N):
+        k = load_tile(k_desc, k_begin + j, kh, PITCH)
+        s = capped(tl.dot(q, k.T, input_precision=PRECISION), cap_scale, softcap)
+        if (j + BLOCK_N > whole_end) | (j < whole_start):
             col = j + tl.arange(0, BLOCK_N)
-            s = hide(s, row[:, None], col[None, :], k_length, diagonal, CAUSAL)
+            s = hide(s, col[None, :], low[:, None], high[:, None], first_ptr is not None)
         p = tl.exp2(s * scale_log2 - lse2[:, None])
-        v = load_tile(v_desc, k_begin + j, kh, BLOCK_E)
+        v = load_tile(v_desc, k_begin + j, kh, PITCH)
         dp = tl.dot(dout, v.T, input_precision=PRECISION)
-        ds = (p * (dp - delta[:, None])).to(q.dtype)
+        ds = _ds(p, dp, delta[:, None], s, softcap).to(q.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-    store_tile(dq_ptr, dq * scale, q_begin, row, q_length, slot, h, H, E)
+    store_tile(dq_ptr, dq * scale, q_begin, row, q_length, slot, h, heads, E)
 
 
 def backward(
@@ -243,6 +233,7 @@ def backward(
     scale: float,
     deterministic: bool,
     dtype: torch.dtype | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq_THE, dk_SKE and dv_SKE in ``dtype`` (by default that of q), from the ``statistics`` of the whole softmax.
 
@@ -252,18 +243,18 @@ def backward(
     T, H, E = q_THE.shape
     S, K, _ = k_SKE.shape
     dtype = dtype or q_THE.dtype
-    dq_THE = torch.empty_like(q_THE, dtype=dtype, memory_format=torch.contiguous_format)
-    dk_SKE = torch.empty_like(k_SKE, dtype=dtype, memory_format=torch.contiguous_format)
-    dv_SKE = torch.empty_like(v_SKE, dtype=dtype, memory_format=torch.contiguous_format)
+    dq_THE = q_THE.new_empty(q_THE.shape, dtype=dtype)
     if T == 0 or S == 0:
-        return dq_THE.zero_(), dk_SKE.zero_(), dv_SKE.zero_()
-    keys = keys_config(E, q_THE.dtype)
-    queries = queries_config(E, q_THE.dtype)
-    q_THE = loadable(_without_spare_rows(q_THE, segments), keys["BLOCK_E"])
-    dout_THE = loadable(_without_spare_rows(dout_THE, segments), keys["BLOCK_E"])
-    k_SKE = loadable(_without_spare_rows(k_SKE, segments_k), keys["BLOCK_E"])
-    v_SKE = loadable(_without_spare_rows(v_SKE, segments_k), keys["BLOCK_E"])
-    numbers = dict(
+        return dq_THE.zero_(), k_SKE.new_zeros(k_SKE.shape, dtype=dtype), v_SKE.new_zeros(v_SKE.shape, dtype=dtype)
+    add_dq = not deterministic and one_pass(E, q_THE.dtype, softcap)
+    config = keys_config(E, q_THE.dtype, add_dq)
+    block_e = config["BLOCK_E"]
+    q_THE = loadable(_without_spare_rows(q_THE, segments), block_e)
+    dout_THE = loadable(_without_spare_rows(dout_THE, segments), block_e)
+    k_SKE = loadable(_without_spare_rows(k_SKE, segments_k), block_e)
+    v_SKE = loadable(_without_spare_rows(v_SKE, segments_k), block_e)
+    seen = segments.intervals
+    common = dict(
         lse2_ptr=lse2_HR,
         delta_ptr=delta_HR,
         cu_q_ptr=segments.cu_seqlens,
@@ -272,59 +263,73 @@ def backward(
         used_k_ptr=segments_k.lengths,
         N=len(segments),
         ROWS=lse2_HR.shape[1],
-        heads_per_key=H // K,
         scale=scale,
-        scale_log2=scale * LOG2_E,
+        E=E,
+        PITCH=q_THE.shape[2],
         CAUSAL=causal,
         PRECISION=precision(q_THE.dtype),
+        **score_numbers(scale, softcap),
     )
-    dq32_THE = dq_desc = None
-    if not deterministic and one_pass(E, q_THE.dtype):
-        dq32_THE = q_THE.new_zeros(q_THE.shape, dtype=torch.float32)
-        dq_desc = descriptor(dq32_THE, keys["BLOCK_M"])
-    grid = (num_tiles(S, segments_k, keys["BLOCK_N"]), K)
-    tiles = _descriptors(q_THE, k_SKE, v_SKE, dout_THE, keys)
-    outputs = dict(dq_desc=dq_desc, dk_ptr=dk_SKE, dv_ptr=dv_SKE)
-    _keys_kernel[grid](**tiles, **numbers, **outputs, E=E, K=K, ADD_DQ=dq32_THE is not None, **keys)
-    if dq32_THE is not None:
+    dq32_THE = q_THE.new_zeros(q_THE.shape, dtype=torch.float32) if add_dq else None
+    key_tiles = num_tiles(S, segments_k, config["BLOCK_N"])
+    parts = num_parts(key_tiles * K, H // K, num_processors(q_THE))
+    group = H // K // parts
+    part_dtype = dtype if parts == 1 else torch.float32
+    dk_PSKE = k_SKE.new_empty((parts, S, K, E), dtype=part_dtype)
+    dv_PSKE = k_SKE.new_empty((parts, S, K, E), dtype=part_dtype)
+    bytes_of_a_row = 2 * E * q_THE.element_size()
+    _keys_kernel[(key_tiles * K * parts,)](
+        **_descriptors(q_THE, k_SKE, v_SKE, dout_THE, config),
+        dq_desc=descriptor(dq32_THE, config["BLOCK_M"], block_e) if add_dq else None,
+        dk_ptr=dk_PSKE,
+        dv_ptr=dv_PSKE,
+        first_query_ptr=seen and seen.first_query_S,
+        last_query_ptr=seen and seen.last_query_S,
+        S=S,
+        heads=K * parts,
+        group=group,
+        parts=parts,
+        section=heads_in_turn(K * parts, T * bytes_of_a_row * group),
+        ADD_DQ=add_dq,
+        **common,
+        **config,
+    )
+    if add_dq:
         torch.mul(dq32_THE[:, :, :E], scale, out=dq_THE)
     else:
-        grid = (num_tiles(T, segments, queries["BLOCK_M"]), H)
-        tiles = _descriptors(q_THE, k_SKE, v_SKE, dout_THE, queries)
-        _queries_kernel[grid](**tiles, **numbers, dq_ptr=dq_THE, E=E, H=H, **queries)
-    return dq_THE, dk_SKE, dv_SKE
+        config = queries_config(E, q_THE.dtype)
+        _queries_kernel[(num_tiles(T, segments, config["BLOCK_M"]) * H,)](
+            **_descriptors(q_THE, k_SKE, v_SKE, dout_THE, config),
+            dq_ptr=dq_THE,
+            first_ptr=seen and seen.first_T,
+            last_ptr=seen and seen.last_T,
+            T=T,
+            heads=H,
+            group=H // K,
+            section=heads_in_turn(K, S * bytes_of_a_row) * (H // K),
+            **common,
+            **config,
+        )
+    if parts == 1:
+        return dq_THE, dk_PSKE[0], dv_PSKE[0]
+    return dq_THE, dk_PSKE.sum(0).to(dtype), dv_PSKE.sum(0).to(dtype)
+
+
+def num_parts(programs: int, group: int, processors: int) -> int:
+    """Parts of dk and dv, which are summed in the end: as many as give each processor three programs, if the ``group``
+    of query heads that share a key head can be divided so."""
+    divisors = [parts for parts in range(1, group + 1) if group % parts == 0]
+    return next((parts for parts in divisors if programs * parts >= 3 * processors), group)
 
 
 def _descriptors(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor, dout_THE: Tensor, config: dict) -> dict:
+    block_e = config["BLOCK_E"]
     return dict(
-        q_desc=descriptor(q_THE, config["BLOCK_M"]),
-        k_desc=descriptor(k_SKE, config["BLOCK_N"]),
-        v_desc=descriptor(v_SKE, config["BLOCK_N"]),
-        dout_desc=descriptor(dout_THE, config["BLOCK_M"]),
+        q_desc=descriptor(q_THE, config["BLOCK_M"], block_e),
+        k_desc=descriptor(k_SKE, config["BLOCK_N"], block_e),
+        v_desc=descriptor(v_SKE, config["BLOCK_N"], block_e),
+        dout_desc=descriptor(dout_THE, config["BLOCK_M"], block_e),
     )
-
-
-def statistics(out_THE: Tensor, dout_THE: Tensor, lse_HT: Tensor, dlse_HT: Tensor | None) -> tuple[Tensor, Tensor]:
-    """lse2_HR = log2(e) lse and delta_HR, in float32. R = T + 128, 0 from row T on: room for a last tile."""
-    T, H, E = out_THE.shape
-    lse2_HR = lse_HT.new_empty((H, T + _ROOM))
-    delta_HR = lse_HT.new_empty((H, T + _ROOM))
-    if dlse_HT is not None:
-        dlse_HT = dlse_HT.contiguous()
-    _statistics_kernel[(triton.cdiv(T + _ROOM, 32), H)](
-        out_THE.contiguous(),
-        dout_THE.contiguous(),
-        lse_HT.contiguous(),
-        dlse_HT,
-        lse2_HR,
-        delta_HR,
-        T,
-        T + _ROOM,
-        H=H,
-        E=E,
-        BLOCK_E=padded_head_dim(E),
-    )
-    return lse2_HR, delta_HR
 
 
 def _without_spare_rows(x_THE: Tensor, segments: Segments) -> Tensor:

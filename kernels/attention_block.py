@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention_backward, attention_forward, attention_varlen, backend
+from kernels import attention_backward, attention_forward, attention_statistics, attention_varlen, backend
 from kernels.attention import by_key_head, by_query, finite, group_segments, masked_scores, softmax_attention
 from kernels.segments import Segments
 
@@ -135,7 +135,7 @@ def statistics(out_THE: Tensor, dout_THE: Tensor, lse_HT: Tensor) -> tuple[Tenso
         return lse_HT, out_THE
     if implementation == "triton":
         with torch.cuda.device_of(out_THE):
-            return attention_backward.statistics(out_THE, dout_THE, lse_HT, None)
+            return attention_statistics.statistics(out_THE, dout_THE, lse_HT, None)
     delta_HT = (out_THE.to(lse_HT.dtype) * dout_THE).sum(-1).T
     return finite(lse_HT), delta_HT.masked_fill(lse_HT == -torch.inf, 0.0)
 

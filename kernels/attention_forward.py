@@ -12,19 +12,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention_configs import forward_config
 from kernels.attention_tiles import (
     NOTHING,
     bits,
+    capped,
+    clear_past,
     descriptor,
-    forward_config,
+    find_program,
+    heads_in_turn,
     hide,
     load_tile,
     loadable,
     locate,
     num_tiles,
     precision,
+    score_numbers,
+    seen_keys,
 )
-from kernels.backend import LN_2, LOG2_E
+from kernels.backend import LN_2
 from kernels.segments import Segments
 
 _LN_2 = tl.constexpr(LN_2)
@@ -40,42 +46,6 @@ def _softmax_step(s, m, z, scale_log2):
 
 
 @triton.jit
-def _walk(
-    q,
-    o,
-    m,
-    z,
-    p,
-    shrink,
-    k_desc,
-    v_desc,
-    kh,
-    start,
-    end,
-    bounds,
-    scale_log2,
-    HIDE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Process the key blocks from start to end. p is that of the previous block: its product with v is issued after the
-    product of the next scores, so that the tensor cores compute p v while the other cores exponentiate those scores."""
-    BLOCK_N: tl.constexpr = p.shape[1]
-    k_begin, k_length, diagonal, row = bounds
-    for j in tl.range(start, end, BLOCK_N):
-        k = load_tile(k_desc, k_begin + j, kh, q.shape[1])
-        s = tl.dot(q, k.T, input_precision=PRECISION)
-        v = load_tile(v_desc, k_begin + j - BLOCK_N, kh, q.shape[1])
-        o = tl.dot(p.to(q.dtype, bitcast=True), v, o * shrink[:, None], input_precision=PRECISION)
-        if HIDE:
-            col = j + tl.arange(0, BLOCK_N)
-            s = hide(s, row[:, None], col[None, :], k_length, diagonal, CAUSAL)
-        p_next, shrink, m, z = _softmax_step(s, m, z, scale_log2)
-        p = bits(p_next, q.dtype)
-    return o, m, z, p, shrink
-
-
-@triton.jit
 def _merge(lse, other):
     """The weight of the first in the sum of both, and the log-sum-exp of both. If neither has keys: 0 and -inf."""
     high = tl.maximum(lse, other)
@@ -86,7 +56,7 @@ def _merge(lse, other):
     return share, base + tl.log(total)
 
 
-@triton.jit(do_not_specialize=["T", "N", "heads_per_key"])
+@triton.jit(do_not_specialize=["T", "N", "heads", "group", "section"])
 def _forward_kernel(
     q_desc,
     k_desc,
@@ -99,61 +69,86 @@ def _forward_kernel(
     cu_k_ptr,
     used_q_ptr,
     used_k_ptr,
+    first_ptr,
+    last_ptr,
     T,
     N,
-    heads_per_key,
+    heads,
+    group,
+    section,
     scale_log2,
-    H: tl.constexpr,
+    cap_scale,
+    softcap,
     E: tl.constexpr,
+    PITCH: tl.constexpr,
     CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LATE_PV: tl.constexpr,
 ):
     # One program owns BLOCK_M query rows of one head in one segment.
-    tile = tl.program_id(0)
+    tile, h = find_program(heads, section)
     if CAUSAL:  # tiles take longer towards the end of a segment: start with the longest
-        tile = tl.num_programs(0) - 1 - tile
-    h = tl.program_id(1)
+        tile = tl.num_programs(0) // heads - 1 - tile
     first, q_begin, slot, q_length, k_begin, k_length = locate(
-        cu_q_ptr, used_q_ptr, cu_k_ptr, used_k_ptr, N, tile, BLOCK_M
+        cu_q_ptr, used_q_ptr, cu_k_ptr, used_k_ptr, T, N, tile, BLOCK_M
     )
     if first >= slot:
         return
-    diagonal = k_length - q_length
-    # Keys from `end` on are hidden from every row of the tile; keys before `full` are visible to every row.
-    end = k_length
-    full = k_length
-    if CAUSAL:
-        end = tl.minimum(end, first + BLOCK_M + diagonal)
-        full = tl.maximum(tl.minimum(full, first + 1 + diagonal), 0)
-    full = full // BLOCK_N * BLOCK_N
-
     row = first + tl.arange(0, BLOCK_M)
     col = tl.arange(0, BLOCK_N)
-    kh = h // heads_per_key
-    q = load_tile(q_desc, q_begin + first, h, BLOCK_E)
-    k = load_tile(k_desc, k_begin, kh, BLOCK_E)
-    s = tl.dot(q, k.T, input_precision=PRECISION)
-    s = hide(s, row[:, None], col[None, :], k_length, diagonal, CAUSAL)
+    kh = h // group
+    # What a row sees begins and ends no earlier than what the row before it sees. So the tile's first and last row tell
+    # which blocks any row sees (start to last), and from where to where all rows see every key.
+    low, high = seen_keys(first_ptr, last_ptr, q_begin, row, q_length, k_length, CAUSAL)
+    last_row = tl.minimum(first + BLOCK_M, q_length) - 1
+    start, whole_end = seen_keys(first_ptr, last_ptr, q_begin, first, q_length, k_length, CAUSAL)
+    whole_start, end = seen_keys(first_ptr, last_ptr, q_begin, last_row, q_length, k_length, CAUSAL)
+    WITH_LOW: tl.constexpr = first_ptr is not None
+    start = start // BLOCK_N * BLOCK_N
+    last = start + (tl.maximum(tl.cdiv(end - start, BLOCK_N), 1) - 1) * BLOCK_N
+
+    q = clear_past(load_tile(q_desc, q_begin + first, h, PITCH), E)
     m = tl.full((BLOCK_M,), NOTHING, tl.float32)
     z = tl.zeros((BLOCK_M,), tl.float32)
     o = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    p, shrink, m, z = _softmax_step(s, m, z, scale_log2)
-    p = bits(p, q.dtype)
-    bounds = (k_begin, k_length, diagonal, row)
-    o, m, z, p, shrink = _walk(
-        q, o, m, z, p, shrink, k_desc, v_desc, kh, BLOCK_N, full, bounds, scale_log2, False, CAUSAL, PRECISION
-    )
-    start = tl.maximum(full, BLOCK_N)
-    o, m, z, p, shrink = _walk(
-        q, o, m, z, p, shrink, k_desc, v_desc, kh, start, end, bounds, scale_log2, True, CAUSAL, PRECISION
-    )
-    last = (tl.maximum(tl.cdiv(end, BLOCK_N), 1) - 1) * BLOCK_N
-    v = load_tile(v_desc, k_begin + last, kh, BLOCK_E)
+    if LATE_PV:
+        # p v of a block is issued after the product of the next scores and runs while those are exponentiated.
+        k = load_tile(k_desc, k_begin + start, kh, PITCH)
+        s = capped(tl.dot(q, k.T, input_precision=PRECISION), cap_scale, softcap)
+        s = hide(s, (start + col)[None, :], low[:, None], high[:, None], WITH_LOW)
+        p, shrink, m, z = _softmax_step(s, m, z, scale_log2)
+        p = bits(p, q.dtype)
+        for j in tl.range(start + BLOCK_N, last + BLOCK_N, BLOCK_N):
+            k = load_tile(k_desc, k_begin + j, kh, PITCH)
+            s = tl.dot(q, k.T, input_precision=PRECISION)
+            v = load_tile(v_desc, k_begin + j - BLOCK_N, kh, PITCH)
+            o = tl.dot(p.to(q.dtype, bitcast=True), v, o * shrink[:, None], input_precision=PRECISION)
+            s = capped(s, cap_scale, softcap)
+            if (j + BLOCK_N > whole_end) | (j < whole_start):
+                s = hide(s, (j + col)[None, :], low[:, None], high[:, None], WITH_LOW)
+            p, shrink, m, z = _softmax_step(s, m, z, scale_log2)
+            p = bits(p, q.dtype)
+        p = p.to(q.dtype, bitcast=True)
+    else:
+        for j in tl.range(start, last, BLOCK_N):
+            k = load_tile(k_desc, k_begin + j, kh, PITCH)
+            s = capped(tl.dot(q, k.T, input_precision=PRECISION), cap_scale, softcap)
+            if (j + BLOCK_N > whole_end) | (j < whole_start):
+                s = hide(s, (j + col)[None, :], low[:, None], high[:, None], WITH_LOW)
+            p, shrink, m, z = _softmax_step(s, m, z, scale_log2)
+            v = load_tile(v_desc, k_begin + j, kh, PITCH)
+            o = tl.dot(p.to(q.dtype), v, o * shrink[:, None], input_precision=PRECISION)
+        k = load_tile(k_desc, k_begin + last, kh, PITCH)
+        s = capped(tl.dot(q, k.T, input_precision=PRECISION), cap_scale, softcap)
+        s = hide(s, (last + col)[None, :], low[:, None], high[:, None], WITH_LOW)
+        p, shrink, m, z = _softmax_step(s, m, z, scale_log2)
+        p = p.to(q.dtype)
+    v = load_tile(v_desc, k_begin + last, kh, PITCH)
     v = tl.where((last + col < k_length)[:, None], v, 0.0)  # NaN of a neighbouring segment: 0 NaN would be NaN
-    o = tl.dot(p.to(q.dtype, bitcast=True), v, o * shrink[:, None], input_precision=PRECISION)
+    o = tl.dot(p, v, o * shrink[:, None], input_precision=PRECISION)
 
     empty = (z == 0.0) | (row >= q_length)  # no keys, or an unused row of the slot
     z = tl.where(empty, 1.0, z)
@@ -161,15 +156,16 @@ def _forward_kernel(
     lse = tl.where(empty, NOTHING, (m + tl.log2(z)) * _LN_2)
     rows = (q_begin + row).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
-    offset = rows[:, None] * (H * E) + h * E + e[None, :]
+    offset = (rows * heads + h)[:, None] * E + e[None, :]
     inside = (row < slot)[:, None] & (e < E)[None, :]
+    lse_row = h.to(tl.int64) * T + rows
     if earlier_out_ptr is not None:
-        earlier = tl.load(earlier_lse_ptr + h * T + rows, mask=row < slot, other=NOTHING)
+        earlier = tl.load(earlier_lse_ptr + lse_row, mask=row < slot, other=NOTHING)
         keep, lse = _merge(earlier, lse)
         earlier_out = tl.load(earlier_out_ptr + offset, mask=inside, other=0.0)
         o = o * (1.0 - keep)[:, None] + earlier_out * keep[:, None]
     tl.store(out_ptr + offset, o.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + h * T + rows, lse, mask=row < slot)
+    tl.store(lse_ptr + lse_row, lse, mask=row < slot)
 
 
 def forward(
@@ -181,6 +177,7 @@ def forward(
     causal: bool,
     scale: float,
     earlier: tuple[Tensor, Tensor] | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out_THE in the dtype of q and lse_HT in float32, as ``kernels.attention`` defines them.
 
@@ -188,25 +185,27 @@ def forward(
     keys, and out is float32: ring attention continues from block to block without rounding in between.
     """
     T, H, E = q_THE.shape
+    S, K, _ = k_SKE.shape
     out_dtype = q_THE.dtype if earlier is None else torch.float32
     out_THE = q_THE.new_empty((T, H, E), dtype=out_dtype)
     lse_HT = q_THE.new_empty((H, T), dtype=torch.float32)
     earlier_out = earlier_lse = None
     if earlier is not None:
         earlier_out, earlier_lse = earlier[0].contiguous(), earlier[1].contiguous()
-    if T == 0 or k_SKE.shape[0] == 0:
+    if T == 0 or S == 0:
         if earlier is not None:
             return out_THE.copy_(earlier[0]), lse_HT.copy_(earlier[1])
         return out_THE.zero_(), lse_HT.fill_(-torch.inf)
-    config = forward_config(E, q_THE.dtype)
-    q_THE = loadable(q_THE, config["BLOCK_E"])
-    k_SKE = loadable(k_SKE, config["BLOCK_E"])
-    v_SKE = loadable(v_SKE, config["BLOCK_E"])
-    grid = (num_tiles(T, segments, config["BLOCK_M"]), H)
+    config = forward_config(E, q_THE.dtype, earlier is not None)
+    block_e = config["BLOCK_E"]
+    q_THE, k_SKE, v_SKE = (loadable(x, block_e) for x in (q_THE, k_SKE, v_SKE))
+    section = heads_in_turn(K, 2 * S * E * k_SKE.element_size()) * (H // K)
+    grid = (num_tiles(T, segments, config["BLOCK_M"]) * H,)
+    seen = segments.intervals
     _forward_kernel[grid](
-        descriptor(q_THE, config["BLOCK_M"]),
-        descriptor(k_SKE, config["BLOCK_N"]),
-        descriptor(v_SKE, config["BLOCK_N"]),
+        descriptor(q_THE, config["BLOCK_M"], block_e),
+        descriptor(k_SKE, config["BLOCK_N"], block_e),
+        descriptor(v_SKE, config["BLOCK_N"], block_e),
         out_THE,
         lse_HT,
         earlier_out,
@@ -215,12 +214,16 @@ def forward(
         segments_k.cu_seqlens,
         segments.lengths,
         segments_k.lengths,
+        seen and seen.first_T,
+        seen and seen.last_T,
         T,
         len(segments),
-        H // k_SKE.shape[1],
-        scale * LOG2_E,
-        H=H,
+        H,
+        H // K,
+        section,
+        **score_numbers(scale, softcap),
         E=E,
+        PITCH=q_THE.shape[2],
         CAUSAL=causal,
         PRECISION=precision(q_THE.dtype),
         **config,

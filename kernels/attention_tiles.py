@@ -1,4 +1,4 @@
-"""Tiles of packed rows for the Triton attention kernels: which segment a tile belongs to, how it is loaded, its size.
+"""Tiles of packed rows for the Triton attention kernels: which rows a program owns, what they see, how they are loaded.
 
 T query rows   S key rows   H heads   E head dim   N segments
 """
@@ -10,10 +10,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.backend import INTERPRETED
+from kernels.backend import LOG2_E
 from kernels.segments import Segments
 
 NOTHING = tl.constexpr(float("-inf"))
+SHARED_CACHE = 32 * 2**20  # bytes of the L2 cache that rows of other heads may take: the half that an H100 has near
+
+
+@triton.jit
+def find_program(heads, section):
+    """Tile and head of this program. ``section`` heads take turns, so that the longest tiles of all of them come first;
+    what they share stays in the L2 cache."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0) // heads * section
+    place = program % programs
+    return place // section, program // programs * section + place % section
 
 
 @triton.jit
@@ -46,12 +57,12 @@ def used_length(cu_ptr, used_ptr, n, begin):
 
 
 @triton.jit
-def locate(cu_ptr, used_ptr, other_cu_ptr, other_used_ptr, N, tile, BLOCK: tl.constexpr):
+def locate(cu_ptr, used_ptr, other_cu_ptr, other_used_ptr, num_rows, N, tile, BLOCK: tl.constexpr):
     """first: the tile's first row within its segment; begin, slot, length: first row, all rows and used rows of this
     segment; other_begin, other_length: the same of its segment on the other side (keys for queries, queries for keys).
-    A tile with first >= slot has nothing to do."""
+    The rows past the last segment count as spare rows of it. A tile with first >= slot has nothing to do."""
     n, begin, first = find_tile(cu_ptr, N, tile, BLOCK)
-    slot = tl.load(cu_ptr + n + 1) - begin
+    slot = tl.where(n == N - 1, num_rows, tl.load(cu_ptr + n + 1)) - begin
     length = used_length(cu_ptr, used_ptr, n, begin)
     other_begin = tl.load(other_cu_ptr + n)
     other_length = used_length(other_cu_ptr, other_used_ptr, n, other_begin)
@@ -59,28 +70,77 @@ def locate(cu_ptr, used_ptr, other_cu_ptr, other_used_ptr, N, tile, BLOCK: tl.co
 
 
 @triton.jit
-def load_tile(desc, row, head, BLOCK_E: tl.constexpr):
-    """Rows of one head, starting at ``row``. Rows past the segment hold whatever follows in memory."""
-    return desc.load([row, head * BLOCK_E])
+def seen_keys(first_ptr, last_ptr, begin, row, length, k_length, CAUSAL: tl.constexpr):
+    """low, high: the query at ``row`` of its segment (a number or a vector) sees the keys low <= j < high."""
+    if first_ptr is not None:
+        known = begin + tl.maximum(tl.minimum(row, length - 1), 0)
+        low = tl.load(first_ptr + known)
+        high = tl.minimum(tl.load(last_ptr + known) + 1, k_length)
+    else:
+        low = row * 0
+        high = low + k_length
+        if CAUSAL:
+            high = tl.minimum(high, row + 1 + k_length - length)
+    return low, high
 
 
 @triton.jit
-def store_tile(ptr, x, begin, row, used, slot, head, HEADS: tl.constexpr, E: tl.constexpr):
-    """Write x to one head of a contiguous (rows, HEADS, E): 0 in the unused part of the slot, nothing past the slot."""
+def seen_by(first_ptr, last_ptr, begin, col, length, q_length, CAUSAL: tl.constexpr):
+    """low, high: the key at ``col`` of its segment (a number or a vector) is seen by the queries low <= i < high."""
+    if first_ptr is not None:
+        known = begin + tl.maximum(tl.minimum(col, length - 1), 0)
+        low = tl.load(first_ptr + known)
+        high = tl.minimum(tl.load(last_ptr + known) + 1, q_length)
+    else:
+        low = col * 0
+        high = low + q_length
+        if CAUSAL:
+            low = tl.maximum(col - (length - q_length), 0)
+    return low, high
+
+
+@triton.jit
+def load_tile(desc, row, head, PITCH: tl.constexpr):
+    """Rows of one head, starting at ``row``. Rows past the segment hold whatever follows in memory, columns past the
+    head dim the next head."""
+    return desc.load([row, head * PITCH])
+
+
+@triton.jit
+def clear_past(x, E: tl.constexpr):
+    """x with 0 in the columns past the head dim: whatever the other operand of a product holds there then counts
+    nothing."""
+    if x.shape[1] > E:
+        e = tl.arange(0, x.shape[1])
+        x = tl.where((e < E)[None, :], x, 0.0)
+    return x
+
+
+@triton.jit
+def store_tile(ptr, x, begin, row, used, slot, head, heads, E: tl.constexpr):
+    """Write x to one head of a contiguous (rows, heads, E): 0 in the unused part of the slot, nothing past the slot."""
     e = tl.arange(0, x.shape[1])
     rows = (begin + row).to(tl.int64)
-    offset = rows[:, None] * (HEADS * E) + head * E + e[None, :]
+    offset = (rows * heads + head)[:, None] * E + e[None, :]
     x = tl.where((row < used)[:, None], x, 0.0)
     inside = (row < slot)[:, None] & (e < E)[None, :]
     tl.store(ptr + offset, x.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def hide(s, row, col, k_length, diagonal, CAUSAL: tl.constexpr):
-    """Scores, -inf for keys past the segment and, if CAUSAL, for future keys."""
-    visible = col < k_length
-    if CAUSAL:
-        visible = visible & (col <= row + diagonal)
+def capped(s, cap_scale, softcap):
+    """softcap * tanh(scale * s / softcap), if there is a cap; cap_scale is 2 log2(e) scale / softcap."""
+    if softcap is not None:
+        s = softcap - 2 * softcap / (tl.exp2(s * cap_scale) + 1)
+    return s
+
+
+@triton.jit
+def hide(s, other, low, high, WITH_LOW: tl.constexpr):
+    """Scores, -inf where a row does not see the row ``other`` of the other side: unless low <= other < high."""
+    visible = other < high
+    if WITH_LOW:
+        visible = visible & (other >= low)
     return tl.where(visible, s, NOTHING)
 
 
@@ -94,22 +154,29 @@ def bits(p, DTYPE: tl.constexpr):
     return p.to(DTYPE).to(INTEGER, bitcast=True)
 
 
+def score_numbers(scale: float, softcap: float | None) -> dict[str, float | None]:
+    """Arguments of the kernels: exp(score) = exp2(scale_log2 * capped(q . k))."""
+    if softcap is None:
+        return dict(scale_log2=scale * LOG2_E, cap_scale=None, softcap=None)
+    return dict(scale_log2=LOG2_E, cap_scale=2 * LOG2_E * scale / softcap, softcap=softcap)
+
+
 def precision(dtype: torch.dtype) -> str:
     """input_precision of tl.dot: float32 operands must not be rounded to tf32."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def descriptor(x_THE: Tensor, rows: int) -> TensorDescriptor:
-    """Lets the copy engine load ``rows`` rows of one head of x."""
+def descriptor(x_THE: Tensor, rows: int, block_e: int) -> TensorDescriptor:
+    """Lets the copy engine load ``rows`` rows and ``block_e`` columns of x, from a head's first column on."""
     T, H, E = x_THE.shape
-    return TensorDescriptor(x_THE, [T, H * E], [x_THE.stride(0), 1], [rows, E])
+    return TensorDescriptor(x_THE, [T, H * E], [x_THE.stride(0), 1], [rows, block_e])
 
 
 def loadable(x_THE: Tensor, block_e: int) -> Tensor:
-    """x itself if the copy engine can read it: contiguous heads of ``block_e``, rows at multiples of 16 bytes.
-    Otherwise a copy, padded with zeros."""
+    """x itself if the copy engine can read it: heads side by side, rows at multiples of 16 bytes. Otherwise a copy; if
+    heads are no multiples of 16 bytes, one that is padded to ``block_e``."""
     _, H, E = x_THE.shape
-    if block_e > E:
+    if E * x_THE.element_size() % 16:
         return F.pad(x_THE, (0, block_e - E))
     row, *inner = x_THE.stride()
     contiguous = inner == [E, 1] and row >= H * E  # an expanded gradient has row stride 0
@@ -122,47 +189,12 @@ def num_tiles(rows: int, segments: Segments, block: int) -> int:
     return rows // block + len(segments)
 
 
+def heads_in_turn(heads: int, bytes_of_a_head: int) -> int:
+    """``section`` of ``find_program``: the largest divisor of ``heads`` whose rows fit into the cache together."""
+    most = max(1, SHARED_CACHE // max(1, bytes_of_a_head))
+    return max(divisor for divisor in range(1, heads + 1) if heads % divisor == 0 and divisor <= most)
+
+
 def padded_head_dim(E: int) -> int:
     """BLOCK_E: the next power of two, at least the 16 that tl.dot needs."""
     return max(16, triton.next_power_of_2(E))
-
-
-def forward_config(E: int, dtype: torch.dtype) -> dict:
-    """Tile sizes and launch options of the forward. tests/kernels/test_compiled.py checks what they compile to."""
-    block_e = padded_head_dim(E)
-    if dtype == torch.float32:  # full float32 products do not run on the tensor cores and need small tiles
-        size = 32 if block_e <= 64 else 16
-        return dict(BLOCK_M=size, BLOCK_N=size, BLOCK_E=block_e, num_warps=8, num_stages=1)
-    if block_e <= 64:  # two programs share a multiprocessor: exponentials of one overlap with products of the other
-        return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_E=block_e, num_warps=8, num_stages=2, maxnreg=128)
-    block_n = 128 if block_e == 128 else 64
-    return dict(BLOCK_M=128, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=8, num_stages=2)
-
-
-def one_pass(E: int, dtype: torch.dtype) -> bool:
-    """Whether the keys kernel also sums dq when gradients need not repeat bit for bit: for the shapes at which it then
-    compiles without spills. The interpreter cannot add through descriptors."""
-    return E <= 64 and dtype != torch.float32 and not INTERPRETED
-
-
-def keys_config(E: int, dtype: torch.dtype) -> dict:
-    """Tile sizes and launch options of dk and dv."""
-    block_e = padded_head_dim(E)
-    if dtype == torch.float32:
-        block_n = 32 if block_e <= 64 else 16
-        return dict(BLOCK_M=16, BLOCK_N=block_n, BLOCK_E=block_e, LATE_DK=False, num_warps=8, num_stages=1)
-    if block_e == 256:
-        return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_E=block_e, LATE_DK=False, num_warps=8, num_stages=1)
-    late_dk = block_e <= 64  # at larger head dims no registers are left for it
-    return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_E=block_e, LATE_DK=late_dk, num_warps=8, num_stages=2)
-
-
-def queries_config(E: int, dtype: torch.dtype) -> dict:
-    """Tile sizes and launch options of dq in the two-pass form."""
-    block_e = padded_head_dim(E)
-    if dtype == torch.float32:
-        block_m = 32 if block_e <= 64 else 16
-        return dict(BLOCK_M=block_m, BLOCK_N=16, BLOCK_E=block_e, num_warps=8, num_stages=1)
-    if block_e == 256:
-        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_E=block_e, num_warps=8, num_stages=1)
-    return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_E=block_e, num_warps=8, num_stages=2)

@@ -7,6 +7,45 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Intervals:
+    """Masks of the form "query i sees the keys first_i to last_i of its segment": sliding windows, chunks, prefixes and
+    images whose rows see each other. They replace the causal mask.
+
+    Rows are counted from the first one of the segment, int32; last_i < first_i means no key. Neither first nor last
+    falls from one query of a segment to the next, so that tiles of queries see ranges of keys, and the reverse.
+
+    first_T, last_T               keys that each query sees
+    first_query_S, last_query_S   queries that see each key
+    """
+
+    first_T: Tensor
+    last_T: Tensor
+    first_query_S: Tensor
+    last_query_S: Tensor
+
+    @staticmethod
+    def of(first_T: Tensor, last_T: Tensor, segments: "Segments", segments_k: "Segments") -> "Intervals":
+        """From what the queries see, on the host. ValueError if first or last falls within a segment."""
+        first_query_S = torch.zeros(int(segments_k.cu_seqlens[-1]), dtype=torch.int32)
+        last_query_S = first_query_S - 1
+        for (q_start, Q), (k_start, L) in zip(segments.spans, segments_k.spans, strict=True):
+            first_Q = first_T[q_start : q_start + Q].contiguous()
+            last_Q = last_T[q_start : q_start + Q].contiguous()
+            if (first_Q.diff() < 0).any() or (last_Q.diff() < 0).any():
+                raise ValueError(
+                    "first_T and last_T must not fall within a segment: query tiles would see no range of keys"
+                )
+            key_L = torch.arange(L, dtype=torch.int32)
+            first_query_S[k_start : k_start + L] = torch.searchsorted(last_Q, key_L, out_int32=True)
+            last_query_S[k_start : k_start + L] = torch.searchsorted(first_Q, key_L, right=True, out_int32=True) - 1
+        return Intervals(first_T.int(), last_T.int(), first_query_S, last_query_S)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Intervals":
+        tensors = (self.first_T, self.last_T, self.first_query_S, self.last_query_S)
+        return Intervals(*(x.to(device, non_blocking=non_blocking) for x in tensors))
+
+
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, so that layers can share a cache
 class Segments:
     """Boundaries of N segments (documents, images, audio clips) in a packed row of tokens.
@@ -14,11 +53,13 @@ class Segments:
     cu_seqlens   int32 (N + 1,): segment n is rows cu_seqlens[n] to cu_seqlens[n + 1]; it may be empty
     max_length   the longest segment, a Python int so that no kernel launch waits for the device
     lengths      int32 (N,) or None: used rows of each segment, which is then a slot with spare room at its end
+    intervals    which keys each query sees, or None: all of its segment, up to its own place if attention is causal
     """
 
     cu_seqlens: Tensor
     max_length: int
     lengths: Tensor | None = None
+    intervals: Intervals | None = None
 
     @staticmethod
     def of(lengths: list[int], device: torch.device | str | None = None) -> "Segments":
@@ -31,7 +72,10 @@ class Segments:
         lengths = None
         if self.lengths is not None:
             lengths = self.lengths.to(device, non_blocking=non_blocking)
-        moved = Segments(cu_seqlens, self.max_length, lengths)
+        intervals = None
+        if self.intervals is not None:
+            intervals = self.intervals.to(device, non_blocking=non_blocking)
+        moved = Segments(cu_seqlens, self.max_length, lengths, intervals)
         if self.cu_seqlens.device.type == "cpu":
             moved.__dict__["spans"] = self.spans  # known here without waiting for the device
         return moved

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from avlm.config.model import DecoderConfig
 from avlm.models.decoder import Decoder, rope_frequencies, rope_table
-from kernels import attention_backward, attention_forward, attention_tiles
+from kernels import attention_backward, attention_forward, attention_statistics, attention_tiles
 from kernels.attention import (
     _backward_op,
     _forward_op,
@@ -24,16 +24,16 @@ pytestmark = pytest.mark.interpreter
 LENGTHS = [130, 1, 0, 200, 65]  # around the edges of a tile
 
 
-def small_tiles(monkeypatch, late_dk: bool = False, rows: int = 16, keys: int = 16):
-    """Many blocks for few rows."""
-    tile = lambda E, dtype: dict(BLOCK_M=rows, BLOCK_N=keys, BLOCK_E=max(16, 1 << (E - 1).bit_length()))
-    monkeypatch.setattr(attention_forward, "forward_config", tile)
-    monkeypatch.setattr(attention_backward, "keys_config", lambda E, dtype: tile(E, dtype) | dict(LATE_DK=late_dk))
-    monkeypatch.setattr(attention_backward, "queries_config", tile)
+def small_tiles(monkeypatch, late: bool = False, rows: int = 16, keys: int = 16):
+    """Many blocks for few rows. ``late``: products are issued one iteration late where they can be."""
+    tile = lambda E: dict(BLOCK_M=rows, BLOCK_N=keys, BLOCK_E=max(16, 1 << (E - 1).bit_length()))
+    monkeypatch.setattr(attention_forward, "forward_config", lambda E, *_: tile(E) | dict(LATE_PV=late))
+    monkeypatch.setattr(attention_backward, "keys_config", lambda E, *_: tile(E) | dict(LATE_DK=late))
+    monkeypatch.setattr(attention_backward, "queries_config", lambda E, _: tile(E))
 
 
 def add_dq(monkeypatch):
-    monkeypatch.setattr(attention_backward, "one_pass", lambda E, dtype: True)
+    monkeypatch.setattr(attention_backward, "one_pass", lambda *_: True)
 
 
 def test_the_public_function_runs_the_kernels(launches):
@@ -224,7 +224,7 @@ def test_keys_that_come_in_parts_give_the_whole(monkeypatch):
     assert out.dtype == torch.float32
     assert torch.allclose(out, expected, atol=1e-5) and torch.allclose(lse, expected_lse, atol=1e-5)
 
-    statistics = attention_backward.statistics(out, dout, lse, dlse)
+    statistics = attention_statistics.statistics(out, dout, lse, dlse)
     backward = lambda k, v, part: attention_backward.backward(
         dout, q, k, v, *statistics, segments, part, False, 0.25, True, torch.float32
     )

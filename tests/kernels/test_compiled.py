@@ -3,127 +3,175 @@
 ``python -m tests.kernels.test_compiled`` prints it.
 """
 
+import re
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 
-from kernels import attention_backward, attention_forward, attention_tiles
-from tests.kernels.ahead_of_time import SHARED_MEMORY, Compiled, compile_for_hopper
+from kernels import attention_backward, attention_forward, attention_hopper, attention_statistics
+from kernels.attention_configs import KEEPS_LATE_OPERANDS
+from kernels.segments import Intervals, Segments
+from tests.kernels.ahead_of_time import SHARED_MEMORY, Compiled, compiled_by
+from tests.kernels.hazards import overwritten_in_ptx, overwritten_in_sass
 
 pytestmark = pytest.mark.compiler
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
-
-# float32 of head dim 256 does spill (some 500 bytes a thread): it is there to be exact, not fast.
-SHAPES = [(64, torch.bfloat16), (64, torch.float32), (128, torch.bfloat16), (128, torch.float32), (256, torch.bfloat16)]
-
-
-def compiled(
-    kernel, config: dict, dtype: torch.dtype, rows: dict[str, str], causal: bool, earlier: bool = False, **constants
-) -> Compiled:
-    """The kernel with one of our configurations. ``rows``: which tile size each descriptor loads. ``earlier``: with
-    slots and results of earlier keys, in float32."""
-    config, name = dict(config), NAMES[dtype]
-    options = {key: config.pop(key) for key in OPTIONS if key in config}
-    types = {f"{x}_desc": f"tensordesc<{name}[{config[size]},{config['BLOCK_E']}]>" for x, size in rows.items()}
-    if constants.get("ADD_DQ"):
-        types["dq_desc"] = types["dq_desc"].replace(name, "fp32")
-    constants |= dict(CAUSAL=causal, PRECISION=attention_tiles.precision(dtype), **config)
-    extras = ("used_q_ptr", "used_k_ptr", "earlier_out_ptr", "earlier_lse_ptr")
-    constants |= {p.name: None for p in kernel.params if p.name in extras and not earlier}
-    outputs = {f"{x}_ptr": f"*{name}" for x in ("out", "dq", "dk", "dv")}
-    floats = {f"{x}_ptr": "*fp32" for x in ("lse", "lse2", "delta")}
-    numbers = dict(cu_q_ptr="*i32", cu_k_ptr="*i32", T="i32", N="i32", ROWS="i32", heads_per_key="i32")
-    if earlier:
-        outputs |= dict(out_ptr="*fp32", used_q_ptr="*i32", used_k_ptr="*i32")
-        outputs |= dict(earlier_out_ptr="*fp32", earlier_lse_ptr="*fp32")
-    every = outputs | floats | numbers | dict(scale="fp32", scale_log2="fp32")
-    types |= {p.name: every[p.name] for p in kernel.params if p.name not in types and p.name not in constants}
-    aligned = [name for name, kind in types.items() if kind.startswith("*")]
-    return compile_for_hopper(kernel, types, constants, aligned, **options)
+ROWS = 4096
+SEGMENTS = Segments.of([2000, 2096])
+SEEN = replace(SEGMENTS, intervals=Intervals(*[torch.zeros(ROWS, dtype=torch.int32)] * 4))
+SLOTS = replace(SEGMENTS, lengths=torch.tensor([1900, 2000], dtype=torch.int32))
 
 
-def forward(E: int, dtype: torch.dtype, causal: bool) -> Compiled:
-    rows = dict(q="BLOCK_M", k="BLOCK_N", v="BLOCK_N")
-    constants = dict(H=16, E=E)
-    config = attention_tiles.forward_config(E, dtype)
-    return compiled(attention_forward._forward_kernel, config, dtype, rows, causal, **constants)
+@dataclass(frozen=True)
+class Launch:
+    """One way to call the kernels."""
+
+    head_dim: int
+    dtype: torch.dtype = torch.bfloat16
+    causal: bool = True
+    segments: Segments = SEGMENTS
+    softcap: float | None = None
+    part_of_a_ring: bool = False  # results of earlier keys, and gradients in float32
+    deterministic: bool = False
+
+    def __str__(self) -> str:
+        options = {"slots": SLOTS, "intervals": SEEN}
+        words = [name for name, segments in options.items() if segments is self.segments]
+        words += ["causal" if self.causal else "full"] + ["softcap"] * (self.softcap is not None)
+        words += ["ring"] * self.part_of_a_ring + ["deterministic"] * self.deterministic
+        return f"{self.head_dim} {NAMES[self.dtype]} {' '.join(words)}"
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [torch.empty(ROWS, heads, self.head_dim, dtype=self.dtype) for heads in (16, 8, 8)]
+
+    def forward(self) -> None:
+        q_THE = torch.empty(ROWS, 16, self.head_dim)
+        earlier = (q_THE, torch.empty(16, ROWS)) if self.part_of_a_ring else None
+        both = self.segments, self.segments
+        attention_forward.forward(*self.tensors(), *both, self.causal, 0.1, earlier=earlier, softcap=self.softcap)
+
+    def backward(self) -> None:
+        q, k, v = self.tensors()
+        statistics = attention_statistics.statistics(q, q, torch.empty(16, ROWS), None)
+        dtype = torch.float32 if self.part_of_a_ring else None
+        both = self.segments, self.segments
+        options = self.causal, 0.1, self.deterministic, dtype, self.softcap
+        attention_backward.backward(q, q, k, v, *statistics, *both, *options)
 
 
-def keys(E: int, dtype: torch.dtype, causal: bool) -> Compiled:
-    add_dq = attention_tiles.one_pass(E, dtype)
-    rows = dict(q="BLOCK_M", k="BLOCK_N", v="BLOCK_N", dout="BLOCK_M") | (dict(dq="BLOCK_M") if add_dq else {})
-    constants = dict(K=8, E=E, ADD_DQ=add_dq) | ({} if add_dq else dict(dq_desc=None))
-    config = attention_tiles.keys_config(E, dtype)
-    return compiled(attention_backward._keys_kernel, config, dtype, rows, causal, **constants)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FORWARD = [
+    *(Launch(E, dtype, causal) for E in (64, 128, 256) for dtype in (BF16, FP16) for causal in (False, True)),
+    *(Launch(E, segments=SEEN, softcap=softcap) for E in (64, 128, 256) for softcap in (None, 50.0)),
+    *(Launch(E, segments=SLOTS, part_of_a_ring=True) for E in (64, 128, 256)),
+    *(Launch(E) for E in (20, 32, 80, 96)),
+    *(Launch(E, FP32, causal) for E in (64, 128) for causal in (False, True)),
+]
+# dk and dv of 256 in half precision: ``kernels.dispatch`` takes FlashAttention-2.
+BACKWARD = [
+    *(Launch(E, dtype, causal) for E in (64, 128) for dtype in (BF16, FP16) for causal in (False, True)),
+    *(Launch(E, segments=SEEN, softcap=softcap) for E in (64, 128) for softcap in (None, 50.0)),
+    *(Launch(E, segments=SLOTS, part_of_a_ring=True) for E in (64, 128)),
+    *(Launch(E) for E in (20, 32, 80, 96)),
+    Launch(64, deterministic=True),
+    *(Launch(E, FP32) for E in (64, 128)),
+]
 
 
-def queries(E: int, dtype: torch.dtype, causal: bool) -> Compiled:
-    rows = dict(q="BLOCK_M", k="BLOCK_N", v="BLOCK_N", dout="BLOCK_M")
-    config = attention_tiles.queries_config(E, dtype)
-    return compiled(attention_backward._queries_kernel, config, dtype, rows, causal, H=16, E=E)
+def rounds(code: Compiled) -> list[tuple[int, list[str]]]:
+    """Of each loop that loads tiles: copies that are under way when it begins, and its copies, waits for them, and
+    products in order."""
+    words = {"async_tma_copy_global_to_local": "copy", "wait_barrier": "wait", "warp_group_dot ": "product"}
+    pattern = re.compile("|".join(words))
+    loops, before, open_at = [], 0, None
+    for line in code.ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        found = pattern.search(line)
+        word = words[found[0]] if found else None
+        if open_at is None:
+            if "scf.for" in line:
+                open_at, body = indent, []
+            elif word:
+                before = before + 1 if word == "copy" else 0
+        elif line.strip().startswith("}") and indent <= open_at:
+            if "copy" in body:
+                loops.append((before, body))
+            before, open_at = 0, None
+        elif word:
+            body.append(word)
+    return loops
 
 
-def softmax_share(config: dict) -> int:
-    """Exponentials of one thread for one pair of tiles."""
-    return config["BLOCK_M"] * config["BLOCK_N"] // (32 * config["num_warps"])
+def check(code: Compiled, dtype: torch.dtype) -> None:
+    assert code.stack == 0, f"{code.stack} bytes of registers are spilled"
+    assert code.shared <= SHARED_MEMORY[90]
+    assert overwritten_in_ptx(code.ptx) == []
+    assert overwritten_in_sass(code.sass) == []
+    if code.name == "_statistics_kernel":
+        return
+    assert code.count("UTMALDG") > 0, "tiles come through the copy engine"
+    assert (code.count("HGMMA") > 0) == (dtype != FP32), "products run on the tensor cores"
+    if dtype != FP32:
+        [(before, body)] = rounds(code)
+        assert before == 2 * body.count("copy"), "a tile is asked for two rounds before it is used"
+        assert body[0] == "wait" and body[-1] == "copy", "and copies run while the products do"
 
 
-def check(result: Compiled, dtype: torch.dtype) -> None:
-    assert result.stack == 0, "registers are spilled"
-    assert result.shared <= SHARED_MEMORY
-    assert result.count("UTMALDG") > 0, "tiles come through the copy engine"
-    assert (result.count("HGMMA") > 0) == (dtype != torch.float32), "products run on the tensor cores"
+@pytest.mark.parametrize("launch", FORWARD, ids=str)
+def test_forward(launch):
+    [code] = compiled_by(launch.forward)
+    check(code, launch.dtype)
+    if KEEPS_LATE_OPERANDS and launch.head_dim > 64 and launch.dtype != FP32 and not launch.part_of_a_ring:
+        assert code.exponentials_under_a_product() >= 16, "the softmax runs while the tensor cores work"
+    if launch.head_dim <= 64 and launch.dtype != FP32:
+        assert code.registers <= 128 and 2 * code.shared <= SHARED_MEMORY[90], "two programs share a multiprocessor"
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("E", "dtype"), SHAPES)
-def test_the_forward_keeps_the_tensor_cores_busy_during_the_softmax(E, dtype, causal):
-    result = forward(E, dtype, causal)
-    check(result, dtype)
-    if dtype == torch.bfloat16:
-        assert result.exps_under_product() >= softmax_share(attention_tiles.forward_config(E, dtype))
+@pytest.mark.parametrize("launch", BACKWARD, ids=str)
+def test_backward(launch):
+    one_pass = launch.head_dim <= 64 and launch.dtype != FP32 and not launch.deterministic and not launch.softcap
+    codes = compiled_by(launch.backward)
+    names = ["_statistics_kernel", "_keys_kernel"] + ["_queries_kernel"] * (not one_pass)
+    assert [code.name for code in codes] == names
+    for code in codes:
+        check(code, launch.dtype)
+    if one_pass:
+        assert codes[1].count("UTMAREDG") > 0, "dq is added by the copy engine"
+        assert codes[1].exponentials_under_a_product() >= 32, "the product of dk runs during the exponentials"
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("E", "dtype"), SHAPES)
-def test_dk_and_dv_and_dq(E, dtype, causal):
-    result, config = keys(E, dtype, causal), attention_tiles.keys_config(E, dtype)
-    check(result, dtype)
-    assert (result.count("UTMAREDG") > 0) == attention_tiles.one_pass(E, dtype)
-    if config["LATE_DK"]:
-        assert result.exps_under_product() >= softmax_share(config)
+def test_an_operand_that_is_overwritten_is_found(monkeypatch):
+    """A product's operand may not wait in registers over the end of a round (Triton before 3.8 overwrites it)."""
+    late = attention_forward.forward_config(128, BF16, False) | dict(LATE_PV=True)
+    monkeypatch.setattr(attention_forward, "forward_config", lambda *_: late)
+    [code] = compiled_by(Launch(128).forward)
+    found = bool(overwritten_in_ptx(code.ptx)), bool(overwritten_in_sass(code.sass))
+    assert found == (not KEEPS_LATE_OPERANDS, not KEEPS_LATE_OPERANDS)
+    # Without waits every compiler's code is wrong.
+    assert overwritten_in_ptx(re.sub(r"wgmma\.wait_group\S+\s+\d", "wgmma.wait_group.sync.aligned 7", code.ptx))
+    assert overwritten_in_sass(re.sub(r"(DEPBAR\S* \S+) 0x\w+", r"\1 0x7", code.sass))
 
 
-@pytest.mark.parametrize(("E", "dtype"), SHAPES)
-def test_dq_of_the_two_pass_form(E, dtype):
-    check(queries(E, dtype, True), dtype)
-
-
-@pytest.mark.parametrize("E", [64, 128])
-def test_forms_that_rings_and_caches_use(E):
-    dtype, config = torch.bfloat16, attention_tiles.forward_config(E, torch.bfloat16)
-    rows = dict(q="BLOCK_M", k="BLOCK_N", v="BLOCK_N")
-    check(compiled(attention_forward._forward_kernel, config, dtype, rows, True, earlier=True, H=16, E=E), dtype)
-
-
-def test_dk_and_dv_that_repeat_bit_for_bit():
-    dtype, config = torch.bfloat16, attention_tiles.keys_config(64, torch.bfloat16)
-    rows = dict(q="BLOCK_M", k="BLOCK_N", v="BLOCK_N", dout="BLOCK_M")
-    constants = dict(K=8, E=64, ADD_DQ=False, dq_desc=None)
-    check(compiled(attention_backward._keys_kernel, config, dtype, rows, True, **constants), dtype)
-
-
-def test_half_precision_compiles_like_bfloat16():
-    check(forward(64, torch.float16, True), torch.float16)
+@pytest.mark.parametrize(("head_dim", "causal"), [(64, False), (64, True), (128, False), (128, True)])
+def test_the_second_tier(head_dim, causal):
+    launch = Launch(head_dim, causal=causal)
+    [code] = compiled_by(
+        lambda: attention_hopper.forward(*launch.tensors(), SEGMENTS, SEGMENTS, causal, head_dim**-0.5)
+    )
+    assert code.stack == 0 and code.shared <= SHARED_MEMORY[90]
+    assert overwritten_in_ptx(code.ptx) == [] and overwritten_in_sass(code.sass) == []
+    assert code.count("HGMMA") and code.count("UTMALDG") and code.count("UTMASTG") and code.count("USETMAXREG")
+    counts = code.exponentials_per_wait()
+    assert len(counts) == 4 and min(counts) >= 32, "in both loops of both groups of warps"
 
 
 if __name__ == "__main__":
-    print("kernel   head dim  mask    dtype  registers  spilled  shared KB  exponentials under a product")
-    for kernel in (forward, keys, queries):
-        for E, dtype in SHAPES:
-            for causal in (False, True):
-                r = kernel(E, dtype, causal)
-                print(
-                    f"{kernel.__name__:<9}{E:>8}  {'causal' if causal else 'full':<7} {NAMES[dtype]:<6}"
-                    f"{r.registers:>9}{r.stack:>9}{r.shared / 1024:>11.0f}{r.exps_under_product():>10}"
-                )
+    print("kernel            launch               registers  spilled  shared KB  copies ahead  exponentials under a product")
+    for launch, run in [(x, x.forward) for x in FORWARD] + [(x, x.backward) for x in BACKWARD]:
+        for code in compiled_by(run):
+            ahead = "/".join(str(before) for before, _ in rounds(code))
+            print(
+                f"{code.name:<18}{launch!s:<34}{code.registers:>4}{code.stack:>9}{code.shared / 1024:>11.0f}"
+                f"{ahead:>14}{code.exponentials_under_a_product():>10}"
+            )
