@@ -30,6 +30,7 @@ from avlm.parallel import agreement, mesh
 from avlm.parallel.apply import apply_parallel, own_part, warm_up
 from avlm.parallel.mesh import World
 from avlm.preflight.check import check
+from avlm.preflight.kernel_check import check_kernels
 from avlm.preflight.report import check_memory, report
 from avlm.process.exit import listen, run_command
 from avlm.process.launch import ranks
@@ -178,6 +179,8 @@ def main(cfg: Config) -> None:
     progress = read_progress(resume_from, run) if resume_from else Progress()
     log = Log(cfg, world, progress.step)
     log.message(f"{describe(model)}; {world.size} x {device.type}")
+    for line in check_kernels(cfg, world):
+        log.message(line)
     if resume_from:
         checkpoint.load_model(resume_from, model)
         log.message(f"{note}resuming {resume_from.name} at step {progress.step} of {cfg.total_steps}")

@@ -16,9 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from kernels import backend
 from kernels.cross_entropy_rows import IGNORED, Reduce, losses
+from kernels.dispatch import Implementation
 
 CHUNK_ROWS = 2048
 CHUNK_BYTES = 2**30  # of logits; a larger vocabulary has fewer rows
+ROW_MULTIPLE = 16  # elements at whose multiples rows start, so that products and pass read and write whole vectors
 
 
 def chunk_rows(vocabulary: int, hidden: int, itemsize: int, wants_weight: bool) -> int:
@@ -30,6 +32,13 @@ def chunk_rows(vocabulary: int, hidden: int, itemsize: int, wants_weight: bool) 
     """
     rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (vocabulary * itemsize)))
     return max(rows, hidden) if wants_weight else rows
+
+
+def chunk_bytes(rows: int, vocabulary: int, itemsize: int, implementation: Implementation) -> int:
+    """Bytes of a chunk's logits. The kernel overwrites them; plain PyTorch computes in a float32 copy."""
+    width = -(-vocabulary // ROW_MULTIPLE) * ROW_MULTIPLE
+    copy = 4 * vocabulary if implementation == "pytorch" and itemsize < 4 else 0
+    return rows * (width * itemsize + copy)
 
 
 def _loss_and_gradients(
@@ -54,8 +63,7 @@ def _loss_and_gradients(
     dweight_VD = hidden_RD.new_empty((V if wants_weight else 0, D), dtype=sum_dtype)
     if R == 0:
         dweight_VD.zero_()
-    # Rows start at multiples of 16 elements, so that the products and the pass read and write whole vectors.
-    buffer = hidden_RD.new_empty((min(rows, R), -(-V // 16) * 16))
+    buffer = hidden_RD.new_empty((min(rows, R), -(-V // ROW_MULTIPLE) * ROW_MULTIPLE))
     for start in range(0, R, rows):
         chunk = slice(start, start + rows)
         hidden_CD = hidden_RD[chunk]

@@ -199,6 +199,14 @@ class DebugConfig:
 
 
 @config
+class KernelsConfig:
+    """Which code computes attention, the loss and the projectors is said by ``python -m kernels.backend``."""
+
+    strict: bool = False  # stop if a kernel disagrees with PyTorch at the start; else another one takes its place
+    flash_attention: Literal["FA2", "FA3", "FA4"] = "FA2"  # torch's own; FA3 and FA4 need their packages
+
+
+@config
 class CheckpointConfig:
     every: Count = 500  # steps; the end of every stage is saved too
     keep: Count = 3  # how many of the newest checkpoints stay
@@ -226,6 +234,7 @@ class Config:
     init_from: InitFrom = field(default_factory=InitFrom)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = may_change(default_factory=ParallelConfig)
+    kernels: KernelsConfig = may_change(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = may_change(default_factory=CheckpointConfig)
     wandb: WandbConfig = may_change(default_factory=WandbConfig)
     debug: DebugConfig = may_change(default_factory=DebugConfig)

@@ -8,11 +8,12 @@ from avlm.config.run import Config
 from avlm.parallel import mesh
 from avlm.parallel.apply import compute_dtype
 from avlm.parallel.context_attention import choose_mode
+from kernels import backend, dispatch
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks on each axis, and the dtype of compute."""
+    """Ranks on each axis, the dtype of compute, and the architecture of the device as ``kernels.dispatch`` counts."""
 
     replicate: int
     shard: int
@@ -20,6 +21,7 @@ class Layout:
     tensor: int
     context_mode: str
     dtype: torch.dtype
+    architecture: int
 
     @property
     def row_ranks(self) -> int:
@@ -38,9 +40,15 @@ class Layout:
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
-    """``device: auto`` counts as a GPU, as the machine that estimates is often not the one that trains."""
+    """``device: auto`` counts as a GPU, as the machine that estimates is often not the one that trains: as this
+    machine's, or as an A100 if it has none."""
     sizes = mesh.sizes(config.parallel, world_size)
     kv_heads = config.model.decoder.num_kv_heads // config.parallel.tensor
     mode = choose_mode(config.parallel.context_mode, kv_heads, config.parallel.context)
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
-    return Layout(*sizes, mode, compute_dtype(config.train.precision, device))
+    architecture = dispatch.AMPERE_AND_LATER.start
+    if device.type == "cpu":
+        architecture = backend.architecture(None)
+    elif torch.cuda.is_available():
+        architecture = backend.architecture(torch.cuda.current_device())
+    return Layout(*sizes, mode, compute_dtype(config.train.precision, device), architecture)

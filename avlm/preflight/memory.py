@@ -9,10 +9,10 @@ multiple of its ranks. The transient part is that of the worst of these moments:
 
 A gathered unit counts twice: the all-gather buffer and the unsharded copy (or the prefetched next block).
 
-Activations are what autograd keeps on a GPU, with the Triton kernels: attention keeps q, k, v, out (shared with the
-next product) and lse. The plain path keeps a second out. Assumed: every token has a target, and a row is full of the
-media of one modality, images or whole windows of audio, whichever takes more. Memory of CUDA, of NCCL and of
-fragmentation is not included.
+Activations are what autograd keeps on a GPU: attention keeps q, k, v, out (shared with the next product) and lse, by
+our kernels and by torch's. The plain path keeps a second out. The loss is counted as ``kernels.dispatch`` says that it
+runs. Assumed: every token has a target, and a row is full of the media of one modality, images or whole windows of
+audio, whichever takes more. Memory of CUDA, of NCCL and of fragmentation is not included.
 
 D width   F intermediate width   Q, K width of all query heads, of all key heads   c bytes of a number in compute
 """
@@ -31,7 +31,8 @@ from avlm.models.shapes import Shapes
 from avlm.parallel.recompute import keeps_product
 from avlm.parallel.tensor import tensor_share
 from avlm.preflight.layout import Layout, layout_of
-from kernels.cross_entropy import chunk_rows
+from kernels import backend
+from kernels.cross_entropy import chunk_bytes, chunk_rows
 
 GIB, MIB = 2**30, 2**20
 NOTES = {
@@ -194,7 +195,8 @@ def _at_head(case: Case) -> dict[str, int]:
         gradient = V * D * 4
         copied = V * D * c if c < 4 else 0
     hidden = case.tokens * D * (4 + 4 * c)  # x, its float32 copy, the norm's two results, the gradient of hidden
-    logits = min(rows, case.tokens) * V * c
+    runs = backend.row("cross_entropy", case.layout.architecture, case.layout.dtype).implementation
+    logits = chunk_bytes(min(rows, case.tokens), V, c, runs)
     kept, _ = _kept(case)
     return {
         "gathered weights": _held(case) + case.layout.gathered("decoder") * case.numbers("decoder.head."),

@@ -28,16 +28,19 @@ def stand_in(arch: int) -> Iterator[list[str]]:
     library = torch.library.Library("aten", "IMPL")
     library.impl("_flash_attention_forward", forward, "CPU")
     library.impl("_flash_attention_backward", backward, "CPU")
-    with pytest.MonkeyPatch.context() as patch:
-        pretend(patch, arch)
+    with pretend(arch):
         yield calls
     library._destroy()
 
 
-def pretend(patch: pytest.MonkeyPatch, arch: int) -> None:
+@contextlib.contextmanager
+def pretend(arch: int) -> Iterator[None]:
     """The table answers for an architecture."""
-    patch.setattr(backend, "architecture", lambda cuda: arch)
-    patch.setattr(backend, "_cached", backend._cached.__wrapped__)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "architecture", lambda cuda: arch)
+        backend.trust_all()
+        yield
+    backend.trust_all()
 
 
 def checked(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> list[tuple[slice, slice]]:

@@ -29,6 +29,9 @@ from avlm.preflight.memory import GIB
 from avlm.preflight.report import check_memory, report
 from avlm.process.launch import ranks
 from avlm.training import optimizer
+from kernels import backend
+from kernels.cross_entropy import chunk_bytes
+from kernels.cross_entropy_rows import losses_reference
 from kernels.segments import Segments
 from tests.parallel.live_bytes import LiveBytes
 from tests.parallel.spawn import run_ranks
@@ -221,6 +224,30 @@ def test_activations_shrink_with_recomputation_and_with_the_ranks_of_a_row():
     assert of() > of((decoder, "selective")) > of((decoder, "full"))
     assert of(("parallel.context", 2), world=2) == pytest.approx(of() / 2, rel=0.05)
     assert of() / 2 < of(("parallel.tensor", 2), world=2) < 0.7 * of()
+
+
+def test_the_loss_is_counted_as_it_runs_on_the_device():
+    """Plain PyTorch computes in a float32 copy of a chunk of bfloat16 logits; the kernel, on every GPU, in place."""
+    bf16 = ("train.precision", "bf16")
+    vocabulary = ("model.decoder.vocab_size", 50_000)
+    on_cpu, on_gpu = (make_config(bf16, vocabulary, ("device", device), **TEXT_ONLY) for device in ("cpu", "cuda"))
+    heads = [estimate(cfg).device["head"] for cfg in (on_cpu, on_gpu)]
+    logits = 64 * 50_000 * 2
+    copied = 50_000 * 60 * 2  # the gradient of the weight in its own dtype, when the logits are free again
+    assert layout_of(on_gpu, 1).architecture >= 80 and logits > copied
+    if not backend.INTERPRETED:
+        assert heads[0] - heads[1] == 2 * logits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_chunk_of_the_loss_takes_as_much_as_is_said(dtype):
+    rows, vocabulary = 40, 5000
+    target = torch.randint(vocabulary, (rows,))
+    with LiveBytes() as counter:
+        logits = torch.zeros(rows, vocabulary, dtype=dtype)
+        losses_reference(logits, target, None, True, 0, None)
+    said = chunk_bytes(rows, vocabulary, dtype.itemsize, "pytorch")
+    assert said == pytest.approx(counter.peak, rel=0.01)
 
 
 def test_what_is_offloaded_is_shown_apart():
