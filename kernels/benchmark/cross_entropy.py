@@ -125,8 +125,7 @@ def _checkpointed(case: Case) -> Run:
 
 def _compiled(mode: str | None) -> Provider:
     def provider(case: Case) -> Run:
-        if not case.hidden_TD.is_cuda:
-            raise Unavailable("needs a GPU")
+        _needs_gpu(case)
         torch.compiler.reset()  # dynamo counts recompilations over all shapes of a run and stops compiling after a few
         compiled = torch.compile(_loss, mode=mode, dynamic=False, fullgraph=True)
         return lambda hidden, weight: compiled(hidden, weight, case.target_T)
@@ -134,37 +133,41 @@ def _compiled(mode: str | None) -> Provider:
     return provider
 
 
-def _liger(implementation: str | None, drops_rows: bool, **options) -> Provider:
-    """``implementation``: None for the Triton kernels of the releases, or a name that newer versions choose by."""
-
+def _liger(drops_rows: bool, **options) -> Provider:
     def provider(case: Case) -> Run:
         liger = peer("liger_kernel.transformers")
-        if implementation:
-            peer("cutlass")
-            if not hasattr(peer("liger_kernel"), "set_impl"):
-                raise Unavailable("this version of liger_kernel has Triton kernels only")
-        if not case.hidden_TD.is_cuda:
-            raise Unavailable("needs a GPU")
+        _needs_gpu(case)
         loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum", **options)
-        target_T = case.target_R if drops_rows else case.target_T
-
-        def run(hidden: Tensor, weight: Tensor) -> Tensor:
-            if hasattr(peer("liger_kernel"), "set_impl"):
-                peer("liger_kernel").set_impl(implementation or "nvidia-triton")
-            return loss(weight, hidden[case.rows_R] if drops_rows else hidden, target_T)
-
-        return run
+        target_R = case.target_R
+        if drops_rows:
+            return lambda hidden, weight: loss(weight, hidden[case.rows_R], target_R)
+        return lambda hidden, weight: loss(weight, hidden, case.target_T)
 
     return provider
+
+
+def _liger_cute(case: Case) -> Run:
+    """Liger 0.8 and later, with a loss kernel in CuTe for Hopper and later."""
+    functional = peer("liger_kernel.functional")
+    peer("cutlass")
+    _needs_gpu(case)
+    target_R = case.target_R
+    options = {"reduction": "sum", "accum_dtype": torch.float32, "impl": "nvidia-cutedsl"}
+    loss = functional.fused_linear_cross_entropy
+    return lambda hidden, weight: loss(hidden[case.rows_R], weight, target_R, **options)[0]
 
 
 def _cut(case: Case) -> Run:
     """Apple's kernels, which never hold logits (Wijmans et al. 2024, arXiv 2411.09009)."""
     cut = peer("cut_cross_entropy")
-    if not case.hidden_TD.is_cuda:
-        raise Unavailable("needs a GPU")
+    _needs_gpu(case)
     target_R = case.target_R
     return lambda hidden, weight: cut.linear_cross_entropy(hidden[case.rows_R], weight, target_R, reduction="sum")
+
+
+def _needs_gpu(case: Case) -> None:
+    if not case.hidden_TD.is_cuda:
+        raise Unavailable("needs a GPU")
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -176,9 +179,9 @@ PROVIDERS: dict[str, Provider] = {
     "compile (all rows)": _compiled(None),
     # Without CUDA graphs, which would keep the memory of a call for the next one.
     "max-autotune (all rows)": _compiled("max-autotune-no-cudagraphs"),
-    "liger (all rows)": _liger(None, False),
-    "liger fp32 (rows dropped)": _liger(None, True, accum_dtype=torch.float32),
-    "liger CuTe fp32 (rows dropped)": _liger("nvidia-cutedsl", True, accum_dtype=torch.float32),
+    "liger (all rows)": _liger(False),
+    "liger fp32 (rows dropped)": _liger(True, accum_dtype=torch.float32),
+    "liger CuTe fp32 (rows dropped)": _liger_cute,
     "cut_cross_entropy (rows dropped)": _cut,
 }
 

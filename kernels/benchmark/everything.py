@@ -50,17 +50,17 @@ FULL = (
     Part("attention", "convention"),
 )
 QUICK = (
-    Part("attention", "packed", chosen=(0,), providers=(*FAST, "flex")),
-    Part("attention", "avlm", chosen=(6,), providers=FAST),
-    Part("attention", "avlm", chosen=(0,), providers=FAST),
-    Part("cross_entropy", "llama", ("bwd",), chosen=(0,), providers=FAST),
+    Part("attention", "packed", chosen=(0,), providers=(*FAST, "flex")),  # 32/8 heads of 128
+    Part("attention", "avlm", chosen=(6,), providers=FAST),  # Llama-3-8B, 8k
+    Part("attention", "avlm", chosen=(0,), providers=FAST),  # CLIP, 16 images
+    Part("cross_entropy", "llama", ("bwd",), chosen=(0,), providers=FAST),  # 30 % of the rows
     Part("elementwise", "llama"),
-    Part("attention", "packed", chosen=(1, 2), providers=FAST),
-    Part("projector", "placement", ("bwd",), chosen=(0,), providers=FAST),
-    Part("attention", "decode", ("fwd",), chosen=(13,), providers=FAST),
-    Part("attention", "avlm", chosen=(2, 4, 8), providers=FAST),
-    Part("attention", "others", chosen=(0, 1), providers=FAST),
-    Part("cross_entropy", "others", ("bwd",), chosen=(1,), providers=FAST),
+    Part("attention", "packed", chosen=(1, 2), providers=FAST),  # 14/2 and 16 heads of 64
+    Part("projector", "placement", ("bwd",), chosen=(0,), providers=FAST),  # 16 images
+    Part("attention", "decode", ("fwd",), chosen=(13,), providers=FAST),  # batch 8, 16k
+    Part("attention", "avlm", chosen=(2, 4, 8), providers=FAST),  # Whisper, 8 clips; Llama-3-8B, 2k and 32k
+    Part("attention", "others", chosen=(0, 1), providers=FAST),  # SigLIP, the tower of Qwen2-VL
+    Part("cross_entropy", "others", ("bwd",), chosen=(1,), providers=FAST),  # Qwen2-7B
 )
 
 

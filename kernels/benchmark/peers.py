@@ -13,7 +13,7 @@ INSTALL = {  # module -> how to install it
     "flash_attn_interface": "git clone https://github.com/Dao-AILab/flash-attention && pip install "
     "./flash-attention/hopper --no-build-isolation",
     "flash_attn.cute": "pip install --pre flash-attn-4",
-    "liger_kernel": "pip install liger-kernel",
+    "liger_kernel": "pip install --upgrade liger-kernel",
     "cutlass": "pip install nvidia-cutlass-dsl",
     "cut_cross_entropy": 'pip install "cut-cross-entropy @ git+https://github.com/apple/ml-cross-entropy.git"',
 }
