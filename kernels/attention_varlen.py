@@ -27,6 +27,7 @@ def boundaries(segments: Segments, segments_k: Segments) -> tuple[Tensor, Tensor
     With slots on either side, segment n becomes three: the used queries with the used keys, the spare queries without
     keys (out and gradient are 0), the spare keys without queries (gradients are 0).
     """
+    assert segments.intervals is None, "these kernels know no masks but the causal one"
     if segments.lengths is None and segments_k.lengths is None:
         return segments.cu_seqlens.contiguous(), segments_k.cu_seqlens.contiguous()
     used_N, end_N = _ends(segments)

@@ -94,7 +94,7 @@ ROWS = (
         HOPPER,
         HALF,
         (64, 128, 256),
-        "no spills, up to 225 KB of 227; exponentials run during products, which FA2 was not written for",
+        "no spills; warpgroup products and the copy engine, which FA2 does not use",
     ),
     Row(
         "varlen",
@@ -110,7 +110,7 @@ ROWS = (
         HOPPER,
         HALF,
         UP_TO_256,
-        "FA2 takes multiples of 8 only; ours compiles without spills, on padded copies",
+        "FA2 takes multiples of 8 only; ours compiles without spills",
     ),
     Row(
         "triton",
@@ -208,7 +208,7 @@ ROWS = (
         AMPERE_AND_LATER,
         FLOATS,
         UP_TO_256,
-        "no spills, 70 KB of shared memory, and each key and value is read once",
+        "70 to 81 KB of shared memory, no spills (float32: 8 bytes), and each key and value is read once",
     ),
     Row(
         "pytorch",
