@@ -170,7 +170,7 @@ def attention_forward_op(
     the keys have the segments of the queries: torch.compile (2.14) gives no tensor twice to a Function."""
     segments = _segments(cu_q, longest_q, used_q)
     segments_k = segments if cu_k is None else _segments(cu_k, longest_k, used_k)
-    is_varlen = backend.implementation("attention_forward", q_THE, q_THE.shape[2]) == "varlen"
+    is_varlen = _implementation(q_THE, "attention_forward") == "varlen"
     run = attention_varlen.forward if is_varlen else attention_forward.forward
     return run(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale)
 
@@ -200,7 +200,7 @@ def attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     segments = _segments(cu_q, longest_q, used_q)
     segments_k = segments if cu_k is None else _segments(cu_k, longest_k, used_k)
-    if dlse_HT is None and backend.implementation("attention_backward", q_THE, q_THE.shape[2]) == "varlen":
+    if dlse_HT is None and _implementation(q_THE, "attention_backward") == "varlen":
         return attention_varlen.backward(
             dout_THE, q_THE, k_SKE, v_SKE, out_THE, lse_HT, segments, segments_k, causal, scale, deterministic
         )
@@ -273,7 +273,7 @@ def attention(
     _check(q_THE, k_SKE, v_SKE, segments, segments_k, scale)
     scale = q_THE.shape[2] ** -0.5 if scale is None else scale
     learns = backend.needs_graph(q_THE, k_SKE, v_SKE)
-    if _runs_in_pytorch(q_THE, ("attention_forward", "attention_backward") if learns else ("attention_forward",)):
+    if _implementation(q_THE, "attention_backward" if learns else "attention_forward") == "pytorch":
         return attention_reference(q_THE, k_SKE, v_SKE, segments, causal=causal, segments_k=segments_k, scale=scale)
     out_THE, _ = _by_op(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale, deterministic, learns_lse=False)
     return out_THE
@@ -296,17 +296,16 @@ def attention_with_lse(
     _check(q_THE, k_SKE, v_SKE, segments, segments_k, scale)
     scale = q_THE.shape[2] ** -0.5 if scale is None else scale
     learns = backend.needs_graph(q_THE, k_SKE, v_SKE)
-    both = ("attention_forward", "attention_backward", dispatch.LSE_GRADIENT)
-    if _runs_in_pytorch(q_THE, both if learns else ("attention_forward",)):
+    if _implementation(q_THE, dispatch.LSE_GRADIENT if learns else "attention_forward") == "pytorch":
         return attention_with_lse_reference(
             q_THE, k_SKE, v_SKE, segments, causal=causal, segments_k=segments_k, scale=scale
         )
     return _by_op(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale, deterministic, learns_lse=True)
 
 
-def _runs_in_pytorch(q_THE: Tensor, operations: tuple[str, ...]) -> bool:
-    """Autograd connects the forward and the backward of plain PyTorch, so it runs both or none."""
-    return any(backend.implementation(name, q_THE, q_THE.shape[2]) == "pytorch" for name in operations)
+def _implementation(q_THE: Tensor, operation: str) -> dispatch.Implementation:
+    """Where a backward runs in plain PyTorch, the forward has to, as autograd connects the two."""
+    return backend.implementation(operation, q_THE, q_THE.shape[2])
 
 
 def _by_op(

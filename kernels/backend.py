@@ -18,6 +18,8 @@ from kernels.dispatch import Implementation, Row
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on CPU tensors, slowly
 DEBUG = triton.knobs.runtime.debug  # TRITON_DEBUG=1: indices are checked, which waits for the device
 
+COMPILER = tuple(int(number) for number in triton.__version__.split(".")[:2])
+
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E)
 LN_2 = 0.6931471805599453
 
@@ -43,8 +45,12 @@ def _cached(operation: str, cuda: int | None, dtype: torch.dtype, head_dim: int 
 
 def row(operation: str, arch: int, dtype: torch.dtype, head_dim: int | None = None) -> Row:
     """The row of the table that decides in this process, whose flash attention and whose doubts it knows."""
-    flash = current_flash_attention_impl()
-    return dispatch.choose(operation, arch, dtype, head_dim, flash=flash, distrusted=_distrusted)
+    state = dict(flash=current_flash_attention_impl(), distrusted=_distrusted)
+    if operation in ("attention_backward", dispatch.LSE_GRADIENT):  # autograd connects them in plain PyTorch
+        forward = dispatch.choose("attention_forward", arch, dtype, head_dim, **state)
+        if forward.implementation == "pytorch":
+            return forward
+    return dispatch.choose(operation, arch, dtype, head_dim, **state)
 
 
 @cache
@@ -62,6 +68,8 @@ def distrust(operation: str, implementation: str, wrong: str) -> None:
     """Let another implementation run an operation from here on, in this process. Functions that torch.compile has
     already traced keep the old one."""
     _distrusted[operation, implementation] = f"{implementation} {wrong}"
+    if operation == "attention_backward":  # the same kernels
+        _distrusted[dispatch.LSE_GRADIENT, implementation] = f"{implementation} {wrong}"
     _cached.cache_clear()
 
 
@@ -70,9 +78,11 @@ def trust_all() -> None:
     _cached.cache_clear()
 
 
-def activate_flash_attention(name: str) -> None:
-    """Let FlashAttention 3 or 4 ("FA3", "FA4") serve as torch's attention over packed rows. ValueError if its package
-    is not installed."""
+def activate_flash_attention(name: str, arch: int) -> None:
+    """Let FlashAttention 3 or 4 ("FA3", "FA4") serve as torch's attention over packed rows. ValueError if torch has
+    none for the architecture, or if its package is not installed."""
+    if arch not in dispatch.FLASH_ATTENTION[name]:
+        raise ValueError(f"{name} does not run on sm_{arch}: set kernels.flash_attention=FA2")
     try:
         activate_flash_attention_impl(name)
     except (ImportError, RuntimeError) as error:
@@ -133,12 +143,12 @@ def report() -> str:
     lines += ["", f"This machine: {dispatch.ARCHITECTURES.get(own, f'sm_{own}')}"]
     for operations, answers in _answers([own]):
         lines.append(operations)
-        lines += [f"{example:<48}{row.implementation:<10}{row.reason}" for example, [row] in answers.items()]
+        lines += [f"{example:<52}{row.implementation:<10}{row.reason}" for example, [row] in answers.items()]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _line(example: str, cells: list[str]) -> str:
-    return f"{example:<48}" + "".join(f"{cell:<10}" for cell in cells)
+    return f"{example:<52}" + "".join(f"{cell:<10}" for cell in cells)
 
 
 def _answers(archs: list[int]) -> list[tuple[str, dict[str, list[Row]]]]:

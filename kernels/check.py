@@ -1,6 +1,6 @@
 """Every operation of this machine against plain PyTorch: results, gradients, and whether they repeat bit for bit.
 
-    python -m kernels.check [--quick]
+    python -m kernels.check [--quick] [--flash-attention FA3|FA4]
 
 An error may be twice that of plain PyTorch in the same dtype, plus a few units in the last place. A kernel that errs
 more, raises or does not repeat is distrusted: the next row of the table takes its place, and is compared in turn. The
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.check_cases import Case, Sizes, cases
+from kernels.dispatch import FLASH_ATTENTION
 
 QUICK = Sizes(lengths=(300, 1, 0, 577), repeats=3)
 FULL = Sizes(lengths=(2500, 1, 0, 577, 1018), repeats=100)
@@ -125,11 +126,14 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kernels.check", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="bfloat16 and head dim 128 only: seconds")
+    parser.add_argument("--flash-attention", choices=list(FLASH_ATTENTION), help="activate it; its package is needed")
     arguments = parser.parse_args()
     if not (torch.cuda.is_available() or backend.INTERPRETED):
         print("without a GPU or TRITON_INTERPRET=1 only plain PyTorch runs here: there is nothing to compare")
         return
-    device = torch.device("cuda" if torch.cuda.is_available() and not backend.INTERPRETED else "cpu")
+    device = torch.device("cpu" if backend.INTERPRETED else "cuda:0")
+    if arguments.flash_attention:
+        backend.activate_flash_attention(arguments.flash_attention, backend.architecture(device.index))
     sizes = QUICK if arguments.quick else FULL
     dtypes, head_dims = DTYPES, HEAD_DIMS
     if arguments.quick:

@@ -37,6 +37,8 @@ AMPERE_AND_LATER = range(80, 130)
 HOPPER = range(90, 91)
 EVERYWHERE = range(1000)
 
+FLASH_ATTENTION = {"FA3": HOPPER, "FA4": range(90, 110)}  # where torch's registry lets them run
+
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32)
 ALL_FLOATS = (*FLOATS, torch.float64)

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import torch
+
 from avlm.config.run import Config
 from avlm.parallel.apply import compute_dtype
 from avlm.parallel.mesh import World
@@ -18,8 +20,11 @@ def check_kernels(config: Config, world: World) -> list[str]:
     if world.device.type != "cuda":
         return []
     if config.kernels.flash_attention != "FA2":
-        backend.activate_flash_attention(config.kernels.flash_attention)
-    return agree(config, world)
+        architecture = backend.architecture(world.device.index)
+        backend.activate_flash_attention(config.kernels.flash_attention, architecture)
+    lines = agree(config, world)
+    torch.cuda.empty_cache()
+    return lines
 
 
 def agree(config: Config, world: World) -> list[str]:
@@ -42,7 +47,17 @@ def agree(config: Config, world: World) -> list[str]:
         for finding in new.values():
             finding.distrust()
         known |= new
-    return [f"WARNING: kernel {finding}" for finding in known.values()]
+    warnings = [f"WARNING: kernel {finding}" for finding in known.values()]
+    return [*warnings, f"compared with plain PyTorch: {', '.join(_choices(config, world))}"]
+
+
+def _choices(config: Config, world: World) -> Iterator[str]:
+    """What runs each operation; several implementations where head dims differ."""
+    dtype = compute_dtype(config.train.precision, world.device)
+    arch = backend.architecture(world.device.index)
+    for operation in operations(config, world.size):
+        rows = [backend.row(operation, arch, dtype, head_dim) for head_dim in head_dims(config)]
+        yield f"{operation} {' and '.join(sorted({row.implementation for row in rows}))}"
 
 
 def _cases(config: Config, world: World) -> Iterator[Case]:

@@ -129,8 +129,20 @@ def test_doubts_and_another_architecture_reach_the_callers(monkeypatch):
         assert reason.startswith("triton disagreed with PyTorch: out is off by 1; ")
         monkeypatch.setattr(backend, "current_flash_attention_impl", lambda: "FA3")
         assert backend.implementation("attention_backward", x, 128) == "varlen"
+        backend.distrust("attention_forward", "varlen", "raised")
+        for operation in ("attention_forward", "attention_backward", LSE_GRADIENT):
+            assert backend.implementation(operation, x, 128) == "pytorch"  # connected by autograd
     if not backend.INTERPRETED:
         assert backend.implementation("attention_forward", x, 128) == "pytorch"
+
+
+def test_a_distrusted_backward_does_not_serve_the_gradient_of_lse_either():
+    x = torch.empty(1, dtype=BF16)
+    with pretend(90):
+        assert backend.implementation(LSE_GRADIENT, x, 128) == "triton"
+        backend.distrust("attention_backward", "triton", "raised")
+        assert backend.implementation("attention_backward", x, 128) == "varlen"
+        assert backend.implementation(LSE_GRADIENT, x, 128) == "pytorch"
 
 
 def test_a_compiled_function_asks_once_and_takes_the_answer_as_a_constant():

@@ -42,13 +42,15 @@ def on_machines(config, is_wrong):
 def test_what_one_machine_finds_wrong_is_replaced_on_all():
     (lines, runs), others = run_ranks(on_machines, 2, CONFIG, [False, True])
     assert (lines, runs) == others
-    [line] = lines
+    [line, summary] = lines
+    assert summary == "compared with plain PyTorch: attention_forward pytorch, attention_backward pytorch"
     assert line.startswith("WARNING: kernel attention_forward by varlen is wrong for causal attention, bfloat16, head ")
     assert line.endswith("; pytorch runs in its place") and runs == "pytorch"
 
 
-def test_right_kernels_stay_without_a_word():
-    assert run_ranks(on_machines, 2, CONFIG, [False, False]) == [([], "varlen")] * 2
+def test_right_kernels_stay():
+    line = "compared with plain PyTorch: attention_forward pytorch and varlen, attention_backward pytorch and varlen"
+    assert run_ranks(on_machines, 2, CONFIG, [False, False]) == [([line], "varlen")] * 2
 
 
 def test_strict_stops_all_ranks_in_one_line():
@@ -68,4 +70,6 @@ def test_a_run_checks_what_it_calls():
 
 def test_flash_attention_that_is_not_installed_is_one_line():
     with pytest.raises(ValueError, match=r"^FA3 cannot be activated: No module named 'flash_attn_interface'$"):
-        backend.activate_flash_attention("FA3")
+        backend.activate_flash_attention("FA3", 90)
+    with pytest.raises(ValueError, match=r"^FA3 does not run on sm_80: set kernels.flash_attention=FA2$"):
+        backend.activate_flash_attention("FA3", 80)
