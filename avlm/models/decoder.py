@@ -52,9 +52,12 @@ def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) 
 
 
 def rope_table(frequency: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency, float32 (T, E): both halves of a head share the angles."""
+    """cos and sin of position * frequency, float32 (T, E): both halves of a head share the angles, and the sin of the
+    first half is negated, as ``rotate`` needs it."""
     angle_TE = (position_T[:, None].double() * frequency).repeat(1, 2)
-    return angle_TE.cos().float(), angle_TE.sin().float()
+    sin_TE = angle_TE.sin().float()
+    sin_TE.chunk(2, dim=-1)[0].neg_()
+    return angle_TE.cos().float(), sin_TE
 
 
 def rotate(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
@@ -63,15 +66,14 @@ def rotate(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         return _Rotation.apply(x_THE, cos_TE, sin_TE)
     # The formula itself: a compiler makes one pass of it, and (torch 2.11) loses the gradient of the Function.
-    a, b = x_THE.to(cos_TE.dtype).chunk(2, dim=-1)
-    along_THE = torch.cat([a, b], -1) * cos_TE[:, None]
-    across_THE = torch.cat([-b, a], -1) * sin_TE[:, None]
-    return (along_THE + across_THE).to(x_THE.dtype)
+    ab_THE = x_THE.to(cos_TE.dtype)
+    ba_THE = ab_THE.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return (ab_THE * cos_TE[:, None] + ba_THE * sin_TE[:, None]).to(x_THE.dtype)
 
 
 class _Rotation(torch.autograd.Function):
-    """The same in few passes: half of the products are added to the other half, which lies in the dtype of x. Nothing
-    of x is kept for the gradient, which is turned back by the same angle."""
+    """The same in few passes: the second product is added to the first, which lies in the dtype of x. Nothing of x is
+    kept for the gradient, which is turned back by the same angle."""
 
     @staticmethod
     def forward(ctx, x_THE, cos_TE, sin_TE):
@@ -89,7 +91,7 @@ def _turned(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, direction: int) -> Te
     a, b = x_THE.chunk(2, dim=-1)
     y_a, y_b = y_THE.chunk(2, dim=-1)
     sin_a, sin_b = sin_TE[:, None].chunk(2, dim=-1)
-    y_a.addcmul_(b, sin_a, value=-direction)
+    y_a.addcmul_(b, sin_a, value=direction)
     y_b.addcmul_(a, sin_b, value=direction)
     return y_THE
 

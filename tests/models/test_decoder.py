@@ -11,6 +11,7 @@ from avlm.families.door import hugging_face_name
 from avlm.models.batch import Batch
 from avlm.models.decoder import rope_frequencies
 from avlm.weights.folder import read_config
+from tests.measurements.elementwise_bytes import compiled_block, eager_block
 from tests.models.handmade import assert_gradients_close, build, loaded, make_batch, save
 
 SIZES = {
@@ -144,3 +145,17 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
     stretched = rope_frequencies(dataclasses.replace(DECODER, rope_scaling=scaling))
     assert torch.equal(plain[:1], stretched[:1])
     assert torch.allclose(plain[-1:] / 8, stretched[-1:])
+
+
+def test_eager_work_between_products_moves_at_most_twice_the_bytes_of_fused_kernels():
+    """The rotation alone moves more: no operator of PyTorch adds two products, so that takes two passes."""
+    rows = eager_block(T=1024)
+    ratio = {name: moved / least for name, (moved, least) in rows.items()}
+    assert ratio["RMSNorm"] <= 1.5 and ratio["SwiGLU"] <= 1.75 and ratio["rotate"] <= 2.75, ratio
+    moved, least = map(sum, zip(*rows.values()))
+    assert moved <= 2 * least
+
+
+def test_compiled_work_between_products_moves_few_bytes_more_than_fused_kernels():
+    moved, least = compiled_block()
+    assert 0.95 * sum(least) <= sum(moved) <= 1.15 * sum(least)
