@@ -11,10 +11,13 @@ dk and dv, and a second kernel, whose programs own queries, for dq: seven produc
 T query rows   S key rows   H query heads   K key/value heads   E head dim   N segments
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.attention_configs import keys_config, one_pass, queries_config
 from kernels.attention_tiles import (
@@ -30,12 +33,12 @@ from kernels.attention_tiles import (
     locate,
     num_tiles,
     precision,
+    ranges,
     score_numbers,
-    seen_by,
-    seen_keys,
     store_tile,
 )
 from kernels.backend import num_processors
+from kernels.launch import launch
 from kernels.segments import Segments
 
 
@@ -96,11 +99,9 @@ def _keys_kernel(
     if first >= slot:
         return
     col = first + tl.arange(0, BLOCK_N)
-    last_col = tl.minimum(first + BLOCK_N, k_length) - 1
-    # As in the forward: the queries that see any of these keys (start to end), and those that see all of them.
-    low, high = seen_by(first_query_ptr, last_query_ptr, k_begin, col, k_length, q_length, CAUSAL)
-    start, whole_end = seen_by(first_query_ptr, last_query_ptr, k_begin, first, k_length, q_length, CAUSAL)
-    whole_start, end = seen_by(first_query_ptr, last_query_ptr, k_begin, last_col, k_length, q_length, CAUSAL)
+    low, high, start, end, whole_start, whole_end = ranges(
+        first_query_ptr, last_query_ptr, k_begin, first, k_length, q_length, CAUSAL, BLOCK_N, True
+    )
     low = tl.where(col < k_length, low, q_length)  # keys past the segment are seen by no query
     if first + BLOCK_N > k_length:
         whole_start = q_length
@@ -194,11 +195,9 @@ def _queries_kernel(
     if first >= slot:
         return
     row = first + tl.arange(0, BLOCK_M)
-    last_row = tl.minimum(first + BLOCK_M, q_length) - 1
-    low, high = seen_keys(first_ptr, last_ptr, q_begin, row, q_length, k_length, CAUSAL)
-    start, whole_end = seen_keys(first_ptr, last_ptr, q_begin, first, q_length, k_length, CAUSAL)
-    whole_start, end = seen_keys(first_ptr, last_ptr, q_begin, last_row, q_length, k_length, CAUSAL)
-
+    low, high, start, end, whole_start, whole_end = ranges(
+        first_ptr, last_ptr, q_begin, first, q_length, k_length, CAUSAL, BLOCK_M, False
+    )
     kh = h // group
     q = clear_past(load_tile(q_desc, q_begin + first, h, PITCH), E)
     dout = clear_past(load_tile(dout_desc, q_begin + first, h, PITCH), E)
@@ -240,81 +239,113 @@ def backward(
     k and v may be only some of the keys of that softmax; ring attention sums such shares. A NaN in a segment can reach
     the gradients of other segments that share its tiles: hidden pairs have p = 0, and 0 NaN is NaN.
     """
-    T, H, E = q_THE.shape
-    S, K, _ = k_SKE.shape
+    E = q_THE.shape[2]
     dtype = dtype or q_THE.dtype
     dq_THE = q_THE.new_empty(q_THE.shape, dtype=dtype)
-    if T == 0 or S == 0:
+    if len(q_THE) == 0 or len(k_SKE) == 0:
         return dq_THE.zero_(), k_SKE.new_zeros(k_SKE.shape, dtype=dtype), v_SKE.new_zeros(v_SKE.shape, dtype=dtype)
     add_dq = not deterministic and one_pass(E, q_THE.dtype, softcap)
-    config = keys_config(E, q_THE.dtype, add_dq)
-    block_e = config["BLOCK_E"]
-    q_THE = loadable(_without_spare_rows(q_THE, segments), block_e)
-    dout_THE = loadable(_without_spare_rows(dout_THE, segments), block_e)
-    k_SKE = loadable(_without_spare_rows(k_SKE, segments_k), block_e)
-    v_SKE = loadable(_without_spare_rows(v_SKE, segments_k), block_e)
-    seen = segments.intervals
-    common = dict(
-        lse2_ptr=lse2_HR,
-        delta_ptr=delta_HR,
-        cu_q_ptr=segments.cu_seqlens,
-        cu_k_ptr=segments_k.cu_seqlens,
-        used_q_ptr=segments.lengths,
-        used_k_ptr=segments_k.lengths,
-        N=len(segments),
-        ROWS=lse2_HR.shape[1],
-        scale=scale,
-        E=E,
-        PITCH=q_THE.shape[2],
-        CAUSAL=causal,
-        PRECISION=precision(q_THE.dtype),
-        **score_numbers(scale, softcap),
-    )
+    tile = keys_config(E, q_THE.dtype, add_dq, softcap)
+    q_THE = loadable(_without_spare_rows(q_THE, segments), tile["BLOCK_E"])
+    dout_THE = loadable(_without_spare_rows(dout_THE, segments), tile["BLOCK_E"])
+    k_SKE = loadable(_without_spare_rows(k_SKE, segments_k), tile["BLOCK_E"])
+    v_SKE = loadable(_without_spare_rows(v_SKE, segments_k), tile["BLOCK_E"])
+    tensors = q_THE, k_SKE, v_SKE, dout_THE, lse2_HR, delta_HR
+    numbers = scale, *score_numbers(scale, softcap)
+    constants = dict(E=E, PITCH=q_THE.shape[2], CAUSAL=causal, PRECISION=precision(q_THE.dtype))
     dq32_THE = q_THE.new_zeros(q_THE.shape, dtype=torch.float32) if add_dq else None
-    key_tiles = num_tiles(S, segments_k, config["BLOCK_N"])
-    parts = num_parts(key_tiles * K, H // K, num_processors(q_THE))
+    dk_SKE, dv_SKE = _launch_keys(tensors, dq32_THE, dtype, segments, segments_k, numbers, constants | tile)
+    if add_dq:
+        torch.mul(dq32_THE[:, :, :E], scale, out=dq_THE)
+    else:
+        tile = queries_config(E, q_THE.dtype)
+        _launch_queries(tensors, dq_THE, segments, segments_k, numbers, constants | tile)
+    return dq_THE, dk_SKE, dv_SKE
+
+
+def _launch_keys(
+    tensors: tuple[Tensor, ...],
+    dq32_THE: Tensor | None,
+    dtype: torch.dtype,
+    segments: Segments,
+    segments_k: Segments,
+    numbers: tuple,
+    constants: dict,
+) -> tuple[Tensor, Tensor]:
+    """dk and dv; adds to dq32, unless that is None."""
+    q_THE, k_SKE, _, _, lse2_HR, delta_HR = tensors
+    T, H, _ = q_THE.shape
+    S, K, _ = k_SKE.shape
+    E, block_m, block_e = constants["E"], constants["BLOCK_M"], constants["BLOCK_E"]
+    tiles = num_tiles(S, segments_k, constants["BLOCK_N"])
+    parts = num_parts(tiles * K, H // K, num_processors(q_THE))
     group = H // K // parts
     part_dtype = dtype if parts == 1 else torch.float32
     dk_PSKE = k_SKE.new_empty((parts, S, K, E), dtype=part_dtype)
     dv_PSKE = k_SKE.new_empty((parts, S, K, E), dtype=part_dtype)
-    bytes_of_a_row = 2 * E * q_THE.element_size()
-    _keys_kernel[(key_tiles * K * parts,)](
-        **_descriptors(q_THE, k_SKE, v_SKE, dout_THE, config),
-        dq_desc=descriptor(dq32_THE, config["BLOCK_M"], block_e) if add_dq else None,
-        dk_ptr=dk_PSKE,
-        dv_ptr=dv_PSKE,
-        first_query_ptr=seen and seen.first_query_S,
-        last_query_ptr=seen and seen.last_query_S,
-        S=S,
-        heads=K * parts,
-        group=group,
-        parts=parts,
-        section=heads_in_turn(K * parts, T * bytes_of_a_row * group),
-        ADD_DQ=add_dq,
-        **common,
-        **config,
+    arguments = (
+        *_descriptors(tensors, constants),
+        lse2_HR,
+        delta_HR,
+        None if dq32_THE is None else descriptor(dq32_THE, block_m, block_e),
+        dk_PSKE,
+        dv_PSKE,
+        segments.cu_seqlens,
+        segments_k.cu_seqlens,
+        segments.lengths,
+        segments_k.lengths,
+        segments.intervals and segments.intervals.first_query_S,
+        segments.intervals and segments.intervals.last_query_S,
+        S,
+        len(segments),
+        lse2_HR.shape[1],
+        K * parts,
+        group,
+        parts,
+        heads_in_turn(K * parts, 2 * T * E * group * q_THE.element_size()),
+        *numbers,
     )
-    if add_dq:
-        torch.mul(dq32_THE[:, :, :E], scale, out=dq_THE)
-    else:
-        config = queries_config(E, q_THE.dtype)
-        _queries_kernel[(num_tiles(T, segments, config["BLOCK_M"]) * H,)](
-            **_descriptors(q_THE, k_SKE, v_SKE, dout_THE, config),
-            dq_ptr=dq_THE,
-            first_ptr=seen and seen.first_T,
-            last_ptr=seen and seen.last_T,
-            T=T,
-            heads=H,
-            group=H // K,
-            section=heads_in_turn(K, S * bytes_of_a_row) * (H // K),
-            **common,
-            **config,
-        )
+    launch(_keys_kernel, tiles * K * parts, arguments, constants | dict(ADD_DQ=dq32_THE is not None))
     if parts == 1:
-        return dq_THE, dk_PSKE[0], dv_PSKE[0]
-    return dq_THE, dk_PSKE.sum(0).to(dtype), dv_PSKE.sum(0).to(dtype)
+        return dk_PSKE[0], dv_PSKE[0]
+    return dk_PSKE.sum(0).to(dtype), dv_PSKE.sum(0).to(dtype)
 
 
+def _launch_queries(
+    tensors: tuple[Tensor, ...],
+    dq_THE: Tensor,
+    segments: Segments,
+    segments_k: Segments,
+    numbers: tuple,
+    constants: dict,
+) -> None:
+    q_THE, k_SKE, _, _, lse2_HR, delta_HR = tensors
+    T, H, _ = q_THE.shape
+    S, K, _ = k_SKE.shape
+    E = constants["E"]
+    arguments = (
+        *_descriptors(tensors, constants),
+        lse2_HR,
+        delta_HR,
+        dq_THE,
+        segments.cu_seqlens,
+        segments_k.cu_seqlens,
+        segments.lengths,
+        segments_k.lengths,
+        segments.intervals and segments.intervals.first_T,
+        segments.intervals and segments.intervals.last_T,
+        T,
+        len(segments),
+        lse2_HR.shape[1],
+        H,
+        H // K,
+        heads_in_turn(K, 2 * S * E * q_THE.element_size()) * (H // K),
+        *numbers,
+    )
+    launch(_queries_kernel, num_tiles(T, segments, constants["BLOCK_M"]) * H, arguments, constants)
+
+
+@cache
 def num_parts(programs: int, group: int, processors: int) -> int:
     """Parts of dk and dv, which are summed in the end: as many as give each processor three programs, if the ``group``
     of query heads that share a key head can be divided so."""
@@ -322,14 +353,10 @@ def num_parts(programs: int, group: int, processors: int) -> int:
     return next((parts for parts in divisors if programs * parts >= 3 * processors), group)
 
 
-def _descriptors(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor, dout_THE: Tensor, config: dict) -> dict:
-    block_e = config["BLOCK_E"]
-    return dict(
-        q_desc=descriptor(q_THE, config["BLOCK_M"], block_e),
-        k_desc=descriptor(k_SKE, config["BLOCK_N"], block_e),
-        v_desc=descriptor(v_SKE, config["BLOCK_N"], block_e),
-        dout_desc=descriptor(dout_THE, config["BLOCK_M"], block_e),
-    )
+def _descriptors(tensors: tuple[Tensor, ...], tile: dict) -> list[TensorDescriptor]:
+    """Of q, k, v and dout."""
+    m, n, e = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_E"]
+    return [descriptor(x, rows, e) for x, rows in zip(tensors, (m, n, n, m))]
 
 
 def _without_spare_rows(x_THE: Tensor, segments: Segments) -> Tensor:

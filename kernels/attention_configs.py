@@ -8,14 +8,14 @@ are asked for two rounds ahead.
 What a thread has: 255 registers, or 128 if two programs of 8 warps share a multiprocessor, which has 227 KB.
 """
 
+from functools import cache
+
 import torch
-import triton
 
 from kernels.attention_tiles import padded_head_dim
-from kernels.backend import INTERPRETED
+from kernels.backend import COMPILER, INTERPRETED
 
 HOPPER = 90
-COMPILER = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 # Products whose left operand waits in registers over the end of an iteration. Triton before 3.8 overwrites it while the
 # product reads it (its issue 9433): a wrong result without an error.
@@ -62,6 +62,11 @@ DK_DV_AND_DQ = {
     (HOPPER, 64, True): _tile(64, 128, 3, LATE_DK=True),
 }
 
+DK_DV_CAPPED = {
+    # The scores have to stay for the derivative of the cap: with 128 keys 8 bytes spill (Triton 3.8).
+    (HOPPER, 128, True): _tile(32, 64, 3, LATE_DK=False),
+}
+
 DQ = {
     (HOPPER, 64, True): _tile(128, 64, 3),
     (HOPPER, 128, True): _tile(128, 64, 3),
@@ -80,6 +85,7 @@ def _look_up(E: int, dtype: torch.dtype, *tables: dict) -> dict:
     return tile | dict(BLOCK_E=block_e)
 
 
+@cache
 def forward_config(E: int, dtype: torch.dtype, earlier: bool) -> dict:
     """``earlier``: with results of earlier keys, which the kernel continues from."""
     return _look_up(E, dtype, *[FORWARD_FROM_EARLIER] * earlier, FORWARD)
@@ -91,11 +97,13 @@ def one_pass(E: int, dtype: torch.dtype, softcap: float | None) -> bool:
     return E <= 64 and dtype != torch.float32 and softcap is None and not INTERPRETED
 
 
-def keys_config(E: int, dtype: torch.dtype, add_dq: bool) -> dict:
+@cache
+def keys_config(E: int, dtype: torch.dtype, add_dq: bool, softcap: float | None) -> dict:
     """Of dk and dv; ``add_dq``: and dq, in one pass."""
-    return _look_up(E, dtype, *[DK_DV_AND_DQ] * add_dq, DK_DV)
+    return _look_up(E, dtype, *[DK_DV_AND_DQ] * add_dq, *[DK_DV_CAPPED] * (softcap is not None), DK_DV)
 
 
+@cache
 def queries_config(E: int, dtype: torch.dtype) -> dict:
     """Of dq in the two-pass form."""
     return _look_up(E, dtype, DQ)

@@ -27,10 +27,11 @@ from kernels.attention_tiles import (
     locate,
     num_tiles,
     precision,
+    ranges,
     score_numbers,
-    seen_keys,
 )
 from kernels.backend import LN_2
+from kernels.launch import launch
 from kernels.segments import Segments
 
 _LN_2 = tl.constexpr(LN_2)
@@ -54,6 +55,23 @@ def _merge(lse, other):
     total = weight + tl.exp(other - base)
     share = tl.where(total == 0.0, 0.0, weight / total)
     return share, base + tl.log(total)
+
+
+@triton.jit
+def _store(out_ptr, lse_ptr, earlier_out_ptr, earlier_lse_ptr, o, lse, begin, row, slot, h, heads, T, E: tl.constexpr):
+    """Write out and lse of a tile, together with those of earlier keys if there are any."""
+    rows = (begin + row).to(tl.int64)
+    e = tl.arange(0, o.shape[1])
+    offset = (rows * heads + h)[:, None] * E + e[None, :]
+    inside = (row < slot)[:, None] & (e < E)[None, :]
+    lse_row = h.to(tl.int64) * T + rows
+    if earlier_out_ptr is not None:
+        earlier = tl.load(earlier_lse_ptr + lse_row, mask=row < slot, other=NOTHING)
+        keep, lse = _merge(earlier, lse)
+        earlier_out = tl.load(earlier_out_ptr + offset, mask=inside, other=0.0)
+        o = o * (1.0 - keep)[:, None] + earlier_out * keep[:, None]
+    tl.store(out_ptr + offset, o.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + lse_row, lse, mask=row < slot)
 
 
 @triton.jit(do_not_specialize=["T", "N", "heads", "group", "section"])
@@ -100,12 +118,9 @@ def _forward_kernel(
     row = first + tl.arange(0, BLOCK_M)
     col = tl.arange(0, BLOCK_N)
     kh = h // group
-    # What a row sees begins and ends no earlier than what the row before it sees. So the tile's first and last row tell
-    # which blocks any row sees (start to last), and from where to where all rows see every key.
-    low, high = seen_keys(first_ptr, last_ptr, q_begin, row, q_length, k_length, CAUSAL)
-    last_row = tl.minimum(first + BLOCK_M, q_length) - 1
-    start, whole_end = seen_keys(first_ptr, last_ptr, q_begin, first, q_length, k_length, CAUSAL)
-    whole_start, end = seen_keys(first_ptr, last_ptr, q_begin, last_row, q_length, k_length, CAUSAL)
+    low, high, start, end, whole_start, whole_end = ranges(
+        first_ptr, last_ptr, q_begin, first, q_length, k_length, CAUSAL, BLOCK_M, False
+    )
     WITH_LOW: tl.constexpr = first_ptr is not None
     start = start // BLOCK_N * BLOCK_N
     last = start + (tl.maximum(tl.cdiv(end - start, BLOCK_N), 1) - 1) * BLOCK_N
@@ -154,18 +169,7 @@ def _forward_kernel(
     z = tl.where(empty, 1.0, z)
     o = tl.where(empty[:, None], 0.0, o / z[:, None])
     lse = tl.where(empty, NOTHING, (m + tl.log2(z)) * _LN_2)
-    rows = (q_begin + row).to(tl.int64)
-    e = tl.arange(0, BLOCK_E)
-    offset = (rows * heads + h)[:, None] * E + e[None, :]
-    inside = (row < slot)[:, None] & (e < E)[None, :]
-    lse_row = h.to(tl.int64) * T + rows
-    if earlier_out_ptr is not None:
-        earlier = tl.load(earlier_lse_ptr + lse_row, mask=row < slot, other=NOTHING)
-        keep, lse = _merge(earlier, lse)
-        earlier_out = tl.load(earlier_out_ptr + offset, mask=inside, other=0.0)
-        o = o * (1.0 - keep)[:, None] + earlier_out * keep[:, None]
-    tl.store(out_ptr + offset, o.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + lse_row, lse, mask=row < slot)
+    _store(out_ptr, lse_ptr, earlier_out_ptr, earlier_lse_ptr, o, lse, q_begin, row, slot, h, heads, T, E)
 
 
 def forward(
@@ -196,16 +200,13 @@ def forward(
         if earlier is not None:
             return out_THE.copy_(earlier[0]), lse_HT.copy_(earlier[1])
         return out_THE.zero_(), lse_HT.fill_(-torch.inf)
-    config = forward_config(E, q_THE.dtype, earlier is not None)
-    block_e = config["BLOCK_E"]
-    q_THE, k_SKE, v_SKE = (loadable(x, block_e) for x in (q_THE, k_SKE, v_SKE))
-    section = heads_in_turn(K, 2 * S * E * k_SKE.element_size()) * (H // K)
-    grid = (num_tiles(T, segments, config["BLOCK_M"]) * H,)
-    seen = segments.intervals
-    _forward_kernel[grid](
-        descriptor(q_THE, config["BLOCK_M"], block_e),
-        descriptor(k_SKE, config["BLOCK_N"], block_e),
-        descriptor(v_SKE, config["BLOCK_N"], block_e),
+    tile = forward_config(E, q_THE.dtype, earlier is not None)
+    block_m, block_n, block_e = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_E"]
+    q_THE, k_SKE, v_SKE = loadable(q_THE, block_e), loadable(k_SKE, block_e), loadable(v_SKE, block_e)
+    arguments = (
+        descriptor(q_THE, block_m, block_e),
+        descriptor(k_SKE, block_n, block_e),
+        descriptor(v_SKE, block_n, block_e),
         out_THE,
         lse_HT,
         earlier_out,
@@ -214,18 +215,15 @@ def forward(
         segments_k.cu_seqlens,
         segments.lengths,
         segments_k.lengths,
-        seen and seen.first_T,
-        seen and seen.last_T,
+        segments.intervals and segments.intervals.first_T,
+        segments.intervals and segments.intervals.last_T,
         T,
         len(segments),
         H,
         H // K,
-        section,
-        **score_numbers(scale, softcap),
-        E=E,
-        PITCH=q_THE.shape[2],
-        CAUSAL=causal,
-        PRECISION=precision(q_THE.dtype),
-        **config,
+        heads_in_turn(K, 2 * S * E * k_SKE.element_size()) * (H // K),
+        *score_numbers(scale, softcap),
     )
+    constants = dict(E=E, PITCH=q_THE.shape[2], CAUSAL=causal, PRECISION=precision(q_THE.dtype), **tile)
+    launch(_forward_kernel, num_tiles(T, segments, block_m) * H, arguments, constants)
     return out_THE, lse_HT

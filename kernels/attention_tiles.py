@@ -3,6 +3,8 @@
 T query rows   S key rows   H heads   E head dim   N segments
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -10,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels import launch
 from kernels.backend import LOG2_E
 from kernels.segments import Segments
 
@@ -70,7 +73,7 @@ def locate(cu_ptr, used_ptr, other_cu_ptr, other_used_ptr, num_rows, N, tile, BL
 
 
 @triton.jit
-def seen_keys(first_ptr, last_ptr, begin, row, length, k_length, CAUSAL: tl.constexpr):
+def _seen_keys(first_ptr, last_ptr, begin, row, length, k_length, CAUSAL: tl.constexpr):
     """low, high: the query at ``row`` of its segment (a number or a vector) sees the keys low <= j < high."""
     if first_ptr is not None:
         known = begin + tl.maximum(tl.minimum(row, length - 1), 0)
@@ -85,7 +88,7 @@ def seen_keys(first_ptr, last_ptr, begin, row, length, k_length, CAUSAL: tl.cons
 
 
 @triton.jit
-def seen_by(first_ptr, last_ptr, begin, col, length, q_length, CAUSAL: tl.constexpr):
+def _seen_by(first_ptr, last_ptr, begin, col, length, q_length, CAUSAL: tl.constexpr):
     """low, high: the key at ``col`` of its segment (a number or a vector) is seen by the queries low <= i < high."""
     if first_ptr is not None:
         known = begin + tl.maximum(tl.minimum(col, length - 1), 0)
@@ -97,6 +100,35 @@ def seen_by(first_ptr, last_ptr, begin, col, length, q_length, CAUSAL: tl.conste
         if CAUSAL:
             low = tl.maximum(col - (length - q_length), 0)
     return low, high
+
+
+@triton.jit
+def ranges(
+    first_ptr,
+    last_ptr,
+    begin,
+    first,
+    length,
+    other_length,
+    CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+):
+    """What the BLOCK rows of a tile see on the other side: low and high of each row; start and end, what any of them
+    sees; whole_start and whole_end, what all of them see. OF_KEYS: rows are keys, and queries see them.
+
+    What a row sees begins and ends no earlier than what the row before it sees. So the first and the last row tell."""
+    row = first + tl.arange(0, BLOCK)
+    last_row = tl.minimum(first + BLOCK, length) - 1
+    if OF_KEYS:
+        low, high = _seen_by(first_ptr, last_ptr, begin, row, length, other_length, CAUSAL)
+        start, whole_end = _seen_by(first_ptr, last_ptr, begin, first, length, other_length, CAUSAL)
+        whole_start, end = _seen_by(first_ptr, last_ptr, begin, last_row, length, other_length, CAUSAL)
+    else:
+        low, high = _seen_keys(first_ptr, last_ptr, begin, row, length, other_length, CAUSAL)
+        start, whole_end = _seen_keys(first_ptr, last_ptr, begin, first, length, other_length, CAUSAL)
+        whole_start, end = _seen_keys(first_ptr, last_ptr, begin, last_row, length, other_length, CAUSAL)
+    return low, high, start, end, whole_start, whole_end
 
 
 @triton.jit
@@ -154,11 +186,11 @@ def bits(p, DTYPE: tl.constexpr):
     return p.to(DTYPE).to(INTEGER, bitcast=True)
 
 
-def score_numbers(scale: float, softcap: float | None) -> dict[str, float | None]:
-    """Arguments of the kernels: exp(score) = exp2(scale_log2 * capped(q . k))."""
+def score_numbers(scale: float, softcap: float | None) -> tuple[float, float | None, float | None]:
+    """scale_log2, cap_scale and softcap of the kernels: exp(score) = exp2(scale_log2 * capped(q . k))."""
     if softcap is None:
-        return dict(scale_log2=scale * LOG2_E, cap_scale=None, softcap=None)
-    return dict(scale_log2=LOG2_E, cap_scale=2 * LOG2_E * scale / softcap, softcap=softcap)
+        return scale * LOG2_E, None, None
+    return LOG2_E, 2 * LOG2_E * scale / softcap, softcap
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -169,7 +201,7 @@ def precision(dtype: torch.dtype) -> str:
 def descriptor(x_THE: Tensor, rows: int, block_e: int) -> TensorDescriptor:
     """Lets the copy engine load ``rows`` rows and ``block_e`` columns of x, from a head's first column on."""
     T, H, E = x_THE.shape
-    return TensorDescriptor(x_THE, [T, H * E], [x_THE.stride(0), 1], [rows, block_e])
+    return launch.descriptor(x_THE, [T, H * E], [x_THE.stride(0), 1], [rows, block_e])
 
 
 def loadable(x_THE: Tensor, block_e: int) -> Tensor:
@@ -189,6 +221,7 @@ def num_tiles(rows: int, segments: Segments, block: int) -> int:
     return rows // block + len(segments)
 
 
+@cache
 def heads_in_turn(heads: int, bytes_of_a_head: int) -> int:
     """``section`` of ``find_program``: the largest divisor of ``heads`` whose rows fit into the cache together."""
     most = max(1, SHARED_CACHE // max(1, bytes_of_a_head))

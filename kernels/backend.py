@@ -92,7 +92,10 @@ def activate_flash_attention(name: str, arch: int) -> None:
 
 def num_processors(x: Tensor) -> int:
     """Multiprocessors of the GPU; 16 in the interpreter, so that work is shared out there as well."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 16
+    return _properties(x.device.index).multi_processor_count if x.is_cuda else 16
+
+
+_properties = cache(torch.cuda.get_device_properties)
 
 
 def needs_graph(*tensors: Tensor) -> bool:

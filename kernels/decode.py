@@ -169,8 +169,9 @@ def _config(E: int, group: int, itemsize: int) -> dict[str, int]:
     """Tile sizes and launch options of the split kernel. Its test checks what they compile to."""
     rows = max(16, triton.next_power_of_2(group))  # tl.dot takes at least 16
     block_e = max(16, triton.next_power_of_2(E))
-    block_s = min(128, TILE_BYTES // (block_e * itemsize))
-    tile = {"ROWS": rows, "BLOCK_S": block_s, "BLOCK_E": block_e, "num_stages": 3}
+    block_s = min(64, TILE_BYTES // (block_e * itemsize))
+    num_stages = 3 if block_s * block_e * itemsize == TILE_BYTES else 5  # small tiles: more of them on their way
+    tile = {"ROWS": rows, "BLOCK_S": block_s, "BLOCK_E": block_e, "num_stages": num_stages}
     if rows * block_e * itemsize > 4096:
         return {**tile, "num_warps": 8}
     return {**tile, "num_warps": 4, "maxnreg": 168}  # of 65,536 registers: three programs of 128 threads

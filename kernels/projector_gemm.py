@@ -22,6 +22,7 @@ from kernels.projector_rows import check_indices
 
 GROUP = tl.constexpr(8)  # rows of tiles that run at the same time, so that they share weights in the L2 cache
 SQRT_HALF = tl.constexpr(0.7071067811865476)
+INNER = {torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}  # columns of a tile of an operand
 DENSITY = tl.constexpr(0.3989422804014327)  # of the normal distribution at 0: 1 / sqrt(2 pi)
 
 
@@ -206,15 +207,17 @@ def _dgelu_kernel(
 
 
 def config(dtype: torch.dtype, reads_z: bool = False) -> dict:
-    """Tile sizes and launch options. tests/kernels/test_projector_compiled.py checks what they compile to.
+    """Tile sizes and launch options. tests/kernels/test_compiled_elsewhere.py checks what they compile to.
 
     128 x 256 is the largest tile in half precision whose sums fit into registers; smaller tiles would need more
     bandwidth than the L2 cache has while the tensor cores are busy. float32 is meant to be exact, not fast.
     """
     if dtype == torch.float32:
-        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, PRECISION="ieee", num_warps=8, num_stages=2)
-    stages = 3 if reads_z else 4  # as many as fit into shared memory, where a tile is written while the next one loads
-    return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, PRECISION="tf32", num_warps=8, num_stages=stages)
+        return dict(BLOCK_M=64, BLOCK_N=64, PRECISION="ieee", num_warps=8, num_stages=2)
+    columns = 128 if reads_z and backend.COMPILER >= (3, 8) else 256  # with 256, Triton 3.8 spills 104 bytes
+    # As many stages as fit into shared memory, where a tile is written while the next one loads.
+    stages = 3 if reads_z and columns == 256 else 4
+    return dict(BLOCK_M=128, BLOCK_N=columns, PRECISION="tf32", num_warps=8, num_stages=stages)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -257,8 +260,8 @@ def projector_up_op(
     P, C = x_PC.shape
     h_RF, z_RF = _fake_up(x_PC, source_RS, w1_FK, b1_F, save_z)
     R, hidden = h_RF.shape
-    tile = config(x_PC.dtype)
-    rows, columns, inner = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    tile, inner = config(x_PC.dtype), INNER[x_PC.dtype]
+    rows, columns = tile["BLOCK_M"], tile["BLOCK_N"]
     if backend.DEBUG and source_RS is not None:
         check_indices("source", source_RS, P, padding=True)
     if R == 0:
@@ -310,10 +313,10 @@ def projector_down_op(into_TD: Tensor, rows_R: Tensor | None, h_RF: Tensor, w2_D
         check_indices("rows", rows_R, T, distinct=True)
     if R == 0:
         return
-    tile = config(h_RF.dtype)
+    tile, inner = config(h_RF.dtype), INNER[h_RF.dtype]
     _down_kernel[_grid(h_RF, D, tile)](
-        _descriptor(h_RF, tile["BLOCK_M"], tile["BLOCK_K"]),
-        _descriptor(w2_DF, tile["BLOCK_N"], tile["BLOCK_K"]),
+        _descriptor(h_RF, tile["BLOCK_M"], inner),
+        _descriptor(w2_DF, tile["BLOCK_N"], inner),
         b2_D.contiguous(),
         None if rows_R is None else rows_R.contiguous(),
         into_TD,
@@ -332,12 +335,12 @@ def projector_dgelu_op(dy_RD: Tensor, w2_DF: Tensor, z_RF: Tensor, want_h: bool)
     dz_RF, h_RF, db1_F = _fake_dgelu(dy_RD, w2_DF, z_RF, want_h)
     if R == 0:
         return dz_RF, h_RF, db1_F.zero_()
-    tile = config(z_RF.dtype, reads_z=True)
+    tile, inner = config(z_RF.dtype, reads_z=True), INNER[z_RF.dtype]
     rows, half = tile["BLOCK_M"], tile["BLOCK_N"] // 2
     db1_MF = db1_F.new_empty((triton.cdiv(R, rows), hidden))  # sums over the rows of each tile
     _dgelu_kernel[_grid(z_RF, hidden, tile)](
-        _descriptor(dy_RD, rows, tile["BLOCK_K"]),
-        _descriptor(w2_DF, tile["BLOCK_K"], tile["BLOCK_N"]),
+        _descriptor(dy_RD, rows, inner),
+        _descriptor(w2_DF, inner, tile["BLOCK_N"]),
         _descriptor(z_RF, rows, half),
         _descriptor(dz_RF, rows, half),
         _descriptor(h_RF, rows, half) if want_h else None,

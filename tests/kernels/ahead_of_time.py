@@ -17,6 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from kernels import launch
+
 # Bytes of shared memory that one program may have (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY = {sm: kb * 1024 for sm, kb in {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}.items()}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -124,11 +126,13 @@ def compiled_by(call: Callable[[], object], sm: int = 90) -> list[Compiled]:
         found.append(Compiled(kernel.fn.__name__, asm["cubin"], result.metadata.shared, asm["ttgir"], asm["ptx"]))
         return result
 
+    launch.forget()
     JITFunction.run = compile_only
     triton.runtime.driver.set_active(_Driver(sm))
     try:
         call()
     finally:
+        launch.forget()
         JITFunction.run = run
         triton.runtime.driver._active = active
     return found

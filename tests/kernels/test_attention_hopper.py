@@ -1,7 +1,4 @@
-"""The Hopper kernel: what it refuses, what its machine code has to show, and, on such a GPU, the formula."""
-
-import re
-from functools import lru_cache
+"""The Hopper kernel: what it refuses and, on such a GPU, the formula. ``test_compiled`` reads its machine code."""
 
 import pytest
 import torch
@@ -10,10 +7,8 @@ from torch import Tensor
 from kernels import attention_hopper
 from kernels.attention import attention_with_lse_reference
 from kernels.segments import Segments
-from tests.kernels.ahead_of_time import SHARED_MEMORY, Compiled, compile_for_hopper
 
 CONFIGURATIONS = pytest.mark.parametrize(("head_dim", "causal"), [(64, False), (64, True), (128, False), (128, True)])
-EXPONENTIALS = 64  # of a thread and block: 64 * 128 scores by 128 threads
 
 # name: (query lengths, key lengths or None for the same)
 LAYOUTS = {
@@ -47,83 +42,6 @@ def in_the_same_dtype(q, k, v, segments: Segments, segments_k: Segments, causal:
             s_HQL = s_HQL.masked_fill(s_HQL.new_ones(Q, L).bool().triu(L - Q + 1), -torch.inf)
         out[q_start : q_start + Q] = (s_HQL.softmax(-1).nan_to_num(0.0) @ v_HLE).transpose(0, 1)
     return out
-
-
-@lru_cache
-def compiled(head_dim: int, causal: bool) -> Compiled:
-    tile = lambda rows: f"tensordesc<bf16[1, 1, {rows}, 1, {head_dim}],{attention_hopper.TILE_LAYOUT!r}>"
-    types = {"q_desc": tile(64), "k_desc": tile(128), "v_desc": tile(128), "out_desc": tile(64)}
-    types |= {"lse_ptr": "*fp32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "scale_log2": "fp32"}
-    types |= dict.fromkeys(("N", "T", "GROUP"), "i32")
-    aligned = ["lse_ptr", "cu_q_ptr", "cu_k_ptr"]
-    options = {"num_warps": 4, "maxnreg": attention_hopper.REGISTERS}
-    return compile_for_hopper(attention_hopper.forward_kernel, types, {"CAUSAL": causal}, aligned, **options)
-
-
-def instructions(sass: str) -> list[str]:
-    """Without addresses and predicates."""
-    return [re.sub(r"^@!?U?P\S+\s+", "", text) for text in re.findall(r"/\*\w{4,}\*/\s+([^;]*?)\s*;", sass)]
-
-
-def pending(instruction: str) -> int | None:
-    """How many products may stay in flight after a wait; None if it is none."""
-    wait = re.match(r"WARPGROUP\.DEPBAR\S* \S+ (0x\w+)", instruction)
-    return int(wait[1], 16) if wait else None
-
-
-def exponentials_per_wait(sass: str) -> list[int]:
-    """Between each wait for QK, which leaves PV in flight, and the wait for PV that follows."""
-    counts, in_flight = [], False
-    for instruction in instructions(sass):
-        if (left := pending(instruction)) is not None:
-            in_flight = left > 0
-            counts += [0] if in_flight else []
-        elif in_flight and instruction.startswith("MUFU.EX2"):
-            counts[-1] += 1
-    return counts
-
-
-def overwritten_operands(sass: str) -> list[str]:
-    """Instructions that write a register from which a product in flight reads (as in Triton's issue 9433)."""
-    found, groups, group = [], [], set()
-    for instruction in instructions(sass):
-        if instruction.startswith("HGMMA"):
-            if operand := re.search(r", R(\d+), gdesc", instruction):
-                group = group | set(range(int(operand[1]), int(operand[1]) + 4))
-            if instruction.endswith("gsb0"):
-                groups, group = [*groups, group], set()
-        elif (left := pending(instruction)) is not None:
-            groups = groups[len(groups) - left :]
-        elif written := re.match(r"(\S+)\s+(?:PT?\d?, )?R(\d+),", instruction):
-            width = 2 if ".64" in written[1] or ".WIDE" in written[1] else 1
-            if group.union(*groups) & set(range(int(written[2]), int(written[2]) + width)):
-                found.append(instruction)
-    return found
-
-
-@pytest.mark.compiler
-@CONFIGURATIONS
-def test_it_compiles_to_specialised_warps_without_spills(head_dim, causal):
-    code = compiled(head_dim, causal)
-    assert code.stack == 0 and code.shared <= SHARED_MEMORY
-    assert code.count("HGMMA") and code.count("UTMALDG") and code.count("UTMASTG") and code.count("USETMAXREG")
-
-
-@pytest.mark.compiler
-@CONFIGURATIONS
-def test_exponentials_run_under_a_product_in_every_loop_of_every_consumer(head_dim, causal):
-    code = compiled(head_dim, causal)
-    counts = exponentials_per_wait(code.sass)
-    assert len(counts) == 4 and min(counts) >= EXPONENTIALS // 2, counts
-    assert code.exps_under_product() >= EXPONENTIALS // 2
-
-
-@pytest.mark.compiler
-@CONFIGURATIONS
-def test_nothing_writes_the_probabilities_while_a_product_reads_them(head_dim, causal):
-    sass = compiled(head_dim, causal).sass
-    assert overwritten_operands(sass) == []
-    assert overwritten_operands(sass.replace("gsb0, 0x0", "gsb0, 0x1"))  # it would be seen
 
 
 def test_other_inputs_are_refused_by_name():

@@ -167,7 +167,7 @@ def test_the_second_tier(head_dim, causal):
 
 
 if __name__ == "__main__":
-    print("kernel            launch               registers  spilled  shared KB  copies ahead  exponentials under a product")
+    print("kernel            launch               registers  spilled  shared KB  copies ahead  exps under a product")
     for launch, run in [(x, x.forward) for x in FORWARD] + [(x, x.backward) for x in BACKWARD]:
         for code in compiled_by(run):
             ahead = "/".join(str(before) for before, _ in rounds(code))

@@ -1,12 +1,11 @@
-"""Linear cross entropy under torch.compile, torch.func and checkpoints, and what becomes of its kernel on Hopper."""
+"""Linear cross entropy under torch.compile, torch.func and checkpoints."""
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kernels import cross_entropy, cross_entropy_rows
+from kernels import cross_entropy
 from kernels.cross_entropy import linear_cross_entropy
-from tests.kernels.ahead_of_time import SHARED_MEMORY, compile_for_hopper
 from tests.kernels.test_cross_entropy import DEVICE, _memory_starts_as_nan, inputs  # noqa: F401 (a fixture)
 
 
@@ -45,34 +44,3 @@ def test_checkpointing_and_torch_func_see_one_op():
     kept = torch.autograd.grad(checkpoint(run, hidden, weight, use_reentrant=False), (hidden, weight))
     functional = torch.func.grad(run, argnums=(0, 1))(hidden, weight)
     assert all(a.equal(b) and a.equal(c) for a, b, c in zip(expected, kept, functional))
-
-
-@pytest.mark.compiler
-@pytest.mark.parametrize(
-    ("V", "dtype", "softcap", "phases"),
-    [
-        (128256, "bf16", None, ["RF"]),
-        (50257, "bf16", 30.0, ["RF"]),
-        (128256, "fp32", 30.0, ["RF"]),
-        (152064, "fp16", None, ["R", "F"]),
-        (11, "bf16", None, ["RF"]),
-    ],
-)
-def test_the_kernel_reads_and_writes_whole_vectors_without_spills(V, dtype, softcap, phases):
-    config = cross_entropy_rows._config(V)
-    num_warps = config.pop("num_warps")
-    pointers = {"logits_ptr": f"*{dtype}", "target_ptr": "*i64", "loss_ptr": "*fp32"}
-    pointers |= {} if phases == ["RF"] else {"max_ptr": "*fp32", "sums_ptr": "*fp32"}
-    types = pointers | dict.fromkeys(("V", "width", "first"), "i32")
-    types |= {} if softcap is None else {"softcap": "fp32"}
-    constants = config | {"GRADIENT": True, "IGNORED": cross_entropy_rows.IGNORED}
-    constants |= dict.fromkeys({"max_ptr", "sums_ptr", "softcap"} - types.keys())
-    for phase in phases:
-        constants |= {"READ": "R" in phase, "FINISH": "F" in phase}
-        kernel, aligned = cross_entropy_rows._losses_kernel, [*pointers, "width"]
-        code = compile_for_hopper(kernel, types, constants, aligned, num_warps=num_warps)
-        assert code.stack == 0 and code.shared <= SHARED_MEMORY
-        assert 32 * num_warps * code.registers <= 65536
-        if V > 16:  # the target's logit comes alone
-            assert "LDG.E.128" in code.sass and code.count("LDG.E.U16") <= 1
-            assert ("STG.E.128" in code.sass) == ("F" in phase) and "STG.E.U16" not in code.sass

@@ -10,7 +10,6 @@ from torch import Tensor
 from kernels import decode
 from kernels.backend import INTERPRETED, implementation
 from kernels.decode import decode_attention
-from tests.kernels.ahead_of_time import SHARED_MEMORY, compile_for_hopper
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
@@ -233,31 +232,3 @@ def test_a_long_cache_in_equal_bits_without_waiting_for_the_device(E, dtype):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert first.equal(second)
-
-
-@pytest.mark.compiler
-@pytest.mark.parametrize(("E", "dtype"), [(64, "bf16"), (128, "bf16"), (80, "fp16"), (256, "bf16"), (128, "fp32")])
-def test_the_split_kernel_streams_without_spills_and_fits_a_processor_as_often_as_it_counts_on(E, dtype):
-    config = decode._config(E, 4, 4 if dtype == "fp32" else 2)
-    options = {name: config.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in config}
-    pointers = dict.fromkeys(["q_ptr", "k_ptr", "v_ptr"], f"*{dtype}")
-    pointers |= {"length_ptr": "*i64", "out_ptr": "*fp32", "lse_ptr": "*fp32"}
-    strides = dict.fromkeys([f"{cache}_stride_{dim}" for cache in "kv" for dim in "bsk"], "i32")
-    types = {**pointers, **strides, "S": "i32", "num_splits": "i32", "scale_log2": "fp32"}
-    constants = {"GROUP": 4, "E": E, "MIN_SPLIT": decode.MIN_SPLIT, **config}
-    code = compile_for_hopper(decode._split_kernel, types, constants, [*pointers, *strides], **options)
-    assert code.stack == 0 and code.shared <= SHARED_MEMORY
-    assert "LDGSTS.E.BYPASS.128" in code.sass  # 16 bytes at a time, past the registers
-    if options["num_warps"] == 4:
-        programs = decode.PROGRAMS_PER_PROCESSOR
-        assert programs * (code.shared + 1024) <= 228 * 1024 and programs * 128 * code.registers <= 65536
-
-
-@pytest.mark.compiler
-@pytest.mark.parametrize("E", [64, 256])
-def test_the_merge_kernel_does_not_spill(E):
-    pointers = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "length_ptr": "*i64", "out_ptr": "*bf16"}
-    types = {**pointers, "S": "i32", "num_splits": "i32"}
-    constants = {"E": E, "BLOCK_E": E, "MIN_SPLIT": decode.MIN_SPLIT}
-    code = compile_for_hopper(decode._merge_kernel, types, constants, list(pointers))
-    assert code.stack == 0 and code.shared <= SHARED_MEMORY
