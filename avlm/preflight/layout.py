@@ -24,6 +24,10 @@ class Layout:
     architecture: int
 
     @property
+    def on_gpu(self) -> bool:
+        return self.architecture not in (dispatch.CPU, dispatch.INTERPRETER)
+
+    @property
     def row_ranks(self) -> int:
         """Ranks that share a row and its media."""
         return self.context * self.tensor

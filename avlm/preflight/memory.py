@@ -314,7 +314,8 @@ def block_bytes(name: str, case: Case, mode: Recompute) -> int:
     if mode != "none":
         return recomputing_block_bytes(name, case, mode)
     if name == "decoder":
-        size = decoder_block_bytes(case.model.decoder, case.layout, trains)
+        norms_train = "decoder.blocks.0.attention_norm.weight" in case.trained
+        size = decoder_block_bytes(case.model.decoder, case.layout, trains, norms_train)
     else:
         size = encoder_block_bytes(getattr(case.model, name), case.layout)
     return size + adapter_bytes(f"{name}.blocks.0.", case)
@@ -357,7 +358,7 @@ def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
     return size + c * width // t + lse
 
 
-def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool) -> int:
+def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool, norms_train: bool) -> int:
     """What a block keeps for each token if nothing is recomputed. Frozen weights need no inputs of products."""
     c = layout.dtype.itemsize
     t = layout.tensor
@@ -365,9 +366,12 @@ def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool) ->
     F = decoder.intermediate_size
     Q = decoder.num_heads * decoder.head_dim // t
     K = decoder.num_kv_heads * decoder.head_dim // t
-    norms = 2 * (4 * D + c * D * trains) // t  # the float32 copy, and the normed before its scale
+    of_norm = c  # its input
+    if not layout.on_gpu:  # a float32 copy of it, and for the gradient of the scale what is scaled
+        of_norm = 4 + 4 * norms_train
+    norms = 2 * of_norm * D // t
     if decoder.qk_norm:
-        norms += (4 + c * trains) * (Q + K)
+        norms += of_norm * (Q + K)
     num_keys = num_outs = num_lse = 1
     mode = layout.context_mode if layout.context > 1 else "none"
     if mode == "ulysses":

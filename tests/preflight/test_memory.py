@@ -79,8 +79,9 @@ def estimate(cfg, world_size=1):
 
 
 def make_case(cfg, dtype, stage):
-    """One process that computes in a dtype."""
-    return memory.Case(cfg, stage, replace(layout_of(cfg, 1), dtype=dtype), parameter_shapes(cfg.model))
+    """One process that computes in a dtype, on the CPU, where the tests can look."""
+    layout = replace(layout_of(cfg, 1), dtype=dtype, architecture=backend.architecture(None))
+    return memory.Case(cfg, stage, layout, parameter_shapes(cfg.model))
 
 
 def with_adapters(*changes, **lora):
