@@ -10,6 +10,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.backend import INTERPRETED
+
 _compiled: dict[tuple, tuple[Any, tuple]] = {}  # what a launch depends on -> compiled kernel, constants in its order
 
 
@@ -19,6 +21,9 @@ def launch(kernel: Any, programs: int, arguments: tuple, constants: dict) -> Non
     ``arguments`` are those of run time, in the kernel's order: tensors, descriptors, None and numbers, of which the
     integers are not specialised. ``constants``: the constexprs, always in one order, and options of the launch.
     """
+    if INTERPRETED:  # nothing is compiled, and there is no driver to ask
+        kernel[(programs,)](*arguments, **constants)
+        return
     key = [id(kernel), triton.runtime.driver.active.get_current_device(), *constants.values()]
     for argument in arguments:
         kind = type(argument)
@@ -33,11 +38,10 @@ def launch(kernel: Any, programs: int, arguments: tuple, constants: dict) -> Non
         compiled, values = known
         compiled[(programs, 1, 1)](*arguments, *values)
         return
+    special = [p.name for p, x in zip(kernel.params, arguments) if type(x) is int and not p.do_not_specialize]
+    assert not special, f"{special} of {kernel.fn.__name__} must not be specialised"
     compiled = kernel[(programs,)](*arguments, **constants)
-    if compiled is not None:  # the interpreter compiles nothing
-        special = [p.name for p, x in zip(kernel.params, arguments) if type(x) is int and not p.do_not_specialize]
-        assert not special, f"{special} of {kernel.fn.__name__} must not be specialised"
-        _compiled[tuple(key)] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+    _compiled[tuple(key)] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
 
 
 def forget() -> None:
