@@ -99,6 +99,8 @@ class Segments:
                 f"cu_seqlens must be int32 and ascend from 0 to {num_rows}, not {self.cu_seqlens.dtype} {bounds}"
             )
         slots = self.cu_seqlens.diff().tolist()
+        if max(slots, default=0) > self.max_length:  # FlashAttention would leave out what lies beyond
+            raise ValueError(f"a segment has {max(slots)} rows, more than max_length={self.max_length}")
         used = slots if self.lengths is None else self.lengths.tolist()
         if len(used) != len(slots) or any(not 0 <= n <= slot for n, slot in zip(used, slots)):
             raise ValueError(f"lengths {used} do not fit into slots of {slots} rows")

@@ -1,5 +1,6 @@
 """Segments: boundaries on the device, spans on the host."""
 
+import pytest
 import torch
 
 from kernels.segments import Segments
@@ -27,3 +28,10 @@ def test_slots_tell_what_is_used_of_them():
 def test_equal_boundaries_are_still_different_keys():
     a, b = Segments.of([2, 2]), Segments.of([2, 2])
     assert a != b and len({a, b}) == 2
+
+
+def test_a_segment_longer_than_max_length_is_refused():
+    cu_seqlens = torch.tensor([0, 2, 7], dtype=torch.int32)
+    Segments(cu_seqlens, 5).check(7)
+    with pytest.raises(ValueError, match="a segment has 5 rows, more than max_length=4"):
+        Segments(cu_seqlens, 4).check(7)
