@@ -91,7 +91,7 @@ def _keys_kernel(
 ):
     # One program owns BLOCK_N key rows of one key/value head in one segment, for ``group`` of the query heads that
     # share it. Their gradients go to one of the ``parts`` of dk and dv.
-    tile, share = find_program(heads, section)
+    tile, share = find_program(heads, section, False)
     kh = share // parts
     first, k_begin, slot, k_length, q_begin, q_length = locate(
         cu_k_ptr, used_k_ptr, cu_q_ptr, used_q_ptr, S, N, tile, BLOCK_N
@@ -186,9 +186,7 @@ def _queries_kernel(
     BLOCK_E: tl.constexpr,
 ):
     # One program owns BLOCK_M query rows of one head in one segment: dq of the two-pass form.
-    tile, h = find_program(heads, section)
-    if CAUSAL:  # tiles take longer towards the end of a segment: start with the longest
-        tile = tl.num_programs(0) // heads - 1 - tile
+    tile, h = find_program(heads, section, CAUSAL)
     first, q_begin, slot, q_length, k_begin, k_length = locate(
         cu_q_ptr, used_q_ptr, cu_k_ptr, used_k_ptr, T, N, tile, BLOCK_M
     )
@@ -278,7 +276,8 @@ def _launch_keys(
     S, K, _ = k_SKE.shape
     E, block_m, block_e = constants["E"], constants["BLOCK_M"], constants["BLOCK_E"]
     tiles = num_tiles(S, segments_k, constants["BLOCK_N"])
-    parts = num_parts(tiles * K, H // K, num_processors(q_THE))
+    processors = num_processors(q_THE)
+    parts = num_parts(tiles * K, H // K, processors)
     group = H // K // parts
     part_dtype = dtype if parts == 1 else torch.float32
     dk_PSKE = k_SKE.new_empty((parts, S, K, E), dtype=part_dtype)
@@ -302,7 +301,7 @@ def _launch_keys(
         K * parts,
         group,
         parts,
-        heads_in_turn(K * parts, 2 * T * E * group * q_THE.element_size()),
+        heads_in_turn(K * parts, 2 * T * E * group * q_THE.element_size(), tiles, processors),
         *numbers,
     )
     launch(_keys_kernel, tiles * K * parts, arguments, constants | dict(ADD_DQ=dq32_THE is not None))
@@ -322,7 +321,8 @@ def _launch_queries(
     q_THE, k_SKE, _, _, lse2_HR, delta_HR = tensors
     T, H, _ = q_THE.shape
     S, K, _ = k_SKE.shape
-    E = constants["E"]
+    E, group = constants["E"], H // K
+    tiles = num_tiles(T, segments, constants["BLOCK_M"])
     arguments = (
         *_descriptors(tensors, constants),
         lse2_HR,
@@ -338,19 +338,19 @@ def _launch_queries(
         len(segments),
         lse2_HR.shape[1],
         H,
-        H // K,
-        heads_in_turn(K, 2 * S * E * q_THE.element_size()) * (H // K),
+        group,
+        group * heads_in_turn(K, 2 * S * E * q_THE.element_size(), tiles * group, num_processors(q_THE)),
         *numbers,
     )
-    launch(_queries_kernel, num_tiles(T, segments, constants["BLOCK_M"]) * H, arguments, constants)
+    launch(_queries_kernel, tiles * H, arguments, constants)
 
 
 @cache
 def num_parts(programs: int, group: int, processors: int) -> int:
-    """Parts of dk and dv, which are summed in the end: as many as give each processor three programs, if the ``group``
+    """Parts of dk and dv, which are summed in the end: as many as give each processor five programs, if the ``group``
     of query heads that share a key head can be divided so."""
     divisors = [parts for parts in range(1, group + 1) if group % parts == 0]
-    return next((parts for parts in divisors if programs * parts >= 3 * processors), group)
+    return next((parts for parts in divisors if programs * parts >= 5 * processors), group)
 
 
 def _descriptors(tensors: tuple[Tensor, ...], tile: dict) -> list[TensorDescriptor]:

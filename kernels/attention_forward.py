@@ -30,7 +30,7 @@ from kernels.attention_tiles import (
     ranges,
     score_numbers,
 )
-from kernels.backend import LN_2
+from kernels.backend import LN_2, num_processors
 from kernels.launch import launch
 from kernels.segments import Segments
 
@@ -58,8 +58,14 @@ def _merge(lse, other):
 
 
 @triton.jit
-def _store(out_ptr, lse_ptr, earlier_out_ptr, earlier_lse_ptr, o, lse, begin, row, slot, h, heads, T, E: tl.constexpr):
+def _finish(
+    out_ptr, lse_ptr, earlier_out_ptr, earlier_lse_ptr, o, m, z, begin, row, used, slot, h, heads, T, E: tl.constexpr
+):
     """Write out and lse of a tile, together with those of earlier keys if there are any."""
+    empty = (z == 0.0) | (row >= used)  # no keys, or an unused row of the slot
+    z = tl.where(empty, 1.0, z)
+    o = tl.where(empty[:, None], 0.0, o / z[:, None])
+    lse = tl.where(empty, NOTHING, (m + tl.log2(z)) * _LN_2)
     rows = (begin + row).to(tl.int64)
     e = tl.arange(0, o.shape[1])
     offset = (rows * heads + h)[:, None] * E + e[None, :]
@@ -107,9 +113,7 @@ def _forward_kernel(
     LATE_PV: tl.constexpr,
 ):
     # One program owns BLOCK_M query rows of one head in one segment.
-    tile, h = find_program(heads, section)
-    if CAUSAL:  # tiles take longer towards the end of a segment: start with the longest
-        tile = tl.num_programs(0) // heads - 1 - tile
+    tile, h = find_program(heads, section, CAUSAL)
     first, q_begin, slot, q_length, k_begin, k_length = locate(
         cu_q_ptr, used_q_ptr, cu_k_ptr, used_k_ptr, T, N, tile, BLOCK_M
     )
@@ -165,11 +169,7 @@ def _forward_kernel(
     v = tl.where((last + col < k_length)[:, None], v, 0.0)  # NaN of a neighbouring segment: 0 NaN would be NaN
     o = tl.dot(p, v, o * shrink[:, None], input_precision=PRECISION)
 
-    empty = (z == 0.0) | (row >= q_length)  # no keys, or an unused row of the slot
-    z = tl.where(empty, 1.0, z)
-    o = tl.where(empty[:, None], 0.0, o / z[:, None])
-    lse = tl.where(empty, NOTHING, (m + tl.log2(z)) * _LN_2)
-    _store(out_ptr, lse_ptr, earlier_out_ptr, earlier_lse_ptr, o, lse, q_begin, row, slot, h, heads, T, E)
+    _finish(out_ptr, lse_ptr, earlier_out_ptr, earlier_lse_ptr, o, m, z, q_begin, row, q_length, slot, h, heads, T, E)
 
 
 def forward(
@@ -203,6 +203,7 @@ def forward(
     tile = forward_config(E, q_THE.dtype, earlier is not None)
     block_m, block_n, block_e = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_E"]
     q_THE, k_SKE, v_SKE = loadable(q_THE, block_e), loadable(k_SKE, block_e), loadable(v_SKE, block_e)
+    tiles, group = num_tiles(T, segments, block_m), H // K
     arguments = (
         descriptor(q_THE, block_m, block_e),
         descriptor(k_SKE, block_n, block_e),
@@ -220,10 +221,10 @@ def forward(
         T,
         len(segments),
         H,
-        H // K,
-        heads_in_turn(K, 2 * S * E * k_SKE.element_size()) * (H // K),
+        group,
+        group * heads_in_turn(K, 2 * S * E * k_SKE.element_size(), tiles * group, num_processors(q_THE)),
         *score_numbers(scale, softcap),
     )
     constants = dict(E=E, PITCH=q_THE.shape[2], CAUSAL=causal, PRECISION=precision(q_THE.dtype), **tile)
-    launch(_forward_kernel, num_tiles(T, segments, block_m) * H, arguments, constants)
+    launch(_forward_kernel, tiles * H, arguments, constants)
     return out_THE, lse_HT

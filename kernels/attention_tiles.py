@@ -21,13 +21,16 @@ SHARED_CACHE = 32 * 2**20  # bytes of the L2 cache that rows of other heads may 
 
 
 @triton.jit
-def find_program(heads, section):
+def find_program(heads, section, FROM_THE_END: tl.constexpr):
     """Tile and head of this program. ``section`` heads take turns, so that the longest tiles of all of them come first;
-    what they share stays in the L2 cache."""
+    what they share stays in the L2 cache. FROM_THE_END: tiles take longer towards the end of a segment."""
     program = tl.program_id(0)
-    programs = tl.num_programs(0) // heads * section
-    place = program % programs
-    return place // section, program // programs * section + place % section
+    tiles = tl.num_programs(0) // heads
+    place = program % (tiles * section)
+    tile = place // section
+    if FROM_THE_END:
+        tile = tiles - 1 - tile
+    return tile, program // (tiles * section) * section + place % section
 
 
 @triton.jit
@@ -222,8 +225,11 @@ def num_tiles(rows: int, segments: Segments, block: int) -> int:
 
 
 @cache
-def heads_in_turn(heads: int, bytes_of_a_head: int) -> int:
-    """``section`` of ``find_program``: the largest divisor of ``heads`` whose rows fit into the cache together."""
+def heads_in_turn(heads: int, bytes_of_a_head: int, tiles: int, processors: int) -> int:
+    """``section`` of ``find_program``: the largest divisor of ``heads`` whose rows fit into the cache together, or all
+    heads if there are few programs: then it counts more that the longest come first."""
+    if tiles * heads < 16 * processors:
+        return heads
     most = max(1, SHARED_CACHE // max(1, bytes_of_a_head))
     return max(divisor for divisor in range(1, heads + 1) if heads % divisor == 0 and divisor <= most)
 

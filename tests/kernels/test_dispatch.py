@@ -36,10 +36,9 @@ def test_every_case_has_an_answer_and_every_row_is_the_answer_to_a_case():
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 def test_half_precision_attention_is_ours_on_hopper_and_torch_s_elsewhere(operation, dtype):
     for head_dim in (64, 128, 256):
-        assert [runs(operation, arch, dtype, head_dim) for arch in (90, 80, 86, 89, 100, 103, 120)] == [
-            "triton",
-            *["varlen"] * 6,
-        ]
+        ours = head_dim < 256 or operation.endswith("forward")  # the backward of 256 spills
+        assert runs(operation, 90, dtype, head_dim) == ("triton" if ours else "varlen")
+        assert {runs(operation, arch, dtype, head_dim) for arch in (80, 86, 89, 100, 103, 120)} == {"varlen"}
     for head_dim in (8, 32, 72, 80, 96, 192, 248):
         assert runs(operation, 90, dtype, head_dim) == "varlen"  # no products of padding
     assert runs(operation, 90, dtype, 100) == "triton"  # no multiple of 8
