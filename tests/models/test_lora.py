@@ -181,8 +181,10 @@ def test_inputs_are_dropped_where_a_graph_is_built_and_nowhere_else():
     assert (kept - undropped).norm() < 0.1 * undropped.norm()  # its mean is that of what is not dropped
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize(
+    ("mode", "compiled"),
+    [("selective", False), ("selective", True), ("full", False), pytest.param("full", True, marks=pytest.mark.slow)],
+)
 def test_what_is_computed_again_drops_the_same_inputs(mode, compiled):
     cfg = make({"rank": 4, "targets": ["decoder.*"], "dropout": 0.5}, num_layers=1)
     model = build(cfg.model)
