@@ -1,156 +1,25 @@
 """Attention over a packed row of tokens: the one attention of decoder, vision tower and audio tower.
 
     s_ij = scale * q_i . k_j        p_ij = softmax over the visible j of s_ij        out_i = sum_j p_ij v_j
-    lse_i = ln sum_j exp s_ij
+    lse_i = ln sum_j exp s_ij       with a soft cap c: s_ij = c tanh(scale * q_i . k_j / c)
 
 A query sees the keys of its own segment only; with ``causal`` query i of a segment with Q queries and S keys sees
-keys j <= i + S - Q (bottom-right aligned: the last query sees every key). A query without keys gives out 0, lse -inf.
+keys j <= i + S - Q (bottom-right aligned: the last query sees every key); with ``segments.intervals`` it sees keys
+first_i <= j <= last_i instead, causal or not. A query without keys gives out 0, lse -inf.
 
 T query rows   S key rows   H query heads   K key/value heads (H a multiple of K)   E head dim
 N segments of one group   Q, L rows of each (queries, keys)   M = Q H / K rows of the query heads of one key head
 """
 
 import math
-from collections import defaultdict
-from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import attention_backward, attention_forward, attention_statistics, attention_varlen, backend, dispatch
-from kernels.segments import Segments
-
-
-@torch.compiler.disable  # groups depend on the lengths of the segments: a graph would fit one batch only
-def attention_reference(q_THE, k_SKE, v_SKE, segments, *, causal, segments_k=None, scale=None) -> Tensor:
-    """The specification in plain PyTorch: segments of similar lengths are gathered into one batched call."""
-    T, H, E = q_THE.shape
-    scale = E**-0.5 if scale is None else scale
-    shared = k_SKE.shape[1] != H
-    groups, source_T = group_segments(segments, segments if segments_k is None else segments_k, causal, T)
-    outs = [_row_without_keys(q_THE, k_SKE, v_SKE)]
-    for q_rows_NQ, k_rows_NL in groups:
-        if q_rows_NQ.shape == k_rows_NL.shape:
-            q_NHQE = q_THE[q_rows_NQ].transpose(1, 2)
-            k_NKLE = k_SKE[k_rows_NL].transpose(1, 2)
-            v_NKLE = v_SKE[k_rows_NL].transpose(1, 2)
-            out_NHQE = F.scaled_dot_product_attention(
-                q_NHQE, k_NKLE, v_NKLE, is_causal=causal, scale=scale, enable_gqa=shared
-            )
-            out_NQHE = out_NHQE.transpose(1, 2)
-        else:
-            out_NQHE, _ = softmax_attention(q_THE, k_SKE, v_SKE, q_rows_NQ, k_rows_NL, scale, causal)
-        outs.append(out_NQHE.to(q_THE.dtype).flatten(0, 1))
-    return torch.cat(outs)[source_T]
-
-
-@torch.compiler.disable
-def attention_with_lse_reference(
-    q_THE, k_SKE, v_SKE, segments, *, causal, segments_k=None, scale=None
-) -> tuple[Tensor, Tensor]:
-    """The same with lse_HT in float32, by the formula itself."""
-    T, H, E = q_THE.shape
-    scale = E**-0.5 if scale is None else scale
-    groups, source_T = group_segments(segments, segments if segments_k is None else segments_k, causal, T)
-    outs = [_row_without_keys(q_THE, k_SKE, v_SKE)]
-    lses = [q_THE.new_full((1, H), -torch.inf, dtype=torch.float32)]
-    for q_rows_NQ, k_rows_NL in groups:
-        out_NQHE, lse_NQH = softmax_attention(q_THE, k_SKE, v_SKE, q_rows_NQ, k_rows_NL, scale, causal)
-        outs.append(out_NQHE.to(q_THE.dtype).flatten(0, 1))
-        lses.append(lse_NQH.float().flatten(0, 1))
-    return torch.cat(outs)[source_T], torch.cat(lses)[source_T].T
-
-
-def _row_without_keys(q_THE: Tensor, k_SKE: Tensor, v_SKE: Tensor) -> Tensor:
-    """Row 0 of the results: out of a query without keys. It keeps q, k and v in the graph, because a rank without
-    images owes the other ranks zero gradients, not none."""
-    empty = q_THE[:0].sum() + k_SKE[:0].sum() + v_SKE[:0].sum()
-    return q_THE.new_zeros(1, *q_THE.shape[1:]) + empty
-
-
-@lru_cache(maxsize=32)  # every layer asks for the same segments
-def group_segments(
-    segments: Segments, segments_k: Segments, causal: bool, T: int
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Segments that can share a call, as indices of rows: (q_rows_NQ, k_rows_NL). And source_T, the place of each
-    query's result among the results of all groups, counted from 1; 0 for a query without keys.
-
-    Causal self-attention may pad segments at the end, where no real query sees the padding. There, lengths are rounded
-    up, and the padding repeats the last row.
-    """
-    padded = causal and segments is segments_k and segments.lengths is None
-    members = defaultdict(list)
-    for (q_start, q_length), (k_start, k_length) in zip(segments.spans, segments_k.spans, strict=True):
-        if q_length and k_length:
-            size = -(-q_length // 16) * 16
-            sizes = (size, size) if padded else (q_length, k_length)
-            members[sizes].append((q_start, k_start, q_length))
-    device = segments.cu_seqlens.device
-    groups = []
-    source_T = torch.zeros(T, dtype=torch.int64)
-    offset = 1
-    for (q_size, k_size), starts in members.items():
-        q_start_N1, k_start_N1, q_length_N1 = torch.tensor(starts).T.unsqueeze(-1)
-        step_Q = torch.arange(q_size)
-        q_rows_NQ = q_start_N1 + torch.minimum(step_Q, q_length_N1 - 1)
-        k_rows_NL = q_rows_NQ if padded else k_start_N1 + torch.arange(k_size)
-        real_NQ = step_Q < q_length_N1
-        source_T[q_rows_NQ[real_NQ]] = offset + real_NQ.flatten().nonzero().flatten()
-        offset += q_rows_NQ.numel()
-        groups.append((q_rows_NQ.to(device), k_rows_NL.to(device)))
-    return groups, source_T.to(device)
-
-
-def softmax_attention(
-    q_THE: Tensor,
-    k_SKE: Tensor,
-    v_SKE: Tensor,
-    q_rows_NQ: Tensor,
-    k_rows_NL: Tensor,
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
-    """The formula itself for one group, in float32 (float64 stays): out_NQHE and lse_NQH."""
-    dtype = torch.promote_types(q_THE.dtype, torch.float32)
-    num_queries = q_rows_NQ.shape[1]
-    num_kv_heads = k_SKE.shape[1]
-    q_NKME = by_key_head(q_THE, q_rows_NQ, num_kv_heads, dtype)
-    k_NKLE = by_key_head(k_SKE, k_rows_NL, num_kv_heads, dtype)
-    v_NKLE = by_key_head(v_SKE, k_rows_NL, num_kv_heads, dtype)
-    s_NKML = masked_scores(q_NKME, k_NKLE, num_queries, scale, causal)
-    lse_NKM = s_NKML.logsumexp(-1)
-    p_NKML = (s_NKML - finite(lse_NKM).unsqueeze(-1)).exp_()
-    return by_query(p_NKML @ v_NKLE, num_queries), by_query(lse_NKM, num_queries)
-
-
-def by_key_head(x_THE: Tensor, rows_NQ: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """Rows of (T, H, E) as (N, K, M, E), or of (T, H) as (N, K, M): all queries of a key head side by side."""
-    x_NQKGE = x_THE[rows_NQ].to(dtype).unflatten(2, (num_kv_heads, -1))
-    return x_NQKGE.movedim(1, 3).flatten(2, 3)
-
-
-def by_query(x_NKME: Tensor, num_queries: int) -> Tensor:
-    """The inverse of ``by_key_head``: (N, Q, H, E) or (N, Q, H)."""
-    return x_NKME.unflatten(2, (-1, num_queries)).movedim(3, 1).flatten(2, 3)
-
-
-def masked_scores(q_NKME: Tensor, k_NKLE: Tensor, num_queries: int, scale: float, causal: bool) -> Tensor:
-    """scale q . k, and -inf where the key is hidden; the last query sees the last key."""
-    s_NKML = (q_NKME @ k_NKLE.mT).mul_(scale)
-    if not causal:
-        return s_NKML
-    L = k_NKLE.shape[2]
-    all_QL = torch.ones(num_queries, L, dtype=torch.bool, device=s_NKML.device)
-    hidden_QL = all_QL.triu(L - num_queries + 1)
-    group_size = q_NKME.shape[2] // num_queries
-    return s_NKML.masked_fill_(hidden_QL.repeat(group_size, 1), -torch.inf)
-
-
-def finite(lse: Tensor) -> Tensor:
-    """0 in place of -inf, the lse of a row without keys: exp(-inf - 0) is 0, and exp(-inf - -inf) would be NaN."""
-    return lse.masked_fill(lse == -torch.inf, 0.0)
+from kernels.attention_reference import attention_reference, attention_with_lse_reference
+from kernels.segments import Intervals, Segments
 
 
 def attention_forward_op(
@@ -161,18 +30,23 @@ def attention_forward_op(
     cu_k: Tensor | None,
     used_q: Tensor | None,
     used_k: Tensor | None,
+    first_T: Tensor | None,
+    last_T: Tensor | None,
+    first_query_S: Tensor | None,
+    last_query_S: Tensor | None,
     longest_q: int,
     longest_k: int,
     causal: bool,
     scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """out_THE and lse_HT. Segments come as tensors and numbers, because an op takes no Python objects. Without ``cu_k``
     the keys have the segments of the queries: torch.compile (2.14) gives no tensor twice to a Function."""
-    segments = _segments(cu_q, longest_q, used_q)
+    segments = _segments(cu_q, longest_q, used_q, first_T, last_T, first_query_S, last_query_S)
     segments_k = segments if cu_k is None else _segments(cu_k, longest_k, used_k)
-    is_varlen = _implementation(q_THE, "attention_forward") == "varlen"
-    run = attention_varlen.forward if is_varlen else attention_forward.forward
-    return run(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale)
+    if _implementation(q_THE, "attention_forward", segments, softcap) == "varlen":
+        return attention_varlen.forward(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale)
+    return attention_forward.forward(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale, softcap=softcap)
 
 
 def _fake_forward(q_THE, k_SKE, v_SKE, *_):
@@ -192,33 +66,39 @@ def attention_backward_op(
     cu_k: Tensor | None,
     used_q: Tensor | None,
     used_k: Tensor | None,
+    first_T: Tensor | None,
+    last_T: Tensor | None,
+    first_query_S: Tensor | None,
+    last_query_S: Tensor | None,
     longest_q: int,
     longest_k: int,
     causal: bool,
     scale: float,
+    softcap: float | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    segments = _segments(cu_q, longest_q, used_q)
+    segments = _segments(cu_q, longest_q, used_q, first_T, last_T, first_query_S, last_query_S)
     segments_k = segments if cu_k is None else _segments(cu_k, longest_k, used_k)
-    if dlse_HT is None and _implementation(q_THE, "attention_backward") == "varlen":
+    if dlse_HT is None and _implementation(q_THE, "attention_backward", segments, softcap) == "varlen":
         return attention_varlen.backward(
             dout_THE, q_THE, k_SKE, v_SKE, out_THE, lse_HT, segments, segments_k, causal, scale, deterministic
         )
     dout_THE = dout_THE.contiguous()
     lse2_HR, delta_HR = attention_statistics.statistics(out_THE, dout_THE, lse_HT, dlse_HT)
-    return attention_backward.backward(
-        dout_THE, q_THE, k_SKE, v_SKE, lse2_HR, delta_HR, segments, segments_k, causal, scale, deterministic
-    )
+    inputs = dout_THE, q_THE, k_SKE, v_SKE, lse2_HR, delta_HR, segments, segments_k
+    return attention_backward.backward(*inputs, causal, scale, deterministic, softcap=softcap)
 
 
 def _fake_backward(dout_THE, dlse_HT, q_THE, k_SKE, v_SKE, *_):
     return q_THE.new_empty(q_THE.shape), k_SKE.new_empty(k_SKE.shape), v_SKE.new_empty(v_SKE.shape)
 
 
-def _segments(cu_seqlens: Tensor, longest: int, lengths: Tensor | None) -> Segments:
+def _segments(cu_seqlens: Tensor, longest: int, lengths: Tensor | None, *seen: Tensor | None) -> Segments:
+    """``seen``: the tensors of intervals, or None for each."""
     if lengths is not None:
         lengths = lengths.contiguous()
-    return Segments(cu_seqlens.contiguous(), longest, lengths)
+    given = [x.contiguous() for x in seen if x is not None]
+    return Segments(cu_seqlens.contiguous(), longest, lengths, Intervals(*given) if given else None)
 
 
 _forward_op = backend.define_op(attention_forward_op, _fake_forward)
@@ -234,8 +114,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q_THE, k_SKE, v_SKE, cu_q, cu_k, used_q, used_k, *ctx.options, ctx.learns_lse = inputs
-        ctx.save_for_backward(q_THE, k_SKE, v_SKE, *output, cu_q, cu_k, used_q, used_k)
+        *tensors, longest_q, longest_k, causal, scale, softcap, deterministic, ctx.learns_lse = inputs
+        ctx.options = longest_q, longest_k, causal, scale, softcap, deterministic
+        ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -247,7 +128,7 @@ class _Attention(torch.autograd.Function):
             out_THE = ctx.saved_tensors[3]
             dout_THE = torch.zeros_like(out_THE)
         gradients = _backward_op(dout_THE, dlse_HT, *ctx.saved_tensors, *ctx.options)
-        return *gradients, *[None] * 10
+        return *gradients, *[None] * 15
 
 
 def attention(
@@ -259,23 +140,27 @@ def attention(
     causal: bool,
     segments_k: Segments | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     deterministic: bool | None = None,
 ) -> Tensor:
     """Attention within segments: out_THE in the dtype of q.
 
     q_THE, k_SKE, v_SKE share one floating dtype. ``segments`` cuts T and, unless ``segments_k`` is given, S as well.
-    ``scale`` is 1 / sqrt(E) by default. Rows outside the used part of a slot are 0.
+    Its ``intervals`` replace the causal mask (those of ``segments_k`` are not read); ``causal`` then only says that
+    late queries see most, so that their tiles start first. ``scale`` is 1 / sqrt(E) by default; ``softcap`` bounds the
+    scores. Rows outside the used part of a slot, or past the last segment, are 0.
 
     ``kernels.dispatch`` says what runs. ``deterministic`` asks for gradients that repeat bit for bit; the default is
     that of torch.use_deterministic_algorithms. ValueError for inputs that do not fit together.
     """
     segments_k = segments if segments_k is None else segments_k
-    _check(q_THE, k_SKE, v_SKE, segments, segments_k, scale)
+    _check(q_THE, k_SKE, v_SKE, segments, segments_k, scale, softcap)
     scale = q_THE.shape[2] ** -0.5 if scale is None else scale
-    learns = backend.needs_graph(q_THE, k_SKE, v_SKE)
-    if _implementation(q_THE, "attention_backward" if learns else "attention_forward") == "pytorch":
-        return attention_reference(q_THE, k_SKE, v_SKE, segments, causal=causal, segments_k=segments_k, scale=scale)
-    out_THE, _ = _by_op(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale, deterministic, learns_lse=False)
+    rows = q_THE, k_SKE, v_SKE, segments
+    operation = "attention_backward" if backend.needs_graph(q_THE, k_SKE, v_SKE) else "attention_forward"
+    if _implementation(q_THE, operation, segments, softcap) == "pytorch":
+        return attention_reference(*rows, causal=causal, segments_k=segments_k, scale=scale, softcap=softcap)
+    out_THE, _ = _by_op(*rows, segments_k, causal, scale, softcap, deterministic, learns_lse=False)
     return out_THE
 
 
@@ -288,23 +173,28 @@ def attention_with_lse(
     causal: bool,
     segments_k: Segments | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out_THE as ``attention`` returns it, and lse_HT in float32 (natural logarithm), -inf for a query without keys.
     Both are differentiable; what cannot differentiate lse does not run where gradients are recorded."""
     segments_k = segments if segments_k is None else segments_k
-    _check(q_THE, k_SKE, v_SKE, segments, segments_k, scale)
+    _check(q_THE, k_SKE, v_SKE, segments, segments_k, scale, softcap)
     scale = q_THE.shape[2] ** -0.5 if scale is None else scale
-    learns = backend.needs_graph(q_THE, k_SKE, v_SKE)
-    if _implementation(q_THE, dispatch.LSE_GRADIENT if learns else "attention_forward") == "pytorch":
-        return attention_with_lse_reference(
-            q_THE, k_SKE, v_SKE, segments, causal=causal, segments_k=segments_k, scale=scale
-        )
-    return _by_op(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale, deterministic, learns_lse=True)
+    rows = q_THE, k_SKE, v_SKE, segments
+    operation = dispatch.LSE_GRADIENT if backend.needs_graph(q_THE, k_SKE, v_SKE) else "attention_forward"
+    if _implementation(q_THE, operation, segments, softcap) == "pytorch":
+        return attention_with_lse_reference(*rows, causal=causal, segments_k=segments_k, scale=scale, softcap=softcap)
+    return _by_op(*rows, segments_k, causal, scale, softcap, deterministic, learns_lse=True)
 
 
-def _implementation(q_THE: Tensor, operation: str) -> dispatch.Implementation:
-    """Where a backward runs in plain PyTorch, the forward has to, as autograd connects the two."""
+def _implementation(
+    q_THE: Tensor, operation: str, segments: Segments, softcap: float | None
+) -> dispatch.Implementation:
+    """Where a backward runs in plain PyTorch, the forward has to, as autograd connects the two. Intervals and caps,
+    which torch's own kernels do not know, are an operation of their own, forward and backward."""
+    if segments.intervals is not None or softcap is not None:
+        operation = dispatch.MASKED_ATTENTION
     return backend.implementation(operation, q_THE, q_THE.shape[2])
 
 
@@ -316,6 +206,7 @@ def _by_op(
     segments_k: Segments,
     causal: bool,
     scale: float,
+    softcap: float | None,
     deterministic: bool | None,
     learns_lse: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -328,15 +219,28 @@ def _by_op(
     cuts = segments.cu_seqlens, segments_k.cu_seqlens, segments.lengths, segments_k.lengths
     if segments_k is segments:
         cuts = segments.cu_seqlens, None, segments.lengths, None
+    seen = segments.intervals
+    intervals = (None,) * 4
+    if seen is not None:
+        intervals = seen.first_T, seen.last_T, seen.first_query_S, seen.last_query_S
+    numbers = *longest, causal, scale, softcap
     if not backend.needs_graph(q_THE, k_SKE, v_SKE):
-        return _forward_op(q_THE, k_SKE, v_SKE, *cuts, *longest, causal, scale)
+        return _forward_op(q_THE, k_SKE, v_SKE, *cuts, *intervals, *numbers)
     # Views: torch.compile (2.11) loses a gradient of a tensor that a Function is given twice.
     k_SKE = k_SKE.view_as(k_SKE)
     v_SKE = v_SKE.view_as(v_SKE)
-    return _Attention.apply(q_THE, k_SKE, v_SKE, *cuts, *longest, causal, scale, deterministic, learns_lse)
+    return _Attention.apply(q_THE, k_SKE, v_SKE, *cuts, *intervals, *numbers, deterministic, learns_lse)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments, segments_k: Segments, scale: float | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    segments_k: Segments,
+    scale: float | None,
+    softcap: float | None,
+) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 3:
         raise ValueError(f"attention takes packed rows (tokens, heads, head dim), not {shapes}")
@@ -356,8 +260,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments, segments_k: Segm
         raise ValueError(f"there are {len(segments)} segments of queries, but {len(segments_k)} segments of keys")
     if len(segments) == 0 and len(q):
         raise ValueError(f"{len(q)} queries belong to no segment")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale must be positive and finite, not {scale}")
+    if segments.intervals is not None:
+        _check_intervals(segments.intervals, q, k)
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(f"{name} must be positive and finite, not {number}")
 
 
 def _check_segments(segments: Segments, x: Tensor) -> None:
@@ -373,3 +280,17 @@ def _check_segments(segments: Segments, x: Tensor) -> None:
         raise ValueError(f"N segments take N + 1 cu_seqlens and N lengths, not {len(cu_seqlens)} and {used}")
     if backend.DEBUG:
         segments.check(len(x))
+
+
+def _check_intervals(intervals: Intervals, q: Tensor, k: Tensor) -> None:
+    """One number for each query and two for each key. Their values are not read: a query sees keys of its own segment,
+    whatever they are."""
+    rows = {"first_T": q, "last_T": q, "first_query_S": k, "last_query_S": k}
+    for name, x in rows.items():
+        tensor = getattr(intervals, name)
+        if tensor.dtype != torch.int32 or tensor.shape != x.shape[:1]:
+            raise ValueError(
+                f"intervals.{name} must be an int32 vector of {len(x)}, not {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"intervals must be on the device of their rows, {x.device}, not {tensor.device}")

@@ -47,7 +47,8 @@ def _ds(p, dp, delta, s, softcap):
     """Gradient of the scores before the cap, whose derivative is 1 - (s / softcap)^2."""
     ds = p * (dp - delta)
     if softcap is not None:
-        ds *= 1 - (s / softcap) * (s / softcap)
+        capped_share = tl.maximum(s / softcap, -1.0)  # a hidden score is -inf, and 0 times infinity would be NaN
+        ds *= 1 - capped_share * capped_share
     return ds
 
 

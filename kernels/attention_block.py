@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import attention_backward, attention_forward, attention_statistics, attention_varlen, backend
-from kernels.attention import by_key_head, by_query, finite, group_segments, masked_scores, softmax_attention
+from kernels.attention_reference import (
+    by_key_head,
+    by_query,
+    finite,
+    group_segments,
+    masked_scores,
+    softmax_attention,
+)
 from kernels.segments import Segments
 
 CHUNK = 16  # queries of a segment at a time in plain PyTorch: memory grows with the keys, not with their square

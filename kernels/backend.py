@@ -23,6 +23,11 @@ COMPILER = tuple(int(number) for number in triton.__version__.split(".")[:2])
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E)
 LN_2 = 0.6931471805599453
 
+SAME_KERNELS = {
+    "attention_forward": (dispatch.MASKED_ATTENTION,),
+    "attention_backward": (dispatch.LSE_GRADIENT, dispatch.MASKED_ATTENTION),
+}  # operation -> others that are wrong if it is
+
 _distrusted: dict[tuple[str, str], str] = {}  # (operation, implementation) -> what is wrong with it, in this process
 
 
@@ -68,8 +73,8 @@ def distrust(operation: str, implementation: str, wrong: str) -> None:
     """Let another implementation run an operation from here on, in this process. Functions that torch.compile has
     already traced keep the old one."""
     _distrusted[operation, implementation] = f"{implementation} {wrong}"
-    if operation == "attention_backward":  # the same kernels
-        _distrusted[dispatch.LSE_GRADIENT, implementation] = f"{implementation} {wrong}"
+    for other in SAME_KERNELS.get(operation, ()):
+        _distrusted[other, implementation] = f"{implementation} {wrong}"
     _cached.cache_clear()
 
 

@@ -4,6 +4,7 @@ gradients, dtype, head dim and kind of mask.
 T query rows   S key rows   H query heads   K key/value heads   E head dim   R rows   D width   V vocabulary
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from kernels.attention import attention, attention_with_lse, attention_with_lse_
 from kernels.attention_block import backward_reference, block_backward, block_forward, forward_reference, statistics
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.decode import decode_attention, decode_attention_reference
-from kernels.dispatch import LSE_GRADIENT, OPERATIONS
+from kernels.dispatch import LSE_GRADIENT, MASKED_ATTENTION, OPERATIONS
 from kernels.projector import place_projected, place_projected_reference
 from kernels.segments import Segments
 
@@ -70,8 +71,9 @@ def cases(
             return torch.randn(shape, generator=generator, device=device).to(dtype)
 
         makers = [make_cross_entropy, make_projector]
+        of_heads = (make_attention, make_blocks, make_lse_gradient, make_masked, make_decode)
         for head_dim in head_dims:
-            makers += [_with(make, head_dim) for make in (make_attention, make_blocks, make_lse_gradient, make_decode)]
+            makers += [_with(make, head_dim) for make in of_heads]
         for make in makers:
             for case in make(normal, sizes):
                 if set(case.operations.values()) & set(operations):
@@ -146,6 +148,34 @@ def make_lse_gradient(normal: Callable[..., Tensor], sizes: Sizes, head_dim: int
     )
 
 
+def make_masked(normal: Callable[..., Tensor], sizes: Sizes, head_dim: int) -> Iterator[Case]:
+    """A sliding window, with and without a soft cap."""
+    q, dout = normal(sizes.total, HEADS, head_dim), normal(sizes.total, HEADS, head_dim)
+    k, v = normal(sizes.total, KEY_HEADS, head_dim), normal(sizes.total, KEY_HEADS, head_dim)
+    segments = Segments.of(list(sizes.lengths)).within(max(sizes.lengths) // 3).to(q.device)
+    names = ("out", "lse", "dq", "dk", "dv")
+    for softcap in (None, 2.0):
+
+        def run(function: Callable, dtype: torch.dtype, softcap: float | None = softcap, **options: bool) -> Results:
+            leaves = _leaves((q, k, v), dtype)
+            out, lse = function(*leaves, segments, causal=True, softcap=softcap, **options)
+            gradients = torch.autograd.grad(out, leaves, dout.to(dtype))
+            return dict(zip(names, (out.detach(), lse.detach(), *gradients)))
+
+        def ours(deterministic: bool, run: Callable[..., Results] = run) -> Iterator[Results]:
+            yield run(attention_with_lse, q.dtype, deterministic=deterministic)
+
+        yield Case(
+            _named("window" if softcap is None else "window with a soft cap", q, head_dim),
+            dict.fromkeys(names, MASKED_ATTENTION),
+            q,
+            head_dim,
+            functools.partial(run, attention_with_lse_reference),
+            ours,
+            _cancelled(v, dout, head_dim**-0.5),
+        )
+
+
 def make_blocks(normal: Callable[..., Tensor], sizes: Sizes, head_dim: int) -> Iterator[Case]:
     """Two steps of a ring: keys that every query sees, then the causal block."""
     q, dout = normal(sizes.total, HEADS, head_dim), normal(sizes.total, HEADS, head_dim)
@@ -203,14 +233,16 @@ def make_decode(normal: Callable[..., Tensor], sizes: Sizes, head_dim: int) -> I
     q = normal(len(sizes.lengths), HEADS, head_dim)
     k, v = (normal(len(sizes.lengths), num_slots, KEY_HEADS, head_dim) for _ in range(2))
     length = torch.tensor(sizes.lengths, device=q.device)
+    for first in (None, length // 3):
 
-    def reference(dtype: torch.dtype) -> Results:
-        return {"out": decode_attention_reference(q.to(dtype), k.to(dtype), v.to(dtype), length)}
+        def reference(dtype: torch.dtype, first: Tensor | None = first) -> Results:
+            return {"out": decode_attention_reference(q.to(dtype), k.to(dtype), v.to(dtype), length, first)}
 
-    def ours(deterministic: bool) -> Iterator[Results]:
-        yield {"out": decode_attention(q, k, v, length)}
+        def ours(deterministic: bool, first: Tensor | None = first) -> Iterator[Results]:
+            yield {"out": decode_attention(q, k, v, length, first)}
 
-    yield Case(_named("decode", q, head_dim), {"out": "decode"}, q, head_dim, reference, ours)
+        name = _named("decode" if first is None else "decode in a window", q, head_dim)
+        yield Case(name, {"out": "decode"}, q, head_dim, reference, ours)
 
 
 def make_cross_entropy(normal: Callable[..., Tensor], sizes: Sizes) -> Iterator[Case]:

@@ -1,17 +1,20 @@
 """Attention of one new token per sequence against a long key/value cache.
 
-    out_b = softmax over j < length_b of (scale * q_b . k_bj) . v_bj
+    out_b = softmax over first_b <= j < length_b of s_bj . v_bj        s_bj = scale * q_b . k_bj
+    with a soft cap c:  s_bj = c tanh(scale * q_b . k_bj / c)
 
-Flash-decoding (Dao et al. 2023): the used slots of a sequence are cut into N splits that run in parallel. With the
-scores s2 = scale * log2(e) * q . k, split n yields out_n, attention over its slots, and lse_n = log2 sum_j 2^s2_j; then
+Flash-decoding (Dao et al. 2023): the visible slots of a sequence are cut into N splits that run in parallel. With the
+scores s2 = log2(e) s, split n yields out_n, attention over its slots, and lse_n = log2 sum_j 2^s2_j; then
 
     lse = log2 sum_n 2^lse_n        out = sum_n 2^(lse_n - lse) out_n
 
-Every key and value is read once, 2 * length * K * E * itemsize bytes per sequence, and little else moves: the time is
-at least what a plain copy of as many bytes takes.
+Every visible key and value is read once, 2 * (length - first) * K * E * itemsize bytes per sequence, and little else
+moves: the time is at least what a plain copy of as many bytes takes.
 
 B sequences   S slots of the cache   H query heads   K key/value heads (H a multiple of K)   E head dim   N splits
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import LOG2_E, define_op, implementation
+from kernels.attention_tiles import capped, score_numbers
+from kernels.backend import define_op, implementation
 from kernels.dispatch import MAX_HEAD_DIM
 
 TILE_BYTES = 16 * 1024  # of keys, and the same of values, that a program loads at a time
@@ -29,12 +33,26 @@ MAX_SPLIT = 2048  # slots; with more, long sequences would finish late in a batc
 
 
 def decode_attention_reference(
-    q_BHE: Tensor, k_cache_BSKE: Tensor, v_cache_BSKE: Tensor, length_B: Tensor, *, scale: float | None = None
+    q_BHE: Tensor,
+    k_cache_BSKE: Tensor,
+    v_cache_BSKE: Tensor,
+    length_B: Tensor,
+    first_B: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """The specification, and what runs on the CPU and in float64. Spare slots are multiplied by 0, so they must be
+    """The specification, and what runs on the CPU and in float64. Hidden slots are multiplied by 0, so they must be
     finite."""
     slot_S = torch.arange(k_cache_BSKE.shape[1], device=q_BHE.device)
     visible_BS = slot_S < length_B[:, None]
+    if first_B is not None:
+        visible_BS &= slot_S >= first_B[:, None]
+    is_empty_B11 = ~visible_BS.any(1)[:, None, None]
+    if softcap is not None:
+        scale = q_BHE.shape[2] ** -0.5 if scale is None else scale
+        out_BHE = _capped_reference(q_BHE, k_cache_BSKE, v_cache_BSKE, visible_BS, scale, softcap)
+        return out_BHE.masked_fill(is_empty_B11, 0.0)
     out_BH1E = F.scaled_dot_product_attention(
         q_BHE.unsqueeze(2),
         k_cache_BSKE.transpose(1, 2),
@@ -43,15 +61,31 @@ def decode_attention_reference(
         scale=scale,
         enable_gqa=True,
     )
-    return out_BH1E.squeeze(2).masked_fill((length_B <= 0)[:, None, None], 0.0)
+    return out_BH1E.squeeze(2).masked_fill(is_empty_B11, 0.0)
+
+
+def _capped_reference(
+    q_BHE: Tensor, k_cache_BSKE: Tensor, v_cache_BSKE: Tensor, visible_BS: Tensor, scale: float, softcap: float
+) -> Tensor:
+    """By the formula itself, in float32 (float64 stays)."""
+    dtype = torch.promote_types(q_BHE.dtype, torch.float32)
+    q_BKGE = q_BHE.to(dtype).unflatten(1, (k_cache_BSKE.shape[2], -1))
+    s_BKGS = scale * q_BKGE @ k_cache_BSKE.to(dtype).permute(0, 2, 3, 1)
+    s_BKGS = (softcap * torch.tanh(s_BKGS / softcap)).masked_fill(~visible_BS[:, None, None], -torch.inf)
+    out_BKGE = s_BKGS.softmax(-1) @ v_cache_BSKE.to(dtype).transpose(1, 2)
+    return out_BKGE.flatten(1, 2).to(q_BHE.dtype)
 
 
 @triton.jit
-def _share(length_ptr, b, S, num_splits, MIN_SPLIT: tl.constexpr):
-    """Used slots of sequence b, and how many of them a split has: an equal part, but at least MIN_SPLIT."""
+def _share(length_ptr, first_ptr, b, S, num_splits, MIN_SPLIT: tl.constexpr):
+    """First visible slot of sequence b, the slot that ends it, and how many a split has: an equal part, but at least
+    MIN_SPLIT."""
     length = tl.minimum(tl.load(length_ptr + b), S).to(tl.int32)
-    split_size = tl.maximum(tl.cdiv(length, num_splits), MIN_SPLIT)
-    return length, split_size
+    first = length * 0
+    if first_ptr is not None:
+        first = tl.maximum(tl.load(first_ptr + b), 0).to(tl.int32)
+    split_size = tl.maximum(tl.cdiv(length - first, num_splits), MIN_SPLIT)
+    return first, length, split_size
 
 
 @triton.jit(do_not_specialize=["S", "num_splits"])
@@ -60,6 +94,7 @@ def _split_kernel(
     k_ptr,
     v_ptr,
     length_ptr,
+    first_ptr,
     out_ptr,
     lse_ptr,
     k_stride_b,
@@ -71,6 +106,8 @@ def _split_kernel(
     S,
     num_splits,
     scale_log2,
+    cap_scale,
+    softcap,
     GROUP: tl.constexpr,
     E: tl.constexpr,
     ROWS: tl.constexpr,
@@ -82,8 +119,8 @@ def _split_kernel(
     k_head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    length, split_size = _share(length_ptr, b, S, num_splits, MIN_SPLIT)
-    start = split * split_size
+    begin, length, split_size = _share(length_ptr, first_ptr, b, S, num_splits, MIN_SPLIT)
+    start = begin + split * split_size
     if (split > 0) & (start >= length):  # split 0 of an empty sequence continues, to write zeros
         return
     end = tl.minimum(start + split_size, length)
@@ -106,7 +143,7 @@ def _split_kernel(
         used = first + s < end
         inside = used[:, None] & (e < E)[None, :]
         k = tl.load(k_ptr + k_offset, mask=inside, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        scores = capped(tl.dot(q, tl.trans(k), input_precision="ieee"), cap_scale, softcap) * scale_log2
         scores = tl.where(used[None, :], scores, float("-inf"))
         m_next = tl.maximum(m, tl.max(scores, 1))
         p = tl.exp2(scores - m_next[:, None])
@@ -131,6 +168,7 @@ def _merge_kernel(
     part_ptr,
     lse_ptr,
     length_ptr,
+    first_ptr,
     out_ptr,
     S,
     num_splits,
@@ -142,8 +180,8 @@ def _merge_kernel(
     BLOCK_N: tl.constexpr = 8192 // BLOCK_E
     b = tl.program_id(1).to(tl.int64)
     head = b * tl.num_programs(0) + tl.program_id(0)
-    length, split_size = _share(length_ptr, b, S, num_splits, MIN_SPLIT)
-    used = tl.cdiv(length, split_size)
+    begin, length, split_size = _share(length_ptr, first_ptr, b, S, num_splits, MIN_SPLIT)
+    used = tl.cdiv(tl.maximum(length - begin, 0), split_size)
     n = tl.arange(0, BLOCK_N)
     e = tl.arange(0, BLOCK_E)
     m = float("-inf")
@@ -186,12 +224,20 @@ def _num_splits(B: int, S: int, K: int, num_processors: int) -> int:
 
 
 def decode_attention_op(
-    q_BHE: Tensor, k_cache_BSKE: Tensor, v_cache_BSKE: Tensor, length_B: Tensor, scale: float
+    q_BHE: Tensor,
+    k_cache_BSKE: Tensor,
+    v_cache_BSKE: Tensor,
+    length_B: Tensor,
+    first_B: Tensor | None,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
     B, H, E = q_BHE.shape
     S, K = k_cache_BSKE.shape[1:3]
     q_BHE = q_BHE.contiguous()
     length_B = length_B.contiguous()
+    if first_B is not None:
+        first_B = first_B.contiguous()
     out_BHE = torch.empty_like(q_BHE)
     if q_BHE.numel() == 0:
         return out_BHE
@@ -209,13 +255,14 @@ def decode_attention_op(
         k_cache_BSKE,
         v_cache_BSKE,
         length_B,
+        first_B,
         part_BHNE,
         lse_BHN,
         *k_cache_BSKE.stride()[:3],
         *v_cache_BSKE.stride()[:3],
         S,
         N,
-        scale * LOG2_E,
+        *score_numbers(scale, softcap),
         GROUP=H // K,
         E=E,
         MIN_SPLIT=MIN_SPLIT,
@@ -223,7 +270,7 @@ def decode_attention_op(
     )
     if N > 1:
         constants = {"E": E, "BLOCK_E": config["BLOCK_E"], "MIN_SPLIT": MIN_SPLIT}
-        _merge_kernel[(H, B)](part_BHNE, lse_BHN, length_B, out_BHE, S, N, **constants)
+        _merge_kernel[(H, B)](part_BHNE, lse_BHN, length_B, first_B, out_BHE, S, N, **constants)
     return out_BHE
 
 
@@ -235,20 +282,37 @@ _decode = define_op(decode_attention_op, _fake)
 
 
 def decode_attention(
-    q_BHE: Tensor, k_cache_BSKE: Tensor, v_cache_BSKE: Tensor, length_B: Tensor, *, scale: float | None = None
+    q_BHE: Tensor,
+    k_cache_BSKE: Tensor,
+    v_cache_BSKE: Tensor,
+    length_B: Tensor,
+    first_B: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """out_BHE in the dtype of q. ``length_B`` (int32 or int64) counts the used slots, the new token's own included.
+    """out_BHE in the dtype of q. ``length_B`` (int32 or int64) counts the used slots, the new token's own included;
+    ``first_B`` is the first slot that is visible, 0 by default: the lower end of a sliding window.
 
-    A sequence of length 0 has out 0. The host does not read the lengths: one above S goes unnoticed and counts as S.
-    Slots past the length may hold any finite number; Triton does not read them. The caches may have any strides except
-    in the last dim. ``scale`` is 1 / sqrt(E) by default. The same call returns the same bits; a different B or S is
-    split differently and may round differently. Not differentiable. ValueError for inputs that do not fit together.
+    A sequence without visible slots has out 0. The host does not read the numbers: a length above S goes unnoticed and
+    counts as S. Hidden slots may hold any finite number; Triton does not read them. The caches may have any strides
+    except in the last dim. ``scale`` is 1 / sqrt(E) by default; ``softcap`` bounds the scores. The same call returns
+    the same bits; a different B or S is split differently and may round differently. Not differentiable. ValueError for
+    inputs that do not fit together.
     """
     _check(q_BHE, k_cache_BSKE, v_cache_BSKE, length_B)
+    if first_B is not None and not (
+        first_B.shape == length_B.shape and first_B.dtype == length_B.dtype and first_B.device == length_B.device
+    ):
+        kinds = [f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (length_B, first_B)]
+        raise ValueError(f"first_B must be like length_B: {kinds[0]}, not {kinds[1]}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, not {softcap}")
+    inputs = q_BHE, k_cache_BSKE, v_cache_BSKE, length_B, first_B
     if implementation("decode", q_BHE, q_BHE.shape[2]) == "pytorch":
-        return decode_attention_reference(q_BHE, k_cache_BSKE, v_cache_BSKE, length_B, scale=scale)
+        return decode_attention_reference(*inputs, scale=scale, softcap=softcap)
     scale = q_BHE.shape[2] ** -0.5 if scale is None else scale
-    return _decode(q_BHE, k_cache_BSKE, v_cache_BSKE, length_B, scale)
+    return _decode(*inputs, scale, softcap)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> None:

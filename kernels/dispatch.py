@@ -18,7 +18,8 @@ import torch
 Implementation = Literal["triton", "varlen", "pytorch"]
 ATTENTION = ("attention_forward", "attention_backward", "block_forward", "block_backward")
 LSE_GRADIENT = "lse_gradient"  # backward of attention whose log-sum-exp is differentiated, too
-OPERATIONS = (*ATTENTION, LSE_GRADIENT, "decode", "cross_entropy", "projector")
+MASKED_ATTENTION = "masked_attention"  # with intervals or a soft cap: forward, backward and gradient of lse
+OPERATIONS = (*ATTENTION, LSE_GRADIENT, MASKED_ATTENTION, "decode", "cross_entropy", "projector")
 
 CPU = 0
 INTERPRETER = 1  # TRITON_INTERPRET=1: kernels run on CPU tensors
@@ -140,6 +141,14 @@ ROWS = (
     ),
     Row(
         "triton",
+        (MASKED_ATTENTION,),
+        HOPPER,
+        FLOATS,
+        UP_TO_256,
+        "FA2 as torch calls it knows neither intervals nor soft caps; ours reads no keys outside of an interval",
+    ),
+    Row(
+        "triton",
         ("projector",),
         HOPPER,
         FLOATS,
@@ -189,11 +198,11 @@ ROWS = (
     ),
     Row(
         "pytorch",
-        (*ATTENTION, LSE_GRADIENT),
+        (*ATTENTION, LSE_GRADIENT, MASKED_ATTENTION),
         AMPERE_AND_LATER,
         FLOATS,
         ANY,
-        "FA2 takes half precision, multiples of 8 up to 256 and no gradient of lse; ours would spill or not fit",
+        "FA2 takes halves, multiples of 8, no gradient of lse, no intervals, no cap; ours would spill or not fit",
     ),
     Row(
         "pytorch",

@@ -1,6 +1,6 @@
 """How a packed row of tokens is cut into segments that must not see each other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -12,8 +12,9 @@ class Intervals:
     """Masks of the form "query i sees the keys first_i to last_i of its segment": sliding windows, chunks, prefixes and
     images whose rows see each other. They replace the causal mask.
 
-    Rows are counted from the first one of the segment, int32; last_i < first_i means no key. Neither first nor last
-    falls from one query of a segment to the next, so that tiles of queries see ranges of keys, and the reverse.
+    Rows are counted from the first one of the segment, int32; 0 <= first_i, and last_i < first_i means no key. Neither
+    first nor last falls from one query of a segment to the next, so that tiles of queries see ranges of keys, and the
+    reverse.
 
     first_T, last_T               keys that each query sees
     first_query_S, last_query_S   queries that see each key
@@ -26,8 +27,12 @@ class Intervals:
 
     @staticmethod
     def of(first_T: Tensor, last_T: Tensor, segments: "Segments", segments_k: "Segments") -> "Intervals":
-        """From what the queries see, on the host. ValueError if first or last falls within a segment."""
-        first_query_S = torch.zeros(int(segments_k.cu_seqlens[-1]), dtype=torch.int32)
+        """From what the queries see, on the host; ``first_T`` may begin before a segment. ValueError if first or last
+        falls within a segment."""
+        num_keys = len(first_T) if segments_k is segments else int(segments_k.cu_seqlens[-1])
+        first_T = first_T.int().clamp(min=0)
+        last_T = last_T.int()
+        first_query_S = torch.zeros(num_keys, dtype=torch.int32)
         last_query_S = first_query_S - 1
         for (q_start, Q), (k_start, L) in zip(segments.spans, segments_k.spans, strict=True):
             first_Q = first_T[q_start : q_start + Q].contiguous()
@@ -39,11 +44,23 @@ class Intervals:
             key_L = torch.arange(L, dtype=torch.int32)
             first_query_S[k_start : k_start + L] = torch.searchsorted(last_Q, key_L, out_int32=True)
             last_query_S[k_start : k_start + L] = torch.searchsorted(first_Q, key_L, right=True, out_int32=True) - 1
-        return Intervals(first_T.int(), last_T.int(), first_query_S, last_query_S)
+        return Intervals(first_T, last_T, first_query_S, last_query_S)
+
+    @staticmethod
+    def sliding(segments: "Segments", window: int) -> "Intervals":
+        """Causal windows: query i sees the keys i - window + 1 to i. On the host."""
+        length_N = segments.cu_seqlens.diff()
+        start_T = segments.cu_seqlens[:-1].repeat_interleave(length_N)
+        row_T = torch.arange(len(start_T), dtype=torch.int32) - start_T
+        return Intervals((row_T - window + 1).clamp(min=0), row_T, row_T.clone(), row_T + window - 1)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Intervals":
         tensors = (self.first_T, self.last_T, self.first_query_S, self.last_query_S)
         return Intervals(*(x.to(device, non_blocking=non_blocking) for x in tensors))
+
+    def pin_memory(self) -> "Intervals":
+        tensors = (self.first_T, self.last_T, self.first_query_S, self.last_query_S)
+        return Intervals(*(x.pin_memory() for x in tensors))
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity, so that layers can share a cache
@@ -79,6 +96,17 @@ class Segments:
         if self.cu_seqlens.device.type == "cpu":
             moved.__dict__["spans"] = self.spans  # known here without waiting for the device
         return moved
+
+    def within(self, window: int) -> "Segments":
+        """The same segments with a sliding window, see ``Intervals.sliding``; for causal attention. On the host."""
+        assert self.lengths is None and self.intervals is None
+        if self.max_length <= window:  # the causal mask says it all
+            return self
+        return replace(self, intervals=Intervals.sliding(self, window))
+
+    def pin_memory(self) -> "Segments":
+        """The intervals in pinned memory; boundaries are too few to matter."""
+        return self if self.intervals is None else replace(self, intervals=self.intervals.pin_memory())
 
     def __len__(self) -> int:
         return self.cu_seqlens.shape[0] - 1

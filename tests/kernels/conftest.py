@@ -1,4 +1,5 @@
 import pytest
+import torch
 from triton.runtime import interpreter
 
 
@@ -13,6 +14,14 @@ def launches(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
     return names
+
+
+@pytest.fixture
+def poisoned():
+    """torch fills memory that it hands out empty with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -129,14 +129,6 @@ def test_more_segments_than_a_program_counts_at_a_time(monkeypatch):
     assert torch.allclose(out, expected, atol=1e-5)
 
 
-@pytest.fixture
-def poisoned():
-    """torch fills memory that it hands out empty with NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("one_pass", [False, True])
 def test_memory_that_nobody_wrote_does_not_show(one_pass, poisoned, monkeypatch, descriptors_that_add):
     if one_pass:

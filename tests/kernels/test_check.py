@@ -149,7 +149,7 @@ def test_without_a_gpu_the_command_says_that_there_is_nothing_to_compare():
 
 @pytest.mark.interpreter
 def test_our_kernels_are_right():
-    with_heads = (*dispatch.ATTENTION, "decode", dispatch.LSE_GRADIENT)
+    with_heads = (*dispatch.ATTENTION, "decode", dispatch.LSE_GRADIENT, dispatch.MASKED_ATTENTION)
     assert find(*with_heads, "cross_entropy", "projector") == []
 
 

@@ -22,8 +22,9 @@ def _memory_starts_as_nan():
     torch.use_deterministic_algorithms(False)
 
 
-def inputs(lengths: list[int], S: int, H: int, K: int, E: int, dtype=torch.float32) -> tuple[Tensor, ...]:
-    """q, k, v and lengths. Spare slots are NaN where the kernel runs, which must not read them."""
+def inputs(lengths: list[int], S: int, H: int, K: int, E: int, dtype=torch.float32, first=None) -> tuple[Tensor, ...]:
+    """q, k, v, lengths and, if given, first slots. Hidden slots are NaN where the kernel runs, which must not read
+    them."""
     B = len(lengths)
     torch.manual_seed(0)
     q = torch.randn(B, H, E).to(DEVICE, dtype)
@@ -33,37 +34,48 @@ def inputs(lengths: list[int], S: int, H: int, K: int, E: int, dtype=torch.float
     for b, n in enumerate(lengths):
         k[b, n:] = spare
         v[b, n:] = -spare
-    return q, k, v, torch.tensor(lengths, device=DEVICE, dtype=torch.int64)
+        if first is not None:
+            k[b, : first[b]] = spare
+            v[b, : first[b]] = -spare
+    numbers = [lengths] if first is None else [lengths, first]
+    return q, k, v, *(torch.tensor(x, device=DEVICE, dtype=torch.int64) for x in numbers)
 
 
-def formula(q, k, v, length, scale):
+def formula(q, k, v, length, first, scale, softcap):
     group = q.shape[1] // k.shape[2]
     out = torch.zeros_like(q, dtype=torch.float64)
-    for b, n in enumerate(length.tolist()):
-        k_HSE, v_HSE = (x[b, :n].double().transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
+    for b, (n, start) in enumerate(zip(length.tolist(), first.tolist())):
+        k_HSE, v_HSE = (x[b, start:n].double().transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
         score_HS = scale * (k_HSE @ q[b].double()[:, :, None])[:, :, 0]
+        if softcap is not None:
+            score_HS = softcap * torch.tanh(score_HS / softcap)
         out[b] = (score_HS.softmax(-1)[:, None] @ v_HSE)[:, 0]
     return out
 
 
-def pytorch(q, k, v, length, scale):
+def pytorch(q, k, v, length, first, scale):
     out = torch.zeros_like(q)
-    for b, n in enumerate(length.tolist()):
-        if n:
-            keys, values = k[b, :n].transpose(0, 1), v[b, :n].transpose(0, 1)
+    for b, (n, start) in enumerate(zip(length.tolist(), first.tolist())):
+        if n > start:
+            keys, values = k[b, start:n].transpose(0, 1), v[b, start:n].transpose(0, 1)
             out[b] = F.scaled_dot_product_attention(q[b, :, None], keys, values, scale=scale, enable_gqa=True)[:, 0]
     return out
 
 
-def assert_as_exact_as_pytorch(q, k, v, length, scale=None):
-    out = decode_attention(q, k, v, length, scale=scale)
+def assert_as_exact_as_pytorch(q, k, v, length, first=None, scale=None, softcap=None):
+    out = decode_attention(q, k, v, length, first, scale=scale, softcap=softcap)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    exact = formula(q, k, v, length, scale)
+    first = torch.zeros_like(length) if first is None else first
+    exact = formula(q, k, v, length, first, scale, softcap)
     assert out.dtype == q.dtype and out.shape == q.shape
     if out.numel():
-        error, theirs = ((x.double() - exact).abs().max().item() for x in (out, pytorch(q, k, v, length, scale)))
-        assert error <= 2 * theirs + 4 * torch.finfo(torch.float32).eps, f"error {error}, PyTorch's {theirs}"
-    assert not out[length == 0].any()
+        without_cap = formula(q, k, v, length, first, scale, None)
+        theirs = (pytorch(q, k, v, length, first, scale).double() - without_cap).abs().max().item()
+        error = (out.double() - exact).abs().max().item()
+        largest = 1.0 if softcap is None else max(1.0, softcap)  # of the terms of which a capped score is the difference
+        allowed = 2 * theirs + 4 * torch.finfo(torch.float32).eps * largest
+        assert error <= allowed, f"error {error}, PyTorch's {theirs}"
+    assert not out[length <= first].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -107,7 +119,27 @@ def test_more_splits_than_are_merged_at_a_time():
 )
 def test_any_lengths_in_any_cache(lengths, spare, heads, scale, index):
     q, k, v, length = inputs(lengths, max(lengths, default=0) + spare, *heads, 16)
-    assert_as_exact_as_pytorch(q, k, v, length.to(index), scale)
+    assert_as_exact_as_pytorch(q, k, v, length.to(index), scale=scale)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 700), min_size=1, max_size=3),
+    window=st.sampled_from([0, 1, 100, 300, 999]),
+    heads=st.sampled_from([(1, 1), (4, 2)]),
+    softcap=st.sampled_from([None, 2.0, 50.0]),
+    index=st.sampled_from([torch.int32, torch.int64]),
+)
+def test_slots_before_the_first_visible_one_are_not_read(lengths, window, heads, softcap, index):
+    first = [max(0, n - window) for n in lengths]
+    q, k, v, *numbers = inputs(lengths, 720, *heads, 16, first=first)
+    assert_as_exact_as_pytorch(q, k, v, *(x.to(index) for x in numbers), softcap=softcap)
+
+
+def test_a_first_slot_past_the_last_leaves_nothing_and_one_before_the_cache_everything():
+    q, k, v, length = inputs([7, 300], 300, 4, 2, 16)
+    assert not decode_attention(q, k, v, length, length + 5).any()
+    assert decode_attention(q, k, v, length, -length).equal(decode_attention(q, k, v, length))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -148,7 +180,7 @@ def test_no_sequences_no_slots_and_no_keys_are_legal(lengths, S):
 def test_float64_stays_float64():
     q, k, v, length = inputs([9, 12], 12, 4, 2, 8, torch.float64)
     out = decode_attention(q, k, v, length)
-    assert torch.allclose(out, formula(q, k, v, length, 8**-0.5), atol=1e-14, rtol=0)
+    assert torch.allclose(out, formula(q, k, v, length, 0 * length, 8**-0.5, None), atol=1e-14, rtol=0)
 
 
 Q, KV, LENGTH = torch.zeros(2, 4, 8), torch.zeros(2, 5, 2, 8), torch.tensor([1, 2])
@@ -167,6 +199,8 @@ Q, KV, LENGTH = torch.zeros(2, 4, 8), torch.zeros(2, 5, 2, 8), torch.tensor([1, 
         ((Q.int(), KV.int(), KV.int(), LENGTH), "int32, torch.int32"),
         ((Q, KV, KV, LENGTH.float()), "length_B must be int32 or int64, not torch.float32"),
         ((Q, KV, KV, LENGTH.to("meta")), "not cpu, cpu, cpu and meta"),
+        ((Q, KV, KV, LENGTH, LENGTH.int()), r"like length_B: \(2,\) torch.int64 on cpu, not \(2,\) torch.int32 on cpu"),
+        ((Q, KV, KV, LENGTH, LENGTH[:1]), r"like length_B: .* not \(1,\) torch.int64 on cpu"),
         ((Q, KV, KV.mT.contiguous().mT, LENGTH), r"contiguous, not strides .*\(80, 16, 1, 2\)"),
         ((Q, KV.clone().requires_grad_(), KV, LENGTH), r"torch.no_grad\(\)"),
     ],
@@ -194,7 +228,9 @@ def test_the_public_function_runs_the_kernels(launches):
 
 @pytest.mark.interpreter
 def test_the_operator_keeps_its_promises_to_pytorch():
-    torch.library.opcheck(torch.ops.avlm.decode_attention.default, (*inputs([40, 0], 50, 4, 2, 16), 0.3))
+    q, k, v, length = inputs([40, 0], 50, 4, 2, 16)
+    torch.library.opcheck(torch.ops.avlm.decode_attention.default, (q, k, v, length, None, 0.3, None))
+    torch.library.opcheck(torch.ops.avlm.decode_attention.default, (q, k, v, length, length // 2, 0.3, 5.0))
 
 
 def test_a_compiled_model_holds_one_operator_for_all_cache_sizes():

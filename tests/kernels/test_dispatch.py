@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import backend, dispatch
-from kernels.dispatch import ARCHITECTURES, ATTENTION, LSE_GRADIENT, OPERATIONS, ROWS, choose
+from kernels.dispatch import ARCHITECTURES, ATTENTION, LSE_GRADIENT, MASKED_ATTENTION, OPERATIONS, ROWS, choose
 from tests.kernels.flash_stand_in import pretend
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -55,7 +55,7 @@ def test_head_dims_that_fa2_cannot_train_on_small_cards_run_in_pytorch():
     assert of(232) == ["varlen"] * 6
 
 
-@pytest.mark.parametrize("operation", [*ATTENTION, LSE_GRADIENT])
+@pytest.mark.parametrize("operation", [*ATTENTION, LSE_GRADIENT, MASKED_ATTENTION])
 def test_attention_in_float32_is_ours_on_hopper_and_plain_elsewhere(operation):
     assert runs(operation, 90, FP32, 64) == runs(operation, 90, FP32, 256) == "triton"
     assert runs(operation, 90, FP32, 257) == "pytorch"
@@ -67,6 +67,14 @@ def test_a_gradient_of_lse_never_goes_to_torch_s_kernels():
         for head_dim in (64, 72, 100, 128):
             for flash in (None, "FA3", "FA4"):
                 assert runs(LSE_GRADIENT, arch, BF16, head_dim, flash=flash) == ("triton" if arch == 90 else "pytorch")
+
+
+def test_intervals_and_caps_never_go_to_torch_s_kernels():
+    for arch in (*ARCHITECTURES, 70):
+        for head_dim in (64, 72, 100, 128):
+            for flash in (None, "FA3", "FA4"):
+                found = runs(MASKED_ATTENTION, arch, BF16, head_dim, flash=flash)
+                assert found == ("triton" if arch == 90 else "pytorch")
 
 
 @pytest.mark.parametrize("flash", ["FA3", "FA4"])
@@ -135,13 +143,15 @@ def test_doubts_and_another_architecture_reach_the_callers(monkeypatch):
         assert backend.implementation("attention_forward", x, 128) == "pytorch"
 
 
-def test_a_distrusted_backward_does_not_serve_the_gradient_of_lse_either():
+def test_a_distrusted_backward_does_not_serve_the_gradient_of_lse_or_intervals_either():
     x = torch.empty(1, dtype=BF16)
     with pretend(90):
         assert backend.implementation(LSE_GRADIENT, x, 128) == "triton"
+        assert backend.implementation(MASKED_ATTENTION, x, 128) == "triton"
         backend.distrust("attention_backward", "triton", "raised")
         assert backend.implementation("attention_backward", x, 128) == "varlen"
         assert backend.implementation(LSE_GRADIENT, x, 128) == "pytorch"
+        assert backend.implementation(MASKED_ATTENTION, x, 128) == "pytorch"
 
 
 def test_a_compiled_function_asks_once_and_takes_the_answer_as_a_constant():
