@@ -19,6 +19,7 @@ from avlm.weights.sources import Whole, copy_slice
 from tests.measurements.equivalence import TOLERANCE, distance, relative
 from tests.parallel.small import TREE, Observer, build, make_rows, whole
 from tests.parallel.spawn import run_ranks
+from tests.parallel.test_compile import count_graphs
 from train import train_step
 
 MIXES = ["both", "text", "image", "audio"]
@@ -90,7 +91,8 @@ def on_ranks(world_size):
 def everything(world_size):
     """Errors of each case, and with two ranks the results of a base in bf16."""
     worlds = {}
-    found = {name: errors_of(make(*case), worlds) for name, case in CASES[world_size].items()}
+    with count_graphs():
+        found = {name: errors_of(make(*case), worlds) for name, case in CASES[world_size].items()}
     in_bf16 = None
     if world_size == 2:
         in_bf16 = *train_in_bf16(worlds), dora_error(worlds)
