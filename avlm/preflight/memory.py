@@ -11,8 +11,8 @@ A gathered unit counts twice: the all-gather buffer and the unsharded copy (or t
 
 Activations are what autograd keeps on a GPU: attention keeps q, k, v, out (shared with the next product) and lse, by
 our kernels and by torch's. The plain path keeps a second out. The loss is counted as ``kernels.dispatch`` says that it
-runs. Assumed: every token has a target, and a row is full of the media of one modality, images or whole windows of
-audio, whichever takes more. Memory of CUDA, of NCCL and of fragmentation is not included.
+runs. Assumed: every token has a target, and a row is full of the media of one modality, whichever takes more. Memory
+of CUDA, of NCCL and of fragmentation is not included.
 
 D width   F intermediate width   Q, K width of all query heads, of all key heads   c bytes of a number in compute
 """
@@ -341,11 +341,9 @@ def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
     """What a block keeps for each row: full, its input; selective, also attention and every second product."""
     c = case.itemsize
     module = getattr(case.model, name)
-    t = 1
-    width = module.hidden_size  # of attention over all heads
+    t, width = 1, module.hidden_size  # of attention over all heads
     if name == "decoder":
-        t = case.layout.tensor
-        width = module.num_heads * module.head_dim
+        t, width = case.layout.tensor, module.num_heads * module.head_dim
     size = c * module.hidden_size // t
     if mode == "full":
         return size
@@ -388,9 +386,8 @@ def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool, no
 
 def encoder_block_bytes(tower: VisionConfig | AudioConfig, layout: Layout) -> int:
     """What a block of a tower that trains keeps for each of its rows if nothing is recomputed."""
-    num_activations = 2
-    if isinstance(tower, VisionConfig) and tower.activation == "quick_gelu":
-        num_activations = 3  # quick_gelu is three operations
+    of_three_operations = isinstance(tower, VisionConfig) and tower.activation == "quick_gelu"
+    num_activations = 3 if of_three_operations else 2
     numbers = 8 * tower.hidden_size + num_activations * tower.intermediate_size
     return layout.dtype.itemsize * numbers + 4 * tower.num_heads
 
@@ -398,6 +395,6 @@ def encoder_block_bytes(tower: VisionConfig | AudioConfig, layout: Layout) -> in
 def _media_rows(name: str, case: Case) -> int:
     """Rows of a tower on the rank with most, for a row full of images or of whole windows of audio."""
     tower = getattr(case.model, name)
-    projector = getattr(case.model, f"{name}_projector")
-    num_items = case.stage.data.seq_length // tower.num_features(projector.downsample)
+    num_features = tower.num_features(getattr(case.model, f"{name}_projector").downsample)
+    num_items = case.stage.data.seq_length // num_features
     return math.ceil(num_items / case.layout.row_ranks) * tower.num_rows

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import cross_entropy
 from kernels.backend import INTERPRETED
-from kernels.benchmark import measure
+from kernels.benchmark import timing
 from kernels.cross_entropy import linear_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -270,7 +270,7 @@ def test_memory_is_a_chunk_of_logits_and_the_gradients(monkeypatch):
 
     def peak(function, rows=R):
         step = lambda: torch.autograd.grad(function(hidden[:rows], weight, target[:rows])[0], (hidden, weight))
-        return measure.peak_mib(step, DEVICE)
+        return timing.peak_mib(step, DEVICE)
 
     theirs = peak(pytorch)
     assert theirs > 2 * R / 16 * chunk
