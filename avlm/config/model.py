@@ -69,8 +69,16 @@ class DecoderConfig:
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3: RMSNorm on every query and key head
     max_position: Tokens = 8192  # tokens that the checkpoint was trained for; data.seq_length must not exceed it
+    sliding_window: Tokens | None = None  # a token sees so many of its document, itself and those before; None: all
+    window_layers: Annotated[list[Whole], Field(min_length=1)] | None = None  # that have the window; None: all of them
 
     def __post_init__(self) -> None:
+        if self.window_layers is not None:
+            require(self.sliding_window is not None, "window_layers needs a sliding_window")
+            require(
+                self.window_layers == sorted(set(self.window_layers)) and self.window_layers[-1] < self.num_layers,
+                f"window_layers={shown(self.window_layers)} must ascend and lie below num_layers={self.num_layers}",
+            )
         if not self.head_dim:
             require(
                 self.hidden_size % self.num_heads == 0,
@@ -82,6 +90,9 @@ class DecoderConfig:
             f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}",
         )
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary positions")
+
+    def has_window(self, layer: int) -> bool:
+        return self.sliding_window is not None and (self.window_layers is None or layer in self.window_layers)
 
 
 @config

@@ -13,7 +13,7 @@ from torch import Tensor
 from avlm.config.model import ModelConfig, VisionConfig
 from avlm.data.media.audio import num_rows
 from avlm.data.sample import EncodedSample
-from avlm.models.batch import IGNORE, KINDS, PAD, PLACEHOLDERS, Batch, Media, no_media
+from avlm.models.batch import IGNORE, KINDS, PAD, PLACEHOLDERS, Batch, Media, no_media, windowed_segments
 from kernels.segments import Segments
 
 
@@ -88,10 +88,12 @@ def pack(
     kind_T = torch.cat([*kinds, torch.zeros(room, dtype=torch.int64)])
     positions = [torch.arange(length) for length in lengths]
     target_rows_R = (target_T != IGNORE).nonzero().flatten()
+    segments = Segments.of(lengths)
     return Batch(
         token_T=token_T,
         position_T=torch.cat(positions or [torch.arange(0)]),
-        segments=Segments.of(lengths),
+        segments=segments,
+        windowed=windowed_segments(segments, model),
         target_rows_R=target_rows_R,
         target_R=target_T[target_rows_R],
         kind_R=kind_T[target_rows_R],

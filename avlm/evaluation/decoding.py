@@ -26,21 +26,24 @@ from kernels.segments import Segments
 class Slots:
     """Where the tokens of the current forward are stored, shared by the caches of all blocks.
 
-    index_T   int64: index of each token in the flattened (B, S) cache
-    length_B  int64: used slots of each sequence, with this forward's tokens
+    index_T    int64: index of each token in the flattened (B, S) cache
+    length_B   int64: used slots of each sequence, with this forward's tokens
+    visible_B  int64: the first slot of each sequence in its sliding window; after the prompt, for layers with one
     """
 
     index_T: Tensor
     length_B: Tensor
     size: int
     is_prompt: bool = True
+    visible_B: Tensor | None = None
 
 
 class KeyValueCache:
     """Keys and values of one decoder block, with the number of heads and the dtype of the prompt's keys."""
 
-    def __init__(self, slots: Slots):
+    def __init__(self, slots: Slots, has_window: bool = False):
         self.slots = slots
+        self.has_window = has_window
         self.k_BSKE = self.v_BSKE = torch.empty(0)
 
     @property
@@ -59,7 +62,8 @@ class KeyValueCache:
         self.v_BSKE.flatten(0, 1).index_copy_(0, slots.index_T, v_TKE)
         if slots.is_prompt:
             return attention(q_THE, k_TKE, v_TKE, segments, causal=True)
-        return decode_attention(q_THE, self.k_BSKE, self.v_BSKE, slots.length_B)
+        visible_B = slots.visible_B if self.has_window else None
+        return decode_attention(q_THE, self.k_BSKE, self.v_BSKE, slots.length_B, visible_B)
 
 
 class Decoding:
@@ -83,7 +87,9 @@ class Decoding:
         self.token_NB = torch.zeros_like(draw_NB, dtype=torch.int64)
         self.logprob_NB = torch.zeros_like(draw_NB, dtype=torch.float32)
         self.count_1 = torch.zeros(1, dtype=torch.int64, device=draw_NB.device)  # new tokens of each sequence
-        self.caches = [KeyValueCache(slots) for _ in range(model.config.decoder.num_layers)]
+        decoder = model.config.decoder
+        self.window = decoder.sliding_window
+        self.caches = [KeyValueCache(slots, decoder.has_window(i)) for i in range(decoder.num_layers)]
 
     def prompt(self, batch: Batch) -> None:
         """The first new token of each sequence, from the packed prompts; it is the target of a row's last position."""
@@ -94,11 +100,14 @@ class Decoding:
         row_B = torch.arange(num_sequences, device=slots.length_B.device)
         self.first_B = row_B * slots.size
         slots.index_T = torch.empty_like(self.first_B)
+        slots.visible_B = torch.empty_like(self.first_B)
+        segments = Segments.of([1] * num_sequences, row_B.device)
         self.batch = dataclasses.replace(
             empty_batch(0, self.model.config).to(row_B.device),
             token_T=torch.empty_like(row_B),
             position_T=torch.empty_like(row_B),
-            segments=Segments.of([1] * num_sequences, row_B.device),
+            segments=segments,
+            windowed=segments,
             target_rows_R=row_B,
             target_R=torch.zeros_like(row_B),
             kind_R=torch.zeros_like(row_B),
@@ -111,6 +120,8 @@ class Decoding:
         self.batch.position_T.copy_(slots.length_B)
         slots.index_T.copy_(self.first_B + slots.length_B)
         slots.length_B.add_(1)
+        if self.window is not None:
+            torch.clamp(slots.length_B - self.window, min=0, out=slots.visible_B)
         self._add(self.model(self.batch, self.caches))
 
     def _add(self, logits_BV: Tensor) -> None:

@@ -1,9 +1,10 @@
-"""Llama, Mistral, Qwen 2 and Qwen 3: one decoder, whose variants differ in biases, norms and defaults.
+"""Llama, Mistral, Qwen 2 and Qwen 3: one decoder, whose variants differ in biases, norms, windows and defaults.
 
 transformers 5 writes ``rope_parameters``; most folders of the Hub hold ``rope_theta`` and ``rope_scaling``. We read
 both, and write the older keys, which every version of transformers reads.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +18,14 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "qwen2": {"qkv_bias": True, "qk_norm": False},
     "qwen3": {"qkv_bias": False, "qk_norm": True},
 }
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 MODEL_TYPES = tuple(VARIANTS)
+QWEN = ("qwen2", "qwen3")  # some layers may have a window, others not
 
 # our field -> their key
 FIELDS = {
@@ -52,7 +59,7 @@ LLAMA = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "max_position_embeddings": 2048,
-    "use_sliding_window": True,  # Llama and Mistral have no such key: a window is used if there is one
+    "use_sliding_window": True,  # Mistral has no such key: a window is used if there is one
 }
 MISTRAL = {
     **LLAMA,
@@ -121,21 +128,18 @@ QWEN2_WORDS = (
 def read(given: Mapping[str, Any], files: Mapping[str, dict] | None = None) -> DecoderConfig:
     keys = {**DEFAULTS[given["model_type"]], **given}
     require_accepted(keys, ACCEPTED)
-    _require_full_attention(keys)
     fields = to_ours(FIELDS, keys)
     fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
     fields["head_dim"] = fields["head_dim"] or 0
     fields["tie_embedding"] = bool(fields["tie_embedding"])
     theta, scaling = _read_rope(keys)
-    return DecoderConfig(**fields, **VARIANTS[given["model_type"]], rope_theta=theta, rope_scaling=scaling)
+    config = DecoderConfig(**fields, **VARIANTS[given["model_type"]], rope_theta=theta, rope_scaling=scaling)
+    return _with_window(config, keys)
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
     """Raises ValueError for a decoder that no architecture of transformers computes."""
-    variant = {"qkv_bias": config.qkv_bias, "qk_norm": config.qk_norm}
-    model_type = next((name for name in ARCHITECTURES if VARIANTS[name] == variant), None)
-    if model_type is None:
-        raise ValueError("no Hugging Face architecture has both qkv_bias and qk_norm")
+    model_type = _model_type(config)
     scaling = None
     if config.rope_scaling is not None:
         scaling = {"rope_type": "llama3", **to_theirs(ROPE_FIELDS, config.rope_scaling)}
@@ -146,7 +150,20 @@ def write(config: DecoderConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling,
+        **_write_window(config, model_type),
     }
+
+
+def _model_type(config: DecoderConfig) -> str:
+    variant = {"qkv_bias": config.qkv_bias, "qk_norm": config.qk_norm}
+    model_type = next((name for name in ARCHITECTURES if VARIANTS[name] == variant), None)
+    if model_type is None:
+        raise ValueError("no Hugging Face architecture has both qkv_bias and qk_norm")
+    if model_type == "llama" and config.sliding_window is not None:
+        if config.window_layers is not None:
+            raise ValueError("no Hugging Face architecture has window_layers without qkv_bias or qk_norm")
+        return "mistral"
+    return model_type
 
 
 def config_json(config: ModelConfig, media_token: int | None) -> dict[str, Any]:
@@ -184,15 +201,45 @@ def _is_qwen2_tokenizer(tree: Mapping[str, Any]) -> bool:
     return found == steps and tree.get("normalizer") == {"type": "NFC"} and is_plain and has_pad
 
 
-def _require_full_attention(keys: Mapping[str, Any]) -> None:
+def _with_window(config: DecoderConfig, keys: Mapping[str, Any]) -> DecoderConfig:
+    """The config with the sliding window that is in use. A window that no position exceeds is not."""
     window = keys.get("sliding_window")
-    is_used = window is not None and keys["use_sliding_window"]
-    if keys["model_type"] in ("qwen2", "qwen3"):
-        first = keys["max_window_layers"]  # the first layer that uses the window
-        is_used = is_used and (first is None or first < keys["num_hidden_layers"])
-    cuts = is_used and window < keys["max_position_embeddings"]
-    if cuts or "sliding_attention" in (keys.get("layer_types") or ()):
-        raise ValueError(f"sliding_window={window} is in use, and sliding windows are not implemented")
+    kinds = keys.get("layer_types")
+    layers = range(config.num_layers)
+    if keys["model_type"] not in QWEN:
+        if kinds is not None and set(map(str, kinds)) != {"full_attention" if window is None else "sliding_attention"}:
+            raise ValueError(f"layer_types {shown(kinds)} is not implemented for {keys['model_type']}")
+        windowed = list(layers)
+    elif kinds is not None:
+        if len(kinds) != len(layers) or not set(map(str, kinds)) <= {"full_attention", "sliding_attention"}:
+            raise ValueError(f"layer_types {shown(kinds)} is not implemented (full_attention or sliding_attention)")
+        windowed = [i for i in layers if kinds[i] == "sliding_attention"]
+    else:
+        windowed = [i for i in layers if i >= (keys["max_window_layers"] or 0)]
+    if window is None or not keys["use_sliding_window"]:
+        if kinds is not None and windowed and keys["model_type"] in QWEN:
+            raise ValueError("layer_types has sliding_attention, but no sliding_window is in use")
+        return config
+    if not windowed or window >= config.max_position:
+        return config
+    if keys["model_type"] == "llama":
+        raise ValueError(f"sliding_window={window} is not implemented for llama, which has none in transformers")
+    some = windowed if len(windowed) < len(layers) else None
+    return dataclasses.replace(config, sliding_window=window, window_layers=some)
+
+
+def _write_window(config: DecoderConfig, model_type: str) -> dict[str, Any]:
+    if config.sliding_window is None:
+        return {}
+    if model_type == "mistral":
+        return {"sliding_window": config.sliding_window}
+    kinds = ["sliding_attention" if config.has_window(i) else "full_attention" for i in range(config.num_layers)]
+    return {
+        "use_sliding_window": True,
+        "sliding_window": config.sliding_window,
+        "max_window_layers": kinds.index("sliding_attention"),  # what older versions of transformers read
+        "layer_types": kinds,
+    }
 
 
 def _read_rope(keys: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:

@@ -56,7 +56,8 @@ class AVLM(nn.Module):
         returns the logits of the target rows instead, float32 (R, V).
         """
         with_media = caches is None or caches[0].is_prompt  # after the prompt no rank has any
-        x_TD = self.decoder(self.embed(batch, with_media), batch.position_T, batch.segments, caches)
+        x_TD = self.embed(batch, with_media)
+        x_TD = self.decoder(x_TD, batch.position_T, batch.segments, caches, batch.windowed)
         hidden_RD = self.decoder.norm(x_TD[batch.target_rows_R])
         target_R = batch.target_R if caches is None else None
         return self.decoder.head(hidden_RD, target_R, predict)

@@ -108,6 +108,7 @@ class Batch:
     token_T        int64: vocabulary ids, and a placeholder (IMAGE, AUDIO) for every feature
     position_T     int64: position within the document, from 0
     segments       documents
+    windowed       the same for layers with a sliding window; None in a model without one
     target_rows_R  int64: where in token_T there is a target, ascending
     target_R       int64: the token that follows, at those places
     kind_R         int64: index into KINDS of the sample that the target belongs to
@@ -124,6 +125,7 @@ class Batch:
     kind_R: Tensor
     image: Media
     audio: Media
+    windowed: Segments | None = None
     keys: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     read: int = 0
@@ -160,14 +162,22 @@ def no_media(model: ModelConfig) -> dict[str, Media]:
     return found
 
 
+def windowed_segments(segments: Segments, model: ModelConfig) -> Segments | None:
+    """``Batch.windowed`` of documents."""
+    window = model.decoder.sliding_window
+    return None if window is None else segments.within(window)
+
+
 def empty_batch(seq_length: int, model: ModelConfig) -> Batch:
     """A row without targets and media, for a rank that runs out of data before the others."""
     nothing = torch.arange(0)
+    segments = Segments.of([seq_length] if seq_length else [])
     media: dict[str, Any] = no_media(model)
     return Batch(
         token_T=torch.full((seq_length,), PAD),
         position_T=torch.arange(seq_length),
-        segments=Segments.of([seq_length] if seq_length else []),
+        segments=segments,
+        windowed=windowed_segments(segments, model),
         target_rows_R=nothing,
         target_R=nothing,
         kind_R=nothing,
@@ -186,7 +196,7 @@ def _moved(part: Part, device: torch.device | str, non_blocking: bool) -> Part:
 
 
 def _pinned(part: Part) -> Part:
-    """A copy with its tensors in pinned memory, except those of segments, which are too small to matter."""
+    """A copy with its tensors in pinned memory, except boundaries of segments, which are too small to matter."""
     pinned: dict[str, Any] = {}
     for entry in dataclasses.fields(part):
         value = getattr(part, entry.name)

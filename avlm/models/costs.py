@@ -11,6 +11,7 @@ from avlm.config.model import TOWERS, AudioConfig, DecoderConfig, ModelConfig, V
 from avlm.models.batch import FRAMES_PER_ROW, Batch
 from avlm.models.projector import LAYERS
 from avlm.models.shapes import parameter_shapes
+from kernels.segments import Segments
 
 Step = tuple[str, tuple[str, ...]]  # its count, "" if it has no product; modules that share an input
 # By how much the counts of a tower's stem grow with each row of an item.
@@ -20,9 +21,9 @@ PER_ROW = {"patches": 1, "frames": FRAMES_PER_ROW, "strided_frames": 1}
 def counts(batch: Batch) -> dict[str, int]:
     """The counts of a packed row. The batch is on the host, before ranks share it.
 
-    A causal query sees the keys up to itself, so a document of L tokens has L (L + 1) / 2 pairs; an image or a window
-    has L^2. The padding at the end of a row is computed as one more document. Convolutions work on whole windows, the
-    head on rows with a target.
+    A causal query sees the keys up to itself, so a document of L tokens has L (L + 1) / 2 pairs; in layers with a
+    sliding window it sees at most as many as that. An image or a window of audio has L^2. The padding at the end of a
+    row is computed as one more document. Convolutions work on whole windows, the head on rows with a target.
     """
     num_windows = len(batch.audio.values)
     num_frames = batch.audio.values.shape[2] if num_windows else 0
@@ -36,11 +37,20 @@ def counts(batch: Batch) -> dict[str, int]:
         "frames": num_windows * num_frames,
         "strided_frames": num_windows * (num_frames // FRAMES_PER_ROW),  # left by the second convolution
     }
+    if batch.windowed is not None:
+        found["window_pairs"] = _window_pairs(batch.windowed, found["token_pairs"])
     for modality, media in batch.media.items():
         found[f"{modality}_rows"] = sum(media.lengths)
         found[f"{modality}_pairs"] = sum(length**2 for length in media.lengths)
         found[f"{modality}_features"] = len(media.rows)
     return found
+
+
+def _window_pairs(windowed: Segments, token_pairs: int) -> int:
+    """Pairs in a layer with a sliding window: those of full layers if it cuts nothing."""
+    if windowed.intervals is None:
+        return token_pairs
+    return int((windowed.intervals.last_T - windowed.intervals.first_T + 1).sum())
 
 
 def item_costs(modality: str, model: ModelConfig) -> tuple[int, int]:
@@ -100,7 +110,7 @@ def _decoder(config: DecoderConfig) -> Iterator[Step]:
         yield "", (f"{block}.attention_norm",)
         yield "tokens", (f"{attention}.q", f"{attention}.k", f"{attention}.v")
         yield "", (f"{attention}.q_norm", f"{attention}.k_norm")
-        yield "token_pairs", (f"{attention}.core",)
+        yield "window_pairs" if config.has_window(i) else "token_pairs", (f"{attention}.core",)
         yield "tokens", (f"{attention}.o",)
         yield "", (f"{block}.ffn_norm",)
         yield "tokens", (f"{block}.ffn.gate", f"{block}.ffn.up")

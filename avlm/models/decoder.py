@@ -186,12 +186,22 @@ class Decoder(nn.Module):
         self.head = Head(config)
         self.tie()
 
-    def forward(self, x_TD: Tensor, position_T: Tensor, segments: Segments, caches: list | None = None) -> Tensor:
-        """Hidden states before the final norm, (T, D). ``caches`` holds one key/value cache per block (generation)."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        position_T: Tensor,
+        segments: Segments,
+        caches: list | None = None,
+        windowed: Segments | None = None,
+    ) -> Tensor:
+        """Hidden states before the final norm, (T, D). ``caches`` holds one key/value cache per block (generation),
+        ``windowed`` the segments of layers with a sliding window."""
         rope = rope_table(rope_frequencies(self.config, position_T.device), position_T)
         for i, block in enumerate(self.blocks):
             cache = caches[i] if caches else None
-            x_TD = block(x_TD, rope, segments, cache)
+            seen = windowed if self.config.has_window(i) else segments
+            assert seen is not None, "a decoder with a sliding window needs segments for it"
+            x_TD = block(x_TD, rope, seen, cache)
         return x_TD
 
     def tie(self) -> None:

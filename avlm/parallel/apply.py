@@ -25,8 +25,10 @@ def apply_parallel(model: AVLM, world: World, parallel: ParallelConfig, train: T
     if parallel.tensor > 1:
         apply_tensor(model.decoder, world.decoder_mesh["tensor"])
     if parallel.context > 1:
-        num_kv_heads = model.config.decoder.num_kv_heads // parallel.tensor
-        mode = choose_mode(parallel.context_mode, num_kv_heads, parallel.context)
+        decoder = model.config.decoder
+        num_kv_heads = decoder.num_kv_heads // parallel.tensor
+        has_window = decoder.sliding_window is not None
+        mode = choose_mode(parallel.context_mode, num_kv_heads, parallel.context, has_window)
         # Gradients of keys and values travel while the next keys and values do: each has a communicator of its own.
         apply_context(model, world.mesh.get_group("context"), world.new_group("context"), mode)
     apply_media(model)

@@ -14,7 +14,9 @@ def check_layout(config: Config, world_size: int) -> None:
     parallel = config.parallel
     mesh.sizes(parallel, world_size)
     check_sizes(config.model, parallel.tensor)
-    choose_mode(parallel.context_mode, config.model.decoder.num_kv_heads // parallel.tensor, parallel.context)
+    decoder = config.model.decoder
+    has_window = decoder.sliding_window is not None
+    choose_mode(parallel.context_mode, decoder.num_kv_heads // parallel.tensor, parallel.context, has_window)
     _check_recompute(config)
     _check_rows(config)
     if parallel.tower_sharding == "replicate":

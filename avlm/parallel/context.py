@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from avlm.models.batch import Batch
-from kernels.segments import Segments
+from kernels.segments import Intervals, Segments
 
 EARLY, LATE = torch.tensor([1, 0]), torch.tensor([0, 1])  # times a number for each document: it counts for one part
 
@@ -74,6 +74,24 @@ class ContextPlan:
             if entry.name != "ring":
                 moved[entry.name] = move(getattr(self, entry.name))
         return ContextPlan(**moved)
+
+
+@dataclass(frozen=True, eq=False)
+class WindowPlan:
+    """The same for layers with a sliding window, in modes in which a rank has all keys that its queries see.
+
+    whole    documents of the whole row, with intervals
+    own      the rank's tokens of each document, with the intervals of their keys in the whole row
+    place_T, rows_T  as above
+    """
+
+    whole: Segments
+    own: Segments
+    place_T: Tensor
+    rows_T: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "WindowPlan":
+        return WindowPlan(*(getattr(self, entry.name).to(device, non_blocking=non_blocking) for entry in fields(self)))
 
 
 def share(lengths: list[int], context: int) -> Shares:
@@ -162,7 +180,12 @@ def cut(batch: Batch, rank: int, context: int) -> tuple[Batch, Tensor]:
         kind_R=batch.kind_R[is_held_R],
         segments=_context_plan(batch.segments, shares, rank, place_T),
     )
-    return of_rank, place_T
+    if batch.windowed is None:
+        return of_rank, place_T
+    windowed = of_rank.segments  # where no document is longer than the window
+    if batch.windowed.intervals is not None:
+        windowed = _window_plan(batch.windowed, shares, rank, place_T)
+    return replace(of_rank, windowed=windowed), place_T
 
 
 def _context_plan(whole: Segments, shares: Shares, rank: int, place_T: Tensor) -> ContextPlan:
@@ -184,6 +207,14 @@ def _context_plan(whole: Segments, shares: Shares, rank: int, place_T: Tensor) -
         early=_slots(length_N1 * EARLY, used_N2 * EARLY),
         late=_slots(length_N1 * LATE, used_N2 * LATE),
     )
+
+
+def _window_plan(whole: Segments, shares: Shares, rank: int, place_T: Tensor) -> WindowPlan:
+    rows_L = shares.rows_CL[rank]
+    own = Segments.of(shares.count_NC2[:, rank].sum(1).tolist())
+    seen = whole.intervals
+    intervals = Intervals.of(seen.first_T[rows_L], seen.last_T[rows_L], own, whole)
+    return WindowPlan(whole, replace(own, intervals=intervals), place_T, shares.rows_CL.flatten())
 
 
 def _ring_step(shares: Shares, rank: int, source: int) -> tuple[Segments, Segments]:

@@ -4,7 +4,8 @@ ring       keys and values travel from rank to rank, each block while the one be
 allgather  keys and values of all ranks are gathered: fewer, larger kernels and messages, memory O(T) of K heads
 ulysses    tokens are exchanged for heads: each rank computes whole documents for H / C heads; needs C to divide K
 
-Tokens lie as ``context.cut`` says and ``segments`` is its ContextPlan. All three are causal, as the decoder is.
+Tokens lie as ``context.cut`` says and ``segments`` is its ContextPlan. All three are causal, as the decoder is. Layers
+with a sliding window get its WindowPlan. A ring has none: its steps are whole blocks of keys, causal or not.
 
 T tokens of the row   C ranks   L = T / C tokens of a rank   H query heads   K key/value heads   E head dim
 """
@@ -18,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from avlm.models.avlm import AVLM
-from avlm.parallel.context import ContextPlan
+from avlm.parallel.context import ContextPlan, WindowPlan
 from kernels.attention import attention
 from kernels.attention_block import block_backward, block_forward, statistics
 
@@ -34,6 +35,7 @@ class RingAttention(nn.Module):
 
     @torch.compiler.disable
     def forward(self, q_LHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, segments: ContextPlan) -> Tensor:
+        assert isinstance(segments, ContextPlan), "choose_mode refuses a ring with a sliding window"
         return _Ring.apply(q_LHE, k_LKE, v_LKE, segments, self.group, self.gradient_group)
 
 
@@ -112,16 +114,19 @@ def _wait(works: list[dist.Work]) -> None:
 
 class AllGatherAttention(nn.Module):
     """Local queries against all keys, which are brought into the order of documents. The early and the late part of a
-    document see different keys of it, so they take two calls; each gives 0 to the other's queries."""
+    document see different keys of it, so they take two calls; each gives 0 to the other's queries. Intervals of keys
+    say what either part sees, in one call."""
 
     def __init__(self, group: ProcessGroup):
         super().__init__()
         self.group = group
 
     @torch.compiler.disable
-    def forward(self, q_LHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, segments: ContextPlan) -> Tensor:
+    def forward(self, q_LHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, segments: ContextPlan | WindowPlan) -> Tensor:
         kv_T2KE = _GatherRows.apply(torch.stack((k_LKE, v_LKE), 1), segments, self.group)
         k_TKE, v_TKE = kv_T2KE.unbind(1)
+        if isinstance(segments, WindowPlan):
+            return attention(q_LHE, k_TKE, v_TKE, segments.own, segments_k=segments.whole, causal=True)
         q_segments = segments.queries
         early_LHE = attention(q_LHE, k_TKE, v_TKE, q_segments, segments_k=segments.early, causal=True)
         late_LHE = attention(q_LHE, k_TKE, v_TKE, q_segments, segments_k=segments.late, causal=True)
@@ -158,7 +163,7 @@ class UlyssesAttention(nn.Module):
         self.group = group
 
     @torch.compiler.disable
-    def forward(self, q_LHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, segments: ContextPlan) -> Tensor:
+    def forward(self, q_LHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, segments: ContextPlan | WindowPlan) -> Tensor:
         C = self.group.size()
         # One message for q, k and v: (L, C, (H + 2 K) / C, E), by the rank that gets the heads.
         by_rank = [x.unflatten(1, (C, -1)) for x in (q_LHE, k_LKE, v_LKE)]
@@ -188,16 +193,24 @@ class _Exchange(torch.autograd.Function):
         return _Exchange.apply(dx, ctx.group), None
 
 
-def choose_mode(mode: str, num_kv_heads: int, context: int) -> str:
+def choose_mode(mode: str, num_kv_heads: int, context: int, has_window: bool = False) -> str:
     """ring, allgather or ulysses, for a rank with this many key/value heads (its share under tensor parallelism).
-    auto is ulysses where the heads can be shared, else ring. Raises ValueError for ulysses where they cannot."""
+    auto is ulysses where the heads can be shared, else ring, or allgather for a model with a sliding window. Raises
+    ValueError for ulysses where heads cannot be shared, and for a ring with a window."""
     fits = num_kv_heads % context == 0
+    otherwise = "allgather" if has_window else "ring"
     if mode == "auto":
-        return "ulysses" if fits else "ring"
+        return "ulysses" if fits else otherwise
     if mode == "ulysses" and not fits:
         raise ValueError(
             f"parallel.context_mode=ulysses cannot share {num_kv_heads} key/value heads of a rank among "
-            f"parallel.context={context} ranks: set parallel.context_mode=ring, or a context that divides the heads"
+            f"parallel.context={context} ranks: set parallel.context_mode={otherwise}, or a context that divides the "
+            "heads"
+        )
+    if mode == "ring" and has_window and context > 1:
+        raise ValueError(
+            "parallel.context_mode=ring has no masks for model.decoder.sliding_window: set "
+            f"parallel.context_mode=allgather{' or ulysses' if fits else ''}"
         )
     return mode
 

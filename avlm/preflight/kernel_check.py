@@ -77,6 +77,8 @@ def head_dims(config: Config) -> tuple[int, ...]:
 def operations(config: Config, world_size: int) -> tuple[str, ...]:
     """What the run calls."""
     found = ["attention_forward", "attention_backward", "cross_entropy"]
+    if config.model.decoder.sliding_window is not None:
+        found.append("masked_attention")
     layout = layout_of(config, world_size)
     if layout.context > 1 and layout.context_mode == "ring":
         found += ["block_forward", "block_backward"]

@@ -47,8 +47,10 @@ def layout_of(config: Config, world_size: int) -> Layout:
     """``device: auto`` counts as a GPU, as the machine that estimates is often not the one that trains: as this
     machine's, or as an A100 if it has none."""
     sizes = mesh.sizes(config.parallel, world_size)
-    kv_heads = config.model.decoder.num_kv_heads // config.parallel.tensor
-    mode = choose_mode(config.parallel.context_mode, kv_heads, config.parallel.context)
+    decoder = config.model.decoder
+    kv_heads = decoder.num_kv_heads // config.parallel.tensor
+    has_window = decoder.sliding_window is not None
+    mode = choose_mode(config.parallel.context_mode, kv_heads, config.parallel.context, has_window)
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
     architecture = dispatch.AMPERE_AND_LATER.start
     if device.type == "cpu":

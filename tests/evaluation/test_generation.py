@@ -47,9 +47,22 @@ def load_folder(folder, entry: str) -> AVLM:
     return model
 
 
-def test_greedy_answers_equal_those_of_transformers_token_for_token(tmp_path):
-    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6}
-    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, vocab_size=97, num_key_value_heads=2))
+SIZES = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6}
+SIZES |= {"vocab_size": 97, "num_key_value_heads": 2}
+MODELS = {
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES)),
+    "qwen2 with a window in the last layer": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    ),
+    "mistral with a window": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**SIZES, sliding_window=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_answers_equal_those_of_transformers_token_for_token(name, tmp_path):
+    theirs = MODELS[name]()
     save(theirs, tmp_path)
     ours = load_folder(tmp_path, "decoder")
     prompts = [torch.randint(97, (length,)).tolist() for length in (3, 17, 9)]

@@ -16,7 +16,16 @@ DECODERS = {
     "llama with scaled frequencies": dataclasses.replace(LLAMA, rope_scaling=SCALING, tie_embedding=True),
     "qwen2": dataclasses.replace(LLAMA, qkv_bias=True),
     "qwen3": dataclasses.replace(LLAMA, qk_norm=True),
+    "mistral with a window": dataclasses.replace(LLAMA, sliding_window=64),
+    "qwen2 with a window": dataclasses.replace(LLAMA, qkv_bias=True, sliding_window=64),
+    "qwen2 with a window in the last layer": dataclasses.replace(
+        LLAMA, qkv_bias=True, sliding_window=64, window_layers=[1]
+    ),
+    "qwen3 with a window in the first layer": dataclasses.replace(
+        LLAMA, qk_norm=True, sliding_window=64, window_layers=[0]
+    ),
 }
+SIZES_OF_THEIRS = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 CLASSES = {
     "llama": transformers.LlamaConfig,
     "mistral": transformers.MistralConfig,
@@ -42,11 +51,35 @@ def test_our_config_comes_back_from_the_newer_dialect(name):
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_absent_keys_have_the_defaults_of_their_class(model_type):
     defaults = CLASSES[model_type]().to_dict()
-    defaults["sliding_window"] = None  # Mistral's own default is in use, and refused
-    given = {"model_type": model_type, "sliding_window": None}
+    given = {"model_type": model_type}
     assert dataclasses.replace(llama.read(given), rope_theta=1.0) == dataclasses.replace(
         llama.read(defaults), rope_theta=1.0
     )
+
+
+def test_windows_are_read_as_transformers_reads_them():
+    """Mistral has them in all layers, Qwen from max_window_layers on if it uses them, or where layer_types says so."""
+    sizes = CLASSES["qwen2"](**SIZES_OF_THEIRS, max_position_embeddings=100).to_dict()
+    del sizes["layer_types"], sizes["model_type"], sizes["use_sliding_window"]
+
+    def found(model_type: str, **keys) -> tuple:
+        config = llama.read({**sizes, "model_type": model_type, **keys})
+        return config.sliding_window, config.window_layers
+
+    assert found("mistral", sliding_window=10) == (10, None)
+    assert found("mistral", sliding_window=100) == (None, None)  # never reached
+    qwen = dict(sliding_window=10, max_window_layers=1)
+    assert found("qwen2", use_sliding_window=True, **qwen) == (10, [1, 2])
+    assert found("qwen2", use_sliding_window=False, **qwen) == (None, None)
+    assert found("qwen2", use_sliding_window=True, sliding_window=10, max_window_layers=3) == (None, None)
+    assert found("qwen2", use_sliding_window=True, sliding_window=10, max_window_layers=0) == (10, None)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert found("qwen3", use_sliding_window=True, layer_types=kinds, **qwen) == (10, [0, 2])
+
+
+def test_windows_in_some_layers_of_a_plain_decoder_are_no_architecture():
+    with pytest.raises(ValueError, match="window_layers without qkv_bias or qk_norm"):
+        llama.write(dataclasses.replace(LLAMA, sliding_window=64, window_layers=[1]))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])

@@ -74,6 +74,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 }
 LAYOUTS[2]["FSDP, towers replicated"] = {"tower_sharding": "replicate"}  # frozen, so a case of its own
 LAYOUTS[2]["FSDP, offloaded"] = {"cpu_offload": True}
+WINDOWED = ("FSDP", "TP", "all-gather", "Ulysses")  # on 2 ranks
 COMPILED = {"FSDP": "full", "TP": "none", "ring": "selective"}  # layout, on 2 ranks -> what is recomputed
 FACTORS = {
     "mix": MIXES,
@@ -96,11 +97,14 @@ class Case:
     tied: bool
     precision: str = "fp32"
     compile: bool = False
+    window: int | None = None  # of the second layer
 
     def config(self, layout: dict[str, Any]) -> Config:
         model = {**TREE["model"]}
         model["decoder"] = {**model["decoder"], "num_heads": 8, "num_kv_heads": 4, "tie_embedding": self.tied}
         model["decoder"] |= {"qkv_bias": self.tied, "qk_norm": not self.tied}
+        if self.window:
+            model["decoder"] |= {"sliding_window": self.window, "window_layers": [1]}
         tree = {**TREE, "model": model, "parallel": layout}
         names = MODULES if self.trains == "everything" else ("vision_projector", "audio_projector")
         tree["stages"] = [{"name": "all", "steps": 20, "train": list(names)}]
@@ -117,6 +121,7 @@ class Case:
         compiled = "compiled" if self.compile else ""
         cells = [f"{self.layout:<36}", self.precision, f"{self.mix:<9}", f"{self.accumulate} {self.accumulate_mode:<7}"]
         cells += [f"{self.recompute:<9}", f"{self.trains:<10}", "tied  " if self.tied else "untied", f"{compiled:<8}"]
+        cells.append("window" if self.window else "      ")
         return "  ".join([*cells, f"{numbers:<32}"])
 
     def mixes(self, data_size: int) -> list[str]:
@@ -267,6 +272,8 @@ def choose(world_size: int, quick: bool) -> list[Case]:
         for i, layout in enumerate(layouts)
     ]
     frozen = [Case("FSDP, towers replicated", **settings, trains="projectors", tied=True)] if world_size == 2 else []
+    if world_size == 2:
+        frozen += [Case(layout, **settings, trains="everything", tied=False, window=3) for layout in WINDOWED]
     if not quick:
         compiled = [replace(case, precision="fp32", compile=True) for case in in_bf16 if case.layout in COMPILED]
         compiled = [replace(case, recompute=COMPILED[case.layout]) for case in compiled]
@@ -280,9 +287,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="each layout once")
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
     arguments = parser.parse_args()
-    print(
-        "ranks, layout, media, rows a rank, recompute, trains, head  |  errors of loss, gradient norm, worst gradient"
-    )
+    print("ranks, layout, media, rows a rank, recompute, trains, head, window  |  errors of loss, norm, worst gradient")
     failed = []
     for world_size in arguments.world_sizes:
         cases = choose(world_size, arguments.quick)

@@ -11,7 +11,7 @@ from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, Projector
 from avlm.config.run import InitFrom
 from avlm.data.packing import patch_sources, stacked_sources
 from avlm.models.avlm import AVLM, init
-from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch, Media
+from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch, Media, windowed_segments
 from avlm.weights.load import Report, load_weights
 from kernels.segments import Segments
 
@@ -38,10 +38,12 @@ def make_batch(
         image = images_of(config.vision, images, config.vision_projector.downsample)
     if config.audio:
         audio = windows_of(config.audio, list(clips), config.audio_projector.downsample)
+    segments = Segments.of([len(document) for document in documents])
     return Batch(
         token_T=token_T,
         position_T=torch.cat([torch.arange(len(document)) for document in documents]),
-        segments=Segments.of([len(document) for document in documents]),
+        segments=segments,
+        windowed=windowed_segments(segments, config),
         target_rows_R=target_rows,
         target_R=target_T[target_rows],
         kind_R=torch.zeros_like(target_rows),

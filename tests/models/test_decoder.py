@@ -40,12 +40,26 @@ MODELS = {
     ),
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, tie_word_embeddings=True)),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, head_dim=16)),
+    "mistral with a window": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**SIZES, sliding_window=20, head_dim=16)
+    ),
+    "qwen2 with a window in the last layer": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=20, max_window_layers=2)
+    ),
+    "qwen3 with a window in some layers": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            **SIZES,
+            use_sliding_window=True,
+            sliding_window=20,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        )
+    ),
 }
 
 
 def all_logits(model, batch: Batch) -> torch.Tensor:
     """Logits of every row, through the model's own parts."""
-    x_TD = model.decoder(model.embed(batch), batch.position_T, batch.segments)
+    x_TD = model.decoder(model.embed(batch), batch.position_T, batch.segments, windowed=batch.windowed)
     return model.decoder.head(model.decoder.norm(x_TD), None)
 
 
@@ -64,7 +78,7 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
     assert error <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3", "qwen2 with a window in the last layer"])
 def test_gradients_equal_those_of_transformers(name, tmp_path):
     theirs = MODELS[name]()
     save(theirs, tmp_path)
@@ -106,6 +120,33 @@ def test_no_row_sees_a_later_one():
         a, b = all_logits(model, batch), all_logits(model, changed)
     assert torch.equal(a[:12], b[:12])
     assert (a[12:] - b[12:]).abs().amax(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("layers", [None, [0]])
+def test_a_window_hides_what_lies_before_it(layers):
+    """Two layers that see 5 tokens each reach 8 tokens back, one of them 4."""
+    windowed = dataclasses.replace(
+        DECODER, sliding_window=5, window_layers=layers, num_layers=2 if layers is None else 1
+    )
+    config = ModelConfig(decoder=windowed)
+    model = build(config)
+    batch = make_batch(config, [torch.randint(61, (20,)).tolist()])
+    changed = dataclasses.replace(batch, token_T=torch.cat([(batch.token_T[:1] + 1) % 61, batch.token_T[1:]]))
+    with torch.no_grad():
+        a, b = all_logits(model, batch), all_logits(model, changed)
+    reach = 9 if layers is None else 5
+    assert torch.equal(a[reach:], b[reach:])
+    assert (a[:reach] - b[:reach]).abs().amax(-1).min() > 1e-6
+
+
+def test_window_layers_that_make_no_sense_are_refused():
+    for options, message in (
+        ({"window_layers": [0]}, "window_layers needs a sliding_window"),
+        ({"sliding_window": 4, "window_layers": [0, 2]}, "must ascend and lie below num_layers=2"),
+        ({"sliding_window": 4, "window_layers": [1, 0]}, "must ascend"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(DECODER, **options)
 
 
 def test_tied_embedding_is_one_tensor_with_both_gradients():

@@ -42,6 +42,8 @@ PACKINGS = {
     "a document of more than a chunk of queries": ([3, 91, 2], 8, 8),
 }
 MODES = ("ring", "allgather", "ulysses")
+WINDOW = 9
+WINDOWED = ("allgather", "ulysses")
 
 
 def random_packing(num_tokens: int, generator: random.Random) -> list[int]:
@@ -124,6 +126,20 @@ def test_a_mode_that_is_named_is_taken_or_refused():
     assert "\n" not in str(error.value)
 
 
+def test_a_ring_with_a_window_is_refused_with_what_to_set():
+    assert choose_mode("auto", 8, 2, has_window=True) == "ulysses"
+    assert choose_mode("auto", 8, 3, has_window=True) == "allgather"
+    assert choose_mode("ring", 8, 1, has_window=True) == "ring"  # one rank has no ring
+    with pytest.raises(
+        ValueError, match=r"model\.decoder\.sliding_window: set parallel.context_mode=allgather or ulysses"
+    ):
+        choose_mode("ring", 8, 2, has_window=True)
+    with pytest.raises(ValueError, match=r"set parallel\.context_mode=allgather$"):
+        choose_mode("ring", 8, 3, has_window=True)
+    with pytest.raises(ValueError, match=r"cannot share .* set parallel\.context_mode=allgather, or"):
+        choose_mode("ulysses", 8, 3, has_window=True)
+
+
 def cores(context: int) -> tuple[dict[str, nn.Module], int]:
     """A core of each mode and this rank's index. With four processes and a context of two, the ranks that share a row
     are not neighbours."""
@@ -139,9 +155,12 @@ def cores(context: int) -> tuple[dict[str, nn.Module], int]:
 
 
 def of_rank(lengths: list[int], rank: int, context: int):
-    """The ContextPlan of a rank for documents of these lengths, and the places in the row of its tokens."""
-    part, _ = cut(make_batch([*lengths, 0]), rank, context)
-    return part.segments, part.token_T
+    """The ContextPlan and the WindowPlan of a rank for documents of these lengths, and the places in the row of its
+    tokens."""
+    batch = make_batch([*lengths, 0])
+    batch = dataclasses.replace(batch, windowed=batch.segments.within(WINDOW))
+    part, _ = cut(batch, rank, context)
+    return part.segments, part.windowed, part.token_T
 
 
 def with_gradients(core, inputs, segments, dtype):
@@ -164,7 +183,7 @@ def errors(contexts: list[int]) -> dict:
     for context in contexts:
         core_of_mode, rank = cores(context)
         for name, (lengths, heads, kv_heads) in PACKINGS.items():
-            plan, rows = of_rank(lengths, rank, context)
+            plan, windowed, rows = of_rank(lengths, rank, context)
             for dtype, modes in ((torch.float32, MODES), (torch.bfloat16, ["ring"])):
                 torch.manual_seed(0)
                 inputs = [torch.randn(96, n, 8).to(dtype) for n in (heads, kv_heads, kv_heads, heads)]
@@ -177,6 +196,13 @@ def errors(contexts: list[int]) -> dict:
                         (distance(o, e[rows]), distance(a, e), e.abs().max().item())
                         for o, a, e in zip(ours, alone, exact)
                     ]
+            segments = Segments.of(lengths).within(WINDOW)
+            exact, alone = (with_gradients(one_process, inputs, segments, x) for x in (torch.float64, torch.float32))
+            for mode in WINDOWED:
+                ours = with_gradients(core_of_mode[mode], local, windowed, torch.float32)
+                found[context, name, f"{mode}, window", torch.float32] = [
+                    (distance(o, e[rows]), distance(a, e), e.abs().max().item()) for o, a, e in zip(ours, alone, exact)
+                ]
     return found
 
 
@@ -216,7 +242,7 @@ def small_model() -> AVLM:
 def peaks(num_tokens: int) -> dict[str, int]:
     """Most bytes that attention over one document and its backward hold: on one rank, and on each of a ring of four."""
     core_of_mode, rank = cores(4)
-    plan, _ = of_rank([num_tokens], rank, 4)
+    plan, _, _ = of_rank([num_tokens], rank, 4)
     return {
         "one": peak(AttentionCore(causal=True), Segments.of([num_tokens]), num_tokens),
         "four": peak(core_of_mode["ring"], plan, num_tokens // 4),
@@ -271,7 +297,9 @@ def test_each_rank_of_a_ring_of_four_holds_little_more_than_a_quarter(four_ranks
 
 
 def test_a_plan_moves_to_a_device_with_all_that_it_holds():
-    moved = cut(make_batch([41, 1, 0, 25, 6, 23]), 1, 4)[0].segments.to("meta")
+    batch = make_batch([41, 1, 0, 25, 6, 23])
+    part, _ = cut(dataclasses.replace(batch, windowed=batch.segments.within(WINDOW)), 1, 4)
+    moved = part.segments.to("meta")
 
     def check(value):
         if isinstance(value, torch.Tensor):
@@ -284,4 +312,5 @@ def test_a_plan_moves_to_a_device_with_all_that_it_holds():
                 check(getattr(value, field.name))
 
     check(moved)
+    check(part.windowed.to("meta"))
     assert moved.ring[0][0] is moved.ring[0][1], "one object: kernels take it for self-attention"

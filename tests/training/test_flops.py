@@ -140,6 +140,17 @@ def test_attention_is_counted_by_document():
     assert sum(costs["decoder", "token_pairs"]) * whole["token_pairs"] == of_pairs
 
 
+def test_layers_with_a_window_count_what_they_see():
+    cfg = CASES["text"]
+    windowed = replace(cfg.model.decoder, sliding_window=10, window_layers=[1])
+    cfg = replace(cfg, model=replace(cfg.model, decoder=windowed))
+    costs = flops.costs(cfg.model, cfg.stages[0], cfg.train.recompute)
+    count = counts(make_batch(cfg, 4))
+    assert count["token_pairs"] == 4 * 32 * 33 // 2
+    assert count["window_pairs"] == 4 * (10 * 32 - 10 * 9 // 2)
+    assert costs["decoder", "window_pairs"] == costs["decoder", "token_pairs"]  # one layer each
+
+
 def test_a_frozen_tower_has_no_backward():
     cfg = CASES["projectors"]
     found = flops.by_module(flops.costs(cfg.model, cfg.stages[0], cfg.train.recompute), counts(make_batch(cfg)))
