@@ -237,7 +237,9 @@ def test_a_compiled_model_holds_one_operator_for_all_cache_sizes():
     graphs = []
 
     def backend(graph, _):
-        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        # Without what compares sizes, which torch 2.14 writes into the graph.
+        graphs.append([str(target) for target in targets if target.__module__ not in ("_operator", "builtins")])
         return graph.forward
 
     compiled = torch.compile(lambda *x: 2 * decode_attention(*x), fullgraph=True, dynamic=True, backend=backend)
@@ -246,7 +248,7 @@ def test_a_compiled_model_holds_one_operator_for_all_cache_sizes():
         assert torch.allclose(compiled(*x), 2 * decode_attention(*x), atol=1e-6)
     assert len(graphs) == 1
     if implementation("decode", x[0], 16) == "triton":
-        assert len(graphs[0]) <= 4 and graphs[0].count("avlm.decode_attention.default") == 1
+        assert graphs == [["avlm.decode_attention.default"]]
 
 
 @pytest.mark.parametrize(("B", "K", "S"), [(1, 8, 8192), (1, 8, 65536), (4, 8, 16384), (1, 1, 65536), (32, 8, 65536)])
