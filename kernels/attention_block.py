@@ -5,7 +5,7 @@ Forward, with a block's own (out', lse') and the results of all earlier blocks:
 Backward, with lse and delta_i = do_i . out_i of the whole softmax, so that the blocks' gradients are summed:
     p_ij = exp(s_ij - lse_i)        ds_ij = p_ij (do_i . v_j - delta_i)
     dq_i = scale sum_j ds_ij k_j        dk_j = scale sum_i ds_ij q_i        dv_j = sum_i p_ij do_i
-Segments and their causal mask are those of ``kernels.attention``.
+Segments and their causal mask are those of ``kernels.attention``. There are no intervals and no soft cap.
 
 T query rows   S key rows   H query heads   K key/value heads   E head dim
 N segments of one group   Q, L rows of each (queries, keys)   M = Q H / K rows of the query heads of one key head
@@ -115,8 +115,11 @@ def block_forward(
     """out_THE and lse_HT over these keys and those of ``earlier``, which this function returned for the same queries.
 
     Both are float32 for every dtype of q (float64 stays), and have no graph; 0 and -inf for a query without keys. Where
-    torch's own kernels run, the out of each block is rounded to the dtype of q before it is added.
+    torch's own kernels run, the out of each block is rounded to the dtype of q before it is added. ValueError for
+    segments with intervals.
     """
+    if segments.intervals is not None:
+        raise ValueError("attention by blocks is causal or full, and segments.intervals are neither: gather all keys")
     implementation = backend.implementation("block_forward", q_THE, q_THE.shape[2])
     if implementation == "pytorch":
         return forward_reference(q_THE, k_SKE, v_SKE, segments, segments_k, causal=causal, scale=scale, earlier=earlier)

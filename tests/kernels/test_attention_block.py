@@ -151,6 +151,13 @@ def test_a_block_without_rows_is_legal():
     assert [x.shape[0] for x in gradients] == [0, 0, 0]
 
 
+def test_intervals_are_refused_by_name():
+    segments = Segments.of([5]).within(2)
+    q = torch.zeros(5, 2, 8)
+    with pytest.raises(ValueError, match=r"segments\.intervals are neither: gather all keys"):
+        block_forward(q, q, q, segments, segments, causal=True, scale=1.0)
+
+
 def test_the_kernels_do_the_blocks(launches):
     """In the interpreter. Otherwise the formula in PyTorch runs on the CPU."""
     block_by_block(*random_blocks(2, 1, torch.float32), torch.float32)

@@ -46,13 +46,15 @@ def test_an_exported_avlm_reads_back_exactly(tmp_path):
         assert all(name.startswith("audio.") for name in report.names)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2", "qwen2 window", "qwen3"])
 def test_an_exported_decoder_has_equal_logits_in_transformers(family, tmp_path):
     scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=64)
     changes = {
         "llama": {"head_dim": 16},
         "llama3": {"rope_scaling": scaling, "tie_embedding": True},
+        "mistral": {"sliding_window": 10},
         "qwen2": {"qkv_bias": True},
+        "qwen2 window": {"qkv_bias": True, "sliding_window": 10, "window_layers": [0]},
         "qwen3": {"qk_norm": True, "head_dim": 12},
     }
     sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4}
@@ -61,11 +63,11 @@ def test_an_exported_decoder_has_equal_logits_in_transformers(family, tmp_path):
     model = build(config)
     export(config, model.state_dict(), tmp_path / "out", "decoder")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert type(theirs).__name__.lower() == f"{family.replace('llama3', 'llama')}forcausallm"
+    assert type(theirs).__name__.lower() == f"{family.replace('llama3', 'llama').removesuffix(' window')}forcausallm"
     document = torch.randint(61, (100,)).tolist()
     batch = make_batch(config, [document])
     with torch.no_grad():
-        x_TD = model.decoder(model.embed(batch), batch.position_T, batch.segments)
+        x_TD = model.decoder(model.embed(batch), batch.position_T, batch.segments, windowed=batch.windowed)
         logits = model.decoder.head(model.decoder.norm(x_TD), None)
         error = (logits - theirs(torch.tensor([document])).logits[0]).abs().max().item()
     print(f"export {family}: {error:.2e}")
