@@ -229,7 +229,7 @@ def _by_op(
     # Views: torch.compile (2.11) loses a gradient of a tensor that a Function is given twice.
     k_SKE = k_SKE.view_as(k_SKE)
     v_SKE = v_SKE.view_as(v_SKE)
-    return _Attention.apply(q_THE, k_SKE, v_SKE, *cuts, *intervals, *numbers, deterministic, learns_lse)
+    return backend.apply(_Attention, q_THE, k_SKE, v_SKE, *cuts, *intervals, *numbers, deterministic, learns_lse)
 
 
 def _check(

@@ -109,6 +109,14 @@ def needs_graph(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
+def apply(function: type[torch.autograd.Function], *arguments):
+    """``function.apply(*arguments)`` in a third of its time on the host, which goes into binding the arguments for
+    torch.func even where none of its transforms is active."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)
+
+
 def define_op(implementation: Callable, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable:
     """Register ``name_op``, a function of tensors and numbers, as the op ``avlm::name``, which is opaque to
     torch.compile, torch.func and checkpointing. ``fake`` returns empty results of the right shapes and dtypes. Results

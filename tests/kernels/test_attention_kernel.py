@@ -244,7 +244,7 @@ def test_earlier_results_of_queries_without_new_keys_stay():
 def test_the_op_keeps_its_promises_to_torch():
     segments = Segments.of([9, 4])
     q, k, v = (torch.randn(13, h, 16) for h in (4, 2, 2))
-    layout = (segments.cu_seqlens, segments.cu_seqlens, None, None, 8, 8, True, 0.25)
+    layout = (segments.cu_seqlens, segments.cu_seqlens, *[None] * 6, 8, 8, True, 0.25, None)
     torch.library.opcheck(_forward_op, (q, k, v, *layout))
     out, lse = _forward_op(q, k, v, *layout)
     torch.library.opcheck(_backward_op, (out, lse, q, k, v, out, lse, *layout, True))
