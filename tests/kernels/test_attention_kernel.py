@@ -181,6 +181,12 @@ def test_parts_of_a_fused_projection_are_read_in_place():
     assert torch.allclose(out.float(), expected.float(), atol=2e-3)
 
 
+@pytest.mark.parametrize("head_dim", [8, 72, 80, 96, 112, 192])
+def test_head_dims_that_are_no_powers_of_two_are_read_in_place(head_dim):
+    q = torch.randn(29, 2, head_dim, dtype=torch.float16)
+    assert attention_tiles.loadable(q, attention_tiles.padded_head_dim(head_dim)) is q
+
+
 def test_boundaries_with_gaps_between_them_are_read_right():
     cu_seqlens = torch.tensor([0, 99, 12, 99, 20, 99], dtype=torch.int32)[::2]
     lengths = torch.tensor([[9, 99], [8, 99]], dtype=torch.int32)[:, 0]
