@@ -262,6 +262,8 @@ def _check(
         raise ValueError(f"{len(q)} queries belong to no segment")
     if segments.intervals is not None:
         _check_intervals(segments.intervals, q, k)
+        if backend.DEBUG:
+            segments.intervals.check(segments, segments_k)
     for name, number in (("scale", scale), ("softcap", softcap)):
         if number is not None and not 0 < number < math.inf:
             raise ValueError(f"{name} must be positive and finite, not {number}")
@@ -283,8 +285,8 @@ def _check_segments(segments: Segments, x: Tensor) -> None:
 
 
 def _check_intervals(intervals: Intervals, q: Tensor, k: Tensor) -> None:
-    """One number for each query and two for each key. Their values are not read: a query sees keys of its own segment,
-    whatever they are."""
+    """Two numbers for each query and for each key. Their values are read, which waits for the device, in debug mode
+    only."""
     rows = {"first_T": q, "last_T": q, "first_query_S": k, "last_query_S": k}
     for name, x in rows.items():
         tensor = getattr(intervals, name)

@@ -145,7 +145,7 @@ ROWS = (
         HOPPER,
         FLOATS,
         UP_TO_256,
-        "FA2 as torch calls it knows neither intervals nor soft caps; ours reads no keys outside of an interval",
+        "of intervals torch's FA2 knows windows, which we do not ask it for, and it has no cap; ours has both",
     ),
     Row(
         "triton",

@@ -54,6 +54,21 @@ class Intervals:
         row_T = torch.arange(len(start_T), dtype=torch.int32) - start_T
         return Intervals((row_T - window + 1).clamp(min=0), row_T, row_T.clone(), row_T + window - 1)
 
+    def check(self, segments: "Segments", segments_k: "Segments") -> None:
+        """ValueError unless they keep what is said above. Waits for the device: for debugging only."""
+        first_T, last_T = self.first_T.cpu(), self.last_T.cpu()
+        if (first_T < 0).any():
+            raise ValueError(f"first_T must not be negative: {int(first_T.min())}")
+        expected = Intervals.of(first_T, last_T, segments.to("cpu"), segments_k.to("cpu"))
+        seen_S = expected.first_query_S <= expected.last_query_S
+        first_query_S, last_query_S = (x.cpu()[: len(seen_S)] for x in (self.first_query_S, self.last_query_S))
+        last_S = torch.zeros_like(last_query_S)
+        for (_, Q), (start, L) in zip(segments.spans, segments_k.spans):
+            last_S[start : start + L] = Q - 1
+        same_S = (first_query_S == expected.first_query_S) & (last_query_S.minimum(last_S) == expected.last_query_S)
+        if not same_S[seen_S].all():
+            raise ValueError("first_query_S and last_query_S are not the queries that see each key")
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Intervals":
         tensors = (self.first_T, self.last_T, self.first_query_S, self.last_query_S)
         return Intervals(*(x.to(device, non_blocking=non_blocking) for x in tensors))

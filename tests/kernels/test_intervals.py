@@ -164,6 +164,22 @@ def test_what_does_not_fit_is_told_in_one_line(function, intervals, options, mes
     assert "\n" not in str(caught.value)
 
 
+def test_debug_mode_reads_the_intervals(monkeypatch):
+    monkeypatch.setattr("kernels.backend.DEBUG", True)
+    q = torch.zeros(5, 2, 8)
+    right = Segments.of([2, 3]).within(2)
+    attention(q, q, q, right, causal=True)
+    for name, values, message in (
+        ("first_T", [0, -1, 0, 0, 1], "must not be negative: -1"),
+        ("last_T", [1, 0, 0, 1, 2], "must not fall within a segment"),
+        ("last_query_S", [1, 1, 0, 2, 2], "not the queries that see each key"),
+        ("first_query_S", [0, 0, 0, 1, 2], "not the queries that see each key"),
+    ):
+        wrong = dataclasses.replace(right.intervals, **{name: torch.tensor(values, dtype=torch.int32)})
+        with pytest.raises(ValueError, match=message):
+            attention(q, q, q, dataclasses.replace(right, intervals=wrong), causal=True)
+
+
 # In the interpreter, with our own kernels.
 
 
