@@ -146,8 +146,8 @@ def attention(
     """Attention within segments: out_THE in the dtype of q.
 
     q_THE, k_SKE, v_SKE share one floating dtype. ``segments`` cuts T and, unless ``segments_k`` is given, S as well.
-    Its ``intervals`` replace the causal mask (those of ``segments_k`` are not read); ``causal`` then only says that
-    late queries see most, so that their tiles start first. ``scale`` is 1 / sqrt(E) by default; ``softcap`` bounds the
+    Its ``intervals`` replace the causal mask (those of ``segments_k`` are not read); ``causal`` then only
+    decides that the tiles of late queries start first. ``scale`` is 1 / sqrt(E) by default; ``softcap`` bounds the
     scores. Rows outside the used part of a slot, or past the last segment, are 0.
 
     ``kernels.dispatch`` says what runs. ``deterministic`` asks for gradients that repeat bit for bit; the default is
@@ -158,7 +158,7 @@ def attention(
     scale = q_THE.shape[2] ** -0.5 if scale is None else scale
     rows = q_THE, k_SKE, v_SKE, segments
     operation = "attention_backward" if backend.needs_graph(q_THE, k_SKE, v_SKE) else "attention_forward"
-    if _implementation(q_THE, operation, segments, softcap) == "pytorch":
+    if _runs_in_pytorch(q_THE, k_SKE, operation, segments, segments_k, softcap):
         return attention_reference(*rows, causal=causal, segments_k=segments_k, scale=scale, softcap=softcap)
     out_THE, _ = _by_op(*rows, segments_k, causal, scale, softcap, deterministic, learns_lse=False)
     return out_THE
@@ -177,15 +177,25 @@ def attention_with_lse(
     deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out_THE as ``attention`` returns it, and lse_HT in float32 (natural logarithm), -inf for a query without keys.
-    Both are differentiable; what cannot differentiate lse does not run where gradients are recorded."""
+    Both are differentiable; where gradients are recorded, only what can differentiate lse runs."""
     segments_k = segments if segments_k is None else segments_k
     _check(q_THE, k_SKE, v_SKE, segments, segments_k, scale, softcap)
     scale = q_THE.shape[2] ** -0.5 if scale is None else scale
     rows = q_THE, k_SKE, v_SKE, segments
     operation = dispatch.LSE_GRADIENT if backend.needs_graph(q_THE, k_SKE, v_SKE) else "attention_forward"
-    if _implementation(q_THE, operation, segments, softcap) == "pytorch":
+    if _runs_in_pytorch(q_THE, k_SKE, operation, segments, segments_k, softcap):
         return attention_with_lse_reference(*rows, causal=causal, segments_k=segments_k, scale=scale, softcap=softcap)
     return _by_op(*rows, segments_k, causal, scale, softcap, deterministic, learns_lse=True)
+
+
+def _runs_in_pytorch(
+    q_THE: Tensor, k_SKE: Tensor, operation: str, segments: Segments, segments_k: Segments, softcap: float | None
+) -> bool:
+    """So it does where torch's own kernels would leave out rows. (A graph of torch.compile cannot ask.)"""
+    chosen = _implementation(q_THE, operation, segments, softcap)
+    if chosen == "varlen" and not torch.compiler.is_compiling():
+        return not attention_varlen.covers(segments, segments_k, len(q_THE), len(k_SKE))
+    return chosen == "pytorch"
 
 
 def _implementation(

@@ -11,7 +11,7 @@ dk and dv, and a second kernel, whose programs own queries, for dq: seven produc
 T query rows   S key rows   H query heads   K key/value heads   E head dim   N segments
 """
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -346,7 +346,7 @@ def _launch_queries(
     launch(_queries_kernel, tiles * H, arguments, constants)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def num_parts(programs: int, group: int, processors: int) -> int:
     """Parts of dk and dv, which are summed in the end: as many as give each processor five programs, if the ``group``
     of query heads that share a key head can be divided so."""
@@ -366,5 +366,6 @@ def _without_spare_rows(x_THE: Tensor, segments: Segments) -> Tensor:
         return x_THE
     row_T = torch.arange(x_THE.shape[0], device=x_THE.device, dtype=torch.int32)
     slot_T = torch.searchsorted(segments.cu_seqlens[1:], row_T, right=True)
+    slot_T = slot_T.clamp(max=len(segments) - 1)  # rows past the last slot are spare rows of it
     used_T = row_T - segments.cu_seqlens[slot_T] < segments.lengths[slot_T]
     return torch.where(used_T[:, None, None], x_THE, 0.0)

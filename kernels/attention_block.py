@@ -124,6 +124,8 @@ def block_forward(
     if implementation == "pytorch":
         return forward_reference(q_THE, k_SKE, v_SKE, segments, segments_k, causal=causal, scale=scale, earlier=earlier)
     if implementation == "varlen":
+        if not attention_varlen.covers(segments, segments_k, len(q_THE), len(k_SKE)):
+            raise ValueError("attention by blocks takes segments that cut all rows of queries and of keys")
         out_THE, lse_HT = attention_varlen.forward(q_THE, k_SKE, v_SKE, segments, segments_k, causal, scale)
         out_THE = out_THE.float()
         return (out_THE, lse_HT) if earlier is None else _merge(*earlier, out_THE, lse_HT)

@@ -3,7 +3,7 @@
 T query rows   S key rows   H heads   E head dim   N segments
 """
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,7 @@ def _seen_keys(first_ptr, last_ptr, begin, row, length, k_length, CAUSAL: tl.con
     """low, high: the query at ``row`` of its segment (a number or a vector) sees the keys low <= j < high."""
     if first_ptr is not None:
         known = begin + tl.maximum(tl.minimum(row, length - 1), 0)
-        low = tl.load(first_ptr + known)
+        low = tl.maximum(tl.load(first_ptr + known), 0)
         high = tl.minimum(tl.load(last_ptr + known) + 1, k_length)
     else:
         low = row * 0
@@ -95,7 +95,7 @@ def _seen_by(first_ptr, last_ptr, begin, col, length, q_length, CAUSAL: tl.const
     """low, high: the key at ``col`` of its segment (a number or a vector) is seen by the queries low <= i < high."""
     if first_ptr is not None:
         known = begin + tl.maximum(tl.minimum(col, length - 1), 0)
-        low = tl.load(first_ptr + known)
+        low = tl.maximum(tl.load(first_ptr + known), 0)
         high = tl.minimum(tl.load(last_ptr + known) + 1, q_length)
     else:
         low = col * 0
@@ -224,7 +224,7 @@ def num_tiles(rows: int, segments: Segments, block: int) -> int:
     return rows // block + len(segments)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def heads_in_turn(heads: int, bytes_of_a_head: int, tiles: int, processors: int) -> int:
     """``section`` of ``find_program``: the largest divisor of ``heads`` whose rows fit into the cache together, or all
     heads if there are few programs: then it counts more that the longest come first."""

@@ -21,6 +21,11 @@ from kernels.attention_tiles import loadable
 from kernels.segments import Segments
 
 
+def covers(segments: Segments, segments_k: Segments, T: int, S: int) -> bool:
+    """Whether the segments cut all rows: torch's kernels write nothing to rows past the last segment."""
+    return segments.num_rows == T and segments_k.num_rows == S
+
+
 def boundaries(segments: Segments, segments_k: Segments) -> tuple[Tensor, Tensor]:
     """cu_seqlens of queries and of keys without spare room.
 
@@ -113,10 +118,10 @@ def backward(
 
 @contextlib.contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
-    """These kernels ask torch whether gradients have to repeat bit for bit; a mode that only warns counts as no."""
+    """These kernels ask torch whether gradients have to repeat bit for bit, and refuse where it only warns."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    if wanted == (enabled and not warn_only):
+    if wanted == enabled and not warn_only:
         yield
         return
     torch.use_deterministic_algorithms(wanted)

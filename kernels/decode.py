@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_tiles import capped, score_numbers
-from kernels.backend import define_op, implementation
+from kernels.backend import define_op, implementation, num_processors
 from kernels.dispatch import MAX_HEAD_DIM
 
 TILE_BYTES = 16 * 1024  # of keys, and the same of values, that a program loads at a time
@@ -242,10 +242,7 @@ def decode_attention_op(
     if q_BHE.numel() == 0:
         return out_BHE
     config = _config(E, H // K, q_BHE.element_size())
-    num_processors = 16  # in the interpreter, so that there are splits to merge
-    if q_BHE.is_cuda:
-        num_processors = torch.cuda.get_device_properties(q_BHE.device).multi_processor_count
-    N = _num_splits(B, S, K, num_processors)
+    N = _num_splits(B, S, K, num_processors(q_BHE))
     # A single split is the whole sequence: its (B, H, 1, E) is the result.
     part_BHNE = out_BHE if N == 1 else out_BHE.new_empty((B, H, N, E), dtype=torch.float32)
     lse_BHN = out_BHE.new_empty((B, H, N), dtype=torch.float32)

@@ -27,12 +27,14 @@ def launch(kernel: Any, programs: int, arguments: tuple, constants: dict) -> Non
     key = [id(kernel), triton.runtime.driver.active.get_current_device(), *constants.values()]
     for argument in arguments:
         kind = type(argument)
-        if kind is Tensor:
-            key += argument.dtype, argument.data_ptr() & 15 == 0
+        if kind is int:
+            key.append(argument < 2**31)
         elif kind is TensorDescriptor:
             key += argument.base.dtype, *argument.block_shape
+        elif argument is None or kind is float:
+            key.append(kind)
         else:
-            key.append(kind if kind is not int else argument < 2**31)
+            key += argument.dtype, argument.data_ptr() & 15 == 0
     known = _compiled.get(tuple(key))
     if known is not None:
         compiled, values = known

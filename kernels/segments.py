@@ -66,7 +66,8 @@ class Intervals:
         for (_, Q), (start, L) in zip(segments.spans, segments_k.spans):
             last_S[start : start + L] = Q - 1
         same_S = (first_query_S == expected.first_query_S) & (last_query_S.minimum(last_S) == expected.last_query_S)
-        if not same_S[seen_S].all():
+        none_S = first_query_S > last_query_S.minimum(last_S)
+        if not torch.where(seen_S, same_S, none_S).all():
             raise ValueError("first_query_S and last_query_S are not the queries that see each key")
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Intervals":
@@ -109,7 +110,7 @@ class Segments:
             intervals = self.intervals.to(device, non_blocking=non_blocking)
         moved = Segments(cu_seqlens, self.max_length, lengths, intervals)
         if self.cu_seqlens.device.type == "cpu":
-            moved.__dict__["spans"] = self.spans  # known here without waiting for the device
+            moved.__dict__.update(spans=self.spans, num_rows=self.num_rows)  # without waiting for the device
         return moved
 
     def within(self, window: int) -> "Segments":
@@ -125,6 +126,11 @@ class Segments:
 
     def __len__(self) -> int:
         return self.cu_seqlens.shape[0] - 1
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Rows up to the end of the last segment, on the host. Waits for the device, unless they come from the host."""
+        return int(self.cu_seqlens[-1])
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
