@@ -229,6 +229,9 @@ def test_ranks_that_were_started_with_another_config_are_named(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+WINDOWED = {**TREE["model"], "decoder": {**TREE["model"]["decoder"], "sliding_window": 8}}
+
+
 @pytest.mark.parametrize(
     ("changes", "world_size", "message"),
     [
@@ -245,6 +248,11 @@ def test_ranks_that_were_started_with_another_config_are_named(tmp_path):
         ),
         ({"parallel": {"tower_sharding": "replicate"}}, 2, "stage all trains audio, vision: choose unit or block"),
         ({"parallel": {"context": 3, "shard": 2}}, 4, "context=3 x tensor=1 does not make 4 ranks"),
+        (
+            {"parallel": {"context": 2, "context_mode": "ring"}, "model": WINDOWED},
+            2,
+            "context_mode=ring has no masks for .*sliding_window: set parallel.context_mode=allgather or ulysses",
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(changes, world_size, message):
