@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
 
 from kernels import dispatch
-from kernels.dispatch import Implementation, Row
+from kernels.dispatch import Implementation, Kernel, Row
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on CPU tensors, slowly
 DEBUG = triton.knobs.runtime.debug  # TRITON_DEBUG=1: indices are checked, which waits for the device
@@ -28,7 +28,7 @@ SAME_KERNELS = {
     "attention_backward": (dispatch.LSE_GRADIENT, dispatch.MASKED_ATTENTION),
 }  # operation -> others that are wrong if it is
 
-_distrusted: dict[tuple[str, str], str] = {}  # (operation, implementation) -> what is wrong with it, in this process
+_distrusted: dict[Kernel, str] = {}  # what is wrong with a kernel, in this process
 
 
 def implementation(operation: str, x: Tensor, head_dim: int | None = None) -> Implementation:
@@ -69,12 +69,12 @@ def architecture(cuda: int | None) -> int:
     return 10 * major + minor
 
 
-def distrust(operation: str, implementation: str, wrong: str) -> None:
+def distrust(kernel: Kernel, wrong: str) -> None:
     """Let another implementation run an operation from here on, in this process. Functions that torch.compile has
     already traced keep the old one."""
-    _distrusted[operation, implementation] = f"{implementation} {wrong}"
-    for other in SAME_KERNELS.get(operation, ()):
-        _distrusted[other, implementation] = f"{implementation} {wrong}"
+    operation, implementation, *shape = kernel
+    for one in (operation, *SAME_KERNELS.get(operation, ())):
+        _distrusted[one, implementation, *shape] = f"{implementation} {wrong}"
     _cached.cache_clear()
 
 

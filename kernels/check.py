@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.check_cases import Case, Sizes, cases
-from kernels.dispatch import FLASH_ATTENTION
+from kernels.dispatch import FLASH_ATTENTION, Kernel
 
 QUICK = Sizes(lengths=(300, 1, 0, 577), repeats=3)
 FULL = Sizes(lengths=(2500, 1, 0, 577, 1018), repeats=100)
@@ -29,20 +29,27 @@ ULPS = 4  # of the largest value
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with an implementation."""
+    """What is wrong with a kernel."""
 
-    operation: str
-    implementation: str
+    kernel: Kernel
     case: str
     wrong: str
     instead: str = ""  # what runs in its place
+
+    @property
+    def operation(self) -> str:
+        return self.kernel[0]
+
+    @property
+    def implementation(self) -> str:
+        return self.kernel[1]
 
     def __str__(self) -> str:
         place = f"; {self.instead} runs in its place" if self.instead else ""
         return f"{self.operation} by {self.implementation} is wrong for {self.case}: {self.wrong}{place}"
 
     def distrust(self) -> None:
-        backend.distrust(self.operation, self.implementation, f"disagreed with PyTorch: {self.wrong}")
+        backend.distrust(self.kernel, f"disagreed with PyTorch: {self.wrong}")
 
 
 def run(chosen: Iterator[Case], repeats: int, say: Callable[[str], object] = lambda line: None) -> list[Finding]:
@@ -100,7 +107,8 @@ def _is_ours(case: Case) -> bool:
 
 
 def _finding(case: Case, operation: str, wrong: str) -> Finding:
-    return Finding(operation, _implementation(case, operation), case.name, wrong)
+    kernel = operation, _implementation(case, operation), case.dtype, case.head_dim
+    return Finding(kernel, case.name, wrong)
 
 
 def _excess(ours: Tensor, theirs: Tensor, exact: Tensor, dtype: torch.dtype, terms: float) -> str:
@@ -125,7 +133,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kernels.check", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="bfloat16 and head dim 128 only: seconds")
+    parser.add_argument("--quick", action="store_true", help="bfloat16, head dims 64 and 128: seconds")
     parser.add_argument("--flash-attention", choices=list(FLASH_ATTENTION), help="activate it; its package is needed")
     arguments = parser.parse_args()
     if not (torch.cuda.is_available() or backend.INTERPRETED):
@@ -137,7 +145,7 @@ def main() -> None:
     sizes = QUICK if arguments.quick else FULL
     dtypes, head_dims = DTYPES, HEAD_DIMS
     if arguments.quick:
-        dtypes, head_dims = (torch.bfloat16,), (128,)
+        dtypes, head_dims = (torch.bfloat16,), (64, 128)
     if backend.INTERPRETED:
         sizes, dtypes, head_dims = SMALL, (torch.float16, torch.float32), (16,)
     found = run(cases(device, dtypes, head_dims, sizes), sizes.repeats, say=lambda line: print(line, flush=True))

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 Implementation = Literal["triton", "varlen", "pytorch"]
+Kernel = tuple[str, Implementation, torch.dtype, int | None]  # operation, implementation, dtype, head dim
 ATTENTION = ("attention_forward", "attention_backward", "block_forward", "block_backward")
 LSE_GRADIENT = "lse_gradient"  # backward of attention whose log-sum-exp is differentiated, too
 MASKED_ATTENTION = "masked_attention"  # with intervals or a soft cap: forward, backward and gradient of lse
@@ -88,7 +89,7 @@ ROWS = (
         HOPPER,
         HALF,
         (64, 128),
-        "whoever activates it wants it; FlashAttention-3 reaches 650 TFLOP/s at 128 (2407.08608), ours hardly will",
+        "FlashAttention-3 reaches 650 TFLOP/s at 128 (2407.08608), which ours hardly will",
         flash=("FA3", "FA4"),
     ),
     Row(
@@ -247,19 +248,19 @@ def choose(
     head_dim: int | None = None,
     *,
     flash: str | None = None,
-    distrusted: Mapping[tuple[str, str], str] | None = None,
+    distrusted: Mapping[Kernel, str] | None = None,
 ) -> Row:
     """The first row that fits. ``flash`` is what is active in torch's registry of flash attentions: None, FA3 or FA4.
 
-    ``distrusted`` maps (operation, implementation) to what is wrong with it; such rows are passed over, and the reason
-    of the row that is returned says so.
+    ``distrusted`` says what is wrong with a kernel; such rows are passed over, and the reason of the row that is
+    returned says so.
     """
     assert operation in OPERATIONS, operation
     passed_over: list[str] = []
     for row in ROWS:
         if not row.fits(operation, architecture, dtype, head_dim, flash):
             continue
-        wrong = (distrusted or {}).get((operation, row.implementation))
+        wrong = (distrusted or {}).get((operation, row.implementation, dtype, head_dim))
         if wrong is None or row.implementation == "pytorch":
             return replace(row, reason="; ".join([*passed_over, row.reason]))
         if wrong not in passed_over:

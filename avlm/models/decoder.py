@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from avlm.config.model import DecoderConfig
 from avlm.models.attention import AttentionCore
 from avlm.models.lora import lora_init_stats
+from kernels.backend import apply
 from kernels.cross_entropy import linear_argmax, linear_cross_entropy
 from kernels.segments import Segments
 
@@ -62,9 +63,9 @@ def rope_table(frequency: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotate(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """Rotary positions, "rotate half" layout of Hugging Face checkpoints: (a, b) -> (a cos - b sin, b cos + a sin).
-    The products are float32."""
+    The products are float32; eager PyTorch rounds the first of them before it adds the second."""
     if not torch.compiler.is_compiling():
-        return _Rotation.apply(x_THE, cos_TE, sin_TE)
+        return apply(_Rotation, x_THE, cos_TE, sin_TE)
     # The formula itself: a compiler makes one pass of it, and (torch 2.11) loses the gradient of the Function.
     ab_THE = x_THE.to(cos_TE.dtype)
     ba_THE = ab_THE.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
@@ -76,9 +77,12 @@ class _Rotation(torch.autograd.Function):
     kept for the gradient, which is turned back by the same angle."""
 
     @staticmethod
-    def forward(ctx, x_THE, cos_TE, sin_TE):
-        ctx.save_for_backward(cos_TE, sin_TE)
+    def forward(x_THE, cos_TE, sin_TE):
         return _turned(x_THE, cos_TE, sin_TE, 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     @once_differentiable

@@ -11,6 +11,7 @@ from avlm.preflight.layout import layout_of
 from avlm.process.launch import local_ranks
 from kernels import backend, check
 from kernels.check_cases import Case, cases
+from kernels.dispatch import Kernel
 
 
 def check_kernels(config: Config, world: World) -> list[str]:
@@ -29,7 +30,11 @@ def check_kernels(config: Config, world: World) -> list[str]:
 
 def agree(config: Config, world: World) -> list[str]:
     """Compare until no machine finds anything new, as what takes the place of a kernel may be new to a machine."""
-    known: dict[tuple[str, str], check.Finding] = {}
+    known: dict[Kernel, check.Finding] = {}
+    architectures = set(world.gather(backend.architecture(world.device.index)))
+    if len(architectures) > 1:
+        names = ", ".join(f"sm_{architecture}" for architecture in sorted(architectures))
+        raise ValueError(f"the GPUs of a run must be of one architecture, or ranks would run different code: {names}")
     while True:
         own = []
         if local_ranks()[0] == 0:
@@ -37,7 +42,7 @@ def agree(config: Config, world: World) -> list[str]:
         new = {}
         for of_rank in world.gather(own):
             for finding in of_rank:
-                new.setdefault((finding.operation, finding.implementation), finding)
+                new.setdefault(finding.kernel, finding)
         new = {key: finding for key, finding in new.items() if key not in known}
         if not new:
             break
@@ -62,7 +67,11 @@ def _choices(config: Config, world: World) -> Iterator[str]:
 
 def _cases(config: Config, world: World) -> Iterator[Case]:
     dtype = compute_dtype(config.train.precision, world.device)
-    return cases(world.device, (dtype,), head_dims(config), check.QUICK, operations(config, world.size))
+    chosen = operations(config, world.size)
+    of_decoder = [operation for operation in chosen if operation in ("decode", "masked_attention")]
+    of_all = [operation for operation in chosen if operation not in of_decoder]
+    yield from cases(world.device, (dtype,), head_dims(config), check.QUICK, of_all)
+    yield from cases(world.device, (dtype,), (config.model.decoder.head_dim,), check.QUICK, of_decoder)
 
 
 def head_dims(config: Config) -> tuple[int, ...]:

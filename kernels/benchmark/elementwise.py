@@ -75,9 +75,10 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor) -> Tensor:
 
 
 def rotate(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """The sin of the first half of a head is negated."""
     a, b = x_THE.to(cos_TE.dtype).chunk(2, dim=-1)
     along_THE = torch.cat([a, b], -1) * cos_TE[:, None]
-    across_THE = torch.cat([-b, a], -1) * sin_TE[:, None]
+    across_THE = torch.cat([b, a], -1) * sin_TE[:, None]
     return (along_THE + across_THE).to(x_THE.dtype)
 
 
@@ -116,7 +117,7 @@ def _turned(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, direction: int) -> Te
     a, b = x_THE.chunk(2, dim=-1)
     y_a, y_b = y_THE.chunk(2, dim=-1)
     sin_a, sin_b = sin_TE[:, None].chunk(2, dim=-1)
-    y_a.addcmul_(b, sin_a, value=-direction)
+    y_a.addcmul_(b, sin_a, value=direction)
     y_b.addcmul_(a, sin_b, value=direction)
     return y_THE
 
@@ -188,7 +189,9 @@ def make_case(shape: Shape, session: measure.Session) -> Case:
         E = shape.head_dim
         inverse_E = 10000.0 ** -(torch.arange(0, E, 2, device=session.device) / E)
         angle_TE = (torch.arange(T, device=session.device)[:, None] * inverse_E).repeat(1, 2)
-        leaves, constants = (normal(T, D // E, E),), (angle_TE.cos(), angle_TE.sin())
+        sin_TE = angle_TE.sin()
+        sin_TE.chunk(2, dim=-1)[0].neg_()
+        leaves, constants = (normal(T, D // E, E),), (angle_TE.cos(), sin_TE)
     else:
         leaves, constants = (normal(T, D), normal(D) if shape.kernel == "rms_norm" else normal(T, D)), ()
     leaves = tuple(leaf.requires_grad_() for leaf in leaves)

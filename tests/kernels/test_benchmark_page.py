@@ -88,8 +88,8 @@ def test_elementwise_work_is_counted_in_tensors_read_and_written():
 
 def test_elementwise_work_is_what_the_decoder_does_and_the_formula():
     norm = decoder.RMSNorm(8, elementwise.EPS)
-    x_TD, x_THE, angle_TE = torch.randn(5, 8), torch.randn(5, 2, 4), torch.randn(5, 2).repeat(1, 2)
-    angles = angle_TE.cos(), angle_TE.sin()
+    x_TD, x_THE = torch.randn(5, 8), torch.randn(5, 2, 4)
+    angles = decoder.rope_table(torch.rand(2), torch.arange(5))
     assert elementwise.DECODER["rms_norm"](x_TD, norm.weight).equal(norm(x_TD))
     assert elementwise.DECODER["rotate"](x_THE, *angles).equal(decoder.rotate(x_THE, *angles))
     for kernel, inputs in (("rms_norm", (x_TD, norm.weight)), ("rotate", (x_THE, *angles))):

@@ -34,7 +34,7 @@ def decoded(E: int, dtype: torch.dtype, sm: int) -> list[Compiled]:
     """Both kernels, for four sequences of which two are long enough to be split."""
     q_BHE, cache_BSKE = torch.empty(4, 32, E, dtype=dtype), torch.empty(4, 4096, 8, E, dtype=dtype)
     length_B = torch.zeros(4, dtype=torch.int64)
-    return compiled_by(lambda: decode.decode_attention_op(q_BHE, cache_BSKE, cache_BSKE, length_B, 0.1), sm)
+    return compiled_by(lambda: decode.decode_attention_op(q_BHE, cache_BSKE, cache_BSKE, length_B, None, 0.1, None), sm)
 
 
 @pytest.mark.parametrize("sm", GPUS)

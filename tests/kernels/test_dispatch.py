@@ -109,14 +109,15 @@ def test_the_interpreter_runs_our_kernels_but_no_bfloat16():
 
 
 def test_what_is_distrusted_is_passed_over_with_the_reason():
-    wrong = {("attention_forward", "triton"): "triton disagreed"}
+    wrong = {("attention_forward", "triton", BF16, 128): "triton disagreed"}
     row = choose("attention_forward", 90, BF16, 128, distrusted=wrong)
     assert row.implementation == "varlen" and row.reason.startswith("triton disagreed; FA2 has tiles")
     assert runs("attention_backward", 90, BF16, 64, distrusted=wrong) == "triton"
-    wrong |= {("attention_forward", "varlen"): "varlen disagreed"}
+    wrong |= {("attention_forward", "varlen", BF16, 128): "varlen disagreed"}
     row = choose("attention_forward", 90, BF16, 128, distrusted=wrong)
     assert row.implementation == "pytorch" and row.reason.startswith("triton disagreed; varlen disagreed; ")
-    assert runs("attention_forward", 90, FP32, 128, distrusted=wrong) == "pytorch"
+    assert runs("attention_forward", 90, BF16, 64, distrusted=wrong) == "triton"
+    assert runs("attention_forward", 90, FP32, 128, distrusted=wrong) == "triton"
 
 
 def test_integers_run_nowhere():
@@ -128,13 +129,13 @@ def test_doubts_and_another_architecture_reach_the_callers(monkeypatch):
     x = torch.empty(1, dtype=BF16)
     with pretend(90):
         assert backend.implementation("attention_forward", x, 128) == "triton"
-        backend.distrust("attention_forward", "triton", "disagreed with PyTorch: out is off by 1")
+        backend.distrust(("attention_forward", "triton", BF16, 128), "disagreed with PyTorch: out is off by 1")
         assert backend.implementation("attention_forward", x, 128) == "varlen"
         reason = backend.row("attention_forward", 90, BF16, 128).reason
         assert reason.startswith("triton disagreed with PyTorch: out is off by 1; ")
         monkeypatch.setattr(backend, "current_flash_attention_impl", lambda: "FA3")
         assert backend.implementation("attention_backward", x, 128) == "varlen"
-        backend.distrust("attention_forward", "varlen", "raised")
+        backend.distrust(("attention_forward", "varlen", BF16, 128), "raised")
         for operation in ("attention_forward", "attention_backward", LSE_GRADIENT):
             assert backend.implementation(operation, x, 128) == "pytorch"  # connected by autograd
     if not backend.INTERPRETED:
@@ -144,12 +145,12 @@ def test_doubts_and_another_architecture_reach_the_callers(monkeypatch):
 def test_a_distrusted_backward_does_not_serve_the_gradient_of_lse_or_intervals_either():
     x = torch.empty(1, dtype=BF16)
     with pretend(90):
-        assert backend.implementation(LSE_GRADIENT, x, 128) == "triton"
-        assert backend.implementation(MASKED_ATTENTION, x, 128) == "triton"
-        backend.distrust("attention_backward", "triton", "raised")
-        assert backend.implementation("attention_backward", x, 128) == "varlen"
-        assert backend.implementation(LSE_GRADIENT, x, 128) == "pytorch"
-        assert backend.implementation(MASKED_ATTENTION, x, 128) == "pytorch"
+        assert backend.implementation(LSE_GRADIENT, x, 64) == "triton"
+        assert backend.implementation(MASKED_ATTENTION, x, 64) == "triton"
+        backend.distrust(("attention_backward", "triton", BF16, 64), "raised")
+        assert backend.implementation("attention_backward", x, 64) == "varlen"
+        assert backend.implementation(LSE_GRADIENT, x, 64) == "pytorch"
+        assert backend.implementation(MASKED_ATTENTION, x, 64) == "pytorch"
 
 
 def test_a_compiled_function_asks_once_and_takes_the_answer_as_a_constant():
