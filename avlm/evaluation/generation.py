@@ -67,6 +67,7 @@ def generate(
     steps are a CUDA graph. A sharded model needs ``ranks``.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    assert read_every or ranks is None or on_token is None, "all ranks must look after the same steps: set read_every"
     on_one_gpu = ranks is None and model.decoder.embedding.weight.is_cuda  # collectives of ranks are not recorded
     ranks = ranks or Ranks(model.decoder.embedding.weight.device)
     if read_every is None:

@@ -27,7 +27,7 @@ from torch.nn.attention import (
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from kernels import attention_forward
+from kernels import attention_backward, attention_forward, attention_statistics
 from kernels.attention import attention
 from kernels.benchmark.peers import Unavailable, peer
 from kernels.decode import decode_attention
@@ -78,13 +78,28 @@ def _ours_deterministic(case: Case, mode: str) -> Run:
     return lambda q, k, v: attention(q, k, v, case.segments, causal=case.causal, deterministic=True)
 
 
+class _Triton(torch.autograd.Function):
+    """Our kernels themselves, where ``attention`` may run others."""
+
+    @staticmethod
+    def forward(ctx, q_THE, k_SKE, v_SKE, case):
+        ctx.case, scale = case, q_THE.shape[2] ** -0.5
+        both = case.segments, case.segments_k
+        out_THE, lse_HT = attention_forward.forward(q_THE, k_SKE, v_SKE, *both, case.causal, scale)
+        ctx.save_for_backward(q_THE, k_SKE, v_SKE, out_THE, lse_HT)
+        return out_THE
+
+    @staticmethod
+    def backward(ctx, dout_THE):
+        q_THE, k_SKE, v_SKE, out_THE, lse_HT = ctx.saved_tensors
+        statistics = attention_statistics.statistics(out_THE, dout_THE, lse_HT, None)
+        options = ctx.case.segments, ctx.case.segments_k, ctx.case.causal, q_THE.shape[2] ** -0.5, False
+        return *attention_backward.backward(dout_THE, q_THE, k_SKE, v_SKE, *statistics, *options), None
+
+
 def _ours_triton(case: Case, mode: str) -> Run:
-    """Our kernel itself, where ``attention`` may run another and adds its checks and autograd."""
-    if mode == "bwd":
-        raise Unavailable("forward only")
     _needs_gpu(case)
-    scale = case.q_THE.shape[-1] ** -0.5
-    return lambda q, k, v: attention_forward.forward(q, k, v, case.segments, case.segments_k, case.causal, scale)[0]
+    return lambda q, k, v: _Triton.apply(q, k, v, case)
 
 
 def _ours_hopper(case: Case, mode: str) -> Run:

@@ -2,7 +2,7 @@
 
 A product (wgmma in PTX, HGMMA in SASS) may take its left operand from registers. It reads them until a wait has covered
 it, and writing them before is undefined (PTX ISA, wgmma.wait_group; Triton's issue 9433 shows such code). The check
-follows every path of the control flow, around loops as well.
+follows every path of the control flow, around loops as well. Operands in shared memory are not followed.
 """
 
 import re
@@ -53,7 +53,7 @@ def _ptx_event(text: str) -> tuple[str, object] | None:
         return "wait", int(re.search(r"(\d+);", text)[1])
     if re.match(r"(st|red|bar|wgmma|mbarrier|fence|cp|bra|call|prefetch|setmaxnreg)\b", text):
         return None
-    written = re.match(r"[\w.:]+\s+(?:\{([^}]*)\}|(%\w+))\s*,", text)
+    written = re.match(r"[\w.:]+\s+(?:\{([^}]*)\}|(%\w+)(?:\|%\w+)?)\s*,", text)
     return ("write", _registers(written[1] or written[2])) if written else None
 
 
@@ -69,7 +69,7 @@ def _sass_event(text: str) -> tuple[str, object] | None:
     if wait := re.match(r"WARPGROUP\.DEPBAR\S* \S+ (0x\w+)", text):
         return "wait", int(wait[1], 16)
     if written := re.match(r"(\S+)\s+(?:U?P[T\d]*, )*R(\d+),", text):
-        widths = {".128": 4, ".64": 2, ".WIDE": 2}
+        widths = {".128": 4, ".64": 2, ".WIDE": 2, ".M88.4": 4, ".M88.2": 2}
         return "write", _numbered(int(written[2]), max([1, *(n for x, n in widths.items() if x in written[1])]))
     return None
 
