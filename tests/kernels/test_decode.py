@@ -72,7 +72,9 @@ def assert_as_exact_as_pytorch(q, k, v, length, first=None, scale=None, softcap=
         without_cap = formula(q, k, v, length, first, scale, None)
         theirs = (pytorch(q, k, v, length, first, scale).double() - without_cap).abs().max().item()
         error = (out.double() - exact).abs().max().item()
-        largest = 1.0 if softcap is None else max(1.0, softcap)  # of the terms of which a capped score is the difference
+        largest = (
+            1.0 if softcap is None else max(1.0, softcap)
+        )  # of the terms of which a capped score is the difference
         allowed = 2 * theirs + 4 * torch.finfo(torch.float32).eps * largest
         assert error <= allowed, f"error {error}, PyTorch's {theirs}"
     assert not out[length <= first].any()
