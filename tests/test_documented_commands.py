@@ -16,6 +16,8 @@ SCRIPTS = {
     "tests.measurements.equivalence": [],  # what `make equivalence` runs
     "tests.measurements.wire": [],
     "tests.measurements.measure_balance": ["--repeats", "1"],
+    "tests.measurements.launch_time": [],
+    "tests.measurements.elementwise_bytes": [],
     "tests.kernels.test_compiled": [],
     "tests.measurements.fuzz": ["--count", "100"],
     "tests.measurements.checkpoint_checks": ["0.05"],
