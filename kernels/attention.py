@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import attention_backward, attention_forward, attention_statistics, attention_varlen, backend, dispatch
 from kernels.attention_reference import attention_reference, attention_with_lse_reference
+from kernels.attention_tiles import check_softcap
 from kernels.segments import Intervals, Segments
 
 
@@ -274,9 +275,9 @@ def _check(
         _check_intervals(segments.intervals, q, k)
         if backend.DEBUG:
             segments.intervals.check(segments, segments_k)
-    for name, number in (("scale", scale), ("softcap", softcap)):
-        if number is not None and not 0 < number < math.inf:
-            raise ValueError(f"{name} must be positive and finite, not {number}")
+    check_softcap(softcap)
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, not {scale}")
 
 
 def _check_segments(segments: Segments, x: Tensor) -> None:

@@ -235,8 +235,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq_THE, dk_SKE and dv_SKE in ``dtype`` (by default that of q), from the ``statistics`` of the whole softmax.
 
-    k and v may be only some of the keys of that softmax; ring attention sums such shares. A NaN in a segment can reach
-    the gradients of other segments that share its tiles: hidden pairs have p = 0, and 0 NaN is NaN.
+    k and v may be only some of the keys of that softmax; ring attention sums such shares. A NaN in a segment, or past
+    the last, can reach the gradients of segments that share its tiles: hidden pairs have p = 0, and 0 NaN is NaN.
     """
     E = q_THE.shape[2]
     dtype = dtype or q_THE.dtype
@@ -254,7 +254,7 @@ def backward(
     constants = dict(E=E, PITCH=q_THE.shape[2], CAUSAL=causal, PRECISION=precision(q_THE.dtype))
     dq32_THE = q_THE.new_zeros(q_THE.shape, dtype=torch.float32) if add_dq else None
     dk_SKE, dv_SKE = _launch_keys(tensors, dq32_THE, dtype, segments, segments_k, numbers, constants | tile)
-    if add_dq:
+    if dq32_THE is not None:
         torch.mul(dq32_THE[:, :, :E], scale, out=dq_THE)
     else:
         tile = queries_config(E, q_THE.dtype)

@@ -16,6 +16,7 @@ from kernels import launch
 from kernels.backend import LOG2_E
 from kernels.segments import Segments
 
+MAX_SOFTCAP = 1000.0  # a capped score errs by 1e-7 of the cap
 NOTHING = tl.constexpr(float("-inf"))
 SHARED_CACHE = 32 * 2**20  # bytes of the L2 cache that rows of other heads may take: the half that an H100 has near
 
@@ -187,6 +188,12 @@ def bits(p, DTYPE: tl.constexpr):
     same iteration stays in registers. We carry integers and cast them back, which is free and counts as computing."""
     INTEGER: tl.constexpr = tl.int32 if tl.float32 == DTYPE else tl.int16
     return p.to(DTYPE).to(INTEGER, bitcast=True)
+
+
+def check_softcap(softcap: float | None) -> None:
+    """ValueError unless it is a number that the kernels can compute with."""
+    if softcap is not None and not 0 < softcap <= MAX_SOFTCAP:
+        raise ValueError(f"softcap must be above 0 and at most {MAX_SOFTCAP:.0f}, not {softcap}")
 
 
 def score_numbers(scale: float, softcap: float | None) -> tuple[float, float | None, float | None]:

@@ -72,9 +72,9 @@ def architecture(cuda: int | None) -> int:
 def distrust(kernel: Kernel, wrong: str) -> None:
     """Let another implementation run an operation from here on, in this process. Functions that torch.compile has
     already traced keep the old one."""
-    operation, implementation, *shape = kernel
+    operation, implementation, dtype, head_dim = kernel
     for one in (operation, *SAME_KERNELS.get(operation, ())):
-        _distrusted[one, implementation, *shape] = f"{implementation} {wrong}"
+        _distrusted[one, implementation, dtype, head_dim] = f"{implementation} {wrong}"
     _cached.cache_clear()
 
 
@@ -114,7 +114,7 @@ def apply(function: type[torch.autograd.Function], *arguments):
     torch.func even where none of its transforms is active."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # pyrefly: ignore[missing-attribute]
 
 
 def define_op(implementation: Callable, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable:

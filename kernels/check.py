@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.check_cases import Case, Sizes, cases
-from kernels.dispatch import FLASH_ATTENTION, Kernel
+from kernels.dispatch import FLASH_ATTENTION, Implementation, Kernel
 
 QUICK = Sizes(lengths=(300, 1, 0, 577), repeats=3)
 FULL = Sizes(lengths=(2500, 1, 0, 577, 1018), repeats=100)
@@ -98,7 +98,7 @@ def compare(case: Case, repeats: int) -> Finding | None:
     return None
 
 
-def _implementation(case: Case, operation: str) -> str:
+def _implementation(case: Case, operation: str) -> Implementation:
     return backend.implementation(operation, case.like, case.head_dim)
 
 

@@ -14,15 +14,13 @@ moves: the time is at least what a plain copy of as many bytes takes.
 B sequences   S slots of the cache   H query heads   K key/value heads (H a multiple of K)   E head dim   N splits
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_tiles import capped, score_numbers
+from kernels.attention_tiles import capped, check_softcap, score_numbers
 from kernels.backend import define_op, implementation, num_processors
 from kernels.dispatch import MAX_HEAD_DIM
 
@@ -303,8 +301,7 @@ def decode_attention(
     ):
         kinds = [f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (length_B, first_B)]
         raise ValueError(f"first_B must be like length_B: {kinds[0]}, not {kinds[1]}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, not {softcap}")
+    check_softcap(softcap)
     inputs = q_BHE, k_cache_BSKE, v_cache_BSKE, length_B, first_B
     if implementation("decode", q_BHE, q_BHE.shape[2]) == "pytorch":
         return decode_attention_reference(*inputs, scale=scale, softcap=softcap)

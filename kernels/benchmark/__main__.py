@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("the interpreter's products of bf16 are wrong (Triton 3.6)")
     try:
         rows = run_everything(options, arguments) if options.suite == "all" else run_suite(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     wrong = [row for row in report.wrong(rows) if row["provider"].startswith("ours")]
     for row in wrong:

@@ -151,8 +151,8 @@ ROW = torch.zeros(5, dtype=torch.int32)
         ((ROW, ROW[:4], ROW, ROW), {}, r"intervals\.last_T must be an int32 vector of 5, not torch\.int32 \(4,\)"),
         ((ROW, ROW, ROW[None], ROW), {}, r"intervals\.first_query_S must .*\(1, 5\)"),
         ((ROW, ROW, ROW, ROW.to("meta")), {}, "on the device of their rows, cpu, not meta"),
-        ((ROW, ROW, ROW, ROW), {"softcap": 0.0}, "softcap must be positive and finite, not 0.0"),
-        ((ROW, ROW, ROW, ROW), {"softcap": float("inf")}, "softcap must be positive and finite, not inf"),
+        ((ROW, ROW, ROW, ROW), {"softcap": 0.0}, "softcap must be above 0 and at most 1000, not 0.0"),
+        ((ROW, ROW, ROW, ROW), {"softcap": float("inf")}, "softcap must be above 0 and at most 1000, not inf"),
     ],
 )
 @pytest.mark.parametrize("function", [attention, attention_with_lse])
@@ -265,3 +265,28 @@ def test_a_compiled_window_has_the_same_gradients(launches):
     [a], [b] = (torch.autograd.grad(f(x, segments), x) for f in (function, compiled))
     assert torch.allclose(a, b, atol=1e-6)
     assert launches.count("_forward_kernel") == 2
+
+
+@pytest.mark.interpreter
+def test_keys_before_a_segment_are_never_seen_whatever_the_intervals_say():
+    """Intervals are not read on the host. What begins before a segment must not reach the one before it."""
+    segments = Segments.of([20, 26])
+    row_T = torch.cat([torch.arange(n) for n in (20, 26)]).int()
+    made = Intervals(row_T - 9, row_T, row_T, row_T + 9)
+    q, k, v = (torch.randn(46, 2, 16, requires_grad=True) for _ in range(3))
+    outs = [
+        attention(q, k, v, dataclasses.replace(segments, intervals=intervals), causal=True)
+        for intervals in (made, Intervals.of(row_T - 9, row_T, segments, segments))
+    ]
+    assert outs[0].equal(outs[1])
+    gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in outs]
+    assert all(a.equal(b) for a, b in zip(*gradients))
+
+
+@pytest.mark.interpreter
+def test_the_backward_of_slots_that_leave_rows_over():
+    segments = dataclasses.replace(Segments.of([10, 12]), lengths=torch.tensor([7, 12], dtype=torch.int32))
+    q, k, v = (torch.randn(29, 2, 16, requires_grad=True) for _ in range(3))
+    out = attention(q, k, v, segments, causal=True)
+    gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert not out[22:].any() and all(not g[22:].any() and g[:7].any() for g in gradients)

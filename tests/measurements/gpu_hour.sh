@@ -125,6 +125,9 @@ hand_over() {
     cp "$summary" "$OUT/summary.md"
 }
 
+for part in $PARTS; do
+    seconds_of "$part" >/dev/null || { echo "no part $part" >&2; exit 2; }
+done
 failed=0
 export DRY PYTHON RESULTS folder
 {
@@ -136,7 +139,7 @@ export DRY PYTHON RESULTS folder
     echo "|---|---|--:|---|"
 } >"$summary"
 for part in $PARTS; do
-    limit=$(seconds_of "$part") || { echo "no part $part" >&2; exit 2; }
+    limit=$(seconds_of "$part")
     left=$((TOTAL - SECONDS))
     [ "$limit" -gt "$left" ] && limit=$left
     if [ "$limit" -lt 5 ]; then
