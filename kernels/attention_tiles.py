@@ -77,32 +77,20 @@ def locate(cu_ptr, used_ptr, other_cu_ptr, other_used_ptr, num_rows, N, tile, BL
 
 
 @triton.jit
-def _seen_keys(first_ptr, last_ptr, begin, row, length, k_length, CAUSAL: tl.constexpr):
-    """low, high: the query at ``row`` of its segment (a number or a vector) sees the keys low <= j < high."""
+def _seen(first_ptr, last_ptr, begin, row, length, other_length, CAUSAL: tl.constexpr, OF_KEYS: tl.constexpr):
+    """low, high: a query at ``row`` of its segment (a number or a vector) sees the keys low <= j < high. OF_KEYS: a key
+    there is seen by the queries low <= i < high."""
     if first_ptr is not None:
         known = begin + tl.maximum(tl.minimum(row, length - 1), 0)
         low = tl.maximum(tl.load(first_ptr + known), 0)
-        high = tl.minimum(tl.load(last_ptr + known) + 1, k_length)
+        high = tl.minimum(tl.load(last_ptr + known) + 1, other_length)
     else:
         low = row * 0
-        high = low + k_length
-        if CAUSAL:
-            high = tl.minimum(high, row + 1 + k_length - length)
-    return low, high
-
-
-@triton.jit
-def _seen_by(first_ptr, last_ptr, begin, col, length, q_length, CAUSAL: tl.constexpr):
-    """low, high: the key at ``col`` of its segment (a number or a vector) is seen by the queries low <= i < high."""
-    if first_ptr is not None:
-        known = begin + tl.maximum(tl.minimum(col, length - 1), 0)
-        low = tl.maximum(tl.load(first_ptr + known), 0)
-        high = tl.minimum(tl.load(last_ptr + known) + 1, q_length)
-    else:
-        low = col * 0
-        high = low + q_length
-        if CAUSAL:
-            low = tl.maximum(col - (length - q_length), 0)
+        high = low + other_length
+        if CAUSAL and OF_KEYS:
+            low = tl.maximum(row + other_length - length, 0)
+        elif CAUSAL:
+            high = tl.minimum(high, row + 1 + other_length - length)
     return low, high
 
 
@@ -124,14 +112,9 @@ def ranges(
     What a row sees begins and ends no earlier than what the row before it sees. So the first and the last row tell."""
     row = first + tl.arange(0, BLOCK)
     last_row = tl.minimum(first + BLOCK, length) - 1
-    if OF_KEYS:
-        low, high = _seen_by(first_ptr, last_ptr, begin, row, length, other_length, CAUSAL)
-        start, whole_end = _seen_by(first_ptr, last_ptr, begin, first, length, other_length, CAUSAL)
-        whole_start, end = _seen_by(first_ptr, last_ptr, begin, last_row, length, other_length, CAUSAL)
-    else:
-        low, high = _seen_keys(first_ptr, last_ptr, begin, row, length, other_length, CAUSAL)
-        start, whole_end = _seen_keys(first_ptr, last_ptr, begin, first, length, other_length, CAUSAL)
-        whole_start, end = _seen_keys(first_ptr, last_ptr, begin, last_row, length, other_length, CAUSAL)
+    low, high = _seen(first_ptr, last_ptr, begin, row, length, other_length, CAUSAL, OF_KEYS)
+    start, whole_end = _seen(first_ptr, last_ptr, begin, first, length, other_length, CAUSAL, OF_KEYS)
+    whole_start, end = _seen(first_ptr, last_ptr, begin, last_row, length, other_length, CAUSAL, OF_KEYS)
     return low, high, start, end, whole_start, whole_end
 
 

@@ -33,8 +33,14 @@ class Shape:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
-        if not self.lengths or min(*self.lengths, self.heads, self.head_dim) < 1 or self.heads % self.kv_heads:
-            raise ValueError(f"lengths, heads and head_dim must be positive, and kv_heads divide heads: {self}")
+        if (
+            not self.lengths
+            or min(*self.lengths, self.heads, self.kv_heads, self.head_dim) < 1
+            or self.heads % self.kv_heads
+        ):
+            raise ValueError(
+                f"lengths, heads, kv_heads and head_dim must be positive, and kv_heads divide heads: {self}"
+            )
 
     @property
     def x(self) -> int:
