@@ -54,9 +54,11 @@ def test_what_no_time_is_left_for_is_not_begun(tmp_path):
     assert set(outcomes.values()) == {"not begun: no time left"} and result.returncode == 1
 
 
-def test_an_unknown_part_is_refused(tmp_path):
-    result, _ = run(tmp_path, "benchmarks")
-    assert result.returncode == 2 and result.stderr == "no part benchmarks\n"
+def test_an_unknown_part_is_refused_before_any_other_runs(tmp_path):
+    environment = {**os.environ, "DRY": "1", "RESULTS": str(tmp_path)}
+    command = [SCRIPT, "environment", "benchmarks"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and (result.stdout, result.stderr) == ("", "no part benchmarks\n")
 
 
 @pytest.mark.parametrize("bad_launch", [None, 0, 3])
