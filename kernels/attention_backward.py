@@ -250,7 +250,7 @@ def backward(
     k_SKE = loadable(_without_spare_rows(k_SKE, segments_k), tile["BLOCK_E"])
     v_SKE = loadable(_without_spare_rows(v_SKE, segments_k), tile["BLOCK_E"])
     tensors = q_THE, k_SKE, v_SKE, dout_THE, lse2_HR, delta_HR
-    numbers = scale, *score_numbers(scale, softcap)
+    numbers = float(scale), *score_numbers(scale, softcap)  # an integer would be specialised
     constants = dict(E=E, PITCH=q_THE.shape[2], CAUSAL=causal, PRECISION=precision(q_THE.dtype))
     dq32_THE = q_THE.new_zeros(q_THE.shape, dtype=torch.float32) if add_dq else None
     dk_SKE, dv_SKE = _launch_keys(tensors, dq32_THE, dtype, segments, segments_k, numbers, constants | tile)

@@ -183,7 +183,7 @@ def score_numbers(scale: float, softcap: float | None) -> tuple[float, float | N
     """scale_log2, cap_scale and softcap of the kernels: exp(score) = exp2(scale_log2 * capped(q . k))."""
     if softcap is None:
         return scale * LOG2_E, None, None
-    return LOG2_E, 2 * LOG2_E * scale / softcap, softcap
+    return LOG2_E, 2 * LOG2_E * scale / softcap, float(softcap)
 
 
 def precision(dtype: torch.dtype) -> str:

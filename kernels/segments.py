@@ -98,7 +98,8 @@ class Segments:
     def of(lengths: list[int], device: torch.device | str | None = None) -> "Segments":
         """Segments of these lengths, one after the other."""
         cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return Segments(cu_seqlens.to(device), max(lengths, default=0))
+        segments = Segments(cu_seqlens, max(lengths, default=0))
+        return segments if device is None else segments.to(device)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Segments":
         cu_seqlens = self.cu_seqlens.to(device, non_blocking=non_blocking)
