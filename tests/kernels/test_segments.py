@@ -35,3 +35,8 @@ def test_a_segment_longer_than_max_length_is_refused():
     Segments(cu_seqlens, 5).check(7)
     with pytest.raises(ValueError, match="a segment has 5 rows, more than max_length=4"):
         Segments(cu_seqlens, 4).check(7)
+
+
+def test_segments_for_a_device_know_their_rows_without_asking_it():
+    segments = Segments.of([2, 0, 3], "meta")  # a device that cannot be read
+    assert segments.num_rows == 5 and segments.spans == [(0, 2), (2, 0), (2, 3)]
