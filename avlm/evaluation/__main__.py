@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from avlm.config.run import ParallelConfig
-from avlm.evaluation.answers import evaluate, find_sets, predictions_path
+from avlm.evaluation.answers import evaluate, find_sets
 from avlm.evaluation.report import percent, report, table, words
 from avlm.evaluation.scores import METRICS, check_names
 from avlm.models.avlm import AVLM
@@ -56,8 +56,7 @@ def main() -> None:
     results = []
     with torch.no_grad():
         for name, source in sets.items():
-            predictions = predictions_path(run, step, name)
-            options = (metrics, arguments.limit, arguments.max_new_tokens, predictions)
+            options = (metrics, arguments.limit, arguments.max_new_tokens, run, step)
             result = evaluate(model, name, source, config.stages[-1].data, world, *options)
             results.append(result)
             if world.is_first:

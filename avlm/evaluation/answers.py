@@ -132,9 +132,11 @@ def evaluate(
     metrics: list[str] | None = None,
     limit: int | None = None,
     max_new_tokens: int = 64,
-    predictions: Path | None = None,
+    output: Path | None = None,
+    step: int = 0,
 ) -> dict[str, Any]:
     """One entry of report.json: the scores of a set, and its first score under every ablation that its media allow.
+    The answers are written into the folder ``output``, to the file that the entry's ``predictions`` names.
 
     Without ``metrics``, exact match; and wer too if the set has audio and no images.
     """
@@ -146,6 +148,7 @@ def evaluate(
         is_speech = "no_audio" in possible and "no_image" not in possible
         metrics = ["exact_match", "wer"] if is_speech else ["exact_match"]
     first = metrics[0]
+    predictions = predictions_path(output, step, name) if output else None
     values = score(given, samples, metrics, world, predictions)
     ablations = {}
     for ablation in possible:
@@ -156,6 +159,8 @@ def evaluate(
     return {
         "task": task,
         "set": part or "test",
+        "source": source,
+        "predictions": str(predictions.relative_to(output)) if predictions else None,
         "metric": first,
         "value": values[first],
         "metrics": values,

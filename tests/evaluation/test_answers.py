@@ -173,18 +173,21 @@ def test_a_sample_that_cannot_be_answered_or_scored_is_named(cfg, tmp_path):
         assert re.search(message, said[name]) and "\n" not in said[name], said[name]
 
 
-def evaluate_two(cfg, predictions):
+def evaluate_two(cfg, output):
     world, model = build(cfg)
     data = cfg.stages[0].data
     with torch.no_grad():
         default = evaluate(model, "a/b", data.train, data, world, None, None, 4)
-        chosen = evaluate(model, "c", data.train, data, world, ["cer", "wer"], 1, 4, Path(predictions))
+        chosen = evaluate(model, "c", data.train, data, world, ["cer", "wer"], 1, 4, Path(output), 7)
     return default, chosen
 
 
 def test_the_first_metric_is_the_one_that_ablations_are_scored_in(cfg, tmp_path):
-    path = tmp_path / "deep" / "c.jsonl"
-    [(default, chosen)] = run_ranks(evaluate_two, 1, cfg, str(path))
+    [(default, chosen)] = run_ranks(evaluate_two, 1, cfg, str(tmp_path))
+    source = cfg.stages[0].data.train
+    assert (default["source"], default["predictions"]) == (source, None)
+    assert (chosen["source"], chosen["predictions"]) == (source, "predictions/step_00000007/c.jsonl")
+    path = tmp_path / chosen["predictions"]
     assert (default["task"], default["set"], default["count"], default["metric"]) == ("a", "b", 2, "exact_match")
     assert default["metrics"].keys() == {"exact_match"} and default["ablations"].keys() == {"no_image", "no_audio"}
     assert (chosen["metric"], chosen["count"], list(chosen["metrics"])) == ("cer", 1, ["cer", "wer"])
