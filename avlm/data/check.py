@@ -5,7 +5,7 @@ from pathlib import Path
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import Config, DataConfig, StageConfig
-from avlm.data.jsonl import RowStream
+from avlm.data.jsonl import Records, RowStream
 from avlm.data.loader import open_loader
 from avlm.data.stream import Stream
 from avlm.data.text.chat import check_vocabulary
@@ -31,6 +31,20 @@ def check_data(config: Config) -> None:
             checked.append(data)
         if config.train.validate_every:
             _check_validation(config, stage)
+
+
+def count_samples(source: str, data: DataConfig) -> int | None:
+    """Samples of a training source, counted without reading any; None for synthetic rows, which never end. Those of an
+    Energon blend are all samples of its sets, whatever their weights."""
+    if source.startswith("synthetic"):
+        return None
+    if Path(source).suffix in (".json", ".jsonl"):
+        return len(Records(source, data))
+    from avlm.data.energon.source import check_source  # slow to import
+    from avlm.data.energon.source import count_samples as count_prepared
+
+    check_source(Path(source))
+    return count_prepared(Path(source), "train")
 
 
 def check_room_for_media(config: Config) -> None:

@@ -7,11 +7,11 @@ import tarfile
 import pytest
 
 from avlm.config.load import resolve_config
-from avlm.data.check import check_room_for_media
+from avlm.data.check import check_room_for_media, count_samples
 from avlm.data.stream import fingerprint
 from avlm.preflight.check import check
 from tests.data.energon.test_loader import write_set
-from tests.data.small_files import write_tokenizer
+from tests.data.small_files import data, write_tokenizer
 from tests.parallel.small import TREE, make_config
 
 
@@ -149,6 +149,23 @@ FIXED = TREE["model"] | {"audio": TREE["model"]["audio"] | {"window": "fixed"}}
 def test_a_row_that_is_too_short_for_media_is_named(make, line):
     with pytest.raises(ValueError, match=line):
         check_room_for_media(make())
+
+
+def test_samples_of_a_training_source_are_counted_without_reading_them(tmp_path, tokenizer_folder):
+    settings = data(tokenizer_folder)
+    (tmp_path / "three.jsonl").write_text("{}\n\n{}\n{}\n")
+    (tmp_path / "two.json").write_text("[{}, {}]")
+    write_set(tmp_path / "five", "train", 5)
+    write_set(tmp_path / "six", "train", 6)
+    write_set(tmp_path / "held_out", "val", 7)
+    blend = {"train": {"blend": [{"weight": 9, "path": "five"}, {"weight": 1, "path": "six"}]}}
+    blend["val"] = {"path": "held_out"}
+    header = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
+    (tmp_path / "blend.yaml").write_text(json.dumps(header | {"splits": blend}))
+    (tmp_path / "outer.yaml").write_text(json.dumps(header | {"splits": {"train": {"path": "blend.yaml"}}}))
+    counts = {"three.jsonl": 3, "two.json": 2, "five": 5, "blend.yaml": 11, "outer.yaml": 11}
+    assert {name: count_samples(str(tmp_path / name), settings) for name in counts} == counts
+    assert count_samples("synthetic:images=2", settings) is None
 
 
 def test_windows_of_true_length_and_stages_of_text_may_have_short_rows():

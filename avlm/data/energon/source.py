@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import ryml
+from megatron.energon.epathlib import EPath
 from megatron.energon.eyaml import load_yaml
+from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
 
 from avlm.config.load import MAX_BYTES, read_yaml
 from avlm.config.model import shown
@@ -42,11 +44,21 @@ def check_source(path: Path, inside: tuple[Path, ...] = (), splits: str | None =
         raise ValueError(f"{path} must be of megatron.energon's class MetadatasetV2, not {shown(kind)}")
     _refuse_code(found, path)
     num_opened = 1
-    for (part, splits_of_part), times in Counter(_parts(found, path)).items():
+    for (part, splits_of_part, _), times in Counter(_parts(found, path)).items():
         num_opened += times * check_source(path.parent / part, (*inside, path.resolve()), splits_of_part)
         if num_opened > MAX_PARTS:
             raise ValueError(f"{path} names more than {MAX_PARTS:,} datasets, those of the blends in it included")
     return num_opened
+
+
+def count_samples(path: Path, split: str, splits: str | None = None) -> int:
+    """Samples in a split of a folder, or of the sets of a blend, each once. The source has passed ``check_source``."""
+    if path.is_dir():
+        meta = WebdatasetMeta.from_config(EPath(path), split_part=split, split_config=splits)
+        return sum(shard.count for shard in meta.shards)
+    found = _read_yaml(path)["splits"][split]
+    parts = set(_parts(found, path))
+    return sum(count_samples(path.parent / part, of_part or split, file) for part, file, of_part in parts)
 
 
 def _check_folder(folder: Path, splits: str | None) -> None:
@@ -118,8 +130,8 @@ def _refuse_code(tree: Any, origin: Path) -> None:
                 raise ValueError(f"{origin}: {shown(str(key))!r} is not supported: it could name code to run")
 
 
-def _parts(tree: Any, origin: Path) -> Iterator[tuple[str, str | None]]:
-    """Every dataset that a blend names, with the file of its splits if the blend names that too."""
+def _parts(tree: Any, origin: Path) -> Iterator[tuple[str, str | None, str | None]]:
+    """Every dataset that a blend names, with the file of its splits and the split if the blend names those too."""
     if isinstance(tree, list):
         for value in tree:
             yield from _parts(value, origin)
@@ -141,8 +153,8 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and 0 < value < math.inf
 
 
-def _checked_path(entry: dict[str, Any], origin: Path) -> tuple[str, str | None]:
-    """(path, file of the splits) of a dataset in a blend."""
+def _checked_path(entry: dict[str, Any], origin: Path) -> tuple[str, str | None, str | None]:
+    """(path, file of the splits, split) of a dataset in a blend."""
     path = entry["path"]
     splits = entry.get("split_config")
     for text in (path, splits or "split.yaml"):
@@ -150,7 +162,10 @@ def _checked_path(entry: dict[str, Any], origin: Path) -> tuple[str, str | None]
             raise ValueError(f"{origin} names {shown(text)}, which is no path of a file or folder here")
     if splits is not None and Path(splits).name != splits:
         raise ValueError(f"{origin}: split_config={shown(splits)!r} lies outside of the dataset's .nv-meta")
-    return path, splits
+    split = entry.get("split_part")
+    if split is not None and not isinstance(split, str):
+        raise ValueError(f"{origin}: split_part={shown(split)} is no name of a split")
+    return path, splits, split
 
 
 def _texts(tree: Any) -> Iterator[str]:
