@@ -5,7 +5,8 @@
     NAMES, PREFIXES, SKIPPED      our module -> names of its tensors, prefixes of them, tensors that are not loaded
 
 A family that is an export format, FORMATS, also has ``config_json`` and ``processor_json``, our config -> their files,
-HEAD (the name of the decoder's head), TIES_HEAD (whether a tied head may be left out) and MEDIA_TOKENS.
+HEAD (the name of the decoder's head), TIES_HEAD (whether a tied head may be left out), MEDIA_TOKENS, CLASS (the class
+of transformers that loads it) and LOADED (our module -> where it lies in that class, which names PEFT's tensors).
 """
 
 import re

@@ -113,6 +113,8 @@ NAMES = {
 }
 PREFIXES = {"decoder": ["model.", ""]}
 HEAD = "lm_head.weight"
+CLASS = "AutoModelForCausalLM"
+LOADED = {"decoder": "model."}
 SKIPPED = {"decoder": [(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", "computed frequencies")]}
 
 PROCESSOR_FILES = ()

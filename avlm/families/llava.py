@@ -32,6 +32,12 @@ PREFIXES = {
     "vision_projector": ["multi_modal_projector.", "model.multi_modal_projector."],
 }
 HEAD = "language_model.lm_head.weight"
+CLASS = "LlavaForConditionalGeneration"
+LOADED = {
+    "decoder": "model.language_model.",
+    "vision": "model.vision_tower.",
+    "vision_projector": "model.multi_modal_projector.",
+}
 SKIPPED = {"vision_projector": []}
 
 PROCESSOR_FILES = clip.PROCESSOR_FILES
@@ -72,7 +78,7 @@ def config_json(config: ModelConfig, media_token: int) -> dict[str, Any]:
     if projector.hidden_size not in (0, config.decoder.hidden_size):
         raise ValueError(f"the llava format cannot hold vision_projector.hidden_size={projector.hidden_size}")
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
+        "architectures": [CLASS],
         "model_type": "llava",
         "image_token_index": media_token,
         "image_seq_length": vision.num_patches,

@@ -49,6 +49,12 @@ PREFIXES = {
     "audio_projector": ["multi_modal_projector.", "model.multi_modal_projector."],
 }
 HEAD = "language_model.lm_head.weight"
+CLASS = "VoxtralForConditionalGeneration"
+LOADED = {
+    "decoder": "model.language_model.",
+    "audio": "model.audio_tower.",
+    "audio_projector": "model.multi_modal_projector.",
+}
 SKIPPED = {"audio_projector": []}
 
 PROCESSOR_FILES = ()
@@ -75,7 +81,7 @@ def read(keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
 def config_json(config: ModelConfig, media_token: int) -> dict[str, Any]:
     _require_voxtral(config)
     return {
-        "architectures": ["VoxtralForConditionalGeneration"],
+        "architectures": [CLASS],
         "model_type": "voxtral",
         "audio_token_id": media_token,
         "projector_hidden_act": "gelu",

@@ -20,7 +20,7 @@ from avlm.models.lora import is_adapter, merge
 from avlm.models.whisper import sinusoids
 from avlm.parallel.mesh import World
 from avlm.storage.model_folder import Lazy, publish, write_json, write_tensors
-from avlm.weights.peft import adapter_keys, peft_names
+from avlm.weights.peft import Base, adapter_keys, peft_names
 from avlm.weights.sources import Stored
 from avlm.weights.tokenizer import media_token_id, write_tokenizer
 
@@ -38,19 +38,20 @@ def export(
     *,
     data: DataConfig | None = None,
     dtype: torch.dtype | None = None,
-    base: str | None = None,
+    base: Base | None = None,
     overwrite: bool = False,
     world: World | None = None,
-) -> None:
+) -> State:
     """Write a model folder: safetensors, config.json, generation_config.json and the tokenizer of ``data``.
 
     avlm     every module under our names; ``config.json`` also holds what encoding a prompt needs
-    adapter  the decoder's adapters for PEFT, on the decoder ``base``; in all other formats adapters are merged
+    adapter  the adapters for PEFT, on ``base``, and its projectors if they changed; elsewhere adapters are merged
     decoder, llava and voxtral are Hugging Face's (``avlm.families``); decoder leaves the towers out
 
     ``state`` holds tensors under our parameter names, on the CPU or stored; stored ones are read only when they are
     written. ``dtype`` casts them. The folder appears once it is complete. An earlier one stays until then, and is
-    replaced only with ``overwrite``. The ranks of ``world`` share the work. Raises ValueError or OSError.
+    replaced only with ``overwrite``. The ranks of ``world`` share the work. Returns what the files hold. Raises
+    ValueError or OSError.
     """
     folder = Path(folder)
     lazy = {name: Lazy.of(tensor) for name, tensor in state.items()}
@@ -78,6 +79,7 @@ def export(
             write_tokenizer(tokenizer, data, partial, content.media, content.token, model_type)
 
     publish(folder, write, overwrite, world)
+    return tensors
 
 
 @dataclasses.dataclass
@@ -97,15 +99,16 @@ def _content(
     state: State,
     tokenizer: Tokenizer | None,
     data: DataConfig | None,
-    base: str | None,
+    base: Base | None,
 ) -> Content:
     if format == "avlm":
         files = {"config.json": _own_keys(config, data)}
         return Content(files, state, media={kind: f"<{kind}>" for kind in MEDIA})
     if format == "adapter":
-        names = peft_names(state)
-        if not names:
-            raise ValueError("the adapter format holds adapters of the decoder, and the model has none")
+        base = base or Base()
+        names = peft_names(state, base)
+        if not any(is_adapter(name) for name in names):
+            raise ValueError(f"the adapter format holds adapters of a {base.format}, and the model has none")
         tensors = {theirs: state[name] for name, theirs in names.items()}
         return Content({"adapter_config.json": adapter_keys(config, state, base)}, tensors, "adapter_model")
     if format not in door.FORMATS:

@@ -1,23 +1,28 @@
-"""The decoder's adapters as a PEFT folder, adapter_model.safetensors and adapter_config.json, in and out."""
+"""Adapters as a PEFT folder, adapter_model.safetensors and adapter_config.json, in and out."""
 
+import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from avlm.config.model import ModelConfig, shown
 from avlm.config.run import Config
-from avlm.families.door import hugging_face_name
+from avlm.families.door import FORMATS, NAMES, PREFIXES, hugging_face_name
 from avlm.families.keys import require_accepted
 from avlm.models.freezing import trained_names
 from avlm.models.lora import is_adapter
 from avlm.storage.model_folder import read_json
-from avlm.storage.weight_files import ADAPTER, choose
-from avlm.weights.folder import resolve
+from avlm.storage.run_folder import is_run
+from avlm.storage.weight_files import ADAPTER, choose, local
+from avlm.weights.folder import is_own, resolve
 from avlm.weights.sources import Source, read_files
 
 LEAVES = {"down.weight": "lora_A.weight", "up.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+PROJECTOR = "multi_modal_projector"  # its name in every family
 FIELDS = {"rank": ("r", 8), "alpha": ("lora_alpha", 8)}  # our field of LoraConfig -> their key and its default
 FIELDS |= {"rslora": ("use_rslora", False), "dora": ("use_dora", False)}
 # PEFT options that we do not implement, with the values that disable them (default first).
@@ -28,34 +33,118 @@ ABSENT += " alora_invocation_tokens use_qalora use_bdlora arrow_config kasa_conf
 ACCEPTED |= dict.fromkeys(ABSENT.split(), (None, False, {}, []))
 
 
-def peft_names(names: Iterable[str]) -> dict[str, str]:
-    """Our names of the decoder's adapters among ``names`` -> PEFT's."""
+@dataclass(frozen=True)
+class Base:
+    """The model that adapters belong to."""
+
+    format: str = "decoder"  # a key of FORMATS, which says what its class calls its modules
+    name: str | None = None  # its folder or Hub name, None if it has none
+    whole: tuple[str, ...] = ()  # the projectors that the run changed, which the folder of the adapters holds whole
+
+
+def base_of(config: Config, names: Collection[str], format: str | None, name: str | None) -> Base:
+    """The base of a run's adapters, among its parameters ``names``.
+
+    ``format`` and ``name`` are what the user asked for. By default the base is what the model as a whole is: a LLaVA,
+    a Voxtral or a decoder. Raises ValueError where it cannot be that, or where a folder of adapters could not hold what
+    the run has trained.
+    """
+    if not any(is_adapter(each) for each in names):
+        raise ValueError("the adapter format holds adapters, and the model has none (model.lora is null)")
+    instead = "--format avlm writes everything with adapters merged"
+    if format != "decoder":
+        instead = f"--onto decoder writes the adapters of the decoder alone, {instead}"
+    if format is None:
+        towers = tuple(config.model.modalities.values())
+        known = {(): "decoder", ("vision",): "llava", ("audio",): "voxtral"}
+        if towers not in known:
+            raise ValueError(f"transformers has no class for a decoder with {' and '.join(towers)}: {instead}")
+        format = known[towers]
+    try:
+        FORMATS[format].config_json(replace(config.model, lora=None), 0)
+    except ValueError as error:
+        raise ValueError(f"the base of the adapters cannot be a {format}: {error}; {instead}") from None
+    held = FORMATS[format].LOADED
+    trained: set[str] = set()
+    for stage in config.stages:
+        trained |= trained_names(stage, config.model, names)
+    for each in sorted(trained):
+        module = each.partition(".")[0]
+        if module in held and not is_adapter(each) and not module.endswith("_projector"):
+            raise ValueError(
+                f"the run trains {module} itself ({each}), not just adapters on it, and a folder of adapters cannot "
+                f"hold that: --format {format} writes the whole model with its adapters merged"
+            )
+    own = _published(config, format)
+    whole = []
+    for module in held:
+        is_changed = own is None or any(each.startswith(f"{module}.") for each in trained)
+        if module.endswith("_projector") and is_changed:
+            whole.append(module)
+    return Base(format, name or own, tuple(whole))
+
+
+def _published(config: Config, format: str) -> str | None:
+    """What ``init_from`` names, if that is one model of this format which transformers can load."""
+    init_from = config.init_from
+    parts = [part for part in FORMATS[format].LOADED if getattr(init_from, part, None) is not None]
+    if format == "decoder" and (parts or config.model.modalities):
+        name = init_from.decoder
+    else:
+        name = None if parts else init_from.all
+    if name is None:
+        return None
+    path = local(name)
+    is_ours = is_run(path) or path.is_file()
+    if (path / "config.json").is_file():
+        is_ours = is_own(read_json(path / "config.json"))
+    return None if is_ours else name
+
+
+def peft_names(names: Iterable[str], base: Base) -> dict[str, str]:
+    """Our names of what a folder of adapters holds, among ``names`` -> PEFT's."""
+    prefixes = FORMATS[base.format].LOADED
     found = {}
     for name in names:
-        if name.startswith("decoder.") and is_adapter(name):
-            path, _, part = name.removeprefix("decoder.").partition(".lora_")
-            theirs = hugging_face_name("decoder", path)
-            found[name] = f"{PREFIX}model.{theirs}.{LEAVES[part]}"
+        module = name.partition(".")[0]
+        if module in prefixes and (is_adapter(name) or module in base.whole):
+            found[name] = _peft_name(name, prefixes[module])
     return found
 
 
+def _peft_name(name: str, prefix: str) -> str:
+    module, _, rest = name.partition(".")
+    if not is_adapter(name):
+        return f"{PREFIX}{prefix}{hugging_face_name(module, rest)}"
+    path, _, part = rest.partition(".lora_")
+    if module != "decoder" and not path.startswith("blocks."):
+        raise ValueError(f"{module}.{path} is a convolution in transformers, whose adapters have another form")
+    return f"{PREFIX}{prefix}{hugging_face_name(module, path)}.{LEAVES[part]}"
+
+
 def open_adapter(given: str | Path, config: ModelConfig, names: Iterable[str]) -> Source:
-    """A PEFT folder under our ``names``; ValueError where it computes something different from ``config``."""
+    """A PEFT folder under our ``names``, whatever class of ``avlm.families`` it belongs to; ValueError where it
+    computes something different from ``config``."""
     folder = resolve(given)
     if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in ADAPTER):
         raise FileNotFoundError(f"{folder} is not a PEFT folder: it must hold {CONFIG} and {' or '.join(ADAPTER)}")
-    ours = {theirs: name for name, theirs in peft_names(names).items()}
-    if config.lora is None or not ours:
-        raise ValueError(f"init_from.adapter is {str(given)!r}, and the decoder has no adapters (model.lora)")
+    if config.lora is None:
+        raise ValueError(f"init_from.adapter is {str(given)!r}, and the model has no adapters (model.lora is null)")
     keys = read_json(folder / CONFIG)
     try:
-        require_accepted(keys, ACCEPTED)
+        _require_known(keys, config)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
     for field, (key, default) in FIELDS.items():
         value, theirs = getattr(config.lora, field), keys.get(key, default)
         if theirs != value:
             raise ValueError(f"model.lora.{field} is {value!r}, and {folder} was made with {key}={shown(repr(theirs))}")
+    ours = {}
+    for name in names:
+        module, _, rest = name.partition(".")
+        is_projector = module.endswith("_projector") and rest.partition(".")[0] in NAMES[module]
+        if is_projector or (is_adapter(name) and rest.startswith("blocks.")):
+            ours |= {_peft_name(name, prefix): name for prefix in PREFIXES[module]}
     files = choose(folder, ADAPTER)
     tensors = {}
     for name, tensor in read_files(folder, files).items():
@@ -63,37 +152,60 @@ def open_adapter(given: str | Path, config: ModelConfig, names: Iterable[str]) -
     return Source(folder, tensors, None, True, files)
 
 
-def adapter_keys(config: ModelConfig, names: Iterable[str], base: str | None) -> dict[str, Any]:
-    """adapter_config.json of the adapters ``names``, on the decoder ``base``."""
-    targets, leaves = set(), set()
-    for name in peft_names(names).values():
-        target = name.removeprefix(PREFIX).rpartition(".lora_")[0]
-        targets.add(target)
-        leaves.add(target.rpartition(".")[2])
-    in_every_layer = len(targets) == len(leaves) * config.decoder.num_layers
+def _require_known(keys: dict[str, Any], config: ModelConfig) -> None:
+    """ValueError for options of PEFT that we do not implement. Of whole modules only a projector is."""
+    saved = keys.get("modules_to_save")
+    if isinstance(saved, list) and saved and all(str(name).rpartition(".")[2] == PROJECTOR for name in saved):
+        if len(config.modalities) > 1:
+            raise ValueError("it holds a projector (modules_to_save), and the model has two that it could be")
+        keys = {**keys, "modules_to_save": None}
+    require_accepted(keys, ACCEPTED)
+
+
+def adapter_keys(config: ModelConfig, names: Iterable[str], base: Base) -> dict[str, Any]:
+    """adapter_config.json of the adapters ``names``."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base.name,
         **{key: getattr(config.lora, field) for field, (key, _) in FIELDS.items()},
         "lora_dropout": config.lora.dropout,
-        "target_modules": sorted(leaves if in_every_layer else targets),
+        "target_modules": _targets(config, [name for name in names if is_adapter(name)], base),
+        "modules_to_save": [PROJECTOR] if base.whole else None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
 
 
-def left_behind(config: Config, names: Collection[str]) -> list[str]:
-    """The modules, and adapters of modules, among a run's parameters ``names`` that a PEFT folder lacks: everything
-    except the decoder's adapters, and except a decoder that no stage trains, because that is the base."""
-    trained: set[str] = set()
-    for stage in config.stages:
-        trained |= trained_names(stage, config.model, names)
-    held = peft_names(names)
+def _targets(config: ModelConfig, names: list[str], base: Base) -> list[str] | str:
+    """The linears that have adapters, as PEFT finds them. A bare decoder gets the leaves of their names, which every
+    program knows. The linears of a tower have the same leaves, so a whole model gets a regular expression."""
+    layers: dict[tuple[str, str], set[str]] = defaultdict(set)  # (module, name of a linear with {i} for its layer)
+    for name, theirs in peft_names(names, base).items():
+        path = theirs.removeprefix(PREFIX).rpartition(".lora_")[0]
+        layer = name.split(".")[2]
+        layers[name.partition(".")[0], path.replace(f".layers.{layer}.", ".layers.{i}.")].add(layer)
+    patterns, leaves = set(), set()
+    for (module, path), numbers in layers.items():
+        chosen = r"\d+"
+        if len(numbers) == getattr(config, module).num_layers:
+            leaves.add(path.rpartition(".")[2])
+        else:
+            chosen = f"({'|'.join(sorted(numbers, key=int))})"
+        patterns.add(re.escape(path).replace(re.escape("{i}"), chosen))
+    if base.format == "decoder" and len(leaves) == len(patterns):
+        return sorted(leaves)
+    return "|".join(sorted(patterns))
+
+
+def left_behind(names: Iterable[str], base: Base) -> list[str]:
+    """The modules, and adapters of modules, among a run's parameters ``names`` that neither the base nor the folder of
+    adapters has."""
+    held = FORMATS[base.format].LOADED
     left = []
     for name in names:
         module = name.partition(".")[0]
-        if module != "decoder" or (name in trained and name not in held):
+        if module not in held:
             left.append(f"adapters of {module}" if is_adapter(name) else module)
     return list(dict.fromkeys(left))

@@ -156,7 +156,9 @@ def _load_plan(
     has_adapters = _brings_adapters(source, held, config, modules)
     chosen = {}
     for name, shape in shapes.items():
-        is_wanted = has_adapters if is_adapter(name) else entry != "adapter"
+        is_wanted = has_adapters
+        if not is_adapter(name):  # a folder of adapters may hold a projector as well
+            is_wanted = entry != "adapter" or name.split(".")[0].endswith("_projector")
         if name.split(".")[0] not in modules or not is_wanted:
             continue
         theirs = name if source.own_names else _file_name(name, prefixes, held)

@@ -16,6 +16,7 @@ from avlm.storage.model_folder import Lazy
 from avlm.weights.export import export, merged
 from avlm.weights.folder import read_config
 from avlm.weights.load import init_weights, load_weights
+from avlm.weights.peft import Base
 from tests.models.handmade import assert_gradients_close, build, loaded, make_batch
 from tests.parallel.small import TREE, make_rows
 
@@ -137,7 +138,7 @@ def test_peft_loads_our_adapters_onto_the_decoder_of_transformers(kind, tmp_path
     model = build(cfg.model)
     plain = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
     export(dataclasses.replace(cfg.model, lora=None), plain, tmp_path / "base", "decoder")
-    export(cfg.model, model.state_dict(), tmp_path / "adapter", "adapter", base=str(tmp_path / "base"))
+    export(cfg.model, model.state_dict(), tmp_path / "adapter", "adapter", base=Base(name=str(tmp_path / "base")))
     export(cfg.model, model.state_dict(), tmp_path / "merged", "decoder")
 
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -161,7 +162,7 @@ def test_peft_loads_our_adapters_onto_the_decoder_of_transformers(kind, tmp_path
 def test_the_adapter_format_wants_adapters_of_the_decoder(tmp_path):
     for lora in (None, {"targets": ["vision.*.up"]}):
         model = build(make(lora).model)
-        with pytest.raises(ValueError, match="holds adapters of the decoder, and the model has none"):
+        with pytest.raises(ValueError, match="holds adapters of a decoder, and the model has none"):
             export(model.config, model.state_dict(), tmp_path / "out", "adapter")
     assert not (tmp_path / "out").exists()
 

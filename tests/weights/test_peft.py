@@ -1,30 +1,46 @@
-"""The command that exports adapters for PEFT: their dtype, their base, and what it says stays behind."""
+"""The command that exports adapters for PEFT: onto the model that they belong to, and what it cannot carry."""
 
 import dataclasses
 import json
+import warnings
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from avlm.config.load import dump_config, load_config
 from avlm.config.model import LoraConfig
 from avlm.config.run import InitFrom
+from avlm.models.avlm import AVLM
+from avlm.models.batch import AUDIO, IMAGE
+from avlm.models.vit import normalise
 from avlm.weights.__main__ import main
-from tests.models.handmade import build
-from tests.models.test_avlm import TEXT_ONLY, WHOLE
+from avlm.weights.export import export
+from avlm.weights.folder import read_config
+from avlm.weights.load import init_weights
+from tests.models.handmade import build, make_batch, pixels_of, save
+from tests.models.test_avlm import TEXT_ONLY, VISION_ONLY, WHOLE, llava
+from tests.weights.test_export import VOXTRAL
 from tests.weights.test_sources import write_run
+
+ONTO_DECODER = ["--format", "adapter", "--onto", "decoder"]
 
 
 def run_of(folder, model, targets, train, init_from=None):
     """A run with adapters, of one stage that trains ``train``; (its folder, the model)."""
     built = build(dataclasses.replace(model, lora=LoraConfig(rank=4, targets=targets)))
-    write_run(folder, built)
+    write_trained(folder, built, train, init_from)
+    return folder, built
+
+
+def write_trained(folder, model, train, init_from=None):
+    write_run(folder, model)
     config = load_config(folder / "config.yaml")
     stage = dataclasses.replace(config.stages[0], train=train)
     config = dataclasses.replace(config, stages=[stage], init_from=init_from or config.init_from)
     (folder / "config.yaml").write_text(dump_config(config))
-    return folder, built
 
 
 def command(monkeypatch, *arguments):
@@ -32,28 +48,107 @@ def command(monkeypatch, *arguments):
     main()
 
 
+def base_folder(family, folder):
+    """A model folder of a family, without adapters."""
+    if family == "llava":
+        return save(llava(), folder)
+    export(VOXTRAL, build(VOXTRAL, seed=1).state_dict(), folder, "voxtral")
+    return folder
+
+
+def logits_of_both(family, ours, theirs):
+    """Of our model and of transformers', for a text with an image or a recording."""
+    if family == "llava":
+        document, pixels = [1, *[IMAGE] * 9, 4, 5, 6], pixels_of(1, 24)
+        batch = make_batch(ours.config, [document], pixels)
+        media = {"pixel_values": normalise(pixels, ours.config.vision)}
+        token = theirs.config.image_token_id
+    else:
+        document, clips = [1, *[AUDIO] * 25, 4, 5], [torch.randn(80, 200)]
+        batch = make_batch(ours.config, [document], clips=clips)
+        media = {"input_features": torch.stack(clips)}
+        token = theirs.config.audio_token_id
+    ids = torch.tensor([[token if each < 0 else each for each in document]])
+    with torch.no_grad():
+        x_TD = ours.decoder(ours.embed(batch), batch.position_T, batch.segments)
+        mine = ours.decoder.head(ours.decoder.norm(x_TD), None)
+        return mine, theirs(input_ids=ids, **media).logits[0, :, : mine.shape[1]]
+
+
 @pytest.mark.parametrize(
-    ("model", "targets", "train", "said"),
+    ("family", "targets", "train"),
     [
-        (TEXT_ONLY, ["decoder.*"], ["lora"], None),
-        (TEXT_ONLY, ["decoder.*"], ["decoder"], "decoder"),
-        (
-            WHOLE,
-            ["decoder.*", "audio.*.up"],
-            ["lora", "vision_projector", "audio_projector"],
-            "vision, audio, adapters of audio, vision_projector, audio_projector",
-        ),
+        ("llava", ["decoder.*"], ["lora", "vision_projector"]),
+        ("llava", ["decoder.blocks.1.attention.q", "decoder.*.up", "vision.blocks.*"], ["lora"]),
+        ("voxtral", ["decoder.*.v", "audio.blocks.0.up"], ["lora", "audio_projector"]),
     ],
 )
-def test_what_a_peft_folder_lacks_is_said_in_one_line(model, targets, train, said, tmp_path, monkeypatch, capsys):
+def test_adapters_load_onto_the_class_of_their_base_and_give_its_logits(
+    family, targets, train, tmp_path, monkeypatch, capsys
+):
+    base = base_folder(family, tmp_path / "base")
+    config = dataclasses.replace(read_config(base), lora=LoraConfig(rank=4, alpha=6.0, targets=targets))
+    start = InitFrom(all=str(base))
+    model = AVLM(config)
+    init_weights(model, start, seed=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or name.split(".")[0] in train:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    write_trained(tmp_path / "run", model, train, start)
+    command(monkeypatch, tmp_path / "run", tmp_path / "adapter", "--format", "adapter")
+    cls = {"llava": "LlavaForConditionalGeneration", "voxtral": "VoxtralForConditionalGeneration"}[family]
+    said = capsys.readouterr().out
+    assert f"adapters of a {family}, " in said and " in float32, " in said and "lacks" not in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT only warns of missing keys
+        theirs = eval(said.split("load it: ")[1], {"transformers": transformers, "peft": peft})
+    assert type(theirs.get_base_model()).__name__ == cls
+    ours, expected = logits_of_both(family, model, theirs.eval())
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")  # the very names and numbers that PEFT itself writes
+    written = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("theirs", "adapter")]
+    assert written[0].keys() == written[1].keys()
+    assert all(tensor.equal(written[1][name]) for name, tensor in written[0].items())
+    for folder in ("theirs", "adapter"):
+        again = AVLM(config)
+        init_weights(again, InitFrom(all=str(base), adapter=str(tmp_path / folder)), seed=2)
+        assert all(a.equal(b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "train", "arguments", "refused"),
+    [
+        (WHOLE, ["decoder.*"], ["lora"], [], "no class for a decoder with vision and audio: --onto decoder"),
+        (TEXT_ONLY, ["decoder.*"], ["decoder"], [], "trains decoder itself .*--format decoder writes the whole model"),
+        (VISION_ONLY, ["decoder.*"], ["lora"], [], "cannot be a llava: .*without downsampling.*--onto decoder"),
+        (VISION_ONLY, ["vision.blocks.*"], ["lora"], ["--onto", "decoder"], "holds adapters of a decoder, and the mod"),
+        (VOXTRAL, ["decoder.*"], ["lora", "audio"], [], r"trains audio itself \(audio.blocks.0.*--format voxtral"),
+        (VOXTRAL, ["decoder.*"], ["lora"], ["--onto", "llava"], "cannot be a llava: .*with a vision tower"),
+    ],
+)
+def test_what_a_folder_of_adapters_cannot_hold_is_refused_by_name(
+    model, targets, train, arguments, refused, tmp_path, monkeypatch
+):
     run, _ = run_of(tmp_path / "run", model, targets, train)
-    command(monkeypatch, run, tmp_path / "out", "--format", "adapter", "--base", "my/base")
-    line = f"{tmp_path / 'out'} lacks {said}: --format avlm keeps them, with all adapters merged\n"
-    assert capsys.readouterr().out == ("" if said is None else line)
+    with pytest.raises(ValueError, match=refused):
+        command(monkeypatch, run, tmp_path / "out", "--format", "adapter", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_written_what_it_lacks_and_how_it_loads_is_said(tmp_path, monkeypatch, capsys):
+    run, _ = run_of(tmp_path / "run", WHOLE, ["decoder.*", "audio.*.up"], ["lora", "vision_projector"])
+    out = tmp_path / "out"
+    command(monkeypatch, run, out, "--format", "adapter", "--onto", "decoder", "--base", "my/base")
+    wrote, load, lacks = capsys.readouterr().out.splitlines()
+    assert wrote == f"wrote {out}: adapters of a decoder, 28 tensors in float32, 0.0 MB"
+    assert load.endswith(f"(transformers.AutoModelForCausalLM.from_pretrained('my/base'), '{out}')")
+    left = "vision, audio, adapters of audio, vision_projector, audio_projector"
+    assert lacks == f"it lacks {left}: --format avlm keeps them, with all adapters merged"
     command(monkeypatch, run, tmp_path / "whole")
-    assert capsys.readouterr().out == ""
-    modules = {name.split(".")[0] for name in load_file(tmp_path / "whole" / "model.safetensors")}
-    assert said is None or modules >= {part.split()[-1] for part in said.split(", ")}
+    wrote, load = capsys.readouterr().out.splitlines()
+    assert "whole: format avlm, " in wrote and " in bfloat16, " in wrote
+    assert load == f"load it: python generate.py {tmp_path / 'whole'}"
 
 
 def test_adapters_stay_as_they_are_stored_unless_a_dtype_is_asked_for(tmp_path, monkeypatch):
@@ -62,7 +157,7 @@ def test_adapters_stay_as_they_are_stored_unless_a_dtype_is_asked_for(tmp_path, 
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     for asked, expected in ((None, up), ("bfloat16", up.bfloat16())):
         folder = tmp_path / str(asked)
-        command(monkeypatch, run, folder, "--format", "adapter", *(["--dtype", asked] if asked else []))
+        command(monkeypatch, run, folder, *ONTO_DECODER, *(["--dtype", asked] if asked else []))
         written = load_file(folder / "adapter_model.safetensors")
         assert {tensor.dtype for tensor in written.values()} == {expected.dtype} and written[name].equal(expected)
     command(monkeypatch, run, tmp_path / "whole")
@@ -74,10 +169,10 @@ def test_the_base_of_an_adapter_is_named_by_the_command_or_by_the_run(tmp_path, 
     plain, _ = run_of(tmp_path / "plain", WHOLE, ["decoder.*"], ["lora"], InitFrom(all="a/run"))
     named, _ = run_of(tmp_path / "named", WHOLE, ["decoder.*"], ["lora"], InitFrom(decoder="org/decoder"))
     for run, given, expected in ((plain, None, None), (plain, "my/base", "my/base"), (named, None, "org/decoder")):
-        arguments = ["--format", "adapter", "--overwrite", *(["--base", given] if given else [])]
+        arguments = [*ONTO_DECODER, "--overwrite", *(["--base", given] if given else [])]
         command(monkeypatch, run, tmp_path / "out", *arguments)
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == expected
-        assert ("out names no base decoder: --base NAME adds" in capsys.readouterr().out) == (expected is None)
+        assert ("it names no base: --base NAME adds the decoder" in capsys.readouterr().out) == (expected is None)
     with pytest.raises(ValueError, match="--base my/base is for --format adapter, and the format is decoder"):
         command(monkeypatch, plain, tmp_path / "decoder", "--format", "decoder", "--base", "my/base")
     assert not (tmp_path / "decoder").exists()

@@ -21,6 +21,7 @@ from avlm.training import checkpoint
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import init_weights, load_weights
+from avlm.weights.peft import Base
 from avlm.weights.sources import Stored, open_source
 from tests.models.handmade import build, loaded, save
 from tests.models.test_avlm import AUDIO_ONLY, DECODER, VISION_ONLY, WHOLE, llava
@@ -312,13 +313,13 @@ def test_adapters_go_to_a_peft_folder_and_come_back(tmp_path):
     config = dataclasses.replace(WHOLE, lora=lora)
     model, folder = build(config), tmp_path / "adapter"
     write_run(tmp_path / "base", build(WHOLE, seed=2))
-    export(config, model.state_dict(), folder, "adapter", base="base")
+    export(config, model.state_dict(), folder, "adapter", base=Base(name="base"))
     again = AVLM(config)
     reports = init_weights(again, InitFrom(all=str(tmp_path / "base"), adapter=str(folder)), seed=1)
     adapters = {name for name, _ in model.named_parameters() if is_adapter(name)}
     assert set(reports[1].names) == adapters and equal(model, again, adapters) and not equal(model, again)
     assert not reports[0].initialised and not reports[1].initialised
-    export(config, again.state_dict(), tmp_path / "again", "adapter", base="base")
+    export(config, again.state_dict(), tmp_path / "again", "adapter", base=Base(name="base"))
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
     said = {"rank": (2, "r=4"), "alpha": (1.0, "lora_alpha=6.0"), "rslora": (True, "use_rslora=False")}
@@ -327,7 +328,10 @@ def test_adapters_go_to_a_peft_folder_and_come_back(tmp_path):
         other = dataclasses.replace(WHOLE, lora=dataclasses.replace(lora, **{key: value}))
         with pytest.raises(ValueError, match=f"model.lora.{key} is {value}, and .* was made with {theirs}"):
             loaded_with(other, adapter=str(folder))
-    for targets, message in ((["decoder.*.q"], "no place for"), (["vision.*.up"], "the decoder has no adapters")):
+    for targets, message in (
+        (["decoder.*.q"], "no place for"),
+        (["vision.*.up"], "holds no module that this entry could provide"),
+    ):
         other = dataclasses.replace(WHOLE, lora=dataclasses.replace(lora, targets=targets))
         with pytest.raises(ValueError, match=message):
             loaded_with(other, adapter=str(folder))
