@@ -200,9 +200,9 @@ class AudioConfig:
 
 @config
 class ProjectorConfig:
-    type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+    type: Literal["linear", "mlp2x_gelu", "swiglu"] = "mlp2x_gelu"  # swiglu has no kernel: plain PyTorch
     downsample: Stack = 1  # vision: pixel shuffle of n x n patches; audio: n frames stacked; before the projection
-    hidden_size: WidthOrDefault = 0  # of mlp2x_gelu; 0: the decoder's width
+    hidden_size: WidthOrDefault = 0  # 0: the decoder's width; linear has none
     bias: bool = True  # Voxtral has none
     output_std: Positive = 0.02  # approximate std of features when initialised; best that of the token embeddings
 

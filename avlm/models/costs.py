@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 from avlm.config.model import TOWERS, AudioConfig, DecoderConfig, ModelConfig, VisionConfig
 from avlm.models.batch import FRAMES_PER_ROW, Batch
+from avlm.models.lora import is_adapter
 from avlm.models.projector import LAYERS
-from avlm.models.shapes import parameter_shapes
+from avlm.models.shapes import Shapes, parameter_shapes
 from kernels.segments import Segments
 
 Step = tuple[str, tuple[str, ...]]  # its count, "" if it has no product; modules that share an input
@@ -98,9 +99,18 @@ def steps(module: str, model: ModelConfig) -> Iterator[Step]:
         found = _audio(config)
     else:
         modality = next(name for name, tower in TOWERS.items() if module == f"{tower}_projector")
-        found = ((f"{modality}_features", (layer,)) for layer in LAYERS[config.type])
+        found = ((f"{modality}_features", layers) for layers in LAYERS[config.type])
     for count, names in found:
         yield count, tuple(f"{module}.{name}" for name in names)
+
+
+def check_steps(model: ModelConfig, shapes: Shapes) -> None:
+    """ValueError for a parameter of the model that no step covers, whose products would be left out of every count."""
+    covered = {path for module in model.modules for _, paths in steps(module, model) for path in paths}
+    for name in shapes:
+        path = name.removesuffix(".weight").removesuffix(".bias")
+        if path not in covered and not is_adapter(name):
+            raise ValueError(f"{name} belongs to no step of avlm/models/costs.py: its FLOPs would not be counted")
 
 
 def _decoder(config: DecoderConfig) -> Iterator[Step]:

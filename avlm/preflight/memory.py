@@ -14,14 +14,14 @@ our kernels and by torch's. The plain path keeps a second out. The loss is count
 runs. Assumed: every token has a target, and a row is full of the media of one modality, whichever takes more. Memory
 of CUDA, of NCCL and of fragmentation is not included.
 
-D width   F intermediate width   Q, K width of all query heads, of all key heads   c bytes of a number in compute
+c bytes of a number in compute
 """
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.model import AudioConfig, ModelConfig, VisionConfig
 from avlm.config.run import Config, Recompute, StageConfig
 from avlm.models.batch import FRAMES_PER_ROW
 from avlm.models.costs import block_products
@@ -30,6 +30,7 @@ from avlm.models.lora import frozen_base
 from avlm.models.shapes import Shapes
 from avlm.parallel.recompute import keeps_product
 from avlm.parallel.tensor import tensor_share
+from avlm.preflight.activations import decoder_block_bytes, encoder_block_bytes, projector_numbers
 from avlm.preflight.layout import Layout, layout_of
 from kernels import backend
 from kernels.cross_entropy import chunk_bytes, chunk_rows
@@ -298,14 +299,6 @@ def _recomputed(name: str, case: Case) -> int:
     return block_bytes(name, case, "none") - block_bytes(name, case, case.recompute(name))
 
 
-def projector_numbers(projector: ProjectorConfig, width: int, decoder: DecoderConfig) -> int:
-    """Numbers that a projector keeps for the backward, per feature: the tower rows, ``width``, and its output (linear)
-    or the input of its GELU (mlp2x_gelu)."""
-    if projector.type == "linear":
-        return width + decoder.hidden_size
-    return width + (projector.hidden_size or decoder.hidden_size)
-
-
 def block_bytes(name: str, case: Case, mode: Recompute) -> int:
     """What a block of a module keeps for each row, its adapters included."""
     trains = case.trained_numbers(f"{name}.") > 0
@@ -354,42 +347,6 @@ def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
             size += c * outputs  # a product that the ranks will sum has all of them
     lse = 4 * module.num_heads // t
     return size + c * width // t + lse
-
-
-def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool, norms_train: bool) -> int:
-    """What a block keeps for each token if nothing is recomputed. Frozen weights need no inputs of products."""
-    c = layout.dtype.itemsize
-    t = layout.tensor
-    D = decoder.hidden_size
-    F = decoder.intermediate_size
-    Q = decoder.num_heads * decoder.head_dim // t
-    K = decoder.num_kv_heads * decoder.head_dim // t
-    of_norm = c  # its input
-    if not layout.on_gpu:  # a float32 copy of it, and for the gradient of the scale what is scaled
-        of_norm = 4 + 4 * norms_train
-    norms = 2 * of_norm * D // t
-    if decoder.qk_norm:
-        norms += of_norm * (Q + K)
-    num_keys = num_outs = num_lse = 1
-    mode = layout.context_mode if layout.context > 1 else "none"
-    if mode == "ulysses":
-        num_outs += trains
-    if mode == "allgather":
-        num_keys = layout.context
-        num_outs += 1 + trains
-        num_lse = 2
-    lse = 4 * decoder.num_heads // t
-    attention = c * (Q + 2 * K * num_keys + Q * num_outs) + lse * num_lse
-    products = 2 * D * trains + (3 + trains) * F // t  # inputs of q, k, v and of gate, up; gate, up, silu, product
-    return norms + attention + c * products
-
-
-def encoder_block_bytes(tower: VisionConfig | AudioConfig, layout: Layout) -> int:
-    """What a block of a tower that trains keeps for each of its rows if nothing is recomputed."""
-    of_three_operations = isinstance(tower, VisionConfig) and tower.activation == "quick_gelu"
-    num_activations = 3 if of_three_operations else 2
-    numbers = 8 * tower.hidden_size + num_activations * tower.intermediate_size
-    return layout.dtype.itemsize * numbers + 4 * tower.num_heads
 
 
 def _media_rows(name: str, case: Case) -> int:

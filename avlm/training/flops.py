@@ -22,7 +22,7 @@ import torch
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import Recompute, RecomputeConfig, StageConfig
-from avlm.models.costs import attention_cost, steps
+from avlm.models.costs import attention_cost, check_steps, steps
 from avlm.models.freezing import trained_shapes
 from avlm.models.lora import is_adapter
 from avlm.models.shapes import Shapes, parameter_shapes
@@ -52,6 +52,7 @@ def by_module(costs: Costs, count: dict[str, int]) -> dict[str, tuple[int, int, 
 def costs(model: ModelConfig, stage: StageConfig, recompute: RecomputeConfig) -> Costs:
     """What each count costs in a stage."""
     shapes = parameter_shapes(model)
+    check_steps(model, shapes)
     trained = trained_shapes(stage, model, shapes)
     found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     has_graph = {}  # module -> whether anything in it, or below it, trains

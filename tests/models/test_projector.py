@@ -1,13 +1,17 @@
 """Projectors: which features come together, and where they are written."""
 
+import typing
+
 import pytest
 import torch
 
 from avlm.config.model import ProjectorConfig
 from avlm.models.projector import Projector
 
+KINDS = typing.get_args(typing.get_type_hints(ProjectorConfig)["type"])
 
-@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_projected_rows_replace_theirs_and_leave_the_others(kind):
     projector = Projector(ProjectorConfig(type=kind, hidden_size=7), tower_size=4, gathered=2, decoder_size=6)
     into, rows, features = torch.randn(9, 6), torch.tensor([7, 2, 3]), torch.randn(6, 4)
@@ -16,16 +20,17 @@ def test_projected_rows_replace_theirs_and_leave_the_others(kind):
     out = projector(into, rows, features, source)
     x = torch.stack([torch.cat([features[0], features[5]]), torch.cat([features[4], features[2]])])
     x = torch.cat([x, torch.cat([features[3], torch.zeros(4)])[None]])
-    if kind == "linear":
-        expected = projector.linear(x)
-    else:
-        expected = projector.down(torch.nn.functional.gelu(projector.up(x)))
+    expected = {
+        "linear": lambda: projector.linear(x),
+        "mlp2x_gelu": lambda: projector.down(torch.nn.functional.gelu(projector.up(x))),
+        "swiglu": lambda: projector.down(torch.nn.functional.silu(projector.gate(x)) * projector.up(x)),
+    }[kind]()
     assert (out[rows] - expected).abs().max() < 1e-6
     others = torch.tensor([0, 1, 4, 5, 6, 8])
     assert out[others].equal(before[others])
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_features_give_exactly_zero_gradients(kind):
     projector = Projector(ProjectorConfig(type=kind), tower_size=4, gathered=1, decoder_size=6)
     nothing = torch.zeros(0, dtype=torch.int64)
@@ -33,7 +38,8 @@ def test_no_features_give_exactly_zero_gradients(kind):
     assert all(p.grad is not None and not p.grad.any() for p in projector.parameters())
 
 
-@pytest.mark.parametrize("kind, share", [("linear", 1.0), ("mlp2x_gelu", 0.65)])  # GELU of a standard normal: 0.65
+# The root mean squares of the GELU and of the SiLU of a standard normal.
+@pytest.mark.parametrize("kind, share", [("linear", 1.0), ("mlp2x_gelu", 0.65), ("swiglu", 0.60)])
 @pytest.mark.parametrize("std", [0.02, 0.14])
 def test_features_start_about_as_large_as_told(kind, share, std):
     config = ProjectorConfig(type=kind, hidden_size=256, output_std=std)

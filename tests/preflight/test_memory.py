@@ -23,7 +23,7 @@ from avlm.parallel import mesh
 from avlm.parallel.apply import apply_parallel
 from avlm.parallel.check import check_layout
 from avlm.parallel.recompute import apply_recompute
-from avlm.preflight import memory
+from avlm.preflight import activations, memory
 from avlm.preflight.layout import layout_of
 from avlm.preflight.memory import GIB
 from avlm.preflight.report import check_memory, report
@@ -214,9 +214,21 @@ def test_what_a_projector_of_any_type_keeps_is_as_estimated(kind):
     more = {
         "linear": 0,
         "mlp2x_gelu": 40 + decoder.hidden_size,
+        "swiglu": 0,
     }  # what the plain path keeps besides: GELU's result, too
-    said = memory.projector_numbers(config, 4 * 7, decoder)
+    said = activations.projector_numbers(config, 4 * 7, decoder)
     assert sum(kept.values()) == features * (said + more[kind])
+
+
+def test_the_memory_of_an_unknown_projector_or_activation_is_not_guessed(monkeypatch):
+    config = make_config()
+    monkeypatch.delitem(activations.KEPT_BY_ACTIVATION, config.model.vision.activation)
+    with pytest.raises(ValueError, match="activation quick_gelu keeps is not written"):
+        estimate(config)
+    unknown = ProjectorConfig()
+    object.__setattr__(unknown, "type", "resampler")
+    with pytest.raises(ValueError, match="projector of type resampler keeps is not written"):
+        activations.projector_numbers(unknown, 28, config.model.decoder)
 
 
 def test_activations_shrink_with_recomputation_and_with_the_ranks_of_a_row():

@@ -16,7 +16,8 @@ from avlm.data.synthetic import SyntheticLoader
 from avlm.models import decoder, freezing
 from avlm.models.avlm import AVLM, init
 from avlm.models.batch import KINDS, empty_batch
-from avlm.models.costs import counts
+from avlm.models.costs import check_steps, counts
+from avlm.models.shapes import parameter_shapes
 from avlm.parallel import recompute
 from avlm.storage.run_folder import read_records
 from avlm.training import flops
@@ -129,6 +130,14 @@ def test_flops_are_those_that_pytorch_counts(case, monkeypatch):
     assert sum(parts[1] + parts[2] for parts in found.values()) == backward
     for name in (*cfg.model.modules, "head"):
         assert found[name][0] == modules["decoder.head" if name == "head" else name], name
+
+
+def test_a_weight_that_no_step_covers_is_refused():
+    cfg = CASES["projectors of type swiglu"]
+    shapes = parameter_shapes(cfg.model)
+    check_steps(cfg.model, shapes)
+    with pytest.raises(ValueError, match=r"gate2\.weight belongs to no step"):
+        check_steps(cfg.model, {**shapes, "vision_projector.gate2.weight": (24, 8)})
 
 
 def test_attention_is_counted_by_document():

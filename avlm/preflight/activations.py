@@ -1,0 +1,64 @@
+"""What autograd keeps of a block and of a projector if nothing is recomputed. A new type of either is named here, or
+refused.
+
+D width   F intermediate width   Q, K width of all query heads, of all key heads   c bytes of a number in compute
+"""
+
+from avlm.config.model import AudioConfig, DecoderConfig, ProjectorConfig, VisionConfig
+from avlm.preflight.layout import Layout
+
+# What the MLP of a tower keeps in multiples of its width: inputs and results of the operations.
+KEPT_BY_ACTIVATION = {"quick_gelu": 3, "gelu": 2, "gelu_tanh": 2}
+
+
+def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool, norms_train: bool) -> int:
+    """What a block keeps for each token if nothing is recomputed. Frozen weights need no inputs of products."""
+    c = layout.dtype.itemsize
+    t = layout.tensor
+    D = decoder.hidden_size
+    F = decoder.intermediate_size
+    Q = decoder.num_heads * decoder.head_dim // t
+    K = decoder.num_kv_heads * decoder.head_dim // t
+    of_norm = c  # its input
+    if not layout.on_gpu:  # a float32 copy of it, and for the gradient of the scale what is scaled
+        of_norm = 4 + 4 * norms_train
+    norms = 2 * of_norm * D // t
+    if decoder.qk_norm:
+        norms += of_norm * (Q + K)
+    num_keys = num_outs = num_lse = 1
+    mode = layout.context_mode if layout.context > 1 else "none"
+    if mode == "ulysses":
+        num_outs += trains
+    if mode == "allgather":
+        num_keys = layout.context
+        num_outs += 1 + trains
+        num_lse = 2
+    lse = 4 * decoder.num_heads // t
+    attention = c * (Q + 2 * K * num_keys + Q * num_outs) + lse * num_lse
+    products = 2 * D * trains + (3 + trains) * F // t  # inputs of q, k, v and of gate, up; gate, up, silu, product
+    return norms + attention + c * products
+
+
+def encoder_block_bytes(tower: VisionConfig | AudioConfig, layout: Layout) -> int:
+    """What a block of a tower that trains keeps for each of its rows if nothing is recomputed."""
+    activation = tower.activation if isinstance(tower, VisionConfig) else "gelu"
+    if activation not in KEPT_BY_ACTIVATION:
+        raise ValueError(f"what the activation {activation} keeps is not written in avlm/preflight/activations.py")
+    numbers = 8 * tower.hidden_size + KEPT_BY_ACTIVATION[activation] * tower.intermediate_size
+    return layout.dtype.itemsize * numbers + 4 * tower.num_heads
+
+
+def projector_numbers(projector: ProjectorConfig, width: int, decoder: DecoderConfig) -> int:
+    """Numbers that a projector keeps for the backward, per feature: the tower rows, ``width``, and what its type adds.
+    ValueError for a type that is not known here."""
+    F = projector.hidden_size or decoder.hidden_size
+    numbers = {
+        "linear": decoder.hidden_size,  # its output
+        "mlp2x_gelu": F,  # the input of its GELU
+        "swiglu": 4 * F + decoder.hidden_size,  # gate, its silu, up, their product; the output
+    }
+    if projector.type not in numbers:
+        raise ValueError(
+            f"what a projector of type {projector.type} keeps is not written in avlm/preflight/activations.py"
+        )
+    return width + numbers[projector.type]
