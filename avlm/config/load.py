@@ -182,7 +182,10 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
 def _merge(base: Any, over: Any) -> Any:
     if not (isinstance(base, dict) and isinstance(over, dict)):
         return over
-    return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
+    merged = {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
+    if "train" in over:  # a stage's blend of sources takes the place of the run's
+        merged["train"] = over["train"]
+    return merged
 
 
 def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
@@ -233,7 +236,7 @@ def _known_keys(loc: tuple) -> list[str]:
 
 def _dataclass_in(hint: Any) -> Any:
     """The config class in a type such as ``list[StageConfig]`` or ``LoraConfig | None``."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return hint
     for part in typing.get_args(hint):
         found = _dataclass_in(part)

@@ -4,9 +4,10 @@ The model's part is ``avlm.config.model``. Fields stand in the order of their im
 """
 
 from dataclasses import MISSING, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from avlm.config.model import (
     Count,
@@ -21,6 +22,7 @@ from avlm.config.model import (
     Whole,
     config,
     require,
+    shown,
 )
 
 
@@ -67,9 +69,21 @@ class VideoConfig:
         require((self.num_frames is None) != (self.fps is None), "give num_frames or fps, and set the other to null")
 
 
+def _checked_sources(train: Any) -> Any:
+    weights = list(train.values()) if isinstance(train, dict) else []
+    are_weights = all(isinstance(weight, int | float) and weight > 0 for weight in weights)
+    if not isinstance(train, str) and not (weights and are_weights):
+        raise ValueError(
+            f"give a source, or sources with weights such as {{a.jsonl: 3, b.jsonl: 1}}, not {shown(train)}"
+        )
+    return train
+
+
 @config
 class DataConfig:
-    train: str  # Energon folder or metadataset YAML, .json or .jsonl file, or "synthetic"
+    train: Annotated[str | dict[str, Positive], BeforeValidator(_checked_sources)]
+    # Energon folder or metadataset YAML, .json or .jsonl file, or "synthetic"; or several of the first two with their
+    # weights: {a.jsonl: 3, shards: 1} draws three samples of a.jsonl for each of shards
     validation: dict[str, str] = may_change(default_factory=dict)  # name -> source
     metrics: dict[str, list[str]] = may_change(default_factory=dict)
     # validation set -> metrics of its answers: exact_match (the default), wer, cer, rouge_l, vqa_accuracy; wer_basic,
@@ -88,6 +102,18 @@ class DataConfig:
     max_image_pixels: Count = 100_000_000
     max_audio_seconds: Annotated[float, Field(gt=0, le=1e9)] = 600.0
     video: VideoConfig = field(default_factory=VideoConfig)
+
+
+def shares(train: str | dict[str, float]) -> dict[str, float]:
+    """The sources of ``data.train``, each with its share of the samples that are drawn."""
+    weights = {train: 1.0} if isinstance(train, str) else train
+    total = sum(weights.values())
+    return {source: weight / total for source, weight in weights.items()}
+
+
+def is_json(source: str) -> bool:
+    """Whether a data source is a file of JSON records."""
+    return Path(source).suffix in (".json", ".jsonl")
 
 
 @config

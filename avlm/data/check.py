@@ -4,9 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from avlm.config.model import ModelConfig
-from avlm.config.run import Config, DataConfig, StageConfig
-from avlm.data.jsonl import Records, RowStream
+from avlm.config.run import Config, DataConfig, StageConfig, is_json, shares
+from avlm.data.jsonl import Records
 from avlm.data.loader import open_loader
+from avlm.data.rows import RowStream
 from avlm.data.stream import Stream
 from avlm.data.text.chat import check_vocabulary
 from avlm.data.text.tokenizer import Tokenizer
@@ -17,10 +18,10 @@ from avlm.models.shapes import parameter_shapes
 def check_data(config: Config) -> None:
     """Raise ValueError or FileNotFoundError for data sources, tokenizers and rows that cannot be used."""
     for stage in config.stages:
-        for source in [stage.data.train, *stage.data.validation.values()]:
+        for source in [*shares(stage.data.train), *stage.data.validation.values()]:
             if not source.startswith("synthetic") and not Path(source).exists():
                 raise FileNotFoundError(f"stage {stage.name}: no data at {source}")
-        if not stage.data.train.startswith("synthetic"):
+        if not all(source.startswith("synthetic") for source in shares(stage.data.train)):
             check_vocabulary(Tokenizer(stage.data.tokenizer), config.model.decoder.vocab_size)
     check_room_for_media(config)
     checked: list[DataConfig] = []
@@ -38,7 +39,7 @@ def count_samples(source: str, data: DataConfig) -> int | None:
     Energon blend are all samples of its sets, whatever their weights."""
     if source.startswith("synthetic"):
         return None
-    if Path(source).suffix in (".json", ".jsonl"):
+    if is_json(source):
         return len(Records(source, data))
     from avlm.data.energon.source import check_source  # slow to import
     from avlm.data.energon.source import count_samples as count_prepared
@@ -77,7 +78,7 @@ def _check_training(config: Config, stage: StageConfig) -> None:
     of an Energon folder are not read."""
     data = stage.data
     try:
-        if Path(data.train).suffix in (".json", ".jsonl"):
+        if isinstance(data.train, dict) or is_json(data.train):
             # One row, read as a worker reads it, for which a loader would start processes.
             data = replace(data, packing_buffer=1, num_workers=0)
             stream = Stream(data.train, data, config.model, rank=0, world=1, seed=config.seed, train=True)

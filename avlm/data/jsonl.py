@@ -2,8 +2,7 @@
 
 Training reads an endless stream: epoch after epoch, each a permutation made from (seed, epoch). Slot s of S = world x
 workers takes the positions s, s + S, s + 2S, ... of that stream, so every sample is read once an epoch for any number
-of slots. A slot's whole state is its place in the stream and the samples of the rows that it has planned but not yet
-handed out. Validation reads once, in the order of the file.
+of slots, and the number of samples drawn is a slot's whole state. Validation reads once, in the order of the file.
 """
 
 import codecs
@@ -16,19 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from avlm.config.model import shown
 from avlm.config.run import DataConfig
-from avlm.data.packing import pack, select
-from avlm.data.sample import EncodedSample, Sample, SampleEncoder, load_json, parse
-from avlm.data.stream import Stream
-from avlm.data.text.tokenizer import Tokenizer
-from avlm.models.batch import Batch
-from avlm.process import worker
-
-Row = list[tuple[int, EncodedSample]]  # samples that share a row, with their record numbers
-Skipped = list[tuple[str, str]]  # (key, reason) of samples that cannot be used
+from avlm.data.sample import Sample, load_json, parse
+from avlm.data.stream import Drawn, Stream
 
 
 class Records:
@@ -66,7 +57,8 @@ class Records:
         return parse(self[number], self.media, self.key(number))
 
     def key(self, number: int) -> str:
-        return f"{self.file.name}:{number}"
+        """Counted from 1, as editors count lines."""
+        return f"{self.file.name}:{number + 1}"
 
     def media(self, name: str) -> bytes:
         """A file of the media folder, by its name there or its absolute name, which may also lie in the folder of the
@@ -132,143 +124,43 @@ def read_samples(file: str, data: DataConfig) -> Iterator[Sample]:
             raise ValueError(f"{records.key(number)}: {error}") from None
 
 
-class JsonlLoader:
-    """Packed rows of a file. Each iteration continues after the last row that was handed out; validation starts from
-    the beginning."""
+class JsonSamples:
+    """The samples that one slot of a stream reads of a file, one by one."""
 
-    def __init__(self, stream: Stream, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, source: str, stream: Stream) -> None:
+        self.records = Records(source, stream.data)
         self.stream = stream
-        self._rows = RowStream(stream)
-        num_records = len(self._rows.records)
-        if state is not None and state["records"] != num_records:
-            raise ValueError(
-                f"{stream.source} holds {num_records} records, but {state['records']} when the state was written"
-            )
-        self._turn = state["turn"] if state else 0
-        self._slots = list(state["slots"]) if state else self._rows.slots
-
-    def __iter__(self) -> Iterator[Batch]:
-        if not self.stream.train:
-            self._turn = 0
-            self._slots = [START] * len(self._slots)
-        self._rows.turn = self._turn
-        self._rows.slots = self._slots
-        loader = DataLoader(
-            self._rows,
-            batch_size=None,
-            collate_fn=_unchanged,
-            num_workers=self.stream.data.num_workers,  # torch runs each with one thread
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # iter(DataLoader) would draw from the global one
-            worker_init_fn=worker.start,
-        )
-        rows = iter(loader)
-        try:
-            for slot, batch, state in rows:
-                if isinstance(batch, str):
-                    raise ValueError(batch)
-                self._slots[slot] = state
-                self._turn = (slot + 1) % len(self._slots)
-                yield batch
-        finally:
-            worker.end(rows)
-
-    def state(self) -> dict[str, Any]:
-        """Plain JSON: where the stream stands after the last row that was handed out."""
-        position = {"records": len(self._rows.records), "turn": self._turn, "slots": list(self._slots)}
-        return {**self.stream.identity(), **position}
-
-
-START = {"place": 0, "rows": []}  # of a slot
-
-
-class RowStream(IterableDataset):
-    """What a worker process runs. Yields (slot, row, the slot's state after that row). A string in place of the row is
-    an error that ends the run."""
-
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
-        self.records = Records(stream.source, stream.data)
-        self.encoder = SampleEncoder(stream.model, stream.data, Tokenizer(stream.data.tokenizer))
-        self.num_workers = max(1, stream.data.num_workers)
-        self.turn = 0
-        self.slots = [START] * self.num_workers
+        self.drawn = 0
+        self._first = 0
         self._epoch = -1
         self._order = torch.empty(0)
 
-    def __iter__(self) -> Iterator[tuple[int, Batch | str, dict]]:
-        # torch asks process 0 first: after a resume that process takes the slot whose turn it is.
-        info = get_worker_info()
-        process = info.id if info else 0
-        slot = (process + self.turn) % len(self.slots)
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def start(self, slot: int, state: dict[str, Any]) -> None:
+        """Continue a slot of this rank from a state."""
+        self._first = self.stream.rank * self.stream.num_workers + slot
+        self.drawn = state["drawn"]
+
+    def state(self) -> dict[str, Any]:
+        return {"drawn": self.drawn}
+
+    def draw(self) -> Drawn | None:
+        """The next sample; None past the end of validation."""
+        number = self._number(self._first + self.drawn * self.stream.world * self.stream.num_workers)
+        if number is None:
+            return None
+        self.drawn += 1
+        return self.again(number)
+
+    def again(self, place: int) -> Drawn:
+        """The sample of a record number."""
+        key = self.records.key(place)
         try:
-            for batch, state in self._batches(slot, self.slots[slot]):
-                yield slot, batch, state
+            return Drawn(key, place, self.records.sample(place))
         except ValueError as error:
-            yield slot, str(error), {}
-
-    def _batches(self, slot: int, state: dict) -> Iterator[tuple[Batch, dict]]:
-        data = self.stream.data
-        place = state["place"]
-        rows, skipped = self._held(state["rows"])
-        while True:
-            read = 0
-            if len(rows) <= self.stream.train:  # the last row of training is packed again, with what follows
-                held = rows.pop() if rows else []
-                buffer, bad, read = self._fill(held, slot, place)
-                place += read
-                skipped += bad
-                if not read:
-                    return
-                lengths = [len(sample) for _, sample in buffer]
-                rows = [[buffer[i] for i in row] for row in select(lengths, data.seq_length, data.packing)]
-            row = rows.pop(0) if rows else []
-            batch = pack([sample for _, sample in row], data.seq_length, self.stream.model, skipped, read)
-            skipped = []
-            yield batch, {"place": place, "rows": [_numbers(row) for row in rows]}
-
-    def _held(self, numbers: list[list[int]]) -> tuple[list[Row], Skipped]:
-        """The rows that a state had planned, and those of their samples that have gone bad since."""
-        rows: list[Row] = []
-        skipped: Skipped = []
-        for row in numbers:
-            encoded, bad = self._try(row)
-            if encoded:
-                rows.append(encoded)
-            skipped += bad
-        return rows, skipped
-
-    def _try(self, numbers: list[int]) -> tuple[Row, Skipped]:
-        """The samples of these numbers that can be used, and the others."""
-        good: Row = []
-        bad: Skipped = []
-        for number in numbers:
-            try:
-                good.append((number, self.encoder.encode(self.records.sample(number))))
-            except ValueError as error:
-                bad.append((self.records.key(number), str(error)))
-        return good, bad
-
-    def _fill(self, held: Row, slot: int, place: int) -> tuple[Row, Skipped, int]:
-        """A full packing buffer: the samples ``held`` back, then those from a place of the slot's stream. Returns
-        (good samples, bad ones, how many were read)."""
-        first = self.stream.rank * self.num_workers + slot
-        num_slots = self.stream.world * self.num_workers
-        buffer = list(held)
-        skipped: Skipped = []
-        read = 0
-        while len(buffer) < self.stream.data.packing_buffer:
-            number = self._number(first + (place + read) * num_slots)
-            if number is None:
-                break
-            read += 1
-            good, bad = self._try([number])
-            buffer += good
-            skipped += bad
-            if self.stream.train and not buffer and len(skipped) >= len(self.records):
-                key, reason = skipped[-1]
-                raise ValueError(f"no sample of {self.records.file} can be used; {key}: {reason}")
-        return buffer, skipped, read
+            return Drawn(key, place, None, str(error))
 
     def _number(self, position: int) -> int | None:
         """Record at a position of the stream that all slots share; None past the end of validation."""
@@ -281,11 +173,3 @@ class RowStream(IterableDataset):
             self._epoch = epoch
             self._order = torch.randperm(len(self.records), generator=torch.Generator().manual_seed(seed))
         return self._order[offset].item()
-
-
-def _numbers(row: Row) -> list[int]:
-    return [number for number, _ in row]
-
-
-def _unchanged(item: Any) -> Any:
-    return item

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from avlm.config.run import DataConfig
-from avlm.data.jsonl import JsonlLoader, read_samples
+from avlm.config.run import DataConfig, is_json
+from avlm.data.jsonl import read_samples
+from avlm.data.rows import RowLoader
 from avlm.data.sample import Sample
 from avlm.data.stream import Stream
 from avlm.data.synthetic import SyntheticLoader
@@ -22,10 +23,10 @@ def open_loader(stream: Stream, state: dict[str, Any] | None = None) -> Any:
     if state is not None:
         stream.check_state(state)
     source = stream.source
-    if source.partition(":")[0] == "synthetic":
+    if isinstance(source, dict) or is_json(source):
+        Loader = RowLoader
+    elif source.partition(":")[0] == "synthetic":
         Loader = SyntheticLoader
-    elif Path(source).suffix in (".json", ".jsonl"):
-        Loader = JsonlLoader
     elif Path(source).suffix == ".yaml" or Path(source).is_dir():
         from avlm.data.energon.loader import EnergonLoader as Loader  # seconds to import
     else:
@@ -45,8 +46,8 @@ def open_samples(source: str, data: DataConfig) -> Iterator[Sample]:
 
     ValueError for the first sample that cannot be read: an evaluation leaves nothing out.
     """
-    if Path(source).suffix in (".json", ".jsonl"):
+    if is_json(source):
         return read_samples(source, data)
-    from avlm.data.energon.loader import read_samples as read_energon  # seconds to import
+    from avlm.data.energon.samples import read_samples as read_energon  # seconds to import
 
     return read_energon(source)

@@ -8,6 +8,7 @@ from typing import Any
 
 from avlm.config.model import MODULES, ModelConfig
 from avlm.config.run import DataConfig
+from avlm.data.sample import Sample
 
 # Settings of a module that change no sample's length.
 LENGTH_IS_THE_SAME = ("bias", "output_std", "resample")
@@ -17,7 +18,7 @@ LENGTH_IS_THE_SAME = ("bias", "output_std", "resample")
 class Stream:
     """The rows that one data rank reads from a source.
 
-    source  an Energon folder or .yaml blend, a .json or .jsonl file, or "synthetic"
+    source  an Energon folder or .yaml blend, a .json or .jsonl file, or "synthetic"; or a blend of these by weight
     data    how its samples are encoded and packed
     model   whose towers give the number of placeholders
     rank    of this data rank, one of ``world``; each reads a share of its own
@@ -25,13 +26,18 @@ class Stream:
     train   endless and in random order; False: every sample once, in the order of the source
     """
 
-    source: str
+    source: str | dict[str, float]
     data: DataConfig
     model: ModelConfig
     rank: int
     world: int
     seed: int
     train: bool
+
+    @property
+    def num_workers(self) -> int:
+        """That read at the same time: the worker processes, or the own one."""
+        return max(1, self.data.num_workers)
 
     def identity(self) -> dict[str, Any]:
         """What a loader's state belongs to. Only the same stream can continue from it."""
@@ -55,6 +61,17 @@ class Stream:
                 f"the loader state is for {key}={state.get(key)}, this run has {key}={value}: {fix}, or start from "
                 "scratch with resume=never"
             )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A sample as a source delivers it. ``place``: plain JSON by which the source finds it again; ``reason``: why there
+    is none."""
+
+    key: str
+    place: Any
+    sample: Sample | None
+    reason: str = ""
 
 
 def fingerprint(data: DataConfig, model: ModelConfig) -> str:

@@ -30,7 +30,7 @@ from pathlib import Path
 import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from avlm.config.run import Config
+from avlm.config.run import Config, shares
 from avlm.data.text import templates
 from avlm.demo.bank.bank import FOLDER, load
 from avlm.demo.bank.shards import write_shard
@@ -115,7 +115,8 @@ def ensure(config: Config, folder: str = "data/demo") -> None:
     for stage in config.stages:
         data = stage.data
         if any(
-            Path(source).is_relative_to(folder) for source in [data.train, data.tokenizer, *data.validation.values()]
+            Path(source).is_relative_to(folder)
+            for source in [*shares(data.train), data.tokenizer, *data.validation.values()]
         ):
             build(folder)
 

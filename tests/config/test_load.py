@@ -192,7 +192,7 @@ def test_a_number_out_of_its_range_is_refused_with_its_key_and_value(write, over
 def _unbounded(hint, bounds=frozenset()) -> bool:
     if typing.get_origin(hint) is typing.Annotated:
         base, *extras = typing.get_args(hint)
-        return _unbounded(base, {type(limit).__name__ for extra in extras for limit in extra.metadata})
+        return _unbounded(base, {type(limit).__name__ for extra in extras for limit in getattr(extra, "metadata", ())})
     if hint in (int, float):
         return not bounds & {"Gt", "Ge"} or (hint is int and not bounds & {"Lt", "Le"})
     return any(_unbounded(part) for part in typing.get_args(hint))

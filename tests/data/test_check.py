@@ -75,7 +75,7 @@ def test_what_can_be_measured_passes(make, options):
         ({"last": "empty.jsonl"}, r"stage last: data.train: .*empty.jsonl holds no records"),
         (
             {"last": "silent.jsonl"},
-            r"last: data.train: no sample of .*silent.jsonl can be used; silent.jsonl:0: no media",
+            r"last: data.train: no sample of .*silent.jsonl can be used; silent.jsonl:1: no media",
         ),
         ({"last": "raw"}, r"last: data.train: .*raw is no Energon dataset: run `energon prepare .*raw`"),
         (
@@ -87,7 +87,7 @@ def test_what_can_be_measured_passes(make, options):
         ({"sets": ["empty"]}, r"data.validation.empty: .*empty.jsonl holds no records"),
         (
             {"sets": ["asked"], "train": ANSWERS},
-            r"asked.jsonl:0: its last two turns must be a user's and an assistant's",
+            r"asked.jsonl:1: its last two turns must be a user's and an assistant's",
         ),
         ({"sets": ["made"], "train": ANSWERS}, r"validation.made: synthetic samples have no answers: set train.valid"),
         ({"sets": ["gone"]}, r"no data at .*gone.jsonl"),
@@ -100,7 +100,7 @@ def test_what_can_be_measured_passes(make, options):
         ({"data": {"metrics": {"good": ["wer"]}}}, r"metrics.good needs answers: set train.validate_answers"),
         (
             {"data": {"metrics": {"good": ["vqa_accuracy"]}}, "train": ANSWERS},
-            r"validation.good: .*good.jsonl:0: vqa_accuracy needs 10 texts",
+            r"validation.good: .*good.jsonl:1: vqa_accuracy needs 10 texts",
         ),
         ({"best": "val/god/loss"}, r"checkpoint.best=val/god/loss is not a value that .*did you mean val/good/loss\?"),
         (

@@ -35,7 +35,7 @@ def test_statistics_tell_how_full_the_rows_are_and_what_was_skipped(config, caps
     main([str(config), "--count", "0"])
     shown = capsys.readouterr().out
     assert "16 rows of 256 tokens: fill" in shown and "samples per row" in shown
-    assert "set.json:3: conversation has no assistant turn" in shown
+    assert "set.json:4: conversation has no assistant turn" in shown
     assert "mixed" in shown
 
 

@@ -135,8 +135,8 @@ def test_the_state_of_another_rank_is_refused(loader):
 def test_bad_samples_are_skipped_named_and_counted(loader, workers):
     batches = list(loader(train=False, num_workers=workers))
     skipped = dict(pair for batch in batches for pair in batch.skipped)
-    assert sorted(skipped) == ["set.jsonl:11", "set.jsonl:3"]
-    assert all(BAD[int(key.partition(":")[2])] in reason for key, reason in skipped.items())
+    assert sorted(skipped) == ["set.jsonl:12", "set.jsonl:4"]
+    assert all(BAD[int(key.partition(":")[2]) - 1] in reason for key, reason in skipped.items())
     assert sum(batch.read for batch in batches) == RECORDS
     assert len(keys(batches)) == RECORDS - 2
 
@@ -145,7 +145,7 @@ def test_validation_is_finite_and_the_same_each_time_and_split_over_ranks(loader
     ranks = [loader(rank=r, world=3, train=False, num_workers=1) for r in range(3)]
     once, again = ([keys(rank) for rank in ranks] for _ in range(2))
     assert once == again
-    assert sorted(itertools.chain(*once)) == sorted(f"set.jsonl:{i}" for i in range(RECORDS) if i not in BAD)
+    assert sorted(itertools.chain(*once)) == sorted(f"set.jsonl:{i + 1}" for i in range(RECORDS) if i not in BAD)
 
 
 def test_a_rank_without_validation_samples_ends_at_once(loader):
@@ -177,7 +177,7 @@ def test_a_file_without_one_good_sample_ends_the_run_with_one_line(loader, worke
 def test_what_only_a_hostile_file_holds_is_skipped_too(loader, folder, line, reason):
     (folder / "hostile.jsonl").write_text(f"{json.dumps(record(1))}\n{line}\n")
     [batch] = loader("hostile.jsonl", train=False)
-    assert batch.keys == ["hostile.jsonl:0"] and reason in batch.skipped[0][1]
+    assert batch.keys == ["hostile.jsonl:1"] and reason in batch.skipped[0][1]
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "images/../../secret.png"])
@@ -216,15 +216,15 @@ def test_lines_end_in_any_way_and_blank_ones_are_none(folder, tokenizer_folder, 
 def test_media_are_looked_up_in_media_root_and_bounded(loader, folder, tmp_path):
     (tmp_path / "moved.jsonl").write_text(json.dumps(record(1)))
     load = lambda **changes: list(loader(tmp_path / "moved.jsonl", train=False, media_root=str(folder), **changes))
-    assert load()[0].keys == ["moved.jsonl:0"]
+    assert load()[0].keys == ["moved.jsonl:1"]
     assert "more than data.max_media_bytes=10" in load(max_media_bytes=10)[0].skipped[0][1]
 
 
 def test_samples_of_an_evaluation_come_in_order_and_whole(folder, tokenizer_folder):
     samples = list(open_samples(str(folder / "good.jsonl"), data(tokenizer_folder)))
-    assert [sample.key for sample in samples] == [f"good.jsonl:{i}" for i in range(21)]
+    assert [sample.key for sample in samples] == [f"good.jsonl:{i + 1}" for i in range(21)]
     assert samples[1].images == [(folder / "images/1.png").read_bytes()]
-    with pytest.raises(ValueError, match=r"set\.jsonl:11: no media file"):
+    with pytest.raises(ValueError, match=r"set\.jsonl:12: no media file"):
         list(open_samples(str(folder / "set.jsonl"), data(tokenizer_folder)))
 
 

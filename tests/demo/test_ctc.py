@@ -110,7 +110,7 @@ def test_each_clip_is_read_with_its_own_answer(tmp_path):
     [row] = ctc.read(model, str(source), cfg)
     found = {tokenizer.decode(ids.tolist(), control=False): n for ids, n in zip(row.answers_N, row.features_N)}
     assert found == {"one": 25, "two three": 43, "four": 15}, "40 ms each"
-    with pytest.raises(ValueError, match=r"clips\.jsonl, clips\.jsonl:3: "):
+    with pytest.raises(ValueError, match=r"clips\.jsonl, clips\.jsonl:4: "):
         list(ctc.read(model, str(source), cfg, leave_out=False))
 
 
@@ -120,11 +120,11 @@ def test_what_cannot_be_aligned_is_refused_before_it_trains(tmp_path, monkeypatc
     config = write_config(tmp_path, source)
     with pytest.raises(ValueError, match=r"--out .*p\.bin: init_from reads files that end in \.ckpt, \.pt, \.pth"):
         ctc.align(config, [], str(source), {}, tmp_path / "p.bin")
-    with pytest.raises(ValueError, match=r"clips\.jsonl:0: a sample without audio"):
+    with pytest.raises(ValueError, match=r"clips\.jsonl:1: a sample without audio"):
         ctc.align(config, [], str(source), {}, tmp_path / "p.pt")
     silent = source.rename(tmp_path / "silent.jsonl")
     source = write_clips(tmp_path)
-    with pytest.raises(ValueError, match=r"silent\.jsonl:0: a sample without audio"):
+    with pytest.raises(ValueError, match=r"silent\.jsonl:1: a sample without audio"):
         ctc.align(config, [], str(source), {"held out": str(silent)}, tmp_path / "p.pt")
     config = write_config(tmp_path, source, init_from={"decoder": str(tmp_path / "decoder.pt")})
     with pytest.raises(ValueError, match=r"init_from\.decoder and init_from\.audio"):

@@ -119,7 +119,7 @@ def test_predictions_are_written_with_their_references_and_values(cfg, alone):
     results, answers = alone
     path = Path(cfg.output_dir) / "predictions" / "step_00000001" / "both.jsonl"
     first, second = (json.loads(line) for line in path.read_text().splitlines())
-    assert (first["key"], first["question"], first["references"]) == ("2.jsonl:0", "<image>\nhello?", ["hello"])
+    assert (first["key"], first["question"], first["references"]) == ("2.jsonl:1", "<image>\nhello?", ["hello"])
     assert second["references"] == ["the world", "a globe"]
     for line, answer in zip((first, second), answers):
         assert line["cer"] == text_metrics.value(cer(line["prediction"], line["references"]))
@@ -144,12 +144,12 @@ def broken_sets(folder, messages):
 
 
 MESSAGES = {
-    "question": ("exact_match", r"question.jsonl:1: its last two turns must be a user's and an assistant's text"),
-    "answers": ("exact_match", r"answers.jsonl:1: answers must be a list of texts, not 'hello'"),
-    "people": ("vqa_accuracy", r'people.jsonl:1: vqa_accuracy needs 10 texts under "answers", .* there are 9$'),
-    "none": ("vqa_accuracy", r'none.jsonl:0: vqa_accuracy needs 10 texts under "answers", .* there are none$'),
+    "question": ("exact_match", r"question.jsonl:2: its last two turns must be a user's and an assistant's text"),
+    "answers": ("exact_match", r"answers.jsonl:2: answers must be a list of texts, not 'hello'"),
+    "people": ("vqa_accuracy", r'people.jsonl:2: vqa_accuracy needs 10 texts under "answers", .* there are 9$'),
+    "none": ("vqa_accuracy", r'none.jsonl:1: vqa_accuracy needs 10 texts under "answers", .* there are none$'),
     "empty": ("exact_match", "empty.jsonl holds no records"),
-    "picture": ("exact_match", "picture.jsonl:1: .* are not an image"),
+    "picture": ("exact_match", "picture.jsonl:2: .* are not an image"),
 }
 
 

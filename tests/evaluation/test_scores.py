@@ -225,5 +225,5 @@ def test_an_answer_that_is_not_to_be_learned_is_no_reference(tmp_path):
     file.write_text(json.dumps({"messages": turns, "answers": ["a friend"]}))
     assert references(read()[0]) == ["a friend"]
     file.write_text(json.dumps({"messages": turns}))
-    with pytest.raises(ValueError, match=r"set\.jsonl:0: its last turn is marked as not to be learned"):
+    with pytest.raises(ValueError, match=r"set\.jsonl:1: its last turn is marked as not to be learned"):
         read()

@@ -1,0 +1,214 @@
+"""Samples of Megatron-Energon: sharded WebDatasets and blends of them.
+
+A dataset is a folder that ``energon prepare`` or ``python -m avlm.data.shard`` prepared, of class CrudeWebdataset: a
+sample is KEY.json, a record of one of the forms of ``sample.parse``, and the parts KEY.NAME that it names. A blend is a
+MetadatasetV2 YAML of datasets. Samples reach us as bytes, no Python of a dataset folder is run, and state travels as
+JSON, never as pickle.
+"""
+
+import gc
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron.energon import (
+    Cooker,
+    DefaultTaskEncoder,
+    SavableDataset,
+    WorkerConfig,
+    basic_sample_keys,
+    edataclass,
+    get_train_dataset,
+    get_val_dataset,
+    stateless,
+)
+from megatron.energon import Sample as EnergonSample
+from megatron.energon.cache import NoCachePool
+from megatron.energon.errors import FatalSampleError, reraise_exception
+from megatron.energon.flavors import EmptyDatasetError
+from megatron.energon.savable_loader import SimpleSavableDatasetWrapper
+from torch.utils.data import get_worker_info
+
+from avlm.config.model import shown
+from avlm.data.energon.source import check_source, count_samples
+from avlm.data.energon.state import from_json, to_json
+from avlm.data.sample import Sample, load_json, parse
+from avlm.data.stream import Drawn, Stream
+
+SAMPLES_PER_SLICE = 100  # samples that are read in sequence before the reader jumps to another place of the shards
+# What Energon raises for damaged shards, indexes or blends.
+DAMAGE = (ValueError, AssertionError, RuntimeError, LookupError, OSError, ArithmeticError, tarfile.TarError)
+EMPTY = ("empty dataset", "all empty datasets", "no samples in any")  # what Energon says of a worker without samples
+
+
+@edataclass
+class Raw(EnergonSample):
+    parts: dict[str, bytes]
+
+
+@stateless
+def cook(crude: dict) -> Raw:
+    parts = {name: part for name, part in crude.items() if isinstance(part, bytes)}
+    return Raw(**basic_sample_keys(crude), parts=parts)
+
+
+def to_sample(raw: Raw) -> Sample:
+    """ValueError if the record is broken or names a part that is not there."""
+    return parse(load_json(_part(raw.parts, "json")), lambda name: _part(raw.parts, name), raw.__key__)
+
+
+class RawEncoder(DefaultTaskEncoder):
+    """Leaves samples as the shards hold them."""
+
+    decoder = None  # raw bytes: Energon decodes nothing
+    cookers = [Cooker(cook)]
+
+
+def read_samples(source: str) -> Iterator[Sample]:
+    """Every sample of a validation source, in order."""
+    check_source(Path(source))
+    one_reader = WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler=reraise_exception)
+    samples = iter(_numbered(open_dataset(source, train=False, worker_config=one_reader, task_encoder=RawEncoder())))
+    while True:
+        try:
+            _, _, raw = next(samples, (0, 0, None))
+        except DAMAGE as error:
+            raise ValueError(f"{source} is damaged: {shown(last_line(error))}") from None
+        if raw is None:
+            return
+        try:
+            yield to_sample(raw)
+        except ValueError as error:
+            raise ValueError(f"{source}, {raw.__key__}: {error}") from None
+
+
+class EnergonSamples:
+    """The samples that one slot of a training stream reads, one by one, inside a worker process of ours."""
+
+    def __init__(self, source: str, stream: Stream) -> None:
+        check_source(Path(source))
+        self.source = source
+        self.stream = stream
+        self.drawn = 0
+        self._samples = self._open()
+        self._rows: Iterator[tuple[int, int, Raw]] = iter(())
+
+    def __len__(self) -> int:
+        return count_samples(Path(self.source), "train")
+
+    def start(self, slot: int, state: dict[str, Any]) -> None:
+        """Continue a slot of this rank from a state."""
+        info = get_worker_info()
+        if info is not None:  # Energon numbers a rank's workers by their process, shifted by this
+            WorkerConfig.worker_id_offset = (slot - info.id) % info.num_workers
+        self.drawn = state["drawn"]
+        self._samples = self._open()
+        if "energon" in state:
+            self._samples.restore_state(from_json(state["energon"]))
+        self._rows = iter(self._samples)
+
+    def state(self) -> dict[str, Any]:
+        state = {"drawn": self.drawn}
+        if self.drawn:
+            state["energon"] = to_json(self._samples.save_state())
+        return state
+
+    def draw(self) -> Drawn:
+        """The next sample of the endless stream."""
+        try:
+            _, _, raw = next(self._rows)
+        except DAMAGE as error:
+            raise self._explained(error) from error
+        self.drawn += 1
+        return _drawn(raw)
+
+    def again(self, place: Any) -> Drawn:
+        """The sample at a place."""
+        try:
+            return _drawn(self._samples.restore_sample(from_json(place)))
+        except DAMAGE as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: Exception) -> Exception:
+        return explained(error, self.source, self.stream) or error
+
+    def _open(self) -> SimpleSavableDatasetWrapper:
+        stream = self.stream
+        return _numbered(open_dataset(self.source, **options(stream), task_encoder=RawEncoder()))
+
+
+def _drawn(raw: Raw) -> Drawn:
+    place = to_json(raw.__restore_key__)
+    try:
+        return Drawn(raw.__key__, place, to_sample(raw))
+    except ValueError as error:
+        return Drawn(raw.__key__, place, None, str(error))
+
+
+def _numbered(dataset: SavableDataset) -> SimpleSavableDatasetWrapper:
+    """The dataset read in this process: (worker, number, sample). It can save its state and restore a sample."""
+    return SimpleSavableDatasetWrapper(dataset, dataset.worker_config, NoCachePool())
+
+
+def options(stream: Stream) -> dict[str, Any]:
+    """How Energon reads a stream."""
+    workers = WorkerConfig(
+        rank=stream.rank,
+        world_size=stream.world,
+        num_workers=stream.data.num_workers,
+        seed_offset=stream.seed,
+        global_error_handler=reraise_exception,
+    )
+    found: dict[str, Any] = {"train": stream.train, "worker_config": workers}
+    if stream.train:
+        found["shuffle_buffer_size"] = stream.data.shuffle_buffer
+        found["max_samples_per_sequence"] = SAMPLES_PER_SLICE
+    return found
+
+
+def open_dataset(source: str, *, train: bool, **settings: Any) -> SavableDataset:
+    get_dataset = get_train_dataset if train else get_val_dataset
+    try:
+        dataset = get_dataset(source, batch_size=None, **settings)
+    except (*DAMAGE, TypeError, AttributeError, EmptyDatasetError) as error:
+        split = "train" if train else "val"
+        fix = "`energon prepare --split-parts` names one, and so does a blend"
+        raise ValueError(
+            f"{source} has no split {split!r} that Energon can read ({fix}): {shown(str(error))}"
+        ) from error
+    # Energon has caught an exception whose traceback keeps our callers' frames in a cycle. Unless it is collected here,
+    # dropping a loader does not call __del__.
+    gc.collect()
+    return dataset
+
+
+def explained(error: Exception, source: str, stream: Stream) -> ValueError | None:
+    """One line for a fault of the data; None for a fault of the code, which Energon calls fatal."""
+    if any(words in str(error) for words in EMPTY):
+        num_workers = stream.world * stream.num_workers
+        return ValueError(
+            f"{source} has too few samples: one of {num_workers} workers (ranks x data.num_workers) has none"
+        )
+    if isinstance(error, FatalSampleError):
+        return None
+    if isinstance(error, ValueError):
+        return ValueError(f"{source}: {last_line(error)}")
+    if isinstance(error, LookupError | OSError | ArithmeticError | tarfile.TarError):
+        return ValueError(f"{source} is damaged: {shown(last_line(error))}")
+    return None
+
+
+def _part(parts: dict[str, bytes], name: str) -> bytes:
+    if name not in parts:
+        raise ValueError(f"sample has no part {name!r}, only {', '.join(sorted(parts))}")
+    return parts[name]
+
+
+def last_line(error: Exception) -> str:
+    """What went wrong. The text of a worker process's error holds that process's traceback."""
+    text = str(error).strip()
+    if not text.startswith("Caught "):
+        return text
+    _, _, message = text.splitlines()[-1].partition(": ")
+    return message

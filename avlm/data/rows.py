@@ -1,0 +1,188 @@
+"""Packed rows of JSON files, and of blends of sources: ``data.train: {a.jsonl: 3, b.jsonl: 1, shards: 2}``.
+
+Slot s of S = world x workers draws samples one by one, packs them, and hands out their rows. Of a blend it draws each
+sample from the source that is furthest behind its weight, so that the samples drawn have the shares asked for at any
+moment, and samples of all sources share one packing buffer. A slot's whole state is how far it has read each source,
+and the samples of the rows that it has planned but not yet handed out.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from avlm.config.run import is_json, shares
+from avlm.data.jsonl import JsonSamples
+from avlm.data.packing import pack, select
+from avlm.data.sample import EncodedSample, SampleEncoder
+from avlm.data.stream import Drawn, Stream
+from avlm.data.text.tokenizer import Tokenizer
+from avlm.models.batch import Batch
+from avlm.process import worker
+
+Place = tuple[int, Any]  # number of the source, and the sample's place in it
+Row = list[tuple[Place, EncodedSample]]  # samples that share a row
+Skipped = list[tuple[str, str]]  # (key, reason) of samples that cannot be used
+
+
+class RowLoader:
+    """Each iteration continues after the last row that was handed out; validation starts from the beginning."""
+
+    def __init__(self, stream: Stream, state: dict[str, Any] | None = None) -> None:
+        self.stream = stream
+        self._rows = RowStream(stream)
+        if state is not None:
+            self._check_records(state["records"])
+        self._turn = state["turn"] if state else 0
+        self._slots = list(state["slots"]) if state else self._rows.slots
+
+    def _check_records(self, were: list[int]) -> None:
+        records = self._rows.num_records
+        if records != were:
+            counts, before = (" and ".join(map(str, each)) for each in (records, were))
+            raise ValueError(f"{self._rows.names} holds {counts} records, but {before} when the state was written")
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self.stream.train:
+            self._turn = 0
+            self._slots = [self._rows.start] * len(self._slots)
+        self._rows.turn = self._turn
+        self._rows.slots = self._slots
+        loader = DataLoader(
+            self._rows,
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=self.stream.data.num_workers,  # torch runs each with one thread
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # iter(DataLoader) would draw from the global one
+            worker_init_fn=worker.start,
+        )
+        rows = iter(loader)
+        try:
+            for slot, batch, state in rows:
+                if isinstance(batch, str):
+                    raise ValueError(batch)
+                self._slots[slot] = state
+                self._turn = (slot + 1) % len(self._slots)
+                yield batch
+        finally:
+            worker.end(rows)
+
+    def state(self) -> dict[str, Any]:
+        """Plain JSON: where the stream stands after the last row that was handed out."""
+        position = {"records": self._rows.num_records, "turn": self._turn, "slots": list(self._slots)}
+        return {**self.stream.identity(), **position}
+
+
+class RowStream(IterableDataset):
+    """What a worker process runs. Yields (slot, row, the slot's state after that row). A string in place of the row is
+    an error that ends the run."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.shares = list(shares(stream.source).values())
+        self.names = ", ".join(shares(stream.source))
+        self.samples = [open_samples_of(source, stream) for source in shares(stream.source)]
+        self.num_records = [len(samples) for samples in self.samples]
+        self.encoder = SampleEncoder(stream.model, stream.data, Tokenizer(stream.data.tokenizer))
+        self.start = {"sources": [{"drawn": 0} for _ in self.samples], "rows": []}  # the state of a new slot
+        self.turn = 0
+        self.slots = [self.start] * stream.num_workers
+
+    def __iter__(self) -> Iterator[tuple[int, Batch | str, dict]]:
+        # torch asks process 0 first: after a resume that process takes the slot whose turn it is.
+        info = get_worker_info()
+        process = info.id if info else 0
+        slot = (process + self.turn) % len(self.slots)
+        try:
+            for samples, state in zip(self.samples, self.slots[slot]["sources"], strict=True):
+                samples.start(slot, state)
+            for batch, state in self._batches(self.slots[slot]["rows"]):
+                yield slot, batch, state
+        except ValueError as error:
+            yield slot, str(error), {}
+
+    def _batches(self, planned: list[list[Place]]) -> Iterator[tuple[Batch, dict]]:
+        data = self.stream.data
+        rows, skipped = self._held(planned)
+        sources = [samples.state() for samples in self.samples]
+        while True:
+            read = 0
+            if len(rows) <= self.stream.train:  # the last row of training is packed again, with what follows
+                held = rows.pop() if rows else []
+                buffer, bad, read = self._fill(held)
+                sources = [samples.state() for samples in self.samples]
+                skipped += bad
+                if not read:
+                    return
+                lengths = [len(sample) for _, sample in buffer]
+                rows = [[buffer[i] for i in row] for row in select(lengths, data.seq_length, data.packing)]
+            row = rows.pop(0) if rows else []
+            batch = pack([sample for _, sample in row], data.seq_length, self.stream.model, skipped, read)
+            skipped = []
+            yield batch, {"sources": sources, "rows": [_places(row) for row in rows]}
+
+    def _held(self, planned: list[list[Place]]) -> tuple[list[Row], Skipped]:
+        """The rows that a state had planned, and those of their samples that have gone bad since."""
+        rows: list[Row] = []
+        skipped: Skipped = []
+        for places in planned:
+            row: Row = []
+            for source, place in places:
+                self._take(source, self.samples[source].again(place), row, skipped)
+            if row:
+                rows.append(row)
+        return rows, skipped
+
+    def _take(self, source: int, drawn: Drawn, good: Row, bad: Skipped) -> None:
+        """Encode a sample and add it to ``good``, or to ``bad`` if it cannot be used."""
+        try:
+            if drawn.sample is None:
+                raise ValueError(drawn.reason)
+            good.append(((source, drawn.place), self.encoder.encode(drawn.sample)))
+        except ValueError as error:
+            bad.append((drawn.key, str(error)))
+
+    def _fill(self, held: Row) -> tuple[Row, Skipped, int]:
+        """A full packing buffer: the samples ``held`` back, then new ones. Returns (good samples, bad ones, how many
+        were read)."""
+        buffer = list(held)
+        skipped: Skipped = []
+        read = 0
+        while len(buffer) < self.stream.data.packing_buffer:
+            source = self._furthest_behind()
+            drawn = self.samples[source].draw()
+            if drawn is None:
+                break
+            read += 1
+            self._take(source, drawn, buffer, skipped)
+            if self.stream.train and not buffer and len(skipped) >= sum(self.num_records):
+                key, reason = skipped[-1]
+                raise ValueError(f"no sample of {self.names} can be used; {key}: {reason}")
+        return buffer, skipped, read
+
+    def _furthest_behind(self) -> int:
+        """The source to draw from, by its share of the samples after this one."""
+        total = 1 + sum(samples.drawn for samples in self.samples)
+        behind = [share * total - samples.drawn for share, samples in zip(self.shares, self.samples)]
+        return behind.index(max(behind))
+
+
+def open_samples_of(source: str, stream: Stream) -> Any:
+    """The samples of a source for one slot of a stream: ``start`` it, then ``draw``."""
+    if is_json(source):
+        return JsonSamples(source, stream)
+    if source.startswith("synthetic"):
+        raise ValueError("synthetic rows are whole rows, which no blend can take samples from: leave them out")
+    from avlm.data.energon.samples import EnergonSamples  # seconds to import
+
+    return EnergonSamples(source, stream)
+
+
+def _places(row: Row) -> list[Place]:
+    return [place for place, _ in row]
+
+
+def _unchanged(item: Any) -> Any:
+    return item
