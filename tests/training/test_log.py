@@ -84,22 +84,45 @@ def test_a_curve_is_drawn_where_its_values_are():
     assert means[20] == pytest.approx(sum(falling[15:26]) / 11)
 
 
-def test_the_plot_shows_every_curve_once_and_wants_steps(tmp_path, monkeypatch):
+def test_a_curve_crosses_neither_a_gap_nor_the_end_of_a_stage():
+    steps = [{"step": step, "stage": "a" if step <= 20 else "b"} for step in range(1, 31)]
+    for record in steps:
+        if record["step"] in (1, 2, 5, 14, 15, 19, 21):
+            record["loss/image"] = 1.0
+    found = [[record["step"] for record in stretch] for stretch in plots.stretches(steps, "loss/image")]
+    assert found == [[1, 2, 5], [14, 15, 19], [21]]
+
+
+def test_the_plot_shows_three_panels_or_all_and_names_what_is_no_run(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist: give the folder of a run"):
+        plots.plot(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"holds no metrics\.jsonl"):
+        plots.plot(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="holds no steps yet"):
         plots.plot(tmp_path)
     of_step = {"lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 9.0, "data_seconds": 0.1, "step_seconds": 1.0}
-    of_step |= {"padding": 0.1, "tokens": 8, "tokens/image": 4, "tokens/audio": 0, "flops": 4, "flops/decoder": 4}
+    of_step |= {"padding": 0.1, "tokens": 8, "tokens/image": 4, "tokens/audio": 0, "flops": 4, "flops/vision": 4}
     lines = [row | of_step for row in rows(range(1, 9))] + [
-        {"step": 8, "stage": "b", "val/x/loss": 0.5, "val/x/wer": 0.2}
+        {"step": 8, "stage": "b", "val/x/loss": 0.5, "val/x/wer": 1.2, "val/x/exact_match": 0.4}
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     figures = []
     monkeypatch.setattr(plots.pyplot, "close", figures.append)
-    assert plots.plot(tmp_path).read_bytes().startswith(b"\x89PNG")
-    labels = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figures[0].axes[:5]]
+    for everything in (False, True):
+        assert plots.plot(tmp_path, everything).read_bytes().startswith(b"\x89PNG")
+    few, every = ([axes for axes in figure.axes if axes.get_legend()] for figure in figures)
+    labels = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in every]
     assert labels[0] == ["all", "image", "val/x"]
-    assert labels[1] == ["learning rate", "gradient norm"]
-    assert labels[2] == ["tokens/s without padding", "wait for data", "padding"]
-    assert labels[3] == ["tokens/audio", "tokens/image", "flops/decoder"]
-    assert labels[4:] == [["val/x/wer"]]
-    assert "bold ones means of 11 steps" in figures[0].get_suptitle()
+    assert labels[1:3] == [["val/x/exact_match"], ["val/x/wer"]]
+    assert labels[3] == ["learning rate", "gradient norm"]
+    assert labels[4] == ["tokens/s without padding", "wait for data", "padding"]
+    assert labels[5] == ["tokens/audio", "tokens/image", "flops/vision"]
+    assert [axes.get_title() for axes in few] == [axes.get_title() for axes in every[:3]]
+    colour = {line.get_label(): line.get_color() for axes in every for line in axes.lines}
+    assert colour["image"] == colour["tokens/image"] == colour["flops/vision"] != colour["tokens/audio"]
+    assert colour["val/x"] == colour["val/x/exact_match"] == colour["val/x/wer"]
+    for axes in every:  # no legend lies on the data
+        assert axes.get_legend().get_window_extent().y1 <= axes.get_window_extent().y0
+    assert figures[0].get_suptitle().startswith(f"{tmp_path.name}: pale lines are steps, bold ones means of up to 11")
+    assert len(plots.panel_images(tmp_path)) == 3
