@@ -29,6 +29,7 @@ class Slots:
     index_T    int64: index of each token in the flattened (B, S) cache
     length_B   int64: used slots of each sequence, with this forward's tokens
     visible_B  int64: the first slot of each sequence in its sliding window; after the prompt, for layers with one
+    held       while the prompt of an only sequence continues what the caches hold: the segment of its keys, old and new
     """
 
     index_T: Tensor
@@ -36,13 +37,15 @@ class Slots:
     size: int
     is_prompt: bool = True
     visible_B: Tensor | None = None
+    held: Segments | None = None
 
 
 class KeyValueCache:
     """Keys and values of one decoder block, with the number of heads and the dtype of the prompt's keys."""
 
-    def __init__(self, slots: Slots, has_window: bool = False):
-        self.slots = slots
+    slots: Slots  # of the forward that runs
+
+    def __init__(self, has_window: bool = False):
         self.has_window = has_window
         self.k_BSKE = self.v_BSKE = torch.empty(0)
 
@@ -51,19 +54,40 @@ class KeyValueCache:
         return self.slots.is_prompt
 
     def attend(self, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, segments: Segments) -> Tensor:
-        """Store keys and values, then attend: within the packed prompts, or from each new token to its sequence."""
+        """Store keys and values, then attend: within the packed prompts, from one prompt to what is held and itself, or
+        from each new token to its sequence."""
         slots = self.slots
         if slots.is_prompt:
-            shape = (len(slots.length_B), slots.size, *k_TKE.shape[1:])
-            # Zeros, not empty: unused slots are multiplied by probability 0, so they must be finite.
-            self.k_BSKE = k_TKE.new_zeros(shape)
-            self.v_BSKE = v_TKE.new_zeros(shape)
+            self._make_room(k_TKE)
         self.k_BSKE.flatten(0, 1).index_copy_(0, slots.index_T, k_TKE)
         self.v_BSKE.flatten(0, 1).index_copy_(0, slots.index_T, v_TKE)
+        if slots.held is not None:
+            used = slice(slots.held.num_rows)
+            k_SKE, v_SKE = self.k_BSKE[0, used], self.v_BSKE[0, used]
+            return attention(q_THE, k_SKE, v_SKE, segments, causal=True, segments_k=slots.held)
         if slots.is_prompt:
             return attention(q_THE, k_TKE, v_TKE, segments, causal=True)
         visible_B = slots.visible_B if self.has_window else None
         return decode_attention(q_THE, self.k_BSKE, self.v_BSKE, slots.length_B, visible_B)
+
+    def _make_room(self, k_TKE: Tensor) -> None:
+        """Slots for new sequences, or more slots for the one that is held."""
+        slots = self.slots
+        kept = self.k_BSKE, self.v_BSKE
+        if slots.held is not None and kept[0].shape[1] >= slots.size:
+            return
+        shape = (len(slots.length_B), slots.size, *k_TKE.shape[1:])
+        # Zeros, not empty: unused slots are multiplied by probability 0, so they must be finite.
+        self.k_BSKE, self.v_BSKE = k_TKE.new_zeros(shape), k_TKE.new_zeros(shape)
+        if slots.held is not None:
+            self.k_BSKE[:, : kept[0].shape[1]] = kept[0]
+            self.v_BSKE[:, : kept[1].shape[1]] = kept[1]
+
+
+def caches_for(model: AVLM) -> list[KeyValueCache]:
+    """An empty cache for each block of the decoder."""
+    decoder = model.config.decoder
+    return [KeyValueCache(decoder.has_window(i)) for i in range(decoder.num_layers)]
 
 
 class Decoding:
@@ -71,6 +95,7 @@ class Decoding:
 
     ``choose_token`` makes tokens (B,) and their log probabilities of logits (B, V) and a row of ``draw_NB``, which are
     uniform numbers. Sequences that have ended keep decoding into their own slots, so that shapes stay fixed.
+    ``caches``: those of an only sequence that the prompt continues.
     """
 
     def __init__(
@@ -79,6 +104,7 @@ class Decoding:
         slots: Slots,
         draw_NB: Tensor,
         choose_token: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        caches: list[KeyValueCache] | None = None,
     ):
         self.model = model
         self.slots = slots
@@ -87,9 +113,10 @@ class Decoding:
         self.token_NB = torch.zeros_like(draw_NB, dtype=torch.int64)
         self.logprob_NB = torch.zeros_like(draw_NB, dtype=torch.float32)
         self.count_1 = torch.zeros(1, dtype=torch.int64, device=draw_NB.device)  # new tokens of each sequence
-        decoder = model.config.decoder
-        self.window = decoder.sliding_window
-        self.caches = [KeyValueCache(slots, decoder.has_window(i)) for i in range(decoder.num_layers)]
+        self.window = model.config.decoder.sliding_window
+        self.caches = caches or caches_for(model)
+        for cache in self.caches:
+            cache.slots = slots
 
     def prompt(self, batch: Batch) -> None:
         """The first new token of each sequence, from the packed prompts; it is the target of a row's last position."""
@@ -97,6 +124,7 @@ class Decoding:
         slots = self.slots
         num_sequences = len(slots.length_B)
         slots.is_prompt = False
+        slots.held = None
         row_B = torch.arange(num_sequences, device=slots.length_B.device)
         self.first_B = row_B * slots.size
         slots.index_T = torch.empty_like(self.first_B)

@@ -5,7 +5,7 @@ B sequences   T tokens of all prompts   N new tokens of a sequence, at most
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,16 @@ from torch import Tensor
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.evaluation.decoding import Decoding, Slots, choose, recorded
+from avlm.evaluation.kept_cache import KeptCache, labels_of
 from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch
+from kernels.segments import Intervals, Segments
 
+NEW_TOKENS = 256  # of an answer, at most, if nobody says how many
 READ_EVERY = 8  # steps: on a GPU, between two looks at the new tokens, for which the device has to be waited for
 WARM_UP = 2  # steps that run before one is recorded, so that every kernel has been compiled and loaded
+
+Step = list[tuple[int, float]]  # the token and the log probability of each sequence
 
 
 @dataclass(frozen=True)
@@ -44,70 +49,94 @@ class Ranks:
     multiple: int = 1
 
 
-@torch.no_grad()  # inference_mode is incompatible with FSDP2
 def generate(
+    model: AVLM, prompts: list[EncodedSample], *, stop_ids: list[int], ranks: Ranks | None = None, **options
+) -> list[Completion]:
+    """One completion for each prompt, with the options of ``steps``. A sharded model needs ``ranks``."""
+    answers = _Answers(len(prompts), stop_ids)
+    for found in steps(model, prompts, ranks=ranks, **options):
+        answers.add(found)
+        if answers.are_complete if ranks is None else ranks.everyone_done(answers.are_complete):
+            break
+    return answers.completions
+
+
+@torch.no_grad()  # inference_mode is incompatible with FSDP2
+def steps(
     model: AVLM,
     prompts: list[EncodedSample],
     *,
-    stop_ids: list[int],
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    on_token: Callable[[int, int], None] | None = None,
     read_every: int | None = None,
     ranks: Ranks | None = None,
-) -> list[Completion]:
-    """One completion for each prompt. ``temperature`` 0 is greedy; ``top_k`` 0 keeps every token.
+    kept: KeptCache | None = None,
+) -> Iterator[list[Step]]:
+    """The new tokens of all prompts, ``read_every`` steps at a time, until nobody asks for more.
 
-    Prompt i draws from its own generator, seeded ``seed + i``. ``on_token(i, id)`` is called for every new token, in
-    order. Whether sequences have ended is looked up after every ``read_every`` steps, which changes no completion; by
-    default every step, and on a GPU, unless somebody watches the tokens, every ``READ_EVERY``. On a GPU of its own the
-    steps are a CUDA graph. A sharded model needs ``ranks``.
+    ``max_new_tokens`` None is ``NEW_TOKENS``, or what the context has room for; ``temperature`` 0 is greedy;
+    ``top_k`` 0 keeps every token. Prompt i draws from its own generator, seeded ``seed + i``. Looking at the tokens
+    less often changes none of them; the default is every step, and on a GPU ``READ_EVERY``. On a GPU of its own the
+    steps are a CUDA graph. Ranks must all ask for the same number of steps.
+
+    ``kept`` holds the beginning of an only prompt, and afterwards all of it, with the new tokens but the last.
     """
+    if max_new_tokens is None:
+        room = model.config.decoder.max_position - max(map(len, prompts), default=0)
+        max_new_tokens = max(1, min(NEW_TOKENS, room))
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
-    assert read_every or ranks is None or on_token is None, "all ranks must look after the same steps: set read_every"
     on_one_gpu = ranks is None and model.decoder.embedding.weight.is_cuda  # collectives of ranks are not recorded
     ranks = ranks or Ranks(model.decoder.embedding.weight.device)
     if read_every is None:
-        read_every = READ_EVERY if ranks.device.type == "cuda" and on_token is None else 1
-    answers = _Answers(len(prompts), stop_ids, on_token)
+        read_every = READ_EVERY if ranks.device.type == "cuda" else 1
+    start, labels = 0, []
+    if kept is not None:
+        [prompt] = prompts
+        start, rest = kept.cut(prompt)
+        labels = labels_of(prompt, model.config)[start:]
+        prompts = [rest]
     prompts = prompts + _fill(prompts, ranks.multiple)
-    batch, slots = prompt_phase(prompts, model, max_new_tokens, ranks)
+    batch, slots = prompt_phase(prompts, model, max_new_tokens, ranks, start)
     draw_NB = draws(len(prompts), max_new_tokens, seed).to(ranks.device)
     chosen = functools.partial(choose, temperature=temperature, top_k=top_k, top_p=top_p)
-    decoding = Decoding(model, slots, draw_NB, chosen)
+    decoding = Decoding(model, slots, draw_NB, chosen, kept.caches if kept else None)
 
     decoding.prompt(batch)
     advance = decoding.step
+    num_read = 0
     for count in range(1, max_new_tokens + 1):  # new tokens of each sequence
-        is_last = count == max_new_tokens
-        if count % read_every == 0 or is_last:
-            answers.add(decoding.read(answers.num_steps, count))
-            if is_last or ranks.everyone_done(answers.are_complete):
-                break
+        if count % read_every == 0 or count == max_new_tokens:
+            found = decoding.read(num_read, count)
+            num_read = count
+            if kept is not None:
+                kept.add(labels)
+                labels = [token for [(token, _)] in found]  # the last of them has not been run
+                kept.add(labels[:-1])
+                labels = labels[-1:]
+            yield found
+        if count == max_new_tokens:
+            break
         if on_one_gpu and count == 1 + WARM_UP:
             advance = recorded(decoding.step)
         advance()
-    return answers.completions
 
 
 class _Answers:
     """Completions of the prompts that were asked for, up to their stop tokens."""
 
-    def __init__(self, count: int, stop_ids: list[int], on_token: Callable[[int, int], None] | None):
+    def __init__(self, count: int, stop_ids: list[int]):
         self.completions = [Completion([], []) for _ in range(count)]
         self.is_done = [False] * count
         self.stop_ids = stop_ids
-        self.on_token = on_token
-        self.num_steps = 0
 
     @property
     def are_complete(self) -> bool:
         return all(self.is_done)
 
-    def add(self, steps: list[list[tuple[int, float]]]) -> None:
+    def add(self, steps: list[Step]) -> None:
         """The next tokens of all sequences, step by step; what follows a stop token is dropped."""
         for of_step in steps:
             for i, (completion, (token, logprob)) in enumerate(zip(self.completions, of_step)):
@@ -115,9 +144,6 @@ class _Answers:
                     completion.token_ids.append(token)
                     completion.logprobs.append(logprob)
                     self.is_done[i] = token in self.stop_ids
-                    if self.on_token is not None:
-                        self.on_token(i, token)
-        self.num_steps += len(steps)
 
 
 def draws(num_sequences: int, num_tokens: int, seed: int) -> Tensor:
@@ -144,11 +170,14 @@ def _check(model: AVLM, prompts: list[EncodedSample], max_new_tokens, temperatur
         raise ValueError("a prompt without any token cannot be continued")
 
 
-def prompt_phase(prompts: list[EncodedSample], model: AVLM, spare: int, ranks: Ranks) -> tuple[Batch, Slots]:
-    """All prompts as one packed row, the last position of each as its target; and the slots that they fill."""
+def prompt_phase(
+    prompts: list[EncodedSample], model: AVLM, spare: int, ranks: Ranks, start: int = 0
+) -> tuple[Batch, Slots]:
+    """All prompts as one packed row, the last position of each as its target; and the slots that they fill. An only
+    prompt may continue ``start`` tokens that are held."""
     length_B = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
     num_tokens = sum(map(len, prompts))
-    size = max(map(len, prompts), default=0) + spare
+    size = start + max(map(len, prompts), default=0) + spare
     batch = pack(prompts, num_tokens, model.config)
     last_B = length_B.cumsum(0) - 1
     unused_B = torch.zeros_like(last_B)
@@ -156,7 +185,26 @@ def prompt_phase(prompts: list[EncodedSample], model: AVLM, spare: int, ranks: R
     first_T = torch.repeat_interleave(torch.arange(len(prompts)) * size, length_B)
     index_T = first_T + batch.position_T
     slots = Slots(index_T.to(ranks.device), length_B.to(ranks.device), size)
+    if start:
+        return _continued(batch, start, model).to(ranks.device), _continued_slots(slots, start)
     return ranks.own_part(batch).to(ranks.device), slots
+
+
+def _continued(batch: Batch, start: int, model: AVLM) -> Batch:
+    """The row of an only prompt as the end of ``start`` tokens that are held."""
+    window = model.config.decoder.sliding_window
+    position_T = batch.position_T + start
+    windowed = batch.windowed
+    if window is not None and start + len(position_T) > window:
+        keys = Segments.of([start + len(position_T)])
+        intervals = Intervals.of(position_T - window + 1, position_T, batch.segments, keys)
+        windowed = dataclasses.replace(batch.segments, intervals=intervals)
+    return dataclasses.replace(batch, position_T=position_T, windowed=windowed)
+
+
+def _continued_slots(slots: Slots, start: int) -> Slots:
+    held = Segments.of([start + len(slots.index_T)], slots.index_T.device)
+    return dataclasses.replace(slots, index_T=slots.index_T + start, length_B=slots.length_B + start, held=held)
 
 
 def _fill(prompts: list[EncodedSample], multiple: int) -> list[EncodedSample]:

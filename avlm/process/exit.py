@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-import torch
-
 from avlm.process.launch import ranks, started_by_torchrun
 from avlm.process.worker import STOPS
 
@@ -67,16 +65,22 @@ def run_command(main: Callable[[], None]) -> None:
         _leave(end.code if isinstance(end.code, int) else int(bool(end.code)), at_once=True)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        _leave(128 + signal.SIGINT, at_once=torch.distributed.is_initialized())
+        _leave(128 + signal.SIGINT, at_once=_has_started())
     except BrokenPipeError as error:
         if sys.stdout is None or not _is_unread(sys.stdout):
             _explain(error)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
-        _leave(128 + signal.SIGPIPE, at_once=torch.distributed.is_initialized())
+        _leave(128 + signal.SIGPIPE, at_once=_has_started())
     except Exception as error:
         _explain(error)
     if ranks()[1] > 1:
         _leave(0, at_once=True)
+
+
+def _has_started() -> bool:
+    """Whether there is a process group. What never imported torch, which takes seconds, has none."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized()
 
 
 def _is_unread(stream: TextIO) -> bool:
@@ -88,7 +92,7 @@ def _is_unread(stream: TextIO) -> bool:
 
 def _explain(error: Exception) -> None:
     """Print what went wrong, and end the process."""
-    started = torch.distributed.is_initialized()
+    started = _has_started()
     rank, size = ranks()
     lost = _lost(error)
     if not lost and not isinstance(error, ValueError | OSError | NonFiniteLoss):

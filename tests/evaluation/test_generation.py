@@ -7,7 +7,6 @@ import math
 import sys
 
 import pytest
-import tokenizers
 import torch
 import transformers
 from PIL import Image
@@ -18,7 +17,8 @@ from avlm.config.model import LoraConfig, ModelConfig
 from avlm.config.run import DataConfig, InitFrom
 from avlm.data.sample import EncodedSample
 from avlm.evaluation.decoding import Decoding, choose
-from avlm.evaluation.generation import Ranks, draws, generate, prompt_phase
+from avlm.evaluation.generation import Ranks, draws, generate, prompt_phase, steps
+from avlm.evaluation.kept_cache import KeptCache
 from avlm.models.avlm import AVLM
 from avlm.models.batch import IGNORE, IMAGE
 from avlm.process.exit import run_command
@@ -113,36 +113,59 @@ def test_an_answer_equals_one_made_without_a_cache():
         assert fresh.token_ids == [token] and math.isclose(fresh.logprobs[0], answer.logprobs[i], abs_tol=1e-4)
 
 
+WINDOWED = dataclasses.replace(DECODER, sliding_window=8)
+
+
+@pytest.mark.parametrize("config", [WHOLE, ModelConfig(decoder=WINDOWED)], ids=["with images", "with a window"])
+def test_a_conversation_whose_cache_is_kept_answers_as_one_that_is_run_at_once(config):
+    """Turns that continue, one whose earlier turn has changed, and one that says the last again: only what is new is
+    run, and its tokens are those of the whole."""
+    model = build(config)
+    kept = KeptCache(model)
+    lengths = []
+    model.decoder.register_forward_pre_hook(lambda _, inputs: lengths.append(len(inputs[0])))
+    pixels = torch.randint(256, (2, 3, 24, 24), dtype=torch.uint8)
+    picture = [IMAGE] * config.vision.num_features(config.vision_projector.downsample) if config.vision else []
+    ids = [1, *picture, 5, 6]
+    for turn, expected in enumerate((len(ids), 1 + 4 + len(picture), 1 + 4, 4 + 1, 1)):
+        asked = prompt(ids, pixels[: ids.count(IMAGE) // max(1, len(picture))])
+        [whole] = generate(model, [asked], stop_ids=[], max_new_tokens=6)
+        lengths.clear()
+        found = [token for [[token]] in steps(model, [asked], max_new_tokens=6, kept=kept)]
+        assert [token for token, _ in found] == whole.token_ids
+        assert [logprob for _, logprob in found] == pytest.approx(whole.logprobs, abs=1e-5)
+        assert lengths == [expected, *[1] * 5]
+        answer = whole.token_ids
+        if turn == 0:
+            ids = [*ids, *answer, *picture, 7, 8, 9, 10]
+        if turn == 1:
+            ids = [*ids, *answer, 7, 8, 9, 10]
+        if turn == 2:
+            ids = [*ids[:-4], *ids[-4:][::-1], 3]  # another end
+
+
 def test_an_answer_ends_with_its_stop_token_and_the_others_go_on():
     model = build(TEXT)
     prompts = [prompt(torch.randint(61, (length,)).tolist()) for length in (4, 11)]
     free = generate(model, prompts, stop_ids=[], max_new_tokens=10)
     stop = next(token for token in free[0].token_ids if token not in free[1].token_ids)
-    streamed = [[], []]
-    stopped = generate(
-        model, prompts, stop_ids=[stop], max_new_tokens=10, on_token=lambda i, token: streamed[i].append(token)
-    )
+    stopped = generate(model, prompts, stop_ids=[stop], max_new_tokens=10)
     end = free[0].token_ids.index(stop) + 1
     assert stopped[0].token_ids == free[0].token_ids[:end] and stopped[1].token_ids == free[1].token_ids
-    assert streamed == [answer.token_ids for answer in stopped]
 
 
 @pytest.mark.parametrize("read_every", [3, 8, 100])
-def test_completions_and_streams_do_not_depend_on_how_often_tokens_are_read(read_every):
+def test_completions_do_not_depend_on_how_often_tokens_are_read(read_every):
     model = build(TEXT)
     prompts = [prompt(torch.randint(61, (length,)).tolist()) for length in (4, 11, 2)]
     settings = {"max_new_tokens": 14, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 1}
     free = generate(model, prompts, stop_ids=[], **settings)
     stops = [free[0].token_ids[4], free[1].token_ids[8]]
-    streams = {}
     for every in (1, read_every):
-        stream = streams[every] = []
-        on_token = lambda i, token, stream=stream: stream.append((i, token))
-        answers = generate(model, prompts, stop_ids=stops, on_token=on_token, read_every=every, **settings)
+        answers = generate(model, prompts, stop_ids=stops, read_every=every, **settings)
         for whole, answer in zip(free, answers):
             end = next((i + 1 for i, token in enumerate(whole.token_ids) if token in stops), len(whole.token_ids))
             assert answer.token_ids == whole.token_ids[:end] and answer.logprobs == whole.logprobs[:end]
-    assert streams[1] == streams[read_every]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -246,37 +269,6 @@ def test_bad_settings_are_refused():
         generate(model, [prompt([1])], stop_ids=[], max_new_tokens=10, top_p=0)
 
 
-CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory):
-    """A byte-level tokenizer with chatml control tokens: every byte is a token."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(CONTROL)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    keys = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    keys["chat_template"] = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    (folder / "tokenizer_config.json").write_text(json.dumps(keys))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(tokenizer_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    config = dataclasses.replace(WHOLE, decoder=dataclasses.replace(DECODER, vocab_size=260))
-    data = DataConfig(train="", tokenizer=str(tokenizer_folder), template="chatml")
-    export(config, build(config).state_dict(), folder, data=data)
-    return folder
-
-
 def run(monkeypatch, capsys, *arguments) -> tuple[str, str, int]:
     monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments), "--device", "cpu"])
     code = 0
@@ -368,9 +360,10 @@ def test_a_run_with_adapters_a_checkpoint_of_it_and_its_export_answer_alike(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--image", "nowhere.png", "--prompt", "x"], "nowhere.png"),
-        (["--prompt", "<image> what"], "1 <image> tags but 0 images"),
+        (["--image", "nowhere.png", "--prompt", "x"], "there is no image file nowhere.png"),
+        (["--prompt", "<image> what"], "the prompt has 1 <image> tag but 0 images"),
         (["--prompt", "x", "--max-new-tokens", "1000"], "max_position"),
+        (["--json"], "--json needs --prompt"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_two(arguments, message, exported, monkeypatch, capsys):
