@@ -278,6 +278,11 @@ def first_error(error: ValidationError, loc: tuple | None = None) -> str:
     return f"{where}: {message}{given}" if where else f"{message}{given}"
 
 
+def counted(number: int, noun: str) -> str:
+    """1 image, 2 images."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def shown(value: Any, most: int = 200) -> str:
     """A user's input for an error message: one line of at most ``most`` printable characters."""
     text = value if isinstance(value, str) else repr(value)

@@ -1,8 +1,9 @@
-"""JSON records of three forms, with the habits of other trainers, read as turns, media and references.
+"""JSON records of many forms, with the habits of other trainers, read as turns, media and references.
 
 messages      {"messages": [{"role", "content"}], "images": [name], "audios": [...], "videos": [...]}
 LLaVA         {"conversations": [{"from": "human", "value": ...}], "image": name or list, "audio", "video"}
 NeMo AVLM     {"context": [user text], "answers": [assistant text], "images": ..., "answer_weights": [0 or 1]}
+pairs         {"query", "response"}, {"image", "text"} and others: avlm.data.pairs
 
 Turns of the first two may be written either way. The first two may hold "answers": [text], the references of the last
 turn. "system" or "system_prompt" next to the turns is a system turn. A turn's text is a text, or a list of parts as in
@@ -22,12 +23,17 @@ from typing import Any
 from urllib.parse import unquote
 
 from avlm.config.model import shown
+from avlm.data.pairs import add_missing_tags, form_of_pair, keys_of, read_pair
 from avlm.data.record_keys import HARMLESS, Record, check_keys, check_whole_file, says_nothing
 from avlm.data.text.pieces import MEDIA, TAG, Messages
 from avlm.data.turns import LEARNED_IF_TRUE, ROLE_NAMES, Tags, first_with_value, read_pairs, read_turns
 
 FORMS = ("messages", "conversations", "context")
 SYSTEM = ("system", "system_prompt")
+EXAMPLE = (
+    '{"messages": [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A dog."}], '
+    '"images": ["dog.png"]}'
+)
 KEYS = {*FORMS, *SYSTEM, "answers", "answer_weights", "mask", "offset", "prompt"}
 KEYS |= {key for kind in MEDIA for key in (kind, f"{kind}s", f"{kind}_url")}
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -39,12 +45,19 @@ def read_record(record: Record, media: Callable[[str], bytes]) -> tuple[Messages
     if not isinstance(record, dict):
         raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
     form = _form(record)
-    _check_record_keys(record)
+    _check_record_keys(record, form)
     _check_meaning(record, form)
     tags = Tags()
     system = _system(record)
-    messages = read_pairs(record, tags) if form == "context" else read_turns(record[form], tags)
-    _check_prompt(record.get("prompt"), messages)
+    if form == "context":
+        messages = read_pairs(record, tags)
+    elif form in FORMS:
+        messages = read_turns(record[form], tags)
+    else:
+        messages = read_pair(record, form, tags)
+        add_missing_tags(messages, {kind: len(_names(record, kind)) for kind in MEDIA}, tags)
+    if form != "prompt":
+        _check_prompt(record.get("prompt"), messages)
     if system is not None:
         _prepend_system(messages, system)
     files = {kind: _files(record, kind, tags, media) for kind in MEDIA}
@@ -60,13 +73,18 @@ def _form(record: Record) -> str:
     with_turns = [key for key in present if not says_nothing(record[key])]
     form = next(iter(with_turns or present), None)
     if form is None or (form == "context" and "answers" not in record):
-        given = shown(str(sorted(map(str, record))))
-        raise ValueError(f"record has neither messages, conversations nor context and answers: {given}")
+        form = form_of_pair(record)
+    if form is None:
+        given = shown(", ".join(sorted(map(str, record))), 80) or "no key"
+        raise ValueError(
+            f"the record has {given}, and neither messages, conversations, context and answers, query and response, "
+            f"nor a medium and text. Give it one of these forms, such as {EXAMPLE}"
+        )
     return form
 
 
-def _check_record_keys(record: Record) -> None:
-    known = set(KEYS)
+def _check_record_keys(record: Record, form: str) -> None:
+    known = KEYS | (set() if form in FORMS else keys_of(form))
     for key, value in record.items():
         if value is False and str(key).lower() not in LEARNED_IF_TRUE:
             known.add(key)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avlm.config.model import TOWERS, ModelConfig
+from avlm.config.model import TOWERS, ModelConfig, counted
 from avlm.config.run import DataConfig
 from avlm.data.media import audio, image, video
 from avlm.data.records import read_record
@@ -155,10 +155,10 @@ class SampleEncoder:
 
     def _check_media(self, kind: str, files: list[bytes], num_tags: int) -> None:
         if num_tags != len(files):
-            raise ValueError(f"sample has {num_tags} <{kind}> tags but {len(files)} {kind}s")
+            raise ValueError(f"sample has {counted(num_tags, f'<{kind}> tag')} but {counted(len(files), kind)}")
         tower = TOWERS.get(kind, "vision")  # the vision tower reads the frames of a video
         if files and getattr(self.model, tower) is None:
-            raise ValueError(f"sample has {len(files)} {kind}s but the model has no {tower} tower")
+            raise ValueError(f"sample has {counted(len(files), kind)}, but the model has no {tower} tower")
         for data in files:
             if len(data) > self.data.max_media_bytes:
                 raise ValueError(

@@ -12,7 +12,7 @@ from avlm.models.batch import Batch
 from tests.data.small_files import data, image_file, model, photo, tone
 
 RECORDS = 23
-BAD = {3: "2 <image> tags but 1 images", 11: "no media file"}
+BAD = {3: "2 <image> tags but 1 image", 11: "no media file"}
 
 
 def record(number: int) -> dict:

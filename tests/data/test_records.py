@@ -287,3 +287,52 @@ def test_an_address_next_to_its_file_is_left_aside_and_refused_alone():
         read(record)
     question = {"role": "user", "content": "<image> who?"}
     assert len(read({**record, "messages": [question, ANSWER], "image": "a.png"}).images) == 1
+
+
+@pytest.mark.parametrize(
+    ("record", "turns", "media"),
+    [
+        ({"query": "who?", "response": "a friend", "system": "Be short."}, ["Be short.", "who?", "a friend"], {}),
+        (
+            {"query": "and?", "response": "mine", "history": [["<image>who?", "a friend"]], "images": ["a.png"]},
+            ["<image>who?", "a friend", "and?", "mine"],
+            {"images": [b"image"]},
+        ),
+        ({"instruction": "Say it.", "input": "a friend", "output": "it"}, ["Say it.\na friend", "it"], {}),
+        ({"prompt": "who?", "completion": "a friend", "label": True}, ["who?", "a friend"], {}),
+        (
+            {"question": "who?", "answer": "a friend", "image": "a.png", "audio": "c.wav", "answers": ["a friend"]},
+            ["<image><audio>\nwho?", "a friend"],
+            {"images": [b"image"], "audios": [b"sound"], "answers": ["a friend"]},
+        ),
+        ({"image": "a.png", "text": "a friend", "id": 3}, ["<image>", "a friend"], {"images": [b"image"]}),
+        ({"audio": "c.wav", "caption": "a friend", "text": ""}, ["<audio>", "a friend"], {"audios": [b"sound"]}),
+    ],
+)
+def test_questions_with_answers_and_captions_are_turns(record, turns, media):
+    sample = read(record)
+    assert [text for _, text in spoken(sample)] == turns
+    for name in ("images", "audios", "answers"):
+        assert getattr(sample, name) == media.get(name, [])
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"image": "a.png"},
+            r"^the record has image, and neither messages, .* such as {\"messages\": \[{\"role\": \"user",
+        ),
+        ({"text": "alone"}, r"nor a medium and text\. Give it one of these forms"),
+        ({}, "^the record has no key, and neither"),
+        ({"query": "who?", "response": ["a"]}, r"^response must be a text, not \['a'\]: give turns under messages"),
+        ({"query": "who?", "response": "a", "history": ["b"]}, "^history must be a list of"),
+        ({"query": "who?", "response": "a", "rejected_response": "b"}, "the key 'rejected_response', which is not"),
+        ({"question": "who?", "answer": "a", "context": "A page."}, "the key 'context' next to its question"),
+        ({"image": "a.png", "text": "a", "caption": "b"}, "^text and caption of the record differ: give one"),
+    ],
+)
+def test_a_record_of_no_form_is_told_the_forms_with_an_example(record, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read(record)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
