@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from avlm.config.load import dump_config, load_config
+from avlm.config.load import dump_config
 from avlm.config.run import Config
 from avlm.data.check import check_skipped
 from avlm.data.loader import open_loader
@@ -39,6 +39,7 @@ from avlm.training import checkpoint, flops, optimizer
 from avlm.training.log import Log, describe, tally
 from avlm.training.resume import check_resume
 from avlm.weights.load import init_weights
+from avlm.weights.model_from import open_config
 from avlm.weights.plan import pinned
 
 
@@ -219,7 +220,7 @@ def command() -> None:
     parser.add_argument("--world-size", type=int, default=1, help="ranks that --preflight assumes")
     parser.add_argument("--device-memory-gib", type=float, help="let --preflight fail if a rank needs more")
     arguments = parser.parse_intermixed_args()
-    cfg = load_config(arguments.config, arguments.overrides)
+    cfg = open_config(arguments.config, arguments.overrides)
     if arguments.print:
         print(dump_config(cfg))
         return

@@ -1,3 +1,9 @@
+import os
+from pathlib import Path
+
+# Before anything imports huggingface_hub: the small files of published models, in the form of the Hub's cache.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(Path(__file__).parent / "config" / "hub")}
+
 import pytest
 import torch
 import triton

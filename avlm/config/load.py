@@ -25,7 +25,14 @@ SHARED = ("optimizer", "data")  # sections of the run that are the defaults of e
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The checked config of a YAML file. ValueError or FileNotFoundError with one line for the user."""
+    """The checked config of a YAML file whose model is written out, as that of a run folder is; one with ``from`` is
+    opened by ``avlm.weights.model_from``. ValueError or FileNotFoundError with one line for the user."""
+    return resolve_config(read_tree(path, overrides), str(path))
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a YAML file with its overrides, not checked yet. Its run is runs/NAME_OF_THE_FILE unless it says
+    another ``output_dir``."""
     path = Path(path)
     try:
         is_there = path.is_file()
@@ -33,13 +40,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         is_there = False
     if not is_there:
         raise FileNotFoundError(f"no config file {shown(str(path))}")
-    tree = read_yaml(path)
+    tree = {"output_dir": f"runs/{path.stem}", **read_yaml(path)}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
             raise ValueError(f"override {shown(override)!r} is not of the form section.key=value")
         _set(tree, key.split("."), parse_yaml(text, f"override {shown(override)!r}"))
-    return resolve_config(tree, str(path))
+    return tree
 
 
 def resolve_config(tree: dict[str, Any], origin: str) -> Config:
@@ -57,7 +64,11 @@ def resolve_config(tree: dict[str, Any], origin: str) -> Config:
 def _with_defaults(stage: Any, tree: dict[str, Any]) -> Any:
     if not isinstance(stage, dict):
         return stage
-    return {**stage, **{key: _merge(tree.get(key, {}), stage.get(key, {})) for key in SHARED}}
+    merged = {key: merge(tree.get(key, {}), stage.get(key, {})) for key in SHARED}
+    own = stage.get("data")
+    if isinstance(own, dict) and "train" in own:  # a stage's blend of sources takes the place of the run's
+        merged["data"]["train"] = own["train"]
+    return {**stage, **merged}
 
 
 def to_dict(value: Any) -> dict[str, Any]:
@@ -179,13 +190,11 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
             tree[key] = value
 
 
-def _merge(base: Any, over: Any) -> Any:
+def merge(base: Any, over: Any) -> Any:
+    """``over``, with the keys of ``base`` that it lacks, at every depth."""
     if not (isinstance(base, dict) and isinstance(over, dict)):
         return over
-    merged = {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
-    if "train" in over:  # a stage's blend of sources takes the place of the run's
-        merged["train"] = over["train"]
-    return merged
+    return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
 
 
 def _explain(error: ValidationError, tree: dict[str, Any]) -> str:

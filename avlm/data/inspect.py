@@ -19,13 +19,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from avlm.config.load import load_config
 from avlm.config.run import Config
 from avlm.data.loader import open_loader
 from avlm.data.stream import Stream
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.batch import KINDS, PLACEHOLDERS, Batch
 from avlm.process.exit import run_command
+from avlm.weights.model_from import open_config
 
 STATISTICS_ROWS = 16
 MAX_PANELS = 64  # images of a sheet, and the same number of audio windows
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(options: argparse.Namespace) -> None:
     if options.count < 0:
         raise ValueError(f"--count is a number of samples, not {options.count}")
-    config = load_config(options.config, options.overrides)
+    config = open_config(options.config, options.overrides)
     show(config, stage_index(config, options.stage), options.count, options.out)
 
 

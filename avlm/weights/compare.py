@@ -11,7 +11,7 @@ NOT_COMPARED = ("max_position", "window", "resize", "resample")
 
 
 def check_config(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None:
-    """Raise ValueError with the key where our config describes a different model from ``theirs``, that of ``origin``.
+    """Raise ValueError with every key where our config describes a different model from ``theirs``, that of ``origin``.
 
     Two whole models are compared in the modules that both have. Not compared: ``max_position`` (ours may be shorter),
     ``window``, ``resize``, ``resample``, and for a tower alone ``feature_layer`` and ``post_norm``, which choose what
@@ -23,29 +23,25 @@ def check_config(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None
     if type(ours) is not type(theirs):
         found = "none" if theirs is None else f"a {type(theirs).__name__}"
         raise ValueError(f"{origin} holds {found}, not the {type(ours).__name__} that is needed")
-    if part != "all":
-        _check_module(part, _comparable(ours, None), _comparable(theirs, None), origin)
-        _check_length(ours, theirs, origin)
-        return
-    for module in theirs.modules:
-        if getattr(ours, module) is not None:
-            mine = _comparable(getattr(ours, module), ours)
-            other = _comparable(getattr(theirs, module), theirs)
-            _check_module(module, mine, other, origin)
-    _check_length(ours.decoder, theirs.decoder, origin)
+    pairs = {part: (ours, theirs)}
+    owners: tuple[ModelConfig | None, ModelConfig | None] = (None, None)
+    if isinstance(ours, ModelConfig):
+        shared = [module for module in theirs.modules if getattr(ours, module) is not None]
+        pairs = {module: (getattr(ours, module), getattr(theirs, module)) for module in shared}
+        owners = (ours, theirs)
+    found = []
+    for module, (mine, other) in pairs.items():
+        found += _differences(module, _comparable(mine, owners[0]), _comparable(other, owners[1]))
+        if module == "decoder" and mine.max_position > other.max_position:
+            found.append(("decoder.max_position", mine.max_position, other.max_position))
+    if found:
+        listed = "; ".join(f"model.{key} is {value!r}, and there {wanted!r}" for key, value, wanted in found)
+        raise ValueError(f"{origin} was made with different sizes: {listed}")
 
 
-def _check_module(module: str, ours: dict[str, Any], theirs: dict[str, Any], origin: str | Path) -> None:
-    for key, value in ours.items():
-        if value != theirs[key]:
-            raise ValueError(f"model.{module}.{key} is {value!r}, and {origin} was made with {theirs[key]!r}")
-
-
-def _check_length(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None:
-    if isinstance(ours, DecoderConfig) and ours.max_position > theirs.max_position:
-        raise ValueError(
-            f"model.decoder.max_position is {ours.max_position}, and {origin} was made for {theirs.max_position}"
-        )
+def _differences(module: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, ours, theirs) of each value that differs."""
+    return [(f"{module}.{key}", value, theirs[key]) for key, value in ours.items() if value != theirs[key]]
 
 
 def _comparable(config: Any, owner: ModelConfig | None) -> dict[str, Any]:

@@ -11,39 +11,6 @@ from avlm.data.text.tokenizer import Tokenizer
 from avlm.families import door
 from avlm.families.door import AnyConfig
 from avlm.storage.model_folder import read_json
-from avlm.storage.weight_files import local, to_fetch
-
-
-def resolve(name_or_folder: str | Path) -> Path:
-    """The local folder, or the downloaded snapshot of a Hub name; only files that we read are fetched."""
-    folder = local(name_or_folder)
-    if folder.is_dir():
-        return folder
-    name = str(name_or_folder)
-    if not may_be_on_hub(name):
-        raise FileNotFoundError(f"no model folder {shown(name)} (a name of the Hub has the form owner/model)")
-    import huggingface_hub  # slow to import, and needed only here
-    from huggingface_hub import errors
-
-    def fetch(patterns: list[str]) -> Path:
-        ignored = ["*/*", "consolidated*"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored))
-
-    try:
-        path = fetch(["*.json", "*.jinja", "*.model", "*.txt"])
-        for files in to_fetch(path):
-            fetch(files)
-        return path
-    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"{shown(name)} is not a local folder and could not be fetched from the Hub ({shown(lines[0])}); "
-            "download it elsewhere and give the folder"
-        ) from None
-
-
-def may_be_on_hub(name: str) -> bool:
-    return not Path(name).expanduser().is_absolute() and not name.startswith(".") and name.count("/") == 1
 
 
 def read_config(folder: str | Path) -> AnyConfig:
@@ -99,19 +66,18 @@ def model_and_data(folder: Path) -> tuple[ModelConfig, DataConfig]:
         )
     path = folder / "config.json"
     keys = read_json(path)
-    data = keys.get("data") if is_own(keys) else {"template": template_of(folder)}
+    data = keys.get("data") if is_own(keys) else {"template": template_of(folder, Tokenizer(folder))}
     if not isinstance(data, dict):
         raise ValueError(f"{path} does not say how its model was trained: it has no data")
     return config, validated(DataConfig, {**data, "train": "", "tokenizer": str(folder)}, f"{path}: data")
 
 
-def template_of(folder: Path) -> str:
+def template_of(folder: Path, tokenizer: Tokenizer) -> str:
     """The ``data.template`` for a Hugging Face folder: "tokenizer", its own template, if that accepts text. Many
     folders have one that only accepts lists of parts; they get the template of ours that makes the same prompts."""
     text_template = door.TEXT_TEMPLATES.get(read_json(folder / "config.json").get("model_type"))
     if text_template is None:
         return "tokenizer"
-    tokenizer = Tokenizer(folder)
     if not (folder / "chat_template.json").is_file():  # the processor's; the tokenizer's is then the decoder's
         try:
             pieces = Chat(tokenizer, "tokenizer", published=True).pieces(

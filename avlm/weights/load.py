@@ -16,9 +16,10 @@ from avlm.config.model import DecoderConfig, ModelConfig
 from avlm.config.run import DataConfig, InitFrom
 from avlm.models.avlm import AVLM, initial_values
 from avlm.models.lora import init_magnitudes
+from avlm.storage.hub import resolve
 from avlm.storage.run_folder import is_run, read_run
 from avlm.storage.weight_files import local
-from avlm.weights.folder import model_and_data, read_config, resolve, stop_ids
+from avlm.weights.folder import model_and_data, read_config, stop_ids
 from avlm.weights.plan import Report, load_plans
 from avlm.weights.sources import Whole, copy_slice
 

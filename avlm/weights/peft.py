@@ -13,10 +13,11 @@ from avlm.families.door import FORMATS, NAMES, PREFIXES, hugging_face_name
 from avlm.families.keys import require_accepted
 from avlm.models.freezing import trained_names
 from avlm.models.lora import is_adapter
+from avlm.storage.hub import resolve
 from avlm.storage.model_folder import read_json
 from avlm.storage.run_folder import is_run
 from avlm.storage.weight_files import ADAPTER, choose, local
-from avlm.weights.folder import is_own, resolve
+from avlm.weights.folder import is_own
 from avlm.weights.sources import Source, read_files
 
 LEAVES = {"down.weight": "lora_A.weight", "up.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}

@@ -20,10 +20,10 @@ from avlm.models.freezing import matching
 from avlm.models.lora import is_adapter
 from avlm.models.shapes import Shapes
 from avlm.models.whisper import sinusoids
+from avlm.storage.hub import may_be_on_hub
 from avlm.storage.run_folder import is_run, read_run
 from avlm.storage.weight_files import WeightFiles, local
 from avlm.weights.compare import check_config
-from avlm.weights.folder import may_be_on_hub
 from avlm.weights.peft import open_adapter
 from avlm.weights.sources import Source, check_shape, open_source
 

@@ -29,10 +29,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from avlm.config.model import shown
 from avlm.families.door import RESHAPED, AnyConfig
 from avlm.storage.checkpoint_files import Reader, cause_of
+from avlm.storage.hub import resolve
 from avlm.storage.model_folder import read_json
 from avlm.storage.run_folder import is_run, read_run
 from avlm.storage.weight_files import WeightFiles, choose, local
-from avlm.weights.folder import is_own, read_config, resolve
+from avlm.weights.folder import is_own, read_config
 
 FILES = (".ckpt", ".pt", ".pth")
 # Names by which we recognise our own files, and prefixes that wrappers (Lightning, DDP) may have added.

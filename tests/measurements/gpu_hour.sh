@@ -26,6 +26,7 @@ PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 RESULTS=${RESULTS:-$([ -n "$DRY" ] && mktemp -d || echo docs/results)}
 PARTS=${*:-environment selftest hazard gpu_tests benchmark lora alignment}
 export PYTHONUNBUFFERED=1
+export HF_HUB_OFFLINE=1 HF_HUB_CACHE=$PWD/tests/config/hub # sizes of published models; weights are random
 
 name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
 gpu=$(echo "${name:-cpu}" | tr '[:upper:]' '[:lower:]' | sed -E 's/[^a-z0-9]+/_/g; s/^_|_$//g')
@@ -84,7 +85,8 @@ step() { # CONFIG [OVERRIDE ...]
 }
 
 lora() {
-    step configs/avlm_8b_lora.yaml
+    step configs/avlm_8b.yaml --stage 2 'model.lora={rank: 32, alpha: 32.0, base: bf16}' \
+        'stages.finetune.train=[lora, vision_projector, audio_projector]'
 }
 
 alignment() {

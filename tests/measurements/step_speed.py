@@ -1,11 +1,11 @@
 """How fast a config trains on this device: its stage's real step on synthetic rows, with random weights.
 
-    python -m tests.measurements.step_speed configs/avlm_8b_lora.yaml [section.key=value ...] [--stage N] [--out DIR]
+    python -m tests.measurements.step_speed configs/avlm_8b.yaml [section.key=value ...] [--stage N] [--out DIR]
 
 The model, its layout, the optimizer and ``train_step`` are those of train.py, in one process. Weights are drawn on the
-device, rows are made before the clock starts; no file is read but the config. Reported are tokens/s, MFU and HFU (by
-``avlm.training.flops``), peak memory, and the ten kernels that take most time, by torch.profiler over one more step.
---tiny shrinks the model, for a try on the CPU.
+device, rows are made before the clock starts; no file is read but the config and those that give its sizes. Reported
+are tokens/s, MFU and HFU (by ``avlm.training.flops``), peak memory, and the ten kernels that take most time, by
+torch.profiler over one more step. --tiny shrinks the model, for a try on the CPU.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from avlm.config.load import load_config
 from avlm.config.run import Config
 from avlm.data.loader import open_loader
 from avlm.data.stream import Stream
@@ -33,6 +32,7 @@ from avlm.parallel.apply import apply_parallel, compute_dtype, own_part, warm_up
 from avlm.parallel.mesh import World
 from avlm.training import flops, optimizer
 from avlm.training.log import describe, tally
+from avlm.weights.model_from import open_config
 from train import train_step
 
 SYNTHETIC = [
@@ -49,6 +49,8 @@ TINY = [
     "model.vision={hidden_size: 32, intermediate_size: 64, num_layers: 2, num_heads: 2, image_size: 28}",
     "model.vision.patch_size=14",
     "model.audio={hidden_size: 32, intermediate_size: 64, num_layers: 2, num_heads: 2, num_mels: 128}",
+    "model.vision_projector={}",
+    "model.audio_projector={}",
 ]
 LARGEST = 10
 
@@ -186,7 +188,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write step_CONFIG.json here")
     options = parser.parse_intermixed_args()
     overrides = [*SYNTHETIC, *(TINY if options.tiny else []), *options.overrides]
-    cfg = load_config(options.config, overrides)
+    cfg = open_config(options.config, overrides)
     cfg = replace(cfg, stages=[replace(stage, data=replace(stage.data, num_workers=0)) for stage in cfg.stages])
     num_warmup = 2
     run = prepare(cfg, options.stage, num_warmup + options.steps)

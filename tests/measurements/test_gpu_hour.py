@@ -38,8 +38,8 @@ def test_every_part_is_done_and_its_results_lie_in_the_archive(tmp_path):
     with tarfile.open(tmp_path / "out" / "cpu.tar.gz") as archive:
         names = {name.removeprefix("cpu/") for name in archive.getnames()}
     assert {"summary.md", "README.md", "rows.csv", "roofline.png", *(f"{part}.log" for part in PARTS)} <= names
-    for config in ("lora", "vision_alignment"):
-        step = json.loads((tmp_path / "results" / "cpu" / f"step_avlm_8b_{config}.json").read_text())
+    for config in ("avlm_8b", "avlm_8b_vision_alignment"):
+        step = json.loads((tmp_path / "results" / "cpu" / f"step_{config}.json").read_text())
         assert step["tokens_per_second"] > 0 and len(step["kernels"]) == 10
         assert step["losses"] == pytest.approx([math.log(512)] * 3, rel=0.05)  # random weights, 512 tokens
 

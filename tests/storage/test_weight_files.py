@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from avlm.config.model import LoraConfig, ModelConfig
 from avlm.config.run import InitFrom
 from avlm.models.avlm import AVLM
+from avlm.storage.hub import resolve
 from avlm.storage.weight_files import choose
 from avlm.weights.export import export
-from avlm.weights.folder import read_config, resolve
+from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights
 from avlm.weights.sources import open_source, read_files
 from tests.models.handmade import build, save

@@ -15,9 +15,10 @@ from avlm.config.model import ModelConfig
 from avlm.config.run import InitFrom
 from avlm.evaluation.generation import generate
 from avlm.models.avlm import AVLM
+from avlm.storage.hub import resolve
 from avlm.weights.compare import check_config
 from avlm.weights.export import export
-from avlm.weights.folder import read_config, resolve, stop_ids
+from avlm.weights.folder import read_config, stop_ids
 from avlm.weights.load import init_weights, load_weights
 from tests.models.handmade import build, loaded, save
 from tests.models.sharded_load import load_and_answer, text_prompt

@@ -5,10 +5,10 @@ it where the config lists no ``added_tokens_decoder``. Added tokens come from to
 ``added_tokens_decoder`` or added_tokens.json what tokenizer.json lacks.
 """
 
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from avlm.config.model import shown
+from avlm.storage.hub import may_be_on_hub, resolve
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Lists of more special tokens; the first may be an object.
@@ -23,16 +24,23 @@ EXTRA = ("extra_special_tokens", "additional_special_tokens")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # how an added token is found in a text
 
 
+@functools.cache
+def _fetched(name: str) -> Path:
+    """The local path of a tokenizer; a name of the Hub is fetched once a process."""
+    path = Path(name)
+    return resolve(name, weights=False) if may_be_on_hub(name) and not path.exists() else path
+
+
 class Tokenizer:
     """A Hugging Face ``tokenizer.json`` and the files next to it: ``names`` of special tokens, as Jinja templates get
     them, and the chat template. Any fault in them, even one that only shows in a text, is a ValueError of one line."""
 
     def __init__(self, path: str | Path) -> None:
-        path = Path(path)
+        path = _fetched(str(path))
         self.file = path / "tokenizer.json" if path.is_dir() else path
         if not self.file.is_file():
             raise FileNotFoundError(
-                f"no tokenizer {self.file}: data.tokenizer is a folder with tokenizer.json, or the file"
+                f"no tokenizer {self.file}: data.tokenizer is a folder with tokenizer.json, the file, or a Hub name"
             )
         with one_line(f"{self.file} is no tokenizer"):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(self.file))
@@ -62,7 +70,7 @@ class Tokenizer:
         with one_line(f"{self.file} is no tokenizer"):
             return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
-    @cached_property
+    @functools.cached_property
     def longest(self) -> int:
         """Characters of the longest token: no text has more of them than this for each of its ids."""
         return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
@@ -97,11 +105,11 @@ class Tokenizer:
             raise ValueError(f"{self.file} has no token {shown(token)!r}")
         return number
 
-    @cached_property
+    @functools.cached_property
     def control_tokens(self) -> list[str]:
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
 
-    @cached_property
+    @functools.cached_property
     def added_tokens(self) -> list[str]:
         """Control tokens, and others that are found in a text before it is split."""
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from avlm.config.load import load_config
 from avlm.config.run import Config
 from avlm.data.loader import open_loader
 from avlm.data.stream import Stream
@@ -34,6 +33,7 @@ from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch
 from avlm.process.exit import run_command
 from avlm.weights.load import init_weights
+from avlm.weights.model_from import open_config
 from avlm.weights.sources import FILES
 
 # Overrides that leave the config's decoder and audio tower: no adapters, and none of its stages.
@@ -73,7 +73,7 @@ def align(config: str, overrides: list[str], source: str, held_out: dict[str, st
     config that does not say which decoder and audio tower are to be joined, and for samples that are no clips."""
     if out.suffix not in FILES:
         raise ValueError(f"--out {out}: init_from reads files that end in {', '.join(FILES)}")
-    cfg = load_config(config, [*ONLY_AUDIO, *overrides])
+    cfg = open_config(config, [*ONLY_AUDIO, *overrides])
     if cfg.model.audio is None or cfg.init_from.decoder is None or cfg.init_from.audio is None:
         raise ValueError(f"{config}: model.audio, init_from.decoder and init_from.audio say what is to be joined")
     torch.manual_seed(cfg.seed)
