@@ -5,9 +5,9 @@ from pathlib import Path
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import Config, DataConfig, StageConfig, is_json, shares
+from avlm.data.bad_samples import Look, look
 from avlm.data.jsonl import Records
 from avlm.data.loader import open_loader
-from avlm.data.rows import RowStream
 from avlm.data.stream import Stream
 from avlm.data.text.chat import check_vocabulary
 from avlm.data.text.tokenizer import Tokenizer
@@ -15,8 +15,11 @@ from avlm.models.freezing import trained_names
 from avlm.models.shapes import parameter_shapes
 
 
-def check_data(config: Config) -> None:
-    """Raise ValueError or FileNotFoundError for data sources, tokenizers and rows that cannot be used."""
+def check_data(config: Config) -> list[str]:
+    """Raise ValueError or FileNotFoundError for data sources, tokenizers and rows that cannot be used.
+
+    Returns a warning for each reason for which training will skip samples, found by looking at the first ones.
+    """
     for stage in config.stages:
         for source in [*shares(stage.data.train), *stage.data.validation.values()]:
             if not source.startswith("synthetic") and not Path(source).exists():
@@ -24,14 +27,16 @@ def check_data(config: Config) -> None:
         if not all(source.startswith("synthetic") for source in shares(stage.data.train)):
             check_vocabulary(Tokenizer(stage.data.tokenizer), config.model.decoder.vocab_size)
     check_room_for_media(config)
+    warnings: list[str] = []
     checked: list[DataConfig] = []
     for stage in config.stages:
         data = replace(stage.data, validation={}, metrics={})
         if data not in checked:
-            _check_training(config, stage)
+            warnings += _check_training(config, stage)
             checked.append(data)
         if config.train.validate_every:
             _check_validation(config, stage)
+    return warnings
 
 
 def count_samples(source: str, data: DataConfig) -> int | None:
@@ -73,22 +78,32 @@ def _check_room(model: ModelConfig, stage: StageConfig) -> None:
             )
 
 
-def _check_training(config: Config, stage: StageConfig) -> None:
-    """The training data of a stage, however late it comes, can be opened, and a sample of a file can be used. Samples
-    of an Energon folder are not read."""
+def _check_training(config: Config, stage: StageConfig) -> list[str]:
+    """The training data of a stage, however late it comes, can be opened, and most of its first samples can be used."""
     data = stage.data
+    stream = Stream(data.train, data, config.model, rank=0, world=1, seed=config.seed, train=True)
+    warnings = []
     try:
-        if isinstance(data.train, dict) or is_json(data.train):
-            # One row, read as a worker reads it, for which a loader would start processes.
-            data = replace(data, packing_buffer=1, num_workers=0)
-            stream = Stream(data.train, data, config.model, rank=0, world=1, seed=config.seed, train=True)
-            _, row, _ = next(iter(RowStream(stream)))
-            if isinstance(row, str):
-                raise ValueError(row)
-        else:
-            open_loader(Stream(data.train, data, config.model, rank=0, world=1, seed=config.seed, train=True))
+        if isinstance(data.train, str) and not is_json(data.train):
+            open_loader(stream)
+        if stream.has_samples:
+            for found in look(stream):
+                _check_look(found, data.max_bad_fraction)
+                warnings += [f"stage {stage.name}: {line}" for line in found.lines()]
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"stage {stage.name}: data.train: {error}") from None
+    return warnings
+
+
+def _check_look(found: Look, max_bad_fraction: float) -> None:
+    if len(found.bad) == found.looked_at:
+        key, reason = found.bad[0]
+        raise ValueError(f"no sample of {found.source} can be used; {key}: {reason}")
+    if is_too_bad(found.looked_at, len(found.bad), max_bad_fraction):
+        raise ValueError(
+            f"{'; '.join(found.lines())}; more than data.max_bad_fraction={max_bad_fraction}: repair the data, or "
+            "raise it"
+        )
 
 
 def _check_validation(config: Config, stage: StageConfig) -> None:
@@ -100,9 +115,14 @@ def _check_validation(config: Config, stage: StageConfig) -> None:
 
 
 def check_skipped(read: float, skipped: float, max_fraction: float) -> None:
-    """Stop a run whose data is mostly broken. Ten bad samples are forgiven, however early they come."""
-    if skipped > max(10.0, max_fraction * read):
+    """Stop a run whose data is mostly broken."""
+    if is_too_bad(read, skipped, max_fraction):
         raise ValueError(
             f"{skipped:.0f} of {read:.0f} samples were bad and skipped (named above), more than "
             f"data.max_bad_fraction={max_fraction}: repair the data, or raise it"
         )
+
+
+def is_too_bad(read: float, skipped: float, max_fraction: float) -> bool:
+    """Ten bad samples are forgiven, however early they come."""
+    return skipped > max(10.0, max_fraction * read)

@@ -138,9 +138,7 @@ class RowStream(IterableDataset):
     def _take(self, source: int, drawn: Drawn, good: Row, bad: Skipped) -> None:
         """Encode a sample and add it to ``good``, or to ``bad`` if it cannot be used."""
         try:
-            if drawn.sample is None:
-                raise ValueError(drawn.reason)
-            good.append(((source, drawn.place), self.encoder.encode(drawn.sample)))
+            good.append(((source, drawn.place), encoded(drawn, self.encoder)))
         except ValueError as error:
             bad.append((drawn.key, str(error)))
 
@@ -167,6 +165,13 @@ class RowStream(IterableDataset):
         total = 1 + sum(samples.drawn for samples in self.samples)
         behind = [share * total - samples.drawn for share, samples in zip(self.shares, self.samples)]
         return behind.index(max(behind))
+
+
+def encoded(drawn: Drawn, encoder: SampleEncoder) -> EncodedSample:
+    """ValueError if the sample cannot be used."""
+    if drawn.sample is None:
+        raise ValueError(drawn.reason)
+    return encoder.encode(drawn.sample)
 
 
 def open_samples_of(source: str, stream: Stream) -> Any:

@@ -39,6 +39,11 @@ class Stream:
         """That read at the same time: the worker processes, or the own one."""
         return max(1, self.data.num_workers)
 
+    @property
+    def has_samples(self) -> bool:
+        """Whether its rows are made of samples that can be bad; synthetic ones are not."""
+        return isinstance(self.source, dict) or not self.source.startswith("synthetic")
+
     def identity(self) -> dict[str, Any]:
         """What a loader's state belongs to. Only the same stream can continue from it."""
         return {

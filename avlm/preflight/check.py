@@ -1,5 +1,7 @@
 """Everything that can be known to be wrong before ranks start. Each room checks its own part of the config."""
 
+import sys
+
 from avlm.config.run import Config
 from avlm.data.check import check_data
 from avlm.evaluation.check import check_measures
@@ -22,5 +24,6 @@ def check(config: Config, world_size: int) -> None:
     resumes = find(config)[0] is not None
     if not resumes:
         plan.check(config.model, parameter_shapes(config.model), config.init_from)
-    check_data(config)
+    for warning in check_data(config):
+        print(f"warning: {warning}", file=sys.stderr)
     check_measures(config)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from avlm.config.load import to_dict
+from avlm.config.model import counted
 from avlm.config.run import Config
+from avlm.data.bad_samples import by_reason
 from avlm.models.avlm import AVLM
 from avlm.models.batch import KINDS, PLACEHOLDERS, Batch
 from avlm.models.costs import counts
@@ -161,11 +163,12 @@ class Log:
             self._print(line, sys.stdout)
 
     def skipped(self, batch: Batch, where: str = "") -> None:
-        """Name the skipped samples of a row: each rank its own, and each sample once, however often it is read."""
-        for key, reason in batch.skipped:
-            if key not in self.bad:
-                self.bad.add(key)
-                self._print(f"skipped sample {key}{where}: {reason}", sys.stderr)
+        """Name the skipped samples of a row by their reasons: each rank its own, and each sample once, however often it
+        is read."""
+        new = {key: reason for key, reason in batch.skipped if key not in self.bad}
+        self.bad |= new.keys()
+        for reason, keys in by_reason(list(new.items())):
+            self._print(f"skipped {counted(len(keys), 'sample')}{where}: {reason} ({', '.join(keys)})", sys.stderr)
 
     def _print(self, line: str, file: TextIO) -> None:
         try:

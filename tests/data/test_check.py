@@ -2,7 +2,9 @@
 checkpoint.best."""
 
 import json
+import re
 import tarfile
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +13,7 @@ from avlm.data.check import check_room_for_media, count_samples
 from avlm.data.stream import fingerprint
 from avlm.preflight.check import check
 from tests.data.energon.test_loader import write_set
-from tests.data.small_files import data, write_tokenizer
+from tests.data.small_files import data, tone, write_tokenizer
 from tests.parallel.small import TREE, make_config
 
 
@@ -122,6 +124,39 @@ def test_what_cannot_is_one_line_that_names_it(make, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         check(make(**options), world_size=1)
     assert "\n" not in str(caught.value)
+
+
+def test_bad_samples_are_told_before_ranks_start_by_their_reasons(make, tmp_path, capsys):
+    """A set with audio for a model that has no tower for it."""
+    turns = [{"from": "human", "value": "hello?"}, {"from": "gpt", "value": "hello"}]
+    heard = [{"from": "human", "value": "<audio>hello?"}, {"from": "gpt", "value": "hello"}]
+    (tmp_path / "a.wav").write_bytes(tone(0.1))
+    records = [{"conversations": turns}] * 18 + [{"conversations": heard, "audio": "a.wav"}] * 18
+    records += [{"conversations": turns, "image": "gone.png"}, {"conversations": turns, "image": "lost.png"}]
+
+    def write(name, records):
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+        return str(tmp_path / name)
+
+    def deaf(config):
+        stages = [replace(stage, train=["decoder"]) for stage in config.stages]
+        return replace(config, model=replace(config.model, audio=None, audio_projector=None), stages=stages)
+
+    config = make(data={"train": write("own.jsonl", records[8:28])}, train={"validate_every": 0})
+    check(deaf(config), world_size=1)
+    line = r"^warning: stage all: .*own\.jsonl: 10 of 20 samples: has 1 audio, but the model has no audio tower \(own"
+    assert re.match(line + r"\.jsonl:\d+, own\.jsonl:\d+, own\.jsonl:\d+ and 7 more\)\n$", capsys.readouterr().err)
+    mixed = {write("all.jsonl", records): 1, write("good.jsonl", records[:18]): 1}
+    many = make(data={"train": mixed}, train={"validate_every": 0})
+    check(many, world_size=1)
+    said = capsys.readouterr().err
+    assert re.search(r"all\.jsonl: 2 of 38 samples: no media file .*\.png \(all\.jsonl:3\d, all", said)
+    assert "good" not in said
+    with pytest.raises(ValueError, match=r"18 of 38 samples: has 1 audio.*; .*2 of 38 .*; more than data.max_bad_frac"):
+        check(deaf(many), world_size=1)
+    large = make(data={"train": write("large.jsonl", [*[{"conversations": turns}] * 44, {"text": "x"}] * 20)})
+    check(large, world_size=1)
+    assert re.search(r"large\.jsonl: \d of 200 samples looked at \(of 900\): the record has", capsys.readouterr().err)
 
 
 def test_metrics_do_not_change_what_samples_encode_to(make):

@@ -72,7 +72,7 @@ def test_a_bad_sample_is_named_once_however_often_it_is_read(log, capsys):
     row.skipped.extend([("a:1", "no picture"), ("a:2", "no picture"), ("a:1", "no picture")])
     log.skipped(row)
     log.skipped(row)
-    assert capsys.readouterr().err == "skipped sample a:1: no picture\nskipped sample a:2: no picture\n"
+    assert capsys.readouterr().err == "skipped 2 samples: no picture (a:1, a:2)\n"
 
 
 def test_a_curve_is_drawn_where_its_values_are():

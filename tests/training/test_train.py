@@ -174,7 +174,7 @@ def test_files_are_trained_validated_answered_and_resumed(tmp_path):
     parts = [part.name.rpartition("-")[2] for part in (tmp_path / "run" / "wandb").glob("offline-run-*")]
     assert parts == [(tmp_path / "run" / "wandb_id").read_text()] * 2, "one run at wandb, of one rank, gone on with"
     assert "resuming step_00000005 at step 5 of 12" in result.stdout
-    assert "skipped sample all.jsonl:6: " in result.stderr
+    assert "bytes are not an image: give JPEG, PNG, WEBP (all.jsonl:6)" in result.stderr
     rows = read_records(tmp_path / "run" / "metrics.jsonl")
     validations = [row for row in rows if "val/one/loss" in row]
     assert [row["step"] for row in validations] == [4, 6, 8, 12]

@@ -1,0 +1,80 @@
+"""Samples that cannot be used: found before a run, and named by their reasons."""
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from avlm.config.model import counted
+from avlm.config.run import shares
+from avlm.data.rows import encoded, open_samples_of
+from avlm.data.sample import SampleEncoder
+from avlm.data.stream import Stream
+from avlm.data.text.tokenizer import Tokenizer
+
+LOOKED_AT = 200  # samples of each source
+SECONDS = 5.0  # for all sources of a stage
+NAMED = 3  # samples of each reason
+# What differs between samples that are bad for the same reason: numbers, names and paths.
+DETAIL = re.compile(r"'[^']*'|\S*/\S*|\d[\d,.]*")
+
+Bad = Sequence[tuple[str, str]]  # (key, reason) of each
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was found by encoding samples of a source, in the order in which training reads them."""
+
+    source: str
+    bad: Bad
+    looked_at: int
+    num_samples: int  # of the whole source
+
+    def lines(self) -> list[str]:
+        """One for each reason."""
+        whole = counted(self.looked_at, "sample")
+        if self.looked_at < self.num_samples:
+            whole += f" looked at (of {self.num_samples:,})"
+        groups = by_reason(self.bad)
+        return [f"{self.source}: {len(keys)} of {whole}: {reason} ({_some(keys)})" for reason, keys in groups]
+
+
+def look(stream: Stream) -> list[Look]:
+    """Encode the first samples of each source of a training stream."""
+    data = replace(stream.data, num_workers=0, shuffle_buffer=1)  # a shuffle buffer would be filled first
+    stream = replace(stream, data=data, rank=0, world=1)
+    encoder = SampleEncoder(stream.model, data, Tokenizer(data.tokenizer))
+    sources = shares(stream.source)
+    return [_look(source, stream, encoder, SECONDS / len(sources)) for source in sources]
+
+
+def _look(source: str, stream: Stream, encoder: SampleEncoder, seconds: float) -> Look:
+    samples = open_samples_of(source, stream)
+    samples.start(0, {"drawn": 0})
+    bad = []
+    ends = time.monotonic() + seconds
+    while samples.drawn < min(LOOKED_AT, len(samples)) and time.monotonic() < ends:
+        drawn = samples.draw()
+        try:
+            encoded(drawn, encoder)
+        except ValueError as error:
+            bad.append((drawn.key, str(error)))
+    return Look(source, bad, samples.drawn, len(samples))
+
+
+def by_reason(bad: Bad) -> list[tuple[str, list[str]]]:
+    """(reason, keys) of samples that are bad in the same way, most first. The reason is that of the first of them."""
+    reasons: dict[str, str] = {}
+    keys: defaultdict[str, list[str]] = defaultdict(list)
+    for key, reason in bad:
+        kind = DETAIL.sub("#", reason)
+        reasons.setdefault(kind, reason.removeprefix("sample "))
+        keys[kind].append(key)
+    return sorted(((reasons[kind], keys[kind]) for kind in keys), key=lambda group: -len(group[1]))
+
+
+def _some(keys: list[str]) -> str:
+    left = len(keys) - NAMED
+    named = ", ".join(keys[:NAMED])
+    return f"{named} and {left} more" if left > 0 else named
