@@ -18,6 +18,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/torchrun --nproc-per-node $(RANKS) -m avlm.evaluation $(RUN) --data data/demo
 	$(VENV)/bin/python -m avlm.training.plots $(RUN)
 	$(VENV)/bin/python -m avlm.demo.ask $(RUN)
+	@echo "Curves, scores and answers with their images, sounds and videos: open $(RUN)/report.html"
 
 SPEECH = $$(cd data/pretrained && for f in speech*_test.jsonl; do echo --data $${f%_test.jsonl}=data/pretrained/$$f; done)
 

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 -m avlm.evaluation runs/demo --data data/demo
     python -m avlm.evaluation runs/asr --data clean=test.jsonl --metrics wer,cer --step best
 
-Writes report.json and report.md into the run folder, and every answer into predictions/step_STEP/NAME.jsonl.
+Writes report.json, report.md and report.html into the run folder, and every answer into
+predictions/step_STEP/NAME.jsonl.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import torch
 
 from avlm.config.run import ParallelConfig
 from avlm.evaluation.answers import evaluate, find_sets
+from avlm.evaluation.page import write_page
 from avlm.evaluation.report import percent, report, table, words
 from avlm.evaluation.scores import METRICS, check_names
 from avlm.models.avlm import AVLM
@@ -66,6 +68,7 @@ def main() -> None:
                 (run / "report.md").write_text(report(results))
     if world.is_first:
         print(table(results))
+        print(f"with images and sounds: {write_page(run)}")
     mesh.stop()
 
 

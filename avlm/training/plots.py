@@ -20,7 +20,7 @@ from avlm.storage.run_folder import Record, read_records
 
 SPAN = 5  # steps on either side of a mean
 FIRST = 3  # panels that are drawn unless all are asked for
-ERRORS = ("wer", "cer")  # metrics that count errors: lower is better, and there may be more errors than words
+ERRORS = ("wer", "cer")  # how metrics that count errors begin: lower is better, and there may be more than words
 # One colour for one thing, in every panel: a modality, its tower and its projector share theirs.
 COLOURS = {"all": "black", "text": "tab:gray", "image": "tab:blue", "audio": "tab:orange"}
 COLOURS |= {"video": "tab:green", "mixed": "tab:red", "decoder": "tab:brown", "head": "tab:pink"}
@@ -117,11 +117,11 @@ def _loss(axes: Axes, steps: list[Record], records: list[Record]) -> None:
 
 
 def _scores(records: list[Record]) -> list[str]:
-    return [name for name in _names(records, "val/") if name.rpartition("/")[2] not in ("loss", *ERRORS)]
+    return [name for name in _names(records, "val/") if not name.rpartition("/")[2].startswith(("loss", *ERRORS))]
 
 
 def _errors(records: list[Record]) -> list[str]:
-    return [name for name in _names(records, "val/") if name.rpartition("/")[2] in ERRORS]
+    return [name for name in _names(records, "val/") if name.rpartition("/")[2].startswith(ERRORS)]
 
 
 def _validation_scores(axes: Axes, steps: list[Record], records: list[Record]) -> None:

@@ -1,0 +1,211 @@
+"""The report of a run as one page that needs no network: ``python -m avlm.evaluation.page RUN`` writes report.html.
+
+It shows the curves, every set against chance, and answers with their images, sounds and videos, the wrong ones first.
+Media are encoded again and small; a set shows at most ANSWERS answers, and the media of all together take at most
+MEDIA_BYTES, so the page stays below about 40 MB.
+"""
+
+import argparse
+import html
+import json
+import math
+import string
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from avlm.config.load import load_config
+from avlm.config.run import DataConfig
+from avlm.data.loader import open_samples
+from avlm.data.media.browser import SMALL_IMAGE, audio_uri, data_uri, image_uri, video_uri
+from avlm.data.sample import Sample
+from avlm.data.text.pieces import TAG
+from avlm.evaluation.report import ABLATIONS, bound, percent, words
+from avlm.evaluation.scores import LOWER_IS_BETTER
+from avlm.process.exit import run_command
+from avlm.storage.model_folder import read_json
+from avlm.training.plots import panel_images, smoothing
+
+ANSWERS = 24  # of a set
+RIGHT = 6  # of them that are right, if there are as many
+MEDIA_BYTES = 24 * 10**6  # as base64, shared evenly by the sets
+TEMPLATE = Path(__file__).with_suffix(".html")
+WITHOUT = {"no_image": "images grey", "no_audio": "sound silent", "shuffled": "frames in random order"}
+EXPLANATION = """
+<p class="faint">The score is that of greedy answers. The columns to its right ask the same questions with something
+taken away: all images grey, all sound silent, or the frames of a video in random order. Chance is the best score of
+someone who knows the set but lacks just that. A model that looks and listens falls to chance; where it stays
+<span class="flag">above</span> (more than 95 of 100 guessers would reach), the set can be answered without.</p>
+"""
+
+
+def write_page(run: Path) -> Path:
+    """Write RUN/report.html from report.json, the predictions that it names and metrics.jsonl. ValueError or
+    FileNotFoundError without a report."""
+    if not (run / "report.json").is_file():
+        raise FileNotFoundError(
+            f"{run} holds no report.json: python -m avlm.evaluation {run} --data NAME=SET writes it"
+        )
+    report = read_json(run / "report.json")
+    results = report["results"]
+    data = load_config(run / "config.yaml").stages[-1].data
+    cards = []
+    for result in results:
+        cards += _cards(run, result, data, MEDIA_BYTES // len(results))
+    page = string.Template(TEMPLATE.read_text()).substitute(
+        title=html.escape(run.resolve().name),
+        subtitle=f"step {report['step']:,}, {sum(result['count'] for result in results):,} held-out samples",
+        curves=_curves(run),
+        explanation=EXPLANATION,
+        table=_table(results),
+        bounds=f"Up to {ANSWERS} of each set, the wrong ones first. All answers are in "
+        f"<code>{html.escape(str(run / 'predictions'))}</code>.",
+        options="\n".join(f"<option>{_name(result)}</option>" for result in results),
+        gallery="\n".join(cards),
+    )
+    (run / "report.html").write_text(page)
+    return run / "report.html"
+
+
+def _name(result: dict[str, Any]) -> str:
+    return html.escape(f"{result['task']}/{result['set']}")
+
+
+def _curves(run: Path) -> str:
+    """The first panels of the run's curves; "" for a folder that was not trained here."""
+    if not (run / "metrics.jsonl").is_file():
+        return ""
+    images = [f'<img alt="curves" src="{data_uri(image, "image/png")}">' for image in panel_images(run)]
+    heading = f'<h2>Curves</h2>\n<p class="faint">{smoothing().capitalize()}.</p>'
+    return f'{heading}\n<div class="curves">{"".join(images)}</div>'
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    first = results[0]["metric"]
+    ablations = [ablation for ablation in ABLATIONS if any(ablation in result["ablations"] for result in results)]
+    others: dict[str, None] = {}
+    for result in results:
+        others |= dict.fromkeys(result["metrics"])
+    others.pop(first, None)
+    heads = ["set", "samples", words(first), *(WITHOUT[ablation] for ablation in ablations), *map(words, others)]
+    lines = [_row("th", heads)]
+    for result in results:
+        cells = [f'<a href="#answers" data-set="{_name(result)}">{_name(result)}</a>', f"{result['count']:,}"]
+        cells.append(_with_chance(result["value"], result["chance"], _bar(result)))
+        for ablation in ablations:
+            cells.append(_ablation_cell(result, ablation))
+        for name in others:
+            value = result["metrics"].get(name)
+            cells.append("" if value is None else percent(value))
+        lines.append(_row("td", cells))
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _row(tag: str, cells: list[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>\n"
+
+
+def _bar(result: dict[str, Any]) -> str:
+    if result["metric"] in LOWER_IS_BETTER:
+        return ""
+    return f'<span class="bar"><i style="width: {100 * result["value"]:.0f}%"></i></span>'
+
+
+def _with_chance(value: float, chance: float | None, before: str = "", flag: str = "") -> str:
+    below = "" if chance is None else f'<br><span class="faint">chance {percent(chance)}</span>'
+    return f"{before}{percent(value)}{flag}{below}"
+
+
+def _ablation_cell(result: dict[str, Any], ablation: str) -> str:
+    if ablation not in result["ablations"]:
+        return ""
+    value, chance = result["ablations"][ablation], result["ablation_chances"][ablation]
+    is_above = chance is not None and value > bound(chance, result["count"])
+    return _with_chance(value, chance, flag=' <span class="flag">above</span>' if is_above else "")
+
+
+def _cards(run: Path, result: dict[str, Any], data: DataConfig, media_bytes: int) -> list[str]:
+    """A card for each answer of a set that is shown, the worst first. Media stop after ``media_bytes``."""
+    metric = result["metric"]
+    lines = [json.loads(line) for line in (run / result["predictions"]).read_text().splitlines()]
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    lines.sort(key=lambda line: math.inf if line[metric] is None else sign * line[metric])
+    wrong = [line for line in lines if _is_wrong(line, metric)]
+    right = [line for line in lines if not _is_wrong(line, metric)]
+    chosen = [*wrong[: ANSWERS - min(RIGHT, len(right))], *right][:ANSWERS]
+    samples, missing = _samples(result["source"], data, {line["key"] for line in chosen})
+    cards = []
+    for line in chosen:
+        media = f'<p class="faint">{html.escape(missing)}</p>'
+        if line["key"] in samples:
+            media = "".join(_media(samples[line["key"]], data))
+            media_bytes -= len(media)
+            if media_bytes < 0:
+                media = '<p class="faint">media left out: the page would become too large</p>'
+        cards.append(_card(line, metric, _name(result), media))
+    return cards
+
+
+def _is_wrong(line: dict[str, Any], metric: str) -> bool:
+    best = 0 if metric in LOWER_IS_BETTER else 1
+    return line[metric] is not None and line[metric] != best
+
+
+def _samples(source: str, data: DataConfig, keys: set[str]) -> tuple[dict[str, Sample], str]:
+    """(the samples of a set by their keys, why some are not there). A set may have moved since it was evaluated."""
+    found = {}
+    try:
+        for sample in open_samples(source, data):
+            if sample.key in keys:
+                found[sample.key] = sample
+            if len(found) == len(keys):
+                break
+    except (OSError, ValueError) as error:
+        return found, f"{source} cannot be read: {error}"
+    return found, f"{source} no longer holds this sample"
+
+
+def _media(sample: Sample, data: DataConfig) -> Iterator[str]:
+    for content in sample.images:
+        yield _element(image_uri, content, data, '<img class="{kind}" alt="image" loading="lazy" src="{uri}">')
+    for content in sample.videos:
+        yield _element(
+            video_uri, content, data, '<video class="{kind}" controls loop preload="metadata" src="{uri}"></video>'
+        )
+    for content in sample.audios:
+        yield _element(audio_uri, content, data, '<audio controls preload="none" src="{uri}"></audio>')
+
+
+def _element(encode: Callable[[bytes, DataConfig], str], content: bytes, data: DataConfig, form: str) -> str:
+    try:
+        uri = encode(content, data)
+    except ValueError as error:
+        return f'<p class="faint">{html.escape(str(error))}</p>'
+    return form.format(uri=uri, kind="small" if uri.startswith(f"data:{SMALL_IMAGE}") else "")
+
+
+def _card(line: dict[str, Any], metric: str, name: str, media: str) -> str:
+    kind = "wrong" if _is_wrong(line, metric) else "right"
+    value = "no score" if line[metric] is None else f"{words(metric)} {percent(line[metric])}"
+    if line[metric] in (0, 1) and metric not in LOWER_IS_BETTER:
+        value = kind
+    texts = {
+        "question": TAG.sub("", line["question"]).strip(),
+        "truth": " / ".join(line["references"][:3]),
+        "answer": line["prediction"],
+    }
+    rows = "".join(f'<dt>{key}</dt><dd class="{key}">{html.escape(text)}</dd>' for key, text in texts.items())
+    return (
+        f'<article class="{kind}" data-set="{name}"><div class="media">{media}</div><dl>{rows}</dl>'
+        f'<div class="key">{html.escape(line["key"])} · {html.escape(value)}</div></article>'
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a run that was evaluated")
+    print(write_page(parser.parse_args().run))
+
+
+if __name__ == "__main__":
+    run_command(main)
