@@ -263,6 +263,7 @@ class Config:
     kernels: KernelsConfig = may_change(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = may_change(default_factory=CheckpointConfig)
     wandb: WandbConfig = may_change(default_factory=WandbConfig)
+    tensorboard: bool = may_change(False)  # write output_dir/tensorboard, beside metrics.jsonl, which is always written
     debug: DebugConfig = may_change(default_factory=DebugConfig)
 
     def __post_init__(self) -> None:

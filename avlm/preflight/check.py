@@ -9,6 +9,7 @@ from avlm.models.shapes import parameter_shapes
 from avlm.parallel.check import check_layout
 from avlm.process.launch import local_ranks, started_by_torchrun
 from avlm.storage.run_folder import find
+from avlm.training.log import check_log
 from avlm.weights import plan
 
 
@@ -27,3 +28,4 @@ def check(config: Config, world_size: int) -> None:
     for warning in check_data(config):
         print(f"warning: {warning}", file=sys.stderr)
     check_measures(config)
+    check_log(config)

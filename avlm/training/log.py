@@ -1,6 +1,7 @@
-"""What a run reports: metrics.jsonl, console lines and wandb. ``avlm.training.plots`` draws its curves."""
+"""What a run reports: metrics.jsonl, console lines, wandb and TensorBoard. ``avlm.training.plots`` draws its curves."""
 
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -47,12 +48,14 @@ class Log:
         # Compute in float32 is not measured against the bf16 peak.
         is_bf16 = compute_dtype(config.train.precision, world.device) == torch.bfloat16
         self.peak = flops.peak(world.device) if is_bf16 else None
-        self.run = None
+        self.run = self.board = None
         if world.is_first:
             _cut(self.path, first_step)
             self.bar = tqdm(total=config.total_steps, initial=first_step, disable=not sys.stderr.isatty(), unit="step")
             if config.wandb.mode != "disabled":
                 self.run = _wandb_run(config, first_step)
+            if config.tensorboard:
+                self.board = _tensorboard(config, first_step)
 
     def step(self, record: Record, values: Tensor, keys: list[str]) -> None:
         """Note a step; ``values`` float32 (len(KINDS) + 2,): loss sum of each kind, gradient norm, own loss sum."""
@@ -141,6 +144,10 @@ class Log:
         if self.run is not None:
             for record in records:
                 self.run.log(record, step=record["step"])
+        if self.board is not None:
+            for record in records:
+                for name in record.keys() - {"step", "stage"}:
+                    self.board.add_scalar(name, record[name], record["step"])
 
     def _append(self, content: bytes) -> str:
         """Returns "", or why the disk has no room; then the file is as it was."""
@@ -185,6 +192,8 @@ class Log:
                 raise OSError(f"no space left for the last {len(self.unwritten)} lines of {self.path}")
             if self.run is not None:
                 self.run.finish()
+            if self.board is not None:
+                self.board.close()
 
 
 def tally(batches: list[Batch], costs: flops.Costs) -> dict[str, float]:
@@ -222,6 +231,19 @@ def _wandb_run(config: Config, first_step: int) -> Any:
         path.write_text(uuid.uuid4().hex[:8])
     options = {"project": config.wandb.project, "mode": config.wandb.mode, "dir": config.output_dir}
     return wandb.init(**options, id=path.read_text(), resume="allow", config=to_dict(config))
+
+
+def check_log(config: Config) -> None:
+    """ValueError for what the run is to write and cannot."""
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tensorboard=true needs the package tensorboard: pip install tensorboard")
+
+
+def _tensorboard(config: Config, first_step: int) -> Any:
+    """The writer of this run's events. A resumed run hides those that an interrupted one wrote after ``first_step``."""
+    from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+    return SummaryWriter(str(Path(config.output_dir) / "tensorboard"), purge_step=first_step + 1)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """metrics.jsonl survives a crash, and its plot shows every stage."""
 
+import dataclasses
 import json
 import resource
 from types import SimpleNamespace
@@ -9,8 +10,10 @@ import torch
 
 from avlm.storage.run_folder import read_records
 from avlm.training import plots
-from avlm.training.log import Log, _cut
+from avlm.training.log import Log, _cut, check_log
 from tests.parallel.small import make_config, make_rows
+
+WORLD = SimpleNamespace(is_first=True, size=1, device=torch.device("cpu"))
 
 
 def rows(steps):
@@ -47,9 +50,7 @@ def test_blocks_that_a_power_cut_left_empty_are_passed_over(tmp_path):
 
 @pytest.fixture
 def log(tmp_path):
-    cfg = make_config(output_dir=str(tmp_path))
-    world = SimpleNamespace(is_first=True, size=1, device=torch.device("cpu"))
-    return Log(cfg, world, 0)
+    return Log(make_config(output_dir=str(tmp_path)), WORLD, 0)
 
 
 def test_rows_wait_while_the_disk_is_full(log, capsys):
@@ -73,6 +74,26 @@ def test_a_bad_sample_is_named_once_however_often_it_is_read(log, capsys):
     log.skipped(row)
     log.skipped(row)
     assert capsys.readouterr().err == "skipped 2 samples: no picture (a:1, a:2)\n"
+
+
+def test_tensorboard_gets_every_number_and_a_resumed_run_takes_the_place_of_what_it_repeats(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = make_config(output_dir=str(tmp_path), tensorboard=True)
+    for first, values in ((0, {1: 5.0, 2: 4.0, 3: 3.0}), (2, {3: 2.5, 4: 2.0})):
+        log = Log(config, WORLD, first)
+        log.write([{"step": step, "stage": "a", "loss": loss} for step, loss in values.items()])
+        log.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 5.0), (2, 4.0), (3, 2.5), (4, 2.0)]
+
+
+def test_a_missing_tensorboard_is_said_before_ranks_start(monkeypatch):
+    config = make_config(tensorboard=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="tensorboard=true needs the package tensorboard: pip install tensorboard"):
+        check_log(config)
+    check_log(dataclasses.replace(config, tensorboard=False))
 
 
 def test_a_curve_is_drawn_where_its_values_are():
