@@ -13,8 +13,8 @@ from avlm.data.sample import SampleEncoder
 from avlm.data.stream import Stream
 from avlm.data.text.tokenizer import Tokenizer
 
-LOOKED_AT = 200  # samples of each source
-SECONDS = 5.0  # for all sources of a stage
+LOOKED_AT = 100  # samples of each source
+SECONDS = 2.0  # for all sources of a stage
 NAMED = 3  # samples of each reason
 # What differs between samples that are bad for the same reason: numbers, names and paths.
 DETAIL = re.compile(r"'[^']*'|\S*/\S*|\d[\d,.]*")

@@ -92,7 +92,7 @@ class EnergonSamples:
         self.stream = stream
         self.drawn = 0
         self._samples = self._open()
-        self._rows: Iterator[tuple[int, int, Raw]] = iter(())
+        self._rows: Iterator[tuple[int, int, Raw]] | None = None  # until it is started
 
     def __len__(self) -> int:
         return count_samples(Path(self.source), "train")
@@ -103,7 +103,8 @@ class EnergonSamples:
         if info is not None:  # Energon numbers a rank's workers by their process, shifted by this
             WorkerConfig.worker_id_offset = (slot - info.id) % info.num_workers
         self.drawn = state["drawn"]
-        self._samples = self._open()
+        if self._rows is not None:
+            self._samples = self._open()
         if "energon" in state:
             self._samples.restore_state(from_json(state["energon"]))
         self._rows = iter(self._samples)
