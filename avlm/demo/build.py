@@ -13,10 +13,8 @@
 import argparse
 import collections
 import concurrent.futures
-import contextlib
 import ctypes
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -164,18 +162,11 @@ def die_with_parent() -> None:
 
 def prepare(folder: Path) -> None:
     """What `energon prepare` and its questions do.  A test folder is Energon's `val` and `test` at once."""
-    from megatron.energon.flavors import BaseWebdatasetFactory  # a second to import, and only for a build
+    from avlm.data.energon.prepare import prepare as index  # a second to import, and only for a build
 
-    tars = sorted(folder.glob("*.tar"))
-    parts = [("train", ".*")] if folder.name == "train" else [("val", ".*"), ("test", ".*")]
-    with contextlib.redirect_stdout(io.StringIO()):
-        BaseWebdatasetFactory.prepare_dataset(
-            folder, [path.name for path in tars], split_parts_patterns=parts, shuffle_seed=None, workers=1
-        )
-    crude = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
-    (folder / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(crude, sort_keys=False))
+    index(folder, [("train", ".*")] if folder.name == "train" else [("val", ".*"), ("test", ".*")])
     # Energon names each set at random; this name follows from the content.
-    content = hashlib.sha256(b"".join(path.read_bytes() for path in tars)).hexdigest()
+    content = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.tar")))).hexdigest()
     (folder / ".nv-meta" / "index.uuid").write_text(str(uuid.uuid5(uuid.NAMESPACE_OID, content)))
 
 

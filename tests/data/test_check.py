@@ -79,10 +79,13 @@ def test_what_can_be_measured_passes(make, options):
             {"last": "silent.jsonl"},
             r"last: data.train: no sample of .*silent.jsonl can be used; silent.jsonl:1: no media",
         ),
-        ({"last": "raw"}, r"last: data.train: .*raw is no Energon dataset: run `energon prepare .*raw`"),
+        (
+            {"last": "raw"},
+            r"last: data.train: .*raw is no Energon dataset: run python -m avlm.data.shard --prepare .*raw$",
+        ),
         (
             {"last": "held_out"},
-            r"last: data.train: .*held_out has no split 'train' that .*`energon prepare --split-parts`",
+            r"last: data.train: .*held_out has no split 'train' that .*avlm\.data\.shard FILE .*held_out --split train adds one",
         ),
         ({"last": "text.yaml"}, r"last: data.train: .*text.yaml must hold keys and values, not str"),
         ({"last": "torn.yaml"}, r"last: data.train: .*torn.yaml is not valid YAML: while parsing"),

@@ -19,6 +19,7 @@ from megatron.energon import (
     WorkerConfig,
     basic_sample_keys,
     edataclass,
+    errors,
     get_train_dataset,
     get_val_dataset,
     stateless,
@@ -35,6 +36,8 @@ from avlm.data.energon.source import check_source, count_samples
 from avlm.data.energon.state import from_json, to_json
 from avlm.data.sample import Sample, load_json, parse
 from avlm.data.stream import Drawn, Stream
+
+errors.print = lambda *texts, **options: None  # Energon prints what our handler raises
 
 SAMPLES_PER_SLICE = 100  # samples that are read in sequence before the reader jumps to another place of the shards
 # What Energon raises for damaged shards, indexes or blends.
@@ -174,7 +177,7 @@ def open_dataset(source: str, *, train: bool, **settings: Any) -> SavableDataset
         dataset = get_dataset(source, batch_size=None, **settings)
     except (*DAMAGE, TypeError, AttributeError, EmptyDatasetError) as error:
         split = "train" if train else "val"
-        fix = "`energon prepare --split-parts` names one, and so does a blend"
+        fix = f"python -m avlm.data.shard FILE {source} --split {split} adds one"
         raise ValueError(
             f"{source} has no split {split!r} that Energon can read ({fix}): {shown(str(error))}"
         ) from error

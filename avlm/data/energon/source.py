@@ -18,6 +18,7 @@ from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
 
 from avlm.config.load import MAX_BYTES, read_yaml
 from avlm.config.model import shown
+from avlm.config.run import is_json
 
 MAX_PARTS = 10_000  # datasets of a blend
 MAX_SHARDS = 1_000_000  # files that one name with braces stands for
@@ -65,7 +66,7 @@ def _check_folder(folder: Path, splits: str | None) -> None:
     meta = folder / ".nv-meta"
     config = meta / "dataset.yaml"
     if not config.is_file():
-        raise ValueError(f"{folder} is no Energon dataset: run `energon prepare {folder}` (crude)")
+        raise ValueError(f"{folder} is no Energon dataset: {_remedy(folder)}")
     found = _read_yaml(config)
     kind = (found.pop("__module__", None), found.pop("__class__", None))
     if kind != ("megatron.energon", "CrudeWebdataset") or set(found) - {"subflavors"}:
@@ -76,8 +77,19 @@ def _check_folder(folder: Path, splits: str | None) -> None:
     for names in (split_names, [".info.json", ".info.yaml"]):
         present = [meta / name for name in names if (meta / name).is_file()]
         if not present:
-            raise ValueError(f"{meta / names[0]} is missing: run `energon prepare {folder}`")
+            raise ValueError(f"{meta / names[0]} is missing: {_remedy(folder)}")
         _check_meta_file(present[0], folder)
+
+
+def _remedy(folder: Path) -> str:
+    """What to do about a folder that is not prepared."""
+    if any(folder.glob("*.tar")):
+        return f"run python -m avlm.data.shard --prepare {folder}"
+    files = sorted(path for path in folder.iterdir() if is_json(path.name))
+    files.sort(key=lambda path: path.stem != "train")
+    if files:
+        return f"give {files[0]}"
+    return "it holds neither shards (.tar) nor a .json or .jsonl file"
 
 
 def _check_meta_file(file: Path, folder: Path) -> None:
@@ -87,9 +99,7 @@ def _check_meta_file(file: Path, folder: Path) -> None:
     if isinstance(counts, dict):
         for name, count in counts.items():
             if type(count) is not int or not 0 <= count < 2**40:
-                raise ValueError(
-                    f"{file}: {shown(name)} has {shown(repr(count))} samples: run `energon prepare {folder}`"
-                )
+                raise ValueError(f"{file}: {shown(name)} has {shown(repr(count))} samples: {_remedy(folder)}")
     for text in _texts(found):
         if _num_expanded(text) > MAX_SHARDS:
             raise ValueError(f"{file}: {shown(text)!r} stands for more than {MAX_SHARDS:,} files")

@@ -299,8 +299,15 @@ def test_a_damaged_shard_ends_training_and_evaluation_with_one_line(split, tmp_p
 
 def test_unprepared_folders_are_refused_with_the_mend(loader, root):
     (root / "raw").mkdir()
-    with pytest.raises(ValueError, match=r"run `energon prepare .*raw`"):
-        loader("raw")
+    for file, remedy in (
+        ("notes.txt", r"raw is no Energon dataset: it holds neither shards \(\.tar\) nor a \.json or \.jsonl file$"),
+        ("more.jsonl", r"give .*raw/more\.jsonl$"),
+        ("train.jsonl", r"give .*raw/train\.jsonl$"),
+        ("shard_0.tar", r"run python -m avlm\.data\.shard --prepare .*raw$"),
+    ):
+        (root / "raw" / file).touch()
+        with pytest.raises(ValueError, match=remedy):
+            loader("raw")
     with pytest.raises(FileNotFoundError, match="no Energon dataset"):
         loader("nowhere.yaml")
 
