@@ -86,8 +86,8 @@ class DataConfig:
     # weights: {a.jsonl: 3, shards: 1} draws three samples of a.jsonl for each of shards
     validation: dict[str, str] = may_change(default_factory=dict)  # name -> source
     metrics: dict[str, list[str]] = may_change(default_factory=dict)
-    # validation set -> metrics of its answers: exact_match (the default), wer, cer, rouge_l, vqa_accuracy; wer_basic,
-    # wer_english, cer_basic and cer_english fix how text is normalised (avlm.evaluation.scores)
+    # validation set -> metrics of its answers: exact_match (the default), wer, cer, rouge_l, vqa_accuracy, cider;
+    # wer_basic, wer_english, cer_basic and cer_english fix how text is normalised (avlm.evaluation.scores)
     tokenizer: str = ""  # folder with tokenizer.json, or the file
     template: Literal["plain", "llava", "llama3", "chatml", "tokenizer"] = "llama3"  # tokenizer: its own Jinja template
     seq_length: Tokens = 8192  # tokens of a packed row

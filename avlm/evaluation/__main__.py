@@ -2,74 +2,54 @@
 
     torchrun --nproc-per-node 2 -m avlm.evaluation runs/demo --data data/demo
     python -m avlm.evaluation runs/asr --data clean=test.jsonl --metrics wer,cer --step best
+    python -m avlm.evaluation llava-hf/llava-1.5-7b-hf runs/tuned --data vqav2=/data/vqav2 --limit 500
 
-Writes report.json, report.md and report.html into the run folder, and every answer into
-predictions/step_STEP/NAME.jsonl.
+A model is a run of train.py, a checkpoint, an export, or a Hugging Face folder or Hub name, prompted as generate.py
+does it. Several are put side by side in one table. A set is a .json or .jsonl file or an Energon folder under any name,
+or a folder with the files of a public set under its name (avlm/evaluation/public_sets.py), which brings its questions
+and metrics: vqav2, librispeech, valor32k.
+
+Writes report.json, report.md, report.html and every answer into the folder of a run; those of another model into a
+folder of its own there, or into --out. comparison.md has the table of several models.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-import torch
-
-from avlm.config.run import ParallelConfig
-from avlm.evaluation.answers import evaluate, find_sets
-from avlm.evaluation.page import write_page
-from avlm.evaluation.report import percent, report, table, words
-from avlm.evaluation.scores import METRICS, check_names
-from avlm.models.avlm import AVLM
-from avlm.parallel import mesh
-from avlm.parallel.apply import apply_parallel
+from avlm.evaluation.scores import NAMES, check_names
 from avlm.process.exit import run_command
-from avlm.storage.run_folder import find_checkpoint, read_progress
-from avlm.training import checkpoint
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder, or a checkpoint of one")
+    parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument(
         "--data", action="append", required=True, metavar="NAME=SOURCE", help="a set, or a folder of sets"
     )
-    parser.add_argument("--metrics", metavar="NAME,NAME", help=f"of {', '.join(METRICS)}")
-    parser.add_argument("--step", default="latest", help="which checkpoint: a step, best or latest")
+    parser.add_argument("--metrics", metavar="NAME,NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results; needed if no model is a run")
+    parser.add_argument("--step", default="latest", help="which checkpoint of runs: a step, best or latest")
     parser.add_argument("--limit", type=int, help="samples of each set")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="upper bound of an answer's tokens")
+    parser.add_argument("--no-ablations", action="store_true", help="leave out the answers without a modality")
     arguments = parser.parse_args()
-    metrics = None
     if arguments.metrics is not None:
-        metrics = [name.strip() for name in arguments.metrics.split(",")]
-        check_names(metrics, "--metrics")
+        arguments.metrics = [name.strip() for name in arguments.metrics.split(",")]
+        check_names(arguments.metrics, "--metrics")
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit {arguments.limit} leaves no samples")
+    run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from avlm.evaluation.results import Asked  # torch takes seconds, and --help needs none
+    from avlm.evaluation.sets import find_sets
+    from avlm.evaluation.side_by_side import evaluate_all, find_candidates
+
     sets = find_sets(arguments.data)
-    config, path = find_checkpoint(arguments.run, arguments.step)
-    parallel = ParallelConfig()  # any number of ranks
-    world = mesh.start(parallel, mesh.choose_device(config.device))
-    path = world.gather(path)[0]  # the run may continue and save meanwhile
-    with torch.device("meta"):
-        model = AVLM(config.model)
-    apply_parallel(model, world, parallel, config.train)
-    model.requires_grad_(False)  # FSDP needs one dtype among trained parameters, and adapters may have a bf16 base
-    checkpoint.load_model(path, model)
-    run = path.resolve().parents[1]
-    step = read_progress(path).step
-    results = []
-    with torch.no_grad():
-        for name, source in sets.items():
-            options = (metrics, arguments.limit, arguments.max_new_tokens, run, step)
-            result = evaluate(model, name, source, config.stages[-1].data, world, *options)
-            results.append(result)
-            if world.is_first:
-                values = [f"{words(metric)} {percent(value)}" for metric, value in result["metrics"].items()]
-                print(f"{name}: {', '.join(values)} of {result['count']}", flush=True)
-                (run / "report.json").write_text(json.dumps({"step": step, "results": results}, indent=2))
-                (run / "report.md").write_text(report(results))
-    if world.is_first:
-        print(table(results))
-        print(f"with images and sounds: {write_page(run)}")
-    mesh.stop()
+    candidates = find_candidates(arguments.models, arguments.step, arguments.out)
+    asked = Asked(arguments.metrics, arguments.limit, arguments.max_new_tokens, not arguments.no_ablations)
+    evaluate_all(candidates, sets, asked, arguments.out)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import difflib
 
 from avlm.config.run import Config, StageConfig
-from avlm.evaluation.scores import check_names, read_set
+from avlm.evaluation.scores import check_names
+from avlm.evaluation.sets import read_set
 
 
 def check_measures(config: Config) -> None:

@@ -16,15 +16,16 @@ from typing import Any
 
 from avlm.config.load import load_config
 from avlm.config.run import DataConfig
-from avlm.data.loader import open_samples
 from avlm.data.media.browser import SMALL_IMAGE, audio_uri, data_uri, image_uri, video_uri
 from avlm.data.sample import Sample
 from avlm.data.text.pieces import TAG
-from avlm.evaluation.report import ABLATIONS, bound, percent, words
+from avlm.evaluation.report import ABLATIONS, bound, percent, shown, words
 from avlm.evaluation.scores import LOWER_IS_BETTER
+from avlm.evaluation.sets import open_set
 from avlm.process.exit import run_command
 from avlm.storage.model_folder import read_json
 from avlm.training.plots import panel_images, smoothing
+from avlm.weights.load import open_model
 
 ANSWERS = 24  # of a set
 RIGHT = 6  # of them that are right, if there are as many
@@ -48,13 +49,14 @@ def write_page(run: Path) -> Path:
         )
     report = read_json(run / "report.json")
     results = report["results"]
-    data = load_config(run / "config.yaml").stages[-1].data
+    data = _data(run, report)
+    made = report["model"] if report["step"] is None else f"step {report['step']:,}"
     cards = []
     for result in results:
         cards += _cards(run, result, data, MEDIA_BYTES // len(results))
     page = string.Template(TEMPLATE.read_text()).substitute(
         title=html.escape(run.resolve().name),
-        subtitle=f"step {report['step']:,}, {sum(result['count'] for result in results):,} held-out samples",
+        subtitle=f"{html.escape(made)}, {sum(result['count'] for result in results):,} held-out samples",
         curves=_curves(run),
         explanation=EXPLANATION,
         table=_table(results),
@@ -65,6 +67,12 @@ def write_page(run: Path) -> Path:
     )
     (run / "report.html").write_text(page)
     return run / "report.html"
+
+
+def _data(run: Path, report: dict[str, Any]) -> DataConfig:
+    """How the media of the samples are read: by the run, or by the model whose results the folder holds."""
+    config = run / "config.yaml"
+    return load_config(config).stages[-1].data if config.is_file() else open_model(report["model"]).data
 
 
 def _name(result: dict[str, Any]) -> str:
@@ -81,23 +89,33 @@ def _curves(run: Path) -> str:
 
 
 def _table(results: list[dict[str, Any]]) -> str:
-    first = results[0]["metric"]
+    """A row for each set, and one for each kind of samples in it if there are several."""
+    firsts = list(dict.fromkeys(result["metric"] for result in results))
     ablations = [ablation for ablation in ABLATIONS if any(ablation in result["ablations"] for result in results)]
     others: dict[str, None] = {}
     for result in results:
-        others |= dict.fromkeys(result["metrics"])
-    others.pop(first, None)
-    heads = ["set", "samples", words(first), *(WITHOUT[ablation] for ablation in ablations), *map(words, others)]
+        others |= dict.fromkeys(list(result["metrics"])[1:])
+    heads = [
+        "set",
+        "samples",
+        " or ".join(map(words, firsts)),
+        *(WITHOUT[ablation] for ablation in ablations),
+        *map(words, others),
+    ]
     lines = [_row("th", heads)]
     for result in results:
-        cells = [f'<a href="#answers" data-set="{_name(result)}">{_name(result)}</a>', f"{result['count']:,}"]
-        cells.append(_with_chance(result["value"], result["chance"], _bar(result)))
-        for ablation in ablations:
-            cells.append(_ablation_cell(result, ablation))
-        for name in others:
-            value = result["metrics"].get(name)
-            cells.append("" if value is None else percent(value))
-        lines.append(_row("td", cells))
+        name = f'<a href="#answers" data-set="{_name(result)}">{_name(result)}</a>'
+        unit = f" {words(result['metric'])}" if len(firsts) > 1 else ""
+        for part in [result, *result["kinds"]]:
+            cells = [name if part is result else f"... {part['kind']}", f"{part['count']:,}"]
+            score = shown(result["metric"], part["value"]) + unit
+            cells.append(_with_chance(score, result["chance"] if part is result else None, _bar(result, part["value"])))
+            for ablation in ablations:
+                cells.append(_ablation_cell(part, ablation, result["metric"]))
+            for metric in others:
+                value = part["metrics"].get(metric)
+                cells.append("" if value is None or metric == result["metric"] else shown(metric, value))
+            lines.append(_row("td", cells))
     return f"<table>{''.join(lines)}</table>"
 
 
@@ -105,23 +123,25 @@ def _row(tag: str, cells: list[str]) -> str:
     return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>\n"
 
 
-def _bar(result: dict[str, Any]) -> str:
+def _bar(result: dict[str, Any], value: float) -> str:
     if result["metric"] in LOWER_IS_BETTER:
         return ""
-    return f'<span class="bar"><i style="width: {100 * result["value"]:.0f}%"></i></span>'
+    return f'<span class="bar"><i style="width: {min(100, round(100 * value))}%"></i></span>'
 
 
-def _with_chance(value: float, chance: float | None, before: str = "", flag: str = "") -> str:
+def _with_chance(score: str, chance: float | None, before: str = "", flag: str = "") -> str:
     below = "" if chance is None else f'<br><span class="faint">chance {percent(chance)}</span>'
-    return f"{before}{percent(value)}{flag}{below}"
+    return f"{before}{score}{flag}{below}"
 
 
-def _ablation_cell(result: dict[str, Any], ablation: str) -> str:
-    if ablation not in result["ablations"]:
+def _ablation_cell(part: dict[str, Any], ablation: str, metric: str) -> str:
+    if ablation not in part["ablations"]:
         return ""
-    value, chance = result["ablations"][ablation], result["ablation_chances"][ablation]
-    is_above = chance is not None and value > bound(chance, result["count"])
-    return _with_chance(value, chance, flag=' <span class="flag">above</span>' if is_above else "")
+    value, chance = part["ablations"][ablation], part["ablation_chances"][ablation]
+    count = part["ablation_counts"][ablation]
+    is_above = chance is not None and value > bound(chance, count)
+    of = "" if count == part["count"] else f" of {count:,}"
+    return _with_chance(shown(metric, value) + of, chance, flag=' <span class="flag">above</span>' if is_above else "")
 
 
 def _cards(run: Path, result: dict[str, Any], data: DataConfig, media_bytes: int) -> list[str]:
@@ -133,7 +153,7 @@ def _cards(run: Path, result: dict[str, Any], data: DataConfig, media_bytes: int
     wrong = [line for line in lines if _is_wrong(line, metric)]
     right = [line for line in lines if not _is_wrong(line, metric)]
     chosen = [*wrong[: ANSWERS - min(RIGHT, len(right))], *right][:ANSWERS]
-    samples, missing = _samples(result["source"], data, {line["key"] for line in chosen})
+    samples, missing = _samples(result, data, {line["key"] for line in chosen})
     cards = []
     for line in chosen:
         media = f'<p class="faint">{html.escape(missing)}</p>'
@@ -151,11 +171,12 @@ def _is_wrong(line: dict[str, Any], metric: str) -> bool:
     return line[metric] is not None and line[metric] != best
 
 
-def _samples(source: str, data: DataConfig, keys: set[str]) -> tuple[dict[str, Sample], str]:
+def _samples(result: dict[str, Any], data: DataConfig, keys: set[str]) -> tuple[dict[str, Sample], str]:
     """(the samples of a set by their keys, why some are not there). A set may have moved since it was evaluated."""
     found = {}
+    source = result["source"]
     try:
-        for sample in open_samples(source, data):
+        for sample in open_set(result["name"], source, data):
             if sample.key in keys:
                 found[sample.key] = sample
             if len(found) == len(keys):
@@ -186,7 +207,7 @@ def _element(encode: Callable[[bytes, DataConfig], str], content: bytes, data: D
 
 def _card(line: dict[str, Any], metric: str, name: str, media: str) -> str:
     kind = "wrong" if _is_wrong(line, metric) else "right"
-    value = "no score" if line[metric] is None else f"{words(metric)} {percent(line[metric])}"
+    value = "no score" if line[metric] is None else f"{words(metric)} {shown(metric, line[metric])}"
     if line[metric] in (0, 1) and metric not in LOWER_IS_BETTER:
         value = kind
     texts = {

@@ -26,7 +26,13 @@ def bound(chance: float, count: int) -> float:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The results as a Markdown table; an ablation above its bound is marked. All share their first metric."""
+    """The results as Markdown, a table for each first metric; an ablation above its bound is marked. A set of several
+    kinds of samples has a row for each."""
+    firsts = dict.fromkeys(result["metric"] for result in results)
+    return "\n".join(_table_of([result for result in results if result["metric"] == first]) for first in firsts)
+
+
+def _table_of(results: list[dict[str, Any]]) -> str:
     first = results[0]["metric"]
     others: dict[str, None] = {}
     for result in results:
@@ -35,13 +41,36 @@ def table(results: list[dict[str, Any]]) -> str:
     heads = ["task", "set", "samples", words(first), *ABLATIONS, *map(words, others)]
     lines = [_row(heads), "|---" * len(heads) + "|"]
     for result in results:
-        cells = [result["task"], result["set"], str(result["count"]), f"**{percent(result['value'])}**"]
-        for ablation in ABLATIONS:
-            cells.append(_ablation_cell(result, ablation))
-        for name in others:
-            value = result["metrics"].get(name)
-            cells.append("" if value is None else percent(value))
-        lines.append(_row(cells))
+        for part in [result, *result["kinds"]]:
+            kind = f", {part['kind']}" if "kind" in part else ""
+            cells = [result["task"], f"{result['set']}{kind}", str(part["count"]), f"**{shown(first, part['value'])}**"]
+            cells += [_ablation_cell(part, ablation, first) for ablation in ABLATIONS]
+            cells += [shown(name, part["metrics"][name]) if name in part["metrics"] else "" for name in others]
+            lines.append(_row(cells))
+    return "\n".join(lines) + "\n"
+
+
+def comparison(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Models side by side, as Markdown, of model -> its entries, all of the same sets. A row for each metric, and for
+    the first one without each modality; if a set has several kinds of samples, each has its rows."""
+    columns = list(results.values())
+    lines = [_row(["set", "samples", "metric", *results]), "|---" * (3 + len(results)) + "|"]
+    for entries in zip(*columns):
+        name = f"{entries[0]['task']}/{entries[0]['set']}"
+        parts = [(name, list(entries))]
+        for i, kind in enumerate(entries[0]["kinds"]):
+            parts.append((f"{name}, {kind['kind']}", [entry["kinds"][i] for entry in entries]))
+        for label, of_models in parts:
+            first = next(iter(of_models[0]["metrics"]))
+            for metric in of_models[0]["metrics"]:
+                values = [shown(metric, each["metrics"][metric]) for each in of_models]
+                lines.append(_row([label, str(of_models[0]["count"]), words(metric), *values]))
+            for ablation, count in of_models[0]["ablation_counts"].items():
+                values = [
+                    shown(first, each["ablations"][ablation]) if ablation in each["ablations"] else ""
+                    for each in of_models
+                ]
+                lines.append(_row([label, str(count), f"{words(first)}, {ablation}", *values]))
     return "\n".join(lines) + "\n"
 
 
@@ -50,8 +79,9 @@ def report(results: list[dict[str, Any]]) -> str:
     lines = [
         f"# Held-out samples\n\n{table(results)}",
         f"{words(results[0]['metric']).capitalize()} of greedy answers. The columns to its right take away what",
-        "images show, what is heard, or the order of frames. Chance is the best score of someone who knows this very",
-        "set but lacks that modality; (!) marks a value above the one-sided 95 % bound of chance.\n",
+        "images show, what is heard, or the order of frames, from the samples that have it. Chance is the best score",
+        "of someone who knows this very set but lacks that modality; (!) marks a value above the one-sided 95 % bound",
+        "of chance.\n",
         "| set | question | truth | answer |\n|---|---|---|---|",
     ]
     for result in results:
@@ -69,15 +99,21 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _ablation_cell(result: dict[str, Any], ablation: str) -> str:
-    if ablation not in result["ablations"]:
+def shown(metric: str, value: float) -> str:
+    """A share in percent. CIDEr is no share; papers give a hundred times its value too."""
+    return f"{100 * value:.1f}" if metric == "cider" else percent(value)
+
+
+def _ablation_cell(part: dict[str, Any], ablation: str, metric: str) -> str:
+    if ablation not in part["ablations"]:
         return ""
-    value = result["ablations"][ablation]
-    chance = result["ablation_chances"][ablation]
+    value, count = part["ablations"][ablation], part["ablation_counts"][ablation]
+    chance = part["ablation_chances"][ablation]
+    of = "" if count == part["count"] else f" of {count}"
     if chance is None:
-        return percent(value)
-    flag = " (!)" if value > bound(chance, result["count"]) else ""
-    return f"{percent(value)} (chance {percent(chance)}){flag}"
+        return f"{shown(metric, value)}{of}"
+    flag = " (!)" if value > bound(chance, count) else ""
+    return f"{shown(metric, value)}{of} (chance {percent(chance)}){flag}"
 
 
 def words(metric: str) -> str:

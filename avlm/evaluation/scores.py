@@ -3,11 +3,13 @@
     exact_match    1 if the answer equals a reference
     wer, cer       edited words or characters, per word or character of the reference, after normalisation
     rouge_l        F1 of the longest common subsequence of words (Lin 2004), without stemming
+    cider          consensus with the references, weighted by how rare n-grams are (avlm.evaluation.cider); 1 is 100 in
+                   papers, and it may be larger
     vqa_accuracy   min(1, people who gave this answer / 3), averaged over leaving each of ten people out
                    (Antol et al. 2015; visualqa.org/evaluation)
 
-With several references the best-scoring one counts, except for vqa_accuracy. A score is a fraction (part, whole). The
-score of a set is the sum of the parts over the sum of the wholes, so that long transcripts weigh more.
+With several references the best-scoring one counts, except for vqa_accuracy and cider. A score is a fraction (part,
+whole). The score of a set is the sum of the parts over the sum of the wholes, so that long transcripts weigh more.
 
 Normalisation: ``english`` is Whisper's (Radford et al. 2022, appendix C). It writes numbers as joined digits ("three
 five one" is the one word "351"), and drops accents and the vowel signs of other scripts. ``basic`` is Whisper's for
@@ -19,7 +21,6 @@ between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) call for cer, which
 
 import difflib
 import functools
-import itertools
 import math
 import re
 import unicodedata
@@ -30,9 +31,7 @@ import jiwer
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from avlm.config.run import DataConfig
-from avlm.data.loader import open_samples
-from avlm.data.sample import Sample
+from avlm.evaluation import cider
 
 Score = tuple[float, float]
 MANY_WORDS = 100  # one foreign word in this many words of references makes a set foreign
@@ -110,8 +109,9 @@ def vqa_accuracy(answer: str, references: list[str]) -> Score:
 
 
 FIXED_FORMS = (wer_english, wer_basic, cer_english, cer_basic)
-# name -> function of (answer, references)
+# name -> function of (answer, references), for the metrics that look at one sample at a time
 METRICS = {function.__name__: function for function in (exact_match, wer, cer, rouge_l, vqa_accuracy, *FIXED_FORMS)}
+NAMES = [*METRICS, "cider"]  # cider is a function of a whole set
 LOWER_IS_BETTER = ["loss", "wer", "cer"] + [function.__name__ for function in FIXED_FORMS]
 
 
@@ -136,6 +136,15 @@ def scorer(metric: str, pairs: list[tuple[str, list[str]]]) -> Callable[[str, li
     return functools.partial(_with_marks, process)
 
 
+def score_samples(metric: str, answers: list[str | None], references: list[list[str]]) -> list[Score | None]:
+    """The score of each sample of a set, None for one without an answer. The references of all of them choose the form
+    of wer and cer, and weigh the n-grams of cider."""
+    if metric == "cider":
+        return [None if score is None else (score, 1.0) for score in cider.scores(answers, references)]
+    function = scorer(metric, [("", truths) for truths in references])
+    return [None if answer is None else function(answer, truths) for answer, truths in zip(answers, references)]
+
+
 def value(score: Score) -> float | None:
     """The value of one sample; None if its references are empty after normalisation."""
     part, whole = score
@@ -150,40 +159,17 @@ def total(scores: Iterable[Score]) -> float:
 
 
 def check_names(names: list[str], origin: str) -> None:
-    """Raise ValueError for an empty list, and for a name that is no metric, with the nearest one."""
+    """Raise ValueError for an empty list, for a name that is no metric, with the nearest one, and for a metric whose
+    package is not installed."""
     if not names:
-        raise ValueError(f"{origin} names no metric: give some of {', '.join(METRICS)}")
+        raise ValueError(f"{origin} names no metric: give some of {', '.join(NAMES)}")
     for name in names:
-        if name not in METRICS:
-            near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(METRICS)}"
+        if name == "cider":
+            cider.check_installed()
+        if name not in NAMES:
+            near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(NAMES)}"
             raise ValueError(f"{origin} names {name!r}, which is no metric ({hint})")
-
-
-def read_set(source: str, data: DataConfig, metrics: list[str], limit: int | None) -> list[Sample]:
-    """The first ``limit`` samples of a set, each with a question, its answer and the references that the metrics need.
-    ValueError with the key of a sample that lacks one of these, and for an empty set."""
-    samples = list(itertools.islice(open_samples(source, data), limit))
-    if not samples:
-        raise ValueError(f"{source} holds no samples to evaluate")
-    for sample in samples:
-        last = sample.messages[-2:]
-        if [turn["role"] for turn in last] != ["user", "assistant"] or not isinstance(last[-1]["content"], str):
-            raise ValueError(f"{source}, {sample.key}: its last two turns must be a user's and an assistant's text")
-        if not sample.answers and not last[-1].get("learn", True):
-            raise ValueError(
-                f"{source}, {sample.key}: its last turn is marked as not to be learned, so it cannot be a reference"
-            )
-        if "vqa_accuracy" in metrics and len(sample.answers) != VQA_ANSWERS:
-            raise ValueError(
-                f'{source}, {sample.key}: vqa_accuracy needs {VQA_ANSWERS} texts under "answers", '
-                f"one from each person asked, and there are {len(sample.answers) or 'none'}"
-            )
-    return samples
-
-
-def references(sample: Sample) -> list[str]:
-    return sample.answers or [sample.messages[-1]["content"].strip()]
 
 
 def vqa_form(text: str) -> str:

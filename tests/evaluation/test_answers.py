@@ -1,6 +1,7 @@
 """Validation and evaluation: the same forwards on every rank, and ablations that take away what they say."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -16,9 +17,11 @@ from avlm.data.stream import Stream
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation import answers as evaluation
 from avlm.evaluation import scores as text_metrics
-from avlm.evaluation.answers import _chances, _possible_ablations, ablate, evaluate, find_sets
+from avlm.evaluation.answers import ablate
 from avlm.evaluation.report import bound, report, table
+from avlm.evaluation.results import Asked, _chances, evaluate, possible_ablations
 from avlm.evaluation.scores import cer, total
+from avlm.evaluation.sets import find_sets
 from avlm.evaluation.validation import judge, validate
 from avlm.models.avlm import AVLM, init
 from avlm.storage.run_folder import Progress
@@ -156,11 +159,14 @@ MESSAGES = {
 def evaluate_each(cfg, sets):
     """What is said of each set."""
     world, model = build(cfg)
+    data = cfg.stages[0].data
+    encoder = SampleEncoder(model.config, data, Tokenizer(data.tokenizer))
     said = {}
     for name, source in sets.items():
         try:
             with torch.no_grad():
-                evaluate(model, name, source, cfg.stages[0].data, world, [MESSAGES[name][0]], None, 4)
+                asked = Asked([MESSAGES[name][0]], max_new_tokens=4)
+                evaluate(model, encoder, encoder.chat.stop_ids, name, source, world, asked)
         except ValueError as error:
             said[name] = str(error)
     return said
@@ -176,9 +182,11 @@ def test_a_sample_that_cannot_be_answered_or_scored_is_named(cfg, tmp_path):
 def evaluate_two(cfg, output):
     world, model = build(cfg)
     data = cfg.stages[0].data
+    encoder = SampleEncoder(model.config, data, Tokenizer(data.tokenizer))
     with torch.no_grad():
-        default = evaluate(model, "a/b", data.train, data, world, None, None, 4)
-        chosen = evaluate(model, "c", data.train, data, world, ["cer", "wer"], 1, 4, Path(output), 7)
+        ask = functools.partial(evaluate, model, encoder, encoder.chat.stop_ids)
+        default = ask("a/b", data.train, world, Asked(max_new_tokens=4))
+        chosen = ask("c", data.train, world, Asked(["cer", "wer"], 1, 4), Path(output), 7)
     return default, chosen
 
 
@@ -247,9 +255,9 @@ def test_the_audio_of_a_video_can_be_taken_away_if_it_is_encoded(cfg):
     with_audio = dataclasses.replace(data, video=dataclasses.replace(data.video, sound=True))
     loud = [Sample("loud", [], videos=[video_file(1, sound=True)])]
     silent = [Sample("silent", [], videos=[video_file(1)])]
-    assert _possible_ablations(loud, with_audio) == ["no_image", "no_audio", "shuffled"]
-    assert _possible_ablations(silent, with_audio) == ["no_image", "shuffled"]
-    assert _possible_ablations(loud, data) == ["no_image", "shuffled"]
+    assert list(possible_ablations(loud, with_audio)) == ["no_image", "no_audio", "shuffled"]
+    assert list(possible_ablations(silent, with_audio)) == ["no_image", "shuffled"]
+    assert list(possible_ablations(loud, data)) == ["no_image", "shuffled"]
 
 
 def test_a_guesser_stays_below_the_bound_in_95_of_100_sets():
@@ -265,15 +273,20 @@ def test_the_bound_of_a_large_set_is_that_of_the_normal_distribution(chance):
 
 
 def test_the_report_marks_an_ablation_above_its_bound():
-    result = {"task": "caption", "set": "test", "metric": "exact_match", "value": 0.8, "count": 100}
-    result |= {"ablations": {"no_image": 0.4}, "ablation_chances": {"no_image": 0.1}, "metrics": {"exact_match": 0.8}}
+    result = {"task": "caption", "set": "test", "metric": "exact_match", "value": 0.8, "count": 100, "kinds": []}
+    result |= {
+        "ablation_counts": {"no_image": 100},
+        "ablations": {"no_image": 0.4},
+        "ablation_chances": {"no_image": 0.1},
+        "metrics": {"exact_match": 0.8},
+    }
     assert "40.0 % (chance 10.0 %) (!)" in table([result])
     assert "(!)" not in table([result | {"ablations": {"no_image": 0.1}}])
 
 
 def test_a_bar_in_an_answer_does_not_end_its_cell():
     example = {"key": "a", "question": "x|y?", "truth": "a\nb", "answer": "|"}
-    result = {"task": "caption", "set": "test", "metric": "exact_match", "value": 0.8, "count": 100}
+    result = {"task": "caption", "set": "test", "metric": "exact_match", "value": 0.8, "count": 100, "kinds": []}
     result |= {"ablations": {}, "ablation_chances": {}, "metrics": {"exact_match": 0.8}, "chance": None}
     assert "| caption/test | x\\|y? | a b | \\| |" in report([result | {"examples": [example]}])
 
@@ -293,7 +306,15 @@ def test_a_name_stands_for_one_set(tmp_path):
 
 
 def test_the_table_has_a_column_for_each_further_metric_of_any_set():
-    first = {"task": "a", "set": "test", "metric": "exact_match", "value": 0.25, "count": 4, "ablations": {}}
+    first = {
+        "task": "a",
+        "set": "test",
+        "metric": "exact_match",
+        "value": 0.25,
+        "count": 4,
+        "ablations": {},
+        "kinds": [],
+    }
     second = first | {"task": "b", "metrics": {"exact_match": 0.25, "wer": 0.125}}
     head, _, a, b = table([first | {"metrics": {"exact_match": 0.25}}, second]).splitlines()
     assert head == "| task | set | samples | exact match | no_image | no_audio | shuffled | wer |"

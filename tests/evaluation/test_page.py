@@ -29,10 +29,11 @@ def line(key, question, prediction, value, **more):
 def result(name, folder, lines):
     right = sum(each["exact_match"] or 0 for each in lines) / len(lines)
     return {
-        **{"task": name, "set": "test", "source": str(folder / f"{name}.jsonl"), "count": len(lines)},
+        **{"name": name, "task": name, "set": "test", "source": str(folder / f"{name}.jsonl"), "count": len(lines)},
         **{"predictions": f"predictions/{name}.jsonl", "metric": "exact_match", "value": right},
-        **{"metrics": {"exact_match": right}, "chance": 0.25},
-        **{"ablations": {"no_image": 1.0}, "ablation_chances": {"no_image": 0.25}, "examples": []},
+        **{"metrics": {"exact_match": right}, "chance": 0.25, "kinds": [], "examples": []},
+        **{"ablations": {"no_image": 1.0}, "ablation_chances": {"no_image": 0.25}},
+        "ablation_counts": {"no_image": len(lines)},
     }
 
 

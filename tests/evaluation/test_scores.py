@@ -2,24 +2,27 @@
 
 import json
 import math
+from collections import Counter
 
 import jiwer
 import pytest
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from avlm.config.run import DataConfig
+from avlm.evaluation.cider import words
 from avlm.evaluation.scores import (
     LOWER_IS_BETTER,
     METRICS,
+    NAMES,
     check_names,
     english_normalizer,
-    read_set,
-    references,
+    score_samples,
     scorer,
     total,
     value,
     vqa_form,
 )
+from avlm.evaluation.sets import read_set, references
 
 SENTENCES = [
     "Hello, World!",
@@ -209,7 +212,7 @@ def test_references_without_words_have_no_error_rate():
 
 
 def test_an_unknown_metric_is_refused_with_the_nearest():
-    check_names(list(METRICS), "--metrics")
+    check_names(NAMES, "--metrics")
     with pytest.raises(ValueError, match=r"--metrics names 'vqa', which is no metric \(did you mean vqa_accuracy\?\)"):
         check_names(["wer", "vqa"], "--metrics")
     with pytest.raises(ValueError, match=r"which is no metric \(known: exact_match, wer"):
@@ -227,3 +230,67 @@ def test_an_answer_that_is_not_to_be_learned_is_no_reference(tmp_path):
     file.write_text(json.dumps({"messages": turns}))
     with pytest.raises(ValueError, match=r"set\.jsonl:1: its last turn is marked as not to be learned"):
         read()
+
+
+CAPTIONS = [
+    ["A man in black speaks while water runs.", "A man is speaking; water flows."],
+    ["A dog barks, and a car passes by."],
+    ["A girl sings and plays the guitar on the stage.", "A young girl is singing on a stage."],
+    ["A man plays the guitar."],
+]
+
+
+def cider_d(answer: str, references: list[str], corpus: list[list[str]]) -> float:
+    """The formula of Vedantam et al. 2015, section 4, for texts that are words already."""
+
+    def grams(text: str, n: int) -> Counter:
+        words = text.split()
+        return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+    scores = []
+    for n in range(1, 5):
+        in_how_many = Counter(gram for texts in corpus for gram in set().union(*(grams(text, n) for text in texts)))
+        rarity = {gram: math.log(len(corpus) / count) for gram, count in in_how_many.items()}
+        rare = math.log(len(corpus))
+        ours, *others = (
+            {gram: count * rarity.get(gram, rare) for gram, count in grams(text, n).items()}
+            for text in (answer, *references)
+        )
+        norm = lambda vector: math.sqrt(sum(x * x for x in vector.values()))
+        for reference, theirs in zip(references, others):
+            dot = sum(min(x, theirs.get(gram, 0)) * theirs.get(gram, 0) for gram, x in ours.items())
+            length = len(answer.split()) - len(reference.split())
+            cosine = dot / (norm(ours) * norm(theirs)) if norm(ours) * norm(theirs) else 0.0
+            scores.append(10 * cosine * math.exp(-(length**2) / (2 * 6**2)) / len(references))
+    return sum(scores) / 4
+
+
+def test_cider_is_that_of_its_paper():
+    answers = [
+        "A man speaks while water runs!",
+        "a dog barks",
+        "A girl plays the guitar on the stage, singing.",
+        "a car",
+    ]
+    plain = lambda text: text.lower().translate(str.maketrans("", "", ".,;!"))
+    corpus = [[plain(text) for text in texts] for texts in CAPTIONS]
+    found = score_samples("cider", answers, CAPTIONS)
+    expected = [cider_d(plain(answer), texts, corpus) for answer, texts in zip(answers, corpus)]
+    assert [score for score, _ in found] == pytest.approx(expected) and min(expected[:3]) > 0.5
+    assert total(found) == pytest.approx(sum(expected) / 4), "every sample weighs the same"
+    some = score_samples("cider", [None, *answers[1:3], None], CAPTIONS)
+    assert some == [None, *found[1:3], None], "the references of the whole set weigh the words"
+    same = score_samples("cider", [texts[0] for texts in CAPTIONS], [texts[:1] for texts in CAPTIONS])
+    assert same[1][0] == pytest.approx(10.0), "the reference itself"
+    with pytest.raises(ValueError, match="there is only one"):
+        score_samples("cider", ["a"], [["a"]])
+
+
+def test_captions_are_cut_into_the_words_of_the_penn_treebank():
+    assert words('He said: "don\'t stop (now)" -- T-shirts, $5...') == "he said do n't stop now t-shirts $ 5"
+
+
+def test_a_metric_whose_package_is_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"cider needs the package pycocoevalcap .*: pip install pycocoevalcap==1\.2"):
+        check_names(["wer", "cider"], "--metrics")

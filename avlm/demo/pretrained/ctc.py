@@ -27,8 +27,8 @@ from avlm.config.run import Config
 from avlm.data.loader import open_loader
 from avlm.data.stream import Stream
 from avlm.data.text.tokenizer import Tokenizer
-from avlm.evaluation.answers import find_sets
 from avlm.evaluation.scores import scorer, total
+from avlm.evaluation.sets import find_sets
 from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch
 from avlm.process.exit import run_command
