@@ -31,6 +31,7 @@ ANSWERS = 24  # of a set
 RIGHT = 6  # of them that are right, if there are as many
 MEDIA_BYTES = 24 * 10**6  # as base64, shared evenly by the sets
 TEMPLATE = Path(__file__).with_suffix(".html")
+MOST_CIDER = 10 - 1e-6  # that of a caption equal to its references, but for rounding
 WITHOUT = {"no_image": "images grey", "no_audio": "sound silent", "shuffled": "frames in random order"}
 EXPLANATION = """
 <p class="faint">The score is that of greedy answers. The columns to its right ask the same questions with something
@@ -49,6 +50,8 @@ def write_page(run: Path) -> Path:
         )
     report = read_json(run / "report.json")
     results = report["results"]
+    if not all({"name", "source", "predictions", "kinds"} <= result.keys() for result in results):
+        raise ValueError(f"{run / 'report.json'} is of an earlier version: evaluate the run again")
     data = _data(run, report)
     made = report["model"] if report["step"] is None else f"step {report['step']:,}"
     cards = []
@@ -167,8 +170,12 @@ def _cards(run: Path, result: dict[str, Any], data: DataConfig, media_bytes: int
 
 
 def _is_wrong(line: dict[str, Any], metric: str) -> bool:
-    best = 0 if metric in LOWER_IS_BETTER else 1
-    return line[metric] is not None and line[metric] != best
+    """Whether a better score was possible. That of an answer without a score is not known."""
+    if line[metric] is None:
+        return False
+    if metric in LOWER_IS_BETTER:
+        return line[metric] > 0
+    return line[metric] < (MOST_CIDER if metric == "cider" else 1)
 
 
 def _samples(result: dict[str, Any], data: DataConfig, keys: set[str]) -> tuple[dict[str, Sample], str]:
@@ -208,7 +215,7 @@ def _element(encode: Callable[[bytes, DataConfig], str], content: bytes, data: D
 def _card(line: dict[str, Any], metric: str, name: str, media: str) -> str:
     kind = "wrong" if _is_wrong(line, metric) else "right"
     value = "no score" if line[metric] is None else f"{words(metric)} {shown(metric, line[metric])}"
-    if line[metric] in (0, 1) and metric not in LOWER_IS_BETTER:
+    if metric == "exact_match":
         value = kind
     texts = {
         "question": TAG.sub("", line["question"]).strip(),

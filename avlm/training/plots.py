@@ -157,12 +157,11 @@ def _throughput(axes: Axes, steps: list[Record], records: list[Record]) -> None:
 
 def _shares(axes: Axes, steps: list[Record], records: list[Record]) -> None:
     """Solid: tokens of the rows by modality. Dashed, projectors dotted: FLOPs by module."""
-    for name in _names(steps, "tokens/"):
-        _curve(axes, steps, name, name, percent=True, of="tokens")
-    for name in _names(steps, "flops/"):
+    for name in [*_names(steps, "tokens/"), *_names(steps, "flops/")]:
         if any(record.get(name) for record in steps):
-            style = ":" if name.endswith("_projector") else "--"
-            _curve(axes, steps, name, name, percent=True, of="flops", style=style)
+            of = name.partition("/")[0]
+            style = "-" if of == "tokens" else ":" if name.endswith("_projector") else "--"
+            _curve(axes, steps, name, name, percent=True, of=of, style=style)
     axes.set(ylabel="%", ylim=(0, 100), title="share of tokens and of FLOPs")
 
 

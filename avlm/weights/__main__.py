@@ -86,7 +86,7 @@ def summary(folder: str, format: str, tensors: Mapping[str, Lazy], base: Base | 
     elif format in door.FORMATS:
         load = f"transformers.{door.FORMATS[format].CLASS}.from_pretrained({folder!r})"
     else:
-        load = f"python generate.py {folder}"
+        load = f"avlm.load({folder!r})"
     kind = f"adapters of a {base.format}" if base else f"format {format}"
     return f"wrote {folder}: {kind}, {len(tensors)} tensors in {' and '.join(dtypes)}, {size:,.1f} MB\nload it: {load}"
 

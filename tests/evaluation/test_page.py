@@ -131,3 +131,6 @@ def test_the_page_is_bounded_and_says_what_it_leaves_out(run, monkeypatch):
 def test_a_folder_without_a_report_is_told_the_command_that_makes_one(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no report.json: python -m avlm.evaluation .* --data"):
         write_page(tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps({"step": 1, "results": [{"task": "a", "set": "test"}]}))
+    with pytest.raises(ValueError, match="is of an earlier version: evaluate the run again"):
+        write_page(tmp_path)

@@ -138,10 +138,10 @@ def test_the_plot_shows_three_panels_or_all_and_names_what_is_no_run(tmp_path, m
     assert labels[1:3] == [["val/x/exact_match"], ["val/x/wer"]]
     assert labels[3] == ["learning rate", "gradient norm"]
     assert labels[4] == ["tokens/s without padding", "wait for data", "padding"]
-    assert labels[5] == ["tokens/audio", "tokens/image", "flops/vision"]
+    assert labels[5] == ["tokens/image", "flops/vision"]
     assert [axes.get_title() for axes in few] == [axes.get_title() for axes in every[:3]]
     colour = {line.get_label(): line.get_color() for axes in every for line in axes.lines}
-    assert colour["image"] == colour["tokens/image"] == colour["flops/vision"] != colour["tokens/audio"]
+    assert colour["image"] == colour["tokens/image"] == colour["flops/vision"] != colour["all"]
     assert colour["val/x"] == colour["val/x/exact_match"] == colour["val/x/wer"]
     for axes in every:  # no legend lies on the data
         assert axes.get_legend().get_window_extent().y1 <= axes.get_window_extent().y0

@@ -148,7 +148,7 @@ def test_what_is_written_what_it_lacks_and_how_it_loads_is_said(tmp_path, monkey
     command(monkeypatch, run, tmp_path / "whole")
     wrote, load = capsys.readouterr().out.splitlines()
     assert "whole: format avlm, " in wrote and " in bfloat16, " in wrote
-    assert load == f"load it: python generate.py {tmp_path / 'whole'}"
+    assert load == f"load it: avlm.load('{tmp_path / 'whole'}')"
 
 
 def test_adapters_stay_as_they_are_stored_unless_a_dtype_is_asked_for(tmp_path, monkeypatch):
