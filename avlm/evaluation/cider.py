@@ -19,10 +19,8 @@ def check_installed() -> None:
 
 
 def scores(answers: list[str | None], references: list[list[str]]) -> list[float | None]:
-    """Of each sample of a set, None for one without an answer. ValueError for a single sample: no n-gram of its
-    references is rarer than another."""
-    if len(references) < 2:
-        raise ValueError("cider compares a sample with the others of its set, and there is only one")
+    """Of each sample of a set, None for one without an answer. All are 0 for a single sample, none of whose n-grams is
+    rarer than another."""
     check_installed()
     from pycocoevalcap.cider.cider import Cider  # an optional package
 

@@ -43,6 +43,8 @@ def read_set(source: str, data: DataConfig, metrics: list[str], limit: int | Non
     samples = list(itertools.islice(open_set(name, source, data), limit))
     if not samples:
         raise ValueError(f"{source} holds no samples to evaluate")
+    if "cider" in metrics and len(samples) == 1:
+        raise ValueError(f"{source}: cider compares samples of a set with each other, and this is only one")
     for sample in samples:
         last = sample.messages[-2:]
         if [turn["role"] for turn in last] != ["user", "assistant"] or not isinstance(last[-1]["content"], str):

@@ -81,8 +81,8 @@ def _folder_names(names: list[str]) -> dict[str, str]:
 
 
 def evaluate_all(candidates: list[Candidate], sets: dict[str, str], asked: Asked, out: Path | None) -> None:
-    """Writes each model's report and answers. Prints its table, and that of all models, which comparison.md next to
-    the last one's report holds, or the folder ``out``."""
+    """Writes each model's report and answers. Prints its table, and that of all models, which is comparison.md in
+    ``out``, by default in the folder of the first run."""
     device = next((each.device for each in candidates if each.step is not None), "auto")
     world = mesh.start(ParallelConfig(), mesh.choose_device(device))  # any number of ranks
     results = {}
@@ -91,8 +91,9 @@ def evaluate_all(candidates: list[Candidate], sets: dict[str, str], asked: Asked
         results[candidate.name] = _evaluate_one(candidate, sets, asked, world)
     if world.is_first and len(candidates) > 1:
         text = comparison(results)
-        (out or candidates[-1].folder).joinpath("comparison.md").write_text(text)
-        print(text)
+        home = out or next(each.folder for each in candidates if each.step is not None)
+        (home / "comparison.md").write_text(text)
+        print(f"{text}\nwritten to {home / 'comparison.md'}")
     mesh.stop()
 
 

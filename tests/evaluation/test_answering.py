@@ -155,10 +155,13 @@ def test_a_chat_reads_a_pipe_to_its_end(exported):
     assert "> hello\n" in result.stdout and "> you?\n" in result.stdout and result.stderr == ""
 
 
-def test_help_and_the_package_are_there_without_torch():
+@pytest.mark.parametrize(
+    "run", ["path('generate.py', run_name='__main__')", "module('avlm.evaluation', run_name='__main__')"]
+)
+def test_help_and_the_package_are_there_without_torch(run):
     """torch takes seconds to import."""
-    script = "import sys, runpy, avlm\nassert 'torch' not in sys.modules\nsys.argv[1:] = ['--help']\n"
-    script += "try: {}\nexcept SystemExit: assert 'torch' not in sys.modules"
-    commands = ["runpy.run_path('generate.py', run_name='__main__')"]
-    for each in commands:
-        subprocess.run([sys.executable, "-c", script.format(each)], cwd=ROOT, check=True, capture_output=True)
+    script = "import sys, runpy, avlm\nsys.argv[1:] = ['--help']\n"
+    script += f"try: runpy.run_{run}\nexcept SystemExit: assert 'torch' not in sys.modules\nelse: raise AssertionError"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout

@@ -61,7 +61,8 @@ def test_a_base_model_and_a_run_are_put_side_by_side(base, tuned, tmp_path):
         [own] = load(model, device="cpu").answers(["hello?"], max_new_tokens=8)
         assert json.loads(line)["prediction"] == own.strip()
     text = (tuned / "comparison.md").read_text()
-    assert text in result.stdout and f"| set | samples | metric | {base} | {tuned} |" in text
+    assert f"{text}\nwritten to {tuned / 'comparison.md'}" in result.stdout
+    assert f"| set | samples | metric | {base} | {tuned} |" in text
     assert [row.split(" | ")[2] for row in text.splitlines()[2:]] == ["exact match", "cer"]
 
 
