@@ -36,7 +36,9 @@ from avlm.process.exit import listen, run_command
 from avlm.process.launch import ranks
 from avlm.storage.run_folder import Progress, claim, find, read_progress, write_durably
 from avlm.training import checkpoint, flops, optimizer
-from avlm.training.log import Log, describe, tally
+from avlm.training.console import describe, describe_length
+from avlm.training.epochs import Epoch, measure, with_steps
+from avlm.training.log import Log, tally
 from avlm.training.resume import check_resume
 from avlm.weights.load import init_weights
 from avlm.weights.model_from import open_config
@@ -85,6 +87,7 @@ def run_stage(
     saver: checkpoint.Saver,
     progress: Progress,
     resume_from: Path | None,
+    epoch: Epoch | None,
     stopping: list[int],
 ) -> Progress:
     """Train one stage from where ``progress`` stands to the end of the stage, or until the run has to stop."""
@@ -103,7 +106,10 @@ def run_stage(
         loader = open_loader(stream, loader_state)
     rows = world.share_rows(loader)
     costs = flops.costs(cfg.model, stage, cfg.train.recompute)
+    rows_per_step = world.data_size * cfg.train.accumulate
     log.message(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(trained)}")
+    for line in describe_length(stage, epoch, rows_per_step):
+        log.message(line)
     log.restart_clock()
 
     # 2. Steps.
@@ -128,6 +134,8 @@ def run_stage(
         progress = progress.after_step(read, skipped)
         record = {"step": progress.step, "stage": stage.name, "lr": lr, "data_seconds": waited}
         record |= {"skipped_samples": progress.skipped, **counts}
+        if epoch is not None:
+            record["epoch"] = epoch.of_steps(progress.stage_step, rows_per_step)
         log.step(record, values, [key for batch in batches for key in batch.keys])
         check_skipped(progress.read, progress.skipped, stage.data.max_bad_fraction)
 
@@ -164,7 +172,9 @@ def main(cfg: Config) -> None:
     agreement.check_start(world, dump_config(cfg))
     lock = claim(cfg, world)
     resume_from, note = world.gather(find(cfg))[0]
-    check_resume(cfg, resume_from)
+    epochs = world.gather(measure(cfg) if world.is_first else None)[0]
+    cfg = with_steps(cfg, epochs, world.data_size, resume_from)
+    changes = check_resume(cfg, resume_from)
     world.barrier()
     run = Path(cfg.output_dir)
     if world.is_first:
@@ -185,6 +195,8 @@ def main(cfg: Config) -> None:
     if resume_from:
         checkpoint.load_model(resume_from, model)
         log.message(f"{note}resuming {resume_from.name} at step {progress.step} of {cfg.total_steps}")
+        for line in changes:
+            log.message(line)
     else:
         for loaded in init_weights(model, world.gather(pinned(cfg.init_from))[0], cfg.seed):
             log.message(str(loaded))
@@ -197,12 +209,13 @@ def main(cfg: Config) -> None:
     while progress.stage < len(cfg.stages):
         steps = cfg.stages[progress.stage].steps
         if progress.stage_step < steps:
-            progress = run_stage(model, cfg, world, log, saver, progress, resume_from, stopping)
+            epoch = epochs[progress.stage]
+            progress = run_stage(model, cfg, world, log, saver, progress, resume_from, epoch, stopping)
         if progress.stage_step < steps or progress.step == cfg.train.stop_after:
             break
         progress = replace(progress, stage=progress.stage + 1, stage_step=0)
         resume_from = None
-    log.close()
+    log.close(progress)
     stopped_by = max(world.gather(max(stopping, default=0)))
     mesh.stop()
     if lock is not None:

@@ -52,6 +52,8 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 def resolve_config(tree: dict[str, Any], origin: str) -> Config:
     """Check a parsed tree. The run's ``optimizer`` and ``data`` are the defaults of every stage."""
     resolved = {key: value for key, value in tree.items() if key not in SHARED}
+    if isinstance(tree.get("resume"), str):
+        resolved["resume"] = {"checkpoint": tree["resume"]}
     stages = tree.get("stages")
     if isinstance(stages, list) and len(stages) <= 1000:
         resolved["stages"] = [_with_defaults(stage, tree) for stage in stages]

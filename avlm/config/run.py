@@ -3,7 +3,7 @@
 The model's part is ``avlm.config.model``. Fields stand in the order of their importance; every number has its range.
 """
 
-from dataclasses import MISSING, field
+from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -139,6 +139,19 @@ class OptimizerConfig:
 
 
 @config
+class ResumeConfig:
+    """``resume: auto`` is short for ``resume: {checkpoint: auto}``."""
+
+    checkpoint: str = "auto"  # auto: the newest complete one of output_dir; never; or a checkpoint folder
+    allow: list[str] = field(default_factory=list)  # keys of the optimizer that may change, such as optimizer.lr
+
+    def __post_init__(self) -> None:
+        known = [f"optimizer.{each.name}" for each in fields(OptimizerConfig)]
+        for key in self.allow:
+            require(key in known, f"allow names {shown(key)}, and only these may change: {', '.join(known)}")
+
+
+@config
 class StageConfig:
     """A stretch of training. ``optimizer`` and ``data`` hold the keys that differ from the run's own.
 
@@ -147,7 +160,8 @@ class StageConfig:
     """
 
     name: str
-    steps: Count
+    steps: Whole = 0  # 0: those that epochs take
+    epochs: Positive | None = may_change(None)  # passes over the samples of data.train, if steps are not given
     optimizer: OptimizerConfig
     data: DataConfig
     train: Annotated[list[Part], Field(min_length=1)] | None = None
@@ -160,6 +174,7 @@ class StageConfig:
     prevent_freeze_params: list[str] = field(default_factory=list)  # regular expressions: these train after all
 
     def __post_init__(self) -> None:
+        require(self.steps > 0 or self.epochs is not None, "missing key steps (or epochs)")
         flags = [flag for flag in FREEZE_FLAGS if getattr(self, flag) is not None]
         if self.train is not None and flags:
             raise ValueError(f"train and {flags[0]} both say what trains: give one of them")
@@ -252,8 +267,7 @@ class Config:
     output_dir: str = may_change()
     model: ModelConfig
     stages: Annotated[list[StageConfig], Field(max_length=1000)]
-    resume: str = may_change("auto")
-    # auto: the newest complete checkpoint of output_dir; never; or a checkpoint folder
+    resume: ResumeConfig = may_change(default_factory=ResumeConfig)
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 1
     device: Literal["auto", "cpu", "cuda"] = may_change("auto")
     deterministic: bool = False  # deterministic kernels: bit-exact resume on a GPU too

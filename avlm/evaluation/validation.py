@@ -11,7 +11,7 @@ from avlm.data.sample import SampleEncoder
 from avlm.data.stream import Stream
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.answers import answers, predictions_path, score
-from avlm.evaluation.scores import LOWER_IS_BETTER
+from avlm.evaluation.scores import LOWER_IS_BETTER, references
 from avlm.evaluation.sets import read_set
 from avlm.models.avlm import AVLM
 from avlm.models.batch import empty_batch
@@ -19,6 +19,7 @@ from avlm.parallel.apply import own_part
 from avlm.parallel.fsdp import reshard
 from avlm.parallel.mesh import World
 from avlm.storage.run_folder import Progress
+from avlm.training.console import answer_lines
 from avlm.training.log import Log
 
 
@@ -33,7 +34,7 @@ def validate(model: AVLM, stage: StageConfig, config: Config, world: World, log:
     for name in stage.data.validation:
         scores = _validate_set(model, name, stage, config, world, log)
         if config.train.validate_answers:
-            scores |= validate_answers(model, name, stage, config, world, step)
+            scores |= validate_answers(model, name, stage, config, world, log, step)
         results |= {f"val/{name}/{metric}": value for metric, value in scores.items()}
     reshard(model)
     return results
@@ -72,15 +73,20 @@ def _validate_set(
 
 
 def validate_answers(
-    model: AVLM, name: str, stage: StageConfig, config: Config, world: World, step: int
+    model: AVLM, name: str, stage: StageConfig, config: Config, world: World, log: Log, step: int
 ) -> dict[str, float]:
-    """metric -> its value on the first samples of a validation set, as training reports it. Writes the answers."""
+    """metric -> its value on the first samples of a validation set, as training reports it. Writes the answers, and
+    shows a few."""
     train, data = config.train, stage.data
     metrics = data.metrics.get(name, ["exact_match"])
     samples = read_set(data.validation[name], data, metrics, train.validate_answers)
     encoder = SampleEncoder(model.config, data, Tokenizer(data.tokenizer))
     given = answers(model, samples, encoder, world, max_new_tokens=train.validate_new_tokens)
-    return score(given, samples, metrics, world, predictions_path(config.output_dir, step, name))
+    path = predictions_path(config.output_dir, step, name)
+    scores = score(given, samples, metrics, world, path)
+    for line in answer_lines(samples, given, [references(sample) for sample in samples], path):
+        log.message(line)
+    return scores
 
 
 def judge(progress: Progress, results: dict[str, float], best: str | None) -> Progress:

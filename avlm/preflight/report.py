@@ -5,25 +5,35 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from avlm.config.load import resolve_config, to_dict
 from avlm.config.run import Config, StageConfig
 from avlm.models.freezing import trained_names
 from avlm.models.shapes import Shapes, parameter_shapes
 from avlm.parallel import mesh
+from avlm.parallel.apply import compute_dtype
 from avlm.parallel.check import check_layout
 from avlm.preflight import memory
 from avlm.preflight.check import check
 from avlm.preflight.layout import layout_of
 from avlm.preflight.memory import GIB, MIB
+from avlm.training.console import describe_length
+from avlm.training.epochs import measure, with_steps
 
 
 def report(config: Config, world_size: int) -> str:
     """The checks, then the tokens and the estimated memory of each stage as text (``avlm.preflight.memory``)."""
     check(config, world_size)
     layout = layout_of(config, world_size)
+    data_ranks = layout.replicate * layout.shard
+    epochs = measure(config)
+    config = with_steps(config, epochs, data_ranks)
     lines = []
-    for stage in config.stages:
-        lines += [*_stage_lines(config, stage, world_size), ""]
+    for stage, epoch in zip(config.stages, epochs):
+        lines += _stage_lines(config, stage, world_size)
+        lines += [f"  {line}" for line in describe_length(stage, epoch, data_ranks * config.train.accumulate)]
+        lines.append("")
     axes = zip(("replicate", "shard", "context", "tensor"), mesh.sizes(config.parallel, world_size))
     shape = " x ".join(f"{axis} {size}" for axis, size in axes)
     dtype = str(layout.dtype).removeprefix("torch.")
@@ -31,8 +41,17 @@ def report(config: Config, world_size: int) -> str:
         f"{world_size} ranks ({shape}), compute in {dtype}. Assumed: every token has a target, rows are full of images "
         "or of audio.",
         "CUDA, NCCL and fragmentation take some GiB a rank on top.",
+        *_this_machine(config),
     ]
     return "\n".join(lines)
+
+
+def _this_machine(config: Config) -> list[str]:
+    """What a run here would do differently from the GPU that ``device: auto`` stands for."""
+    if config.device != "auto" or torch.cuda.is_available():
+        return []
+    here = str(compute_dtype(config.train.precision, torch.device("cpu"))).removeprefix("torch.")
+    return [f"This machine has no GPU: a run on its CPUs would compute in {here}, and the estimate is for a GPU."]
 
 
 def _stage_lines(config: Config, stage: StageConfig, world_size: int) -> list[str]:
@@ -97,6 +116,7 @@ def check_memory(config: Config, world_size: int, device_memory_gib: float) -> N
     needs = _needs(config, world_size)
     stage, most = max(needs.items(), key=lambda item: item[1])
     if most <= device_memory_gib:
+        print(f"It fits: at most {most:.2f} GiB a rank, of {device_memory_gib:g}.")
         return
     settings, least = _fit(config, world_size, device_memory_gib)
     if settings:

@@ -64,10 +64,11 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
 def find(config: Config) -> tuple[Path | None, str]:
     """The checkpoint that ``resume`` asks for, and a note on half-written ones that were passed over."""
-    if config.resume == "never":
+    wanted = config.resume.checkpoint
+    if wanted == "never":
         return None, ""
-    if config.resume != "auto":
-        path = Path(config.resume)
+    if wanted != "auto":
+        path = Path(wanted)
         if not (path / MARKER).is_file():
             raise FileNotFoundError(f"resume={path} is not a complete checkpoint (it has no file named {MARKER!r})")
         later = [other.name for other in complete_checkpoints(Path(config.output_dir)) if other.name > path.name]

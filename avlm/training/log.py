@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from avlm.config.load import to_dict
 from avlm.config.model import counted
 from avlm.config.run import Config
 from avlm.data.bad_samples import by_reason
-from avlm.models.avlm import AVLM
 from avlm.models.batch import KINDS, PLACEHOLDERS, Batch
 from avlm.models.costs import counts
 from avlm.parallel.apply import compute_dtype
@@ -28,6 +27,7 @@ from avlm.parallel.mesh import World
 from avlm.process.exit import NonFiniteLoss
 from avlm.storage.run_folder import Progress, Record, read_records
 from avlm.training import flops
+from avlm.training.console import ending, step_line
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -42,7 +42,10 @@ class Log:
         self.records: list[Record] = []  # of steps that are not fetched yet
         self.values: list[Tensor] = []  # what ``train_step`` returned, for each record
         self.keys: list[list[str]] = []  # sample keys of this rank, for each record
-        self.timed_from = time.perf_counter()
+        self.first_step = first_step
+        self.last_step = min(config.train.stop_after or config.total_steps, config.total_steps)
+        self.started = self.timed_from = time.perf_counter()
+        self.training_since: float | None = None  # after initialisation
         self.unwritten: list[Record] = []  # while the disk is full
         self.bad: set[str] = set()  # keys of skipped samples that have been named
         # Compute in float32 is not measured against the bf16 peak.
@@ -110,10 +113,10 @@ class Log:
         record["memory_gib"] = _peak_memory(self.world.device) / 2**30
 
     def _line(self, record: Record) -> str:
-        mfu = f"  mfu {record['mfu']:.1%}" if self.peak else ""
-        place = f"step {record['step']}/{self.config.total_steps} {record['stage']}"
-        losses = f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}"
-        return f"{place}  {losses}  {record['tokens_per_second']:,.0f} tokens/s{mfu}"
+        done = record["step"] - self.first_step
+        elapsed = time.perf_counter() - (self.training_since or self.started)
+        left = (self.last_step - record["step"]) * elapsed / done
+        return step_line(record, self.config.total_steps, elapsed, left)
 
     def validation(self, progress: Progress, stage: str, results: dict[str, float]) -> None:
         """Write and show what validation found after a step."""
@@ -126,6 +129,7 @@ class Log:
     def restart_clock(self) -> None:
         """Leave what happened since the last flush (initialisation, validation, saving) out of the next steps' time."""
         self.timed_from = time.perf_counter()
+        self.training_since = self.training_since or self.timed_from
 
     def write(self, records: list[Record]) -> None:
         """Append records and put them on disk. While the disk is full they wait for the next ones."""
@@ -185,7 +189,11 @@ class Log:
             if error.errno != errno.EIO:  # a terminal that was closed: its own signal ends the run
                 raise
 
-    def close(self) -> None:
+    def close(self, progress: Progress) -> None:
+        """Say where the run ended, and close what is open."""
+        seconds = time.perf_counter() - self.started
+        for line in ending(self.config, progress, progress.step > self.first_step, seconds):
+            self.message(line)
         if self.world.is_first:
             self.bar.close()
             if self.unwritten:
@@ -259,13 +267,3 @@ def _cut(path: Path, step: int) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(record) + "\n" for record in records if record["step"] <= step))
     partial.rename(path)
-
-
-def describe(model: AVLM) -> str:
-    """One line with the number of parameters of every module."""
-
-    def count(module: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters())
-
-    parts = ", ".join(f"{name} {count(module):,}" for name, module in model.named_children())
-    return f"{count(model):,} parameters: {parts}"

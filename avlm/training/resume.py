@@ -1,4 +1,4 @@
-"""What may change between a run and its resume: the fields that ``avlm.config.run`` marks, and nothing else."""
+"""What may change between a run and its resume: the fields that ``avlm.config.run`` marks, and what is asked for."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,28 +10,50 @@ from avlm.config.run import Config
 from avlm.storage.run_folder import complete_checkpoints, read_progress
 
 
-def check_resume(config: Config, checkpoint: Path | None) -> None:
+def check_resume(config: Config, checkpoint: Path | None) -> list[str]:
     """Raise ValueError, naming the key, if a run would continue with a different model, data or stages than it began
-    with; and if a new run would write over the checkpoints of an earlier one."""
+    with; and if a new run would write over the checkpoints of an earlier one.
+
+    Two things may change: the last stage may get more steps, and the optimizer's keys that ``resume.allow`` names.
+    Returns a line for each such change.
+    """
     if checkpoint is None:
         if complete_checkpoints(Path(config.output_dir)):
             raise ValueError(
                 f"{config.output_dir} holds an earlier run: set resume=auto to continue it, or another output_dir"
             )
-        return
+        return []
     stored = load_config(checkpoint.parent.parent / "config.yaml")
+    last = config.stages[-1].name
+    notes = []
     for key, was, wanted in _differences(stored, config):
-        raise ValueError(
-            f"{key} is {wanted!r}, but {checkpoint} was made with {was!r}: set it back, or choose another output_dir"
-        )
+        _, _, option = key.partition(".optimizer.")
+        if key == f"stages.{last}.steps" and wanted > was:
+            notes.append(f"stage {last} grows from {was} to {wanted} steps, and so does its learning rate's schedule")
+        elif option and f"optimizer.{option}" in config.resume.allow:
+            notes.append(f"{key} changes from {was!r} to {wanted!r}, which resume.allow permits")
+        else:
+            raise ValueError(
+                f"{key} is {wanted!r}, but {checkpoint} was made with {was!r}: set it back, "
+                f"{_permission(key, last)}or choose another output_dir"
+            )
     progress = read_progress(checkpoint)
-    steps = [stage.steps for stage in config.stages]
+    steps = [stage.steps for stage in stored.stages]
     fits = progress.stage < len(steps) and progress.stage_step <= steps[progress.stage]
     if not fits or progress.step != sum(steps[: progress.stage]) + progress.stage_step:
         raise ValueError(
             f"{checkpoint} is at step {progress.step}, which is step {progress.stage_step} of stage {progress.stage}: "
             f"the stages have {steps} steps, so it is damaged"
         )
+    return notes
+
+
+def _permission(key: str, last: str) -> str:
+    """How a difference could be permitted."""
+    _, _, option = key.partition(".optimizer.")
+    if option:
+        return f"permit it with resume={{allow: [optimizer.{option}]}}, "
+    return "take more of them, " if key == f"stages.{last}.steps" else ""
 
 
 def _differences(a: Any, b: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

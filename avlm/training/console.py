@@ -1,0 +1,98 @@
+"""What a run says at the terminal, as text: its lengths, steps, answers and end."""
+
+from pathlib import Path
+
+from torch import nn
+
+from avlm.config.model import counted
+from avlm.config.run import Config, StageConfig
+from avlm.data.sample import Sample
+from avlm.models.avlm import AVLM
+from avlm.storage.run_folder import Progress, Record, folder_of
+from avlm.training.epochs import Epoch
+
+MANY = 20  # epochs, above which a warning says so
+SHOWN = 2  # answers of each validation set
+WIDTH = 100  # characters of a question, an answer or a truth
+
+
+def describe(model: AVLM) -> str:
+    """The number of parameters of every module."""
+
+    def count(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    parts = ", ".join(f"{name} {count(module):,}" for name, module in model.named_children())
+    return f"{count(model):,} parameters: {parts}"
+
+
+def describe_length(stage: StageConfig, epoch: Epoch | None, rows_per_step: int) -> list[str]:
+    """What a stage's steps amount to, and a warning if its samples are seen very often."""
+    if epoch is None:
+        return []
+    times = epoch.of_steps(stage.steps, rows_per_step)
+    rows = f"{epoch.num_rows:,.0f}" if epoch.num_rows >= 10 else f"{epoch.num_rows:.1f}"
+    lines = [
+        f"{counted(epoch.num_samples, 'sample')}, about {rows} rows an epoch: {stage.steps} steps of "
+        f"{counted(rows_per_step, 'row')} are {times:.1f} epochs"
+    ]
+    if times > MANY:
+        lines.append(
+            f"warning: stage {stage.name} sees each sample about {times:.0f} times: take fewer steps, or give epochs "
+            "in place of steps"
+        )
+    return lines
+
+
+def step_line(record: Record, total_steps: int, elapsed: float, left: float) -> str:
+    """``elapsed``, ``left``: seconds of the run."""
+    place = f"step {record['step']}/{total_steps} {record['stage']}"
+    losses = f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}"
+    line = f"{place}  {losses}  {record['tokens_per_second']:,.0f} tokens/s"
+    if "mfu" in record:
+        line += f"  mfu {record['mfu']:.1%}"
+    if "epoch" in record:
+        line += f"  epoch {record['epoch']:.2f}"
+    return f"{line}  {clock(elapsed)} elapsed, {clock(left)} left"
+
+
+def answer_lines(samples: list[Sample], answers: list[str], truths: list[list[str]], path: Path) -> list[str]:
+    """The first answers of a validation set next to the truth, and where all of them lie."""
+    lines = []
+    for sample, answer, truth in list(zip(samples, answers, truths, strict=True))[:SHOWN]:
+        media = [("image", sample.images), ("audio", sample.audios), ("video", sample.videos)]
+        held = ", ".join([sample.key, *(counted(len(files), kind) for kind, files in media if files)])
+        question = _short(sample.messages[-2]["content"])
+        lines.append(f"  [{held}] {question} -> {_short(answer)!r}, truth {_short(' / '.join(truth))!r}")
+    return [*lines, f"  all answers: {path}"]
+
+
+def ending(config: Config, progress: Progress, trained: bool, seconds: float) -> list[str]:
+    """The last lines of a run that ends at ``progress``. ``trained``: it did any step in these ``seconds``."""
+    folder = config.output_dir
+    if progress.step < config.total_steps and progress.step != config.train.stop_after:
+        return []
+    if not trained and progress.step == config.total_steps:
+        last = config.stages[-1]
+        return [
+            f"{folder} is finished: all {progress.step} steps were done before. To train longer, give its last stage "
+            f"more: stages.{last.name}.steps={2 * last.steps}"
+        ]
+    media = {"vision": " --image FILE", "audio": " --audio FILE"}
+    asked = next((media[tower] for tower in media if tower in config.model.modules), "")
+    return [
+        f"done in {clock(seconds)}: saved to {folder_of(Path(folder), progress.step)}",
+        f'try: python generate.py {folder}{asked} --prompt "..."    or without --prompt, to chat',
+    ]
+
+
+def clock(seconds: float) -> str:
+    """As in 0:07, 12:34, 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= WIDTH else f"{line[:WIDTH]}..."
