@@ -37,7 +37,7 @@ from avlm.process.launch import ranks
 from avlm.storage.run_folder import Progress, claim, find, read_progress, write_durably
 from avlm.training import checkpoint, flops, optimizer
 from avlm.training.console import describe, describe_length
-from avlm.training.epochs import Epoch, measure, with_steps
+from avlm.training.epochs import Epoch, with_steps
 from avlm.training.log import Log, tally
 from avlm.training.resume import check_resume
 from avlm.weights.load import init_weights
@@ -166,13 +166,13 @@ def run_stage(
 
 def main(cfg: Config) -> None:
     # 1. Everything that can be wrong is found before any process group starts. The run folder belongs to one run.
-    check(cfg, world_size=ranks()[1])
+    epochs = check(cfg, world_size=ranks()[1])
     device = mesh.choose_device(cfg.device)
     world = mesh.start(cfg.parallel, device)
     agreement.check_start(world, dump_config(cfg))
     lock = claim(cfg, world)
     resume_from, note = world.gather(find(cfg))[0]
-    epochs = world.gather(measure(cfg) if world.is_first else None)[0]
+    epochs = world.gather(epochs)[0]
     cfg = with_steps(cfg, epochs, world.data_size, resume_from)
     changes = check_resume(cfg, resume_from)
     world.barrier()

@@ -30,6 +30,7 @@ class Look:
     bad: Bad
     looked_at: int
     num_samples: int  # of the whole source
+    lengths: Sequence[int] = ()  # tokens of each sample that is not bad
 
     def lines(self) -> list[str]:
         """One for each reason."""
@@ -52,15 +53,15 @@ def look(stream: Stream) -> list[Look]:
 def _look(source: str, stream: Stream, encoder: SampleEncoder, seconds: float) -> Look:
     samples = open_samples_of(source, stream)
     samples.start(0, {"drawn": 0})
-    bad = []
+    bad, lengths = [], []
     ends = time.monotonic() + seconds
     while samples.drawn < min(LOOKED_AT, len(samples)) and time.monotonic() < ends:
         drawn = samples.draw()
         try:
-            encoded(drawn, encoder)
+            lengths.append(len(encoded(drawn, encoder)))
         except ValueError as error:
             bad.append((drawn.key, str(error)))
-    return Look(source, bad, samples.drawn, len(samples))
+    return Look(source, bad, samples.drawn, len(samples), lengths)
 
 
 def by_reason(bad: Bad) -> list[tuple[str, list[str]]]:

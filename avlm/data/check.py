@@ -15,10 +15,10 @@ from avlm.models.freezing import trained_names
 from avlm.models.shapes import parameter_shapes
 
 
-def check_data(config: Config) -> list[str]:
+def check_data(config: Config) -> list[list[Look]]:
     """Raise ValueError or FileNotFoundError for data sources, tokenizers and rows that cannot be used.
 
-    Returns a warning for each reason for which training will skip samples, found by looking at the first ones.
+    Returns, for each stage, what looking at the first samples of its sources found; nothing for synthetic rows.
     """
     for stage in config.stages:
         for source in [*shares(stage.data.train), *stage.data.validation.values()]:
@@ -27,16 +27,15 @@ def check_data(config: Config) -> list[str]:
         if not all(source.startswith("synthetic") for source in shares(stage.data.train)):
             check_vocabulary(Tokenizer(stage.data.tokenizer), config.model.decoder.vocab_size)
     check_room_for_media(config)
-    warnings: list[str] = []
+    looks: list[list[Look]] = []
     checked: list[DataConfig] = []
     for stage in config.stages:
         data = replace(stage.data, validation={}, metrics={})
-        if data not in checked:
-            warnings += _check_training(config, stage)
-            checked.append(data)
+        looks.append(looks[checked.index(data)] if data in checked else _check_training(config, stage))
+        checked.append(data)
         if config.train.validate_every:
             _check_validation(config, stage)
-    return warnings
+    return looks
 
 
 def count_samples(source: str, data: DataConfig) -> int | None:
@@ -78,21 +77,19 @@ def _check_room(model: ModelConfig, stage: StageConfig) -> None:
             )
 
 
-def _check_training(config: Config, stage: StageConfig) -> list[str]:
+def _check_training(config: Config, stage: StageConfig) -> list[Look]:
     """The training data of a stage, however late it comes, can be opened, and most of its first samples can be used."""
     data = stage.data
     stream = Stream(data.train, data, config.model, rank=0, world=1, seed=config.seed, train=True)
-    warnings = []
     try:
         if isinstance(data.train, str) and not is_json(data.train):
             open_loader(stream)
-        if stream.has_samples:
-            for found in look(stream):
-                _check_look(found, data.max_bad_fraction)
-                warnings += [f"stage {stage.name}: {line}" for line in found.lines()]
+        looks = look(stream) if stream.has_samples else []
+        for found in looks:
+            _check_look(found, data.max_bad_fraction)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"stage {stage.name}: data.train: {error}") from None
-    return warnings
+    return looks
 
 
 def _check_look(found: Look, max_bad_fraction: float) -> None:

@@ -19,15 +19,14 @@ from avlm.preflight.check import check
 from avlm.preflight.layout import layout_of
 from avlm.preflight.memory import GIB, MIB
 from avlm.training.console import describe_length
-from avlm.training.epochs import measure, with_steps
+from avlm.training.epochs import with_steps
 
 
 def report(config: Config, world_size: int) -> str:
     """The checks, then the tokens and the estimated memory of each stage as text (``avlm.preflight.memory``)."""
-    check(config, world_size)
+    epochs = check(config, world_size)
     layout = layout_of(config, world_size)
     data_ranks = layout.replicate * layout.shard
-    epochs = measure(config)
     config = with_steps(config, epochs, data_ranks)
     lines = []
     for stage, epoch in zip(config.stages, epochs):

@@ -1,7 +1,7 @@
 """How long stages are: in steps, rows, and epochs, which are passes over all samples of a source.
 
-How many samples share a row depends on their lengths. It is measured on the first rows that training would read, so
-the epochs of a number of steps, and the steps of a number of epochs, are close estimates.
+How many samples share a row depends on their lengths, which are known of the first ones (``avlm.data.bad_samples``). So
+the epochs of a number of steps, and the steps of a number of epochs, are estimates.
 """
 
 import dataclasses
@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from avlm.config.load import load_config
-from avlm.config.run import Config, DataConfig, shares
-from avlm.data.check import count_samples
-from avlm.data.loader import open_loader
-from avlm.data.stream import Stream
+from avlm.config.run import Config, DataConfig
+from avlm.data.bad_samples import Look
+from avlm.data.packing import select
 
 
 @dataclass(frozen=True)
@@ -26,34 +25,21 @@ class Epoch:
         return steps * rows_per_step / self.num_rows
 
 
-def measure(config: Config) -> list[Epoch | None]:
-    """An epoch of each stage; None for synthetic rows, which have no end."""
-    found: list[Epoch | None] = []
-    measured: list[tuple[DataConfig, Epoch | None]] = []
-    for stage in config.stages:
-        # One worker, in this process; a shuffle buffer would be filled with samples that nobody looks at.
-        data = dataclasses.replace(stage.data, num_workers=0, shuffle_buffer=0, validation={}, metrics={})
-        known = [epoch for other, epoch in measured if other == data]
-        epoch = known[0] if known else _measure(data, config)
-        measured.append((data, epoch))
-        found.append(epoch)
-    return found
-
-
-def _measure(data: DataConfig, config: Config) -> Epoch | None:
-    counts = [count_samples(source, data) for source in shares(data.train)]
-    if not counts or None in counts:
+def epoch_of(data: DataConfig, looks: list[Look]) -> Epoch | None:
+    """An epoch of sources, from the lengths of their first samples; None for synthetic rows, which have no end."""
+    lengths = [length for each in looks for length in each.lengths]
+    if not lengths:
         return None
-    num_samples = sum(counts)
-    stream = Stream(data.train, data, config.model, rank=0, world=1, seed=config.seed, train=True)
-    rows = samples = read = 0
-    for batch in open_loader(stream):
-        if batch.read and read:  # what was read first has come out in rows, but for the last one
-            break
-        rows += 1
-        read += batch.read
-        samples += len(batch.keys) + len(batch.skipped)
-    return Epoch(num_samples, num_samples * rows / max(samples, 1))
+    tokens = 0.0
+    for each in looks:
+        tokens += each.num_samples * sum(each.lengths) / each.looked_at
+    fills = [sum(lengths[i] for i in row) / data.seq_length for row in select(lengths, data.seq_length, data.packing)]
+    fills.remove(min(fills))  # a row that training would pack again, with what follows
+    if fills:
+        fill = sum(fills) / len(fills)
+    else:
+        fill = min(1.0, data.packing_buffer * sum(lengths) / len(lengths) / data.seq_length)
+    return Epoch(sum(each.num_samples for each in looks), tokens / (fill * data.seq_length))
 
 
 def with_steps(config: Config, epochs: list[Epoch | None], data_ranks: int, resumed: Path | None = None) -> Config:

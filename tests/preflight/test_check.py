@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from avlm.config.load import dump_config, resolve_config
+from avlm.config.run import ResumeConfig
 from avlm.data.check import check_skipped
 from avlm.preflight.check import check
 from avlm.preflight.report import report
@@ -85,7 +86,7 @@ def test_an_older_checkpoint_is_not_resumed_beside_later_ones(saved, tmp_path):
     later.mkdir()
     (later / checkpoint.MARKER).touch()
     with pytest.raises(ValueError, match=r"holds later checkpoints \(step_00000009\)"):
-        find(replace(cfg, resume=str(path)))
+        find(replace(cfg, resume=ResumeConfig(checkpoint=str(path))))
 
 
 def test_the_report_counts_parameters_tokens_and_memory():
