@@ -6,11 +6,15 @@
 Read from the bottom: main() builds the parts in order, then runs the stages.
 """
 
-import argparse
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+
+from avlm.process import arguments
+
+if __name__ == "__main__":
+    ARGUMENTS = arguments.parse()  # before the imports below, which take seconds
 
 import torch
 import torch.distributed as dist
@@ -225,25 +229,17 @@ def main(cfg: Config) -> None:
 
 
 def command() -> None:
-    parser = argparse.ArgumentParser(description="Train an audio-vision language model.")
-    parser.add_argument("config", help="a YAML file of configs/")
-    parser.add_argument("overrides", nargs="*", help="section.key=value")
-    parser.add_argument("--print", action="store_true", help="show the resolved config and stop")
-    parser.add_argument("--preflight", action="store_true", help="check and estimate, then stop")
-    parser.add_argument("--world-size", type=int, default=1, help="ranks that --preflight assumes")
-    parser.add_argument("--device-memory-gib", type=float, help="let --preflight fail if a rank needs more")
-    arguments = parser.parse_intermixed_args()
-    cfg = open_config(arguments.config, arguments.overrides)
-    if arguments.print:
+    cfg = open_config(ARGUMENTS.config, ARGUMENTS.overrides)
+    if ARGUMENTS.print:
         print(dump_config(cfg))
         return
     ensure(cfg)  # a config of the demo needs the demo's data
-    if not arguments.preflight:
+    if not ARGUMENTS.preflight:
         main(cfg)
         return
-    print(report(cfg, arguments.world_size), flush=True)
-    if arguments.device_memory_gib is not None:
-        check_memory(cfg, arguments.world_size, arguments.device_memory_gib)
+    print(report(cfg, ARGUMENTS.world_size), flush=True)
+    if ARGUMENTS.device_memory_gib is not None:
+        check_memory(cfg, ARGUMENTS.world_size, ARGUMENTS.device_memory_gib)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,31 @@ from avlm.config.run import Config
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**18, 10_000, 50  # shipped configs: 4 KB, 100, 5
 SHARED = ("optimizer", "data")  # sections of the run that are the defaults of every stage
+# What other trainers call things -> what to write here.
+ELSEWHERE = {
+    "batch_size": "data.seq_length tokens a row, train.accumulate rows of each data rank",
+    "epochs": "stages.NAME.epochs",
+    "fp16": "train.precision=bf16",
+    "bf16": "train.precision=bf16",
+    "from": "model.from",
+    "gradient_accumulation_steps": "train.accumulate",
+    "gradient_checkpointing": "train.recompute.decoder=full",
+    "learning_rate": "optimizer.lr",
+    "lora": "model.lora",
+    "lr": "optimizer.lr",
+    "max_length": "data.seq_length",
+    "max_steps": "stages.NAME.steps",
+    "model_name_or_path": "model.from",
+    "num_epochs": "stages.NAME.epochs",
+    "num_train_epochs": "stages.NAME.epochs",
+    "per_device_train_batch_size": "data.seq_length tokens a row, train.accumulate rows of each data rank",
+    "save_steps": "checkpoint.every",
+    "eval_steps": "train.validate_every",
+    "logging_steps": "train.log_every",
+    "steps": "stages.NAME.steps",
+    "warmup_steps": "optimizer.warmup_steps",
+    "weight_decay": "optimizer.weight_decay",
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -206,8 +231,11 @@ def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
     where = shown(".".join(str(part) for part in loc))
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _known_keys(first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1])[:100], known, n=1, cutoff=0.5)
+        name = str(first["loc"][-1])[:100]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        if name in ELSEWHERE and ELSEWHERE[name] != where:
+            hint = f"here: {ELSEWHERE[name]}"
         return f"unknown key {where} ({hint})"
     if first["type"] in ("missing", "missing_argument"):
         return f"missing key {where}"
@@ -215,13 +243,17 @@ def _explain(error: ValidationError, tree: dict[str, Any]) -> str:
 
 
 def _as_written(loc: tuple, tree: dict[str, Any]) -> tuple:
-    """The key as the file has it. A value that a stage inherits is under the run's own ``optimizer`` or ``data``."""
-    if len(loc) < 4 or loc[0] != "stages" or loc[2] not in SHARED:
+    """The key as the file and overrides have it: stages by their names, and a value that a stage inherits under the
+    run's own ``optimizer`` or ``data``."""
+    if len(loc) < 2 or loc[0] != "stages" or not isinstance(loc[1], int):
         return loc
-    _, index, section, *keys = loc
-    in_run = _holds(tree.get(section), keys)
-    in_stage = _holds(tree["stages"][index].get(section), keys)
-    return loc[2:] if in_run and not in_stage else loc
+    _, index, *keys = loc
+    stage = tree["stages"][index]
+    is_inherited = len(keys) > 1 and keys[0] in SHARED and _holds(tree, keys) and not _holds(stage, keys)
+    if is_inherited:
+        return tuple(keys)
+    name = stage.get("name") if isinstance(stage, dict) else None
+    return ("stages", name if isinstance(name, str) else index, *keys)
 
 
 def _holds(tree: Any, keys: list[str | int]) -> bool:

@@ -76,15 +76,15 @@ def test_overrides_reach_sections_and_named_stages(write):
     [
         ("model.decoder.hiden_size=32", "unknown key model.decoder.hiden_size (did you mean hidden_size?)"),
         ("train.accumulate=0", "train.accumulate: Input should be greater than 0, got 0"),
-        ("stages.one.steps=-1", "stages.0.steps: Input should be greater than or equal to 0, got -1"),
-        ("stages.one.train=[]", "stages.0.train: List should have at least 1 item"),
+        ("stages.one.steps=-1", "stages.one.steps: Input should be greater than or equal to 0, got -1"),
+        ("stages.one.train=[]", "stages.one.train: List should have at least 1 item"),
         ("optimizer.lr=.nan", "optimizer.lr"),
         ("optimizer.betas=[0.9]", "optimizer.betas"),
         ("model.decoder.num_heads=0", "model.decoder.num_heads: Input should be greater than 0"),
         ("trian.accumulate=2", "unknown key trian (did you mean train?)"),
         ("train.accumulate=two", "train.accumulate: Input should be a valid integer, got 'two'"),
         ("train.accumulate=true", "train.accumulate: Input should be a valid integer, got True"),
-        ("stages.one.optimizer.learning_rate=1", "unknown key stages.0.optimizer.learning_rate"),
+        ("stages.one.optimizer.learning_rate=1", "unknown key stages.one.optimizer.learning_rate"),
         ("model.decoder.num_heads=5", "num_heads=5"),
         ("model.decoder.num_kv_heads=3", "num_heads=4 is not divisible by num_kv_heads=3"),
         ("stages.three.steps=1", "there is no stage 'three': ['one', 'two']"),
@@ -95,10 +95,16 @@ def test_overrides_reach_sections_and_named_stages(write):
         ("data.seq_lenght=9", "unknown key data.seq_lenght (did you mean seq_length?)"),
         ("data.num_workers=two", "x.yaml: data.num_workers: Input should be a valid integer, got 'two'"),
         ("data.video.frames=9", "unknown key data.video.frames (did you mean num_frames?)"),
-        ("stages.one.data={video: {xyzzy: 9}}", "unknown key stages.0.data.video.xyzzy (known: num_frames, fps,"),
+        ("stages.one.data={video: {xyzzy: 9}}", "unknown key stages.one.data.video.xyzzy (known: num_frames, fps,"),
         ("model.lora={rnk: 9}", "unknown key model.lora.rnk (did you mean rank?)"),
         ("optimiser.lr=1", "unknown key optimiser (did you mean optimizer?)"),
         ("xyzzy=1", ", debug, optimizer, data)"),
+        ("lr=1e-3", "unknown key lr (here: optimizer.lr)"),
+        ("train.gradient_checkpointing=true", "(here: train.recompute.decoder=full)"),
+        ("train.epochs=3", "unknown key train.epochs (here: stages.NAME.epochs)"),
+        ("optimizer.learning_rate=1", "unknown key optimizer.learning_rate (here: optimizer.lr)"),
+        ("stages.one.steps=0", "stages.one: missing key steps (or epochs)"),
+        ("resume={allow: [optimizer.rl]}", "resume: allow names optimizer.rl, and only these may change: optimizer.lr"),
         ("stages.one=1", "stages.one is a whole stage: give one of its keys"),
         ("stages.0=1", "there is no stage '0': ['one', 'two']"),
         ("stages.=1", "is not of the form section.key=value"),
@@ -210,7 +216,7 @@ def test_every_number_of_the_config_has_a_range():
 
 def test_clipping_is_switched_off_by_null_and_0_says_so(write):
     assert load_config(write(), ["optimizer.clip_norm=null"]).stages[0].optimizer.clip_norm is None
-    with pytest.raises(ValueError, match=r"stages\.0\.optimizer: clip_norm=0 .* set clip_norm: null"):
+    with pytest.raises(ValueError, match=r"stages\.one\.optimizer: clip_norm=0 .* set clip_norm: null"):
         load_config(write(), ["optimizer.clip_norm=0"])
 
 
