@@ -11,8 +11,8 @@ from avlm.data.sample import SampleEncoder
 from avlm.data.stream import Stream
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.answers import answers, predictions_path, score
-from avlm.evaluation.scores import LOWER_IS_BETTER, references
-from avlm.evaluation.sets import read_set
+from avlm.evaluation.scores import LOWER_IS_BETTER
+from avlm.evaluation.sets import read_set, references
 from avlm.models.avlm import AVLM
 from avlm.models.batch import empty_batch
 from avlm.parallel.apply import own_part

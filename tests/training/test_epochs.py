@@ -1,0 +1,129 @@
+"""How long stages are, what may change when a run continues, and what the log says of it."""
+
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from avlm.config.load import dump_config, load_config, resolve_config
+from avlm.config.run import DataConfig
+from avlm.data.bad_samples import Look
+from avlm.data.sample import Sample
+from avlm.storage.run_folder import folder_of, read_records
+from avlm.training.console import answer_lines, clock, describe_length
+from avlm.training.epochs import Epoch, epoch_of, with_steps
+from avlm.training.resume import check_resume
+from tests.parallel.small import TREE, make_config
+from tests.training.test_train import TEXT_STAGE, WORDS, run, text_data, write_config
+
+
+def look(lengths, num_samples, bad=0):
+    reasons = [("a:1", "broken")] * bad
+    return Look("a.jsonl", reasons, len(lengths) + bad, num_samples, lengths)
+
+
+def test_an_epoch_is_the_rows_that_its_samples_fill():
+    data = DataConfig(train="a.jsonl", seq_length=100, packing_buffer=200)
+    assert epoch_of(data, []) is None
+    epoch = epoch_of(data, [look([60] * 20, 1000)])
+    assert epoch.num_rows == pytest.approx(1000), "two samples of 60 do not fit a row of 100"
+    assert epoch_of(data, [look([50] * 20, 1000)]) == Epoch(1000, 500)
+    assert epoch_of(data, [look([50] * 10, 1000, bad=10)]) == Epoch(1000, 250), "bad samples fill nothing"
+    assert epoch_of(data, [look([10] * 5, 5)]) == Epoch(5, 0.5), "a row holds two passes of a small set"
+    narrow = replace(data, packing_buffer=5)
+    assert epoch_of(narrow, [look([10] * 5, 5)]) == Epoch(5, 1.0), "a row holds no more than the buffer"
+    both = epoch_of(data, [look([50] * 20, 100), look([25] * 20, 300)])
+    assert both.num_samples == 400 and both.num_rows == pytest.approx(50 + 75, rel=0.05)
+
+
+def test_epochs_become_steps_which_a_run_keeps(tmp_path):
+    stages = [{"name": "all", "epochs": 3, "train": ["decoder"]}]
+    config = make_config(stages=stages, output_dir=str(tmp_path), train={"accumulate": 2})
+    epoch = Epoch(100, 25.0)
+    made = with_steps(config, [epoch], data_ranks=4)
+    assert [stage.steps for stage in made.stages] == [10]
+    (tmp_path / "config.yaml").write_text(dump_config(made))
+    checkpoint = folder_of(tmp_path, 3)
+    again = with_steps(config, [epoch], data_ranks=2, resumed=checkpoint)
+    assert again == made, "with other ranks too"
+    longer = resolve_config({**TREE, "stages": [{**stages[0], "epochs": 6}], "train": {"accumulate": 2}}, "test")
+    assert with_steps(longer, [epoch], 4, checkpoint).total_steps == 19
+    with pytest.raises(ValueError, match=r"stage all: epochs=3.0 of data that have no end: give steps"):
+        with_steps(config, [None], 4)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The tree of a run that stands at its end, and its checkpoint."""
+    tree = {**TREE, "output_dir": str(tmp_path)}
+    path = folder_of(tmp_path, 20)
+    path.mkdir(parents=True)
+    (path / "complete").write_text('{"step": 20, "stage": 0, "stage_step": 20}')
+    (tmp_path / "config.yaml").write_text(dump_config(resolve_config(tree, "test")))
+    return tree, path
+
+
+def test_the_last_stage_may_grow_and_the_optimizer_change_where_that_is_allowed(saved):
+    tree, path = saved
+    longer = {**tree, "stages": [{**TREE["stages"][0], "steps": 50}]}
+    [note] = check_resume(resolve_config(longer, "test"), path)
+    assert note.startswith("stage all grows from 20 to 50 steps")
+    faster = {**longer, "optimizer": {**TREE["optimizer"], "lr": 1.0}}
+    with pytest.raises(
+        ValueError, match=r"stages.all.optimizer.lr is 1.0.*permit it with resume=.allow: \[optimizer.lr"
+    ):
+        check_resume(resolve_config(faster, "test"), path)
+    faster["resume"] = {"allow": ["optimizer.lr"]}
+    notes = check_resume(resolve_config(faster, "test"), path)
+    assert notes[1] == "stages.all.optimizer.lr changes from 0.003 to 1.0, which resume.allow permits"
+    shorter = {**tree, "stages": [{**TREE["stages"][0], "steps": 10}]}
+    with pytest.raises(ValueError, match=r"stages.all.steps is 10, .* take more of them"):
+        check_resume(resolve_config(shorter, "test"), path)
+
+
+def test_seeing_each_sample_very_often_is_a_warning():
+    [stage] = make_config().stages
+    [line] = describe_length(stage, Epoch(400, 20.0), rows_per_step=2)
+    assert line == "400 samples, about 20 rows an epoch: 20 steps of 2 rows are 2.0 epochs"
+    _, warning = describe_length(stage, Epoch(1, 0.5), rows_per_step=1)
+    assert warning.startswith("warning: stage all sees each sample about 40 times")
+    assert describe_length(stage, None, 1) == []
+
+
+def test_answers_stand_next_to_the_truth_and_name_their_sample(tmp_path):
+    turns = [{"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "a cat"}]
+    samples = [Sample(f"a.jsonl:{i}", turns, images=[b""]) for i in range(1, 4)]
+    lines = answer_lines(samples, ["a dog", "a cat", "x"], [["a cat"]] * 3, tmp_path)
+    assert lines[0] == "  [a.jsonl:1, 1 image] <image> What is this? -> 'a dog', truth 'a cat'"
+    assert len(lines) == 3 and lines[-1] == f"  all answers: {tmp_path}"
+
+
+def test_times_are_clocks():
+    assert [clock(seconds) for seconds in (0.4, 61, 3723)] == ["0:00", "1:01", "1:02:03"]
+
+
+def test_a_run_says_how_long_it_is_where_it_ended_and_how_to_lengthen_it(tmp_path):
+    stage = {**TEXT_STAGE, "epochs": 2}
+    valid = {"validation": {"same": str(tmp_path / "text.jsonl")}}
+    train = {"precision": "fp32", "log_every": 1, "validate_answers": 3, "validate_new_tokens": 4}
+    data = text_data(tmp_path) | valid
+    path = write_config(tmp_path, data=data, stages=[stage], model=WORDS, train=train)
+    first = run(path)
+    assert first.returncode == 0, first.stderr
+    out = first.stdout
+    assert "24 samples, about" in out and "are 2." in out and "left" in out
+    assert "[text.jsonl:1] hello? -> " in out and "truth 'one two'" in out
+    steps = load_config(tmp_path / "run" / "config.yaml").total_steps
+    assert f"saved to {folder_of(tmp_path / 'run', steps)}" in out
+    assert out.splitlines()[-1].startswith(f"try: python generate.py {tmp_path / 'run'}")
+    assert read_records(tmp_path / "run" / "metrics.jsonl")[0]["epoch"] > 0
+
+    again = run(path)
+    assert f"is finished: all {steps} steps were done before" in again.stdout.splitlines()[-1]
+    longer = yaml.safe_load(path.read_text())
+    longer["stages"][0]["epochs"] = 4
+    path.write_text(yaml.safe_dump(longer))
+    more = run(path, "optimizer.lr=1e-4", "resume={allow: [optimizer.lr]}")
+    assert f"stage words grows from {steps} to" in more.stdout and "stages.words.optimizer.lr changes" in more.stdout
+    losses = [row for row in read_records(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert len(losses) > steps
