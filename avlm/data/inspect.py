@@ -1,34 +1,46 @@
 """Shows what a stage of a config trains on, as the model sees it:
 
-    python -m avlm.data.inspect CONFIG [section.key=value ...] [--stage NAME] [--count N] [--out DIR]
+    python -m avlm.data.inspect CONFIG [section.key=value ...] [--stage NAME] [--count N] [--out DIR] [--html PAGE]
 
-First come N samples, in the order of their packed rows. Text is decoded from the token ids; <image x576> stands for 576
-placeholders, and learned text has [brackets], or is green on a terminal. Statistics of the first 16 rows follow: how
-full they are, what they hold, what was skipped and why, how long samples are and how fast they come. --out draws a
-sheet for each row that has one of the N samples, DIR/row_000.png for the first: up to 64 images as the tower gets them,
-and up to 64 windows of audio as log-mel spectrograms.
+First come N samples, in the order in which training draws them. Text is decoded from the token ids; <image x576> stands
+for 576 placeholders, and learned text has [brackets], or is green on a terminal. Statistics follow, of the whole set or
+of its first 1,000 samples: how full rows are, what they hold, what is skipped and why, and how long samples are. Last
+comes the speed of the loader over 16 rows.
+
+--out saves the media files of the N samples, DIR/KEY_image1.png for the first image, and a picture of the first packed
+row, DIR/row_001.png: whose its tokens are and which are learned, up to 64 images as the tower gets them, and up to 64
+windows of audio as log-mel spectrograms. --html writes the N samples as one page that needs no other file, with images
+and players.
 """
 
 import argparse
 import itertools
 import math
+import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from avlm.config.run import Config
+from avlm.config.load import load_config
+from avlm.config.model import counted
+from avlm.config.run import Config, shares
+from avlm.data.bad_samples import by_reason
+from avlm.data.inspect_page import Shown, media_of, page
+from avlm.data.inspect_row import draw_row
 from avlm.data.loader import open_loader
+from avlm.data.packing import select
+from avlm.data.rows import RowStream, encoded
+from avlm.data.sample import EncodedSample
 from avlm.data.stream import Stream
 from avlm.data.text.tokenizer import Tokenizer
-from avlm.models.batch import KINDS, PLACEHOLDERS, Batch
+from avlm.models.batch import IGNORE, KINDS, PLACEHOLDERS
 from avlm.process.exit import run_command
-from avlm.weights.model_from import open_config
 
-STATISTICS_ROWS = 16
-MAX_PANELS = 64  # images of a sheet, and the same number of audio windows
+MAX_SAMPLES = 1000  # of the statistics
+SPEED_ROWS = 16
 GREEN, CYAN = 32, 36  # terminal colours
 NAMES = {placeholder: modality for modality, placeholder in PLACEHOLDERS.items()}
 
@@ -43,7 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="section.key=value, as for train.py")
     parser.add_argument("--stage", help="name of a stage (default: the first)")
     parser.add_argument("--count", type=int, default=4, help="number of samples to show (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder for the sheets (default: none are drawn)")
+    parser.add_argument("--out", type=Path, help="folder for media files and the picture of a row (default: none)")
+    parser.add_argument("--html", type=Path, metavar="PAGE", help="file for the page (default: none)")
     options = parser.parse_intermixed_args(arguments)
     run_command(lambda: run(options))
 
@@ -51,109 +64,175 @@ def main(arguments: list[str] | None = None) -> None:
 def run(options: argparse.Namespace) -> None:
     if options.count < 0:
         raise ValueError(f"--count is a number of samples, not {options.count}")
-    config = open_config(options.config, options.overrides)
-    show(config, stage_index(config, options.stage), options.count, options.out)
+    config = load_config(options.config, options.overrides)
+    show(stream_of(config, options.stage), options.count, options.out, options.html)
 
 
-def stage_index(config: Config, name: str | None) -> int:
+def stream_of(config: Config, name: str | None) -> Stream:
+    """What the first data rank reads in a stage, by default in the first one."""
     names = [stage.name for stage in config.stages]
     if name is not None and name not in names:
         raise ValueError(f"there is no stage {name!r}: {', '.join(names)}")
-    return names.index(name) if name is not None else 0
+    index = names.index(name) if name is not None else 0
+    data = config.stages[index].data
+    return Stream(data.train, data, config.model, rank=0, world=1, seed=config.seed + index, train=True)
 
 
-def show(config: Config, stage: int, count: int, out: Path | None = None) -> None:
-    data = config.stages[stage].data
-    tokenizer = Tokenizer(data.tokenizer) if data.tokenizer else None
-    seed = config.seed + stage
-    loader = open_loader(Stream(data.train, data, config.model, rank=0, world=1, seed=seed, train=True))
-    batches: list[Batch] = []
+def show(stream: Stream, count: int, out: Path | None = None, html: Path | None = None) -> None:
+    if not stream.has_samples:
+        raise ValueError("synthetic rows hold nothing to look at: set data.train to a file or a folder")
+    tokenizer = Tokenizer(stream.data.tokenizer)
+    found = Statistics()
+    shown: list[Shown] = []
+    rows = RowStream(stream)
+    rows.begin(0)
+    found.num_samples = sum(rows.num_records)
+    while found.read < min(found.num_samples, MAX_SAMPLES):
+        _, drawn = rows.draw()
+        try:
+            sample = encoded(drawn, rows.encoder)
+        except ValueError as error:
+            found.bad.append((drawn.key, str(error)))
+            continue
+        found.add(sample)
+        if len(shown) < count:
+            size = f"{counted(len(sample), 'token')}, {int((sample.target_T != IGNORE).sum())} learned"
+            shown.append(Shown(drawn.sample, size, list(pieces(sample, tokenizer))))
+            print(describe(shown[-1]), end="\n\n", flush=True)
+    for name, share, size in zip(shares(stream.source), rows.shares, rows.num_records):
+        blended = f", {100 * share:.0f} % of the samples drawn" if len(rows.shares) > 1 else ""
+        print(f"{name}: {counted(size, 'sample')}{blended}")
+    print("\n".join(found.lines(stream)))
+    if html is not None:
+        html.write_text(page(shown, f"{', '.join(shares(stream.source))}: {counted(found.num_samples, 'sample')}"))
+        print(f"wrote {html}")
+    if out is not None:
+        save_media(shown, out)
+    if found.lengths:
+        measure_speed(stream, out)
+
+
+def save_media(shown: list[Shown], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    count = 0
+    for each in shown:
+        key = re.sub(r"[^\w.-]", "_", each.sample.key)  # ":" is in no file name of Windows
+        for name, _, content in media_of(each.sample):
+            (folder / f"{key}_{name}").write_bytes(content)
+            count += 1
+    print(f"wrote {counted(count, 'media file')} to {folder}")
+
+
+def measure_speed(stream: Stream, out: Path | None) -> None:
+    """Read some rows as training does, and draw the first of them."""
     arrived: list[float] = []  # seconds
-    num_left = count
-    for batch in itertools.islice(loader, STATISTICS_ROWS):
+    counts: list[int] = []
+    for batch in itertools.islice(open_loader(stream), SPEED_ROWS):
         arrived.append(time.perf_counter())
-        num_shown = min(len(batch.keys), num_left)
-        for i in range(num_shown):
-            print(describe(batch, i, tokenizer), end="\n\n")
-        if out is not None and num_left > 0:
-            save_sheet(batch, out / f"row_{len(batches):03d}.png")
-        num_left -= num_shown
-        batches.append(batch)
-    print(statistics(batches))
-    workers = max(1, data.num_workers)
-    if len(batches) > workers:  # a worker's first row waits for its packing buffer
-        num_samples = sum(len(batch.keys) for batch in batches[workers:])
-        seconds = arrived[-1] - arrived[workers - 1]
-        per_second = num_samples / seconds
-        print(f"{per_second:,.0f} samples per second from {workers} workers, {per_second / workers:,.0f} each")
+        counts.append(len(batch.keys))
+        if out is not None and len(counts) == 1:
+            draw_row(batch, out / "row_001.png")
+            print(f"wrote {out / 'row_001.png'}")
+    workers = stream.num_workers
+    if len(counts) > workers:  # a worker's first row waits for its packing buffer
+        per_second = sum(counts[workers:]) / (arrived[-1] - arrived[workers - 1])
+        each = f", {per_second / workers:,.0f} each" if workers > 1 else ""
+        print(f"{per_second:,.0f} samples a second from {counted(workers, 'worker')}{each}")
 
 
-def describe(batch: Batch, index: int, tokenizer: Tokenizer | None) -> str:
-    """One sample of a row: its key, its length and its tokens."""
-    start, length = batch.segments.spans[index]
-    positions = range(start, start + length)
-    tokens = batch.token_T.tolist()
-    learned = {position + 1 for position in batch.target_rows_R.tolist()}  # a target is the token that follows
+def pieces(sample: EncodedSample, tokenizer: Tokenizer) -> Iterator[tuple[str, str, bool]]:
+    """(modality or "", text or "modality x count", whether it is learned) of each part of a sample."""
+    tokens = sample.token_T.tolist()
+    learned = [False, *(sample.target_T[:-1] != IGNORE).tolist()]  # a target is the token that follows
 
     def kind(position: int) -> tuple[int, bool]:
         """Learned text, other text and each placeholder are shown separately."""
-        return min(tokens[position], 0), position in learned
+        return min(tokens[position], 0), learned[position]
 
-    text = ""
-    for (placeholder, is_learned), run in itertools.groupby(positions, kind):
+    for (placeholder, is_learned), run in itertools.groupby(range(len(tokens)), kind):
         ids = [tokens[position] for position in run]
         if placeholder:
-            text += _coloured(f"<{NAMES[placeholder]} x{len(ids)}>", CYAN)
-            continue
-        decoded = tokenizer.decode(ids) if tokenizer else f"{len(ids)} ids"
-        text += _coloured(f"[{decoded}]", GREEN) if is_learned else decoded
-    num_learned = len(learned.intersection(positions))
-    return f"{batch.keys[index]}: {length} tokens, {num_learned} learned\n{text}"
+            modality = NAMES[placeholder]
+            yield modality, f"{modality} x{len(ids)}", False
+        else:
+            yield "", tokenizer.decode(ids), is_learned
 
 
-def statistics(batches: list[Batch]) -> str:
-    """How full rows are, what they hold and what was skipped."""
-    num_tokens = 0
-    num_read = 0
-    lengths: list[int] = []
-    reasons: list[str] = []
-    features: Counter[str] = Counter()
-    items: Counter[str] = Counter()
-    targets: Counter[str] = Counter()
-    for batch in batches:
-        num_tokens += len(batch.token_T)
-        num_read += batch.read
-        lengths += [length for _, length in batch.segments.spans[: len(batch.keys)]]
-        reasons += [f"  {key}: {reason}" for key, reason in batch.skipped]
-        targets.update(KINDS[kind] for kind in batch.kind_R.tolist())
-        for modality, media in batch.media.items():
-            features[modality] += len(media.rows)
-            items[modality] += len(media.values)
+def describe(shown: Shown) -> str:
+    """One sample: its key, its length and its tokens."""
+    text = ""
+    for modality, part, is_learned in shown.pieces:
+        if modality:
+            text += _coloured(f"<{part}>", CYAN)
+        else:
+            text += _coloured(f"[{part}]", GREEN) if is_learned else part
+    return f"{shown.sample.key}: {shown.size}\n{text}"
 
-    def share(count: int) -> str:
-        return f"{100 * count / num_tokens:.1f} %"
 
-    lines = [
-        f"{len(batches)} rows of {num_tokens // len(batches)} tokens: fill {share(sum(lengths))}",
-        f"samples per row {len(lengths) / len(batches):.1f}",
-    ]
-    for modality in PLACEHOLDERS:
-        filled = share(features[modality])
-        lines.append(f"{modality} features {filled} ({items[modality]} items)")
-    by_kind = ", ".join(f"{kind} {targets[kind]}" for kind in KINDS if targets[kind])
-    lines.append(f"targets {share(targets.total())}: {by_kind}")
-    lines.append(f"samples read {num_read}, skipped {len(reasons)}")
-    lines += reasons[:10]
-    lines.append("tokens of a sample")
-    lines += histogram(lengths)
-    return "\n".join(lines)
+@dataclass
+class Statistics:
+    """Counted over the first samples of a set."""
+
+    num_samples: int = 0  # of the whole set
+    lengths: list[int] = field(default_factory=list)  # tokens of each good sample
+    bad: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
+    features: Counter[str] = field(default_factory=Counter)  # by modality
+    items: Counter[str] = field(default_factory=Counter)  # by modality: images, windows of audio
+    targets: Counter[str] = field(default_factory=Counter)  # by kind of sample
+
+    @property
+    def read(self) -> int:
+        return len(self.lengths) + len(self.bad)
+
+    def add(self, sample: EncodedSample) -> None:
+        self.lengths.append(len(sample))
+        self.targets[sample.kind] += int((sample.target_T != IGNORE).sum())
+        for modality, placeholder in PLACEHOLDERS.items():
+            self.features[modality] += int((sample.token_T == placeholder).sum())
+            self.items[modality] += len(sample.media.get(modality, ()))
+
+    def lines(self, stream: Stream) -> list[str]:
+        lines = []
+        if self.read < self.num_samples:
+            lines.append(f"of the first {self.read:,}:")
+        for reason, keys in by_reason(self.bad):
+            lines.append(f"skipped {counted(len(keys), 'sample')}: {reason} ({', '.join(keys[:10])})")
+        if not self.lengths:
+            return lines
+        total = sum(self.lengths)
+        num_rows = _num_rows(self.lengths, stream)
+        size = stream.data.seq_length
+        lines.append(f"{counted(num_rows, 'row')} of {size:,} tokens, {100 * total / (num_rows * size):.1f} % full")
+        if self.read < self.num_samples:
+            lines.append(f"an epoch has about {num_rows * self.num_samples / self.read:,.0f} rows")
+        item_names = {"image": "image", "audio": "window"}
+        for modality, count in self.features.items():
+            if count:
+                items = counted(self.items[modality], item_names[modality])
+                lines.append(f"{modality} features {100 * count / total:.1f} % of the tokens ({items})")
+        by_kind = ", ".join(f"{kind} {self.targets[kind]:,}" for kind in KINDS if self.targets[kind])
+        lines.append(f"learned {100 * self.targets.total() / total:.1f} % of the tokens: {by_kind}")
+        return [*lines, "tokens of a sample", *histogram(self.lengths)]
+
+
+def _num_rows(lengths: list[int], stream: Stream) -> int:
+    """Rows that training makes of samples, the last of which may have room left."""
+    data = stream.data
+    count = 0
+    buffer: list[int] = []
+    for length in lengths:
+        buffer.append(length)
+        if len(buffer) == data.packing_buffer:
+            rows = select(buffer, data.seq_length, data.packing)
+            kept = rows.pop() if len(rows) > 1 else []
+            count += len(rows)
+            buffer = [buffer[i] for i in kept]
+    return count + len(select(buffer, data.seq_length, data.packing))
 
 
 def histogram(lengths: list[int]) -> list[str]:
     """One line for each doubling of the length, with the count of samples in it."""
     bins = Counter(length.bit_length() - 1 for length in lengths)
-    if not bins:
-        return []
     most = max(bins.values())
     lines = []
     for i in range(min(bins), max(bins) + 1):
@@ -169,26 +248,6 @@ def _coloured(text: str, colour: int) -> str:
     if not sys.stdout.isatty():
         return text
     return f"\033[{colour}m{text}\033[0m"
-
-
-def save_sheet(batch: Batch, path: Path) -> None:
-    """One PNG with the images and the log-mel windows of a row."""
-    panels = [*batch.image.values[:MAX_PANELS], *batch.audio.values[:MAX_PANELS]]
-    if not panels:
-        return
-    columns = min(8, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(2 * columns, 2 * lines))
-    for number, panel in enumerate(panels, start=1):
-        axes = figure.add_subplot(lines, columns, number)
-        axes.set_axis_off()
-        if panel.ndim == 3:
-            axes.imshow(panel.permute(1, 2, 0).numpy())
-        else:
-            axes.imshow(panel.numpy(), origin="lower", aspect="auto")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight")
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

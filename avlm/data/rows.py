@@ -96,12 +96,24 @@ class RowStream(IterableDataset):
         process = info.id if info else 0
         slot = (process + self.turn) % len(self.slots)
         try:
-            for samples, state in zip(self.samples, self.slots[slot]["sources"], strict=True):
-                samples.start(slot, state)
+            self.begin(slot)
             for batch, state in self._batches(self.slots[slot]["rows"]):
                 yield slot, batch, state
         except ValueError as error:
             yield slot, str(error), {}
+
+    def begin(self, slot: int) -> None:
+        """Continue a slot from its state."""
+        for samples, state in zip(self.samples, self.slots[slot]["sources"], strict=True):
+            samples.start(slot, state)
+
+    def draw(self) -> tuple[int, Drawn | None]:
+        """The next sample and the number of its source, the one that is furthest behind its share. None past the end of
+        validation."""
+        total = 1 + sum(samples.drawn for samples in self.samples)
+        behind = [share * total - samples.drawn for share, samples in zip(self.shares, self.samples)]
+        source = behind.index(max(behind))
+        return source, self.samples[source].draw()
 
     def _batches(self, planned: list[list[Place]]) -> Iterator[tuple[Batch, dict]]:
         data = self.stream.data
@@ -149,8 +161,7 @@ class RowStream(IterableDataset):
         skipped: Skipped = []
         read = 0
         while len(buffer) < self.stream.data.packing_buffer:
-            source = self._furthest_behind()
-            drawn = self.samples[source].draw()
+            source, drawn = self.draw()
             if drawn is None:
                 break
             read += 1
@@ -159,12 +170,6 @@ class RowStream(IterableDataset):
                 key, reason = skipped[-1]
                 raise ValueError(f"no sample of {self.names} can be used; {key}: {reason}")
         return buffer, skipped, read
-
-    def _furthest_behind(self) -> int:
-        """The source to draw from, by its share of the samples after this one."""
-        total = 1 + sum(samples.drawn for samples in self.samples)
-        behind = [share * total - samples.drawn for share, samples in zip(self.shares, self.samples)]
-        return behind.index(max(behind))
 
 
 def encoded(drawn: Drawn, encoder: SampleEncoder) -> EncodedSample:

@@ -111,7 +111,7 @@ def parts_of(sample: Sample) -> dict[str, bytes]:
     for kind in MEDIA:
         names = []
         for number, content in enumerate(getattr(sample, f"{kind}s")):
-            names.append(f"{kind}{number}{ending(content)}")
+            names.append(f"{kind}{number}{signature.ending(content)}")
             files[names[-1]] = content
         if names:
             record[f"{kind}s"] = names
@@ -125,12 +125,6 @@ def turn_of(message: dict) -> dict:
     if not message.get("learn", True):
         turn["train"] = False
     return turn
-
-
-def ending(content: bytes) -> str:
-    """Such as ".png", for people who look into a shard; "" for formats whose name is no single word."""
-    name = signature.name(content) or ""
-    return f".{name.lower()}" if name.isalnum() else ""
 
 
 if __name__ == "__main__":

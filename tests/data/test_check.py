@@ -85,7 +85,7 @@ def test_what_can_be_measured_passes(make, options):
         ),
         (
             {"last": "held_out"},
-            r"last: data.train: .*held_out has no split 'train' that .*avlm\.data\.shard FILE .*held_out --split train adds one",
+            r"last: data.train: .*held_out has no split 'train' that .*data.shard FILE .*--split train adds one",
         ),
         ({"last": "text.yaml"}, r"last: data.train: .*text.yaml must hold keys and values, not str"),
         ({"last": "torn.yaml"}, r"last: data.train: .*torn.yaml is not valid YAML: while parsing"),

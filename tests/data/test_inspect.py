@@ -1,12 +1,17 @@
+import base64
 import dataclasses
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import yaml
 
-from avlm.data import inspect
+from avlm.data import inspect, inspect_row
 from avlm.data.inspect import main
 from tests.data.small_files import data, image_file, model, photo, tone
+from tests.training.test_train import ENVIRONMENT, ROOT
 
 
 @pytest.fixture
@@ -27,25 +32,40 @@ def test_samples_are_shown_as_the_model_sees_them(config, capsys):
     main([str(config), "--count", "2", "--stage", "second"])
     shown = capsys.readouterr().out
     text = "<|im_start|>user\nsee <image x16> hear <audio x10><|im_end|>\n<|im_start|>assistant\n[one<|im_end|>]\n"
-    assert shown.count(text) == 2
-    assert "tokens, 2 learned" in shown
+    assert shown.count(text) == 2 and shown.count(": 49 tokens, 2 learned\n") == 2
+    assert re.match(r"set\.json:[123]: 49 tokens, 2 learned\n", shown), "records are counted from 1"
 
 
-def test_statistics_tell_how_full_the_rows_are_and_what_was_skipped(config, capsys):
+def test_statistics_are_those_of_the_set(config, capsys):
     main([str(config), "--count", "0"])
     shown = capsys.readouterr().out
-    assert "16 rows of 256 tokens: fill" in shown and "samples per row" in shown
-    assert "set.json:4: conversation has no assistant turn" in shown
-    assert "mixed" in shown
+    for line in (
+        r".*set\.json: 4 samples",
+        r"skipped 1 sample: conversation has no assistant turn: there is nothing to learn \(set\.json:4\)",
+        "1 row of 256 tokens, 57.4 % full",
+        r"image features 32.7 % of the tokens \(3 images\)",
+        r"audio features 20.4 % of the tokens \(3 windows\)",
+        "learned 4.1 % of the tokens: mixed 6",
+        r" +32 to 63 +3 #{40}",
+        r"[\d,]+ samples a second from 1 worker",
+    ):
+        assert re.search(f"^{line}$", shown, re.M), line
 
 
-def test_lengths_and_speed_are_shown(config, capsys):
-    main([str(config), "--count", "0"])
+def test_of_a_large_set_the_first_samples_are_counted(config, capsys, monkeypatch):
+    monkeypatch.setattr(inspect, "MAX_SAMPLES", 2)
+    folder = config.parent
+    (folder / "b.json").write_text((folder / "set.json").read_text())
+    blend = f"data.train={{{folder / 'set.json'}: 3, {folder / 'b.json'}: 1}}"
+    main([str(config), blend, "--count", "0"])
     shown = capsys.readouterr().out
-    [line] = [line for line in shown.splitlines() if "32 to 63" in line]
-    samples = int(line.split()[3])
-    assert samples > 16 and line.endswith("#" * 40), "every sample has 44 tokens"
-    assert "samples per second from 1 workers" in shown
+    for line in (
+        r".*set\.json: 4 samples, 75 % of the samples drawn",
+        r".*b\.json: 4 samples, 25 % of the samples drawn",
+        "of the first 2:",
+        "an epoch has about 4 rows",
+    ):
+        assert re.search(f"^{line}$", shown, re.M), line
 
 
 def test_the_help_says_what_happens(config, capsys, tmp_path):
@@ -54,18 +74,23 @@ def test_the_help_says_what_happens(config, capsys, tmp_path):
     said = " ".join(capsys.readouterr().out.split())
     for words in (
         "usage: python -m avlm.data.inspect [-h]",
-        f"of the first {inspect.STATISTICS_ROWS} rows",
-        f"up to {inspect.MAX_PANELS} images as the tower gets them, and up to {inspect.MAX_PANELS} windows",
+        f"of its first {inspect.MAX_SAMPLES:,} samples",
+        f"up to {inspect_row.MAX_PANELS} images as the tower gets them, and up to {inspect_row.MAX_PANELS} windows",
+        f"over {inspect.SPEED_ROWS} rows",
         "section.key=value ...",
-        "DIR/row_000.png for the first",
+        "DIR/KEY_image1.png for the first image",
         "(default: 4)",
     ):
         assert words in said
-    main([str(config), "data.seq_length=64", "--out", str(tmp_path / "sheets")])  # rows of one sample each
+    main([str(config), "--count", "1", "--out", str(tmp_path / "seen")])
     shown = capsys.readouterr().out
-    assert shown.count(" learned\n") == 4 and "16 rows of 64 tokens" in shown
-    assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == [f"row_00{i}.png" for i in range(4)]
-    assert shown.index(" learned\n") < shown.index("[one<|im_end|>]") < shown.index("16 rows")
+    assert f"wrote 2 media files to {tmp_path / 'seen'}\n" in shown
+    names = sorted(path.name for path in (tmp_path / "seen").iterdir())
+    key = re.match(r"set\.json:(\d)", shown)[1]
+    assert names == ["row_001.png", f"set.json_{key}_audio1.wav", f"set.json_{key}_image1.png"]
+    assert (tmp_path / "seen" / names[2]).read_bytes() == (tmp_path / "a.png").read_bytes()
+    assert (tmp_path / "seen" / names[0]).read_bytes().startswith(b"\x89PNG")
+    assert shown.index("[one<|im_end|>]") < shown.index("1 row of") < shown.index("samples a second")
 
 
 def test_what_is_learned_is_green_on_a_terminal(config, capsys, monkeypatch):
@@ -75,14 +100,27 @@ def test_what_is_learned_is_green_on_a_terminal(config, capsys, monkeypatch):
     assert "\033[32m[one<|im_end|>]\033[0m" in shown and "\033[36m<image x16>\033[0m" in shown
 
 
-def test_sheets_are_written(config, tmp_path, capsys):
-    main([str(config), "--count", "1", "--out", str(tmp_path / "sheets")])
-    assert (tmp_path / "sheets/row_000.png").read_bytes().startswith(b"\x89PNG")
+def test_a_page_shows_the_samples_and_needs_no_other_file(config, capsys, tmp_path):
+    main([str(config), "--count", "2", "--html", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<section>") == 2 and "4 samples</h1>" in page
+    assert page.count('<span class="learned">one&lt;|im_end|&gt;</span>') == 2
+    assert page.count('<span class="media">&lt;image x16&gt;</span>') == 2
+    image = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    assert page.count(f'<img src="data:image/png;base64,{image}" alt="image1.png">') == 2
+    assert page.count("<audio controls src=") == 2 and not re.search(r"https?://|<script|src=\"[^d]", page)
 
 
 def test_mistakes_are_one_line_and_exit_with_2(config, capsys):
-    for arguments in (["--count=-1"], ["--stage", "third"], ["data.train=nowhere.json"], ["data.seq_lenght=3"]):
+    mistakes = (["--count=-1"], ["--stage", "third"], ["data.train=nowhere.json"], ["data.seq_lenght=3"])
+    for arguments in (*mistakes, ["data.train=synthetic"]):
         with pytest.raises(SystemExit, match="2"):
             main([str(config), *arguments])
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_reader_who_has_seen_enough_ends_it_quietly(config):
+    command = f"{sys.executable} -m avlm.data.inspect {config} | head -1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (141, "")

@@ -103,3 +103,11 @@ def _is_tga(data: bytes) -> bool:
     if data[1] == 0:
         return data[2] in (2, 3, 10, 11) and not any(data[3:8]) and data[16] in (8, 15, 16, 24, 32)
     return data[1] == 1 and data[2] in (1, 9) and data[7] in (15, 16, 24, 32) and data[16] in (8, 16)
+
+
+def ending(data: bytes) -> str:
+    """The end of a file's name, such as ".png"; "" for formats whose name is no single word."""
+    kind = (name(data) or "").partition(" or ")[0]
+    if kind == "Matroska":
+        return ".mkv"
+    return f".{kind.lower()}" if kind.isalnum() else ""
