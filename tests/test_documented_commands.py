@@ -8,7 +8,7 @@ import pytest
 
 from tests.training.test_train import ENVIRONMENT, ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").glob("*.yaml"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "configs").rglob("*.yaml"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 NAMED = sorted(set(re.findall(r"python (?:-m )?((?:tests|avlm|kernels)[\w./]*\w|train\.py|generate\.py)", TEXT)))
 # Scripts of tests/, each with arguments that shorten it. Those of avlm/ and kernels/ have tests of their own.

@@ -16,6 +16,7 @@ from avlm.weights.model_from import open_config
 from tests.data.small_files import write_tokenizer
 from tests.models.handmade import save
 from tests.models.test_avlm import WHOLE
+from tests.training.test_train import ROOT
 from tests.weights.test_export_prompts import CHATML, LLAVA, exported
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -157,3 +158,22 @@ def test_weights_that_two_entries_give_are_an_error(folders, config):
     model = {"decoder": {"from": str(folders / "qwen")}, "lora": {}}
     with pytest.raises(ValueError, match="both give the decoder weights"):
         config(model, init_from={"all": str(folders / "llava")})
+
+
+STARTERS = {
+    "lora_llava": {"model.from": "llava"},
+    "alignment": {"model.decoder.from": "qwen", "model.vision.from": "clip", "model.audio.from": "whisper"},
+    "speech": {"model.decoder.from": "qwen", "model.audio.from": "whisper"},
+    "from_nothing": {},
+}
+
+
+def test_every_starter_is_a_config_whatever_its_models(folders):
+    paths = sorted((ROOT / "configs" / "starters").glob("*.yaml"))
+    assert {path.stem for path in paths} == STARTERS.keys()
+    for path in paths:
+        overrides = [f"{key}={folders / name}" for key, name in STARTERS[path.stem].items()]
+        cfg = open_config(path, [*overrides, "data.seq_length=256"])
+        assert cfg.output_dir == f"runs/{path.stem}" and cfg.stages[-1].epochs
+        assert cfg.stages[0].data.template in ("tokenizer", "plain")
+        assert f"cp configs/starters/{path.name} mine.yaml" in path.read_text()
