@@ -14,7 +14,7 @@ from torch import Tensor
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.evaluation.decoding import Decoding, Slots, choose, recorded
-from avlm.evaluation.kept_cache import KeptCache, labels_of
+from avlm.evaluation.kept_cache import KeptCache
 from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch
 from kernels.segments import Intervals, Segments
@@ -95,9 +95,8 @@ def steps(
     start, labels = 0, []
     if kept is not None:
         [prompt] = prompts
-        start, rest = kept.cut(prompt)
-        labels = labels_of(prompt, model.config)[start:]
-        prompts = [rest]
+        rest, labels = kept.cut(prompt)
+        start, prompts = len(kept.labels), [rest]
     prompts = prompts + _fill(prompts, ranks.multiple)
     batch, slots = prompt_phase(prompts, model, max_new_tokens, ranks, start)
     draw_NB = draws(len(prompts), max_new_tokens, seed).to(ranks.device)

@@ -27,9 +27,9 @@ class KeptCache:
         self.caches = caches_for(model)
         self.labels: list[Label] = []
 
-    def cut(self, prompt: EncodedSample) -> tuple[int, EncodedSample]:
-        """Forget what the prompt does not begin with. Returns the number of its tokens that are held, and the rest of
-        it, which is at least one token, and whole media."""
+    def cut(self, prompt: EncodedSample) -> tuple[EncodedSample, list[Label]]:
+        """Forget what the prompt does not begin with. Returns the rest of it, which is at least one token, and whole
+        media; and the labels of that rest."""
         labels = labels_of(prompt, self.config)
         start = 0
         for held, wanted in zip(self.labels, labels[:-1]):
@@ -39,7 +39,7 @@ class KeptCache:
         while isinstance(labels[start], tuple) and labels[start][1] > 0:
             start -= 1
         self.labels = self.labels[:start]
-        return start, _rest(prompt, start, labels)
+        return _rest(prompt, start, labels), labels[start:]
 
     def add(self, labels: list[Label]) -> None:
         self.labels += labels
@@ -60,13 +60,7 @@ def _digest(item: Tensor) -> str:
 
 def _rest(prompt: EncodedSample, start: int, labels: list[Label]) -> EncodedSample:
     """The prompt from token ``start`` on, with the media that begin there."""
-    token_T = prompt.token_T[start:]
-    media = {}
-    for modality, items in prompt.media.items():
-        held = [
-            label
-            for label, token in zip(labels[:start], prompt.token_T.tolist())
-            if token == PLACEHOLDERS[modality] and label[1] == 0
-        ]
-        media[modality] = items[len(held) :]
-    return dataclasses.replace(prompt, token_T=token_T, target_T=prompt.target_T[start:], media=media)
+    placed = zip(prompt.token_T[:start].tolist(), labels)
+    begun = [token for token, label in placed if isinstance(label, tuple) and label[1] == 0]
+    media = {name: items[begun.count(PLACEHOLDERS[name]) :] for name, items in prompt.media.items()}
+    return dataclasses.replace(prompt, token_T=prompt.token_T[start:], target_T=prompt.target_T[start:], media=media)
