@@ -27,19 +27,23 @@ def describe(model: AVLM) -> str:
 
 
 def describe_length(stage: StageConfig, epoch: Epoch | None, rows_per_step: int) -> list[str]:
-    """What a stage's steps amount to, and a warning if its samples are seen very often."""
-    if epoch is None:
-        return []
-    times = epoch.of_steps(stage.steps, rows_per_step)
-    rows = f"{epoch.num_rows:,.0f}" if epoch.num_rows >= 10 else f"{epoch.num_rows:.1f}"
-    lines = [
-        f"{counted(epoch.num_samples, 'sample')}, about {rows} rows an epoch: {stage.steps} steps of "
-        f"{counted(rows_per_step, 'row')} are {times:.1f} epochs"
-    ]
-    if times > MANY:
+    """What a stage's steps amount to, and warnings if its samples are seen very often or if it ends warming up."""
+    lines = []
+    if epoch is not None:
+        times = epoch.of_steps(stage.steps, rows_per_step)
+        rows = f"{epoch.num_rows:,.0f}" if epoch.num_rows >= 10 else f"{epoch.num_rows:.1f}"
         lines.append(
-            f"warning: stage {stage.name} sees each sample about {times:.0f} times: take fewer steps, or give epochs "
-            "in place of steps"
+            f"{counted(epoch.num_samples, 'sample')}, about {rows} rows an epoch: {stage.steps} steps of "
+            f"{counted(rows_per_step, 'row')} are {times:.1f} epochs"
+        )
+        if times > MANY:
+            key = "epochs" if stage.epochs else "steps"
+            lines.append(f"warning: stage {stage.name} sees each sample about {times:.0f} times: lower its {key}")
+    warmup = stage.optimizer.warmup_steps
+    if 1 < stage.steps < 2 * warmup:
+        lines.append(
+            f"warning: the learning rate of stage {stage.name} rises for {warmup} steps, of {stage.steps}: lower "
+            "optimizer.warmup_steps"
         )
     return lines
 

@@ -81,13 +81,16 @@ def test_the_last_stage_may_grow_and_the_optimizer_change_where_that_is_allowed(
         check_resume(resolve_config(shorter, "test"), path)
 
 
-def test_seeing_each_sample_very_often_is_a_warning():
+def test_seeing_each_sample_very_often_and_warming_up_to_the_end_are_warnings():
     [stage] = make_config().stages
     [line] = describe_length(stage, Epoch(400, 20.0), rows_per_step=2)
     assert line == "400 samples, about 20 rows an epoch: 20 steps of 2 rows are 2.0 epochs"
     _, warning = describe_length(stage, Epoch(1, 0.5), rows_per_step=1)
-    assert warning.startswith("warning: stage all sees each sample about 40 times")
+    assert warning == "warning: stage all sees each sample about 40 times: lower its steps"
     assert describe_length(stage, None, 1) == []
+    [stage] = make_config(optimizer={"lr": 1.0, "warmup_steps": 11}).stages
+    [warning] = describe_length(stage, None, 1)
+    assert warning.startswith("warning: the learning rate of stage all rises for 11 steps, of 20: lower optimizer.")
 
 
 def test_answers_stand_next_to_the_truth_and_name_their_sample(tmp_path):
