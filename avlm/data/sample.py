@@ -119,15 +119,21 @@ class SampleEncoder:
         files = {"image": sample.images, "audio": sample.audios, "video": sample.videos}
         for kind, of_kind in files.items():
             self._check_media(kind, of_kind, sum(piece.kind == kind for piece in pieces))
-        unread = {kind: iter(of_kind) for kind, of_kind in files.items()}
+        unread = {kind: enumerate(of_kind, 1) for kind, of_kind in files.items()}
         ids: list[int] = []
         learned: list[bool] = []
         media: Items = {modality: [] for modality in PLACEHOLDERS}
         for piece, piece_ids in self.chat.encode(pieces):
             if piece.kind in MEDIA:
                 piece_ids = []
-                file = next(unread[piece.kind])
-                for modality, items in self._read(piece.kind, file, sample.key).items():
+                number, file = next(unread[piece.kind])
+                try:
+                    read = self._read(piece.kind, file, sample.key)
+                except ValueError as error:
+                    if len(files[piece.kind]) == 1:
+                        raise
+                    raise ValueError(f"{piece.kind} {number}: {error}") from None
+                for modality, items in read.items():
                     media[modality] += items
                     piece_ids += placeholders(modality, items, self.model)
             ids += piece_ids

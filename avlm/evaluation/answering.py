@@ -12,7 +12,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
-from avlm.config.model import TOWERS
+from avlm.config.model import TOWERS, counted
 from avlm.data.sample import EncodedSample, SampleEncoder
 from avlm.data.text.chat import Chat
 from avlm.data.text.pieces import MEDIA, TAG, Messages, Piece
@@ -181,9 +181,8 @@ def place_tags(prompt: str, media: Media) -> tuple[str, Media]:
     for kind in MEDIA:
         num_tags, num_files = tags.count(kind), len(chosen.get(kind, []))
         if num_tags != num_files:
-            tags_said = f"{num_tags} <{kind}> tag{'s' * (num_tags != 1)}"
-            files_said = f"{num_files} {kind}{'s' * (num_files != 1)}"
             raise ValueError(
-                f"the prompt has {tags_said} but {files_said}: give a file for each tag, or leave the tags out"
+                f"the prompt has {counted(num_tags, f'<{kind}> tag')} but {counted(num_files, kind)}: give a file for "
+                "each tag, or leave the tags out"
             )
     return prompt, chosen

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Unpack
 
 from avlm.data.sample import EncodedSample
-from avlm.data.text.pieces import MEDIA, Messages
+from avlm.data.text.pieces import MEDIA, TAG, Messages
 from avlm.evaluation.answering import Files, Media, Model, Options, RawChat, place_tags, read_media
 from avlm.evaluation.generation import NEW_TOKENS
 from avlm.evaluation.kept_cache import KeptCache
@@ -71,5 +71,6 @@ class Conversation:
             yield from self.model.texts(noted())
         finally:
             if ids:
-                self.messages = [*messages, {"role": "assistant", "content": self.model.text(ids)}]
+                said = TAG.sub(r"\1", self.model.text(ids))  # a tag that the model writes stands for no file
+                self.messages = [*messages, {"role": "assistant", "content": said}]
                 self.media = media

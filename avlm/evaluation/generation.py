@@ -154,11 +154,15 @@ def draws(num_sequences: int, num_tokens: int, seed: int) -> Tensor:
 
 
 def _check(model: AVLM, prompts: list[EncodedSample], max_new_tokens, temperature, top_k, top_p) -> None:
-    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, top_p={top_p}: "
-            "at least 1, at least 0, at least 0, and in (0, 1]"
-        )
+    rules = {
+        f"max_new_tokens={max_new_tokens}: at least 1": max_new_tokens >= 1,
+        f"temperature={temperature}: at least 0": temperature >= 0,
+        f"top_k={top_k}: at least 0": top_k >= 0,
+        f"top_p={top_p}: more than 0, and at most 1": 0 < top_p <= 1,
+    }
+    for rule, is_kept in rules.items():
+        if not is_kept:
+            raise ValueError(rule)
     longest = max(map(len, prompts), default=0)
     limit = model.config.decoder.max_position
     if longest + max_new_tokens > limit:

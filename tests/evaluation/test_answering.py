@@ -72,6 +72,14 @@ def test_an_answer_that_is_left_early_stays_as_far_as_it_got(model):
     assert len(chat.messages) == 4, "an answer without a token"
 
 
+def test_a_tag_that_the_model_writes_stands_for_no_file(model, monkeypatch):
+    chat = Conversation(model, **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "text", lambda self, ids: "an <image>")
+        assert chat.say("one") == "an <image>"
+    assert chat.say("two") == whole(model, chat)
+
+
 def test_a_template_that_changes_earlier_turns_cuts_the_cache_back(model, monkeypatch):
     """As those do that drop the reasoning of earlier answers."""
     pieces = model.encoder.chat.pieces

@@ -360,6 +360,7 @@ def test_a_run_with_adapters_a_checkpoint_of_it_and_its_export_answer_alike(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--image", __file__, "--image", __file__, "--prompt", "x"], "error: image 1: "),
         (["--image", "nowhere.png", "--prompt", "x"], "there is no image file nowhere.png"),
         (["--prompt", "<image> what"], "the prompt has 1 <image> tag but 0 images"),
         (["--prompt", "x", "--max-new-tokens", "1000"], "max_position"),
