@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 import av
+import numpy
 import torch
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
@@ -277,8 +278,7 @@ def _stream(container: av.container.InputContainer) -> av.VideoStream:
 
 def _rgb(frame: av.VideoFrame, convert: VideoReformatter) -> Tensor:
     """uint8 (3, H, W), upright: phones record sideways or mirrored, and say so in the metadata."""
-    pixels = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    image = torch.from_numpy(_on_white(frame, convert)).permute(2, 0, 1)
     across_x, down_x, across_y, down_y = _matrix(frame)
     turned = abs(down_x) + abs(across_y) > abs(across_x) + abs(down_y)
     if turned:
@@ -286,6 +286,16 @@ def _rgb(frame: av.VideoFrame, convert: VideoReformatter) -> Tensor:
         across_x, down_y = across_y, down_x
     flips = [dim for dim, scale in ((1, down_y), (2, across_x)) if scale < 0]
     return image.flip(flips) if flips else image
+
+
+def _on_white(frame: av.VideoFrame, convert: VideoReformatter) -> numpy.ndarray:
+    """uint8 (H, W, 3), as an image is decoded: what is transparent shows white, and not the colour hidden there."""
+    may_be_transparent = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+    if not may_be_transparent:
+        return convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    pixels = convert.reformat(frame, format="rgba", threads=1).to_ndarray().astype(numpy.uint16)
+    alpha = pixels[:, :, 3:]
+    return ((pixels[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(numpy.uint8)
 
 
 def _matrix(frame: av.VideoFrame) -> tuple[float, float, float, float]:

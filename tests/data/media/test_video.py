@@ -9,6 +9,9 @@ from functools import cache
 import av
 import numpy as np
 import pytest
+import torch
+from av.video.reformatter import VideoReformatter
+from PIL import Image
 
 from avlm.config.run import VideoConfig
 from avlm.data.media import video
@@ -219,6 +222,19 @@ def test_containers_are_read(container):
 def test_frames_are_bytes_between_0_and_255_like_images():
     [(frame, _)] = list(video.decode(video_file(30, rate=4), VideoConfig(num_frames=1), LIMIT))
     assert frame.dtype.is_floating_point is False and frame.shape == (3, 48, 64)
+
+
+@pytest.mark.parametrize("form", ["PNG", "GIF"])
+def test_what_is_transparent_is_white_as_in_an_image(form):
+    first, second = (Image.new("RGBA", (8, 8), (200, 0, 0, 0)) for _ in range(2))
+    for number, each in enumerate((first, second)):
+        each.paste((0, 0, 255, 255), (2 * number, 0, 2 * number + 2, 2))
+    buffer = io.BytesIO()
+    first.save(buffer, form, save_all=True, append_images=[second], duration=200, disposal=2)
+    for frame, _ in video.decode(buffer.getvalue(), VideoConfig(num_frames=2), 10**6):
+        assert frame[:, 7, 7].tolist() == [255] * 3 and (frame == torch.tensor([0, 0, 255])[:, None, None]).all(0).any()
+    half = av.VideoFrame.from_ndarray(np.full((8, 8, 4), [0, 100, 200, 51], np.uint8), format="rgba")
+    assert video._on_white(half, VideoReformatter())[0, 0].tolist() == [204, 224, 244]
 
 
 def test_sound_tracks_are_found():
