@@ -26,10 +26,10 @@ import uuid
 from pathlib import Path
 
 import yaml
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from avlm.config.run import Config, shares
-from avlm.data.text import templates
+from avlm.data.text import training
+from avlm.data.text.templates import jinja
 from avlm.demo.bank.bank import FOLDER, load
 from avlm.demo.bank.shards import write_shard
 from avlm.storage import locks
@@ -66,7 +66,7 @@ BLENDS = {
     },
 }
 
-CHAT_TEMPLATE = templates.jinja("chatml", {})
+CHAT_TEMPLATE = jinja("chatml", {})
 
 
 def main() -> None:
@@ -121,7 +121,9 @@ def ensure(config: Config, folder: str = "data/demo") -> None:
 
 def fingerprint() -> str:
     """A hash of the code, the bank and the chat template. If it differs, samples may too, so the set is built again."""
-    files = sorted([Path(__file__), *FOLDER.glob("*.py"), *FOLDER.glob("*.npz"), *FOLDER.glob("*.tar")])
+    files = sorted(
+        [Path(__file__), Path(training.__file__), *FOLDER.glob("*.py"), *FOLDER.glob("*.npz"), *FOLDER.glob("*.tar")]
+    )
     content = [CHAT_TEMPLATE.encode(), *(file.read_bytes() for file in files)]
     return hashlib.sha256(b"".join(content)).hexdigest()
 
@@ -162,7 +164,7 @@ def die_with_parent() -> None:
 
 def prepare(folder: Path) -> None:
     """What `energon prepare` and its questions do.  A test folder is Energon's `val` and `test` at once."""
-    from avlm.data.energon.prepare import prepare as index  # a second to import, and only for a build
+    from avlm.data.energon.prepare import index  # a second to import, and only for a build
 
     index(folder, [("train", ".*")] if folder.name == "train" else [("val", ".*"), ("test", ".*")])
     # Energon names each set at random; this name follows from the content.
@@ -208,28 +210,7 @@ def write_tokenizer(folder: Path, records: list[dict]) -> None:
     """Byte-level BPE trained on the words of the training samples, in the files of a Hugging Face tokenizer."""
     texts = [message["content"] for record in records for message in record["messages"]]
     texts = [re.sub(r"<(image|audio|video)>\n", "", text) for text in texts]
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([*texts, *["user\n", "assistant\n"] * len(records)], trainer)
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "add_bos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    training.train_tokenizer([*texts, *["user\n", "assistant\n"] * len(records)], VOCABULARY_SIZE, "chatml", folder)
 
 
 if __name__ == "__main__":

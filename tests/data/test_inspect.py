@@ -8,8 +8,9 @@ import sys
 import pytest
 import yaml
 
-from avlm.data import inspect, inspect_row
+from avlm.data import inspect_row, inspect_samples
 from avlm.data.inspect import main
+from avlm.process.exit import run_command
 from tests.data.small_files import data, image_file, model, photo, tone
 from tests.training.test_train import ENVIRONMENT, ROOT
 
@@ -53,7 +54,7 @@ def test_statistics_are_those_of_the_set(config, capsys):
 
 
 def test_of_a_large_set_the_first_samples_are_counted(config, capsys, monkeypatch):
-    monkeypatch.setattr(inspect, "MAX_SAMPLES", 2)
+    monkeypatch.setattr(inspect_samples, "MAX_SAMPLES", 2)
     folder = config.parent
     (folder / "b.json").write_text((folder / "set.json").read_text())
     blend = f"data.train={{{folder / 'set.json'}: 3, {folder / 'b.json'}: 1}}"
@@ -74,9 +75,9 @@ def test_the_help_says_what_happens(config, capsys, tmp_path):
     said = " ".join(capsys.readouterr().out.split())
     for words in (
         "usage: python -m avlm.data.inspect [-h]",
-        f"of its first {inspect.MAX_SAMPLES:,} samples",
+        f"of its first {inspect_samples.MAX_SAMPLES:,} samples",
         f"up to {inspect_row.MAX_PANELS} images as the tower gets them, and up to {inspect_row.MAX_PANELS} windows",
-        f"over {inspect.SPEED_ROWS} rows",
+        f"over {inspect_samples.SPEED_ROWS} rows",
         "section.key=value ...",
         "DIR/KEY_image1.png for the first image",
         "(default: 4)",
@@ -115,7 +116,7 @@ def test_mistakes_are_one_line_and_exit_with_2(config, capsys):
     mistakes = (["--count=-1"], ["--stage", "third"], ["data.train=nowhere.json"], ["data.seq_lenght=3"])
     for arguments in (*mistakes, ["data.train=synthetic"]):
         with pytest.raises(SystemExit, match="2"):
-            main([str(config), *arguments])
+            run_command(lambda given=arguments: main([str(config), *given]))
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
 

@@ -6,11 +6,12 @@ import tarfile
 
 import pytest
 
-from avlm.data import shard
 from avlm.data.check import count_samples
+from avlm.data.energon import shards
 from avlm.data.loader import open_loader, open_samples
 from avlm.data.shard import main
 from avlm.data.stream import Stream
+from avlm.process.exit import run_command
 from tests.data.small_files import data, image_file, model, photo, tone
 
 
@@ -34,7 +35,7 @@ def own(tmp_path):
 
 
 def test_every_form_of_record_becomes_a_prepared_folder_with_its_media(own, tokenizer_folder, capfd, monkeypatch):
-    monkeypatch.setattr(shard, "SHARD_BYTES", 1)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)
     file, big = str(own / "own.jsonl"), own / "big"
     main([file, str(big)])
     said = capfd.readouterr()
@@ -64,7 +65,7 @@ def test_shards_that_only_lack_the_index_are_prepared(own, capfd, tokenizer_fold
         (own / "raw").mkdir(exist_ok=True)
         (own / "raw" / name).write_bytes((own / "big/train_000000.tar").read_bytes())
     with pytest.raises(SystemExit, match="2"):
-        main(["--prepare", str(own / "raw"), "--split", "val"])
+        run_command(lambda: main(["--prepare", str(own / "raw"), "--split", "val"]))
     assert re.search(r"^error: .*raw cannot be prepared: .*duplicate keys", capfd.readouterr().err.splitlines()[-1])
     (own / "raw/train_000000.tar").unlink()
     main(["--prepare", str(own / "raw"), "--split", "val"])
@@ -88,5 +89,5 @@ def test_mistakes_are_told_in_one_line(own, arguments, message, capsys, monkeypa
     (own / "held").mkdir()
     (own / "held" / "train_0.tar").touch()
     with pytest.raises(SystemExit, match="2"):
-        main(arguments)
+        run_command(lambda: main(arguments))
     assert message in capsys.readouterr().err

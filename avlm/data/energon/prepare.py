@@ -13,8 +13,17 @@ from avlm.config.model import shown
 CRUDE = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
 
 
-def prepare(folder: Path, parts: list[tuple[str, str]]) -> None:
-    """Index all shards of a folder. ``parts``: (split, regular expression of its shards' names)."""
+SPLITS = ("train", "val", "test")
+
+
+def prepare(folder: Path, split: str) -> None:
+    """Index all shards of a folder. Those whose names begin with a split belong to it, and all others to ``split``."""
+    others = f"{split}.*|(?!{'|'.join(SPLITS)}).*"
+    index(folder, [(each, others if each == split else f"{each}.*") for each in SPLITS])
+
+
+def index(folder: Path, parts: list[tuple[str, str]]) -> None:
+    """``parts``: (split, regular expression of its shards' names)."""
     shards = sorted(path.name for path in folder.glob("*.tar"))
     parts = [(split, names) for split, names in parts if any(re.match(names, shard) for shard in shards)]
     if not shards:
