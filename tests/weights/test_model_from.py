@@ -102,6 +102,20 @@ def test_a_part_is_taken_from_a_whole_model_and_replaces_that_of_another(folders
     assert (cfg.init_from.decoder, cfg.init_from.all) == (str(folders / "qwen"), None)
 
 
+def test_a_model_gains_a_tower_and_loses_one(folders, config):
+    cfg = config({"from": str(folders / "llava"), "audio": {"from": str(folders / "whisper")}, "lora": {}})
+    reports = load_weights(AVLM(cfg.model), cfg.init_from)
+    assert [report.entry for report in reports] == ["all", "audio"]
+    assert reports[1].initialised == {} and cfg.model.modules[-1] == "audio_projector"
+    unused = {"allow_unused": ["vision_tower.*", "multi_modal_projector.*"]}
+    text = {"from": str(folders / "llava"), "vision": None, "vision_projector": None, "lora": {}}
+    cfg = config(text, init_from=unused)
+    [report] = load_weights(AVLM(cfg.model), cfg.init_from)
+    assert cfg.model.modules == ["decoder"] and report.initialised.keys() == {"adapters"}
+    with pytest.raises(ValueError, match="vision and vision_projector come together"):
+        config({"from": str(folders / "llava"), "vision": None, "lora": {}})
+
+
 def test_a_run_and_an_export_bring_their_prompts_along(folders, config, tmp_path):
     cfg = config({"from": str(folders / "own"), "lora": {}})
     assert dataclasses.replace(cfg.model, lora=None) == ModelConfig(
