@@ -149,7 +149,7 @@ def _load_plan(
     held = {name: tensor for name, tensor in source.tensors.items() if name not in left_out}
     if source.config is not None:
         check_config(config if entry == "all" else getattr(config, entry), source.config, source.path)
-    prefixes = _prefixes(entry, source, held)
+    prefixes = _prefixes(entry, source, held, config)
     modules = [name for name in prefixes if getattr(config, name) and entry in ("all", "adapter", name)]
     if not modules:
         raise ValueError(f"init_from.{entry}: {source.path} holds no module that this entry could provide")
@@ -179,7 +179,7 @@ def _load_plan(
     return LoadPlan(source, chosen, report)
 
 
-def _prefixes(entry: str, source: Source, held: Mapping) -> dict[str, str]:
+def _prefixes(entry: str, source: Source, held: Mapping, config: ModelConfig) -> dict[str, str]:
     """Module -> the prefix of its tensors in a source."""
     if source.own_names:
         present = {name.partition(".")[0] for name in held}
@@ -194,6 +194,8 @@ def _prefixes(entry: str, source: Source, held: Mapping) -> dict[str, str]:
         return prefixes
     for module in source.config.modules if isinstance(source.config, ModelConfig) else [entry]:
         prefix = _prefix(module, held)
+        if prefix is None and getattr(config, module) is None:  # left out by init_from.allow_unused
+            continue
         if prefix is None:
             raise ValueError(f"{source.path} has no tensor {anchor(module)}, under any of {PREFIXES[module]}")
         prefixes[module] = prefix
