@@ -20,6 +20,7 @@ from avlm.storage.weight_files import choose
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights
+from avlm.weights.peft import Base
 from avlm.weights.sources import open_source, read_files
 from tests.models.handmade import build, save
 from tests.models.test_avlm import AUDIO_ONLY
@@ -185,8 +186,8 @@ def test_of_two_adapter_files_the_one_that_peft_reads_is_read_and_said(tmp_path)
     config = ModelConfig(decoder=AUDIO_ONLY.decoder, lora=LoraConfig(rank=4, targets=["decoder.*.q"]))
     new, old = (build(config, seed=seed) for seed in (1, 2))
     folder = tmp_path / "adapter"
-    export(config, new.state_dict(), folder, "adapter", base="base")
-    export(config, old.state_dict(), tmp_path / "old", "adapter", base="base")
+    export(config, new.state_dict(), folder, "adapter", base=Base(name="base"))
+    export(config, old.state_dict(), tmp_path / "old", "adapter", base=Base(name="base"))
     torch.save(load_file(tmp_path / "old" / "adapter_model.safetensors"), folder / "adapter_model.bin")
     for expected, said in (
         (new, r"\(adapter_model.safetensors, leaving adapter_model.bin unread\)"),
