@@ -161,11 +161,13 @@ class Statistics:
         if not self.lengths:
             return lines
         total = sum(self.lengths)
-        num_rows = _num_rows(self.lengths, stream)
+        rows = row_lengths(self.lengths, stream)
+        whole = rows[:-1] or rows  # what the last one lacks, the samples to come will fill
         size = stream.data.seq_length
-        lines.append(f"{counted(num_rows, 'row')} of {size:,} tokens, {100 * total / (num_rows * size):.1f} % full")
-        if self.read < self.num_samples:
-            lines.append(f"an epoch has about {num_rows * self.num_samples / self.read:,.0f} rows")
+        fill = sum(whole) / (len(whole) * size)
+        lines.append(f"{counted(len(rows), 'row')} of {size:,} tokens, {100 * fill:.1f} % full")
+        if self.read < self.num_samples and isinstance(stream.source, str):  # sets of a blend have their own epochs
+            lines.append(f"an epoch has about {total / (fill * size) * self.num_samples / self.read:,.0f} rows")
         item_names = {"image": "image", "audio": "window"}
         for modality, count in self.features.items():
             if count:
@@ -176,19 +178,23 @@ class Statistics:
         return [*lines, "tokens of a sample", *histogram(self.lengths)]
 
 
-def _num_rows(lengths: list[int], stream: Stream) -> int:
-    """Rows that training makes of samples, the last of which may have room left."""
+def row_lengths(lengths: list[int], stream: Stream) -> list[int]:
+    """Tokens of the rows that training makes of samples; the last may have room left."""
     data = stream.data
-    count = 0
+    found: list[int] = []
     buffer: list[int] = []
     for length in lengths:
         buffer.append(length)
         if len(buffer) == data.packing_buffer:
-            rows = select(buffer, data.seq_length, data.packing)
-            kept = rows.pop() if len(rows) > 1 else []
-            count += len(rows)
-            buffer = [buffer[i] for i in kept]
-    return count + len(select(buffer, data.seq_length, data.packing))
+            rows = _packed(buffer, stream)
+            buffer = rows.pop() if len(rows) > 1 else []
+            found += map(sum, rows)
+    return [*found, *map(sum, _packed(buffer, stream))]
+
+
+def _packed(lengths: list[int], stream: Stream) -> list[list[int]]:
+    rows = select(lengths, stream.data.seq_length, stream.data.packing)
+    return [[lengths[i] for i in row] for row in rows]
 
 
 def histogram(lengths: list[int]) -> list[str]:

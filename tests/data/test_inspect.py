@@ -64,9 +64,11 @@ def test_of_a_large_set_the_first_samples_are_counted(config, capsys, monkeypatc
         r".*set\.json: 4 samples, 75 % of the samples drawn",
         r".*b\.json: 4 samples, 25 % of the samples drawn",
         "of the first 2:",
-        "an epoch has about 4 rows",
     ):
         assert re.search(f"^{line}$", shown, re.M), line
+    assert "an epoch" not in shown, "each set of a blend has its own"
+    main([str(config), "--count", "0"])
+    assert "of the first 2:\n1 row of 256 tokens, 38.3 % full\nan epoch has about 2 rows\n" in capsys.readouterr().out
 
 
 def test_the_help_says_what_happens(config, capsys, tmp_path):
