@@ -3,11 +3,13 @@
 query, response          and "history": [[question, answer], ...] before them (ms-swift)
 instruction, output      and "input", which follows the instruction (Alpaca, LLaMA-Factory)
 question, answer; prompt, completion
-image, audio or video, and text or caption: the media are the question
+image, audio or video, and text or caption: the media are the question. The file may be under "file_name", as in the
+                         metadata.jsonl of Hugging Face's folders, or "audio_filepath", as in NeMo's manifests
 
 Media that no tag stands for come first.
 """
 
+import mimetypes
 from typing import Any
 
 from avlm.config.model import shown
@@ -18,6 +20,17 @@ from avlm.data.turns import Tags
 ANSWERS = {"query": "response", "instruction": "output", "question": "answer", "prompt": "completion"}
 CAPTIONS = ("text", "caption")
 MORE_KEYS = ("history", "input")
+
+
+def with_kind_of_file(record: Record) -> Record:
+    """The record with its file under the name of its kind, if it is named otherwise."""
+    for key in ("file_name", "audio_filepath"):
+        name = record.get(key)
+        if isinstance(name, str) and name:
+            kind = "audio" if key == "audio_filepath" else (mimetypes.guess_type(name)[0] or "").partition("/")[0]
+            if kind in MEDIA and says_nothing(record.get(kind)):
+                return {**{other: value for other, value in record.items() if other != key}, kind: name}
+    return record
 
 
 def form_of_pair(record: Record) -> str | None:

@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from avlm.config.model import shown
-from avlm.data.pairs import add_missing_tags, form_of_pair, keys_of, read_pair
+from avlm.data.pairs import add_missing_tags, form_of_pair, keys_of, read_pair, with_kind_of_file
 from avlm.data.record_keys import HARMLESS, Record, check_keys, check_whole_file, says_nothing
 from avlm.data.text.pieces import MEDIA, TAG, Messages
 from avlm.data.turns import LEARNED_IF_TRUE, ROLE_NAMES, Tags, first_with_value, read_pairs, read_turns
@@ -44,6 +44,8 @@ def read_record(record: Record, media: Callable[[str], bytes]) -> tuple[Messages
     record of another form, or with anything that is not read."""
     if not isinstance(record, dict):
         raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
+    if not any(key in record for key in FORMS):
+        record = with_kind_of_file(record)
     form = _form(record)
     _check_record_keys(record, form)
     _check_meaning(record, form)

@@ -307,6 +307,9 @@ def test_an_address_next_to_its_file_is_left_aside_and_refused_alone():
         ),
         ({"image": "a.png", "text": "a friend", "id": 3}, ["<image>", "a friend"], {"images": [b"image"]}),
         ({"audio": "c.wav", "caption": "a friend", "text": ""}, ["<audio>", "a friend"], {"audios": [b"sound"]}),
+        ({"file_name": "a.png", "text": "a friend"}, ["<image>", "a friend"], {"images": [b"image"]}),
+        ({"audio_filepath": "c.wav", "duration": 2.5, "text": "hi"}, ["<audio>", "hi"], {"audios": [b"sound"]}),
+        ({"query": "who?", "response": "a friend", "file_name": "set.csv"}, ["who?", "a friend"], {}),
     ],
 )
 def test_questions_with_answers_and_captions_are_turns(record, turns, media):
