@@ -61,14 +61,21 @@ def expand(tree: dict[str, Any]) -> dict[str, Any]:
             found[f"{part}_projector"] = {}
     if not sources:
         return tree
-    init_from = tree.get("init_from") or {}
+    init_from = _section(tree, "init_from")
     _check_init_from(sources, init_from)
     expanded = {**tree, "model": merge(found, own), "init_from": merge(sources, init_from)}
     speaker = sources.get("decoder", sources.get("all"))
     if speaker is not None:
-        data = tree.get("data") or {}
+        data = _section(tree, "data")
         expanded["data"] = merge(_prompts(speaker, data, expanded["model"]), data)
     return expanded
+
+
+def _section(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    section = tree.get(key)
+    if not isinstance(section, dict | None):
+        raise ValueError(f"{key} must hold keys and values, not {shown(section)}")
+    return section or {}
 
 
 def _whole(name: Any) -> ModelConfig:
@@ -112,7 +119,7 @@ def _check_init_from(sources: dict[str, str], init_from: dict[str, Any]) -> None
         if part != "all" and part not in init_from:
             raise ValueError(
                 f"model.{part}.from={sources[part]} and init_from.all={everything} both give the {part} weights: set "
-                f"init_from.{part} to the one to take, or take sizes and weights from model.from={everything}"
+                f'init_from.{part} to the one to take, or take everything from it with "model={{from: {everything}}}"'
             )
 
 
@@ -131,7 +138,8 @@ def _prompts(name: str, given: dict[str, Any], model: dict[str, Any]) -> dict[st
             found["template"] = template_of(folder, Tokenizer(given.get("tokenizer", name)))
     if trained is not None:
         found |= {key: value for key, value in to_dict(trained).items() if key in PROMPT_KEYS}
-    max_position = model["decoder"].get("max_position")
+    decoder = model.get("decoder")
+    max_position = decoder.get("max_position") if isinstance(decoder, dict) else None
     if isinstance(max_position, int):
         found["seq_length"] = min(found["seq_length"], max_position)
     return found

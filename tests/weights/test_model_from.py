@@ -174,6 +174,16 @@ def test_weights_that_two_entries_give_are_an_error(folders, config):
         config(model, init_from={"all": str(folders / "llava")})
 
 
+def test_sections_that_hold_no_keys_are_said_by_name(folders, config):
+    model = {"from": str(folders / "qwen"), "lora": {}}
+    with pytest.raises(ValueError, match="init_from must hold keys and values, not here"):
+        config(model, init_from="here")
+    with pytest.raises(ValueError, match="data must hold keys and values, not mine"):
+        config(model, data="mine.jsonl")
+    with pytest.raises(ValueError, match=r"model\.decoder: .* got None"):
+        config({**model, "decoder": None})
+
+
 STARTERS = {
     "lora_llava": {"model.from": "llava"},
     "alignment": {"model.decoder.from": "qwen", "model.vision.from": "clip", "model.audio.from": "whisper"},
