@@ -3,6 +3,7 @@
 The model's part is ``avlm.config.model``. Fields stand in the order of their importance; every number has its range.
 """
 
+import math
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -70,13 +71,20 @@ class VideoConfig:
 
 
 def _checked_sources(train: Any) -> Any:
-    weights = list(train.values()) if isinstance(train, dict) else []
-    are_weights = all(isinstance(weight, int | float) and weight > 0 for weight in weights)
-    if not isinstance(train, str) and not (weights and are_weights):
+    """The sources of a blend in the order of their names: a loader's state knows them by their place, and a resumed run
+    may name them in another order."""
+    if isinstance(train, str):
+        return train
+    if not (isinstance(train, dict) and train and all(map(_is_weighted, train.items()))):
         raise ValueError(
             f"give a source, or sources with weights such as {{a.jsonl: 3, b.jsonl: 1}}, not {shown(train)}"
         )
-    return train
+    return dict(sorted(train.items()))
+
+
+def _is_weighted(item: tuple[Any, Any]) -> bool:
+    source, weight = item
+    return isinstance(source, str) and type(weight) in (int, float) and 0 < weight < math.inf
 
 
 @config

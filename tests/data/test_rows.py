@@ -93,9 +93,9 @@ def test_what_a_blend_cannot_be_is_one_line(loader, folder):
         loader({"gone.jsonl": 1})
     with pytest.raises(ValueError, match="5 records, but 40 when the state was written"):
         loader({"few.json": 1}, state=loader({"many.jsonl": 1}).state())
-    with pytest.raises(ValueError, match="holds 40 and 5 and 30 records, but 40 when the state was written"):
+    with pytest.raises(ValueError, match="holds 5 and 40 and 30 records, but 40 when the state was written"):
         loader(state=loader({"many.jsonl": 1}).state())
-    for wrong in ({}, {"a.jsonl": 0}, {"a.jsonl": "much"}, ["a.jsonl"], 5):
+    for wrong in ({}, {"a.jsonl": 0}, {"a.jsonl": "much"}, {"a.jsonl": float("inf")}, ["a.jsonl"], 5):
         with pytest.raises(ValueError, match=r"^test: data\.train: give a source, or sources with weights") as error:
             resolve_config(TREE | {"data": {"train": wrong}}, "test")
         assert "\n" not in str(error.value)
@@ -106,3 +106,5 @@ def test_a_stage_has_its_own_blend_and_nothing_of_the_runs():
     stages[1]["data"] = {"train": {"b.jsonl": 1}}
     config = resolve_config(TREE | {"data": {"train": {"a.jsonl": 3, "c": 0.5}}, "stages": stages}, "test")
     assert [stage.data.train for stage in config.stages] == [{"a.jsonl": 3.0, "c": 0.5}, {"b.jsonl": 1.0}]
+    swapped = resolve_config(TREE | {"data": {"train": {"c": 0.5, "a.jsonl": 3}}, "stages": stages}, "test")
+    assert list(swapped.stages[0].data.train) == ["a.jsonl", "c"], "a loader's state knows sources by their place"
