@@ -113,7 +113,7 @@ class Log:
         record["memory_gib"] = _peak_memory(self.world.device) / 2**30
 
     def _line(self, record: Record) -> str:
-        done = record["step"] - self.first_step
+        done = self.records[-1]["step"] - self.first_step  # a GPU's steps are fetched several at a time
         elapsed = time.perf_counter() - (self.training_since or self.started)
         left = (self.last_step - record["step"]) * elapsed / done
         return step_line(record, self.config.total_steps, elapsed, left)

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import resource
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from avlm.storage.run_folder import read_records
+from avlm.storage.run_folder import Progress, read_records
 from avlm.training import plots
 from avlm.training.log import Log, _cut, check_log
 from tests.parallel.small import make_config, make_rows
@@ -82,10 +83,17 @@ def test_tensorboard_gets_every_number_and_a_resumed_run_takes_the_place_of_what
     for first, values in ((0, {1: 5.0, 2: 4.0, 3: 3.0}), (2, {3: 2.5, 4: 2.0})):
         log = Log(config, WORLD, first)
         log.write([{"step": step, "stage": "a", "loss": loss} for step, loss in values.items()])
-        log.close()
+        log.close(Progress())
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["loss"]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 5.0), (2, 4.0), (3, 2.5), (4, 2.0)]
+
+
+def test_the_time_left_counts_all_steps_that_are_fetched_together(log):
+    log.records = [{"step": step, "stage": "a", "loss": 1.0, "grad_norm": 1.0, "lr": 1.0} for step in range(1, 11)]
+    log.records[0]["tokens_per_second"] = 1.0
+    log.training_since = time.perf_counter() - 10
+    assert log._line(log.records[0]).endswith("0:10 elapsed, 0:19 left"), "19 steps are left, of a second each"
 
 
 def test_a_missing_tensorboard_is_said_before_ranks_start(monkeypatch):
