@@ -31,7 +31,8 @@ from avlm.parallel import mesh
 from avlm.parallel.apply import apply_parallel, compute_dtype, own_part, warm_up
 from avlm.parallel.mesh import World
 from avlm.training import flops, optimizer
-from avlm.training.log import describe, tally
+from avlm.training.console import describe
+from avlm.training.log import tally
 from avlm.weights.model_from import open_config
 from train import train_step
 
