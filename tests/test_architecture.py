@@ -93,6 +93,20 @@ def module_file(name: str) -> Path | None:
     return None
 
 
+@functools.cache
+def names_of(path: Path) -> set[str]:
+    """What can be imported from a file: what it defines, assigns or imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+    return found
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path):
     module = module_name(path)
@@ -104,6 +118,18 @@ def test_imports_point_one_way(path):
         assert other in ARROWS[own] or "avlm" in ARROWS[own], f"{module} imports {name}"
         narrow = NARROW.get((own, other))
         assert narrow is None or name.startswith(narrow), f"{module} imports {name}, and may import {narrow} only"
+
+
+def test_every_name_that_is_imported_is_there():
+    """Scripts that no fast test runs, such as measurements, are broken by a move without anyone noticing."""
+    for path in [*SOURCES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("docs/*.py")]:
+        for name, _ in imports(path):
+            file = module_file(name)
+            assert file is not None, f"{path.relative_to(ROOT)} imports {name}"
+            _, _, last = name.rpartition(".")
+            assert file.stem == last or file.parent.name == last or last in names_of(file), (
+                f"{path.relative_to(ROOT)} imports {name}, and {file.relative_to(ROOT)} has no {last}"
+            )
 
 
 def test_no_room_is_imported_by_one_that_it_imports():

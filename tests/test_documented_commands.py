@@ -39,6 +39,27 @@ def test_every_command_of_the_pages_names_a_file_that_is_there():
     assert named <= targets, f"no make targets: {named - targets}"
 
 
+def test_the_commands_of_a_run_answer_help_before_they_import_torch():
+    """torch takes seconds to import. Those of kernels/ and of the demos do not."""
+    of_a_run = [name for name in NAMED if not name.startswith(("tests", "kernels", "avlm.demo"))]
+    assert {"train.py", "generate.py", "avlm.weights", "avlm.training.plots", "avlm.evaluation.page"} <= {*of_a_run}
+    script = f"""
+import runpy, sys, avlm
+sys.argv[1:] = ["--help"]
+for name in {of_a_run}:
+    run = runpy.run_path if name.endswith(".py") else runpy.run_module
+    try:
+        run(name, run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 0 and "torch" not in sys.modules, name
+    else:
+        raise AssertionError(name)
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("usage:") == len(of_a_run)
+
+
 def test_every_test_that_the_pages_name_is_there():
     named = re.findall(r"`(?:tests/)?([\w/]+\.py)::(test_\w+)`", TEXT)
     assert len(named) >= 7

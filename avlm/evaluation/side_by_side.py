@@ -11,8 +11,8 @@ import torch
 from avlm.config.run import ParallelConfig, TrainConfig
 from avlm.data.sample import SampleEncoder
 from avlm.evaluation.answering import open_encoder
-from avlm.evaluation.page import write_page
 from avlm.evaluation.report import comparison, report, shown, table, words
+from avlm.evaluation.report_page import write_page
 from avlm.evaluation.results import Asked, evaluate
 from avlm.models.avlm import AVLM
 from avlm.parallel import mesh

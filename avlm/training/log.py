@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, console lines, wandb and TensorBoard. ``avlm.training.plots`` draws its curves."""
+"""What a run reports: metrics.jsonl, console lines, wandb and TensorBoard. ``avlm.training.curves`` draws them."""
 
 import errno
 import importlib.util

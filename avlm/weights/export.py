@@ -24,7 +24,6 @@ from avlm.weights.peft import Base, adapter_keys, peft_names
 from avlm.weights.sources import Stored
 from avlm.weights.tokenizer import media_token_id, write_tokenizer
 
-FORMATS = ("avlm", *door.FORMATS, "adapter")
 PROMPT_KEYS = ["template", "system", "seq_length", "video", "max_media_bytes", "max_image_pixels", "max_audio_seconds"]
 ADAPTER = ("lora_down.weight", "lora_up.weight", "lora_magnitude")
 State = dict[str, Lazy]
@@ -112,7 +111,7 @@ def _content(
         tensors = {theirs: state[name] for name, theirs in names.items()}
         return Content({"adapter_config.json": adapter_keys(config, state, base)}, tensors, "adapter_model")
     if format not in door.FORMATS:
-        raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+        raise ValueError(f"format {format!r} is not one of avlm, adapter, {', '.join(door.FORMATS)}")
     family = door.FORMATS[format]
     token = None
     for word in family.MEDIA_TOKENS.values():

@@ -161,15 +161,3 @@ def test_a_chat_reads_a_pipe_to_its_end(exported):
     result = subprocess.run(command, input="hello\nyou?\n", capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "> hello\n" in result.stdout and "> you?\n" in result.stdout and result.stderr == ""
-
-
-@pytest.mark.parametrize(
-    "run", ["path('generate.py', run_name='__main__')", "module('avlm.evaluation', run_name='__main__')"]
-)
-def test_help_and_the_package_are_there_without_torch(run):
-    """torch takes seconds to import."""
-    script = "import sys, runpy, avlm\nsys.argv[1:] = ['--help']\n"
-    script += f"try: runpy.run_{run}\nexcept SystemExit: assert 'torch' not in sys.modules\nelse: raise AssertionError"
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "usage:" in result.stdout

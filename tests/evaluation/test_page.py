@@ -13,8 +13,8 @@ from PIL import Image
 from avlm.config.load import dump_config
 from avlm.config.run import DataConfig
 from avlm.data.loader import open_samples
-from avlm.evaluation import page
-from avlm.evaluation.page import write_page
+from avlm.evaluation import report_page
+from avlm.evaluation.report_page import write_page
 from tests.data.small_files import image_file, photo, tone, video_file
 from tests.parallel.small import make_config
 
@@ -119,8 +119,8 @@ def test_the_text_of_a_sample_stays_text_and_the_page_needs_nothing_else(run):
 
 
 def test_the_page_is_bounded_and_says_what_it_leaves_out(run, monkeypatch):
-    monkeypatch.setattr(page, "ANSWERS", 2)
-    monkeypatch.setattr(page, "MEDIA_BYTES", 2000)
+    monkeypatch.setattr(report_page, "ANSWERS", 2)
+    monkeypatch.setattr(report_page, "MEDIA_BYTES", 2000)
     text = write_page(run).read_text()
     assert [kind for kind, name, _ in cards(text) if name == "seen/test"] == ["wrong", "right"]
     assert "media left out: the page would become too large" in text

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from avlm.storage.run_folder import Progress, read_records
-from avlm.training import plots
+from avlm.training import curves
 from avlm.training.log import Log, _cut, check_log
 from tests.parallel.small import make_config, make_rows
 
@@ -106,9 +106,9 @@ def test_a_missing_tensorboard_is_said_before_ranks_start(monkeypatch):
 
 def test_a_curve_is_drawn_where_its_values_are():
     line = [float(i) for i in range(40)]
-    assert plots.centred_means(line, 5) == pytest.approx(line)
+    assert curves.centred_means(line, 5) == pytest.approx(line)
     falling = [0.9**i for i in range(40)]
-    means = plots.centred_means(falling, 5)
+    means = curves.centred_means(falling, 5)
     assert (means[0], means[-1]) == pytest.approx((falling[0], falling[-1]))
     assert means[20] == pytest.approx(sum(falling[15:26]) / 11)
 
@@ -118,18 +118,18 @@ def test_a_curve_crosses_neither_a_gap_nor_the_end_of_a_stage():
     for record in steps:
         if record["step"] in (1, 2, 5, 14, 15, 19, 21):
             record["loss/image"] = 1.0
-    found = [[record["step"] for record in stretch] for stretch in plots.stretches(steps, "loss/image")]
+    found = [[record["step"] for record in stretch] for stretch in curves.stretches(steps, "loss/image")]
     assert found == [[1, 2, 5], [14, 15, 19], [21]]
 
 
 def test_the_plot_shows_three_panels_or_all_and_names_what_is_no_run(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist: give the folder of a run"):
-        plots.plot(tmp_path / "nowhere")
+        curves.plot(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"holds no metrics\.jsonl"):
-        plots.plot(tmp_path)
+        curves.plot(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="holds no steps yet"):
-        plots.plot(tmp_path)
+        curves.plot(tmp_path)
     of_step = {"lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 9.0, "data_seconds": 0.1, "step_seconds": 1.0}
     of_step |= {"padding": 0.1, "tokens": 8, "tokens/image": 4, "tokens/audio": 0, "flops": 4, "flops/vision": 4}
     lines = [row | of_step for row in rows(range(1, 9))] + [
@@ -137,9 +137,9 @@ def test_the_plot_shows_three_panels_or_all_and_names_what_is_no_run(tmp_path, m
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     figures = []
-    monkeypatch.setattr(plots.pyplot, "close", figures.append)
+    monkeypatch.setattr(curves.pyplot, "close", figures.append)
     for everything in (False, True):
-        assert plots.plot(tmp_path, everything).read_bytes().startswith(b"\x89PNG")
+        assert curves.plot(tmp_path, everything).read_bytes().startswith(b"\x89PNG")
     few, every = ([axes for axes in figure.axes if axes.get_legend()] for figure in figures)
     labels = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in every]
     assert labels[0] == ["all", "image", "val/x"]
@@ -154,4 +154,4 @@ def test_the_plot_shows_three_panels_or_all_and_names_what_is_no_run(tmp_path, m
     for axes in every:  # no legend lies on the data
         assert axes.get_legend().get_window_extent().y1 <= axes.get_window_extent().y0
     assert figures[0].get_suptitle().startswith(f"{tmp_path.name}: pale lines are steps, bold ones means of up to 11")
-    assert len(plots.panel_images(tmp_path)) == 3
+    assert len(curves.panel_images(tmp_path)) == 3

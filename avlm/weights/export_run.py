@@ -1,0 +1,66 @@
+"""A checkpoint of a run, written as a model folder: what ``python -m avlm.weights export`` does."""
+
+import argparse
+from collections.abc import Mapping
+
+import torch
+
+from avlm.config.run import ParallelConfig
+from avlm.families import door
+from avlm.parallel import mesh
+from avlm.process.launch import ranks
+from avlm.storage.model_folder import Lazy
+from avlm.storage.run_folder import read_run
+from avlm.weights.export import export
+from avlm.weights.peft import Base, base_of, left_behind
+from avlm.weights.sources import open_checkpoint
+
+
+def export_run(arguments: argparse.Namespace) -> None:
+    """Write the folder that the command's ``arguments`` ask for, and say what was written, what it lacks and how it
+    loads."""
+    config, path = read_run(arguments.run, arguments.step)
+    to_peft = arguments.format == "adapter"
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    if dtype is None and not to_peft:
+        dtype = torch.bfloat16
+    rank, size = ranks()
+    world = None
+    if size > 1:
+        world = mesh.start(ParallelConfig(), torch.device("cpu"))
+        path = world.gather(path)[0]  # the run may continue and save meanwhile
+    state = open_checkpoint(path)
+    base = base_of(config, state, arguments.onto, arguments.base) if to_peft else None
+    tensors = export(
+        config.model,
+        state,
+        arguments.folder,
+        arguments.format,
+        data=config.stages[-1].data,
+        dtype=dtype,
+        base=base,
+        overwrite=arguments.overwrite,
+        world=world,
+    )
+    if rank == 0:
+        print(summary(arguments.folder, arguments.format, tensors, base))
+        left = left_behind(state, base) if base else []
+        if left:
+            print(f"it lacks {', '.join(left)}: --format avlm keeps them, with all adapters merged")
+        if base and base.name is None:
+            print(f"it names no base: --base NAME adds the {base.format} that its adapters belong to")
+
+
+def summary(folder: str, format: str, tensors: Mapping[str, Lazy], base: Base | None) -> str:
+    """What was written, and the line that loads it."""
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
+    if base is not None:
+        model = f"transformers.{door.FORMATS[base.format].CLASS}.from_pretrained({base.name or 'BASE'!r})"
+        load = f"peft.PeftModel.from_pretrained({model}, {folder!r})"
+    elif format in door.FORMATS:
+        load = f"transformers.{door.FORMATS[format].CLASS}.from_pretrained({folder!r})"
+    else:
+        load = f"avlm.load({folder!r})"
+    kind = f"adapters of a {base.format}" if base else f"format {format}"
+    return f"wrote {folder}: {kind}, {len(tensors)} tensors in {' and '.join(dtypes)}, {size:,.1f} MB\nload it: {load}"
