@@ -19,7 +19,7 @@ from avlm.models.batch import KINDS, empty_batch
 from avlm.models.costs import check_steps, counts
 from avlm.models.shapes import parameter_shapes
 from avlm.parallel import recompute
-from avlm.storage.run_folder import read_records
+from avlm.storage.run_folder import Progress, read_records
 from avlm.training import flops
 from avlm.training.log import Log, tally, time
 from tests.parallel.small import TREE, make_config
@@ -195,7 +195,7 @@ def test_a_device_has_the_peak_of_its_whole_name(name, tera, monkeypatch):
 def test_mfu_is_reported_where_the_peak_is_known(name, mfu, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
-    monkeypatch.setattr(time, "perf_counter", iter([0.0, 2.0, 2.0]).__next__)
+    monkeypatch.setattr(time, "perf_counter", iter([0.0, 2.0, 2.0, 2.0, 2.0]).__next__)
     cfg = make_config(output_dir=str(tmp_path), train={"log_every": 1})
     log = Log(cfg, SimpleNamespace(device=torch.device("cuda"), size=4, is_first=True), 0)
     row = {"step": 1, "stage": "all", "lr": 0.1} | tally([], flops.costs(cfg.model, cfg.stages[0], cfg.train.recompute))
@@ -207,7 +207,7 @@ def test_mfu_is_reported_where_the_peak_is_known(name, mfu, tmp_path, monkeypatc
         "recomputed_flops": 989.4e12,
     }
     log.step(row, torch.ones(len(KINDS) + 2), [])
-    log.close()
+    log.close(Progress(step=1))
     (written,) = read_records(tmp_path / "metrics.jsonl")
     assert (written.get("mfu"), written.get("hfu")) == (mfu and pytest.approx(mfu), mfu and pytest.approx(1.5 * mfu))
     assert written["padding"] == 0.25
