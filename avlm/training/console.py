@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from avlm.config.model import counted
-from avlm.config.run import Config, StageConfig
+from avlm.config.run import Config, StageConfig, shares
 from avlm.data.sample import Sample
 from avlm.models.avlm import AVLM
 from avlm.storage.run_folder import Progress, Record, folder_of
@@ -33,12 +33,19 @@ def describe_length(stage: StageConfig, epoch: Epoch | None, rows_per_step: int)
         times = epoch.of_steps(stage.steps, rows_per_step)
         rows = f"{epoch.num_rows:,.0f}" if epoch.num_rows >= 10 else f"{epoch.num_rows:.1f}"
         lines.append(
-            f"{counted(epoch.num_samples, 'sample')}, about {rows} rows an epoch: {stage.steps} steps of "
-            f"{counted(rows_per_step, 'row')} are {times:.1f} epochs"
+            f"{counted(sum(epoch.num_samples.values()), 'sample')}, about {rows} rows an epoch: "
+            f"{counted(stage.steps, 'step')} of {counted(rows_per_step, 'row')} are {times:.1f} epochs"
         )
-        if times > MANY:
+        passes = epoch.passes(times, shares(stage.data.train))
+        if len(passes) > 1:
+            each = (f"{source} {number:.1f} times" for source, number in passes.items())
+            lines.append(f"so it draws each sample of {', of '.join(each)}")
+        source, most = max(passes.items(), key=lambda item: item[1])
+        if most > MANY:
             key = "epochs" if stage.epochs else "steps"
-            lines.append(f"warning: stage {stage.name} sees each sample about {times:.0f} times: lower its {key}")
+            lines.append(
+                f"warning: stage {stage.name} sees each sample of {source} about {most:.0f} times: lower its {key}"
+            )
     warmup = stage.optimizer.warmup_steps
     if 1 < stage.steps < 2 * warmup:
         lines.append(

@@ -10,19 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from avlm.config.load import load_config
-from avlm.config.run import Config, DataConfig
+from avlm.config.run import Config, DataConfig, shares
 from avlm.data.bad_samples import Look
 from avlm.data.packing import select
 
 
 @dataclass(frozen=True)
 class Epoch:
-    num_samples: int
+    """A pass over all samples of a stage's sources. Of a blend it draws as many samples as there are, each source's
+    share of them."""
+
+    num_samples: dict[str, int]  # of each source
     num_rows: float
 
     def of_steps(self, steps: int, rows_per_step: int) -> float:
         """Epochs that a number of steps takes."""
         return steps * rows_per_step / self.num_rows
+
+    def passes(self, epochs: float, shares: dict[str, float]) -> dict[str, float]:
+        """How often a number of epochs draws each sample of a source, on average."""
+        drawn = epochs * sum(self.num_samples.values())
+        return {source: drawn * shares[source] / count for source, count in self.num_samples.items()}
 
 
 def epoch_of(data: DataConfig, looks: list[Look]) -> Epoch | None:
@@ -30,16 +38,18 @@ def epoch_of(data: DataConfig, looks: list[Look]) -> Epoch | None:
     lengths = [length for each in looks for length in each.lengths]
     if not lengths:
         return None
-    tokens = 0.0
+    num_samples = {each.source: each.num_samples for each in looks}
+    weights = shares(data.train)
+    tokens = 0.0  # of a sample that is drawn
     for each in looks:
-        tokens += each.num_samples * sum(each.lengths) / each.looked_at
+        tokens += weights[each.source] * sum(each.lengths) / each.looked_at
     fills = [sum(lengths[i] for i in row) / data.seq_length for row in select(lengths, data.seq_length, data.packing)]
     fills.remove(min(fills))  # a row that training would pack again, with what follows
     if fills:
         fill = sum(fills) / len(fills)
     else:
-        fill = min(1.0, data.packing_buffer * sum(lengths) / len(lengths) / data.seq_length)
-    return Epoch(sum(each.num_samples for each in looks), tokens / (fill * data.seq_length))
+        fill = min(1.0, data.packing_buffer * tokens / data.seq_length)
+    return Epoch(num_samples, sum(num_samples.values()) * tokens / (fill * data.seq_length))
 
 
 def with_steps(config: Config, epochs: list[Epoch | None], data_ranks: int, resumed: Path | None = None) -> Config:

@@ -17,37 +17,44 @@ from tests.parallel.small import TREE, make_config
 from tests.training.test_train import TEXT_STAGE, WORDS, run, text_data, write_config
 
 
-def look(lengths, num_samples, bad=0):
+def look(lengths, num_samples, bad=0, source="a.jsonl"):
     reasons = [("a:1", "broken")] * bad
-    return Look("a.jsonl", reasons, len(lengths) + bad, num_samples, lengths)
+    return Look(source, reasons, len(lengths) + bad, num_samples, lengths)
+
+
+def epoch(num_samples, num_rows):
+    return Epoch({"synthetic": num_samples}, num_rows)
 
 
 def test_an_epoch_is_the_rows_that_its_samples_fill():
     data = DataConfig(train="a.jsonl", seq_length=100, packing_buffer=200)
     assert epoch_of(data, []) is None
-    epoch = epoch_of(data, [look([60] * 20, 1000)])
-    assert epoch.num_rows == pytest.approx(1000), "two samples of 60 do not fit a row of 100"
-    assert epoch_of(data, [look([50] * 20, 1000)]) == Epoch(1000, 500)
-    assert epoch_of(data, [look([50] * 10, 1000, bad=10)]) == Epoch(1000, 250), "bad samples fill nothing"
-    assert epoch_of(data, [look([10] * 5, 5)]) == Epoch(5, 0.5), "a row holds two passes of a small set"
+    assert epoch_of(data, [look([60] * 20, 1000)]).num_rows == pytest.approx(1000), "two of 60 do not fit a row of 100"
+    assert epoch_of(data, [look([50] * 20, 1000)]) == Epoch({"a.jsonl": 1000}, 500)
+    assert epoch_of(data, [look([50] * 10, 1000, bad=10)]).num_rows == 250, "bad samples fill nothing"
+    assert epoch_of(data, [look([10] * 5, 5)]).num_rows == 0.5, "a row holds two passes of a small set"
     narrow = replace(data, packing_buffer=5)
-    assert epoch_of(narrow, [look([10] * 5, 5)]) == Epoch(5, 1.0), "a row holds no more than the buffer"
-    both = epoch_of(data, [look([50] * 20, 100), look([25] * 20, 300)])
-    assert both.num_samples == 400 and both.num_rows == pytest.approx(50 + 75, rel=0.05)
+    assert epoch_of(narrow, [look([10] * 5, 5)]).num_rows == 1.0, "a row holds no more than the buffer"
+    weights = {"a.jsonl": 3.0, "b.jsonl": 1.0}
+    looks = [look([50] * 20, 100), look([25] * 20, 300, source="b.jsonl")]
+    both = epoch_of(replace(data, train=weights), looks)
+    assert both.num_samples == {"a.jsonl": 100, "b.jsonl": 300}
+    assert both.num_rows == pytest.approx(400 * (0.75 * 50 + 0.25 * 25) / 100, rel=0.05)
+    assert both.passes(2.0, {"a.jsonl": 0.75, "b.jsonl": 0.25}) == {"a.jsonl": 6.0, "b.jsonl": pytest.approx(2 / 3)}
 
 
 def test_epochs_become_steps_which_a_run_keeps(tmp_path):
     stages = [{"name": "all", "epochs": 3, "train": ["decoder"]}]
     config = make_config(stages=stages, output_dir=str(tmp_path), train={"accumulate": 2})
-    epoch = Epoch(100, 25.0)
-    made = with_steps(config, [epoch], data_ranks=4)
+    pass_ = epoch(100, 25.0)
+    made = with_steps(config, [pass_], data_ranks=4)
     assert [stage.steps for stage in made.stages] == [10]
     (tmp_path / "config.yaml").write_text(dump_config(made))
     checkpoint = folder_of(tmp_path, 3)
-    again = with_steps(config, [epoch], data_ranks=2, resumed=checkpoint)
+    again = with_steps(config, [pass_], data_ranks=2, resumed=checkpoint)
     assert again == made, "with other ranks too"
     longer = resolve_config({**TREE, "stages": [{**stages[0], "epochs": 6}], "train": {"accumulate": 2}}, "test")
-    assert with_steps(longer, [epoch], 4, checkpoint).total_steps == 19
+    assert with_steps(longer, [pass_], 4, checkpoint).total_steps == 19
     with pytest.raises(ValueError, match=r"stage all: epochs=3.0 of data that have no end: give steps"):
         with_steps(config, [None], 4)
 
@@ -83,11 +90,14 @@ def test_the_last_stage_may_grow_and_the_optimizer_change_where_that_is_allowed(
 
 def test_seeing_each_sample_very_often_and_warming_up_to_the_end_are_warnings():
     [stage] = make_config().stages
-    [line] = describe_length(stage, Epoch(400, 20.0), rows_per_step=2)
+    [line] = describe_length(stage, epoch(400, 20.0), rows_per_step=2)
     assert line == "400 samples, about 20 rows an epoch: 20 steps of 2 rows are 2.0 epochs"
-    _, warning = describe_length(stage, Epoch(1, 0.5), rows_per_step=1)
-    assert warning == "warning: stage all sees each sample about 40 times: lower its steps"
+    _, warning = describe_length(stage, epoch(1, 0.5), rows_per_step=1)
+    assert warning == "warning: stage all sees each sample of synthetic about 40 times: lower its steps"
     assert describe_length(stage, None, 1) == []
+    [blend] = make_config(data={**TREE["data"], "train": {"a.jsonl": 3, "b.jsonl": 1}}).stages
+    _, drawn = describe_length(blend, Epoch({"a.jsonl": 100, "b.jsonl": 300}, 20.0), rows_per_step=2)
+    assert drawn == "so it draws each sample of a.jsonl 6.0 times, of b.jsonl 0.7 times"
     [stage] = make_config(optimizer={"lr": 1.0, "warmup_steps": 11}).stages
     [warning] = describe_length(stage, None, 1)
     assert warning.startswith("warning: the learning rate of stage all rises for 11 steps, of 20: lower optimizer.")
