@@ -77,9 +77,10 @@ def base_of(config: Config, names: Collection[str], format: str | None, name: st
                 f"hold that: --format {format} writes the whole model with its adapters merged"
             )
     own = _published(config, format)
+    is_of_base = own is not None and config.init_from.adapter is None  # a folder of adapters may have brought another
     whole = []
     for module in held:
-        is_changed = own is None or any(each.startswith(f"{module}.") for each in trained)
+        is_changed = not is_of_base or any(each.startswith(f"{module}.") for each in trained)
         if module.endswith("_projector") and is_changed:
             whole.append(module)
     return Base(format, name or own, tuple(whole))

@@ -114,6 +114,11 @@ def test_adapters_load_onto_the_class_of_their_base_and_give_its_logits(
         again = AVLM(config)
         init_weights(again, InitFrom(all=str(base), adapter=str(tmp_path / folder)), seed=2)
         assert all(a.equal(b) for a, b in zip(model.parameters(), again.parameters()))
+    write_trained(tmp_path / "more", again, ["lora"], InitFrom(all=str(base), adapter=str(tmp_path / "adapter")))
+    command(monkeypatch, tmp_path / "more", tmp_path / "later", "--format", "adapter")
+    later = load_file(tmp_path / "later" / "adapter_model.safetensors")
+    assert later.keys() >= written[1].keys(), "a projector that came with the adapters is not the base's"
+    assert all(tensor.equal(later[name]) for name, tensor in written[1].items())
 
 
 @pytest.mark.parametrize(
