@@ -65,13 +65,22 @@ def comparison(results: dict[str, list[dict[str, Any]]]) -> str:
             for metric in of_models[0]["metrics"]:
                 values = [shown(metric, each["metrics"][metric]) for each in of_models]
                 lines.append(_row([label, str(of_models[0]["count"]), words(metric), *values]))
-            for ablation, count in of_models[0]["ablation_counts"].items():
-                values = [
-                    shown(first, each["ablations"][ablation]) if ablation in each["ablations"] else ""
-                    for each in of_models
-                ]
-                lines.append(_row([label, str(count), f"{words(first)}, {ablation}", *values]))
+            for ablation in ABLATIONS:
+                if any(ablation in each["ablations"] for each in of_models):
+                    lines.append(_ablated_row(label, of_models, ablation, first))
     return "\n".join(lines) + "\n"
+
+
+def _ablated_row(label: str, of_models: list[dict[str, Any]], ablation: str, metric: str) -> str:
+    """The number of samples is that of all models, or stands with each: not every model hears a video's sound."""
+    counts = [each["ablation_counts"].get(ablation) for each in of_models]
+    is_same = len(set(counts) - {None}) == 1
+    values = []
+    for each, count in zip(of_models, counts):
+        of = "" if is_same else f" of {count}"
+        values.append("" if count is None else shown(metric, each["ablations"][ablation]) + of)
+    common = str(max(filter(None, counts))) if is_same else ""
+    return _row([label, common, f"{words(metric)}, {ablation}", *values])
 
 
 def report(results: list[dict[str, Any]]) -> str:

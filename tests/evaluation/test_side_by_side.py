@@ -112,4 +112,8 @@ def test_ablations_count_the_samples_that_have_the_modality():
     _, _, *rows = comparison({"a": [result], "b": [result]}).splitlines()
     assert "| mine/test | 2 | exact match, no_image | 50.0 % | 50.0 % |" in rows
     assert "| mine/test, audio | 1 | exact match, no_audio | 100.0 % | 100.0 % |" in rows
+    deaf = {**result, "ablations": {"no_image": 0.5}, "ablation_counts": {"no_image": 1}}
+    _, _, *rows = comparison({"deaf": [deaf], "b": [result]}).splitlines()
+    assert "| mine/test |  | exact match, no_image | 50.0 % of 1 | 50.0 % of 2 |" in rows
+    assert "| mine/test | 1 | exact match, no_audio |  | 100.0 % |" in rows
     assert _by_kind(samples[::2], {"exact_match": [right, right]}, {}) == [], "one kind only"
