@@ -18,6 +18,7 @@ from avlm.preflight import memory
 from avlm.preflight.check import check
 from avlm.preflight.layout import layout_of
 from avlm.preflight.memory import GIB, MIB
+from avlm.storage.run_folder import find
 from avlm.training.console import describe_length
 from avlm.training.epochs import with_steps
 
@@ -27,7 +28,7 @@ def report(config: Config, world_size: int) -> str:
     epochs = check(config, world_size)
     layout = layout_of(config, world_size)
     data_ranks = layout.replicate * layout.shard
-    config = with_steps(config, epochs, data_ranks)
+    config = with_steps(config, epochs, data_ranks, find(config)[0])
     lines = []
     for stage, epoch in zip(config.stages, epochs):
         lines += _stage_lines(config, stage, world_size)
