@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from avlm.config.model import counted
@@ -45,7 +45,7 @@ def show(stream: Stream, count: int, out: Path | None = None, html: Path | None 
     tokenizer = Tokenizer(stream.data.tokenizer)
     found = Statistics()
     shown: list[Shown] = []
-    rows = RowStream(stream)
+    rows = RowStream(replace(stream, data=replace(stream.data, num_workers=0)))  # one of several reads only its share
     rows.begin(0)
     found.num_samples = sum(rows.num_records)
     while found.read < min(found.num_samples, MAX_SAMPLES):

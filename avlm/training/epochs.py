@@ -1,8 +1,7 @@
 """How long stages are: in steps, rows, and epochs, which are passes over all samples of a source.
 
 How many samples share a row depends on their lengths, which are known of the first ones (``avlm.data.bad_samples``). So
-the epochs of a number of steps, and the steps of a number of epochs, are estimates. An epoch of a blend is as many
-tokens as its sources have together, whatever their weights.
+the epochs of a number of steps, and the steps of a number of epochs, are estimates.
 """
 
 import dataclasses

@@ -37,8 +37,9 @@ def test_samples_are_shown_as_the_model_sees_them(config, capsys):
     assert re.match(r"set\.json:[123]: 49 tokens, 2 learned\n", shown), "records are counted from 1"
 
 
-def test_statistics_are_those_of_the_set(config, capsys):
-    main([str(config), "--count", "0"])
+@pytest.mark.parametrize("workers", [0, 3])
+def test_statistics_are_those_of_the_set(config, capsys, workers):
+    main([str(config), f"data.num_workers={workers}", "--count", "0"])
     shown = capsys.readouterr().out
     for line in (
         r".*set\.json: 4 samples",
@@ -48,7 +49,7 @@ def test_statistics_are_those_of_the_set(config, capsys):
         r"audio features 20.4 % of the tokens \(3 windows\)",
         "learned 4.1 % of the tokens: mixed 6",
         r" +32 to 63 +3 #{40}",
-        r"[\d,]+ samples a second from 1 worker",
+        rf"[\d,]+ samples a second from {'3 workers, [0-9]+ each' if workers else '1 worker'}",
     ):
         assert re.search(f"^{line}$", shown, re.M), line
 
