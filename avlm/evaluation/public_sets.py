@@ -52,8 +52,8 @@ def public_set(name: str, source: str) -> PublicSet | None:
 
 
 def read_vqav2(folder: Path, split: str) -> Iterator[Sample]:
-    found = {path.name.split("_")[-2]: path for path in folder.rglob("*OpenEnded_*_questions.json")}
-    asked = _chosen(found, split, folder, "vqav2", "*OpenEnded_*_questions.json")
+    found = {path.name.split("_")[-2]: path for path in folder.rglob("v2_OpenEnded_*_questions.json")}
+    asked = _chosen(found, split, folder, "vqav2", "v2_OpenEnded_*_questions.json")
     name = asked.name.replace("OpenEnded_", "").replace("questions", "annotations")
     answered = next(folder.rglob(name), None)
     if answered is None:
