@@ -56,7 +56,8 @@ class Conversation:
                 f"the conversation would have {len(encoded)} tokens, and the model reads {most} with the answer: begin "
                 "a new one (/reset)"
             )
-        return min(room, self.options.get("max_new_tokens") or NEW_TOKENS)
+        asked = self.options.get("max_new_tokens")
+        return min(room, NEW_TOKENS if asked is None else asked)
 
     def _answer(self, encoded: EncodedSample, room: int, messages: Messages, media: Media) -> Iterator[str]:
         options = self.options | {"max_new_tokens": room, "seed": self.options.get("seed", 0) + len(messages)}

@@ -105,6 +105,8 @@ def test_a_full_context_ends_an_answer_and_refuses_a_question(model):
             told = str(error)
     assert before and chat.messages == before
     assert re.match(rf"the conversation would have \d+ tokens, and the model reads {most} with the answer", told)
+    with pytest.raises(ValueError, match="max_new_tokens=0: at least 1"):
+        Conversation(model, max_new_tokens=0).say("a question")
 
 
 def typed(exported, lines, monkeypatch, *arguments) -> str:
