@@ -7,9 +7,9 @@
       vision_projector: {downsample: 2}
 
 Keys next to ``from`` override what the folder says, and a part's own ``from`` wins over the model's, which must be of
-the same sizes there. A ``from`` is also the entry of ``init_from`` for its part, unless the config has that entry (null:
-random weights of the same sizes). The keys of ``data`` that say how prompts are made come from the whole model or the
-decoder; the config's own win.
+the same sizes there. A ``from`` is also the entry of ``init_from`` for its part, unless the config has that entry
+(null: random weights of the same sizes). The keys of ``data`` that say how prompts are made come from the whole model
+or the decoder; the config's own win.
 """
 
 from collections.abc import Sequence
