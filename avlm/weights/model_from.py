@@ -26,6 +26,7 @@ from avlm.storage.run_folder import is_run, read_run
 from avlm.storage.weight_files import local
 from avlm.weights.export import PROMPT_KEYS
 from avlm.weights.folder import is_own, model_and_data, read_config, template_of
+from avlm.weights.sources import FILES
 
 PARTS = {"decoder": DecoderConfig, "vision": VisionConfig, "audio": AudioConfig}
 SEQ_LENGTH = 8192  # at most, where the config names none
@@ -112,12 +113,20 @@ def _config_of(key: str, name: Any) -> Any:
 
 
 def _check_init_from(sources: dict[str, str], init_from: dict[str, Any]) -> None:
-    """A folder for the whole model and a ``from`` for a part both have that part's weights."""
+    """A ``from`` and a different ``init_from.all`` would both have the weights. A file of tensors may add what parts
+    lack."""
     everything = init_from.get("all")
-    if not isinstance(everything, str) or not local(everything).is_dir():  # a file of tensors adds what parts lack
+    if everything is None or everything == sources.get("all"):
+        return
+    if "all" in sources:
+        raise ValueError(
+            f"model.from={sources['all']} and init_from.all={shown(everything)} both give the weights: leave out one, or "
+            "set init_from.all=null for random ones"
+        )
+    if Path(str(everything)).suffix in FILES:
         return
     for part in sources:
-        if part != "all" and part not in init_from:
+        if part not in init_from:
             raise ValueError(
                 f"model.{part}.from={sources[part]} and init_from.all={everything} both give the {part} weights: set "
                 f'init_from.{part} to the one to take, or take everything from it with "model={{from: {everything}}}"'

@@ -170,8 +170,12 @@ def test_what_from_cannot_be_is_said_with_its_key(model, message, folders, confi
 
 def test_weights_that_two_entries_give_are_an_error(folders, config):
     model = {"decoder": {"from": str(folders / "qwen")}, "lora": {}}
-    with pytest.raises(ValueError, match="both give the decoder weights"):
-        config(model, init_from={"all": str(folders / "llava")})
+    for everything in (str(folders / "llava"), "owner/model"):
+        with pytest.raises(ValueError, match="both give the decoder weights"):
+            config(model, init_from={"all": everything})
+    assert config(model, init_from={"all": "projector.pt"}).init_from.decoder == str(folders / "qwen")
+    with pytest.raises(ValueError, match=r"model.from=.* and init_from.all=projector.pt both give the weights"):
+        config({"from": str(folders / "llava"), "lora": {}}, init_from={"all": "projector.pt"})
 
 
 def test_sections_that_hold_no_keys_are_said_by_name(folders, config):
