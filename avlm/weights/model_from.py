@@ -120,8 +120,8 @@ def _check_init_from(sources: dict[str, str], init_from: dict[str, Any]) -> None
         return
     if "all" in sources:
         raise ValueError(
-            f"model.from={sources['all']} and init_from.all={shown(everything)} both give the weights: leave out one, or "
-            "set init_from.all=null for random ones"
+            f"model.from={sources['all']} and init_from.all={shown(everything)} both give the weights: leave out "
+            "one, or set init_from.all=null for random ones"
         )
     if Path(str(everything)).suffix in FILES:
         return
