@@ -161,7 +161,10 @@ class SampleEncoder:
 
     def _check_media(self, kind: str, files: list[bytes], num_tags: int) -> None:
         if num_tags != len(files):
-            raise ValueError(f"sample has {counted(num_tags, f'<{kind}> tag')} but {counted(len(files), kind)}")
+            raise ValueError(
+                f"sample has {counted(num_tags, f'<{kind}> tag')} but {counted(len(files), kind)}: write <{kind}> into "
+                f"the turns once for each"
+            )
         tower = TOWERS.get(kind, "vision")  # the vision tower reads the frames of a video
         if files and getattr(self.model, tower) is None:
             raise ValueError(f"sample has {counted(len(files), kind)}, but the model has no {tower} tower")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from avlm.config.load import resolve_config, to_dict
+from avlm.config.model import counted
 from avlm.config.run import Config, StageConfig
 from avlm.models.freezing import trained_names
 from avlm.models.shapes import Shapes, parameter_shapes
@@ -38,8 +39,8 @@ def report(config: Config, world_size: int) -> str:
     shape = " x ".join(f"{axis} {size}" for axis, size in axes)
     dtype = str(layout.dtype).removeprefix("torch.")
     lines += [
-        f"{world_size} ranks ({shape}), compute in {dtype}. Assumed: every token has a target, rows are full of images "
-        "or of audio.",
+        f"{counted(world_size, 'rank')} ({shape}), compute in {dtype}. Assumed: every token has a target, rows are "
+        "full of images or of audio.",
         "CUDA, NCCL and fragmentation take some GiB a rank on top.",
         *_this_machine(config),
     ]
@@ -64,7 +65,7 @@ def _stage_lines(config: Config, stage: StageConfig, world_size: int) -> list[st
     lines = [
         f"{stage.name}: {stage.steps} steps of up to {rows * length:,} tokens; "
         f"trains {trained:,} of {_count(shapes, shapes):,} parameters",
-        f"  {rows} rows of {length:,} tokens a step: {accumulate} in turn on a rank, which holds "
+        f"  {counted(rows, 'row')} of {length:,} tokens a step: {accumulate} in turn on a rank, which holds "
         f"{length // layout.row_ranks:,} tokens of each",
     ]
     found = memory.estimate(config, stage, world_size, shapes)
