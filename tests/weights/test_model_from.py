@@ -203,5 +203,5 @@ def test_every_starter_is_a_config_whatever_its_models(folders):
         overrides = [f"{key}={folders / name}" for key, name in STARTERS[path.stem].items()]
         cfg = open_config(path, [*overrides, "data.seq_length=256"])
         assert cfg.output_dir == f"runs/{path.stem}" and cfg.stages[-1].epochs
-        assert cfg.stages[0].data.template in ("tokenizer", "plain")
+        assert cfg.stages[0].data.template in ("tokenizer", "chatml")
         assert f"cp configs/starters/{path.name} mine.yaml" in path.read_text()
