@@ -130,7 +130,7 @@ class OptimizerConfig:
 
     lr: NonNegative
     min_lr: NonNegative | None = None  # null: lr / 10
-    warmup_steps: Whole = 150
+    warmup_steps: Whole | None = None  # null: 150, or a tenth of the stage's steps if that is less
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
     eps: Epsilon = 1e-5
     weight_decay: NonNegative = 0.1  # not of biases, norms and position embeddings

@@ -60,6 +60,9 @@ def show(stream: Stream, count: int, out: Path | None = None, html: Path | None 
             size = f"{counted(len(sample), 'token')}, {int((sample.target_T != IGNORE).sum())} learned"
             shown.append(Shown(drawn.sample, size, list(pieces(sample, tokenizer))))
             print(describe(shown[-1]), end="\n\n", flush=True)
+    if found.bad and not found.lengths:
+        key, reason = found.bad[0]
+        raise ValueError(f"none of {counted(found.read, 'sample')} of {rows.names} can be used; {key}: {reason}")
     for name, share, size in zip(shares(stream.source), rows.shares, rows.num_records):
         blended = f", {100 * share:.0f} % of the samples drawn" if len(rows.shares) > 1 else ""
         print(f"{name}: {counted(size, 'sample')}{blended}")
@@ -69,8 +72,7 @@ def show(stream: Stream, count: int, out: Path | None = None, html: Path | None 
         print(f"wrote {html}")
     if out is not None:
         save_media(shown, out)
-    if found.lengths:
-        measure_speed(stream, out)
+    measure_speed(stream, out)
 
 
 def save_media(shown: list[Shown], folder: Path) -> None:

@@ -120,7 +120,9 @@ class Model:
                 return
 
     def text(self, token_ids: list[int]) -> str:
-        return self.encoder.tokenizer.decode(token_ids, control=False)
+        """An answer's text. The blank that some templates leave for the model to begin with is no part of it."""
+        text = self.encoder.tokenizer.decode(token_ids, control=False)
+        return text if isinstance(self.encoder.chat, RawChat) else text.lstrip(" ")
 
     def texts(self, tokens: Iterable[int]) -> Iterator[str]:
         """The text of tokens, part by part."""

@@ -126,4 +126,5 @@ def _ablation_cell(part: dict[str, Any], ablation: str, metric: str) -> str:
 
 
 def words(metric: str) -> str:
-    return metric.replace("_", " ")
+    """As prose has it, where it does not look like a name; others as ``--metrics`` takes them."""
+    return "exact match" if metric == "exact_match" else metric

@@ -10,6 +10,7 @@ from avlm.data.sample import Sample
 from avlm.models.avlm import AVLM
 from avlm.storage.run_folder import Progress, Record, folder_of
 from avlm.training.epochs import Epoch
+from avlm.training.optimizer import warmup_steps
 
 MANY = 20  # epochs, above which a warning says so
 SHOWN = 2  # answers of each validation set
@@ -41,12 +42,12 @@ def describe_length(stage: StageConfig, epoch: Epoch | None, rows_per_step: int)
             each = (f"{source} {number:.1f} times" for source, number in passes.items())
             lines.append(f"so it draws each sample of {', of '.join(each)}")
         source, most = max(passes.items(), key=lambda item: item[1])
-        if most > MANY:
+        if most > MANY + 0.5:
             key = "epochs" if stage.epochs else "steps"
             lines.append(
                 f"warning: stage {stage.name} sees each sample of {source} about {most:.0f} times: lower its {key}"
             )
-    warmup = stage.optimizer.warmup_steps
+    warmup = warmup_steps(stage.optimizer, stage.steps)
     if 1 < stage.steps < 2 * warmup:
         lines.append(
             f"warning: the learning rate of stage {stage.name} rises for {warmup} steps, of {stage.steps}: lower "

@@ -54,7 +54,7 @@ def schedule(optimizer: torch.optim.AdamW, config: OptimizerConfig, step: int, n
     Linear warmup, then a cosine from ``lr`` to ``min_lr`` that ends with the stage.
     """
     min_lr = config.lr / 10 if config.min_lr is None else config.min_lr
-    warmup = min(config.warmup_steps, num_steps)
+    warmup = min(warmup_steps(config, num_steps), num_steps)
     if step < warmup:
         lr = config.lr * (step + 1) / warmup
     else:
@@ -63,6 +63,10 @@ def schedule(optimizer: torch.optim.AdamW, config: OptimizerConfig, step: int, n
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
     return lr
+
+
+def warmup_steps(config: OptimizerConfig, num_steps: int) -> int:
+    return min(150, num_steps // 10) if config.warmup_steps is None else config.warmup_steps
 
 
 @torch.no_grad()

@@ -117,11 +117,14 @@ def test_a_page_shows_the_samples_and_needs_no_other_file(config, capsys, tmp_pa
 
 def test_mistakes_are_one_line_and_exit_with_2(config, capsys):
     mistakes = (["--count=-1"], ["--stage", "third"], ["data.train=nowhere.json"], ["data.seq_lenght=3"])
-    for arguments in (*mistakes, ["data.train=synthetic"]):
+    (config.parent / "bad.json").write_text(json.dumps([{"conversations": []}] * 2))
+    unusable = [f"data.train={config.parent / 'bad.json'}"]
+    for arguments in (*mistakes, ["data.train=synthetic"], unusable):
         with pytest.raises(SystemExit, match="2"):
             run_command(lambda given=arguments: main([str(config), *given]))
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
+    assert "none of 2 samples of" in error and "bad.json:1: conversation has no assistant turn" in error
 
 
 def test_a_reader_who_has_seen_enough_ends_it_quietly(config):

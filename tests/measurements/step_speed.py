@@ -85,7 +85,7 @@ def prepare(cfg: Config, number: int, num_rows: int) -> Run:
 
     def step(row: Batch) -> torch.Tensor:
         part = own_part(row, cfg.model, world, cfg.parallel.balance_media)
-        optimizer.schedule(adam, stage.optimizer, stage.optimizer.warmup_steps, stage.steps)
+        optimizer.schedule(adam, stage.optimizer, optimizer.warmup_steps(stage.optimizer, stage.steps), stage.steps)
         return train_step(model, [part], len(row.target_R), adam, stage.optimizer.clip_norm, world)
 
     counts = [tally([row], costs) for row in rows]

@@ -100,6 +100,7 @@ def test_seeing_each_sample_very_often_and_warming_up_to_the_end_are_warnings():
     assert drawn == "so it draws each sample of a.jsonl 6.0 times, of b.jsonl 0.7 times"
     [stage] = make_config(optimizer={"lr": 1.0, "warmup_steps": 11}).stages
     [warning] = describe_length(stage, None, 1)
+    assert describe_length(make_config(optimizer={"lr": 1.0}).stages[0], None, 1) == [], "by default a tenth at most"
     assert warning.startswith("warning: the learning rate of stage all rises for 11 steps, of 20: lower optimizer.")
 
 
