@@ -38,13 +38,14 @@ def _table_of(results: list[dict[str, Any]]) -> str:
     for result in results:
         others |= dict.fromkeys(result["metrics"])
     others.pop(first, None)
-    heads = ["task", "set", "samples", words(first), *ABLATIONS, *map(words, others)]
+    taken_away = [name for name in ABLATIONS if any(name in result["ablations"] for result in results)]
+    heads = ["task", "set", "samples", words(first), *taken_away, *map(words, others)]
     lines = [_row(heads), "|---" * len(heads) + "|"]
     for result in results:
         for part in [result, *result["kinds"]]:
             kind = f", {part['kind']}" if "kind" in part else ""
             cells = [result["task"], f"{result['set']}{kind}", str(part["count"]), f"**{shown(first, part['value'])}**"]
-            cells += [_ablation_cell(part, ablation, first) for ablation in ABLATIONS]
+            cells += [_ablation_cell(part, ablation, first) for ablation in taken_away]
             cells += [shown(name, part["metrics"][name]) if name in part["metrics"] else "" for name in others]
             lines.append(_row(cells))
     return "\n".join(lines) + "\n"

@@ -105,9 +105,9 @@ def test_ablations_count_the_samples_that_have_the_modality():
     result = {"task": "mine", "set": "test", "metric": "exact_match", **whole, "kinds": kinds}
     _, _, *rows = table([result]).splitlines()
     assert rows == [
-        "| mine | test | 3 | **100.0 %** | 50.0 % of 2 | 100.0 % of 1 |  |",
-        "| mine | test, image | 2 | **100.0 %** | 50.0 % |  |  |",
-        "| mine | test, audio | 1 | **100.0 %** |  | 100.0 % |  |",
+        "| mine | test | 3 | **100.0 %** | 50.0 % of 2 | 100.0 % of 1 |",
+        "| mine | test, image | 2 | **100.0 %** | 50.0 % |  |",
+        "| mine | test, audio | 1 | **100.0 %** |  | 100.0 % |",
     ]
     _, _, *rows = comparison({"a": [result], "b": [result]}).splitlines()
     assert "| mine/test | 2 | exact match, no_image | 50.0 % | 50.0 % |" in rows
