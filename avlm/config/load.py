@@ -22,6 +22,7 @@ from avlm.config.run import Config
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**18, 10_000, 50  # shipped configs: 4 KB, 100, 5
 SHARED = ("optimizer", "data")  # sections of the run that are the defaults of every stage
+LENGTHS = {"steps": "epochs", "epochs": "steps"}  # of a stage
 # What other trainers call things -> what to write here.
 ELSEWHERE = {
     "batch_size": "data.seq_length tokens a row, train.accumulate rows of each data rank",
@@ -196,7 +197,8 @@ def _scalar(value: Any, origin: str, where: str) -> str | int | float | bool | N
 
 
 def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Override one value. In ``stages.NAME.key``, NAME is the name of a stage."""
+    """Override one value. In ``stages.NAME.key``, NAME is the name of a stage, whose steps take the place of its epochs
+    and the other way round."""
     for i, key in enumerate(keys):
         where = shown(".".join(keys[:i]))
         if isinstance(tree, list):
@@ -215,6 +217,8 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
             tree = tree.setdefault(key, {})
         else:
             tree[key] = value
+            if keys[0] == "stages" and i == 2 and key in LENGTHS:
+                tree.pop(LENGTHS[key], None)
 
 
 def merge(base: Any, over: Any) -> Any:

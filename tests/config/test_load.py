@@ -71,6 +71,13 @@ def test_overrides_reach_sections_and_named_stages(write):
     )
 
 
+def test_epochs_of_the_command_line_take_the_place_of_a_files_steps(write, tmp_path):
+    in_epochs = load_config(write(), ["stages.two.epochs=3"])
+    assert [(stage.steps, stage.epochs) for stage in in_epochs.stages] == [(3, None), (0, 3.0)]
+    in_steps = load_config(write(yaml.safe_load(dump_config(in_epochs))), ["stages.two.steps=7"])
+    assert [(stage.steps, stage.epochs) for stage in in_steps.stages] == [(3, None), (7, None)]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
