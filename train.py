@@ -108,6 +108,9 @@ def run_stage(
         seed = cfg.seed + progress.stage
         stream = Stream(stage.data.train, stage.data, cfg.model, **world.shard_of_data, seed=seed, train=True)
         loader = open_loader(stream, loader_state)
+    world.barrier()
+    if world.is_first:  # not before: a run that cannot continue keeps the config of its checkpoints
+        write_durably(Path(cfg.output_dir) / "config.yaml", dump_config(cfg))
     rows = world.share_rows(loader)
     costs = flops.costs(cfg.model, stage, cfg.train.recompute)
     rows_per_step = world.data_size * cfg.train.accumulate
@@ -179,10 +182,7 @@ def main(cfg: Config) -> None:
     epochs = world.gather(epochs)[0]
     cfg = with_steps(cfg, epochs, world.data_size, resume_from)
     changes = check_resume(cfg, resume_from)
-    world.barrier()
     run = Path(cfg.output_dir)
-    if world.is_first:
-        write_durably(run / "config.yaml", dump_config(cfg))
     stopping = listen()
 
     # 2. Model: shapes first (meta), then layout and memory, then values: a checkpoint's, or initial ones.
