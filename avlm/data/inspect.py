@@ -2,10 +2,10 @@
 
     python -m avlm.data.inspect CONFIG [section.key=value ...] [--stage NAME] [--count N] [--out DIR] [--html PAGE]
 
-First come N samples, in the order in which training draws them. Text is decoded from the token ids; <image x576> stands
-for 576 placeholders, and learned text has [brackets], or is green on a terminal. Statistics follow, of the whole set or
-of its first 1,000 samples: how full rows are, what they hold, what is skipped and why, and how long samples are. Last
-comes the speed of the loader over 16 rows.
+First come N samples, in the order in which training draws them; those of shards before they are shuffled. Text is
+decoded from the token ids; <image x576> stands for 576 placeholders, and learned text has [brackets], or is green on a
+terminal. Statistics follow, of the whole set or of its first 1,000 samples: how full rows are, what they hold, what is
+skipped and why, and how long samples are. Last comes the speed of the loader over 16 rows.
 
 --out saves the media files of the N samples, DIR/KEY_image1.png for the first image, and a picture of the first packed
 row, DIR/row_001.png: whose its tokens are and which are learned, up to 64 images as the tower gets them, and up to 64

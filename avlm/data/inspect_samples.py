@@ -45,7 +45,8 @@ def show(stream: Stream, count: int, out: Path | None = None, html: Path | None 
     tokenizer = Tokenizer(stream.data.tokenizer)
     found = Statistics()
     shown: list[Shown] = []
-    rows = RowStream(replace(stream, data=replace(stream.data, num_workers=0)))  # one of several reads only its share
+    # One of several workers reads only its share, and from a shuffle buffer some samples come twice before others come.
+    rows = RowStream(replace(stream, data=replace(stream.data, num_workers=0, shuffle_buffer=1)))
     rows.begin(0)
     found.num_samples = sum(rows.num_records)
     while found.read < min(found.num_samples, MAX_SAMPLES):

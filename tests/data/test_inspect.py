@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from avlm.data import inspect_row, inspect_samples
+from avlm.data import inspect_row, inspect_samples, shard
 from avlm.data.inspect import main
 from avlm.process.exit import run_command
 from tests.data.small_files import data, image_file, model, photo, tone
@@ -52,6 +52,17 @@ def test_statistics_are_those_of_the_set(config, capsys, workers):
         rf"[\d,]+ samples a second from {'3 workers, [0-9]+ each' if workers else '1 worker'}",
     ):
         assert re.search(f"^{line}$", shown, re.M), line
+
+
+def test_statistics_count_each_sample_of_shards_once(config, capsys):
+    folder = config.parent
+    records = json.loads((folder / "set.json").read_text())[:3] * 4
+    records.append({"conversations": [{"from": "human", "value": "hello?"}]})
+    (folder / "own.json").write_text(json.dumps(records))
+    shard.main([str(folder / "own.json"), str(folder / "big")])
+    main([str(config), f"data.train={folder / 'big'}", "data.shuffle_buffer=1000", "--count", "0"])
+    shown = capsys.readouterr().out
+    assert "big: 13 samples\nskipped 1 sample: conversation has no assistant turn" in shown and "(12 images)" in shown
 
 
 def test_of_a_large_set_the_first_samples_are_counted(config, capsys, monkeypatch):
