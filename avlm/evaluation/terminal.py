@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import Unpack
 
 from avlm.data.text.pieces import MEDIA
@@ -64,7 +65,7 @@ def _file(kind: str, argument: str) -> list[bytes]:
     name = argument.strip().strip("'\"")
     if not name:
         raise ValueError(f"/{kind} needs the name of a file")
-    return read_media(**{kind: name})[kind]
+    return read_media(**{kind: Path(name).expanduser()})[kind]
 
 
 def _answer(conversation: Conversation, question: str, media: Media) -> None:

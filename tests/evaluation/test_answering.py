@@ -129,7 +129,8 @@ def typed(exported, lines, monkeypatch, *arguments) -> str:
 
 def test_the_chat_answers_turns_with_files_and_survives_mistakes(exported, folder, model, monkeypatch):
     lines = ["/image a.png", "what is this?", "/imge a.png", "/image c.png", "/audio", "<image> what?", "", "and now?"]
-    lines += [KeyboardInterrupt(), "/reset", "/audio 'a.wav'", "hm?"]
+    lines += [KeyboardInterrupt(), "/reset", "/audio '~/a.wav'", "hm?"]
+    monkeypatch.setenv("HOME", str(folder))
     out = typed(exported, lines, monkeypatch, "--max-new-tokens", "12")
     chat = Conversation(model, **OPTIONS)
     expected = [chat.say("what is this?", image="a.png"), chat.say("and now?")]

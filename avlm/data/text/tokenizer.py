@@ -27,7 +27,7 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # how an added token 
 @functools.cache
 def _fetched(name: str) -> Path:
     """The local path of a tokenizer; a name of the Hub is fetched once a process."""
-    path = Path(name)
+    path = Path(name).expanduser()
     return resolve(name, weights=False) if may_be_on_hub(name) and not path.exists() else path
 
 

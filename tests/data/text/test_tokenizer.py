@@ -129,6 +129,12 @@ def test_an_end_of_turn_that_is_no_special_token_shows_in_no_answer(tmp_path):
     assert ours.decode([number], control=False) == theirs.decode([number], skip_special_tokens=True) == ""
 
 
+def test_a_tokenizer_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    write_tokenizer(tmp_path / "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Tokenizer("~/mine").file == tmp_path / "mine" / "tokenizer.json"
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
