@@ -92,8 +92,11 @@ def ending(config: Config, progress: Progress, trained: bool, seconds: float) ->
         ]
     media = {"vision": " --image FILE", "audio": " --audio FILE"}
     asked = next((media[tower] for tower in media if tower in config.model.modules), "")
+    end = "done"
+    if progress.step < config.total_steps:
+        end = f"ended by train.stop_after at step {progress.step} of {config.total_steps}"
     return [
-        f"done in {clock(seconds)}: saved to {folder_of(Path(folder), progress.step)}",
+        f"{end} in {clock(seconds)}: saved to {folder_of(Path(folder), progress.step)}",
         f'try: python generate.py {folder}{asked} --prompt "..."    or without --prompt, to chat',
     ]
 

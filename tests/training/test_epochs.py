@@ -9,8 +9,8 @@ from avlm.config.load import dump_config, load_config, resolve_config
 from avlm.config.run import DataConfig
 from avlm.data.bad_samples import Look
 from avlm.data.sample import Sample
-from avlm.storage.run_folder import folder_of, read_records
-from avlm.training.console import answer_lines, clock, describe_length
+from avlm.storage.run_folder import Progress, folder_of, read_records
+from avlm.training.console import answer_lines, clock, describe_length, ending
 from avlm.training.epochs import Epoch, epoch_of, with_steps
 from avlm.training.resume import check_resume
 from tests.parallel.small import TREE, make_config
@@ -114,6 +114,14 @@ def test_answers_stand_next_to_the_truth_and_name_their_sample(tmp_path):
 
 def test_times_are_clocks():
     assert [clock(seconds) for seconds in (0.4, 61, 3723)] == ["0:00", "1:01", "1:02:03"]
+
+
+def test_a_run_that_ends_before_its_last_step_says_why():
+    config = make_config(train={"stop_after": 5}, output_dir="x")
+    first, _ = ending(config, Progress(step=5, stage_step=5), trained=True, seconds=7)
+    assert first.startswith(f"ended by train.stop_after at step 5 of {config.total_steps} in 0:07: saved to x")
+    first, _ = ending(make_config(), Progress(step=config.total_steps), trained=True, seconds=7)
+    assert first.startswith("done in 0:07: saved to")
 
 
 def test_a_run_says_how_long_it_is_where_it_ended_and_how_to_lengthen_it(tmp_path):
