@@ -144,7 +144,7 @@ def run_stage(
         if epoch is not None:
             record["epoch"] = epoch.of_steps(progress.stage_step, rows_per_step)
         log.step(record, values, [key for batch in batches for key in batch.keys])
-        check_skipped(progress.read, progress.skipped, stage.data.max_bad_fraction)
+        check_skipped(progress.read, progress.skipped, stage.data.max_bad_fraction, epoch and epoch.total)
 
         # 3. Validation and checkpoints, at their steps and at the end.
         before = progress

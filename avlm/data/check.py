@@ -1,5 +1,6 @@
 """What can be wrong with the data of a run, known before any rank starts or found out while it trains."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,15 +112,16 @@ def _check_validation(config: Config, stage: StageConfig) -> None:
             raise ValueError(f"stage {stage.name}: data.validation.{name}: {error}") from None
 
 
-def check_skipped(read: float, skipped: float, max_fraction: float) -> None:
-    """Stop a run whose data is mostly broken."""
-    if is_too_bad(read, skipped, max_fraction):
+def check_skipped(read: float, skipped: float, max_fraction: float, num_samples: int | None = None) -> None:
+    """Stop a run whose data is mostly broken. ``num_samples``: of the set, whose bad ones count in every pass."""
+    passes = math.ceil(read / num_samples) if num_samples else 1
+    if is_too_bad(read, skipped, max_fraction, max(passes, 1)):
         raise ValueError(
             f"{skipped:.0f} of {read:.0f} samples were bad and skipped (named above), more than "
             f"data.max_bad_fraction={max_fraction}: repair the data, or raise it"
         )
 
 
-def is_too_bad(read: float, skipped: float, max_fraction: float) -> bool:
-    """Ten bad samples are forgiven, however early they come."""
-    return skipped > max(10.0, max_fraction * read)
+def is_too_bad(read: float, skipped: float, max_fraction: float, passes: int = 1) -> bool:
+    """Ten bad samples of each pass are forgiven, however early they come."""
+    return skipped > max(10.0 * passes, max_fraction * read)

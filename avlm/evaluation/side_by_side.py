@@ -57,6 +57,10 @@ def find_candidates(names: list[str], step: str, out: Path | None) -> list[Candi
             runs[name] = found
     if step != "latest" and not runs:
         raise ValueError(f"--step {step} chooses a checkpoint of a run, and {names[0]} is none")
+    if out is None and not runs and not local(names[0]).exists():
+        raise FileNotFoundError(
+            f"there is no folder {names[0]}; if it is a name of the Hub, say by --out FOLDER where its results go"
+        )
     if out is None and not runs:
         raise ValueError(f"{names[0]} is no run: say by --out FOLDER where its results go")
     home = out or next(iter(runs.values())).folder

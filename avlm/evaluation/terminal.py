@@ -58,7 +58,7 @@ def _read_line() -> str | None:
             continue
         if not sys.stdin.isatty():
             print(line)  # so that the output reads as a chat does
-        return line
+        return line.encode(errors="replace").decode()  # bytes of a pipe that are no UTF-8
 
 
 def _file(kind: str, argument: str) -> list[bytes]:

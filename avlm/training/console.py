@@ -34,7 +34,7 @@ def describe_length(stage: StageConfig, epoch: Epoch | None, rows_per_step: int)
         times = epoch.of_steps(stage.steps, rows_per_step)
         rows = f"{epoch.num_rows:,.0f}" if epoch.num_rows >= 10 else f"{epoch.num_rows:.1f}"
         lines.append(
-            f"{counted(sum(epoch.num_samples.values()), 'sample')}, about {rows} rows an epoch: "
+            f"{counted(epoch.total, 'sample')}, about {rows} rows an epoch: "
             f"{counted(stage.steps, 'step')} of {counted(rows_per_step, 'row')} are {times:.1f} epochs"
         )
         passes = epoch.passes(times, shares(stage.data.train))

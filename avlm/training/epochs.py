@@ -23,13 +23,17 @@ class Epoch:
     num_samples: dict[str, int]  # of each source
     num_rows: float
 
+    @property
+    def total(self) -> int:
+        return sum(self.num_samples.values())
+
     def of_steps(self, steps: int, rows_per_step: int) -> float:
         """Epochs that a number of steps takes."""
         return steps * rows_per_step / self.num_rows
 
     def passes(self, epochs: float, shares: dict[str, float]) -> dict[str, float]:
         """How often a number of epochs draws each sample of a source, on average."""
-        drawn = epochs * sum(self.num_samples.values())
+        drawn = epochs * self.total
         return {source: drawn * shares[source] / count for source, count in self.num_samples.items()}
 
 

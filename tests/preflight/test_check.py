@@ -20,6 +20,9 @@ from tests.parallel.small import TREE, make_config
 def test_a_few_bad_samples_are_forgiven_and_many_stop_the_run():
     check_skipped(read=20, skipped=10, max_fraction=0.01)
     check_skipped(read=10_000, skipped=100, max_fraction=0.01)
+    check_skipped(read=219, skipped=19, max_fraction=0.01, num_samples=62)
+    with pytest.raises(ValueError, match=r"41 of 219"):
+        check_skipped(read=219, skipped=41, max_fraction=0.01, num_samples=62)
     with pytest.raises(ValueError, match=r"101 of 10000 samples were bad .* data.max_bad_fraction=0.01"):
         check_skipped(read=10_000, skipped=101, max_fraction=0.01)
 
