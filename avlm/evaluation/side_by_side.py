@@ -43,7 +43,7 @@ class Candidate:
 
 
 def find_candidates(names: list[str], step: str, out: Path | None) -> list[Candidate]:
-    """Results of a run go to its folder, those of another model to a folder of its own in that of the first run; with
+    """Results of the first run go to its folder, those of other models, runs too, to a folder of their own in it; with
     ``out`` everything goes there, several models into folders of their own. ValueError if there is no place."""
     runs = {}
     for name in names:
@@ -67,13 +67,9 @@ def find_candidates(names: list[str], step: str, out: Path | None) -> list[Candi
     folders = _folder_names(names)
     candidates = []
     for name in names:
-        found = runs.get(name) or Candidate(name, name, home / folders[name])
-        if out is not None:
-            found = dataclasses.replace(found, folder=out if len(names) == 1 else out / folders[name])
-        candidates.append(found)
-    twice = {each.folder for each in candidates if [other.folder for other in candidates].count(each.folder) > 1}
-    if twice:
-        raise ValueError(f"results of two checkpoints would go to {twice.pop()}: give --out FOLDER")
+        found = runs.get(name) or Candidate(name, name, home)
+        is_home = len(names) == 1 if out is not None else name == next(iter(runs))
+        candidates.append(dataclasses.replace(found, folder=home if is_home else home / folders[name]))
     return candidates
 
 
