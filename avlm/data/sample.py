@@ -41,6 +41,7 @@ class Sample:
     audios: list[bytes] = field(default_factory=list)
     videos: list[bytes] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list, compare=False)  # names of media files, as the record has them
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,16 @@ class EncodedSample:
 
 def parse(record: Any, media: Callable[[str], bytes], key: str) -> Sample:
     """A sample from one JSON record (``avlm.data.records``); ``media`` reads a file by the name in the record."""
-    messages, files, references = read_record(record, media)
+    names: list[str] = []
+
+    def read(name: str) -> bytes:
+        content = media(name)
+        names.append(name)
+        return content
+
+    messages, files, references = read_record(record, read)
     by_field = {f"{kind}s": files[kind] for kind in MEDIA}
-    return Sample(key=key, messages=messages, answers=references, **by_field)
+    return Sample(key=key, messages=messages, answers=references, files=names, **by_field)
 
 
 def load_json(text: bytes) -> Any:

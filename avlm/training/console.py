@@ -72,8 +72,7 @@ def answer_lines(samples: list[Sample], answers: list[str], truths: list[list[st
     """The first answers of a validation set next to the truth, and where all of them lie."""
     lines = []
     for sample, answer, truth in list(zip(samples, answers, truths, strict=True))[:SHOWN]:
-        media = [("image", sample.images), ("audio", sample.audios), ("video", sample.videos)]
-        held = ", ".join([sample.key, *(counted(len(files), kind) for kind, files in media if files)])
+        held = _short(", ".join([sample.key, *sample.files]))
         question = _short(sample.messages[-2]["content"])
         lines.append(f"  [{held}] {question} -> {_short(answer)!r}, truth {_short(' / '.join(truth))!r}")
     return [*lines, f"  all answers: {path}"]

@@ -106,9 +106,9 @@ def test_seeing_each_sample_very_often_and_warming_up_to_the_end_are_warnings():
 
 def test_answers_stand_next_to_the_truth_and_name_their_sample(tmp_path):
     turns = [{"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "a cat"}]
-    samples = [Sample(f"a.jsonl:{i}", turns, images=[b""]) for i in range(1, 4)]
+    samples = [Sample(f"a.jsonl:{i}", turns, images=[b""], files=["cat.png"]) for i in range(1, 4)]
     lines = answer_lines(samples, ["a dog", "a cat", "x"], [["a cat"]] * 3, tmp_path)
-    assert lines[0] == "  [a.jsonl:1, 1 image] <image> What is this? -> 'a dog', truth 'a cat'"
+    assert lines[0] == "  [a.jsonl:1, cat.png] <image> What is this? -> 'a dog', truth 'a cat'"
     assert len(lines) == 3 and lines[-1] == f"  all answers: {tmp_path}"
 
 
