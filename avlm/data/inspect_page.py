@@ -1,13 +1,13 @@
 """Samples as one HTML page that needs no other file: media as data URIs, learned text in colour."""
 
-import base64
 import html
-import mimetypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from avlm.config.model import counted
+from avlm.config.run import DataConfig
 from avlm.data.media import signature
+from avlm.data.media.browser import audio_uri, image_uri, video_uri
 from avlm.data.sample import Sample
 from avlm.data.text.pieces import MEDIA
 
@@ -16,7 +16,7 @@ ELEMENTS = {
     "audio": '<audio controls src="{uri}"></audio>',
     "video": '<video controls src="{uri}"></video>',
 }
-FALLBACK = {"image": "image/png", "audio": "audio/wav", "video": "video/mp4"}
+URIS = {"image": image_uri, "audio": audio_uri, "video": video_uri}  # of whatever format, as browsers play it
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 0 auto; padding: 1rem; color: #222; }
 h1 { font-size: 1.3rem; overflow-wrap: anywhere; }
@@ -46,7 +46,7 @@ def media_of(sample: Sample) -> Iterator[tuple[str, str, bytes]]:
             yield f"{kind}{number}{signature.ending(content)}", kind, content
 
 
-def page(shown: list[Shown], title: str) -> str:
+def page(shown: list[Shown], title: str, limits: DataConfig) -> str:
     legend = '<span class="learned">learned</span>, <span class="media">features of a tower</span>, other tokens'
     title = html.escape(title)
     return (
@@ -54,15 +54,14 @@ def page(shown: list[Shown], title: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n"
         f"<p>The first {counted(len(shown), 'sample')} as the model sees them: {legend}.</p>\n"
-        f"{''.join(_section(each) for each in shown)}</body></html>\n"
+        f"{''.join(_section(each, limits) for each in shown)}</body></html>\n"
     )
 
 
-def _section(shown: Shown) -> str:
+def _section(shown: Shown, limits: DataConfig) -> str:
     figures = ""
     for name, kind, content in media_of(shown.sample):
-        type_of_file = mimetypes.guess_type(name)[0] or FALLBACK[kind]
-        uri = f"data:{type_of_file};base64,{base64.b64encode(content).decode()}"
+        uri = URIS[kind](content, limits)
         figures += f"<figure>{ELEMENTS[kind].format(uri=uri, name=name)}<figcaption>{name}</figcaption></figure>\n"
     text = "".join(_piece(*piece) for piece in shown.pieces)
     return (

@@ -69,7 +69,8 @@ def show(stream: Stream, count: int, out: Path | None = None, html: Path | None 
         print(f"{name}: {counted(size, 'sample')}{blended}")
     print("\n".join(found.lines(stream)))
     if html is not None:
-        html.write_text(page(shown, f"{', '.join(shares(stream.source))}: {counted(found.num_samples, 'sample')}"))
+        title = f"{', '.join(shares(stream.source))}: {counted(found.num_samples, 'sample')}"
+        html.write_text(page(shown, title, stream.data))
         print(f"wrote {html}")
     if out is not None:
         save_media(shown, out)
