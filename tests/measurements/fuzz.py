@@ -25,12 +25,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# Before anything imports huggingface_hub: what the shipped configs name on the Hub is in the form of its cache here.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(Path(__file__).parents[1] / "config" / "hub")}
+
 import av
 import torch
 import yaml
 from safetensors.torch import save_file
 
-from avlm.config.load import load_config, resolve_config
+from avlm.config.load import resolve_config
 from avlm.config.run import VideoConfig
 from avlm.data.media import audio, image, video
 from avlm.data.sample import SampleEncoder, load_json, parse
@@ -41,6 +44,7 @@ from avlm.storage.run_folder import read_progress, read_run
 from avlm.storage.weight_files import choose
 from avlm.training import checkpoint
 from avlm.weights import folder as folders
+from avlm.weights.model_from import open_config
 from avlm.weights.sources import open_checkpoint, read_files
 from tests.data import small_files as media
 from tests.data.small_files import AUDIO, VISION, tone, video_file, write_tokenizer
@@ -100,7 +104,7 @@ def record_cases(folder: Path, rng: random.Random) -> Iterator[Case]:
 
 
 def config_cases(folder: Path, rng: random.Random) -> Iterator[Case]:
-    texts = [path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml"))]
+    texts = [path.read_text() for path in sorted((ROOT / "configs").rglob("*.yaml"))]
     trees = [yaml.safe_load(text) for text in texts] + [TREE]
     keys = ["optimizer.lr", "stages.finetune", "stages.0.steps", "data.video", "model.lora", "x.y", "seed", "train"]
     for number in range(10**9):
@@ -115,7 +119,7 @@ def config_cases(folder: Path, rng: random.Random) -> Iterator[Case]:
 
 def _load_config(path: Path, content: bytes, overrides: list[str]) -> Any:
     path.write_bytes(content)
-    return load_config(path, overrides)
+    return open_config(path, overrides)
 
 
 def folder_cases(folder: Path, rng: random.Random) -> Iterator[Case]:
@@ -160,7 +164,7 @@ def _model_folder(folder: Path) -> tuple[Path, Callable[[Path], Any]]:
 
     def use(folder: Path) -> Any:
         folders.read_config(folder)
-        folders.template_of(folder)
+        folders.template_of(folder, Tokenizer(folder))
         return folders.stop_ids(folder), read_files(folder, choose(folder))
 
     return folder, use
