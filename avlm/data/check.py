@@ -7,7 +7,6 @@ from pathlib import Path
 from avlm.config.model import ModelConfig
 from avlm.config.run import Config, DataConfig, StageConfig, is_json, shares
 from avlm.data.bad_samples import Look, look
-from avlm.data.jsonl import Records
 from avlm.data.loader import open_loader
 from avlm.data.stream import Stream
 from avlm.data.text.chat import check_vocabulary
@@ -37,20 +36,6 @@ def check_data(config: Config) -> list[list[Look]]:
         if config.train.validate_every:
             _check_validation(config, stage)
     return looks
-
-
-def count_samples(source: str, data: DataConfig) -> int | None:
-    """Samples of a training source, counted without reading any; None for synthetic rows, which never end. Those of an
-    Energon blend are all samples of its sets, whatever their weights."""
-    if source.startswith("synthetic"):
-        return None
-    if is_json(source):
-        return len(Records(source, data))
-    from avlm.data.energon.source import check_source  # slow to import
-    from avlm.data.energon.source import count_samples as count_prepared
-
-    check_source(Path(source))
-    return count_prepared(Path(source), "train")
 
 
 def check_room_for_media(config: Config) -> None:

@@ -16,7 +16,7 @@ from avlm.data.bad_samples import by_reason
 from avlm.data.inspect_page import Shown, media_of, page
 from avlm.data.inspect_row import draw_row
 from avlm.data.loader import open_loader
-from avlm.data.packing import select
+from avlm.data.packing import tokens_of_rows
 from avlm.data.rows import RowStream, encoded
 from avlm.data.sample import EncodedSample
 from avlm.data.stream import Stream
@@ -165,7 +165,7 @@ class Statistics:
         if not self.lengths:
             return lines
         total = sum(self.lengths)
-        rows = row_lengths(self.lengths, stream)
+        rows = tokens_of_rows(self.lengths, stream.data)
         whole = rows[:-1] or rows  # what the last one lacks, the samples to come will fill
         size = stream.data.seq_length
         fill = sum(whole) / (len(whole) * size)
@@ -180,25 +180,6 @@ class Statistics:
         by_kind = ", ".join(f"{kind} {self.targets[kind]:,}" for kind in KINDS if self.targets[kind])
         lines.append(f"learned {100 * self.targets.total() / total:.1f} % of the tokens: {by_kind}")
         return [*lines, "tokens of a sample", *histogram(self.lengths)]
-
-
-def row_lengths(lengths: list[int], stream: Stream) -> list[int]:
-    """Tokens of the rows that training makes of samples; the last may have room left."""
-    data = stream.data
-    found: list[int] = []
-    buffer: list[int] = []
-    for length in lengths:
-        buffer.append(length)
-        if len(buffer) == data.packing_buffer:
-            rows = _packed(buffer, stream)
-            buffer = rows.pop() if len(rows) > 1 else []
-            found += map(sum, rows)
-    return [*found, *map(sum, _packed(buffer, stream))]
-
-
-def _packed(lengths: list[int], stream: Stream) -> list[list[int]]:
-    rows = select(lengths, stream.data.seq_length, stream.data.packing)
-    return [[lengths[i] for i in row] for row in rows]
 
 
 def histogram(lengths: list[int]) -> list[str]:

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from avlm.config.model import ModelConfig, VisionConfig
+from avlm.config.run import DataConfig
 from avlm.data.media.audio import num_rows
 from avlm.data.sample import EncodedSample
 from avlm.models.batch import IGNORE, KINDS, PAD, PLACEHOLDERS, Batch, Media, no_media, windowed_segments
@@ -32,6 +33,24 @@ def select(lengths: list[int], seq_length: int, method: str) -> list[list[int]]:
     if method == "knapsack":
         return _knapsack(lengths, seq_length)
     return _first_fit(lengths, seq_length)
+
+
+def tokens_of_rows(lengths: list[int], data: DataConfig) -> list[int]:
+    """The tokens of each row that training makes of samples of these lengths; the last may have room left."""
+    found: list[int] = []
+    buffer: list[int] = []
+    for length in lengths:
+        buffer.append(length)
+        if len(buffer) == data.packing_buffer:
+            rows = _packed(buffer, data)
+            buffer = rows.pop() if len(rows) > 1 else []
+            found += map(sum, rows)
+    return [*found, *map(sum, _packed(buffer, data))]
+
+
+def _packed(lengths: list[int], data: DataConfig) -> list[list[int]]:
+    rows = select(lengths, data.seq_length, data.packing)
+    return [[lengths[i] for i in row] for row in rows]
 
 
 def _knapsack(lengths: list[int], seq_length: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from avlm.config.load import load_config
 from avlm.config.run import Config, DataConfig, shares
 from avlm.data.bad_samples import Look
-from avlm.data.packing import select
+from avlm.data.packing import tokens_of_rows
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ def epoch_of(data: DataConfig, looks: list[Look]) -> Epoch | None:
     tokens = 0.0  # of a sample that is drawn
     for each in looks:
         tokens += weights[each.source] * sum(each.lengths) / each.looked_at
-    fills = [sum(lengths[i] for i in row) / data.seq_length for row in select(lengths, data.seq_length, data.packing)]
-    fills.remove(min(fills))  # a row that training would pack again, with what follows
-    if fills:
-        fill = sum(fills) / len(fills)
+    rows = tokens_of_rows(lengths, data)
+    rows.remove(min(rows))  # one that training would pack again, with what follows
+    if rows:
+        fill = sum(rows) / len(rows) / data.seq_length
     else:
         fill = min(1.0, data.packing_buffer * tokens / data.seq_length)
     return Epoch(num_samples, sum(num_samples.values()) * tokens / (fill * data.seq_length))

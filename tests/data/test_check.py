@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 
 from avlm.config.load import resolve_config
-from avlm.data.check import check_room_for_media, count_samples
-from avlm.data.stream import fingerprint
+from avlm.data.check import check_room_for_media
+from avlm.data.rows import open_samples_of
+from avlm.data.stream import Stream, fingerprint
 from avlm.preflight.check import check
 from tests.data.energon.test_loader import write_set
-from tests.data.small_files import data, tone, write_tokenizer
+from tests.data.small_files import data, model, tone, write_tokenizer
 from tests.parallel.small import TREE, make_config
 
 
@@ -202,8 +203,16 @@ def test_samples_of_a_training_source_are_counted_without_reading_them(tmp_path,
     (tmp_path / "blend.yaml").write_text(json.dumps(header | {"splits": blend}))
     (tmp_path / "outer.yaml").write_text(json.dumps(header | {"splits": {"train": {"path": "blend.yaml"}}}))
     counts = {"three.jsonl": 3, "two.json": 2, "five": 5, "blend.yaml": 11, "outer.yaml": 11}
-    assert {name: count_samples(str(tmp_path / name), settings) for name in counts} == counts
-    assert count_samples("synthetic:images=2", settings) is None
+
+    def stream(source: str) -> Stream:
+        return Stream(source, settings, model(), rank=0, world=1, seed=0, train=True)
+
+    found = {}
+    for name in counts:
+        source = str(tmp_path / name)
+        found[name] = len(open_samples_of(source, stream(source)))
+    assert found == counts
+    assert not stream("synthetic:images=2").has_samples
 
 
 def test_windows_of_true_length_and_stages_of_text_may_have_short_rows():
