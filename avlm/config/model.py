@@ -71,6 +71,9 @@ class DecoderConfig:
     max_position: Tokens = 8192  # tokens that the checkpoint was trained for; data.seq_length must not exceed it
     sliding_window: Tokens | None = None  # a token sees so many of its document, itself and those before; None: all
     window_layers: Annotated[list[Whole], Field(min_length=1)] | None = None  # that have the window; None: all of them
+    mrope_sections: Annotated[list[Whole], Field(min_length=3, max_length=3)] | None = None
+    # M-RoPE: how many pairs of dimensions turn with the time, line and column of a token; None: all with its position
+    mrope_interleaved: bool = False  # time, line and column take turns (Qwen3-VL), or stand one after the other
 
     def __post_init__(self) -> None:
         if self.window_layers is not None:
@@ -90,6 +93,13 @@ class DecoderConfig:
             f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}",
         )
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary positions")
+        if self.mrope_sections is None:
+            require(not self.mrope_interleaved, "mrope_interleaved needs mrope_sections")
+        else:
+            require(
+                sum(self.mrope_sections) == self.head_dim // 2,
+                f"mrope_sections={self.mrope_sections} must add up to half of head_dim={self.head_dim}",
+            )
 
     def has_window(self, layer: int) -> bool:
         return self.sliding_window is not None and (self.window_layers is None or layer in self.window_layers)
@@ -97,33 +107,50 @@ class DecoderConfig:
 
 @config
 class VisionConfig:
-    """CLIP ViT; SigLIP is the same tower without class token and pre-norm, with a patch bias and another GELU."""
+    """A ViT. The defaults are CLIP's; SigLIP is the same tower without class token and pre-norm, with a patch bias and
+    another GELU. With ``resize: area`` it takes images and videos of any grid of patches (the Qwen-VL towers)."""
 
     hidden_size: Width
     intermediate_size: Width
     num_layers: Layers
     num_heads: Heads
-    image_size: Pixels  # square
+    image_size: Pixels | None = None
+    # side of all images; with resize=area, of the square that the position table covers, null: there is no table
     patch_size: Pixels  # square; pixels past the last whole patch are dropped, as a convolution does
+    frames_per_patch: Literal[1, 2] = 1  # 2: a patch spans two frames of a video; an image counts as two equal frames
     feature_layer: FromTheEnd = -2  # -1: output of the last layer, -2: of the one before; later layers are not built
-    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
+    deepstack_layers: list[Whole] = field(default_factory=list)  # whose output goes into the first decoder layers
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "quick_gelu"
+    gated: bool = False  # down(activation(gate(x)) * up(x)), with biases
+    norm: Literal["layer", "rms"] = "layer"
     norm_eps: Epsilon = 1e-5
     class_token: bool = True  # dropped from the features
     pre_norm: bool = True
     patch_bias: bool = False
     post_norm: bool = False  # normalise the features; SigLIP does where feature_layer is -1
+    axial_rope: bool = False  # rotary positions: half of each head turns with a patch's line, half with its column
+    window: Stack | None = None  # patches a side of the windows within which layers attend; null: whole images
+    full_layers: list[Whole] = field(default_factory=list)  # that attend to whole images although there are windows
+    tokens_per_second: Positive | None = None
+    # steps of M-RoPE's time in a second of video; null: one for each patch of frames
     mean: Annotated[list[Share], Field(min_length=3, max_length=3)] = field(
         default_factory=lambda: [0.48145466, 0.4578275, 0.40821073]
     )  # of RGB in 0..1
     std: Annotated[list[Annotated[float, Field(ge=1e-3, le=1)]], Field(min_length=3, max_length=3)] = field(
         default_factory=lambda: [0.26862954, 0.26130258, 0.27577711]
     )
-    resize: Literal["crop", "stretch"] = "crop"  # shortest side then centre crop (CLIP), or both sides (SigLIP)
+    resize: Literal["crop", "stretch", "area"] = "crop"
+    # to a square: its shortest side, then the centre (CLIP), or both sides (SigLIP); area: to whole features, keeping
+    # its shape, within the bounds of data.image_tokens
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # SigLIP 2 is bilinear
 
     def __post_init__(self) -> None:
         require(
-            self.patch_size <= self.image_size,
+            self.any_grid or self.image_size is not None,
+            f"resize={self.resize} needs the image_size of its squares",
+        )
+        require(
+            self.image_size is None or self.patch_size <= self.image_size,
             f"patch_size={self.patch_size} is more than image_size={self.image_size}",
         )
         require(
@@ -134,10 +161,41 @@ class VisionConfig:
             -self.num_layers <= self.feature_layer <= -1,
             f"feature_layer={self.feature_layer} must lie in -{self.num_layers}..-1",
         )
+        if not self.any_grid:
+            for key in ("axial_rope", "window", "frames_per_patch"):
+                value = getattr(self, key)
+                require(value in (False, None, 1), f"{key}={value} needs resize=area")
+        require(not (self.any_grid and self.class_token), "resize=area goes with class_token=false")
+        require(
+            not self.axial_rope or self.head_dim % 4 == 0,
+            f"axial_rope needs heads of a multiple of 4, not hidden_size / num_heads = {self.head_dim}",
+        )
+        for key in ("deepstack_layers", "full_layers"):
+            layers = getattr(self, key)
+            require(
+                layers == sorted(set(layers)) and all(layer < self.num_blocks for layer in layers),
+                f"{key}={shown(layers)} must ascend and lie below the {self.num_blocks} layers that are built",
+            )
+        require(self.window is not None or not self.full_layers, "full_layers needs a window")
+
+    @property
+    def any_grid(self) -> bool:
+        """Whether images keep their shape."""
+        return self.resize == "area"
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_numbers(self) -> int:
+        """Numbers of a patch: its channels, frames, lines and columns, in this order."""
+        return 3 * self.frames_per_patch * self.patch_size**2
 
     @property
     def patches_per_side(self) -> int:
-        return self.image_size // self.patch_size
+        """Of a square image, or of the square that the position table covers (0: there is no table)."""
+        return (self.image_size or 0) // self.patch_size
 
     @property
     def num_patches(self) -> int:
@@ -145,7 +203,7 @@ class VisionConfig:
 
     @property
     def num_rows(self) -> int:
-        """Rows of an image in the tower: its class token, if there is one, then its patches."""
+        """Rows of a square image in the tower: its class token, if there is one, then its patches."""
         return self.class_token + self.num_patches
 
     @property
@@ -153,13 +211,22 @@ class VisionConfig:
         """Layers that are built: those above the feature layer would never run."""
         return self.num_layers + 1 + self.feature_layer
 
+    @property
+    def width(self) -> int:
+        """Numbers of an output row: those of the last layer, then those of each of deepstack_layers."""
+        return self.hidden_size * (1 + len(self.deepstack_layers))
+
+    def has_window(self, layer: int) -> bool:
+        return self.window is not None and layer not in self.full_layers
+
     def rows_per_feature(self, downsample: int) -> int:
         """Rows that the projector takes side by side: n x n patches."""
         return downsample**2
 
-    def num_features(self, downsample: int) -> int:
-        """Positions of an image in the decoder."""
-        return (self.patches_per_side // downsample) ** 2
+    def num_features(self, grid: tuple[int, int], downsample: int) -> int:
+        """Positions in the decoder of an image of so many lines and columns of patches."""
+        lines, columns = grid
+        return (lines // downsample) * (columns // downsample)
 
 
 @config
@@ -204,6 +271,8 @@ class ProjectorConfig:
     downsample: Stack = 1  # vision: pixel shuffle of n x n patches; audio: n frames stacked; before the projection
     hidden_size: WidthOrDefault = 0  # 0: the decoder's width; linear has none
     bias: bool = True  # Voxtral has none
+    norm: Literal["none", "layer", "rms"] = "none"  # of each tower row, before they are put side by side
+    norm_eps: Epsilon = 1e-6
     output_std: Positive = 0.02  # approximate std of features when initialised; best that of the token embeddings
 
 
@@ -240,10 +309,15 @@ class ModelConfig:
             if (getattr(self, tower) is None) != (getattr(self, f"{tower}_projector") is None):
                 raise ValueError(f"{tower} and {tower}_projector come together: give both or neither")
         if self.vision and self.vision_projector:
-            side = self.vision.patches_per_side
+            side = self.vision.window if self.vision.any_grid else self.vision.patches_per_side
             require(
-                side % self.vision_projector.downsample == 0,
-                f"vision_projector.downsample={self.vision_projector.downsample} does not divide {side} patches a side",
+                side is None or side % self.vision_projector.downsample == 0,
+                f"vision_projector.downsample={self.vision_projector.downsample} does not divide {side} patches a side"
+                + (" of a window" if self.vision.any_grid else ""),
+            )
+            require(
+                len(self.vision.deepstack_layers) <= self.decoder.num_layers,
+                f"vision.deepstack_layers has more layers than decoder.num_layers={self.decoder.num_layers}",
             )
 
     @property
