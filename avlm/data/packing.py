@@ -14,7 +14,17 @@ from avlm.config.model import ModelConfig, VisionConfig
 from avlm.config.run import DataConfig
 from avlm.data.media.audio import num_rows
 from avlm.data.sample import EncodedSample
-from avlm.models.batch import IGNORE, KINDS, PAD, PLACEHOLDERS, Batch, Media, no_media, windowed_segments
+from avlm.models.batch import (
+    IGNORE,
+    KINDS,
+    PAD,
+    PLACEHOLDERS,
+    Batch,
+    Media,
+    no_media,
+    text_positions,
+    windowed_segments,
+)
 from kernels.segments import Segments
 
 
@@ -105,12 +115,16 @@ def pack(
     target_T = torch.cat([*(sample.target_T for sample in samples), torch.full((room,), IGNORE)])
     kinds = [torch.full((len(sample),), KINDS.index(sample.kind)) for sample in samples]
     kind_T = torch.cat([*kinds, torch.zeros(room, dtype=torch.int64)])
-    positions = [torch.arange(length) for length in lengths]
+    positions = [text_positions(0, model.decoder)]
+    for sample in samples:
+        of_text = text_positions(len(sample), model.decoder)
+        positions.append(of_text if sample.position_T is None else sample.position_T)
+    positions.append(text_positions(room, model.decoder))
     target_rows_R = (target_T != IGNORE).nonzero().flatten()
     segments = Segments.of(lengths)
     return Batch(
         token_T=token_T,
-        position_T=torch.cat(positions or [torch.arange(0)]),
+        position_T=torch.cat(positions, dim=-1),
         segments=segments,
         windowed=windowed_segments(segments, model),
         target_rows_R=target_rows_R,

@@ -54,6 +54,7 @@ class EncodedSample:
               "image"  uint8 (3, S, S), not yet normalised
               "audio"  log-mel windows float32 (M, frames)
     kind      one of KINDS
+    position_T  None: 0, 1, 2, ...; else int64, for M-RoPE (3, T): time, line and column
     """
 
     key: str
@@ -61,6 +62,7 @@ class EncodedSample:
     token_T: Tensor
     target_T: Tensor
     media: Items = field(default_factory=dict)
+    position_T: Tensor | None = None
 
     def __len__(self) -> int:
         return self.token_T.shape[0]

@@ -28,12 +28,15 @@ class Slots:
 
     index_T    int64: index of each token in the flattened (B, S) cache
     length_B   int64: used slots of each sequence, with this forward's tokens
+    shift_B    int64: the position of a new token of each sequence less its slot; not 0 where media take up fewer
+               positions than tokens (M-RoPE)
     visible_B  int64: the first slot of each sequence in its sliding window; after the prompt, for layers with one
     held       while the prompt of an only sequence continues what the caches hold: the segment of its keys, old and new
     """
 
     index_T: Tensor
     length_B: Tensor
+    shift_B: Tensor
     size: int
     is_prompt: bool = True
     visible_B: Tensor | None = None
@@ -133,7 +136,7 @@ class Decoding:
         self.batch = dataclasses.replace(
             empty_batch(0, self.model.config).to(row_B.device),
             token_T=torch.empty_like(row_B),
-            position_T=torch.empty_like(row_B),
+            position_T=batch.position_T.new_empty(*batch.position_T.shape[:-1], num_sequences),
             segments=segments,
             windowed=segments,
             target_rows_R=row_B,
@@ -145,7 +148,7 @@ class Decoding:
         """The next token of each sequence."""
         slots = self.slots
         self.batch.token_T.copy_(self.token_NB.index_select(0, self.count_1 - 1).squeeze(0))
-        self.batch.position_T.copy_(slots.length_B)
+        self.batch.position_T.copy_(slots.length_B + slots.shift_B)
         slots.index_T.copy_(self.first_B + slots.length_B)
         slots.length_B.add_(1)
         if self.window is not None:

@@ -185,29 +185,31 @@ def prompt_phase(
     last_B = length_B.cumsum(0) - 1
     unused_B = torch.zeros_like(last_B)
     batch = dataclasses.replace(batch, target_rows_R=last_B, target_R=unused_B, kind_R=unused_B)
-    first_T = torch.repeat_interleave(torch.arange(len(prompts)) * size, length_B)
-    index_T = first_T + batch.position_T
-    slots = Slots(index_T.to(ranks.device), length_B.to(ranks.device), size)
+    slot_T = torch.cat([torch.arange(0), *(torch.arange(start, start + len(prompt)) for prompt in prompts)])
+    length_B += start
+    shift_B = torch.tensor([_shift(prompt, start) for prompt in prompts], dtype=torch.int64)
+    index_T = torch.repeat_interleave(torch.arange(len(prompts)) * size, length_B - start) + slot_T
+    slots = Slots(index_T.to(ranks.device), length_B.to(ranks.device), shift_B.to(ranks.device), size)
     if start:
-        return _continued(batch, start, model).to(ranks.device), _continued_slots(slots, start)
+        slots.held = Segments.of([start + num_tokens], ranks.device)
+        return _continued(batch, slot_T, model).to(ranks.device), slots
     return ranks.own_part(batch).to(ranks.device), slots
 
 
-def _continued(batch: Batch, start: int, model: AVLM) -> Batch:
-    """The row of an only prompt as the end of ``start`` tokens that are held."""
+def _shift(prompt: EncodedSample, start: int) -> int:
+    """By how much the position of a new token differs from its slot: positions continue after the prompt's largest,
+    which stands in its end, past the ``start`` tokens that are held."""
+    return 0 if prompt.position_T is None else int(prompt.position_T.max()) + 1 - start - len(prompt)
+
+
+def _continued(batch: Batch, slot_T: Tensor, model: AVLM) -> Batch:
+    """The row of an only prompt as the end of tokens that are held; it fills these slots."""
     window = model.config.decoder.sliding_window
-    position_T = batch.position_T + start
-    windowed = batch.windowed
-    if window is not None and start + len(position_T) > window:
-        keys = Segments.of([start + len(position_T)])
-        intervals = Intervals.of(position_T - window + 1, position_T, batch.segments, keys)
-        windowed = dataclasses.replace(batch.segments, intervals=intervals)
-    return dataclasses.replace(batch, position_T=position_T, windowed=windowed)
-
-
-def _continued_slots(slots: Slots, start: int) -> Slots:
-    held = Segments.of([start + len(slots.index_T)], slots.index_T.device)
-    return dataclasses.replace(slots, index_T=slots.index_T + start, length_B=slots.length_B + start, held=held)
+    num_held = int(slot_T[-1]) + 1
+    if window is None or num_held <= window:
+        return batch
+    intervals = Intervals.of(slot_T - window + 1, slot_T, batch.segments, Segments.of([num_held]))
+    return dataclasses.replace(batch, windowed=dataclasses.replace(batch.segments, intervals=intervals))
 
 
 def _fill(prompts: list[EncodedSample], multiple: int) -> list[EncodedSample]:

@@ -14,9 +14,9 @@ from avlm.config.model import ModelConfig
 from avlm.data.sample import EncodedSample, placeholders
 from avlm.evaluation.decoding import caches_for
 from avlm.models.avlm import AVLM
-from avlm.models.batch import PLACEHOLDERS
+from avlm.models.batch import PLACEHOLDERS, text_positions
 
-Label = int | tuple[str, int]  # a token id; or which feature of a medium with this digest
+Label = int | tuple[str, int]  # a token id; or which feature of an item with this digest
 
 
 class KeptCache:
@@ -39,7 +39,7 @@ class KeptCache:
         while isinstance(labels[start], tuple) and labels[start][1] > 0:
             start -= 1
         self.labels = self.labels[:start]
-        return _rest(prompt, start, labels), labels[start:]
+        return _rest(prompt, start, labels, _positions(prompt, self.config)), labels[start:]
 
     def add(self, labels: list[Label]) -> None:
         self.labels += labels
@@ -47,20 +47,40 @@ class KeptCache:
 
 def labels_of(prompt: EncodedSample, config: ModelConfig) -> list[Label]:
     """Equal labels at the beginning of two prompts mean equal keys and values there."""
-    features = {}
+    position_T = _positions(prompt, config)
+    labels: list[Label] = prompt.token_T.tolist()
     for modality, items in prompt.media.items():
-        of_items = [(_digest(item), len(placeholders(modality, [item], config))) for item in items]
-        features[PLACEHOLDERS[modality]] = iter([(digest, n) for digest, count in of_items for n in range(count)])
-    return [next(features[token]) if token in features else token for token in prompt.token_T.tolist()]
+        counts = [len(placeholders(modality, [item], config)) for item in items]
+        rows = (prompt.token_T == PLACEHOLDERS[modality]).nonzero().flatten()
+        for item, of_item in zip(items, rows.split(counts)):
+            digest = _digest(item, position_T[..., of_item])
+            for n, row in enumerate(of_item.tolist()):
+                labels[row] = digest, n
+    return labels
 
 
-def _digest(item: Tensor) -> str:
-    return hashlib.sha256(item.contiguous().numpy().tobytes()).hexdigest()
+def _digest(item: Tensor, position: Tensor) -> str:
+    """Of an item's content, its shape and where it stands: equal bytes of another grid, or of another time of a video,
+    are another item. Text after equal items stands at equal positions."""
+    found = hashlib.sha256(repr(item.shape).encode())
+    for tensor in (item, position):
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
-def _rest(prompt: EncodedSample, start: int, labels: list[Label]) -> EncodedSample:
-    """The prompt from token ``start`` on, with the media that begin there."""
+def _positions(prompt: EncodedSample, config: ModelConfig) -> Tensor:
+    return text_positions(len(prompt), config.decoder) if prompt.position_T is None else prompt.position_T
+
+
+def _rest(prompt: EncodedSample, start: int, labels: list[Label], position_T: Tensor) -> EncodedSample:
+    """The prompt from token ``start`` on, at its ``position_T``, with the media that begin there."""
     placed = zip(prompt.token_T[:start].tolist(), labels)
     begun = [token for token, label in placed if isinstance(label, tuple) and label[1] == 0]
     media = {name: items[begun.count(PLACEHOLDERS[name]) :] for name, items in prompt.media.items()}
-    return dataclasses.replace(prompt, token_T=prompt.token_T[start:], target_T=prompt.target_T[start:], media=media)
+    return dataclasses.replace(
+        prompt,
+        token_T=prompt.token_T[start:],
+        target_T=prompt.target_T[start:],
+        media=media,
+        position_T=position_T[..., start:],
+    )

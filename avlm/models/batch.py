@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from avlm.config.model import TOWERS, AudioConfig, ModelConfig, VisionConfig
+from avlm.config.model import TOWERS, AudioConfig, DecoderConfig, ModelConfig, VisionConfig
 from kernels.segments import Segments
 
 IGNORE = -100  # target: nothing is learned here
@@ -106,7 +106,7 @@ class Batch:
     """One packed row. Shapes are checked here, once.
 
     token_T        int64: vocabulary ids, and a placeholder (IMAGE, AUDIO) for every feature
-    position_T     int64: position within the document, from 0
+    position_T     int64: position within the document, from 0; (3, T) for M-RoPE: time, line and column
     segments       documents
     windowed       the same for layers with a sliding window; None in a model without one
     target_rows_R  int64: where in token_T there is a target, ascending
@@ -131,7 +131,7 @@ class Batch:
     read: int = 0
 
     def __post_init__(self) -> None:
-        assert self.position_T.shape == self.token_T.shape
+        assert self.position_T.shape[-1:] == self.token_T.shape
         assert self.target_rows_R.shape == self.target_R.shape == self.kind_R.shape
 
     @property
@@ -168,6 +168,12 @@ def windowed_segments(segments: Segments, model: ModelConfig) -> Segments | None
     return None if window is None else segments.within(window)
 
 
+def text_positions(length: int, decoder: DecoderConfig) -> Tensor:
+    """Positions of a document without media: 0, 1, 2, ..., int64 (T,), or (3, T) for M-RoPE."""
+    position_T = torch.arange(length)
+    return position_T if decoder.mrope_sections is None else position_T.repeat(3, 1)
+
+
 def empty_batch(seq_length: int, model: ModelConfig) -> Batch:
     """A row without targets and media, for a rank that runs out of data before the others."""
     nothing = torch.arange(0)
@@ -175,7 +181,7 @@ def empty_batch(seq_length: int, model: ModelConfig) -> Batch:
     media: dict[str, Any] = no_media(model)
     return Batch(
         token_T=torch.full((seq_length,), PAD),
-        position_T=torch.arange(seq_length),
+        position_T=text_positions(seq_length, model.decoder),
         segments=segments,
         windowed=windowed_segments(segments, model),
         target_rows_R=nothing,

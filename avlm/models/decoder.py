@@ -8,16 +8,16 @@ R rows with a target   V vocabulary
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from avlm.config.model import DecoderConfig
 from avlm.models.attention import AttentionCore
 from avlm.models.lora import lora_init_stats
-from kernels.backend import apply
+from avlm.models.rope import positions_of_pairs, rope_frequencies, rope_table, rotate
 from kernels.cross_entropy import linear_argmax, linear_cross_entropy
 from kernels.segments import Segments
 
@@ -33,71 +33,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Float32 inside, in one kernel on a GPU. Rounded once; transformers also rounds before the scale.
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) -> Tensor:
-    """Angle per position of each pair of dimensions, radians, float64 (E / 2,).
-
-    theta^(-2i / E); with Llama-3 scaling wavelengths longer than original / low are stretched by ``factor``, those
-    shorter than original / high are kept, and those between are blended (Llama 3.1, reference implementation).
-    """
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device) / config.head_dim
-    frequency = config.rope_theta**-exponent
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    turns = scaling.original_max_position * frequency / (2 * math.pi)  # full turns within the original context
-    width = scaling.high_freq_factor - scaling.low_freq_factor
-    blend = ((turns - scaling.low_freq_factor) / width).clamp(0, 1)
-    return blend * frequency + (1 - blend) * frequency / scaling.factor
-
-
-def rope_table(frequency: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency, float32 (T, E): both halves of a head share the angles, and the sin of the
-    first half is negated, as ``rotate`` needs it."""
-    angle_TE = (position_T[:, None].double() * frequency).repeat(1, 2)
-    sin_TE = angle_TE.sin().float()
-    sin_TE.chunk(2, dim=-1)[0].neg_()
-    return angle_TE.cos().float(), sin_TE
-
-
-def rotate(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Rotary positions, "rotate half" layout of Hugging Face checkpoints: (a, b) -> (a cos - b sin, b cos + a sin).
-    The products are float32; eager PyTorch rounds the first of them before it adds the second."""
-    if not torch.compiler.is_compiling():
-        return apply(_Rotation, x_THE, cos_TE, sin_TE)
-    # The formula itself: a compiler makes one pass of it, and (torch 2.11) loses the gradient of the Function.
-    ab_THE = x_THE.to(cos_TE.dtype)
-    ba_THE = ab_THE.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return (ab_THE * cos_TE[:, None] + ba_THE * sin_TE[:, None]).to(x_THE.dtype)
-
-
-class _Rotation(torch.autograd.Function):
-    """The same in few passes: the second product is added to the first, which lies in the dtype of x. Nothing of x is
-    kept for the gradient, which is turned back by the same angle."""
-
-    @staticmethod
-    def forward(x_THE, cos_TE, sin_TE):
-        return _turned(x_THE, cos_TE, sin_TE, 1)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy_THE):
-        return _turned(dy_THE, *ctx.saved_tensors, -1), None, None
-
-
-def _turned(x_THE: Tensor, cos_TE: Tensor, sin_TE: Tensor, direction: int) -> Tensor:
-    y_THE = torch.mul(x_THE, cos_TE[:, None], out=torch.empty_like(x_THE))
-    a, b = x_THE.chunk(2, dim=-1)
-    y_a, y_b = y_THE.chunk(2, dim=-1)
-    sin_a, sin_b = sin_TE[:, None].chunk(2, dim=-1)
-    y_a.addcmul_(b, sin_a, value=direction)
-    y_b.addcmul_(a, sin_b, value=direction)
-    return y_THE
 
 
 class Attention(nn.Module):
@@ -180,6 +115,18 @@ class Head(nn.Module):
         return (*losses, linear_argmax(hidden_RD, self.weight)) if predict else losses
 
 
+@dataclass(frozen=True)
+class DeepFeatures:
+    """DeepStack: what inner layers of a tower add to the first blocks (Meng et al. 2024).
+
+    rows      int64 (F,): where in the row the media features stand
+    features  (F, D) for each of the first blocks, added after it
+    """
+
+    rows: Tensor
+    features: list[Tensor]
+
+
 class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -197,15 +144,20 @@ class Decoder(nn.Module):
         segments: Segments,
         caches: list | None = None,
         windowed: Segments | None = None,
+        deep: DeepFeatures | None = None,
     ) -> Tensor:
-        """Hidden states before the final norm, (T, D). ``caches`` holds one key/value cache per block (generation),
-        ``windowed`` the segments of layers with a sliding window."""
-        rope = rope_table(rope_frequencies(self.config, position_T.device), position_T)
+        """Hidden states before the final norm, (T, D). Positions are (T,), or (3, T) for a decoder with M-RoPE.
+        ``caches`` holds one key/value cache per block (generation), ``windowed`` the segments of layers with a sliding
+        window."""
+        frequency = rope_frequencies(self.config, position_T.device)
+        rope = rope_table(frequency, positions_of_pairs(self.config, position_T))
         for i, block in enumerate(self.blocks):
             cache = caches[i] if caches else None
             seen = windowed if self.config.has_window(i) else segments
             assert seen is not None, "a decoder with a sliding window needs segments for it"
             x_TD = block(x_TD, rope, seen, cache)
+            if deep is not None and i < len(deep.features):
+                x_TD = x_TD.index_add(0, deep.rows, deep.features[i].to(x_TD.dtype))
         return x_TD
 
     def tie(self) -> None:

@@ -174,7 +174,7 @@ def cut(batch: Batch, rank: int, context: int) -> tuple[Batch, Tensor]:
     of_rank = replace(
         batch,
         token_T=batch.token_T[rows_L],
-        position_T=batch.position_T[rows_L],
+        position_T=batch.position_T[..., rows_L],
         target_rows_R=place_R[is_held_R],
         target_R=batch.target_R[is_held_R],
         kind_R=batch.kind_R[is_held_R],

@@ -5,9 +5,9 @@
     swiglu     y = silu(g) * u                        reads g, u, writes y    backward: reads g, u, dy, writes dg, du
 
 Bytes are those that a fused kernel moves: each of these tensors once; a weight of D numbers and the angles' cosines and
-sines (T, E) are left out. ``ours`` is what ``avlm/models/decoder.py`` runs without torch.compile, ``eager`` the formula
-with float32 inside, as transformers writes it. A backward is timed without its forward. Errors are those of the result
-or of all gradients against float64; the error ratio is relative to ``eager`` in the dtype under test.
+sines (T, E) are left out. ``ours`` is what our decoder runs without torch.compile, ``eager`` the formula with float32
+inside, as transformers writes it. A backward is timed without its forward. Errors are those of the result or of all
+gradients against float64; the error ratio is relative to ``eager`` in the dtype under test.
 
 T tokens   D width   H heads   E head dim
 """

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from avlm.config.model import DecoderConfig
-from avlm.models.decoder import Decoder, rope_frequencies, rope_table
+from avlm.models.decoder import Decoder
+from avlm.models.rope import rope_frequencies, rope_table
 from kernels import attention_backward, attention_forward, attention_statistics, attention_tiles
 from kernels.attention import (
     _backward_op,

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 
-from avlm.models import decoder
+from avlm.models import decoder, rope
 from kernels.benchmark import __main__ as command
 from kernels.benchmark import elementwise, everything, page, report
 from kernels.benchmark.everything import Part
@@ -89,9 +89,9 @@ def test_elementwise_work_is_counted_in_tensors_read_and_written():
 def test_elementwise_work_is_what_the_decoder_does_and_the_formula():
     norm = decoder.RMSNorm(8, elementwise.EPS)
     x_TD, x_THE = torch.randn(5, 8), torch.randn(5, 2, 4)
-    angles = decoder.rope_table(torch.rand(2), torch.arange(5))
+    angles = rope.rope_table(torch.rand(2), torch.arange(5))
     assert elementwise.DECODER["rms_norm"](x_TD, norm.weight).equal(norm(x_TD))
-    assert elementwise.DECODER["rotate"](x_THE, *angles).equal(decoder.rotate(x_THE, *angles))
+    assert elementwise.DECODER["rotate"](x_THE, *angles).equal(rope.rotate(x_THE, *angles))
     for kernel, inputs in (("rms_norm", (x_TD, norm.weight)), ("rotate", (x_THE, *angles))):
         outs = (forms[kernel](*inputs) for forms in (elementwise.DECODER, elementwise.FORMULAS))
         assert torch.allclose(*outs, atol=1e-6)

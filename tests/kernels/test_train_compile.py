@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from avlm.config.run import RecomputeConfig
 from avlm.models.avlm import AVLM, init
-from avlm.models.decoder import rope_frequencies, rope_table
+from avlm.models.rope import rope_frequencies, rope_table
 from avlm.parallel.recompute import apply_recompute
 from kernels.segments import Segments
 from tests.parallel.small import make_config, make_rows

@@ -3,10 +3,10 @@
     python -m tests.measurements.elementwise_bytes
 
 No GPU is needed, and no time is measured. **Eager**: tensors of a GPU without data run through the functions of
-``avlm/models/decoder.py``; each operator counts the tensors that it reads and writes. **Compiled**: TorchInductor
-compiles a block for the CPU, its attention an opaque operator; each kernel of its schedule counts the buffers that it
-reads and writes. Products and attention are left out, and with them the block's last sum, which is the addend of a
-product.
+``avlm/models/decoder.py`` and ``rope.py``; each operator counts the tensors that it reads and writes. **Compiled**:
+TorchInductor compiles a block for the CPU, its attention an opaque operator; each kernel of its schedule counts the
+buffers that it reads and writes. Products and attention are left out, and with them the block's last sum, which is the
+addend of a product.
 
 The least is each tensor once: of an eager function, its inputs, results and gradients; of a compiled block, what
 enters and leaves each stretch between two products. Angles and weights of norms are no part of it.
@@ -33,7 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from avlm.config.model import DecoderConfig
-from avlm.models.decoder import Block, RMSNorm, rope_frequencies, rope_table, rotate
+from avlm.models.decoder import Block, RMSNorm
+from avlm.models.rope import rope_frequencies, rope_table, rotate
 
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_heads": 32, "num_kv_heads": 8}
 SMALL = {"hidden_size": 1024, "intermediate_size": 3584, "num_heads": 8, "num_kv_heads": 2}  # a compiled block runs

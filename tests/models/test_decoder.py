@@ -9,7 +9,7 @@ import transformers
 from avlm.config.model import DecoderConfig, ModelConfig, RopeScaling
 from avlm.families.door import hugging_face_name
 from avlm.models.batch import Batch
-from avlm.models.decoder import rope_frequencies
+from avlm.models.rope import rope_frequencies
 from avlm.weights.folder import read_config
 from tests.measurements.elementwise_bytes import compiled_block, eager_block
 from tests.models.handmade import assert_gradients_close, build, loaded, make_batch, save

@@ -16,8 +16,8 @@ from avlm.data.check import check_data
 from avlm.models import freezing
 from avlm.models.avlm import AVLM
 from avlm.models.batch import empty_batch
-from avlm.models.decoder import rope_frequencies, rope_table
 from avlm.models.projector import Projector
+from avlm.models.rope import rope_frequencies, rope_table
 from avlm.models.shapes import parameter_shapes
 from avlm.parallel import mesh
 from avlm.parallel.apply import apply_parallel
