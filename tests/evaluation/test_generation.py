@@ -34,10 +34,12 @@ from tests.weights.test_sources import write_run
 TEXT = ModelConfig(decoder=DECODER)
 
 
-def prompt(token_ids: list[int], pixels: torch.Tensor | None = None) -> EncodedSample:
+def prompt(
+    token_ids: list[int], pixels: torch.Tensor | None = None, position_T: torch.Tensor | None = None
+) -> EncodedSample:
     token_T = torch.tensor(token_ids, dtype=torch.int64)
     media = {} if pixels is None else {"image": list(pixels)}
-    return EncodedSample("prompt", "text", token_T, torch.full_like(token_T, IGNORE), media)
+    return EncodedSample("prompt", "text", token_T, torch.full_like(token_T, IGNORE), media, position_T)
 
 
 def load_folder(folder, entry: str) -> AVLM:
@@ -111,6 +113,46 @@ def test_an_answer_equals_one_made_without_a_cache():
     for i, token in enumerate(answer.token_ids):
         [fresh] = generate(model, [prompt(ids + answer.token_ids[:i])], stop_ids=[], max_new_tokens=1)
         assert fresh.token_ids == [token] and math.isclose(fresh.logprobs[0], answer.logprobs[i], abs_tol=1e-4)
+
+
+def placed(token_ids: list[int], answer: list[int] = ()) -> EncodedSample:
+    """A prompt for M-RoPE whose tokens from the third to the eighth stand like the 3 x 2 features of an image, which
+    take up three positions; then an answer."""
+    lines = torch.tensor([2, 2, 3, 3, 4, 4])
+    columns = torch.tensor([2, 3] * 3)
+    image = torch.stack([torch.full((6,), 2), lines, columns])
+    after = torch.arange(5, 5 + len(token_ids) - 8 + len(answer)).repeat(3, 1)
+    position = torch.cat([torch.arange(2).repeat(3, 1), image, after], 1)
+    return prompt([*token_ids, *answer], position_T=position)
+
+
+MROPE = ModelConfig(decoder=dataclasses.replace(DECODER, mrope_sections=[1, 1, 2]))
+
+
+def test_new_tokens_continue_the_positions_of_media():
+    model = build(MROPE)
+    asked = [torch.randint(61, (length,)).tolist() for length in (11, 9)]
+    prompts = [placed(asked[0]), prompt(asked[1])]
+    answers = generate(model, prompts, stop_ids=[], max_new_tokens=12)
+    for i in range(12):
+        before = [answer.token_ids[:i] for answer in answers]
+        fresh = [placed(asked[0], before[0]), prompt(asked[1] + before[1])]
+        for found, answer in zip(generate(model, fresh, stop_ids=[], max_new_tokens=1), answers):
+            assert found.token_ids == answer.token_ids[i : i + 1]
+            assert math.isclose(found.logprobs[0], answer.logprobs[i], abs_tol=1e-4)
+
+
+def test_a_conversation_whose_cache_is_kept_continues_the_positions_of_media():
+    model = build(MROPE)
+    kept = KeptCache(model)
+    asked, said = torch.randint(61, (11,)).tolist(), []
+    for new in ([], [7, 8, 9], [3]):
+        said += new
+        [whole] = generate(model, [placed(asked, said)], stop_ids=[], max_new_tokens=6)
+        found = [token for [[token]] in steps(model, [placed(asked, said)], max_new_tokens=6, kept=kept)]
+        assert [token for token, _ in found] == whole.token_ids
+        assert [logprob for _, logprob in found] == pytest.approx(whole.logprobs, abs=1e-5)
+        said += whole.token_ids
 
 
 WINDOWED = dataclasses.replace(DECODER, sliding_window=8)
