@@ -35,6 +35,8 @@ def may_change(default: Any = MISSING, *, default_factory: Any = MISSING) -> Any
 Ranks = Annotated[int, Field(gt=0, le=2**20)]
 RanksOrRest = Annotated[int, Field(ge=-1, le=2**20)]
 Frames = Annotated[int, Field(gt=0, le=2**20)]
+Bounds = Annotated[list[Positive], Field(min_length=2, max_length=2)]  # the least and the most
+Marks = Annotated[list[str], Field(min_length=2, max_length=2)]  # before and after
 Part = Literal[Module, "lora"]  # lora: the adapters of all towers
 FREEZE_FLAGS = {
     "freeze_language_model": "decoder",
@@ -63,11 +65,34 @@ class InitFrom:
 class VideoConfig:
     num_frames: Frames | None = 8  # spread evenly over the video; give this or fps
     fps: Positive | None = None  # frames per second of video
-    max_frames: Frames = 64  # upper bound with fps
+    min_frames: Frames = 1  # bounds with fps
+    max_frames: Frames = 64
+    spread: Literal["middles", "starts", "first_to_last"] = "middles"
+    # of equal parts of the video the middles (with fps, and within its bounds, a frame every 1 / fps), or the starts
+    # (Qwen2-VL); or from the first frame to the last one (Qwen3-VL)
+    frame_tokens: Bounds | None = None
+    # model.vision.resize=area: features of one patch of frames; null: as data.image_tokens of an image
+    tokens: Bounds | None = None  # the same of a whole video: the more frames, the smaller they become (Qwen3-VL)
+    timestamps: bool = False  # write "<1.5 seconds>" before each patch of frames, which gets markers of its own
     sound: bool = False  # encode the video's own audio after its frames
 
     def __post_init__(self) -> None:
         require((self.num_frames is None) != (self.fps is None), "give num_frames or fps, and set the other to null")
+        require(
+            self.min_frames <= self.max_frames, f"min_frames={self.min_frames} is above max_frames={self.max_frames}"
+        )
+        require(self.frame_tokens is None or self.tokens is None, "give frame_tokens or tokens, not both")
+        for name in ("frame_tokens", "tokens"):
+            _check_bounds(name, getattr(self, name))
+
+
+def _check_bounds(name: str, bounds: list[float] | None) -> None:
+    """Of features."""
+    if bounds is None:
+        return
+    least, most = bounds
+    require(least <= most, f"{name}={bounds}: the least is above the most")
+    require(most >= 1, f"{name}={bounds}: at most {most:g} features leave no room for one")
 
 
 def _checked_sources(train: Any) -> Any:
@@ -109,7 +134,15 @@ class DataConfig:
     max_media_bytes: Count = 256 * 2**20  # of one encoded image, audio file or video
     max_image_pixels: Count = 100_000_000
     max_audio_seconds: Annotated[float, Field(gt=0, le=1e9)] = 600.0
+    image_tokens: Bounds = field(default_factory=lambda: [4.0, 16384.0])
+    # features of an image with model.vision.resize=area; with fractions any area in pixels can be given:
+    # tokens * (patch_size * downsample)^2
+    markers: dict[Literal["image", "audio", "video"], Marks] = field(default_factory=dict)
+    # control tokens before and after the features of each medium, such as {image: [<|vision_start|>, <|vision_end|>]}
     video: VideoConfig = field(default_factory=VideoConfig)
+
+    def __post_init__(self) -> None:
+        _check_bounds("image_tokens", self.image_tokens)
 
 
 def shares(train: str | dict[str, float]) -> dict[str, float]:

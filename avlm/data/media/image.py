@@ -42,6 +42,7 @@ UPRIGHT = {
     7: (True, True, True),
     8: (True, True, False),
 }
+AS_STORED = (False, False, False)
 PNG_DEPTH = 24  # the byte of a PNG that holds the bits of a channel
 
 # Blocks of 16 MiB that Pillow keeps for the next image: fresh pages would cost large images a third of their time. The
@@ -49,33 +50,53 @@ PNG_DEPTH = 24  # the byte of a PNG that holds the bits of a channel
 Image.core.set_blocks_max(4)
 
 
-def decode(data: bytes, max_pixels: int) -> Tensor:
-    """uint8 (3, H, W), upright by its metadata, on white where transparent. Of an animation it is the first frame.
+class ImageFile:
+    """An image whose header has been read, and nothing else: a small file can hold a huge image.
 
-    ValueError for bytes that are no whole image, and for one that is too large. Its size and memory are read from the
-    header before anything is decoded: a small file can hold a huge image.
+    ValueError for bytes that are no image, and for one that would take too much memory or time to decode.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's on size, which is bounded here, and on damaged metadata
-        image, num_scans = _open(data)
-        _check_size(image, num_scans, max_pixels)
-        try:
-            image.load()
-        except Exception as error:  # Pillow promises no type for damaged files
-            raise ValueError(f"image cannot be decoded: {_first_line(error)}") from None
-        if image.mode == "P" and image.palette is None:
-            raise ValueError("image cannot be decoded: it has no palette")
-        if image.format == "PNG":
-            _scale_key(image, data[PNG_DEPTH])
-        return _rgb(image, _orientation(image))
+
+    def __init__(self, data: bytes, max_pixels: int) -> None:
+        self._data = data
+        with _quiet():
+            self._image, num_scans = _open(data)
+            _check_size(self._image, num_scans, max_pixels)
+            self._orientation = _orientation(self._image)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width, upright by its metadata."""
+        width, height = self._image.size
+        transposed, _, _ = UPRIGHT.get(self._orientation, AS_STORED)
+        return (width, height) if transposed else (height, width)
+
+    def decode(self) -> Tensor:
+        """uint8 (3, H, W), upright, on white where transparent. Of an animation it is the first frame. ValueError for
+        bytes that are no whole image."""
+        image = self._image
+        with _quiet():
+            try:
+                image.load()
+            except Exception as error:  # Pillow promises no type for damaged files
+                raise ValueError(f"image cannot be decoded: {_first_line(error)}") from None
+            if image.mode == "P" and image.palette is None:
+                raise ValueError("image cannot be decoded: it has no palette")
+            if image.format == "PNG":
+                _scale_key(image, self._data[PNG_DEPTH])
+            return _rgb(image, self._orientation)
+
+
+def decode(data: bytes, max_pixels: int) -> Tensor:
+    """uint8 (3, H, W), as ``ImageFile`` decodes it."""
+    return ImageFile(data, max_pixels).decode()
 
 
 def fit(image: Tensor, vision: VisionConfig) -> Tensor:
-    """uint8 (3, H, W) of any size -> uint8 (3, S, S)."""
+    """uint8 (3, H, W) of any size -> uint8 (3, S, S), for a tower of square images."""
     size = vision.image_size
     mode = InterpolationMode(vision.resample)
     if vision.resize == "stretch":
-        return resize(image, [size, size], mode, antialias=True)
+        return resized(image, (size, size), vision)
     height, width = image.shape[1:]
     # CLIP: the short side becomes S and the long side int(S * long / short), then the middle is kept.
     if width <= height:
@@ -129,6 +150,11 @@ def _resize_box(image: Tensor, dim: int, start: float, end: float, vision: Visio
     resized = Image.fromarray(part.numpy()).resize((size, height), mode, (left, 0, right, height))
     resized = resized.resize((size, size), mode, (0, top, size, bottom))
     return torch.from_numpy(numpy.array(resized)).permute(2, 0, 1).contiguous()
+
+
+def resized(image: Tensor, size: tuple[int, int], vision: VisionConfig) -> Tensor:
+    """uint8 (3, H, W) of any size -> uint8 of (height, width) ``size``."""
+    return resize(image, list(size), InterpolationMode(vision.resample), antialias=True)
 
 
 def _open(data: bytes) -> tuple[Image.Image, int]:
@@ -197,7 +223,8 @@ def _scale_key(image: Image.Image, depth: int) -> None:
 def _orientation(image: Image.Image) -> int:
     """By EXIF or XMP, as Pillow's exif_transpose finds it; 1, the orientation of the pixels, if that is damaged."""
     try:
-        return image.getexif().get(ORIENTATION, 1)
+        # Not the PNG's own method, which decodes the pixels first to see what follows them: here nothing does.
+        return Image.Image.getexif(image).get(ORIENTATION, 1)
     except Exception:  # Pillow promises no type for damaged metadata
         return 1
 
@@ -208,7 +235,7 @@ def _rgb(image: Image.Image, orientation: int) -> Tensor:
     is_plain = orientation not in UPRIGHT and image.mode == "RGB" and not image.has_transparency_data
     if is_plain and width * height <= PLAIN:
         return torch.from_numpy(numpy.asarray(image)).permute(2, 0, 1)  # most images; shares Pillow's copy
-    transposed, flipped, mirrored = UPRIGHT.get(orientation, (False, False, False))
+    transposed, flipped, mirrored = UPRIGHT.get(orientation, AS_STORED)
     sides = (width, height) if transposed else (height, width)
     upright = numpy.empty((*sides, 3), numpy.uint8)
     as_stored = upright  # the same memory, indexed as the file stores it
@@ -241,6 +268,11 @@ def _on_white(strip: Image.Image) -> numpy.ndarray:
     if strip.mode != "RGB":
         strip = strip.convert("RGB")
     return numpy.asarray(strip)
+
+
+def _quiet() -> warnings.catch_warnings:
+    """Without Pillow's warnings on size, which is bounded here, and on damaged metadata."""
+    return warnings.catch_warnings(action="ignore")
 
 
 def _first_line(error: Exception) -> str:

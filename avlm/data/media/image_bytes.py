@@ -73,8 +73,10 @@ def scans_of_jpeg(data: bytes, position: int) -> tuple[int, int]:
 
 
 def needed_of_png(data: bytes) -> bytes:
-    """The chunks of pixels, palette and orientation. ValueError if the pixels are damaged or cut."""
+    """The chunks of pixels, palette and orientation, the pixels last, so that the orientation is known before they are
+    decoded. ValueError if the pixels are damaged or cut."""
     kept = [PNG_START]
+    pixels = []
     num_characters = 0
     for kind, chunk in _png_chunks(data):
         is_text = kind in PNG_TEXT_CHUNKS and bytes(chunk[8:88]).split(b"\0")[0] in PNG_TEXTS
@@ -89,8 +91,8 @@ def needed_of_png(data: bytes) -> bytes:
             if num_characters + length > MAX_TEXT_MEMORY:  # Pillow would refuse the image
                 continue
             num_characters += length
-        kept.append(chunk)
-    return b"".join(kept)
+        (pixels if kind in (b"IDAT", b"IEND") else kept).append(chunk)
+    return b"".join(kept + pixels)
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:

@@ -1,7 +1,7 @@
 """Videos: bytes -> frames spread over the video, each an image, with their times.
 
-Frames are looked up by time: those that ``num_frames`` or ``fps`` ask for, never more than ``max_frames``. Times count
-from the first frame to the end of the last one, whatever the file claims as its length and however long its audio is.
+Frames are looked up by time: those of ``avlm.data.media.area.frame_times``. Times count from the first frame to the end
+of the last one, whatever the file claims as its length and however long its audio is.
 Between distant times the decoder seeks, so that an hour costs little more than a minute.
 """
 
@@ -19,6 +19,7 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from avlm.config.run import VideoConfig
+from avlm.data.media.area import frame_times
 from avlm.data.media.container import FAULTS, Decoder, has_packets, open_container, reason
 
 SEEK_SECONDS = 4.0  # a gap that is worth a seek: nearer frames are decoded on the way
@@ -34,12 +35,18 @@ TimedFrame = tuple[float, av.VideoFrame]  # seconds from the first frame
 
 
 def decode(data: bytes, video: VideoConfig, max_pixels: int) -> Iterator[tuple[Tensor, float]]:
-    """Frames uint8 (3, H, W) with their times in seconds, one at a time. ValueError without a readable video stream."""
+    """Frames uint8 (3, H, W) with their times in seconds, one at a time. ValueError as from ``open_video``."""
+    with open_video(data, max_pixels) as opened:
+        yield from opened.shown(frame_times(opened.seconds, opened.rate, video, frames_per_patch=1), video)
+
+
+@contextlib.contextmanager
+def open_video(data: bytes, max_pixels: int) -> Iterator["VideoFile"]:
+    """ValueError without a readable video stream, for frames of too many pixels, and for whatever is found to be
+    damaged while it is read."""
     try:
-        with _Video(data, max_pixels) as opened:
-            convert = VideoReformatter()  # one for all frames: it keeps its tables
-            for seconds, frame in opened.frames_at(times(opened.seconds, video)):
-                yield _rgb(frame, convert), seconds
+        with VideoFile(data, max_pixels) as opened:
+            yield opened
     except FAULTS as error:
         raise ValueError(f"video cannot be decoded: {reason(error, data)}") from None
 
@@ -53,20 +60,9 @@ def has_audio(data: bytes) -> bool:
         return False
 
 
-def times(seconds: float, video: VideoConfig) -> list[float]:
-    """Times of the frames: the middles of ``num_frames`` equal parts; or every 1 / fps, and if that gives more than
-    ``max_frames``, the middles of ``max_frames`` parts."""
-    count = video.num_frames
-    if video.fps is not None:
-        num_steps = max(1, round(seconds * video.fps))
-        if num_steps <= video.max_frames:
-            return [i / video.fps for i in range(num_steps)]
-        count = video.max_frames
-    return [(i + 0.5) * seconds / count for i in range(count)]
-
-
-class _Video:
-    """An open file: its length in ``seconds``, and its frames by their times."""
+class VideoFile:
+    """An open file: its length in ``seconds``, the ``rate`` of its frames a second, and its frames by their times. Its
+    first frame has been decoded, which tells when it begins and which side is up."""
 
     def __init__(self, data: bytes, max_pixels: int) -> None:
         self.data = data
@@ -80,7 +76,7 @@ class _Video:
         self.frames: Iterator[TimedFrame] = iter(())
         self.following: TimedFrame | None = None
 
-    def __enter__(self) -> "_Video":
+    def __enter__(self) -> "VideoFile":
         with contextlib.ExitStack() as on_error:
             on_error.push(self.__exit__)
             self._restart()
@@ -98,8 +94,23 @@ class _Video:
         if self.container is not None:
             self.container.close()
 
-    def frames_at(self, wanted: list[float]) -> Iterator[TimedFrame]:
-        """The frame on screen at each time (ascending): the last that starts at or before it."""
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the first frame, upright."""
+        first = self.following[1]
+        _, turned, _ = _turns(first)
+        return (first.width, first.height) if turned else (first.height, first.width)
+
+    def shown(self, times: list[float], video: VideoConfig) -> Iterator[tuple[Tensor, float]]:
+        """The frame on screen at each time (ascending), uint8 (3, H, W), and when it came up. Where ``video`` counts
+        frames, files may round their times by up to half a frame."""
+        early = 0.0 if video.spread == "middles" else 0.5 / float(self.rate)
+        convert = VideoReformatter()  # one for all frames: it keeps its tables
+        for seconds, frame in self._frames_at([time + early for time in times]):
+            yield _rgb(frame, convert), seconds
+
+    def _frames_at(self, wanted: list[float]) -> Iterator[TimedFrame]:
+        """The frame on screen at each time: the last that starts at or before it."""
         on_screen = None
         for seconds in wanted:
             if self.seekable and self.following is not None and seconds - self.following[0] > SEEK_SECONDS:
@@ -279,13 +290,18 @@ def _stream(container: av.container.InputContainer) -> av.VideoStream:
 def _rgb(frame: av.VideoFrame, convert: VideoReformatter) -> Tensor:
     """uint8 (3, H, W), upright: phones record sideways or mirrored, and say so in the metadata."""
     image = torch.from_numpy(_on_white(frame, convert)).permute(2, 0, 1)
-    across_x, down_x, across_y, down_y = _matrix(frame)
-    turned = abs(down_x) + abs(across_y) > abs(across_x) + abs(down_y)
+    across, turned, down = _turns(frame)
     if turned:
         image = image.transpose(1, 2)
-        across_x, down_y = across_y, down_x
-    flips = [dim for dim, scale in ((1, down_y), (2, across_x)) if scale < 0]
+    flips = [dim for dim, scale in ((1, down), (2, across)) if scale < 0]
     return image.flip(flips) if flips else image
+
+
+def _turns(frame: av.VideoFrame) -> tuple[float, bool, float]:
+    """(scale across, whether lines and columns change places, scale down) that bring a frame upright."""
+    across_x, down_x, across_y, down_y = _matrix(frame)
+    turned = abs(down_x) + abs(across_y) > abs(across_x) + abs(down_y)
+    return (across_y, turned, down_x) if turned else (across_x, turned, down_y)
 
 
 def _on_white(frame: av.VideoFrame, convert: VideoReformatter) -> numpy.ndarray:

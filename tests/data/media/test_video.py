@@ -295,8 +295,8 @@ def test_frames_that_grow_under_way_are_bounded_too():
 def test_a_video_is_let_go_of_when_its_last_frame_was_taken(monkeypatch):
     """Without waiting for Python's collector of cycles: a video may have hundreds of megabytes."""
     videos = weakref.WeakSet()
-    opened = video._Video.__enter__
-    monkeypatch.setattr(video._Video, "__enter__", lambda video: (videos.add(video), opened(video))[1])
+    opened = video.VideoFile.__enter__
+    monkeypatch.setattr(video.VideoFile, "__enter__", lambda video: (videos.add(video), opened(video))[1])
     gc.disable()
     try:
         list(video.decode(video_file(2.0), VideoConfig(), 10**8))

@@ -1,0 +1,193 @@
+"""How large an image or a video becomes, and which frames of it are seen: arithmetic on what its header says.
+
+The numbers are those of the processors that ship with Qwen2-VL, Qwen2.5-VL and Qwen3-VL, down to how Python rounds
+halves (to even), so that a model sees what it was trained on.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy
+import torch
+
+from avlm.config.model import ModelConfig, VisionConfig, counted
+from avlm.config.run import DataConfig, VideoConfig
+
+MAX_RATIO = 200  # of the sides of an image: thinner ones are refused
+
+Size = tuple[int, int]  # height and width, in pixels
+Rate = Fraction | int  # frames a second
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What the vision tower gets of an image or a video. All items of a video have one size.
+
+    source         the size that its file has, upright
+    size           the size that it is given
+    grid           lines and columns of patches of an item
+    item_features  positions of an item in the decoder
+    times          seconds at which the frames of a video are seen; () for an image
+    patch_seconds  how much of a video an item stands for
+    """
+
+    source: Size
+    size: Size
+    grid: tuple[int, int]
+    item_features: int
+    num_items: int = 1
+    times: Sequence[float] = ()
+    patch_seconds: float = 0.0
+
+    @property
+    def features(self) -> int:
+        return self.num_items * self.item_features
+
+    def __str__(self) -> str:
+        height, width = self.source
+        size = f"{width} x {height} pixels"
+        return f"video of {counted(len(self.times), 'frame')} of {size}" if self.times else f"image of {size}"
+
+
+def of_image(source: Size, model: ModelConfig, data: DataConfig) -> Extent:
+    """ValueError for an image that is too thin."""
+    vision, downsample = model.vision, model.vision_projector.downsample
+    factor = vision.patch_size * downsample
+    size = resized("image", source, factor, data.image_tokens) if vision.any_grid else _square(vision)
+    return _extent(source, size, vision, downsample)
+
+
+def of_video(source: Size, seconds: float, rate: Rate, model: ModelConfig, data: DataConfig) -> Extent:
+    """ValueError for a video that is too thin."""
+    vision, downsample = model.vision, model.vision_projector.downsample
+    factor = vision.patch_size * downsample
+    times = frame_times(seconds, rate, data.video, vision.frames_per_patch)
+    if not vision.any_grid:
+        size = _square(vision)
+    elif data.video.tokens is not None:
+        size = resized_together(source, factor, data.video.tokens, len(times), vision.frames_per_patch)
+    else:
+        size = resized("video", source, factor, data.video.frame_tokens or data.image_tokens)
+    num_items = math.ceil(len(times) / vision.frames_per_patch)
+    patch_seconds = float(vision.frames_per_patch * num_frames(seconds, rate) / Fraction(rate) / len(times))
+    return _extent(source, size, vision, downsample, num_items, times, patch_seconds)
+
+
+def resized(kind: str, source: Size, factor: int, tokens: Sequence[float]) -> Size:
+    """The size of whole squares of ``factor`` pixels a side that is nearest to the source's, or the nearest to its
+    shape among those of ``tokens`` squares at least and at most."""
+    height, width = source
+    _check_ratio(kind, source)
+    least, most = (_pixels(bound, factor) for bound in tokens)
+    lines, columns = round(height / factor), round(width / factor)
+    area = lines * columns * factor**2
+    if area > most:
+        scale = math.sqrt(height * width / most)
+        return _shrunk(height, width, scale, factor)
+    if area < least:
+        scale = math.sqrt(least / (height * width))
+        return _grown(height, width, scale, factor)
+    return lines * factor, columns * factor
+
+
+def resized_together(source: Size, factor: int, tokens: Sequence[float], count: int, frames_per_patch: int) -> Size:
+    """The same for each of ``count`` frames whose squares are counted together, those of a patch as one."""
+    height, width = source
+    if min(source) < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    _check_ratio("video", (height, width))
+    least, most = (_pixels(bound, factor) * frames_per_patch for bound in tokens)
+    count = max(count, frames_per_patch)
+    lines, columns = round(height / factor), round(width / factor)
+    area = round(count / frames_per_patch) * frames_per_patch * lines * columns * factor**2
+    if area > most:
+        scale = math.sqrt(count * height * width / most)
+        return _shrunk(height, width, scale, factor)
+    if area < least:
+        scale = math.sqrt(least / (count * height * width))
+        return _grown(height, width, scale, factor)
+    return lines * factor, columns * factor
+
+
+def num_frames(seconds: float, rate: Rate) -> int:
+    """Frames in a video's file."""
+    return max(1, round(seconds * rate))
+
+
+def frame_times(seconds: float, rate: Rate, video: VideoConfig, frames_per_patch: int) -> list[float]:
+    """Seconds of the frames that are seen, by ``video.spread``; at least one."""
+    if video.spread == "middles":
+        return _middles(seconds, video)
+    total = num_frames(seconds, rate)
+    wanted = total / float(rate) * video.fps if video.fps is not None else video.num_frames
+    if video.spread == "starts":
+        indices = _starts(total, wanted, video, frames_per_patch)
+    else:
+        count = int(wanted)
+        if video.fps is not None:
+            count = min(max(count, video.min_frames), video.max_frames, total)
+        indices = numpy.linspace(0, total - 1, max(1, count)).round().astype(int).tolist()
+    return [index / float(rate) for index in indices]
+
+
+def patch_times(times: Sequence[float], frames_per_patch: int) -> list[float]:
+    """The mean of the first and the last frame of each patch. The last frame is repeated to fill the last patch."""
+    last = len(times) - 1
+    starts = range(0, len(times), frames_per_patch)
+    return [(times[start] + times[min(start + frames_per_patch - 1, last)]) / 2 for start in starts]
+
+
+def _middles(seconds: float, video: VideoConfig) -> list[float]:
+    count = video.num_frames
+    if video.fps is not None:
+        steps = max(1, round(seconds * video.fps))
+        count = min(max(steps, video.min_frames), video.max_frames)
+        if count == steps:
+            return [i / video.fps for i in range(steps)]
+    return [(i + 0.5) * seconds / count for i in range(count)]
+
+
+def _starts(total: int, wanted: float, video: VideoConfig, multiple: int) -> list[int]:
+    """Indices among ``total`` frames. A video with fewer frames than a patch shows some twice."""
+    count = round(wanted / multiple)
+    if video.fps is not None:
+        most = math.floor(min(video.max_frames, total) / multiple) * multiple
+        count = math.floor(min(max(wanted, video.min_frames), most, total) / multiple)
+    count = max(1, count) * multiple
+    # In float32, as the processors count: a product that is short of a whole number there gives the frame before.
+    return torch.arange(0, total, total / count)[:count].int().tolist()
+
+
+def _extent(source: Size, size: Size, vision: VisionConfig, downsample: int, *of_video) -> Extent:
+    height, width = size
+    grid = (height // vision.patch_size, width // vision.patch_size)
+    return Extent(source, size, grid, vision.num_features(grid, downsample), *of_video)
+
+
+def _square(vision: VisionConfig) -> Size:
+    return vision.image_size, vision.image_size
+
+
+def _check_ratio(kind: str, size: Size) -> None:
+    height, width = size
+    if max(size) > MAX_RATIO * min(size):
+        raise ValueError(f"{kind} of {width} x {height} pixels is thinner than 1 to {MAX_RATIO}: cut it into pieces")
+
+
+def _pixels(tokens: float, factor: int) -> int:
+    return max(1, round(tokens * factor**2))
+
+
+def _shrunk(height: int, width: int, scale: float, factor: int) -> Size:
+    lines = max(1, math.floor(height / scale / factor))
+    columns = max(1, math.floor(width / scale / factor))
+    return lines * factor, columns * factor
+
+
+def _grown(height: int, width: int, scale: float, factor: int) -> Size:
+    lines = math.ceil(height * scale / factor)
+    columns = math.ceil(width * scale / factor)
+    return lines * factor, columns * factor
