@@ -1,7 +1,6 @@
 """CLIP and SigLIP: one vision tower, whose variants differ in the class token, norms, biases and pixels."""
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ VARIANTS = {
     "clip_vision_model": {"class_token": True, "pre_norm": True, "patch_bias": False},
     "siglip_vision_model": {"class_token": False, "pre_norm": False, "patch_bias": True},
 }
+PLAIN = {"axial_rope": False, "deepstack_layers": [], "gated": False, "norm": "layer", "any_grid": False}
 TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # both towers -> the one we take
 MODEL_TYPES = (*VARIANTS, *TWO_TOWERS)
 
@@ -27,7 +27,7 @@ FIELDS = {
     "activation": "hidden_act",
     "norm_eps": "layer_norm_eps",
 }
-ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "silu": "silu"}
 OUR_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
 
 # A config.json may leave out the keys that equal the defaults of its class.
@@ -88,7 +88,7 @@ POOLED_NORM = {"post_layernorm.weight": 1.0, "post_layernorm.bias": 0.0}
 
 
 def read(given: Mapping[str, Any], files: Mapping[str, dict], feature_layer: int = -2) -> VisionConfig:
-    """``files``: the first of PROCESSOR_FILES that the folder has, under its name."""
+    """``files``: those of PROCESSOR_FILES that the folder has, by their names."""
     if given["model_type"] in TWO_TOWERS:
         given = {"model_type": TWO_TOWERS[given["model_type"]], **(given.get("vision_config") or {})}
     model_type = given["model_type"]
@@ -99,8 +99,8 @@ def read(given: Mapping[str, Any], files: Mapping[str, dict], feature_layer: int
     fields = to_ours(FIELDS, keys)
     fields["activation"] = OUR_ACTIVATIONS[fields["activation"]]
     fields |= PIXELS[model_type]
-    for name, processor in files.items():
-        fields |= _read_processor(processor, keys["image_size"], name)
+    for name in [name for name in PROCESSOR_FILES if name in files][:1]:
+        fields |= _read_processor(files[name], keys["image_size"], name)
     return VisionConfig(**fields, **VARIANTS[model_type], feature_layer=feature_layer)
 
 
@@ -110,6 +110,9 @@ def write(config: VisionConfig) -> dict[str, Any]:
     model_type = next((name for name in VARIANTS if VARIANTS[name] == variant), None)
     if model_type is None:
         raise ValueError(f"Hugging Face's formats hold a CLIP or a SigLIP tower, and none with {variant}")
+    for key, value in PLAIN.items():
+        if getattr(config, key) != value:
+            raise ValueError(f"CLIP and SigLIP have no {key}={getattr(config, key)}")
     return {
         "model_type": model_type,
         **to_theirs(FIELDS, config),
@@ -120,21 +123,17 @@ def write(config: VisionConfig) -> dict[str, Any]:
 
 
 def stored_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes that the parameters of RESHAPED have in a file: a convolution (D, 3, P, P) and a vector (D,)."""
+    """Shapes that the parameters of RESHAPED have in a file: a convolution (D, 3, P, P), or (D, 3, 2, P, P) over two
+    frames, and a vector (D,)."""
     side = config.patch_size
+    frames = (2,) if config.frames_per_patch == 2 else ()
     return {
-        "vision.patch.weight": (config.hidden_size, 3, side, side),
+        "vision.patch.weight": (config.hidden_size, 3, *frames, side, side),
         "vision.class_token": (config.hidden_size,),
     }
 
 
 RESHAPED = ("vision.patch.weight", "vision.class_token")
-
-
-def is_unused_layer(name: str, config: VisionConfig) -> bool:
-    """Whether a tensor belongs to a layer above ``feature_layer``, which we do not build."""
-    layer = re.match(r"encoder\.layers\.(\d+)\.", name)
-    return layer is not None and int(layer[1]) >= config.num_blocks
 
 
 def _read_processor(processor: dict[str, Any], side: int, file: str) -> dict[str, Any]:

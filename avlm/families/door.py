@@ -1,16 +1,23 @@
-"""Which family a model_type, a module or an export format belongs to. Each family is a module of this folder.
+"""Which family a model_type, a file or an export format belongs to. Each family is a module of this folder.
 
-    MODEL_TYPES, read             config.json -> our config
-    PROCESSOR_FILES               files besides config.json that ``read`` needs
-    NAMES, PREFIXES, SKIPPED      our module -> names of its tensors, prefixes of them, tensors that are not loaded
+    MODEL_TYPES, read    config.json -> our config
+    PROCESSOR_FILES      files besides config.json that ``read`` needs
+    NAMES                our module -> {a part or parameter of it: its name in files, {i} the layer}
+    PREFIXES             our module -> what may stand before those names, an export's first
+    SKIPPED              our module -> tensors that files may hold and we do not load
+
+Parameters of ours with one name in NAMES are that tensor's rows one after the other, in the order that our module has
+them: a fused query, key and value, for example.
 
 A family that is an export format, FORMATS, also has ``config_json`` and ``processor_json``, our config -> their files,
-HEAD (the name of the decoder's head), TIES_HEAD (whether a tied head may be left out), MEDIA_TOKENS, CLASS (the class
-of transformers that loads it) and LOADED (our module -> where it lies in that class, which names PEFT's tensors).
+HEAD (the name of the decoder's head), TIES_HEAD (whether a tied head may be left out), CONSTANTS (our module -> tensors
+that only files have, and the value that fills them), MEDIA (kind -> what stands for a medium in a prompt), MEDIA_TOKENS
+(that a tokenizer needs for them), CLASS (the class of transformers that loads it), LOADED (our module -> where it lies
+in that class, which names PEFT's tensors) and PROJECTORS (what PEFT calls the projector's modules).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -20,27 +27,14 @@ from avlm.families.keys import check_types
 
 AnyConfig = DecoderConfig | VisionConfig | AudioConfig | ModelConfig
 
-# Whole models first: if a file fits several layouts, the first is taken.
+# Whole models first: a file of tensors belongs to the first family that fits it.
 FAMILIES = (llava, voxtral, llama, clip, whisper)
 FORMATS: dict[str, ModuleType] = {"decoder": llama, "llava": llava, "voxtral": voxtral}
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
 
-NAMES = {module: names for family in FAMILIES for module, names in family.NAMES.items()}
-SKIPPED = {module: patterns for family in FAMILIES for module, patterns in family.SKIPPED.items()}
-
-
-def _prefixes(module: str) -> list[str]:
-    found: dict[str, None] = {}
-    for family in FAMILIES:
-        found |= dict.fromkeys(family.PREFIXES.get(module, []))
-    return list(found)
-
-
-PREFIXES = {module: _prefixes(module) for module in NAMES}
-HEADS = (llama.HEAD, llava.HEAD)
+HEADS = tuple(dict.fromkeys(family.HEAD for family in reversed(FORMATS.values())))
 RESHAPED = clip.RESHAPED
 SINUSOIDS = {"audio": whisper.SINUSOIDS}  # module -> its table of positions, which we compute
-CONSTANTS = {"vision": clip.POOLED_NORM}  # module -> tensors that only exports have, and the value that fills them
 TEXT_TEMPLATES = {"llava": llava.text_template}  # model_type -> our template for one of parts
 rebuilds_tokenizer = llama.rebuilds_tokenizer
 
@@ -70,36 +64,74 @@ def stop_ids(keys: Mapping[str, Any]) -> list[int] | None:
     return ids
 
 
-def hugging_face_name(module: str, name: str) -> str:
+def hugging_face_name(family: ModuleType, module: str, name: str) -> str:
     """Hugging Face's name of our parameter, both without the prefix of the module."""
-    layer = re.match(r"blocks\.(\d+)\.", name)
-    pattern = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name)
+    number = re.search(r"\.(\d+)\.", name)
+    pattern = _pattern(name)
     leaf = ""
-    if pattern not in NAMES[module]:
+    if pattern not in family.NAMES[module]:
         pattern, _, leaf = pattern.rpartition(".")
         leaf = "." + leaf
-    theirs = NAMES[module][pattern]
-    if layer:
-        theirs = theirs.replace("{i}", layer[1])
+    theirs = family.NAMES[module][pattern]
+    if number:
+        theirs = theirs.replace("{i}", number[1])
     return theirs + leaf
 
 
-def anchor(module: str) -> str:
+def has_name(family: ModuleType, module: str, name: str) -> bool:
+    """Whether a family has a name for our parameter or part of a module."""
+    table = family.NAMES.get(module, {})
+    pattern = _pattern(name)
+    return pattern in table or pattern.rpartition(".")[0] in table
+
+
+def shares_tensor(family: ModuleType, module: str, name: str) -> bool:
+    """Whether a part of ours is some rows of a larger tensor in a family."""
+    names = family.NAMES[module]
+    return list(names.values()).count(names.get(_pattern(name))) > 1
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".{i}.", name)
+
+
+def anchor(family: ModuleType, module: str) -> str:
     """The tensor by which a module is found in a file: the first of its table, which every variant has."""
-    return f"{next(iter(NAMES[module].values()))}.weight"
+    first = next(iter(family.NAMES[module].values()))
+    return f"{first.replace('{i}', '0')}.weight"
 
 
-def skip_reason(module: str, name: str, config: ModelConfig) -> str | None:
+def find(module: str, held: Collection[str], family: ModuleType | None) -> tuple[ModuleType, str] | None:
+    """Where a module lies among the tensors ``held`` of a file: the family that names it (``family``, if that is
+    known) and the prefix of its names. None if the file lacks it."""
+    for each in [family] if family else FAMILIES:
+        for prefix in each.PREFIXES.get(module, []):
+            if prefix + anchor(each, module) in held:
+                return each, prefix
+    return None
+
+
+def is_part(family: ModuleType, module: str, name: str) -> bool:
+    """Whether a tensor, its name without the prefix, is one of the module's, of those that we skip too."""
+    known = "|".join(re.escape(each).replace(r"\{i\}", r"\d+") for each in family.NAMES[module].values())
+    return re.fullmatch(rf"({known})(\.\w+)?", name) is not None or _skipped(family, module, name) is not None
+
+
+def skip_reason(family: ModuleType, module: str, name: str, unused: range) -> str | None:
     """Why a folder may hold a tensor that has no parameter here, or None if there is no good reason.
 
-    ``name`` is without the prefix of the module.
+    ``name`` is without the prefix of the module, whose ``unused`` layers we do not build.
     """
-    if module == "vision" and config.vision and clip.is_unused_layer(name, config.vision):
+    names = family.NAMES[module].items()
+    before = next((theirs.partition("{i}")[0] for ours, theirs in names if ours.startswith("blocks.")), None)
+    layer = re.match(rf"{re.escape(before)}(\d+)\.", name) if before else None
+    if layer and int(layer[1]) in unused:
         return "layers above feature_layer"
-    for pattern, reason in SKIPPED[module]:
-        if re.match(pattern, name):
-            return reason
-    return None
+    return _skipped(family, module, name)
+
+
+def _skipped(family: ModuleType, module: str, name: str) -> str | None:
+    return next((reason for pattern, reason in family.SKIPPED[module] if re.match(pattern, name)), None)
 
 
 def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

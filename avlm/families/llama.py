@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from avlm.config.model import DecoderConfig, ModelConfig, RopeScaling, shown
+from avlm.config.run import DataConfig
 from avlm.families.keys import require_accepted, to_ours, to_theirs
 
 # model_type -> what sets it apart in our config
@@ -116,9 +117,12 @@ HEAD = "lm_head.weight"
 CLASS = "AutoModelForCausalLM"
 LOADED = {"decoder": "model."}
 SKIPPED = {"decoder": [(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", "computed frequencies")]}
+PROJECTORS: tuple[str, ...] = ()
+CONSTANTS: dict[str, dict[str, float]] = {}
 
 PROCESSOR_FILES = ()
-MEDIA_TOKENS: dict[str, str] = {}
+MEDIA: dict[str, str] = {}
+MEDIA_TOKENS: tuple[str, ...] = ()
 TIES_HEAD = True
 
 # The words into which Qwen 2's pre-tokenizer splits a text.
@@ -127,20 +131,22 @@ QWEN2_WORDS = (
 )
 
 
-def read(given: Mapping[str, Any], files: Mapping[str, dict] | None = None) -> DecoderConfig:
+def read(given: Mapping[str, Any], files: Mapping[str, dict] | None = None, mrope: bool = False) -> DecoderConfig:
+    """``mrope``: the decoder has positions of three numbers, which only some whole models have."""
     keys = {**DEFAULTS[given["model_type"]], **given}
     require_accepted(keys, ACCEPTED)
     fields = to_ours(FIELDS, keys)
     fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
     fields["head_dim"] = fields["head_dim"] or 0
     fields["tie_embedding"] = bool(fields["tie_embedding"])
-    theta, scaling = _read_rope(keys)
-    config = DecoderConfig(**fields, **VARIANTS[given["model_type"]], rope_theta=theta, rope_scaling=scaling)
-    return _with_window(config, keys)
+    fields |= _read_rope(keys, mrope)
+    return _with_window(DecoderConfig(**fields, **VARIANTS[given["model_type"]]), keys)
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
     """Raises ValueError for a decoder that no architecture of transformers computes."""
+    if config.mrope_sections is not None:
+        raise ValueError("a decoder with mrope_sections has no architecture of its own: export the whole model")
     model_type = _model_type(config)
     scaling = None
     if config.rope_scaling is not None:
@@ -168,12 +174,12 @@ def _model_type(config: DecoderConfig) -> str:
     return model_type
 
 
-def config_json(config: ModelConfig, media_token: int | None) -> dict[str, Any]:
+def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
     """config.json of the decoder alone; towers are left out."""
     return write(config.decoder)
 
 
-def processor_json(config: ModelConfig) -> dict[str, dict[str, Any]]:
+def processor_json(config: ModelConfig, data: DataConfig | None) -> dict[str, dict[str, Any]]:
     return {}
 
 
@@ -244,18 +250,27 @@ def _write_window(config: DecoderConfig, model_type: str) -> dict[str, Any]:
     }
 
 
-def _read_rope(keys: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _read_rope(keys: Mapping[str, Any], mrope: bool) -> dict[str, Any]:
+    """Fields of DecoderConfig."""
     rope = {**(keys.get("rope_scaling") or {}), **(keys.get("rope_parameters") or {})}
-    theta = float(rope.pop("rope_theta", keys.get("rope_theta") or 10_000.0))
+    fields: dict[str, Any] = {"rope_theta": float(rope.pop("rope_theta", keys.get("rope_theta") or 10_000.0))}
     old_name = rope.pop("type", "default")
     rope_type = rope.pop("rope_type", old_name)
+    accepted = "default, llama3"
+    if mrope:
+        accepted = "default, mrope"
+        fields["mrope_sections"] = rope.pop("mrope_section", None)
+        fields["mrope_interleaved"] = rope.pop("mrope_interleaved", False)
+        rope_type = "default" if rope_type == "mrope" else rope_type
+    elif "mrope_section" in rope:
+        raise ValueError(f"mrope_section is not implemented for {keys['model_type']}")
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial_rotary_factor below 1 is not implemented")
     has_parts = any(isinstance(value, dict) for value in rope.values())  # a set of parameters for each kind of layer
     if rope_type == "default" and not has_parts:
-        return theta, None
-    if rope_type != "llama3":
-        raise ValueError(f"rope_type {shown(repr(rope_type))} is not implemented (accepted: default, llama3)")
+        return fields
+    if rope_type != "llama3" or mrope:
+        raise ValueError(f"rope_type {shown(repr(rope_type))} is not implemented (accepted: {accepted})")
     if set(rope) != set(ROPE_FIELDS.values()):
         raise ValueError(f"rope_type 'llama3' with the keys {shown(sorted(rope))} is not implemented")
-    return theta, RopeScaling(**to_ours(ROPE_FIELDS, rope))
+    return {**fields, "rope_scaling": RopeScaling(**to_ours(ROPE_FIELDS, rope))}

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from avlm.config.model import ModelConfig, ProjectorConfig, VisionConfig, shown
+from avlm.config.run import DataConfig
 from avlm.families import clip, llama
 from avlm.families.keys import require_accepted
 
@@ -19,7 +20,7 @@ CLIP_LARGE = {
 }
 ACCEPTED = {"projector_hidden_act": ("gelu",), "quantization_config": (None,)}
 
-NAMES = {"vision_projector": {"up": "linear_1", "down": "linear_2"}}
+NAMES = {**llama.NAMES, **clip.NAMES, "vision_projector": {"up": "linear_1", "down": "linear_2"}}
 # First the Hub's layout, which an export has too, then that of transformers 4.52 and later.
 PREFIXES = {
     "decoder": ["language_model.model.", "model.language_model."],
@@ -38,10 +39,14 @@ LOADED = {
     "vision": "model.vision_tower.",
     "vision_projector": "model.multi_modal_projector.",
 }
-SKIPPED = {"vision_projector": []}
+SKIPPED = {**llama.SKIPPED, **clip.SKIPPED, "vision_projector": []}
+PROJECTORS = ("multi_modal_projector",)
+CONSTANTS = {"vision": clip.POOLED_NORM}
 
 PROCESSOR_FILES = clip.PROCESSOR_FILES
-MEDIA_TOKENS = {"image": "<image>"}
+IMAGE = "<image>"
+MEDIA = {"image": IMAGE}
+MEDIA_TOKENS = (IMAGE,)
 TIES_HEAD = True
 
 
@@ -68,19 +73,21 @@ def read(keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
     return ModelConfig(decoder=llama.read(text), vision=tower, vision_projector=projector)
 
 
-def config_json(config: ModelConfig, media_token: int) -> dict[str, Any]:
+def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
     """Only the layers that we build are exported, so the features are those of the last layer."""
     vision, projector = config.vision, config.vision_projector
     if vision is None or config.audio is not None:
         raise ValueError("the llava format holds a decoder with a vision tower and without an audio tower")
-    if projector.type != "mlp2x_gelu" or projector.downsample != 1 or vision.post_norm:
-        raise ValueError("the llava format holds an mlp2x_gelu projector without downsampling, and no post_norm")
+    if projector.type != "mlp2x_gelu" or projector.downsample != 1 or projector.norm != "none" or vision.post_norm:
+        raise ValueError(
+            "the llava format holds an mlp2x_gelu projector without a norm and without downsampling, and no post_norm"
+        )
     if projector.hidden_size not in (0, config.decoder.hidden_size):
         raise ValueError(f"the llava format cannot hold vision_projector.hidden_size={projector.hidden_size}")
     return {
         "architectures": [CLASS],
         "model_type": "llava",
-        "image_token_index": media_token,
+        "image_token_index": ids[IMAGE],
         "image_seq_length": vision.num_patches,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": projector.bias,
@@ -92,13 +99,13 @@ def config_json(config: ModelConfig, media_token: int) -> dict[str, Any]:
     }
 
 
-def processor_json(config: ModelConfig) -> dict[str, dict[str, Any]]:
+def processor_json(config: ModelConfig, data: DataConfig | None) -> dict[str, dict[str, Any]]:
     """File name -> keys. An image takes (side / patch_size)^2 tokens and the additional ones, minus one under the
     strategy "default", which drops the class token."""
     vision = config.vision
     processor = {
         "processor_class": "LlavaProcessor",
-        "image_token": MEDIA_TOKENS["image"],
+        "image_token": IMAGE,
         "patch_size": vision.patch_size,
         "num_additional_image_tokens": int(vision.class_token),
         "vision_feature_select_strategy": _feature_strategy(vision),

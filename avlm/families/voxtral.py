@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig, shown
+from avlm.config.run import DataConfig
 from avlm.families import llama, whisper
 from avlm.families.keys import require_accepted, to_ours, to_theirs
 
@@ -41,7 +42,7 @@ TEXT_DEFAULTS = {
 }
 ACCEPTED = {"projector_hidden_act": ("gelu",), "quantization_config": (None,)}
 
-NAMES = {"audio_projector": {"up": "linear_1", "down": "linear_2"}}
+NAMES = {**llama.NAMES, **whisper.NAMES, "audio_projector": {"up": "linear_1", "down": "linear_2"}}
 # First the Hub's layout, which an export has too. transformers 5.17 writes "model" twice.
 PREFIXES = {
     "decoder": ["language_model.model.", "language_model.model.model."],
@@ -55,10 +56,14 @@ LOADED = {
     "audio": "model.audio_tower.",
     "audio_projector": "model.multi_modal_projector.",
 }
-SKIPPED = {"audio_projector": []}
+SKIPPED = {**llama.SKIPPED, **whisper.SKIPPED, "audio_projector": []}
+PROJECTORS = ("multi_modal_projector",)
+CONSTANTS: dict[str, dict[str, float]] = {}
 
 PROCESSOR_FILES = ()
-MEDIA_TOKENS = {"audio": "[AUDIO]"}
+AUDIO = "[AUDIO]"
+MEDIA = {"audio": AUDIO}
+MEDIA_TOKENS = (AUDIO,)
 TIES_HEAD = False
 
 
@@ -78,12 +83,12 @@ def read(keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
     return ModelConfig(decoder=llama.read(decoder), audio=tower, audio_projector=projector)
 
 
-def config_json(config: ModelConfig, media_token: int) -> dict[str, Any]:
+def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
     _require_voxtral(config)
     return {
         "architectures": [CLASS],
         "model_type": "voxtral",
-        "audio_token_id": media_token,
+        "audio_token_id": ids[AUDIO],
         "projector_hidden_act": "gelu",
         "text_config": {**llama.write(config.decoder), "tie_word_embeddings": False},
         "audio_config": {
@@ -95,7 +100,7 @@ def config_json(config: ModelConfig, media_token: int) -> dict[str, Any]:
     }
 
 
-def processor_json(config: ModelConfig) -> dict[str, dict[str, Any]]:
+def processor_json(config: ModelConfig, data: DataConfig | None) -> dict[str, dict[str, Any]]:
     """File name -> keys."""
     return {"preprocessor_config.json": whisper.write_processor(config.audio)}
 
@@ -104,8 +109,8 @@ def _require_voxtral(config: ModelConfig) -> None:
     audio, projector = config.audio, config.audio_projector
     if audio is None or config.vision is not None:
         raise ValueError("the voxtral format holds a decoder with an audio tower and without a vision tower")
-    if projector.type != "mlp2x_gelu" or projector.bias:
-        raise ValueError("the voxtral format holds an audio_projector of type mlp2x_gelu with bias=false")
+    if projector.type != "mlp2x_gelu" or projector.bias or projector.norm != "none":
+        raise ValueError("the voxtral format holds an audio_projector of type mlp2x_gelu with bias=false and no norm")
     if projector.hidden_size not in (0, config.decoder.hidden_size):
         raise ValueError(f"the voxtral format cannot hold audio_projector.hidden_size={projector.hidden_size}")
     if audio.window != "fixed":

@@ -22,7 +22,7 @@ from avlm.parallel.mesh import World
 from avlm.storage.model_folder import Lazy, publish, write_json, write_tensors
 from avlm.weights.peft import Base, adapter_keys, peft_names
 from avlm.weights.sources import Stored
-from avlm.weights.tokenizer import media_token_id, write_tokenizer
+from avlm.weights.tokenizer import media_token_ids, write_tokenizer
 
 PROMPT_KEYS = ["template", "system", "seq_length", "video", "max_media_bytes", "max_image_pixels", "max_audio_seconds"]
 ADAPTER = ("lora_down.weight", "lora_up.weight", "lora_magnitude")
@@ -45,7 +45,7 @@ def export(
 
     avlm     every module under our names; ``config.json`` also holds what encoding a prompt needs
     adapter  the adapters for PEFT, on ``base``, and its projectors if they changed; elsewhere adapters are merged
-    decoder, llava and voxtral are Hugging Face's (``avlm.families``); decoder leaves the towers out
+    decoder (which leaves the towers out), llava, voxtral, ... are Hugging Face's (``avlm.families``)
 
     ``state`` holds tensors under our parameter names, on the CPU or stored; stored ones are read only when they are
     written. ``dtype`` casts them. The folder appears once it is complete. An earlier one stays until then, and is
@@ -75,7 +75,7 @@ def export(
             write_json(partial / name, keys)
         if tokenizer is not None and format != "adapter":
             model_type = content.files["config.json"].get("model_type")
-            write_tokenizer(tokenizer, data, partial, content.media, content.token, model_type)
+            write_tokenizer(tokenizer, data, partial, content.media, content.ids, model_type)
 
     publish(folder, write, overwrite, world)
     return tensors
@@ -88,8 +88,8 @@ class Content:
     files: dict[str, dict[str, Any]]  # JSON file -> its keys
     tensors: State
     name: str = "model"  # of the files of tensors
-    media: dict[str, str] = dataclasses.field(default_factory=dict)  # kind -> the token that stands for it in a prompt
-    token: int | None = None  # its id, in a format that needs one
+    media: dict[str, str] = dataclasses.field(default_factory=dict)  # kind -> what stands for it in a prompt
+    ids: dict[str, int] = dataclasses.field(default_factory=dict)  # of the tokens that a format needs
 
 
 def _content(
@@ -113,15 +113,13 @@ def _content(
     if format not in door.FORMATS:
         raise ValueError(f"format {format!r} is not one of avlm, adapter, {', '.join(door.FORMATS)}")
     family = door.FORMATS[format]
-    token = None
-    for word in family.MEDIA_TOKENS.values():
-        token = media_token_id(tokenizer, word, config.decoder.vocab_size)
-    keys = family.config_json(config, token)
+    ids = media_token_ids(tokenizer, family.MEDIA_TOKENS, config.decoder.vocab_size)
+    rows = max([config.decoder.vocab_size, *(number + 1 for number in ids.values())])
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, vocab_size=rows))
+    files = {"config.json": family.config_json(config, ids), **family.processor_json(config, data)}
     tensors = _hugging_face_tensors(family, config, state)
-    if token is not None:
-        keys["text_config"]["vocab_size"] = _make_room(tensors, family, token + 1)
-    files = {"config.json": keys, **family.processor_json(config)}
-    return Content(files, tensors, media=family.MEDIA_TOKENS, token=token)
+    _make_room(tensors, family, rows)
+    return Content(files, tensors, media=family.MEDIA, ids=ids)
 
 
 def _own_keys(config: ModelConfig, data: DataConfig | None) -> dict[str, Any]:
@@ -153,19 +151,20 @@ def _hugging_face_tensors(family: ModuleType, config: ModelConfig, state: State)
     """The modules that a format holds, with its names and shapes, and the tensors that only the format has."""
     prefixes = {module: known[0] for module, known in family.PREFIXES.items()}
     shapes = door.stored_shapes(config)
-    tensors = {}
+    parts: dict[str, list[Lazy]] = {}
     for name, tensor in state.items():
         module, _, rest = name.partition(".")
         if module not in prefixes:
             continue
         if name in shapes:
             tensor = tensor.changed(functools.partial(torch.Tensor.reshape, shape=shapes[name]), shape=shapes[name])
-        theirs = (
-            family.HEAD if name == "decoder.head.weight" else prefixes[module] + door.hugging_face_name(module, rest)
-        )
-        tensors[theirs] = tensor
+        theirs = family.HEAD
+        if name != "decoder.head.weight":
+            theirs = prefixes[module] + door.hugging_face_name(family, module, rest)
+        parts.setdefault(theirs, []).append(tensor)
+    tensors = {theirs: _joined(rows) for theirs, rows in parts.items()}
     for module, prefix in prefixes.items():
-        for name, value in door.CONSTANTS.get(module, {}).items():
+        for name, value in family.CONSTANTS.get(module, {}).items():
             norm = state[f"{module}.blocks.0.attention_norm.weight"]
             tensors[prefix + name] = norm.changed(functools.partial(torch.full_like, fill_value=value))
         if module in door.SINUSOIDS:
@@ -177,22 +176,30 @@ def _hugging_face_tensors(family: ModuleType, config: ModelConfig, state: State)
     return tensors
 
 
+def _joined(parts: list[Lazy]) -> Lazy:
+    """The rows of all parts, one after the other."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+    return Lazy(shape, first.dtype, lambda: torch.cat([part.read() for part in parts]))
+
+
 def _sinusoids(audio: AudioConfig) -> Lazy:
     rows, width = audio.max_positions, audio.hidden_size
     return Lazy((rows, width), torch.float32, lambda: sinusoids(torch.arange(rows), width))
 
 
-def _make_room(tensors: State, family: ModuleType, rows: int) -> int:
-    """Pad the embedding and the head to ``rows`` for a new media token. Returns their new number of rows.
+def _make_room(tensors: State, family: ModuleType, rows: int) -> None:
+    """Pad the embedding and the head to ``rows`` for new tokens.
 
     A new row is the mean row, so its logit is the mean of the others and never the largest.
     """
-    embedding = f"{family.PREFIXES['decoder'][0]}{door.hugging_face_name('decoder', 'embedding.weight')}"
+    embedding = f"{family.PREFIXES['decoder'][0]}{door.hugging_face_name(family, 'decoder', 'embedding.weight')}"
     for name in (embedding, family.HEAD):
         if name in tensors and tensors[name].shape[0] < rows:
             padded = functools.partial(_padded, rows=rows)
             tensors[name] = tensors[name].changed(padded, shape=(rows, tensors[name].shape[1]))
-    return tensors[embedding].shape[0]
 
 
 def _padded(table_VD: Tensor, rows: int) -> Tensor:

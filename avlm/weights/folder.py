@@ -25,7 +25,7 @@ def read_config(folder: str | Path) -> AnyConfig:
             return validated(ModelConfig, keys.get("model"), "model")
         family = door.family_of(keys)
         there = [name for name in family.PROCESSOR_FILES if (path.parent / name).is_file()]
-        files = {name: read_json(path.parent / name) for name in there[:1]}
+        files = {name: read_json(path.parent / name) for name in there}
         return family.read(keys, files)
     except pydantic.ValidationError as error:
         raise ValueError(f"{path}: {first_error(error)}") from None

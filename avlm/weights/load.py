@@ -34,8 +34,8 @@ def load_weights(model: AVLM, init_from: InitFrom) -> list[Report]:
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     plans = load_plans(model.config, shapes, init_from)
     for plan in plans:
-        for name, theirs in plan.chosen.items():
-            copy_slice(parameters[name], plan.source.tensors[theirs])
+        for name, chosen in plan.chosen.items():
+            copy_slice(parameters[name], chosen.tensor)
     return [plan.report for plan in plans]
 
 

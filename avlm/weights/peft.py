@@ -5,11 +5,12 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from avlm.config.model import ModelConfig, shown
 from avlm.config.run import Config
-from avlm.families.door import FORMATS, NAMES, PREFIXES, hugging_face_name
+from avlm.families.door import FAMILIES, FORMATS, has_name, hugging_face_name, shares_tensor
 from avlm.families.keys import require_accepted
 from avlm.models.freezing import trained_names
 from avlm.models.lora import is_adapter
@@ -23,7 +24,6 @@ from avlm.weights.sources import Source, read_files
 LEAVES = {"down.weight": "lora_A.weight", "up.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
-PROJECTOR = "multi_modal_projector"  # its name in every family
 FIELDS = {"rank": ("r", 8), "alpha": ("lora_alpha", 8)}  # our field of LoraConfig -> their key and its default
 FIELDS |= {"rslora": ("use_rslora", False), "dora": ("use_dora", False)}
 # PEFT options that we do not implement, with the values that disable them (default first).
@@ -56,15 +56,9 @@ def base_of(config: Config, names: Collection[str], format: str | None, name: st
     if format != "decoder":
         instead = f"--onto decoder writes the adapters of the decoder alone, {instead}"
     if format is None:
-        towers = tuple(config.model.modalities.values())
-        known = {(): "decoder", ("vision",): "llava", ("audio",): "voxtral"}
-        if towers not in known:
-            raise ValueError(f"transformers has no class for a decoder with {' and '.join(towers)}: {instead}")
-        format = known[towers]
-    try:
-        FORMATS[format].config_json(replace(config.model, lora=None), 0)
-    except ValueError as error:
-        raise ValueError(f"the base of the adapters cannot be a {format}: {error}; {instead}") from None
+        format = _format_of(config.model, instead)
+    elif reason := _obstacle(format, config.model):
+        raise ValueError(f"the base of the adapters cannot be a {format}: {reason}; {instead}")
     held = FORMATS[format].LOADED
     trained: set[str] = set()
     for stage in config.stages:
@@ -86,6 +80,30 @@ def base_of(config: Config, names: Collection[str], format: str | None, name: st
     return Base(format, name or own, tuple(whole))
 
 
+def _format_of(model: ModelConfig, instead: str) -> str:
+    """The first format that holds exactly the modules of a model. ValueError with what keeps it out of each."""
+    obstacles = {}
+    for format, family in FORMATS.items():
+        if set(family.LOADED) == set(model.modules):
+            obstacles[format] = _obstacle(format, model)
+            if obstacles[format] is None:
+                return format
+    if not obstacles:
+        towers = " and ".join(model.modalities.values())
+        raise ValueError(f"transformers has no class for a decoder with {towers}: {instead}")
+    listed = ", nor ".join(f"a {format}: {reason}" for format, reason in obstacles.items())
+    raise ValueError(f"the base of the adapters cannot be {listed}; {instead}")
+
+
+def _obstacle(format: str, model: ModelConfig) -> str | None:
+    """Why a format cannot hold a model, or None."""
+    try:
+        FORMATS[format].config_json(replace(model, lora=None), dict.fromkeys(FORMATS[format].MEDIA_TOKENS, 0))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _published(config: Config, format: str) -> str | None:
     """What ``init_from`` names, if that is one model of this format which transformers can load."""
     init_from = config.init_from
@@ -105,23 +123,29 @@ def _published(config: Config, format: str) -> str | None:
 
 def peft_names(names: Iterable[str], base: Base) -> dict[str, str]:
     """Our names of what a folder of adapters holds, among ``names`` -> PEFT's."""
-    prefixes = FORMATS[base.format].LOADED
+    family = FORMATS[base.format]
     found = {}
     for name in names:
         module = name.partition(".")[0]
-        if module in prefixes and (is_adapter(name) or module in base.whole):
-            found[name] = _peft_name(name, prefixes[module])
+        if module in family.LOADED and (is_adapter(name) or module in base.whole):
+            found[name] = _peft_name(family, name, family.LOADED[module])
     return found
 
 
-def _peft_name(name: str, prefix: str) -> str:
+def _peft_name(family: ModuleType, name: str, prefix: str) -> str:
     module, _, rest = name.partition(".")
     if not is_adapter(name):
-        return f"{PREFIX}{prefix}{hugging_face_name(module, rest)}"
+        return f"{PREFIX}{prefix}{hugging_face_name(family, module, rest)}"
     path, _, part = rest.partition(".lora_")
+    theirs = hugging_face_name(family, module, path)
     if module != "decoder" and not path.startswith("blocks."):
         raise ValueError(f"{module}.{path} is a convolution in transformers, whose adapters have another form")
-    return f"{PREFIX}{prefix}{hugging_face_name(module, path)}.{LEAVES[part]}"
+    if shares_tensor(family, module, path):
+        raise ValueError(
+            f"{module}.{path} has adapters, and in transformers it is a part of {theirs}, whose adapters have another "
+            "form: a format of whole models merges them"
+        )
+    return f"{PREFIX}{prefix}{theirs}.{LEAVES[part]}"
 
 
 def open_adapter(given: str | Path, config: ModelConfig, names: Iterable[str]) -> Source:
@@ -143,10 +167,8 @@ def open_adapter(given: str | Path, config: ModelConfig, names: Iterable[str]) -
             raise ValueError(f"model.lora.{field} is {value!r}, and {folder} was made with {key}={shown(repr(theirs))}")
     ours = {}
     for name in names:
-        module, _, rest = name.partition(".")
-        is_projector = module.endswith("_projector") and rest.partition(".")[0] in NAMES[module]
-        if is_projector or (is_adapter(name) and rest.startswith("blocks.")):
-            ours |= {_peft_name(name, prefix): name for prefix in PREFIXES[module]}
+        for family in FAMILIES:
+            ours |= _peft_names_in(family, name)
     files = choose(folder, ADAPTER)
     tensors = {}
     for name, tensor in read_files(folder, files).items():
@@ -154,10 +176,23 @@ def open_adapter(given: str | Path, config: ModelConfig, names: Iterable[str]) -
     return Source(folder, tensors, None, True, files)
 
 
+def _peft_names_in(family: ModuleType, name: str) -> dict[str, str]:
+    """PEFT's names for a parameter of ours in a family -> ours; none for what its folders of adapters cannot hold."""
+    module, _, rest = name.partition(".")
+    path = rest.partition(".lora_")[0]
+    is_held = path.startswith("blocks.") if is_adapter(name) else module.endswith("_projector")
+    if not is_held or not has_name(family, module, path) or (is_adapter(name) and shares_tensor(family, module, path)):
+        return {}
+    return {_peft_name(family, name, prefix): name for prefix in family.PREFIXES[module]}
+
+
 def _require_known(keys: dict[str, Any], config: ModelConfig) -> None:
     """ValueError for options of PEFT that we do not implement. Of whole modules only a projector is."""
     saved = keys.get("modules_to_save")
-    if isinstance(saved, list) and saved and all(str(name).rpartition(".")[2] == PROJECTOR for name in saved):
+    known = "|".join(
+        re.escape(each).replace(r"\{i\}", r"\d+") for family in FORMATS.values() for each in family.PROJECTORS
+    )
+    if isinstance(saved, list) and saved and all(re.fullmatch(rf"(.*\.)?({known})", str(name)) for name in saved):
         if len(config.modalities) > 1:
             raise ValueError("it holds a projector (modules_to_save), and the model has two that it could be")
         keys = {**keys, "modules_to_save": None}
@@ -173,11 +208,20 @@ def adapter_keys(config: ModelConfig, names: Iterable[str], base: Base) -> dict[
         **{key: getattr(config.lora, field) for field, (key, _) in FIELDS.items()},
         "lora_dropout": config.lora.dropout,
         "target_modules": _targets(config, [name for name in names if is_adapter(name)], base),
-        "modules_to_save": [PROJECTOR] if base.whole else None,
+        "modules_to_save": _projectors(config, base) if base.whole else None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+
+
+def _projectors(config: ModelConfig, base: Base) -> list[str]:
+    """The modules that make up a projector."""
+    found = []
+    for name in FORMATS[base.format].PROJECTORS:
+        numbers = range(len(config.vision.deepstack_layers)) if "{i}" in name else [0]
+        found += [name.replace("{i}", str(i)) for i in numbers]
+    return found
 
 
 def _targets(config: ModelConfig, names: list[str], base: Base) -> list[str] | str:

@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
 from avlm.config.model import MODULES, ModelConfig, shown
 from avlm.config.run import InitFrom
-from avlm.families.door import HEADS, PREFIXES, SINUSOIDS, anchor, hugging_face_name, skip_reason
+from avlm.families.door import HEADS, SINUSOIDS, AnyConfig, anchor, find, hugging_face_name, is_part, skip_reason
 from avlm.models.freezing import matching
 from avlm.models.lora import is_adapter
 from avlm.models.shapes import Shapes
@@ -25,7 +27,7 @@ from avlm.storage.run_folder import is_run, read_run
 from avlm.storage.weight_files import WeightFiles, local
 from avlm.weights.compare import check_config
 from avlm.weights.peft import open_adapter
-from avlm.weights.sources import Source, check_shape, open_source
+from avlm.weights.sources import Rows, Source, check_shape, open_source
 
 OWN_HEAD = "decoder.head.weight"
 TIED = "a head tied to the embedding"
@@ -59,10 +61,22 @@ def _counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} ({what})" for what, count in counts.items())
 
 
+class Chosen(NamedTuple):
+    name: str  # of a tensor of the source
+    tensor: Any  # that tensor, or those rows of it that a parameter takes
+
+
+class Place(NamedTuple):
+    """Where a module lies in a file of Hugging Face's."""
+
+    family: ModuleType  # which names its tensors
+    prefix: str  # of their names
+
+
 @dataclass(frozen=True)
 class LoadPlan:
     source: Source
-    chosen: dict[str, str]  # our parameter -> tensor of the source
+    chosen: dict[str, Chosen]  # by our parameter
     report: Report
 
 
@@ -149,71 +163,89 @@ def _load_plan(
     held = {name: tensor for name, tensor in source.tensors.items() if name not in left_out}
     if source.config is not None:
         check_config(config if entry == "all" else getattr(config, entry), source.config, source.path)
-    prefixes = _prefixes(entry, source, held, config)
-    modules = [name for name in prefixes if getattr(config, name) and entry in ("all", "adapter", name)]
+    places = {} if source.own_names else _places(entry, source, held, config)
+    there = {name.partition(".")[0] for name in held} if source.own_names else places.keys()
+    modules = []
+    for module in MODULES:
+        if module in there and getattr(config, module) and entry in ("all", "adapter", module):
+            modules.append(module)
     if not modules:
         raise ValueError(f"init_from.{entry}: {source.path} holds no module that this entry could provide")
     has_adapters = _brings_adapters(source, held, config, modules)
-    chosen = {}
-    for name, shape in shapes.items():
+    names = {}
+    for name in shapes:
         is_wanted = has_adapters
         if not is_adapter(name):  # a folder of adapters may hold a projector as well
             is_wanted = entry != "adapter" or name.split(".")[0].endswith("_projector")
-        if name.split(".")[0] not in modules or not is_wanted:
-            continue
-        theirs = name if source.own_names else _file_name(name, prefixes, held)
-        if theirs in held:
-            check_shape(name, shape, held[theirs], f"{source.path}: {theirs}")
-            chosen[name] = theirs
-        elif name not in optional:
-            raise ValueError(
-                f"{source.path} has no tensor {theirs} for {name} {tuple(shape)}: to initialise it from scratch, name "
-                "it in init_from.allow_missing"
-            )
+        if name.split(".")[0] in modules and is_wanted:
+            names[name] = name if source.own_names else _file_name(name, places, held)
+    chosen = _choose(names, shapes, source.path, held, optional)
     if not source.own_names:
-        _check_sinusoids(held, {name: prefixes[name] for name in modules}, source.path)
-    skipped = _skipped(entry, source, config, prefixes, held, chosen)
+        _check_sinusoids(held, {name: places[name].prefix for name in modules}, source.path)
+    skipped = _skipped(entry, source, config, places, held, chosen)
     if len(held) < len(source.tensors):
         skipped["init_from.allow_unused"] = len(source.tensors) - len(held)
     report = Report(entry, source.path, list(chosen), len(source.tensors), dict(skipped), {}, source.files)
     return LoadPlan(source, chosen, report)
 
 
-def _prefixes(entry: str, source: Source, held: Mapping, config: ModelConfig) -> dict[str, str]:
-    """Module -> the prefix of its tensors in a source."""
-    if source.own_names:
-        present = {name.partition(".")[0] for name in held}
-        return {module: f"{module}." for module in MODULES if module in present}
-    prefixes = {}
+def _places(entry: str, source: Source, held: Mapping, config: ModelConfig) -> dict[str, Place]:
+    """Module -> where a source has it."""
+    places = {}
     if source.config is None:  # a file of tensors
         for module in MODULES:
-            prefix = _prefix(module, held)
+            found = find(module, held, None)
             tower = module.removesuffix("_projector")  # without it a projector could be either tower's
-            if prefix is not None and (tower == module or tower in prefixes):
-                prefixes[module] = prefix
-        return prefixes
+            if found is not None and (tower == module or tower in places):
+                places[module] = Place(*found)
+        return places
+    assert source.family is not None
     for module in source.config.modules if isinstance(source.config, ModelConfig) else [entry]:
-        prefix = _prefix(module, held)
-        if prefix is None and getattr(config, module) is None:  # left out by init_from.allow_unused
+        found = find(module, held, source.family)
+        if found is None and getattr(config, module) is None:  # left out by init_from.allow_unused
             continue
-        if prefix is None:
-            raise ValueError(f"{source.path} has no tensor {anchor(module)}, under any of {PREFIXES[module]}")
-        prefixes[module] = prefix
-    return prefixes
+        if found is None:
+            prefixes = source.family.PREFIXES[module]
+            raise ValueError(f"{source.path} has no tensor {anchor(source.family, module)}, under any of {prefixes}")
+        places[module] = Place(*found)
+    return places
 
 
-def _prefix(module: str, held: Mapping) -> str | None:
-    for prefix in PREFIXES[module]:
-        if prefix + anchor(module) in held:
-            return prefix
-    return None
-
-
-def _file_name(name: str, prefixes: dict[str, str], held: Mapping) -> str:
+def _file_name(name: str, places: Mapping[str, Place], held: Mapping) -> str:
     if name == OWN_HEAD:
         return next((head for head in HEADS if head in held), HEADS[-1])
     module, _, rest = name.partition(".")
-    return prefixes[module] + hugging_face_name(module, rest)
+    family, prefix = places[module]
+    return prefix + hugging_face_name(family, module, rest)
+
+
+def _choose(
+    names: Mapping[str, str], shapes: Shapes, path: Path, held: Mapping, optional: set[str]
+) -> dict[str, Chosen]:
+    """The tensor for each of our parameters, which has its name in ``names``. Parameters with one name get the rows of
+    that tensor, one after the other."""
+    shared = Counter(names.values())
+    rows: Counter[str] = Counter()  # that are taken
+    chosen = {}
+    for name, theirs in names.items():
+        if theirs not in held:
+            if name in optional:
+                continue
+            raise ValueError(
+                f"{path} has no tensor {theirs} for {name} {tuple(shapes[name])}: to initialise it from scratch, name "
+                "it in init_from.allow_missing"
+            )
+        tensor = held[theirs]
+        if shared[theirs] > 1:
+            tensor = Rows(tensor, rows[theirs], shapes[name][0])
+            rows[theirs] += shapes[name][0]
+        check_shape(name, shapes[name], tensor, f"{path}: {theirs}")
+        chosen[name] = Chosen(theirs, tensor)
+    for theirs, number in rows.items():
+        there = tuple(held[theirs].get_shape())
+        if there[0] != number:
+            raise ValueError(f"{path}: {theirs} has shape {there}, and its {shared[theirs]} parts have {number} rows")
+    return chosen
 
 
 def _brings_adapters(source: Source, held: Mapping, config: ModelConfig, modules: list[str]) -> bool:
@@ -252,21 +284,21 @@ def _skipped(
     entry: str,
     source: Source,
     config: ModelConfig,
-    prefixes: dict[str, str],
+    places: Mapping[str, Place],
     held: Mapping,
-    chosen: dict[str, str],
+    chosen: dict[str, Chosen],
 ) -> Counter[str]:
     """The number of tensors that are not loaded, by reason. ValueError if any has no accepted reason."""
     reasons: Counter[str] = Counter()
     extra = []
-    for name in sorted(held.keys() - chosen.values()):
+    for name in sorted(held.keys() - {each.name for each in chosen.values()}):
         if name in (*HEADS, OWN_HEAD):
             reason = _reason_for_head(entry, config)
         elif source.own_names:
             is_other = entry in MODULES and not name.startswith(f"{entry}.")
             reason = "other modules" if is_other else None
         else:
-            reason = _reason_for_foreign(name, entry, config, prefixes)
+            reason = _reason_for_foreign(name, entry, config, source, places)
         if reason is None:
             extra.append(f"{shown(name, 100)} {tuple(held[name].get_shape())}")
             continue
@@ -287,20 +319,33 @@ def _reason_for_head(entry: str, config: ModelConfig) -> str | None:
     return TIED if config.decoder.tie_embedding else None
 
 
-def _reason_for_foreign(name: str, entry: str, config: ModelConfig, prefixes: dict[str, str]) -> str | None:
-    for module, prefix in prefixes.items():
+def _reason_for_foreign(
+    name: str, entry: str, config: ModelConfig, source: Source, places: Mapping[str, Place]
+) -> str | None:
+    for module, (family, prefix) in places.items():
+        rest = name.removeprefix(prefix)
+        reason = None
         if entry in ("all", module):
-            reason = skip_reason(module, name.removeprefix(prefix), config)
-        else:
-            reason = "other modules" if name.startswith(prefix) else None
+            unused = _unused_layers(config, source.config) if module == "vision" else range(0)
+            reason = skip_reason(family, module, rest, unused)
+        elif name.startswith(prefix) and is_part(family, module, rest):
+            reason = "other modules"
         if reason is not None:
             return reason
     return None
 
 
-def _check_tied(head: str, embedding: str | None, held: Mapping, path: Path) -> None:
+def _unused_layers(config: ModelConfig, theirs: AnyConfig | None) -> range:
+    """The layers of a source's vision tower that lie above our feature_layer."""
+    vision = theirs.vision if isinstance(theirs, ModelConfig) else theirs
+    if config.vision is None:
+        return range(0)
+    return range(config.vision.num_blocks, (vision or config.vision).num_layers)
+
+
+def _check_tied(head: str, embedding: Chosen | None, held: Mapping, path: Path) -> None:
     rows = slice(256)  # all of a head's rows move when it trains
-    if embedding is not None and not held[head][rows].equal(held[embedding][rows]):
+    if embedding is not None and not held[head][rows].equal(embedding.tensor[rows]):
         raise ValueError(
             f"{path}: {head} differs from the embedding, but tie_embedding (tie_word_embeddings in config.json) "
             "is true: make that false, or leave the head out by init_from.allow_unused"

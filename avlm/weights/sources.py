@@ -11,6 +11,7 @@ import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from avlm.config.model import shown
-from avlm.families.door import RESHAPED, AnyConfig
+from avlm.families.door import RESHAPED, AnyConfig, family_of
 from avlm.storage.checkpoint_files import Reader, cause_of
 from avlm.storage.hub import resolve
 from avlm.storage.model_folder import read_json
@@ -60,6 +61,24 @@ class Whole:
 
     def __getitem__(self, index) -> Tensor:
         return self.tensor[index]
+
+
+class Rows:
+    """The rows of another tensor from ``first`` on, with the two calls of a safetensors slice: only they are read."""
+
+    def __init__(self, whole: Any, first: int, number: int):
+        self.whole = whole
+        self.first = first
+        self.number = number
+
+    def get_shape(self) -> list[int]:
+        rows, *others = self.whole.get_shape()
+        return [max(min(self.number, rows - self.first), 0), *others]
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        rows, *others = index if isinstance(index, tuple) else (index,)
+        start, stop, _ = rows.indices(self.number)
+        return self.whole[(slice(self.first + start, self.first + stop), *others)]
 
 
 class Stored:
@@ -110,10 +129,11 @@ class Source:
     """The weights that an entry of ``init_from`` names."""
 
     path: Path
-    tensors: dict[str, Any]  # Whole, Stored or a slice of safetensors
+    tensors: dict[str, Any]  # name -> Whole, Stored or a slice of safetensors
     config: AnyConfig | None  # None: a single file says nothing about its architecture
     own_names: bool  # ours, not Hugging Face's
     files: WeightFiles | None = None  # of a model folder
+    family: ModuleType | None = None  # of a model folder with Hugging Face's names
 
 
 def open_source(given: str | Path) -> Source:
@@ -129,8 +149,9 @@ def open_source(given: str | Path) -> Source:
         return Source(path, open_checkpoint(path), config.model, True)
     path = resolve(given)
     config, files = read_config(path), choose(path)
-    own_names = is_own(read_json(path / "config.json"))
-    return Source(path, read_files(path, files), config, own_names, files)
+    keys = read_json(path / "config.json")
+    family = None if is_own(keys) else family_of(keys)
+    return Source(path, read_files(path, files), config, is_own(keys), files, family)
 
 
 def open_checkpoint(path: Path) -> dict[str, Stored]:
@@ -204,14 +225,15 @@ def _unwrapped(tensors: dict[str, Whole]) -> tuple[dict[str, Whole], bool]:
 
 
 def check_shape(name: str, shape: tuple[int, ...], source: Any, origin: str) -> None:
-    if isinstance(source, Whole):
-        dtype = source.tensor.dtype
+    whole = source.whole if isinstance(source, Rows) else source
+    if isinstance(whole, Whole):
+        dtype = whole.tensor.dtype
         is_float = dtype.is_floating_point
-    elif isinstance(source, Stored):
-        dtype = source.dtype
+    elif isinstance(whole, Stored):
+        dtype = whole.dtype
         is_float = dtype.is_floating_point
     else:
-        dtype = source.get_dtype()
+        dtype = whole.get_dtype()
         is_float = dtype.startswith(("F16", "F32", "F64", "BF16"))
     if not is_float:
         raise ValueError(f"{origin} has dtype {dtype}: quantised weights are not supported")
@@ -234,7 +256,7 @@ def copy_slice(parameter: Tensor, source: Any) -> None:
     region = tuple(slice(start, start + length) for start, length in zip(offset, size))
     if there == shape:
         value = source[region]
-    elif there[0] == shape[0]:  # (D, 3, P, P) -> (D, 3 * P * P)
+    elif there[0] == shape[0]:  # (D, 3, [2,] P, P) -> (D, 3 * [2 *] P * P)
         value = source[region[0]].flatten(1)[:, region[1]]
     else:  # (D,) -> (1, D)
         value = source[:].view(shape)[region]

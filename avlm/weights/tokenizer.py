@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +29,23 @@ def write_tokenizer(
     data: DataConfig,
     folder: Path,
     media: dict[str, str],
-    token: int | None = None,
+    ids: dict[str, int],
     model_type: str | None = None,
 ) -> None:
     """The files of ``data.tokenizer`` with the chat template of ``data``, and generation_config.json with the ids that
     end an answer.
 
-    ``media``: kind -> the token that stands for it in prompts. ``token``: the id of that token, in a format that needs
-    one. transformers has to encode with tokenizer.json alone, as we do, whatever class it prefers for ``model_type``.
-    So tokenizer_config.json names the class that reads that file unchanged, and lists no tokens of its own.
+    ``media``: kind -> what stands for it in prompts. ``ids``: those of the tokens that the format needs, which the
+    tokenizer may lack. transformers has to encode with tokenizer.json alone, as we do, whatever class it prefers for
+    ``model_type``. So tokenizer_config.json names the class that reads that file unchanged, and lists no tokens of its
+    own.
     """
     for name in COPIED:
         if tokenizer.file.with_name(name).is_file():
             shutil.copyfile(tokenizer.file.with_name(name), folder / name)
     tree = read_json(tokenizer.file, MAX_BYTES)
     is_rebuilt = rebuilds_tokenizer(model_type, tree)
-    added = tokenizer.added_entries()
-    if token is not None:
-        added = _with_media_token(added, *media.values(), token)
+    added = _with_tokens(tokenizer.added_entries(), ids)
     write_json(folder / "tokenizer.json", {**tree, "added_tokens": added})
     template = chat_template(tokenizer, data, media)
     config = _tokenizer_config(tokenizer)
@@ -83,17 +83,20 @@ def chat_template(tokenizer: Tokenizer, data: DataConfig, media: dict[str, str])
     return SYSTEM_PROMPT.replace("SYSTEM", system) + template
 
 
-def media_token_id(tokenizer: Tokenizer | None, word: str, vocab_size: int) -> int:
-    """The id of a media token; if the tokenizer has none, the first free id."""
-    if tokenizer is None:
-        return vocab_size
-    known = tokenizer.find(word)
-    return tokenizer.size if known is None else known
+def media_token_ids(tokenizer: Tokenizer | None, tokens: Iterable[str], vocab_size: int) -> dict[str, int]:
+    """The ids of tokens; those that the tokenizer lacks get the first free ids."""
+    free = vocab_size if tokenizer is None else tokenizer.size
+    ids = {}
+    for token in tokens:
+        known = tokenizer.find(token) if tokenizer else None
+        ids[token] = free if known is None else known
+        free += known is None
+    return ids
 
 
-def _with_media_token(added: list[dict[str, Any]], word: str, token: int) -> list[dict[str, Any]]:
-    """The added tokens, with the media token if it is not one of them yet."""
-    if any(entry["content"] == word for entry in added):
-        return added
+def _with_tokens(added: list[dict[str, Any]], ids: dict[str, int]) -> list[dict[str, Any]]:
+    """The added tokens, with those of ``ids`` that are not among them yet."""
+    known = {entry["content"] for entry in added}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return [*added, {"id": token, "content": word, **flags, "special": True}]
+    new = [{"id": number, "content": token, **flags, "special": True} for token, number in ids.items()]
+    return [*added, *(entry for entry in new if entry["content"] not in known)]

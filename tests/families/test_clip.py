@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 from avlm.config.model import VisionConfig
-from avlm.families import clip
+from avlm.families import clip, door
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 3, "num_heads": 2, "image_size": 24, "patch_size": 8}
 CLIP = VisionConfig(**SIZES, feature_layer=-1)
@@ -47,8 +47,8 @@ def test_layers_above_the_feature_layer_do_not_go_out(name):
     keys = clip.write(dataclasses.replace(TOWERS[name], feature_layer=-2))
     assert keys["num_hidden_layers"] == 2
     tower = clip.read(keys, {}, feature_layer=-1)
-    assert clip.is_unused_layer("encoder.layers.2.mlp.fc1.weight", tower)
-    assert not clip.is_unused_layer("encoder.layers.1.mlp.fc1.weight", tower)
+    assert door.skip_reason(clip, "vision", "encoder.layers.2.mlp.fc1.weight", range(tower.num_blocks, 3))
+    assert not door.skip_reason(clip, "vision", "encoder.layers.1.mlp.fc1.weight", range(tower.num_blocks, 3))
 
 
 def test_a_tower_that_is_neither_is_refused():

@@ -20,7 +20,7 @@ def model(decoder: str, tower: str) -> ModelConfig:
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_our_config_comes_back_from_their_keys(decoder, tower):
     config = model(decoder, tower)
-    keys, files = llava.config_json(config, 64), llava.processor_json(config)
+    keys, files = llava.config_json(config, {llava.IMAGE: 64}), llava.processor_json(config, None)
     processor = {"preprocessor_config.json": files["preprocessor_config.json"]}
     assert llava.read(keys, processor) == config
     theirs = transformers.LlavaConfig(**keys).to_dict()
@@ -39,9 +39,9 @@ def test_what_the_format_cannot_hold_is_refused():
     config = model("llama", "clip")
     projector = dataclasses.replace(config.vision_projector, hidden_size=40)
     with pytest.raises(ValueError, match=r"vision_projector\.hidden_size=40"):
-        llava.config_json(dataclasses.replace(config, vision_projector=projector), 64)
+        llava.config_json(dataclasses.replace(config, vision_projector=projector), {llava.IMAGE: 64})
     vision = dataclasses.replace(config.vision, post_norm=True)
     with pytest.raises(ValueError, match="no post_norm"):
-        llava.config_json(dataclasses.replace(config, vision=vision), 64)
+        llava.config_json(dataclasses.replace(config, vision=vision), {llava.IMAGE: 64})
     with pytest.raises(ValueError, match="with a vision tower"):
-        llava.config_json(ModelConfig(decoder=DECODERS["llama"]), 64)
+        llava.config_json(ModelConfig(decoder=DECODERS["llama"]), {llava.IMAGE: 64})

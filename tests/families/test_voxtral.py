@@ -20,7 +20,7 @@ def test_our_config_comes_back_from_their_keys(decoder):
     untied = dataclasses.replace(DECODERS[decoder], tie_embedding=False)
     projector = ProjectorConfig(downsample=4, bias=False)
     config = ModelConfig(decoder=untied, audio=AUDIO, audio_projector=projector)
-    keys = voxtral.config_json(config, 64)
+    keys = voxtral.config_json(config, {voxtral.AUDIO: 64})
     assert voxtral.read(keys, {}) == config
     theirs = transformers.VoxtralConfig(**keys).to_dict()
     assert theirs["audio_token_id"] == 64
@@ -34,5 +34,5 @@ def test_absent_keys_have_the_defaults_of_their_classes():
 def test_a_tied_head_goes_out_as_a_head_of_its_own():
     tied = dataclasses.replace(DECODERS["llama"], tie_embedding=True)
     projector = ProjectorConfig(downsample=4, bias=False)
-    keys = voxtral.config_json(ModelConfig(decoder=tied, audio=AUDIO, audio_projector=projector), 64)
+    keys = voxtral.config_json(ModelConfig(decoder=tied, audio=AUDIO, audio_projector=projector), {voxtral.AUDIO: 64})
     assert keys["text_config"]["tie_word_embeddings"] is False and not voxtral.TIES_HEAD

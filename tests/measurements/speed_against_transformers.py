@@ -34,6 +34,7 @@ from avlm.config.model import ModelConfig
 from avlm.data.loader import open_loader
 from avlm.data.stream import Stream
 from avlm.demo.build import ensure
+from avlm.families import clip, llama, whisper
 from avlm.families.door import hugging_face_name
 from avlm.models.avlm import AVLM, init
 from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch, Media
@@ -105,7 +106,7 @@ def copy_weights(ours: AVLM, theirs: PaddedModel) -> None:
     for name, parameter in ours.named_parameters():
         module, _, rest = name.partition(".")
         if not module.endswith("projector"):
-            rest = hugging_face_name(module, rest)
+            rest = hugging_face_name({"decoder": llama, "vision": clip, "audio": whisper}[module], module, rest)
         if module == "decoder" and not rest.startswith("lm_head"):
             rest = f"model.{rest}"
         copy = theirs.get_submodule(module).get_parameter(rest)

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from avlm.config.model import DecoderConfig, ModelConfig, RopeScaling
+from avlm.families import llama
 from avlm.families.door import hugging_face_name
 from avlm.models.batch import Batch
 from avlm.models.rope import rope_frequencies
@@ -93,7 +94,7 @@ def test_gradients_equal_those_of_transformers(name, tmp_path):
     gradients = {}
     for key, parameter in ours.named_parameters():
         rest = key.removeprefix("decoder.")
-        gradients[prefix(rest) + hugging_face_name("decoder", rest)] = parameter.grad
+        gradients[prefix(rest) + hugging_face_name(llama, "decoder", rest)] = parameter.grad
     assert_gradients_close(gradients, expected)
 
 

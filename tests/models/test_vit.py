@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from avlm.config.model import VisionConfig
+from avlm.families import clip as clip_family
 from avlm.families.door import hugging_face_name
 from avlm.models.vit import VisionTower, normalise
 from avlm.weights.folder import read_config
@@ -120,7 +121,7 @@ def test_gradients_equal_those_of_transformers(make, tmp_path):
     hidden = hidden_states(theirs, pixels, config)
     (hidden * weights).sum().backward()
     theirs_by_name = {key.removeprefix("vision_model."): p.grad for key, p in theirs.named_parameters()}
-    ours = {hugging_face_name("vision", key): p.grad for key, p in tower.named_parameters()}
+    ours = {hugging_face_name(clip_family, "vision", key): p.grad for key, p in tower.named_parameters()}
     assert_gradients_close(ours, {key: theirs_by_name[key] for key in ours})
 
 

@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from avlm.config.model import AudioConfig
+from avlm.families import whisper as family
 from avlm.families.door import hugging_face_name
 from avlm.weights.folder import read_config
 from tests.models.handmade import assert_gradients_close, build_tower, load_tower, save, windows_of
@@ -54,7 +55,7 @@ def test_gradients_equal_those_of_transformers(tmp_path):
     (tower(windows_of(tower.config, list(mel))) * weights).sum().backward()
     (theirs.get_encoder()(mel).last_hidden_state.flatten(0, 1) * weights).sum().backward()
     expected = dict(theirs.get_encoder().named_parameters())
-    ours = {hugging_face_name("audio", key): p.grad for key, p in tower.named_parameters()}
+    ours = {hugging_face_name(family, "audio", key): p.grad for key, p in tower.named_parameters()}
     assert_gradients_close(ours, {key: expected[key].grad for key in ours})
 
 
