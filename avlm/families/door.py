@@ -22,20 +22,28 @@ from types import ModuleType
 from typing import Any
 
 from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, VisionConfig, shown
-from avlm.families import clip, llama, llava, voxtral, whisper
+from avlm.families import clip, llama, llava, qwen2_5_vl, qwen2_vl, qwen3_vl, voxtral, whisper
 from avlm.families.keys import check_types
 
 AnyConfig = DecoderConfig | VisionConfig | AudioConfig | ModelConfig
 
 # Whole models first: a file of tensors belongs to the first family that fits it.
-FAMILIES = (llava, voxtral, llama, clip, whisper)
-FORMATS: dict[str, ModuleType] = {"decoder": llama, "llava": llava, "voxtral": voxtral}
+FAMILIES = (llava, voxtral, qwen2_vl, qwen2_5_vl, qwen3_vl, llama, clip, whisper)
+FORMATS: dict[str, ModuleType] = {
+    "decoder": llama,
+    "llava": llava,
+    "voxtral": voxtral,
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+}
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
 
-HEADS = tuple(dict.fromkeys(family.HEAD for family in reversed(FORMATS.values())))
+HEADS = tuple(dict.fromkeys(family.HEAD for family in FORMATS.values()))
 RESHAPED = clip.RESHAPED
 SINUSOIDS = {"audio": whisper.SINUSOIDS}  # module -> its table of positions, which we compute
 TEXT_TEMPLATES = {"llava": llava.text_template}  # model_type -> our template for one of parts
+WITH_PROMPTS = (qwen2_vl, qwen2_5_vl, qwen3_vl)  # whose folders say how media stand in prompts
 rebuilds_tokenizer = llama.rebuilds_tokenizer
 
 
@@ -48,6 +56,12 @@ def family_of(keys: Mapping[str, Any]) -> ModuleType:
             f"model_type {shown(repr(model_type))} is not supported (supported: {', '.join(BY_MODEL_TYPE)})"
         )
     return BY_MODEL_TYPE[model_type]
+
+
+def prompts(family: ModuleType, config: AnyConfig, files: Mapping[str, dict]) -> dict[str, Any]:
+    """Keys of ``data``, besides the template, with which we make the prompts that a folder's processor makes.
+    ``files``: those of PROCESSOR_FILES that the folder has, by their names."""
+    return family.prompts(config, files) if family in WITH_PROMPTS else {}
 
 
 def stop_ids(keys: Mapping[str, Any]) -> list[int] | None:

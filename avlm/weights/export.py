@@ -24,7 +24,8 @@ from avlm.weights.peft import Base, adapter_keys, peft_names
 from avlm.weights.sources import Stored
 from avlm.weights.tokenizer import media_token_ids, write_tokenizer
 
-PROMPT_KEYS = ["template", "system", "seq_length", "video", "max_media_bytes", "max_image_pixels", "max_audio_seconds"]
+PROMPT_KEYS = ["template", "system", "seq_length", "image_tokens", "markers", "video"]
+PROMPT_KEYS += ["max_media_bytes", "max_image_pixels", "max_audio_seconds"]
 ADAPTER = ("lora_down.weight", "lora_up.weight", "lora_magnitude")
 State = dict[str, Lazy]
 

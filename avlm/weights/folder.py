@@ -1,6 +1,7 @@
 """A model folder, local or from the Hub: the config of its model, and how its prompts are made."""
 
 from pathlib import Path
+from typing import Any
 
 import pydantic
 
@@ -16,23 +17,34 @@ from avlm.storage.model_folder import read_json
 def read_config(folder: str | Path) -> AnyConfig:
     """The config of a supported decoder, tower or whole model, or of our own export. ValueError if our models would
     compute something different: a folder that loads computes what it was trained to compute."""
-    path = Path(folder) / "config.json"
+    return _read(Path(folder))[0]
+
+
+def _read(folder: Path) -> tuple[AnyConfig, dict[str, Any]]:
+    """The config, and the keys of ``data`` besides the template that a folder of Hugging Face brings along."""
+    path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no config.json in {folder}: it is not a model folder")
     keys = read_json(path)
     try:
         if is_own(keys):
-            return validated(ModelConfig, keys.get("model"), "model")
+            return validated(ModelConfig, keys.get("model"), "model"), {}
         family = door.family_of(keys)
-        there = [name for name in family.PROCESSOR_FILES if (path.parent / name).is_file()]
-        files = {name: read_json(path.parent / name) for name in there}
-        return family.read(keys, files)
+        there = [name for name in family.PROCESSOR_FILES if (folder / name).is_file()]
+        files = {name: read_json(folder / name) for name in there}
+        config = family.read(keys, files)
+        return config, door.prompts(family, config, files)
     except pydantic.ValidationError as error:
         raise ValueError(f"{path}: {first_error(error)}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path} is not understood ({type(error).__name__}: {shown(str(error))})") from None
+
+
+def media_prompts(folder: str | Path) -> dict[str, Any]:
+    """The keys of ``data`` that say how media stand in the prompts of a folder of Hugging Face."""
+    return _read(Path(folder))[1]
 
 
 def is_own(keys: dict) -> bool:
@@ -57,7 +69,7 @@ def stop_ids(folder: str | Path) -> list[int]:
 
 def model_and_data(folder: Path) -> tuple[ModelConfig, DataConfig]:
     """The model of a folder and how its prompts are made. ValueError for a tower without a decoder."""
-    config = read_config(folder)
+    config, media = _read(folder)
     if isinstance(config, DecoderConfig):
         config = ModelConfig(decoder=config)
     if not isinstance(config, ModelConfig):
@@ -66,7 +78,7 @@ def model_and_data(folder: Path) -> tuple[ModelConfig, DataConfig]:
         )
     path = folder / "config.json"
     keys = read_json(path)
-    data = keys.get("data") if is_own(keys) else {"template": template_of(folder, Tokenizer(folder))}
+    data = keys.get("data") if is_own(keys) else {"template": template_of(folder, Tokenizer(folder)), **media}
     if not isinstance(data, dict):
         raise ValueError(f"{path} does not say how its model was trained: it has no data")
     return config, validated(DataConfig, {**data, "train": "", "tokenizer": str(folder)}, f"{path}: data")

@@ -25,7 +25,7 @@ from avlm.storage.model_folder import read_json
 from avlm.storage.run_folder import is_run, read_run
 from avlm.storage.weight_files import local
 from avlm.weights.export import PROMPT_KEYS
-from avlm.weights.folder import is_own, model_and_data, read_config, template_of
+from avlm.weights.folder import is_own, media_prompts, model_and_data, read_config, template_of
 from avlm.weights.sources import FILES
 
 PARTS = {"decoder": DecoderConfig, "vision": VisionConfig, "audio": AudioConfig}
@@ -144,8 +144,10 @@ def _prompts(name: str, given: dict[str, Any], model: dict[str, Any]) -> dict[st
         folder = resolve(name, weights=False)
         if is_own(read_json(folder / "config.json")):
             trained = model_and_data(folder)[1]
-        elif "template" not in given:
-            found["template"] = template_of(folder, Tokenizer(given.get("tokenizer", name)))
+        else:
+            found |= media_prompts(folder)
+            if "template" not in given:
+                found["template"] = template_of(folder, Tokenizer(given.get("tokenizer", name)))
     if trained is not None:
         found |= {key: value for key, value in to_dict(trained).items() if key in PROMPT_KEYS}
     decoder = model.get("decoder")

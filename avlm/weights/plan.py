@@ -212,10 +212,10 @@ def _places(entry: str, source: Source, held: Mapping, config: ModelConfig) -> d
 
 
 def _file_name(name: str, places: Mapping[str, Place], held: Mapping) -> str:
-    if name == OWN_HEAD:
-        return next((head for head in HEADS if head in held), HEADS[-1])
     module, _, rest = name.partition(".")
     family, prefix = places[module]
+    if name == OWN_HEAD:
+        return next((head for head in HEADS if head in held), family.HEAD)
     return prefix + hugging_face_name(family, module, rest)
 
 
