@@ -26,6 +26,7 @@ from avlm.config.load import load_config
 from avlm.config.model import ModelConfig
 from avlm.config.run import Config
 from avlm.data.loader import open_loader
+from avlm.data.media.patches import frames_of
 from avlm.data.stream import Stream
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.demo.build import ensure
@@ -73,7 +74,8 @@ def training_row(config: Config) -> Batch:
 def pieces_of_features(batch: Batch, model: ModelConfig) -> dict[int, Tensor]:
     """What each feature is made of, by its position in the row."""
     side = model.vision.patch_size * model.vision_projector.downsample
-    squares = rearrange(batch.image.values, "i c (y h) (x w) -> (i y x) h w c", h=side, w=side)
+    images = torch.cat(frames_of(batch.image, model.vision, model.vision_projector.downsample))
+    squares = rearrange(images, "i c (y h) (x w) -> (i y x) h w c", h=side, w=side)
     pieces = dict(zip(batch.image.rows.tolist(), squares))
 
     frames = 2 * model.audio_projector.downsample  # the tower halves the frame rate

@@ -219,6 +219,10 @@ class VisionConfig:
     def has_window(self, layer: int) -> bool:
         return self.window is not None and layer not in self.full_layers
 
+    def rows_of(self, grid: tuple[int, int]) -> int:
+        """Rows in the tower of an image of so many lines and columns of patches."""
+        return self.class_token + math.prod(grid)
+
     def rows_per_feature(self, downsample: int) -> int:
         """Rows that the projector takes side by side: n x n patches."""
         return downsample**2
@@ -256,13 +260,22 @@ class AudioConfig:
     def num_blocks(self) -> int:
         return self.num_layers
 
+    @property
+    def width(self) -> int:
+        """Numbers of an output row."""
+        return self.hidden_size
+
+    def rows_of(self, num_rows: int) -> int:
+        """Rows in the tower of a window with so many: all of them."""
+        return num_rows
+
     def rows_per_feature(self, downsample: int) -> int:
         """Rows that the projector takes side by side."""
         return downsample
 
-    def num_features(self, downsample: int) -> int:
-        """Positions of a full window in the decoder."""
-        return math.ceil(self.max_positions / downsample)
+    def num_features(self, num_rows: int, downsample: int) -> int:
+        """Positions in the decoder of a window with so many rows; the last may be made of fewer than the others."""
+        return math.ceil(num_rows / downsample)
 
 
 @config

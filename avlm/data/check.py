@@ -52,9 +52,15 @@ def _check_room(model: ModelConfig, stage: StageConfig) -> None:
     trained = {name.split(".")[0] for name in trained_names(stage, model, parameter_shapes(model))}
     sizes = {}
     if {"vision", "vision_projector"} & trained:
-        sizes["vision"] = ("an image", model.vision.num_features(model.vision_projector.downsample))
+        sizes["vision"] = (
+            "an image",
+            model.vision.num_features((model.vision.patches_per_side,) * 2, model.vision_projector.downsample),
+        )
     if {"audio", "audio_projector"} & trained and model.audio.window == "fixed":
-        sizes["audio"] = ("an audio window", model.audio.num_features(model.audio_projector.downsample))
+        sizes["audio"] = (
+            "an audio window",
+            model.audio.num_features(model.audio.max_positions, model.audio_projector.downsample),
+        )
     for tower, (item, tokens) in sizes.items():
         if tokens > stage.data.seq_length:
             raise ValueError(

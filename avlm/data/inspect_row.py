@@ -4,6 +4,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from avlm.config.model import ModelConfig
+from avlm.data.media.patches import frames_of
 from avlm.models.batch import PLACEHOLDERS, Batch
 
 MAX_PANELS = 64  # images, and the same number of audio windows
@@ -12,8 +14,11 @@ COLUMNS = 8
 COLOURS = {"text": "#b8b8b8", "learned": "#2e9e4f", "image": "#3b8fd1", "audio": "#e08a2e", "padding": "#f2f2f2"}
 
 
-def draw_row(batch: Batch, path: Path) -> None:
-    panels = [*batch.image.values[:MAX_PANELS], *batch.audio.values[:MAX_PANELS]]
+def draw_row(batch: Batch, model: ModelConfig, path: Path) -> None:
+    panels = [*batch.audio.values[:MAX_PANELS]]
+    if model.vision is not None:
+        images = frames_of(batch.image, model.vision, model.vision_projector.downsample)
+        panels = [*(frames[0] for frames in images[:MAX_PANELS]), *panels]
     lines = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(2 * COLUMNS, 2.4 + 2 * lines), layout="constrained")
     grid = figure.add_gridspec(lines + 1, COLUMNS, height_ratios=[0.9] + [1.0] * lines)

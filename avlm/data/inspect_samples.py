@@ -96,7 +96,7 @@ def measure_speed(stream: Stream, out: Path | None) -> None:
         arrived.append(time.perf_counter())
         counts.append(len(batch.keys))
         if out is not None and len(counts) == 1:
-            draw_row(batch, out / "row_001.png")
+            draw_row(batch, stream.model, out / "row_001.png")
             print(f"wrote {out / 'row_001.png'}")
     workers = stream.num_workers
     if len(counts) > workers:  # a worker's first row waits for its packing buffer

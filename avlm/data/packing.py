@@ -7,7 +7,6 @@ targets. Letters as in batch.py.
 from bisect import bisect_left, bisect_right, insort
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from avlm.config.model import ModelConfig, VisionConfig
@@ -21,10 +20,12 @@ from avlm.models.batch import (
     PLACEHOLDERS,
     Batch,
     Media,
+    media_of,
     no_media,
     text_positions,
     windowed_segments,
 )
+from avlm.models.patches import Grid, tower_layout
 from kernels.segments import Segments
 
 
@@ -144,29 +145,28 @@ def pack_media(samples: list[EncodedSample], token_T: Tensor, model: ModelConfig
         tower = getattr(model, name)
         downsample = getattr(model, f"{name}_projector").downsample
         items = [item for sample in samples for item in sample.media.get(modality, ())]
-        values, kept = packed[modality].stack(items)
-        if kept is None:  # every item has the same shape
-            lengths = [tower.num_rows] * len(items)
-        else:
-            lengths = [num_rows(item) for item in items]
         if modality == "image":
-            sources = patch_sources(len(items), tower, downsample)
+            sizes = [tuple(item.shape[:2]) for item in items]
+            layouts = [tower_layout(grid, tower, downsample) for grid in sizes]
+            items = [item.flatten(0, 1)[at.order] for item, at in zip(items, layouts)]
+            sources = patch_sources(sizes, tower, downsample)
         else:
-            sources = stacked_sources(lengths, downsample)
+            sizes = [num_rows(item) for item in items]
+            sources = stacked_sources(sizes, downsample)
         places = (token_T == PLACEHOLDERS[modality]).nonzero().flatten()
-        packed[modality] = Media(values, Segments.of(lengths), sources, places, kept)
+        packed[modality] = media_of(modality, items, sizes, model, sources, places)
     return packed
 
 
-def patch_sources(num_images: int, vision: VisionConfig, downsample: int) -> Tensor:
+def patch_sources(grids: list[Grid], vision: VisionConfig, downsample: int) -> Tensor:
     """Rows of the tower's output that make each image feature, int64 (F, downsample^2): neighbouring patches, line by
-    line (pixel shuffle). The class token is the first row of an image and belongs to no feature."""
-    side = vision.patches_per_side
-    patch = torch.arange(vision.num_patches) + vision.class_token
-    pattern = "(y fy x fx) -> (y x) (fy fx)"
-    of_one = rearrange(patch, pattern, fy=downsample, x=side // downsample, fx=downsample)
-    first = torch.arange(num_images) * vision.num_rows
-    return (first[:, None, None] + of_one).flatten(0, 1)
+    line (pixel shuffle). A class token is the first row of an image and belongs to no feature."""
+    sources = [torch.empty(0, downsample**2, dtype=torch.int64)]
+    start = 0
+    for grid in grids:
+        sources.append(tower_layout(grid, vision, downsample).sources + start + vision.class_token)
+        start += vision.rows_of(grid)
+    return torch.cat(sources)
 
 
 def stacked_sources(lengths: list[int], stack: int) -> Tensor:

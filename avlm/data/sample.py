@@ -6,7 +6,6 @@ the order of the media, so the n-th IMAGE id belongs to the n-th image feature.
 """
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from avlm.config.model import TOWERS, ModelConfig, counted
 from avlm.config.run import DataConfig
 from avlm.data.media import audio, image, video
+from avlm.data.media.patches import cut_into_patches
 from avlm.data.records import read_record
 from avlm.data.text.chat import Chat, check_vocabulary
 from avlm.data.text.pieces import MEDIA, TAG, Messages
@@ -46,12 +46,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """T tokens   S image side   M mel bins
+    """T tokens   N numbers of a patch: channels, frames, lines and columns, in this order   M mel bins
 
     token_T   int64: vocabulary ids and placeholders
     target_T  int64: the following token where it is learned, else IGNORE
     media     by modality, in the order of their placeholders:
-              "image"  uint8 (3, S, S), not yet normalised
+              "image"  uint8 patches (lines, columns, N), not yet normalised
               "audio"  log-mel windows float32 (M, frames)
     kind      one of KINDS
     position_T  None: 0, 1, 2, ...; else int64, for M-RoPE (3, T): time, line and column
@@ -190,10 +190,11 @@ class SampleEncoder:
         items: Items = {}
         if kind == "image":
             decoded = image.decode(data, config.max_image_pixels)
-            items["image"] = [image.fit(decoded, self.model.vision)]
+            items["image"] = [cut_into_patches(image.fit(decoded, self.model.vision)[None], self.model.vision)]
         if kind == "video":
             frames = video.decode(data, config.video, config.max_image_pixels)
-            items["image"] = [image.fit(frame, self.model.vision) for frame, _ in frames]
+            fitted = [image.fit(frame, self.model.vision) for frame, _ in frames]
+            items["image"] = [cut_into_patches(frame[None], self.model.vision) for frame in fitted]
         # A video without an audio track simply has no audio.
         if kind == "audio" or (kind == "video" and config.video.sound and video.has_audio(data)):
             waveform = audio.decode(data, config.max_audio_seconds, f"{kind} of {key}")
@@ -206,13 +207,8 @@ def placeholders(modality: str, items: list[Tensor], model: ModelConfig) -> list
     name = model.modalities[modality]
     tower = getattr(model, name)
     downsample = getattr(model, f"{name}_projector").downsample
-    count = 0
-    for item in items:
-        if modality == "audio":
-            count += math.ceil(audio.num_rows(item) / downsample)
-        else:
-            count += tower.num_features(downsample)
-    return [PLACEHOLDERS[modality]] * count
+    sizes = [audio.num_rows(item) if modality == "audio" else tuple(item.shape[:2]) for item in items]
+    return [PLACEHOLDERS[modality]] * sum(tower.num_features(size, downsample) for size in sizes)
 
 
 def kind_of(media: dict[str, list[Any]]) -> str:

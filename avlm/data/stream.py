@@ -12,6 +12,12 @@ from avlm.data.sample import Sample
 
 # Settings of a module that change no sample's length.
 LENGTH_IS_THE_SAME = ("bias", "output_std", "resample")
+# Settings that came later. Those that stand at their defaults are left out, so that runs from before can be resumed.
+LATER = {
+    "vision": "frames_per_patch deepstack_layers gated norm axial_rope window full_layers tokens_per_second",
+    "vision_projector": "norm norm_eps",
+    "audio_projector": "norm norm_eps",
+}
 
 
 @dataclass(frozen=True)
@@ -82,17 +88,25 @@ class Drawn:
 def fingerprint(data: DataConfig, model: ModelConfig) -> str:
     """Changes with every setting that decides what samples encode to and how they are packed, but not with the place
     of files, nor with what may change between a run and its resume."""
-    settings = dataclasses.asdict(data)
+    settings = _settings("data", data)
     for field in dataclasses.fields(data):
         if field.metadata.get("may_change") or field.name in ("train", "tokenizer"):
-            del settings[field.name]
+            settings.pop(field.name, None)
     settings["vocab_size"] = model.decoder.vocab_size
     for name in MODULES:
-        if name == "decoder":
-            continue
-        module = getattr(model, name)
-        settings[name] = None
-        if module is not None:
-            values = dataclasses.asdict(module)
-            settings[name] = {key: value for key, value in values.items() if key not in LENGTH_IS_THE_SAME}
+        if name != "decoder":
+            module = getattr(model, name)
+            settings[name] = None if module is None else _settings(name, module)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _settings(name: str, config: Any) -> dict[str, Any]:
+    later = LATER.get(name, "").split()
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        is_left_out = field.name in LENGTH_IS_THE_SAME or (field.name in later and value == default)
+        if not is_left_out:
+            found[field.name] = _settings(field.name, value) if dataclasses.is_dataclass(value) else value
+    return found

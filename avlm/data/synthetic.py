@@ -14,6 +14,7 @@ import torch
 
 from avlm.config.model import ModelConfig
 from avlm.data.media import audio
+from avlm.data.media.patches import cut_into_patches
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample, Items, kind_of, placeholders
 from avlm.data.stream import Stream
@@ -62,7 +63,7 @@ class SyntheticLoader:
             side = model.vision.image_size
             shape = (num_images, 3, side, side)
             pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-            media["image"] = list(pixels)
+            media["image"] = [cut_into_patches(image[None], model.vision) for image in pixels]
         num_samples = self.mix["seconds"] * audio.SAMPLE_RATE
         for _ in range(num_clips):
             noise = torch.randn(num_samples, generator=generator)

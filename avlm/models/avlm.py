@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from avlm.config.model import ModelConfig
 from avlm.models.batch import Batch
-from avlm.models.decoder import Decoder
+from avlm.models.decoder import Decoder, DeepFeatures
 from avlm.models.lora import apply_lora, init_magnitudes
 from avlm.models.projector import Projector
 from avlm.models.vit import VisionTower
@@ -37,7 +37,8 @@ class AVLM(nn.Module):
         for name in config.modalities.values():
             tower, projector = getattr(config, name), getattr(config, f"{name}_projector")
             gathered = tower.rows_per_feature(projector.downsample)
-            built = Projector(projector, tower.hidden_size, gathered, config.decoder.hidden_size)
+            num_deep = tower.width // tower.hidden_size - 1
+            built = Projector(projector, tower.hidden_size, gathered, config.decoder.hidden_size, num_deep)
             self.add_module(f"{name}_projector", built)
         if config.lora:
             apply_lora(self, config.lora)
@@ -56,21 +57,29 @@ class AVLM(nn.Module):
         returns the logits of the target rows instead, float32 (R, V).
         """
         with_media = caches is None or caches[0].is_prompt  # after the prompt no rank has any
-        x_TD = self.embed(batch, with_media)
-        x_TD = self.decoder(x_TD, batch.position_T, batch.segments, caches, batch.windowed)
+        x_TD = self.hidden(batch, caches, with_media)
         hidden_RD = self.decoder.norm(x_TD[batch.target_rows_R])
         target_R = batch.target_R if caches is None else None
         return self.decoder.head(hidden_RD, target_R, predict)
 
-    def embed(self, batch: Batch, with_media: bool = True) -> Tensor:
-        """Token features with every media feature at its row, (T, D). ``with_media`` must be the same on all ranks."""
+    def hidden(self, batch: Batch, caches: list | None = None, with_media: bool = True) -> Tensor:
+        """What the decoder makes of a row, before its final norm, (T, D)."""
+        x_TD, deep = self.embed(batch, with_media)
+        return self.decoder(x_TD, batch.position_T, batch.segments, caches, batch.windowed, deep)
+
+    def embed(self, batch: Batch, with_media: bool = True) -> tuple[Tensor, DeepFeatures | None]:
+        """Token features with every media feature at its row, (T, D); and what is to be added to the decoder's first
+        layers, if the model has DeepStack. ``with_media`` must be the same on all ranks."""
         x_TD = self.decoder.embedding(batch.token_T)
+        found = None
         for name, tower, projector in self.modalities if with_media else ():
             media = batch.media[name]
             with torch.set_grad_enabled(torch.is_grad_enabled() and trains(tower)):
                 features_PC = tower(media)
-            x_TD = projector(x_TD, media.rows, features_PC, media.sources)
-        return x_TD
+            x_TD, deep = projector(x_TD, media.rows, features_PC, media.sources)
+            if deep:
+                found = DeepFeatures(media.rows, deep)
+        return x_TD, found
 
 
 def trains(module: nn.Module) -> bool:

@@ -1,17 +1,20 @@
 """What the model sees: one packed row of tokens with its media. Every tensor is made in the loader, on the CPU.
 
 T tokens of the row   R tokens that carry a target   I items: images, or windows of audio   F features of all items
-S tower rows that make a feature   K rows kept after the stem   M mel bins   W frames of the longest window
+S tower rows that make a feature   P patches of all images, N numbers each   K rows kept after the stem of the audio
+tower   M mel bins   W frames of the longest window
 """
 
-import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from avlm.config.model import TOWERS, AudioConfig, DecoderConfig, ModelConfig, VisionConfig
+from avlm.models.movable import Movable
+from avlm.models.patches import Grid, PatchPlaces
 from kernels.segments import Segments
 
 IGNORE = -100  # target: nothing is learned here
@@ -23,86 +26,102 @@ PLACEHOLDERS = {"image": IMAGE, "audio": AUDIO}  # of each modality
 KINDS = ("text", "image", "audio", "video", "mixed")  # of samples; the loss is reported for each kind
 FRAMES_PER_ROW = 2  # the stride of the convolutions of the audio tower
 
-Part = TypeVar("Part", "Media", "Batch")
+Size = Grid | int  # of an item: lines and columns of patches of an image, rows in the tower of a window of audio
 
 
 @dataclass(frozen=True)
-class Media:
-    """The items of one modality in a row.
+class Media(Movable):
+    """The items of one modality in a row. An item is an image, the frames of a video that share patches, or a window of
+    audio.
 
-    values    what the tower reads: uint8 pixels (I, 3, height, width), or float32 log-mel windows (I, M, W) whose
-              frames past a clip are exactly 0
+    values    what the tower reads: uint8 patches (P, N) of all images in the tower's order, or float32 log-mel windows
+              (I, M, W) whose frames past a clip are exactly 0
+    sizes     of each item
     segments  the rows of each item in the tower
     sources   int64 (F, S): rows of the tower's output that make each feature, -1: zeros
     rows      int64 (F,): where in token_T each feature is written
-    kept      int64 (K,), for windows: which of the I * W / 2 rows after the convolutions belong to a clip.
-              None for a modality whose items all have the same shape
+    kept      for windows, int64 (K,): which of the I * W / 2 rows after the convolutions belong to a clip
+    places    for images of any grid: where their patches lie
     """
 
     values: Tensor
+    sizes: list[Size]
     segments: Segments
     sources: Tensor
     rows: Tensor
     kept: Tensor | None = None
+    places: PatchPlaces | None = None
 
     def __post_init__(self) -> None:
-        assert len(self.segments) == len(self.values)
+        assert len(self.segments) == len(self.sizes)
         assert self.sources.ndim == 2 and self.rows.shape == self.sources.shape[:1]
         assert self.kept is None or self.values.shape[2] % FRAMES_PER_ROW == 0
-
-    @staticmethod
-    def empty(tower: VisionConfig | AudioConfig | None, downsample: int = 1) -> "Media":
-        """No items, with the shape and dtype that the tower reads, if there is one."""
-        values = torch.empty(0)
-        kept = None
-        if isinstance(tower, VisionConfig):
-            values = torch.empty(0, 3, tower.image_size, tower.image_size, dtype=torch.uint8)
-        if isinstance(tower, AudioConfig):
-            values = torch.empty(0, tower.num_mels, FRAMES_PER_ROW)
-            kept = torch.arange(0)
-        rows_per_feature = tower.rows_per_feature(downsample) if tower else 1
-        sources = torch.empty(0, rows_per_feature, dtype=torch.int64)
-        return Media(values, Segments.of([]), sources, torch.arange(0), kept)
 
     @property
     def lengths(self) -> list[int]:
         """Rows of each item in the tower."""
         return [length for _, length in self.segments.spans]
 
-    def stack(self, items: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """``values`` and ``kept`` for other items of this modality. Windows are padded to the longest with zeros."""
-        if self.kept is None:
-            return torch.stack(items) if items else self.values[:0], None
-        longest = max([FRAMES_PER_ROW, *(item.shape[1] for item in items)])  # a convolution refuses an empty window
-        values = self.values.new_zeros(len(items), self.values.shape[1], longest)
-        kept = [torch.arange(0)]
-        for i, item in enumerate(items):
-            num_frames = item.shape[1]
-            values[i, :, :num_frames] = item
-            kept.append(torch.arange(num_frames // FRAMES_PER_ROW) + i * (longest // FRAMES_PER_ROW))
-        return values, torch.cat(kept)
-
     def items(self) -> list[Tensor]:
         """Each item without its padding."""
+        shapes = [self.item_shape(size) for size in self.sizes]
         if self.kept is None:
-            return list(self.values)
-        return [window[:, : FRAMES_PER_ROW * length] for window, length in zip(self.values, self.lengths)]
+            return list(self.values.split([num_patches for num_patches, _ in shapes]))
+        return [window[:, :num_frames] for window, (_, num_frames) in zip(self.values, shapes)]
 
-    def item_shape(self, num_rows: int) -> tuple[int, ...]:
-        """Shape of an item that has ``num_rows`` rows in the tower."""
-        if self.kept is None:
-            return tuple(self.values.shape[1:])
-        return self.values.shape[1], FRAMES_PER_ROW * num_rows
+    def item_shape(self, size: Size) -> tuple[int, int]:
+        """Shape of an item of this modality."""
+        if isinstance(size, int):
+            return self.values.shape[1], FRAMES_PER_ROW * size
+        return math.prod(size), self.values.shape[1]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Media":
-        return _moved(self, device, non_blocking)
 
-    def pin_memory(self) -> "Media":
-        return _pinned(self)
+def no_media(model: ModelConfig) -> dict[str, Media]:
+    """Empty ``Media`` for every modality."""
+    return {modality: media_of(modality, [], [], model) for modality in TOWERS}
+
+
+def media_of(
+    modality: str,
+    items: list[Tensor],
+    sizes: list[Size],
+    model: ModelConfig,
+    sources: Tensor | None = None,
+    rows: Tensor | None = None,
+    segments: Segments | None = None,
+) -> Media:
+    """Items as ``Media``, with the shape and dtype that the tower reads, if there is one; without features, unless
+    ``sources`` and ``rows`` say where they are. ``segments``: those that know of more than the rows of each item."""
+    name = TOWERS[modality]
+    tower, projector = getattr(model, name), getattr(model, f"{name}_projector")
+    downsample = projector.downsample if projector else 1
+    values, kept, places = torch.empty(0), None, None
+    if isinstance(tower, VisionConfig):
+        values = torch.cat([torch.empty(0, tower.patch_numbers, dtype=torch.uint8), *items])
+        places = PatchPlaces.of(sizes, tower, downsample) if tower.any_grid else None
+    if isinstance(tower, AudioConfig):
+        values, kept = _windows(items, tower)
+    if segments is None:
+        segments = Segments.of([tower.rows_of(size) for size in sizes])
+    if sources is None:
+        sources = torch.empty(0, tower.rows_per_feature(downsample) if tower else 1, dtype=torch.int64)
+    return Media(values, sizes, segments, sources, torch.arange(0) if rows is None else rows, kept, places)
+
+
+def _windows(items: list[Tensor], audio: AudioConfig) -> tuple[Tensor, Tensor]:
+    """``values`` and ``kept`` of windows, which are padded to the longest with zeros."""
+    longest = max([FRAMES_PER_ROW, *(item.shape[1] for item in items)])  # a convolution refuses an empty window
+    values = torch.zeros(len(items), audio.num_mels, longest)
+    kept = [torch.arange(0)]
+    for i, item in enumerate(items):
+        num_frames = item.shape[1]
+        values[i, :, :num_frames] = item
+        kept.append(torch.arange(num_frames // FRAMES_PER_ROW) + i * (longest // FRAMES_PER_ROW))
+    return values, torch.cat(kept)
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Movable):
     """One packed row. Shapes are checked here, once.
 
     token_T        int64: vocabulary ids, and a placeholder (IMAGE, AUDIO) for every feature
@@ -144,23 +163,6 @@ class Batch:
         """Tokens of the samples, without those that fill the end of the row."""
         return int(self.segments.cu_seqlens[len(self.keys)])
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device, copied without waiting if its memory is pinned."""
-        return _moved(self, device, non_blocking=True)
-
-    def pin_memory(self) -> "Batch":
-        return _pinned(self)
-
-
-def no_media(model: ModelConfig) -> dict[str, Media]:
-    """Empty ``Media`` for every modality."""
-    found = {}
-    for modality, tower in TOWERS.items():
-        projector = getattr(model, f"{tower}_projector")
-        downsample = projector.downsample if projector else 1
-        found[modality] = Media.empty(getattr(model, tower), downsample)
-    return found
-
 
 def windowed_segments(segments: Segments, model: ModelConfig) -> Segments | None:
     """``Batch.windowed`` of documents."""
@@ -189,23 +191,3 @@ def empty_batch(seq_length: int, model: ModelConfig) -> Batch:
         kind_R=nothing,
         **media,
     )
-
-
-def _moved(part: Part, device: torch.device | str, non_blocking: bool) -> Part:
-    """A copy on a device. Fields that can move do, ``segments`` too when it is a ``ContextPlan``."""
-    moved: dict[str, Any] = {}
-    for entry in dataclasses.fields(part):
-        value = getattr(part, entry.name)
-        if hasattr(value, "to"):
-            moved[entry.name] = value.to(device, non_blocking=non_blocking)
-    return dataclasses.replace(part, **moved)
-
-
-def _pinned(part: Part) -> Part:
-    """A copy with its tensors in pinned memory, except boundaries of segments, which are too small to matter."""
-    pinned: dict[str, Any] = {}
-    for entry in dataclasses.fields(part):
-        value = getattr(part, entry.name)
-        if hasattr(value, "pin_memory"):
-            pinned[entry.name] = value.pin_memory()
-    return dataclasses.replace(part, **pinned)

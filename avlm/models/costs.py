@@ -34,7 +34,7 @@ def counts(batch: Batch) -> dict[str, int]:
         "tokens": len(batch.token_T),
         "token_pairs": sum(length * (length + 1) // 2 for length in documents),
         "targets": len(batch.target_R),
-        "patches": batch.image.sources.numel(),
+        "patches": len(batch.image.values),
         "frames": num_windows * num_frames,
         "strided_frames": num_windows * (num_frames // FRAMES_PER_ROW),  # left by the second convolution
     }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from avlm.config.model import AudioConfig, VisionConfig
 from avlm.models.attention import AttentionCore
 from avlm.models.lora import lora_init_stats
+from avlm.models.rope import rotate
 from kernels.segments import Segments
 
 
@@ -23,7 +24,9 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_tanh": gelu_tanh}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "silu": F.silu}
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+Rope = tuple[Tensor, Tensor]  # cos and sin, float32 (T, E)
 
 
 class EncoderAttention(nn.Module):
@@ -38,32 +41,47 @@ class EncoderAttention(nn.Module):
         self.o = nn.Linear(hidden_size, hidden_size)
         self.core = AttentionCore(causal=False)
 
-    def forward(self, x_TD: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x_TD: Tensor, segments: Segments, rope: Rope | None = None) -> Tensor:
         heads = (-1, self.head_dim)
         q_THE = self.q(x_TD).unflatten(-1, heads)
         k_THE = self.k(x_TD).unflatten(-1, heads)
         v_THE = self.v(x_TD).unflatten(-1, heads)
+        if rope is not None:
+            q_THE, k_THE = rotate(q_THE, *rope), rotate(k_THE, *rope)
         out_THE = self.core(q_THE, k_THE, v_THE, segments)
         return self.o(out_THE.flatten(1))
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block. Its options are those of VisionConfig; the defaults are Whisper's."""
 
     def __init__(
-        self, config: VisionConfig | AudioConfig, activation: str = "gelu", key_bias: bool = True, eps: float = 1e-5
+        self,
+        config: VisionConfig | AudioConfig,
+        *,
+        activation: str = "gelu",
+        gated: bool = False,
+        norm: str = "layer",
+        norm_eps: float = 1e-5,
+        key_bias: bool = True,
     ):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps)
-        self.attention = EncoderAttention(config.hidden_size, config.num_heads, key_bias)
-        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        D, F = config.hidden_size, config.intermediate_size
+        self.attention_norm = NORMS[norm](D, norm_eps)
+        self.attention = EncoderAttention(D, config.num_heads, key_bias)
+        self.ffn_norm = NORMS[norm](D, norm_eps)
+        self.gate = nn.Linear(D, F) if gated else None
+        self.up = nn.Linear(D, F)
+        self.down = nn.Linear(F, D)
         self.activation = ACTIVATIONS[activation]
 
-    def forward(self, x_TD: Tensor, segments: Segments) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), segments)
-        hidden_TF = self.activation(self.up(self.ffn_norm(x_TD)))
+    def forward(self, x_TD: Tensor, segments: Segments, rope: Rope | None = None) -> Tensor:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), segments, rope)
+        normed_TD = self.ffn_norm(x_TD)
+        if self.gate is None:
+            hidden_TF = self.activation(self.up(normed_TD))
+        else:
+            hidden_TF = self.activation(self.gate(normed_TD)) * self.up(normed_TD)
         return x_TD + self.down(hidden_TF)
 
 
@@ -77,7 +95,7 @@ def encoder_init_stats(tower: nn.Module, num_layers: int) -> dict[str, tuple[flo
     for name, module in tower.named_modules():
         if f"{name}.weight" in stats:  # an adapter
             continue
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
             stats[f"{name}.weight"] = (1.0, 0.0)
         elif isinstance(module, nn.Linear | nn.Conv1d):
             num_inputs = math.prod(module.weight.shape[1:])
@@ -87,6 +105,6 @@ def encoder_init_stats(tower: nn.Module, num_layers: int) -> dict[str, tuple[flo
             stats[f"{name}.weight"] = (0.0, std)
         else:
             continue
-        if module.bias is not None:
+        if getattr(module, "bias", None) is not None:
             stats[f"{name}.bias"] = (0.0, 0.0)
     return stats

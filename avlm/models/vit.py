@@ -1,18 +1,22 @@
-"""Vision tower: CLIP ViT (Radford et al. 2021) and SigLIP (Zhai et al. 2023), all images in one packed row.
+"""Vision tower: CLIP ViT (Radford et al. 2021), SigLIP (Zhai et al. 2023) and those of Qwen-VL, which take images and
+videos of any grid of patches (Dehghani et al. 2023). All images stand in one packed row.
 
-I images   S image side   P patch side   N patches of an image   C class tokens (0 or 1)   L = C + N rows of an image
-T = I * L rows   D width
+I images   P patches of all images, N numbers each   C class tokens (0 or 1)   T = P + I * C rows   D width   E head dim
 """
 
 from functools import lru_cache
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avlm.config.model import VisionConfig
 from avlm.models.batch import Media
-from avlm.models.encoder import EncoderBlock, encoder_init_stats
+from avlm.models.encoder import NORMS, EncoderBlock, Rope, encoder_init_stats
+from avlm.models.patches import PatchPlaces
+from avlm.models.rope import rope_table
+
+AXIAL_THETA = 10_000.0
 
 
 class VisionTower(nn.Module):
@@ -20,36 +24,56 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         D = config.hidden_size
+        norm = NORMS[config.norm]
         # The patch convolution, written as a matrix product.
-        self.patch = nn.Linear(3 * config.patch_size**2, D, bias=config.patch_bias)
-        self.class_token = None
-        if config.class_token:
-            self.class_token = nn.Parameter(torch.empty(1, D))
-        self.position = nn.Parameter(torch.empty(config.num_rows, D))
-        self.pre_norm = nn.LayerNorm(D, config.norm_eps) if config.pre_norm else nn.Identity()
-        blocks = [EncoderBlock(config, config.activation, eps=config.norm_eps) for _ in range(config.num_blocks)]
-        self.blocks = nn.ModuleList(blocks)
-        self.post_norm = nn.LayerNorm(D, config.norm_eps) if config.post_norm else nn.Identity()
+        self.patch = nn.Linear(config.patch_numbers, D, bias=config.patch_bias)
+        self.class_token = nn.Parameter(torch.empty(1, D)) if config.class_token else None
+        self.position = nn.Parameter(torch.empty(config.num_rows, D)) if config.num_rows else None
+        self.pre_norm = norm(D, config.norm_eps) if config.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(
+            EncoderBlock(
+                config, activation=config.activation, gated=config.gated, norm=config.norm, norm_eps=config.norm_eps
+            )
+            for _ in range(config.num_blocks)
+        )
+        self.post_norm = norm(D, config.norm_eps) if config.post_norm else nn.Identity()
 
     def forward(self, images: Media) -> Tensor:
-        """Features of every row, the class token of an image first: (T, D) in the weights' dtype. Zero images are
-        legal."""
-        pixels_I3SS = normalise(images.values, self.config).to(self.patch.weight.dtype)
-        x_IND = self.patch(self.cut_into_patches(pixels_I3SS))
+        """Features of every row, the class token of an image first: (T, D) in the weights' dtype; with DeepStack those
+        of its layers beside them, (T, D * (1 + layers)). Zero images are legal."""
+        x_PD = self.patch(normalise(images.values, self.config).to(self.patch.weight.dtype))
+        rope = windows = None
+        if images.places is None:
+            x_TD = self._on_a_square(x_PD)
+        else:
+            x_TD = x_PD + self._stretched_positions(images.places)
+            windows = images.places.windows
+            if self.config.axial_rope:
+                rope = axial_table(images.places.yx, self.config.head_dim)
+        x_TD = self.pre_norm(x_TD)
+        inner = []
+        for i, block in enumerate(self.blocks):
+            x_TD = block(x_TD, windows if self.config.has_window(i) else images.segments, rope)
+            if i in self.config.deepstack_layers:
+                inner.append(x_TD)
+        x_TD = self.post_norm(x_TD)
+        return torch.cat([x_TD, *inner], 1) if inner else x_TD
+
+    def _on_a_square(self, x_PD: Tensor) -> Tensor:
+        """(T, D): the class token before the patches of each image, and its positions, a row for each."""
+        x_IND = x_PD.unflatten(0, (-1, self.config.num_patches))
         if self.class_token is not None:
             class_I1D = self.class_token.expand(x_IND.shape[0], 1, -1)
             x_IND = torch.cat([class_I1D, x_IND], dim=1)
-        x_TD = self.pre_norm(x_IND + self.position).flatten(0, 1)
-        for block in self.blocks:
-            x_TD = block(x_TD, images.segments)
-        return self.post_norm(x_TD)
+        return (x_IND + self.position).flatten(0, 1)
 
-    def cut_into_patches(self, pixels_I3SS: Tensor) -> Tensor:
-        """(I, N, 3 * P * P), line by line. Pixels past the last whole patch are dropped, as a convolution does."""
-        P, side = self.config.patch_size, self.config.patches_per_side
-        end = side * P
-        whole_I3SS = pixels_I3SS[:, :, :end, :end]
-        return rearrange(whole_I3SS, "i c (line y) (column x) -> i (line column) (c y x)", y=P, x=P)
+    def _stretched_positions(self, places: PatchPlaces) -> Tensor | float:
+        """(P, D): weighted sums of rows of the table; 0 without one."""
+        if self.position is None:
+            return 0.0
+        assert places.tap_rows is not None and places.tap_weights is not None
+        weights_P4 = places.tap_weights.to(self.position.dtype)
+        return F.embedding_bag(places.tap_rows, self.position, mode="sum", per_sample_weights=weights_P4)
 
     def init_stats(self) -> dict[str, tuple[float, float]]:
         """(mean, std) of the normal from which each parameter is drawn; positions and the class token have std 0.02."""
@@ -59,15 +83,24 @@ class VisionTower(nn.Module):
         return stats
 
 
-def normalise(pixels_I3SS: Tensor, vision: VisionConfig) -> Tensor:
+def normalise(patches_PN: Tensor, vision: VisionConfig) -> Tensor:
     """uint8 -> float32: zero mean and unit variance over the images that the tower was trained on."""
-    device = pixels_I3SS.device
-    mean = _by_channel(tuple(vision.mean), device)
-    std = _by_channel(tuple(vision.std), device)
-    return (pixels_I3SS.float() - mean) / std
+    device, of_channel = patches_PN.device, vision.patch_numbers // 3
+    mean_N = _by_channel(tuple(vision.mean), of_channel, device)
+    std_N = _by_channel(tuple(vision.std), of_channel, device)
+    return (patches_PN.float() - mean_N) / std_N
 
 
 @lru_cache
-def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 (3, 1, 1), scaled to pixel values of 0..255. Cached, because a copy to a GPU makes the host wait."""
-    return 255 * torch.tensor(values, device=device).view(3, 1, 1)
+def _by_channel(values: tuple[float, ...], of_channel: int, device: torch.device) -> Tensor:
+    """float32 (N,), scaled to pixel values of 0..255. Cached, because a copy to a GPU makes the host wait."""
+    return 255 * torch.tensor(values, device=device).repeat_interleave(of_channel)
+
+
+def axial_table(yx_P2: Tensor, head_dim: int) -> Rope:
+    """cos and sin for ``rotate``, float32 (P, E). Of the E / 2 pairs of dimensions of a head, the first half turns with
+    a patch's line and the second with its column, by theta^(-2i / (E / 2)) with i < E / 4."""
+    num_each = head_dim // 4
+    exponent = torch.arange(num_each, dtype=torch.float64, device=yx_P2.device) / num_each
+    frequency = (AXIAL_THETA**-exponent).repeat(2)
+    return rope_table(frequency, yx_P2.repeat_interleave(num_each, dim=1))

@@ -12,16 +12,17 @@ T tokens of the whole row   F features   S tower rows of a feature   P tower row
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from avlm.config.model import ModelConfig
-from avlm.models.batch import Batch, Media
+from avlm.models.batch import Batch, Media, Size, media_of
 from avlm.models.costs import item_costs
 from avlm.parallel.exchange import RoutedSegments, swap
 from avlm.parallel.mesh import World
@@ -51,7 +52,8 @@ class MediaPlan:
     """Which rank encodes which item of one modality: those of the first home, then of the second, and so on."""
 
     share: Share
-    lengths: list[int]  # tower rows of each item
+    sizes: list[Size]  # of each item
+    lengths: list[int]  # its tower rows
     encoders: list[int]  # the rank that encodes it
     senders: list[int]  # the rank of its home that hands it to the encoder
     own: range  # the items of this rank's home
@@ -80,28 +82,32 @@ def split(
         return batch
     assert len(place_T) % row_ranks == 0, f"{row_ranks} ranks cannot hold {len(place_T)} tokens evenly"
     tokens_per_rank = len(place_T) // row_ranks
-    lengths = {name: batch.media[name].lengths for name in model.modalities}
-    homes = [lengths]
+    sizes = {name: batch.media[name].sizes for name in model.modalities}
+    homes = [sizes]
     share = Share(group, 0, row_ranks, tokens_per_rank)
     if balance:
-        homes = world.gather(lengths if world.leads_row else None)[::row_ranks]
+        homes = world.gather(sizes if world.leads_row else None)[::row_ranks]
         share = Share(dist.group.WORLD, world.data_rank, row_ranks, tokens_per_rank)
     changes = {}
-    for name in model.modalities:
-        plan = make_plan(share, [home[name] for home in homes], item_costs(name, model))
-        changes[name] = split_media(batch.media[name], place_T, plan)
+    for name, tower in model.modalities.items():
+        rows_of = getattr(model, tower).rows_of
+        plan = make_plan(share, [home[name] for home in homes], rows_of, item_costs(name, model))
+        changes[name] = split_media(name, batch.media[name], place_T, plan, model)
     return replace(batch, **changes)
 
 
-def make_plan(share: Share, lengths_of_homes: list[list[int]], costs: tuple[int, int]) -> MediaPlan:
-    """The same on every rank. ``costs`` as in ``item_costs``. An encoder of the item's home has the item already; to
-    other encoders the ranks of the home send in turn."""
+def make_plan(
+    share: Share, sizes_of_homes: list[list[Size]], rows_of: Callable[[Any], int], costs: tuple[int, int]
+) -> MediaPlan:
+    """The same on every rank. ``rows_of``: tower rows of a size; ``costs`` as in ``item_costs``. An encoder of the
+    item's home has the item already; to other encoders the ranks of the home send in turn."""
     per_row, per_pair = costs
-    lengths = list(chain.from_iterable(lengths_of_homes))
+    sizes = list(chain.from_iterable(sizes_of_homes))
+    lengths = [rows_of(size) for size in sizes]
     encoders = assign([per_row * length + per_pair * length**2 for length in lengths], share.num_ranks)
     senders = []
     own = range(0)
-    for home, of_home in enumerate(lengths_of_homes):
+    for home, of_home in enumerate(sizes_of_homes):
         first = len(senders)
         items = range(first, first + len(of_home))
         if home == share.home:
@@ -112,7 +118,7 @@ def make_plan(share: Share, lengths_of_homes: list[list[int]], costs: tuple[int,
                 sender = home * share.ranks_per_home + item % share.ranks_per_home
             senders.append(sender)
     mine = [item for item, encoder in enumerate(encoders) if encoder == share.rank]
-    return MediaPlan(share, lengths, encoders, senders, own, mine)
+    return MediaPlan(share, sizes, lengths, encoders, senders, own, mine)
 
 
 def assign(costs: list[int], num_ranks: int) -> list[int]:
@@ -130,13 +136,13 @@ def assign(costs: list[int], num_ranks: int) -> list[int]:
     return ranks
 
 
-def split_media(media: Media, place_T: Tensor, plan: MediaPlan) -> Media:
+def split_media(modality: str, media: Media, place_T: Tensor, plan: MediaPlan, model: ModelConfig) -> Media:
     """The items that this rank encodes, and the features that land on its tokens. Windows travel without padding."""
-    shapes = [media.item_shape(length) for length in plan.lengths]
+    shapes = [media.item_shape(size) for size in plan.sizes]
     items = _hand_over(media.items(), media.values, shapes, plan)
-    values, kept = media.stack(items)
     segments, rows_F, sources_FS = _route(media, place_T, plan)
-    return Media(values, segments, sources_FS, rows_F, kept)
+    sizes = [plan.sizes[item] for item in plan.mine]
+    return media_of(modality, items, sizes, model, sources_FS, rows_F, segments)
 
 
 def _route(media: Media, place_T: Tensor, plan: MediaPlan) -> tuple[RoutedSegments, Tensor, Tensor]:
@@ -191,7 +197,7 @@ def _arrivals(destination_P: Tensor, lengths: list[int], plan: MediaPlan) -> tup
 
 
 def _hand_over(
-    own_items: Sequence[Tensor], like: Tensor, shapes: list[tuple[int, ...]], plan: MediaPlan
+    own_items: Sequence[Tensor], like: Tensor, shapes: Sequence[tuple[int, ...]], plan: MediaPlan
 ) -> list[Tensor]:
     """The items that this rank encodes, from the items of its home; ``shapes`` of all items of the plan."""
     share = plan.share

@@ -352,6 +352,7 @@ def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
 def _media_rows(name: str, case: Case) -> int:
     """Rows of a tower on the rank with most, for a row full of images or of whole windows of audio."""
     tower = getattr(case.model, name)
-    num_features = tower.num_features(getattr(case.model, f"{name}_projector").downsample)
+    size = (tower.patches_per_side,) * 2 if isinstance(tower, VisionConfig) else tower.max_positions
+    num_features = tower.num_features(size, getattr(case.model, f"{name}_projector").downsample)
     num_items = case.stage.data.seq_length // num_features
     return math.ceil(num_items / case.layout.row_ranks) * tower.num_rows

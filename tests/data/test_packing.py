@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avlm.config.load import load_config
+from avlm.data.media.patches import cut_into_patches, frames_of
 from avlm.data.packing import pack, patch_sources, select
 from avlm.data.sample import EncodedSample
 from avlm.models.batch import AUDIO as AUDIO_ID
@@ -66,7 +67,7 @@ def samples(draw):
         tokens += [draw(st.integers(0, 99)) for _ in range(draw(st.integers(1, 6)))]
         token_T = torch.tensor(tokens)
         target_T = torch.cat([token_T[1:], torch.tensor([IGNORE])])
-        pixels = torch.full((images, 3, 28, 28), number, dtype=torch.uint8)
+        pixels = torch.full((images, 4, 4, 3 * 7 * 7), number, dtype=torch.uint8)
         mels = [torch.full((AUDIO.num_mels, count), float(number + 1)) for count in frames]
         media = {"image": list(pixels), "audio": mels}
         kind = KINDS[number % len(KINDS)]
@@ -102,11 +103,11 @@ def test_each_feature_goes_to_a_row_of_its_own_sample(samples):
     batch = pack(samples, sum(map(len, samples)) + 3, MODEL)
     owner_T = torch.cat([torch.full((len(s),), n) for n, s in enumerate(samples)] + [torch.full((3,), -1)])
     # Images: the features of image i are rows i * 16 to (i + 1) * 16, and its pixels hold the sample's number.
-    assert len(batch.image.rows) == IMAGE_ROWS * len(batch.image.values)
+    assert len(batch.image.rows) == len(batch.image.values) == IMAGE_ROWS * len(batch.image.sizes)
     image_owner = torch.tensor([n for n, sample in enumerate(samples) for _ in sample.media["image"]])
     pixel_owner = image_owner.repeat_interleave(IMAGE_ROWS)
     assert torch.equal(owner_T[batch.image.rows], pixel_owner.long())
-    assert batch.image.segments.spans == [(i * 17, 17) for i in range(len(batch.image.values))]
+    assert batch.image.segments.spans == [(i * 17, 17) for i in range(len(batch.image.sizes))]
     # Sound: flatten the windows as the tower's convolutions do, keep rows, stack them, and see whose they are.
     flat = batch.audio.values[:, 0, ::2].flatten()
     kept = torch.cat([flat[batch.audio.kept], torch.zeros(1)])  # index -1: the padding of a stack
@@ -131,21 +132,22 @@ def test_frames_past_a_clip_are_exact_zeros():
 
 
 def test_a_feature_is_made_of_neighbouring_patches_of_its_image():
-    rows = patch_sources(
-        2, dataclasses.replace(VISION, image_size=32, patch_size=8, class_token=True), 2
-    )  # 4 x 4 patches and a class
+    vision = dataclasses.replace(VISION, image_size=32, patch_size=8, class_token=True)
+    rows = patch_sources([(4, 4)] * 2, vision, 2)
     assert rows.tolist()[:4] == [[1, 2, 5, 6], [3, 4, 7, 8], [9, 10, 13, 14], [11, 12, 15, 16]]
     assert (rows[4:] - 17).equal(rows[:4])
-    alone = patch_sources(1, dataclasses.replace(VISION, image_size=32, patch_size=8, class_token=False), 1)
+    alone = patch_sources([(4, 4)], dataclasses.replace(vision, class_token=False), 1)
     assert alone.tolist() == [[row] for row in range(16)]
 
 
 def test_pixels_stay_bytes_until_the_tower_reads_them():
-    pixels = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (2, 1, 3, 28, 28), dtype=torch.uint8)
     ids = torch.tensor([IMAGE] * 32)
-    sample = EncodedSample("a", "image", ids, torch.full_like(ids, IGNORE), {"image": list(pixels)})
-    packed = pack([sample], 40, MODEL).image.values
-    assert packed.dtype == torch.uint8 and torch.equal(packed, pixels)
+    patches = [cut_into_patches(frames, MODEL.vision) for frames in pixels]
+    sample = EncodedSample("a", "image", ids, torch.full_like(ids, IGNORE), {"image": patches})
+    packed = pack([sample], 40, MODEL).image
+    assert packed.values.dtype == torch.uint8
+    assert torch.equal(torch.stack(frames_of(packed, MODEL.vision, 1)), pixels)
 
 
 @pytest.mark.parametrize("towers", [{}, {"vision": None}, {"audio": None}, {"vision": None, "audio": None}])

@@ -6,6 +6,7 @@ import torch
 
 from avlm.config.run import VideoConfig
 from avlm.data.media import audio, image
+from avlm.data.media.patches import cut_into_patches
 from avlm.data.sample import Sample, SampleEncoder, parse, placeholders
 from avlm.data.stream import fingerprint
 from avlm.data.text.tokenizer import Tokenizer
@@ -54,8 +55,9 @@ def test_every_image_has_its_own_run_of_placeholders(tokenizer_folder, downsampl
     encode = encoder(tokenizer_folder, model(downsample=downsample)).encode
     encoded = encode(sample("<image> and <image> and <image>", images=[png(1), png(2), png(3)]))
     assert runs(encoded.token_T, IMAGE) == [rows] * 3
-    for pixels, seed in zip(encoded.media["image"], (1, 2, 3)):
-        assert torch.equal(pixels, image.fit(image.decode(png(seed), 10**6), VISION))
+    for patches, seed in zip(encoded.media["image"], (1, 2, 3)):
+        pixels = image.fit(image.decode(png(seed), 10**6), VISION)
+        assert torch.equal(patches, cut_into_patches(pixels[None], VISION))
 
 
 def test_clips_of_different_lengths_keep_their_identity_and_order(tokenizer_folder):
@@ -83,7 +85,7 @@ def test_a_video_becomes_its_frames_scaled_like_images_and_then_its_sound(tokeni
     config = {"video": VideoConfig(num_frames=3, sound=True)}
     encoded = encoder(tokenizer_folder, **config).encode(sample("<video>", videos=[video_file(1.5, sound=True)]))
     pixels = torch.stack(encoded.media["image"])
-    assert pixels.shape == (3, 3, 28, 28) and pixels.dtype == torch.uint8
+    assert pixels.shape == (3, 4, 4, 3 * 7 * 7) and pixels.dtype == torch.uint8
     assert pixels.float().mean().item() == pytest.approx(12, abs=3)  # bytes: not normalised twice, not 0..1
     assert runs(encoded.token_T, IMAGE) == [3 * 16] and runs(encoded.token_T, AUDIO_ID) == [75]
     placeholders = encoded.token_T[encoded.token_T < 0].tolist()

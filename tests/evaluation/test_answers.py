@@ -111,7 +111,7 @@ def test_token_accuracy_is_the_share_of_targets_whose_logit_is_the_largest(cfg, 
     init(model, cfg.seed)
     quieten(model)
     with torch.no_grad():
-        x_TD = model.decoder(model.embed(row), row.position_T, row.segments)
+        x_TD = model.hidden(row)
         logits_RV = model.decoder.norm(x_TD)[row.target_rows_R] @ model.decoder.head.weight.T
     expected = (logits_RV.argmax(1) == row.target_R).float().mean().item()
     assert 0 < expected < 1

@@ -15,7 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import generate as command
 from avlm.config.model import LoraConfig, ModelConfig
 from avlm.config.run import DataConfig, InitFrom
-from avlm.data.sample import EncodedSample
+from avlm.data.media.patches import cut_into_patches
+from avlm.data.sample import EncodedSample, placeholders
 from avlm.evaluation.decoding import Decoding, choose
 from avlm.evaluation.generation import Ranks, draws, generate, prompt_phase, steps
 from avlm.evaluation.kept_cache import KeptCache
@@ -35,10 +36,10 @@ TEXT = ModelConfig(decoder=DECODER)
 
 
 def prompt(
-    token_ids: list[int], pixels: torch.Tensor | None = None, position_T: torch.Tensor | None = None
+    token_ids: list[int], images: list[torch.Tensor] = (), position_T: torch.Tensor | None = None
 ) -> EncodedSample:
     token_T = torch.tensor(token_ids, dtype=torch.int64)
-    media = {} if pixels is None else {"image": list(pixels)}
+    media = {"image": list(images)}
     return EncodedSample("prompt", "text", token_T, torch.full_like(token_T, IGNORE), media, position_T)
 
 
@@ -93,7 +94,8 @@ def test_greedy_answers_of_llava_equal_those_of_transformers(tmp_path):
     vision = ours.config.vision
     mean, std = (torch.tensor(x)[:, None, None] for x in (vision.mean, vision.std))
     ids = [1, *[IMAGE] * 9, 5, 6, *[IMAGE] * 9, 7]
-    [answer] = generate(ours, [prompt(ids, pixels)], stop_ids=[], max_new_tokens=16)
+    images = [cut_into_patches(image[None], vision) for image in pixels]
+    [answer] = generate(ours, [prompt(ids, images)], stop_ids=[], max_new_tokens=16)
     out = theirs.generate(
         input_ids=torch.tensor([[60 if i == IMAGE else i for i in ids]]),
         pixel_values=(pixels / 255 - mean) / std,
@@ -166,11 +168,11 @@ def test_a_conversation_whose_cache_is_kept_answers_as_one_that_is_run_at_once(c
     kept = KeptCache(model)
     lengths = []
     model.decoder.register_forward_pre_hook(lambda _, inputs: lengths.append(len(inputs[0])))
-    pixels = torch.randint(256, (2, 3, 24, 24), dtype=torch.uint8)
-    picture = [IMAGE] * config.vision.num_features(config.vision_projector.downsample) if config.vision else []
+    images = list(torch.randint(256, (2, 4, 4, 3 * 4 * 4), dtype=torch.uint8))
+    picture = placeholders("image", images[:1], config) if config.vision else []
     ids = [1, *picture, 5, 6]
     for turn, expected in enumerate((len(ids), 1 + 4 + len(picture), 1 + 4, 4 + 1, 1)):
-        asked = prompt(ids, pixels[: ids.count(IMAGE) // max(1, len(picture))])
+        asked = prompt(ids, images[: ids.count(IMAGE) // max(1, len(picture))])
         [whole] = generate(model, [asked], stop_ids=[], max_new_tokens=6)
         lengths.clear()
         found = [token for [[token]] in steps(model, [asked], max_new_tokens=6, kept=kept)]

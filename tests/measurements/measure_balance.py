@@ -51,10 +51,10 @@ def step(model, batch, world, balance):
     start, busy = time.perf_counter(), time.process_time()
     local = media.split(batch, torch.arange(len(batch.token_T)), MODEL, world, balance)
     split = time.perf_counter() - start
-    model.embed(local).sum().backward()
+    model.embed(local)[0].sum().backward()
     busy = time.process_time() - busy
     world.barrier()
-    return time.perf_counter() - start, split, busy, len(local.image.values)
+    return time.perf_counter() - start, split, busy, len(local.image.sizes)
 
 
 def measure(repeats):

@@ -25,6 +25,7 @@ from transformers import CLIPImageProcessor, WhisperFeatureExtractor
 
 from avlm.config.model import AudioConfig, VisionConfig
 from avlm.data.media import audio, image
+from avlm.data.media.patches import cut_into_patches
 from avlm.models.vit import normalise
 from tests.data.small_files import image_file, photo, tone
 
@@ -52,7 +53,8 @@ def main() -> None:
         return extractor(waveform, sampling_rate=16_000, return_tensors="pt").input_features[0]
 
     def our_image() -> torch.Tensor:
-        return normalise(image.fit(image.decode(jpeg, 10**8), VISION)[None], VISION)[0]
+        pixels = image.fit(image.decode(jpeg, 10**8), VISION)
+        return normalise(cut_into_patches(pixels[None], VISION), VISION)
 
     def our_audio(config: AudioConfig) -> torch.Tensor:
         return audio.mels(audio.decode(wav, 600.0), config)[0]

@@ -32,6 +32,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from avlm.config.load import load_config
 from avlm.config.model import ModelConfig
 from avlm.data.loader import open_loader
+from avlm.data.media.patches import frames_of
 from avlm.data.stream import Stream
 from avlm.demo.build import ensure
 from avlm.families import clip, llama, whisper
@@ -120,6 +121,7 @@ def pad(batch: Batch, config: ModelConfig) -> dict[str, Tensor]:
     label_T[batch.target_rows_R + 1] = batch.target_R
     samples = lambda row_T: row_T[: sum(lengths)].split(lengths)
     window = config.audio.max_positions
+    pixels = normalise(batch.image.values, config.vision)
     sound = batch.audio
     rows_per_window = sound.values.shape[2] // 2
     clip_K, row_K = sound.kept // rows_per_window, sound.kept % rows_per_window
@@ -127,7 +129,7 @@ def pad(batch: Batch, config: ModelConfig) -> dict[str, Tensor]:
         "ids": pad_sequence(samples(batch.token_T), batch_first=True),
         "mask": pad_sequence(samples(torch.ones_like(batch.token_T)), batch_first=True),
         "labels": pad_sequence(samples(label_T), batch_first=True, padding_value=IGNORE),
-        "pixels": normalise(batch.image.values, config.vision),
+        "pixels": torch.cat(frames_of(replace(batch.image, values=pixels), config.vision, 1)),
         "mel": F.pad(sound.values, (0, 2 * window - sound.values.shape[2])),
         "mel_rows": clip_K * window + row_K,
         "frame_rows": sound.sources,
@@ -140,6 +142,7 @@ def in_full_windows(row: Batch, batch: dict[str, Tensor], window: int) -> Batch:
     num_windows = len(row.audio.values)
     whole = Media(
         batch["mel"],
+        [window] * num_windows,
         Segments.of([window] * num_windows),
         torch.where(sources < 0, -1, batch["mel_rows"][sources]),
         row.audio.rows,

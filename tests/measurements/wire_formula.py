@@ -12,10 +12,9 @@ from collections import Counter
 import torch
 import torch.distributed as dist
 
-from avlm.config.model import ModelConfig
 from avlm.config.run import Config
 from avlm.models.avlm import AVLM
-from avlm.models.batch import KINDS, Batch
+from avlm.models.batch import KINDS, Batch, Media, Size
 from avlm.models.costs import item_costs
 from avlm.parallel import media
 from avlm.parallel.context import cut
@@ -191,30 +190,28 @@ def of_media(config: Config, world: World, homes: list[Batch], share: media.Shar
     model = config.model
     total = 0
     for name, tower in model.modalities.items():
-        lengths = [home.media[name].lengths for home in homes]
-        plan = media.make_plan(share, lengths, item_costs(name, model))
-        width = getattr(model, tower).hidden_size
+        sizes = [home.media[name].sizes for home in homes]
+        plan = media.make_plan(share, sizes, getattr(model, tower).rows_of, item_costs(name, model))
+        width = getattr(model, tower).width
         total += ITEMSIZE * width * crossings(plan, name, homes, world)
-        for length, sender, encoder in zip(plan.lengths, plan.senders, plan.encoders):
+        for size, length, sender, encoder in zip(plan.sizes, plan.lengths, plan.senders, plan.encoders):
             if len(homes) > 1 and sender == share.rank != encoder:
-                total += item_bytes(name, length, model) + 8 * length
+                total += item_bytes(homes[0].media[name], size) + 8 * length
     return total
 
 
-def item_bytes(modality: str, length: int, model: ModelConfig) -> int:
-    """An image is uint8; a window is float32, two frames for each of its ``length`` tower rows."""
-    if modality == "image":
-        return 3 * model.vision.image_size**2
-    return 4 * model.audio.num_mels * 2 * length
+def item_bytes(media: Media, size: Size) -> int:
+    """An image is uint8, a window float32."""
+    return media.values.element_size() * math.prod(media.item_shape(size))
 
 
 def of_lengths(config: Config, world: World, rows: list[Batch]) -> int:
-    """With balance every rank sends the lengths of its media to all, padded to the longest message, and 8 bytes that
+    """With balance every rank sends the sizes of its media to all, padded to the longest message, and 8 bytes that
     say how long it is."""
     longest = 0
     for row in rows:
-        lengths = {name: row.media[name].lengths for name in config.model.modalities}
-        longest = max(longest, len(pickle.dumps(lengths)))
+        sizes = {name: row.media[name].sizes for name in config.model.modalities}
+        longest = max(longest, len(pickle.dumps(sizes)))
     return (world.size - 1) * (8 + longest)
 
 

@@ -1,6 +1,7 @@
 """Batches made by hand, and the rule that gradients are compared by."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 
 from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import InitFrom
-from avlm.data.packing import patch_sources, stacked_sources
+from avlm.data.media.patches import cut_into_patches
+from avlm.data.packing import pack_media
+from avlm.data.sample import EncodedSample, Items, placeholders
 from avlm.models.avlm import AVLM, init
-from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch, Media, windowed_segments
+from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch, Media, no_media, text_positions, windowed_segments
 from avlm.weights.load import Report, load_weights
 from kernels.segments import Segments
 
@@ -33,7 +36,7 @@ def make_batch(
     target_T = torch.tensor([t for d in documents for t in [*d[1:], IGNORE] if d], dtype=torch.int64)
     target_T[target_T < 0] = IGNORE
     target_rows = (target_T >= 0).nonzero().flatten()[:num_targets]
-    image, audio = Media.empty(None), Media.empty(None)
+    image, audio = no_media(config).values()
     if config.vision:
         image = images_of(config.vision, images, config.vision_projector.downsample)
     if config.audio:
@@ -41,7 +44,7 @@ def make_batch(
     segments = Segments.of([len(document) for document in documents])
     return Batch(
         token_T=token_T,
-        position_T=torch.cat([torch.arange(len(document)) for document in documents]),
+        position_T=torch.cat([text_positions(len(document), config.decoder) for document in documents], dim=-1),
         segments=segments,
         windowed=windowed_segments(segments, config),
         target_rows_R=target_rows,
@@ -57,20 +60,32 @@ def pixels_of(num_images: int, side: int) -> Tensor:
     return torch.randint(256, (num_images, 3, side, side), dtype=torch.uint8)
 
 
-def images_of(vision: VisionConfig, pixels: Tensor | None, downsample: int = 1) -> Media:
-    """Media of pixels in 0..255, (I, 3, S, S); features are written one after the other."""
-    if pixels is None:
-        pixels = Media.empty(vision).values
-    sources = patch_sources(len(pixels), vision, downsample)
-    return Media(pixels, Segments.of([vision.num_rows] * len(pixels)), sources, torch.arange(len(sources)))
+def normalised(pixels: Tensor, vision: VisionConfig) -> Tensor:
+    """Pixels in 0..255 as a processor of transformers gives them, (I, 3, S, S)."""
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (vision.mean, vision.std))
+    return (pixels.float() - mean) / std
+
+
+def images_of(vision: VisionConfig, images: Tensor | Sequence[Tensor] | None, downsample: int = 1) -> Media:
+    """Media of pixels in 0..255, (I, 3, S, S), or of images of their own sizes, (frames_per_patch, 3, H, W) each;
+    features are written one after the other."""
+    items = [
+        cut_into_patches(image if image.ndim == 4 else image[None], vision)
+        for image in (() if images is None else images)
+    ]
+    return _media_of("image", items, vision, downsample)
 
 
 def windows_of(audio: AudioConfig, clips: list[Tensor], downsample: int = 1) -> Media:
     """Media of windows (M, W) of any even length W; features are written one after the other."""
-    lengths = [clip.shape[1] // 2 for clip in clips]
-    sources = stacked_sources(lengths, downsample)
-    values, kept = Media.empty(audio).stack(clips)
-    return Media(values, Segments.of(lengths), sources, torch.arange(len(sources)), kept)
+    return _media_of("audio", clips, audio, downsample)
+
+
+def _media_of(modality: str, items: list[Tensor], config: VisionConfig | AudioConfig, downsample: int) -> Media:
+    _, model = around(config, downsample)
+    token_T = torch.tensor(placeholders(modality, items, model), dtype=torch.int64)
+    media: Items = {modality: items}
+    return pack_media([EncodedSample("", "mixed", token_T, token_T, media)], token_T, model)[modality]
 
 
 def build(config: ModelConfig, seed: int = 0) -> AVLM:
@@ -121,11 +136,13 @@ def assert_gradients_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], t
         assert (gradient - reference).norm() <= bound, f"{name}: {(gradient - reference).norm():.2e} > {bound:.2e}"
 
 
-def around(config: VisionConfig | AudioConfig) -> tuple[str, ModelConfig]:
+def around(config: VisionConfig | AudioConfig, downsample: int = 1) -> tuple[str, ModelConfig]:
     """The smallest model around a tower, and the tower's name in it."""
     tower = "vision" if isinstance(config, VisionConfig) else "audio"
     decoder = DecoderConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1)
-    return tower, ModelConfig(decoder=decoder, **{tower: config, f"{tower}_projector": ProjectorConfig()})
+    return tower, ModelConfig(
+        decoder=decoder, **{tower: config, f"{tower}_projector": ProjectorConfig(downsample=downsample)}
+    )
 
 
 def build_tower(config: VisionConfig | AudioConfig) -> nn.Module:

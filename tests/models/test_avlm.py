@@ -8,9 +8,8 @@ import transformers
 
 from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.models.batch import AUDIO, IMAGE
-from avlm.models.vit import normalise
 from avlm.weights.folder import read_config
-from tests.models.handmade import assert_gradients_close, build, loaded, make_batch, pixels_of, save
+from tests.models.handmade import assert_gradients_close, build, loaded, make_batch, normalised, pixels_of, save
 
 DECODER = DecoderConfig(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, max_position=256
@@ -66,8 +65,8 @@ def test_llava_logits_of_two_images_and_gradients_equal_those_of_transformers(ti
         kind_R=torch.zeros(len(document), dtype=torch.int64),
     )
     input_ids = torch.tensor([[60 if token == IMAGE else token for token in document]])
-    expected = theirs(input_ids=input_ids, pixel_values=normalise(pixels, config.vision)).logits[0]
-    x_TD = ours.decoder(ours.embed(everything), batch.position_T, batch.segments)
+    expected = theirs(input_ids=input_ids, pixel_values=normalised(pixels, config.vision)).logits[0]
+    x_TD = ours.hidden(everything)
     logits = ours.decoder.head(ours.decoder.norm(x_TD), None)
     error = (logits - expected).abs().max().item()
     print(f"parity llava tie={tie}: {error:.2e} of {expected.abs().max():.2f}")
@@ -159,7 +158,7 @@ def test_every_clip_and_image_lands_on_its_own_rows():
     images, clips = pixels_of(2, 16), clips_of(20, 46, 6)
     document = [1, *sound(clips[0]), *PICTURE, 2, *sound(clips[1]), *sound(clips[2]), *PICTURE, 3]
     with torch.no_grad():
-        x_TD = model.embed(make_batch(WHOLE, [document], images, clips))
+        x_TD, _ = model.embed(make_batch(WHOLE, [document], images, clips))
         row = 1
         for medium in (clips[0], images[0], None, clips[1], clips[2], images[1]):
             if medium is None:
@@ -167,7 +166,7 @@ def test_every_clip_and_image_lands_on_its_own_rows():
                 continue
             kwargs = {"clips": [medium]} if medium.ndim == 2 else {"images": medium[None]}
             tokens = sound(medium) if medium.ndim == 2 else PICTURE
-            alone = model.embed(make_batch(WHOLE, [tokens], **kwargs))
+            alone, _ = model.embed(make_batch(WHOLE, [tokens], **kwargs))
             assert (x_TD[row : row + len(tokens)] - alone).abs().max() <= 1e-5
             row += len(tokens)
     assert row == len(document) - 1

@@ -60,7 +60,7 @@ MODELS = {
 
 def all_logits(model, batch: Batch) -> torch.Tensor:
     """Logits of every row, through the model's own parts."""
-    x_TD = model.decoder(model.embed(batch), batch.position_T, batch.segments, windowed=batch.windowed)
+    x_TD = model.hidden(batch)
     return model.decoder.head(model.decoder.norm(x_TD), None)
 
 

@@ -146,7 +146,7 @@ def test_peft_loads_our_adapters_onto_the_decoder_of_transformers(kind, tmp_path
     document = torch.randint(61, (40,)).tolist()
     batch = make_batch(cfg.model, [document])
     with torch.no_grad():
-        x_TD = model.decoder(model.embed(batch), batch.position_T, batch.segments)
+        x_TD = model.hidden(batch)
         ours = model.decoder.head(model.decoder.norm(x_TD), None)
         merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         for other in (theirs, merged):

@@ -17,7 +17,7 @@ def test_projected_rows_replace_theirs_and_leave_the_others(kind):
     into, rows, features = torch.randn(9, 6), torch.tensor([7, 2, 3]), torch.randn(6, 4)
     source = torch.tensor([[0, 5], [4, 2], [3, -1]])
     before = into.clone()
-    out = projector(into, rows, features, source)
+    out, _ = projector(into, rows, features, source)
     x = torch.stack([torch.cat([features[0], features[5]]), torch.cat([features[4], features[2]])])
     x = torch.cat([x, torch.cat([features[3], torch.zeros(4)])[None]])
     expected = {
@@ -34,7 +34,8 @@ def test_projected_rows_replace_theirs_and_leave_the_others(kind):
 def test_no_features_give_exactly_zero_gradients(kind):
     projector = Projector(ProjectorConfig(type=kind), tower_size=4, gathered=1, decoder_size=6)
     nothing = torch.zeros(0, dtype=torch.int64)
-    projector(torch.randn(5, 6), nothing, torch.zeros(0, 4), nothing.view(0, 1)).sum().backward()
+    out, _ = projector(torch.randn(5, 6), nothing, torch.zeros(0, 4), nothing.view(0, 1))
+    out.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in projector.parameters())
 
 
@@ -44,9 +45,10 @@ def test_no_features_give_exactly_zero_gradients(kind):
 def test_features_start_about_as_large_as_told(kind, share, std):
     config = ProjectorConfig(type=kind, hidden_size=256, output_std=std)
     projector = Projector(config, tower_size=64, gathered=2, decoder_size=512)
-    for name, (mean, deviation) in projector.init_stats().items():
-        torch.nn.init.normal_(projector.get_parameter(name), mean, deviation)
+    stats = projector.init_stats()
+    for name, parameter in projector.named_parameters():
+        torch.nn.init.normal_(parameter, *stats[name])
     x_PC, source_RS = torch.randn(200, 64), torch.arange(200).view(100, 2)
     with torch.no_grad():
-        out = projector(torch.zeros(100, 512), torch.arange(100), x_PC, source_RS)
+        out, _ = projector(torch.zeros(100, 512), torch.arange(100), x_PC, source_RS)
     assert out.square().mean().sqrt().item() == pytest.approx(share * std, rel=0.1)

@@ -9,9 +9,17 @@ import transformers
 from avlm.config.model import VisionConfig
 from avlm.families import clip as clip_family
 from avlm.families.door import hugging_face_name
-from avlm.models.vit import VisionTower, normalise
+from avlm.models.vit import VisionTower
 from avlm.weights.folder import read_config
-from tests.models.handmade import assert_gradients_close, build_tower, images_of, load_tower, pixels_of, save
+from tests.models.handmade import (
+    assert_gradients_close,
+    build_tower,
+    images_of,
+    load_tower,
+    normalised,
+    pixels_of,
+    save,
+)
 
 SIZES = {
     "hidden_size": 32,
@@ -41,7 +49,7 @@ def patches(tower: VisionTower, pixels: torch.Tensor) -> torch.Tensor:
 
 def hidden_states(theirs, pixels: torch.Tensor, config: VisionConfig, layer: int = -2) -> torch.Tensor:
     """Features of the patches alone after a layer of a transformers tower."""
-    states = theirs(normalise(pixels, config), output_hidden_states=True).hidden_states[layer]
+    states = theirs(normalised(pixels, config), output_hidden_states=True).hidden_states[layer]
     return states[:, int(config.class_token) :]
 
 
@@ -71,7 +79,7 @@ def test_the_last_features_of_siglip_can_be_normalised(tmp_path):
     tower, report = load_tower(config, tmp_path)
     pixels = pixels_of(2, 24)
     with torch.no_grad():
-        error = (patches(tower, pixels) - theirs(normalise(pixels, config)).last_hidden_state).abs().max().item()
+        error = (patches(tower, pixels) - theirs(normalised(pixels, config)).last_hidden_state).abs().max().item()
     print(f"parity siglip post-norm: {error:.2e}")
     assert error <= 1e-4
     assert set(report.skipped) == {"attention-pooling head"}

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from avlm.config.load import resolve_config
-from avlm.config.model import MODULES
+from avlm.config.model import MODULES, VisionConfig
 from avlm.config.run import Config
+from avlm.data.media.patches import cut_into_patches
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.models import freezing
@@ -41,6 +42,7 @@ TREE = {
     "optimizer": {"lr": 3e-3, "warmup_steps": 2},
     "stages": [{"name": "all", "steps": 20, "train": list(MODULES)}],
 }
+VISION = VisionConfig(**TREE["model"]["vision"])
 # mix of media -> images and clips of a sample
 MEDIA = {"text": (0, 0), "image": (2, 0), "audio": (0, 1), "both": (1, 1), "video": (4, 1)}
 
@@ -73,9 +75,10 @@ def make_sample(mix: str, num_words: int, generator: torch.Generator) -> Encoded
     token_T = torch.cat([torch.tensor(media, dtype=torch.long), text])
     target_T = torch.full_like(token_T, -100)
     target_T[len(media) : -1] = token_T[len(media) + 1 :]
-    pixels = torch.randint(0, 255, (num_images, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(0, 255, (num_images, 1, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    images = [cut_into_patches(frames, VISION) for frames in pixels]
     kind = "mixed" if mix == "both" else mix
-    return EncodedSample(mix, kind, token_T, target_T, {"image": list(pixels), "audio": mels})
+    return EncodedSample(mix, kind, token_T, target_T, {"image": images, "audio": mels})
 
 
 def build(cfg: Config, worlds: dict[tuple, mesh.World] | None = None) -> tuple[mesh.World, AVLM]:

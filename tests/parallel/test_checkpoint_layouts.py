@@ -73,7 +73,7 @@ def start_from(source, layout):
 def logits(model, cfg):
     [row] = make_rows(cfg, ["both"], seed=9)
     with torch.no_grad():
-        x_TD = model.decoder(model.embed(row), row.position_T, row.segments)
+        x_TD = model.hidden(row)
         return model.decoder.head(model.decoder.norm(x_TD), None)
 
 

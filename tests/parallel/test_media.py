@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.data.media.patches import cut_into_patches
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.models.avlm import AVLM, init
@@ -87,8 +88,8 @@ def make_batch(model, num_images, num_clips, seed):
 
 
 def make_image(generator):
-    pixels = torch.randint(0, 255, (3, 16, 16), generator=generator, dtype=torch.uint8)
-    return make_sample([-200] * 4, {"image": [pixels]})
+    pixels = torch.randint(0, 255, (1, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    return make_sample([-200] * 4, {"image": [cut_into_patches(pixels, MODEL.vision)]})
 
 
 def make_clip(model, generator):
@@ -112,7 +113,7 @@ def reference(model, batches, weights):
     model.zero_grad()
     features = []
     for batch, weight_TD in zip(batches, weights):
-        x_TD = model.embed(batch)
+        x_TD, _ = model.embed(batch)
         (x_TD * weight_TD).sum().backward()
         features.append(x_TD.detach())
     return features, gradients(model)
@@ -143,12 +144,12 @@ def compare(model, world, counts, balance=False, group=None, shuffled=True):
     num_held = TOKENS // row_group.size()
     held = place_T.argsort()[row_group.rank() * num_held :][:num_held]  # tokens of the whole row on this rank
     local = media.split(batch, place_T, model.config, world, balance, group)
-    num_images = len(local.image.values)
+    num_images = len(local.image.sizes)
     window_lengths = local.audio.lengths
     local = replace(local, token_T=batch.token_T[held], position_T=batch.position_T[held]).to("cpu")
 
     model.zero_grad()
-    x_TD = model.embed(local)
+    x_TD, _ = model.embed(local)
     (x_TD * weights[world.data_rank][held]).sum().backward()
     summed = gradients(model)
     assert summed.keys() == expected.keys()

@@ -16,7 +16,6 @@ from avlm.config.run import DataConfig, InitFrom
 from avlm.data.media.audio import mels
 from avlm.models.avlm import AVLM
 from avlm.models.batch import AUDIO, IMAGE
-from avlm.models.vit import normalise
 from avlm.storage import model_folder
 from avlm.storage.run_folder import read_run
 from avlm.weights.__main__ import main
@@ -24,7 +23,7 @@ from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights
 from avlm.weights.sources import open_checkpoint
-from tests.models.handmade import build, loaded, make_batch, pixels_of, save
+from tests.models.handmade import build, loaded, make_batch, normalised, pixels_of, save
 from tests.models.test_avlm import AUDIO_ONLY, DECODER, WHOLE, llava
 from tests.weights.test_sources import write_run
 
@@ -67,7 +66,7 @@ def test_an_exported_decoder_has_equal_logits_in_transformers(family, tmp_path):
     document = torch.randint(61, (100,)).tolist()
     batch = make_batch(config, [document])
     with torch.no_grad():
-        x_TD = model.decoder(model.embed(batch), batch.position_T, batch.segments, windowed=batch.windowed)
+        x_TD = model.hidden(batch)
         logits = model.decoder.head(model.decoder.norm(x_TD), None)
         error = (logits - theirs(torch.tensor([document])).logits[0]).abs().max().item()
     print(f"export {family}: {error:.2e}")
@@ -94,9 +93,9 @@ def test_an_exported_llava_has_equal_logits_in_transformers(family, tmp_path):
     batch = make_batch(config, [document], pixels)
     ids = [theirs.config.image_token_index if token == IMAGE else token for token in document]
     with torch.no_grad():
-        x_TD = model.decoder(model.embed(batch), batch.position_T, batch.segments)
+        x_TD = model.hidden(batch)
         logits = model.decoder.head(model.decoder.norm(x_TD), None)
-        expected = theirs(input_ids=torch.tensor([ids]), pixel_values=normalise(pixels, config.vision)).logits[0]
+        expected = theirs(input_ids=torch.tensor([ids]), pixel_values=normalised(pixels, config.vision)).logits[0]
     error = (logits - expected[:, :61]).abs().max().item()
     print(f"export llava {family}: {error:.2e}")
     assert error <= 1e-4
@@ -128,7 +127,7 @@ VOXTRAL = dataclasses.replace(
 def logits_of(model, config, document, clips):
     batch = make_batch(config, [document], clips=clips)
     with torch.no_grad():
-        x_TD = model.decoder(model.embed(batch), batch.position_T, batch.segments)
+        x_TD = model.hidden(batch)
         return model.decoder.head(model.decoder.norm(x_TD), None)
 
 

@@ -56,7 +56,7 @@ def assert_answers_alike(model, prompt, theirs, media_token, folder, **inputs):
     assert inputs["input_ids"].tolist() == [ids]
     batch = pack([prompt], len(prompt), model.config)
     with torch.no_grad():
-        x_TD = model.decoder(model.embed(batch), batch.position_T, batch.segments)
+        x_TD = model.hidden(batch)
         ours = model.decoder.head(model.decoder.norm(x_TD), None)
         expected = theirs(**inputs).logits[0, :, : ours.shape[1]]
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)

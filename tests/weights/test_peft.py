@@ -15,12 +15,11 @@ from avlm.config.model import LoraConfig
 from avlm.config.run import InitFrom
 from avlm.models.avlm import AVLM
 from avlm.models.batch import AUDIO, IMAGE
-from avlm.models.vit import normalise
 from avlm.weights.__main__ import main
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import init_weights
-from tests.models.handmade import build, make_batch, pixels_of, save
+from tests.models.handmade import build, make_batch, normalised, pixels_of, save
 from tests.models.test_avlm import TEXT_ONLY, VISION_ONLY, WHOLE, llava
 from tests.weights.test_export import VOXTRAL
 from tests.weights.test_sources import write_run
@@ -61,7 +60,7 @@ def logits_of_both(family, ours, theirs):
     if family == "llava":
         document, pixels = [1, *[IMAGE] * 9, 4, 5, 6], pixels_of(1, 24)
         batch = make_batch(ours.config, [document], pixels)
-        media = {"pixel_values": normalise(pixels, ours.config.vision)}
+        media = {"pixel_values": normalised(pixels, ours.config.vision)}
         token = theirs.config.image_token_id
     else:
         document, clips = [1, *[AUDIO] * 25, 4, 5], [torch.randn(80, 200)]
@@ -70,7 +69,7 @@ def logits_of_both(family, ours, theirs):
         token = theirs.config.audio_token_id
     ids = torch.tensor([[token if each < 0 else each for each in document]])
     with torch.no_grad():
-        x_TD = ours.decoder(ours.embed(batch), batch.position_T, batch.segments)
+        x_TD = ours.hidden(batch)
         mine = ours.decoder.head(ours.decoder.norm(x_TD), None)
         return mine, theirs(input_ids=ids, **media).logits[0, :, : mine.shape[1]]
 
