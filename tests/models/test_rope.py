@@ -11,6 +11,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 from avlm.config.model import DecoderConfig, ModelConfig
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
+from avlm.families import llama
 from avlm.families.door import hugging_face_name
 from avlm.models.decoder import Decoder, DeepFeatures
 from avlm.models.rope import positions_of_pairs, rope_frequencies, rope_table
@@ -98,7 +99,7 @@ def test_hidden_states_equal_those_of_transformers_with_media_positions_and_deep
     held = theirs.state_dict()
     for key, parameter in ours.named_parameters():
         if key != "head.weight":
-            parameter.data = held[hugging_face_name("decoder", key)]
+            parameter.data = held[hugging_face_name(llama, "decoder", key)]
     position = media_positions()
     x_TD = torch.randn(position.shape[1], config.hidden_size)
     is_medium_T = torch.zeros(len(x_TD), dtype=torch.bool)
