@@ -162,9 +162,9 @@ class VisionConfig:
             f"feature_layer={self.feature_layer} must lie in -{self.num_layers}..-1",
         )
         if not self.any_grid:
-            for key in ("axial_rope", "window", "frames_per_patch"):
+            for key, default in {"axial_rope": False, "window": None, "frames_per_patch": 1}.items():
                 value = getattr(self, key)
-                require(value in (False, None, 1), f"{key}={value} needs resize=area")
+                require(value == default, f"{key}={value} needs resize=area")
         require(not (self.any_grid and self.class_token), "resize=area goes with class_token=false")
         require(
             not self.axial_rope or self.head_dim % 4 == 0,
