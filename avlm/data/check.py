@@ -52,21 +52,28 @@ def _check_room(model: ModelConfig, stage: StageConfig) -> None:
     trained = {name.split(".")[0] for name in trained_names(stage, model, parameter_shapes(model))}
     sizes = {}
     if {"vision", "vision_projector"} & trained:
-        sizes["vision"] = (
-            "an image",
-            model.vision.num_features((model.vision.patches_per_side,) * 2, model.vision_projector.downsample),
-        )
+        sizes["vision"] = ("an image", _least_image(model, stage.data))
     if {"audio", "audio_projector"} & trained and model.audio.window == "fixed":
-        sizes["audio"] = (
-            "an audio window",
-            model.audio.num_features(model.audio.max_positions, model.audio_projector.downsample),
-        )
+        tokens = model.audio.num_features(model.audio.max_positions, model.audio_projector.downsample)
+        sizes["audio"] = ("an audio window", tokens)
     for tower, (item, tokens) in sizes.items():
         if tokens > stage.data.seq_length:
+            fix = f"model.{tower}_projector.downsample"
+            if tower == "vision" and model.vision.any_grid:
+                fix = "lower the least of data.image_tokens"
             raise ValueError(
                 f"stage {stage.name}: {item} takes {tokens} tokens, more than data.seq_length="
-                f"{stage.data.seq_length}: raise it, or model.{tower}_projector.downsample"
+                f"{stage.data.seq_length}: raise it, or {fix}"
             )
+
+
+def _least_image(model: ModelConfig, data: DataConfig) -> int:
+    """Features of the smallest image."""
+    vision = model.vision
+    if vision.any_grid:
+        return math.ceil(data.image_tokens[0])
+    side = vision.patches_per_side
+    return vision.num_features((side, side), model.vision_projector.downsample)
 
 
 def _check_training(config: Config, stage: StageConfig) -> list[Look]:

@@ -37,6 +37,7 @@ class Shown:
     sample: Sample
     size: str  # such as "49 tokens, 2 learned"
     pieces: list[tuple[str, str, bool]]
+    grids: dict[str, str]  # name of an image or a video -> its size, patches and features
 
 
 def media_of(sample: Sample) -> Iterator[tuple[str, str, bytes]]:
@@ -62,7 +63,8 @@ def _section(shown: Shown, limits: DataConfig) -> str:
     figures = ""
     for name, kind, content in media_of(shown.sample):
         uri = URIS[kind](content, limits)
-        figures += f"<figure>{ELEMENTS[kind].format(uri=uri, name=name)}<figcaption>{name}</figcaption></figure>\n"
+        caption = ": ".join([name, *filter(None, [shown.grids.get(name)])])
+        figures += f"<figure>{ELEMENTS[kind].format(uri=uri, name=name)}<figcaption>{caption}</figcaption></figure>\n"
     text = "".join(_piece(*piece) for piece in shown.pieces)
     return (
         f"<section><h2>{html.escape(shown.sample.key)} <span>{shown.size}</span></h2>\n"

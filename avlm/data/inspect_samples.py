@@ -16,9 +16,10 @@ from avlm.data.bad_samples import by_reason
 from avlm.data.inspect_page import Shown, media_of, page
 from avlm.data.inspect_row import draw_row
 from avlm.data.loader import open_loader
+from avlm.data.media_reader import MediaReader
 from avlm.data.packing import tokens_of_rows
 from avlm.data.rows import RowStream, encoded
-from avlm.data.sample import EncodedSample
+from avlm.data.sample import EncodedSample, Sample
 from avlm.data.stream import Stream
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.batch import IGNORE, KINDS, PLACEHOLDERS
@@ -59,7 +60,8 @@ def show(stream: Stream, count: int, out: Path | None = None, html: Path | None 
         found.add(sample)
         if len(shown) < count:
             size = f"{counted(len(sample), 'token')}, {int((sample.target_T != IGNORE).sum())} learned"
-            shown.append(Shown(drawn.sample, size, list(pieces(sample, tokenizer))))
+            grids = grids_of(drawn.sample, rows.encoder.reader)
+            shown.append(Shown(drawn.sample, size, list(pieces(sample, tokenizer)), grids))
             print(describe(shown[-1]), end="\n\n", flush=True)
     if found.bad and not found.lengths:
         key, reason = found.bad[0]
@@ -123,15 +125,35 @@ def pieces(sample: EncodedSample, tokenizer: Tokenizer) -> Iterator[tuple[str, s
             yield "", tokenizer.decode(ids), is_learned
 
 
+def grids_of(sample: Sample, reader: MediaReader) -> dict[str, str]:
+    """Name of each image and video -> its size, patches and features."""
+    found = {}
+    for name, kind, content in media_of(sample):
+        if kind == "audio":
+            continue
+        extent = reader.extent(kind, content)
+        height, width = extent.source
+        lines, columns = extent.grid
+        parts = [f"{width} x {height} pixels"]
+        items = ""
+        if kind == "video":
+            parts.append(f"{counted(len(extent.times), 'frame')} at {extent.times[0]:.1f} to {extent.times[-1]:.1f} s")
+            items = f"{extent.num_items:,} x "
+        parts.append(f"{items}{columns} x {lines} patches")
+        found[name] = ", ".join([*parts, counted(extent.features, "feature")])
+    return found
+
+
 def describe(shown: Shown) -> str:
-    """One sample: its key, its length and its tokens."""
+    """One sample: its key, its length and its tokens, then the grids of its media."""
     text = ""
     for modality, part, is_learned in shown.pieces:
         if modality:
             text += _coloured(f"<{part}>", CYAN)
         else:
             text += _coloured(f"[{part}]", GREEN) if is_learned else part
-    return f"{shown.sample.key}: {shown.size}\n{text}"
+    grids = [f"{name}: {grid}" for name, grid in shown.grids.items()]
+    return "\n".join([f"{shown.sample.key}: {shown.size}", text.removesuffix("\n"), *grids])
 
 
 @dataclass

@@ -1,25 +1,27 @@
 """A sample: messages and media in, token ids with counted placeholders, targets and decoded media out.
 
-Every placeholder id stands for exactly one feature: an image gives (image_size / patch / downsample)^2 IMAGE ids, a
-window of audio ceil(rows / stack) AUDIO ids, a video its frames as images and then, if asked for, its audio. They have
-the order of the media, so the n-th IMAGE id belongs to the n-th image feature.
+Every placeholder id stands for exactly one feature: an image of lines x columns patches gives (lines / downsample) *
+(columns / downsample) IMAGE ids, a window of audio ceil(rows / stack) AUDIO ids, a video its frames as images and then,
+if asked for, its audio. They have the order of the media, so the n-th IMAGE id belongs to the n-th image feature.
+Around them stand the markers of ``data.markers``, and times where ``data.video.timestamps`` asks for them.
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from avlm.config.model import TOWERS, ModelConfig, counted
+from avlm.config.model import TOWERS, ModelConfig, counted, shown
 from avlm.config.run import DataConfig
-from avlm.data.media import audio, image, video
-from avlm.data.media.patches import cut_into_patches
+from avlm.data.media import audio
+from avlm.data.media_reader import MediaReader, Room, Run
+from avlm.data.positions import Placed, place, position_of
 from avlm.data.records import read_record
 from avlm.data.text.chat import Chat, check_vocabulary
-from avlm.data.text.pieces import MEDIA, TAG, Messages
+from avlm.data.text.pieces import MEDIA, TAG, Messages, Piece
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.batch import IGNORE, PLACEHOLDERS
 
@@ -101,6 +103,11 @@ class SampleEncoder:
         self.data = data
         self.tokenizer = tokenizer
         self.chat = chat or Chat(tokenizer, data.template, data.system)
+        self.reader = MediaReader(model, data)
+        for kind, markers in data.markers.items():
+            for token in markers:
+                if token not in tokenizer.control_tokens:
+                    raise ValueError(f"data.markers.{kind}: {shown(token)!r} is no control token of {tokenizer.file}")
 
     def encode(self, sample: Sample) -> EncodedSample:
         """A training sample. Raises ValueError if it exceeds data.seq_length or has nothing to learn."""
@@ -123,36 +130,60 @@ class SampleEncoder:
         return self._encode(sample, prompt=True)
 
     def _encode(self, sample: Sample, prompt: bool) -> EncodedSample:
-        most = self.model.decoder.max_position if prompt else self.data.seq_length
-        self._check_length(sample.messages, most)
+        room = Room(self.data.seq_length, "data.seq_length")
+        if prompt:
+            room = Room(self.model.decoder.max_position, "model.decoder.max_position")
+        self._check_length(sample.messages, room.most)
         pieces = self.chat.pieces(sample.messages, prompt=prompt)
         files = {"image": sample.images, "audio": sample.audios, "video": sample.videos}
         for kind, of_kind in files.items():
             self._check_media(kind, of_kind, sum(piece.kind == kind for piece in pieces))
-        unread = {kind: enumerate(of_kind, 1) for kind, of_kind in files.items()}
+        pieces, runs = self._with_media(pieces, files, sample.key, room)
+        unplaced = iter(runs)
         ids: list[int] = []
         learned: list[bool] = []
         media: Items = {modality: [] for modality in PLACEHOLDERS}
+        placed: list[Placed] = []
         for piece, piece_ids in self.chat.encode(pieces):
             if piece.kind in MEDIA:
-                piece_ids = []
-                number, file = next(unread[piece.kind])
-                try:
-                    read = self._read(piece.kind, file, sample.key)
-                except ValueError as error:
-                    if len(files[piece.kind]) == 1:
-                        raise
-                    raise ValueError(f"{piece.kind} {number}: {error}") from None
-                for modality, items in read.items():
-                    media[modality] += items
-                    piece_ids += placeholders(modality, items, self.model)
+                run = next(unplaced)
+                media[run.modality] += run.items
+                piece_ids = placeholders(run.modality, run.items, self.model)
+                if run.modality == "image":
+                    placed.append(place(run.items, len(ids), self.model, run.step))
             ids += piece_ids
             learned += [piece.learned] * len(piece_ids)
         token_T = torch.tensor(ids, dtype=torch.int64)
         following_T = torch.cat([token_T[1:], token_T.new_full((1,), IGNORE)])
         is_learned_T = torch.tensor([*learned[1:], False], dtype=torch.bool)
         target_T = torch.where(is_learned_T, following_T, IGNORE)
-        return EncodedSample(sample.key, kind_of(files), token_T, target_T, media)
+        position_T = position_of(len(ids), placed, self.model)
+        return EncodedSample(sample.key, kind_of(files), token_T, target_T, media, position_T)
+
+    def _with_media(
+        self, pieces: list[Piece], files: dict[str, list[bytes]], key: str, room: Room
+    ) -> tuple[list[Piece], list[Run]]:
+        """The pieces with the texts and markers of media, and the runs of features that the pieces of media stand
+        for."""
+        unread = {kind: enumerate(of_kind, 1) for kind, of_kind in files.items()}
+        laid_out: list[Piece] = []
+        found: list[Run] = []
+        for piece in pieces:
+            if piece.kind not in MEDIA:
+                laid_out.append(piece)
+                continue
+            number, file = next(unread[piece.kind])
+            try:
+                runs = self.reader.read(piece.kind, file, key, room)
+            except ValueError as error:
+                if len(files[piece.kind]) == 1:
+                    raise
+                raise ValueError(f"{piece.kind} {number}: {error}") from None
+            for run in runs:
+                _lay_out(run, laid_out)
+                room = replace(room, taken=room.taken + len(placeholders(run.modality, run.items, self.model)))
+            found += runs
+        return laid_out, found
 
     def _check_length(self, messages: Messages, most: int) -> None:
         """Refuse text of more than ``most`` tokens before all of it is tokenised: by its length, and a long text by the
@@ -184,22 +215,16 @@ class SampleEncoder:
                     f"{kind} of {len(data)} bytes exceeds data.max_media_bytes={self.data.max_media_bytes}"
                 )
 
-    def _read(self, kind: str, data: bytes, key: str) -> Items:
-        """The items of one file of the sample, by modality: a video has frames and, if asked for, audio."""
-        config = self.data
-        items: Items = {}
-        if kind == "image":
-            decoded = image.decode(data, config.max_image_pixels)
-            items["image"] = [cut_into_patches(image.fit(decoded, self.model.vision)[None], self.model.vision)]
-        if kind == "video":
-            frames = video.decode(data, config.video, config.max_image_pixels)
-            fitted = [image.fit(frame, self.model.vision) for frame, _ in frames]
-            items["image"] = [cut_into_patches(frame[None], self.model.vision) for frame in fitted]
-        # A video without an audio track simply has no audio.
-        if kind == "audio" or (kind == "video" and config.video.sound and video.has_audio(data)):
-            waveform = audio.decode(data, config.max_audio_seconds, f"{kind} of {key}")
-            items["audio"] = audio.mels(waveform, self.model.audio)
-        return items
+
+def _lay_out(run: Run, pieces: list[Piece]) -> None:
+    """Add a run after other pieces. Its text is tokenised together with the text before it."""
+    last = pieces[-1] if pieces else None
+    if run.text and last is not None and last.kind in ("text", "markup") and not last.learned:
+        pieces[-1] = replace(last, text=last.text + run.text)
+    elif run.text:
+        pieces.append(Piece("text", run.text))
+    around = [Piece("control", marker) for marker in run.markers]
+    pieces += [*around[:1], Piece(run.modality, f"<{run.modality}>"), *around[1:]]
 
 
 def placeholders(modality: str, items: list[Tensor], model: ModelConfig) -> list[int]:

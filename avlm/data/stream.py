@@ -14,6 +14,8 @@ from avlm.data.sample import Sample
 LENGTH_IS_THE_SAME = ("bias", "output_std", "resample")
 # Settings that came later. Those that stand at their defaults are left out, so that runs from before can be resumed.
 LATER = {
+    "data": "image_tokens markers",
+    "video": "min_frames spread frame_tokens tokens timestamps",
     "vision": "frames_per_patch deepstack_layers gated norm axial_rope window full_layers tokens_per_second",
     "vision_projector": "norm norm_eps",
     "audio_projector": "norm norm_eps",

@@ -3,7 +3,7 @@ synthetic:documents=4,images=2,clips=1,seconds=30
 
 A row holds ``documents`` of equal length, with ``images`` and ``clips`` of audio (each of ``seconds``) dealt out to
 them in turn. Every token that is no placeholder and follows another is a target. Row n of a rank depends on
-(seed, rank, n).
+(seed, rank, n). Images of a tower of any grid have the sizes of PHOTOS in turn, within ``data.image_tokens``.
 """
 
 import zlib
@@ -11,16 +11,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from avlm.config.model import ModelConfig
 from avlm.data.media import audio
+from avlm.data.media.area import of_image
 from avlm.data.media.patches import cut_into_patches
 from avlm.data.packing import pack
+from avlm.data.positions import place, position_of
 from avlm.data.sample import EncodedSample, Items, kind_of, placeholders
 from avlm.data.stream import Stream
 from avlm.models.batch import IGNORE, Batch
 
 MIX = {"documents": 4, "images": 2, "clips": 1, "seconds": 10}
+PHOTOS = ((480, 640), (640, 480), (720, 1280), (500, 375))  # height and width
 VALIDATION_ROWS = 8
 
 
@@ -49,44 +53,56 @@ class SyntheticLoader:
         samples = []
         for i in range(documents):
             # Media i, i + documents, i + 2 documents, ... of the row.
-            num_images = len(range(i, self.mix["images"], documents))
+            images = range(i, self.mix["images"], documents)
             num_clips = len(range(i, self.mix["clips"], documents))
-            media = self._media(num_images, num_clips, generator)
+            media = self._media(images, num_clips, generator)
             sample = self._sample(f"synthetic:{row}:{i}", media, generator)
             samples.append(sample)
         return pack(samples, stream.data.seq_length, stream.model, read=documents)
 
-    def _media(self, num_images: int, num_clips: int, generator: torch.Generator) -> Items:
+    def _media(self, images: range, num_clips: int, generator: torch.Generator) -> Items:
         model = self.stream.model
-        media: Items = {"image": [], "audio": []}
-        if num_images:
-            side = model.vision.image_size
-            shape = (num_images, 3, side, side)
-            pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-            media["image"] = [cut_into_patches(image[None], model.vision) for image in pixels]
+        media: Items = {"image": self._images(images, generator) if images else [], "audio": []}
         num_samples = self.mix["seconds"] * audio.SAMPLE_RATE
         for _ in range(num_clips):
             noise = torch.randn(num_samples, generator=generator)
             media["audio"] += audio.mels(noise, model.audio)
         return media
 
+    def _images(self, numbers: range, generator: torch.Generator) -> list[Tensor]:
+        vision = self.stream.model.vision
+        if not vision.any_grid:
+            shape = (len(numbers), 3, vision.image_size, vision.image_size)
+            pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+            return [cut_into_patches(image[None], vision) for image in pixels]
+        items = []
+        for number in numbers:
+            extent = of_image(PHOTOS[number % len(PHOTOS)], self.stream.model, self.stream.data)
+            shape = (*extent.grid, vision.patch_numbers)
+            items.append(torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8))
+        return items
+
     def _sample(self, key: str, media: Items, generator: torch.Generator) -> EncodedSample:
         model = self.stream.model
         ids: list[int] = []
+        placed = []
         for modality, items in media.items():
-            if items:
-                ids += placeholders(modality, items, model)
+            for item in items:
+                if modality == "image":
+                    placed.append(place([item], len(ids), model))
+                ids += placeholders(modality, [item], model)
         length = self.stream.data.seq_length // self.mix["documents"]
         num_text = length - len(ids)
         if num_text <= 0:
             raise ValueError(
                 f"{len(ids)} media features do not fit into a synthetic document of {length} tokens: lower the mix"
+                + (" or data.image_tokens" if model.vision and model.vision.any_grid else "")
             )
         text_T = torch.randint(0, model.decoder.vocab_size, (num_text,), generator=generator)
         token_T = torch.cat([torch.tensor(ids, dtype=torch.int64), text_T])
         target_T = torch.cat([token_T[1:], token_T.new_full((1,), IGNORE)])
         target_T = torch.where(target_T >= 0, target_T, IGNORE)
-        return EncodedSample(key, kind_of(media), token_T, target_T, media)
+        return EncodedSample(key, kind_of(media), token_T, target_T, media, position_of(length, placed, model))
 
 
 def parse_mix(source: str, model: ModelConfig) -> dict[str, int]:

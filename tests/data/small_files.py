@@ -15,6 +15,19 @@ from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, Projector
 from avlm.config.run import DataConfig
 
 VISION = VisionConfig(hidden_size=8, intermediate_size=8, num_layers=2, num_heads=1, image_size=28, patch_size=7)
+ANY_GRID = VisionConfig(
+    hidden_size=8,
+    intermediate_size=8,
+    num_layers=1,
+    num_heads=1,
+    patch_size=14,
+    frames_per_patch=2,
+    feature_layer=-1,
+    class_token=False,
+    pre_norm=False,
+    axial_rope=True,
+    resize="area",
+)
 AUDIO = AudioConfig(hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1)
 CONTROL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 CONTROL += ["<|im_start|>", "<|im_end|>", "<s>", "</s>"]
@@ -42,14 +55,14 @@ def data(tokenizer: Path, **changes) -> DataConfig:
     return DataConfig(**{**options, "shuffle_buffer": 8, "num_workers": 0, **changes})
 
 
-def write_tokenizer(folder: Path, control: list[str] = CONTROL, **config) -> Path:
+def write_tokenizer(folder: Path, control: list[str] = CONTROL, corpus: list[str] = CORPUS, **config) -> Path:
     """Byte-level BPE like that of Llama 3 and GPT-2."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=380, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(CORPUS * 5, trainer)
+    tokenizer.train_from_iterator(corpus * 5, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -4,7 +4,7 @@ checkpoint.best."""
 import json
 import re
 import tarfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -14,7 +14,7 @@ from avlm.data.rows import open_samples_of
 from avlm.data.stream import Stream, fingerprint
 from avlm.preflight.check import check
 from tests.data.energon.test_loader import write_set
-from tests.data.small_files import data, model, tone, write_tokenizer
+from tests.data.small_files import ANY_GRID, data, model, tone, write_tokenizer
 from tests.parallel.small import TREE, make_config
 
 
@@ -169,6 +169,7 @@ def test_metrics_do_not_change_what_samples_encode_to(make):
     assert fingerprint(one.stages[0].data, one.model) == fingerprint(other.stages[0].data, other.model)
 
 
+TALL = TREE["model"] | {"vision": asdict(ANY_GRID)}
 FIXED = TREE["model"] | {"audio": TREE["model"]["audio"] | {"window": "fixed"}}
 
 
@@ -182,6 +183,10 @@ FIXED = TREE["model"] | {"audio": TREE["model"]["audio"] | {"window": "fixed"}}
         (
             lambda: make_config(model=FIXED, data={"train": "synthetic", "seq_length": 15}),
             r"stage all: an audio window takes 25 tokens, more than data\.seq_length=15: raise it, or model\.audio",
+        ),
+        (
+            lambda: make_config(model=TALL, data={"train": "synthetic", "seq_length": 9, "image_tokens": [9.5, 20]}),
+            r"stage all: an image takes 10 tokens, more than data\.seq_length=9: raise it, or lower the least of data",
         ),
     ],
 )

@@ -7,10 +7,13 @@ import sys
 import pytest
 import yaml
 
+from avlm.config.run import DataConfig
 from avlm.data import inspect_row, inspect_samples, shard
 from avlm.data.inspect import main
+from avlm.data.media_reader import MediaReader
+from avlm.data.sample import Sample
 from avlm.process.exit import run_command
-from tests.data.small_files import data, image_file, model, photo, tone
+from tests.data.small_files import ANY_GRID, data, image_file, model, photo, tone, video_file
 from tests.training.test_train import ENVIRONMENT, ROOT
 
 
@@ -32,7 +35,8 @@ def test_samples_are_shown_as_the_model_sees_them(config, capsys):
     main([str(config), "--count", "2", "--stage", "second"])
     shown = capsys.readouterr().out
     text = "<|im_start|>user\nsee <image x16> hear <audio x10><|im_end|>\n<|im_start|>assistant\n[one<|im_end|>]\n"
-    assert shown.count(text) == 2 and shown.count(": 49 tokens, 2 learned\n") == 2
+    grid = "image1.png: 30 x 20 pixels, 4 x 4 patches, 16 features\n"
+    assert shown.count(text + grid) == 2 and shown.count(": 49 tokens, 2 learned\n") == 2
     assert re.match(r"set\.json:[123]: 49 tokens, 2 learned\n", shown), "records are counted from 1"
 
 
@@ -120,10 +124,20 @@ def test_a_page_shows_the_samples_and_needs_no_other_file(config, capsys, tmp_pa
     assert page.count("<section>") == 2 and "4 samples</h1>" in page
     assert page.count('<span class="learned">one&lt;|im_end|&gt;</span>') == 2
     assert page.count('<span class="media">&lt;image x16&gt;</span>') == 2
+    assert page.count("<figcaption>image1.png: 30 x 20 pixels, 4 x 4 patches, 16 features</figcaption>") == 2
     assert page.count('<img src="data:image/png;base64,') == 2 and page.count('alt="image1.png">') == 2
     assert page.count('<audio controls src="data:audio/webm;base64,') == 2 and not re.search(
         r"https?://|<script|src=\"[^d]", page
     )
+
+
+def test_grids_of_images_and_videos_are_shown():
+    media = Sample("k", [], images=[image_file(photo(200, 90))], videos=[video_file(2.0)])
+    reader = MediaReader(dataclasses.replace(model(downsample=2), vision=ANY_GRID), DataConfig(train="x"))
+    assert inspect_samples.grids_of(media, reader) == {
+        "image1.png": "200 x 90 pixels, 14 x 6 patches, 21 features",
+        "video1.mkv": "64 x 48 pixels, 8 frames at 0.1 to 1.9 s, 4 x 4 x 4 patches, 16 features",
+    }
 
 
 def test_mistakes_are_one_line_and_exit_with_2(config, capsys):

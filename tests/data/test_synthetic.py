@@ -1,3 +1,4 @@
+import dataclasses
 from itertools import islice
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from avlm.data.loader import open_loader
 from avlm.data.stream import Stream
 from avlm.models.batch import AUDIO, IMAGE
-from tests.data.small_files import data, model
+from tests.data.small_files import ANY_GRID, data, model
 
 
 def loader(folder, source="synthetic:seconds=1", towers=None, rank=0, state=None, train=True, **changes):
@@ -28,6 +29,18 @@ def test_rows_repeat_for_a_seed_and_differ_between_ranks_and_steps(tmp_path):
     first, again, other = tokens(0), tokens(0), tokens(1)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], other[0])
+
+
+def test_images_of_any_grid_differ_in_size_and_have_positions(tmp_path):
+    sections = dataclasses.replace(model().decoder, head_dim=8, mrope_sections=[1, 1, 2])
+    towers = dataclasses.replace(model(downsample=2, audio=None), vision=ANY_GRID, decoder=sections)
+    source = "synthetic:documents=2,images=4"
+    batch = next(iter(loader(tmp_path, source, towers, image_tokens=[4.0, 40.0])))
+    assert batch.image.sizes == [(10, 14), (8, 16), (14, 10), (14, 10)]
+    assert (batch.token_T == IMAGE).sum() == len(batch.image.rows) == sum(y * x // 4 for y, x in batch.image.sizes)
+    assert batch.position_T.shape == (3, 512) and batch.position_T[1:, 35].tolist() == [7, 7], "after 5 x 7 features"
+    with pytest.raises(ValueError, match=r"do not fit into .*: lower the mix or data\.image_tokens"):
+        next(iter(loader(tmp_path, source, towers)))
 
 
 def test_a_resumed_loader_goes_on(tmp_path):
