@@ -90,7 +90,7 @@ def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
             "fullatt_block_indexes": vision.full_layers,
         },
     }
-    qwen2_vl.require_same(config, read(keys, processor_json(config, None)), "qwen2_5_vl")
+    qwen2_vl.require_same(config, read, keys, processor_json(config, None))
     return keys
 
 

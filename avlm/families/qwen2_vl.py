@@ -6,15 +6,18 @@ into ``text_config``.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from avlm.config.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, shown
+from pydantic import ValidationError
+
+from avlm.config.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, first_error, shown
 from avlm.config.run import DataConfig
 from avlm.families import clip, llama
 from avlm.families.keys import require_accepted, to_ours, to_theirs
 
 Bounds = tuple[int, int]
+Reader = Callable[[Mapping[str, Any], Mapping[str, dict]], ModelConfig]
 
 MODEL_TYPES = ("qwen2_vl",)
 # our field of VisionConfig -> their key
@@ -188,13 +191,15 @@ def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
             "mlp_ratio": ratio,
         },
     }
-    require_same(config, read(keys, processor_json(config, None)), "qwen2_vl")
+    require_same(config, read, keys, processor_json(config, None))
     return keys
 
 
 def require_vision(config: ModelConfig, format: str) -> VisionConfig:
     if config.vision is None or config.audio is not None:
         raise ValueError(f"the {format} format holds a decoder with a vision tower and without an audio tower")
+    if config.decoder.mrope_sections is None or not config.vision.any_grid:
+        raise ValueError(f"the {format} format holds a decoder with mrope_sections and a tower with resize=area")
     return config.vision
 
 
@@ -229,17 +234,24 @@ def write_tower(config: ModelConfig, fields: Mapping[str, str]) -> dict[str, Any
     }
 
 
-def require_same(ours: ModelConfig, back: ModelConfig, format: str) -> None:
-    """ValueError for what a format has lost of a model: ``back`` is what is read from its files."""
+def require_same(ours: ModelConfig, read: Reader, keys: Mapping[str, Any], files: Mapping[str, dict]) -> None:
+    """ValueError if a model is not the one that ``read`` makes of its keys: the format has no place for it."""
+    format = keys["model_type"]
+    try:
+        back = read(keys, files)
+    except ValidationError as error:
+        raise ValueError(f"the {format} format cannot hold {first_error(error)}") from None
     vision = dataclasses.replace(ours.vision, num_layers=ours.vision.num_blocks, feature_layer=-1)
-    projector = dataclasses.replace(ours.vision_projector, output_std=back.vision_projector.output_std)
-    if not projector.hidden_size:
-        projector = dataclasses.replace(projector, hidden_size=ours.decoder.hidden_size)
+    projector = dataclasses.replace(
+        ours.vision_projector,
+        hidden_size=ours.vision_projector.hidden_size or ours.decoder.hidden_size,
+        output_std=back.vision_projector.output_std,  # of the first values alone
+    )
     for name, part in (("decoder", ours.decoder), ("vision", vision), ("vision_projector", projector)):
         for field in dataclasses.fields(part):
             value, other = getattr(part, field.name), getattr(getattr(back, name), field.name)
             if value != other:
-                raise ValueError(f"the {format} format cannot hold {name}.{field.name}={value} (it would be {other})")
+                raise ValueError(f"the {format} format cannot hold {name}.{field.name}={value}, only {other}")
 
 
 # 2. Processors and prompts

@@ -1,5 +1,5 @@
-"""Qwen3-VL, dense: a Qwen 3 decoder with interleaved M-RoPE, whose first layers also get features of inner layers of the
-tower (DeepStack), and times in the text before the frames of a video."""
+"""Qwen3-VL, dense: a Qwen 3 decoder with interleaved M-RoPE, whose first layers also get features of inner layers of
+the tower (DeepStack), and times in the text before the frames of a video."""
 
 import math
 from collections.abc import Mapping
@@ -113,7 +113,7 @@ def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
             "num_position_embeddings": vision.num_patches,
         },
     }
-    qwen2_vl.require_same(config, read(keys, processor_json(config, None)), "qwen3_vl")
+    qwen2_vl.require_same(config, read, keys, processor_json(config, None))
     return keys
 
 
