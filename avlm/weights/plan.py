@@ -224,8 +224,10 @@ def _choose(
 ) -> dict[str, Chosen]:
     """The tensor for each of our parameters, which has its name in ``names``. Parameters with one name get the rows of
     that tensor, one after the other."""
-    shared = Counter(names.values())
-    rows: Counter[str] = Counter()  # that are taken
+    parts: dict[str, list[str]] = {}
+    for name, theirs in names.items():
+        parts.setdefault(theirs, []).append(name)
+    taken: Counter[str] = Counter()  # rows
     chosen = {}
     for name, theirs in names.items():
         if theirs not in held:
@@ -236,15 +238,14 @@ def _choose(
                 "it in init_from.allow_missing"
             )
         tensor = held[theirs]
-        if shared[theirs] > 1:
-            tensor = Rows(tensor, rows[theirs], shapes[name][0])
-            rows[theirs] += shapes[name][0]
+        if len(parts[theirs]) > 1:
+            number, there = sum(shapes[part][0] for part in parts[theirs]), tuple(tensor.get_shape())
+            if there[:1] != (number,):
+                raise ValueError(f"{path}: {theirs} has shape {there}, and {', '.join(parts[theirs])} {number} rows")
+            tensor = Rows(tensor, taken[theirs], shapes[name][0])
+            taken[theirs] += shapes[name][0]
         check_shape(name, shapes[name], tensor, f"{path}: {theirs}")
         chosen[name] = Chosen(theirs, tensor)
-    for theirs, number in rows.items():
-        there = tuple(held[theirs].get_shape())
-        if there[0] != number:
-            raise ValueError(f"{path}: {theirs} has shape {there}, and its {shared[theirs]} parts have {number} rows")
     return chosen
 
 

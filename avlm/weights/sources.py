@@ -72,8 +72,7 @@ class Rows:
         self.number = number
 
     def get_shape(self) -> list[int]:
-        rows, *others = self.whole.get_shape()
-        return [max(min(self.number, rows - self.first), 0), *others]
+        return [self.number, *self.whole.get_shape()[1:]]
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
         rows, *others = index if isinstance(index, tuple) else (index,)

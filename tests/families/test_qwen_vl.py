@@ -1,198 +1,238 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: config and processor keys, in and out."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL against transformers: features, logits, gradients, answers, and exports.
+
+The prompt has two images of odd sizes and a video, made of our patches.
+"""
 
 import dataclasses
 import json
 
 import pytest
+import torch
 import transformers
+from einops import rearrange
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from avlm.config.model import ModelConfig, validated
-from avlm.config.run import DataConfig
-from avlm.families import llama, qwen2_5_vl, qwen2_vl, qwen3_vl
-from avlm.weights.folder import media_prompts, read_config
+from avlm.config.model import ModelConfig
+from avlm.config.run import InitFrom
+from avlm.data.media.patches import cut_into_patches
+from avlm.data.packing import pack
+from avlm.data.sample import EncodedSample
+from avlm.evaluation.generation import generate
+from avlm.families.door import hugging_face_name
+from avlm.models.avlm import AVLM
+from avlm.models.batch import IGNORE, IMAGE, Batch
+from avlm.models.vit import normalise
+from avlm.weights.export import export
+from avlm.weights.folder import read_config
+from avlm.weights.load import load_weights
+from tests.families.test_qwen_vl_keys import FAMILIES, TOKENS, config_of
+from tests.models.handmade import assert_gradients_close, loaded, save
 
-FAMILIES = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
-IDS = dict(zip(qwen2_vl.MEDIA_TOKENS, (95, 96, 97, 98)))
-TOKENS = {"vision_start_token_id": 95, "image_token_id": 96, "video_token_id": 97, "vision_end_token_id": 98}
-TEXT = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-TEXT |= {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
-SIDES = {"num_heads": 2, "patch_size": 4, "depth": 3}
-VISION = {
-    "qwen2_vl": {**SIDES, "embed_dim": 24, "hidden_size": 32, "mlp_ratio": 2},
-    "qwen2_5_vl": {**SIDES, "hidden_size": 24, "out_hidden_size": 32, "intermediate_size": 20}
-    | {"window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2},
-    "qwen3_vl": {**SIDES, "hidden_size": 24, "out_hidden_size": 32, "intermediate_size": 20}
-    | {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]},
-}
-CONFIGS = {
-    "qwen2_vl": transformers.Qwen2VLConfig,
-    "qwen2_5_vl": transformers.Qwen2_5_VLConfig,
-    "qwen3_vl": transformers.Qwen3VLConfig,
-}
-
-
-def config_of(name: str, **text) -> transformers.PretrainedConfig:
-    """A tiny model of a family, of which no two sizes are the same."""
-    more = {"head_dim": 8, "rope_parameters": {**ROPE, "mrope_interleaved": True}} if name == "qwen3_vl" else {}
-    text = {**TEXT, "rope_parameters": dict(ROPE), **more, **text}
-    return CONFIGS[name](text_config=text, vision_config=dict(VISION[name]), **TOKENS)
+START, IMAGE_PAD, VIDEO_PAD, END = TOKENS.values()
+CLASSES = {name: getattr(transformers, family.CLASS) for name, family in FAMILIES.items()}
+SIZES = [(5, 7), (1, 12)]  # of the images, in features of 8 x 8 pixels
+VIDEO = (3, 4, 5)  # temporal patches, lines and columns of features
 
 
-def keys_of(name: str, **text) -> dict:
-    return json.loads(config_of(name, **text).to_json_string(use_diff=False))
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, tmp_path_factory):
+    """(name of the family, transformers' model, folder, our config)."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = CLASSES[request.param](config_of(request.param, tied=request.param == "qwen3_vl"))
+    save(theirs, folder)
+    return request.param, theirs, folder, read_config(folder)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_our_config_comes_back_from_their_keys_in_both_dialects(name):
-    family = FAMILIES[name]
-    config = family.read(keys_of(name), {})
-    keys, files = family.config_json(config, IDS), family.processor_json(config, None)
-    assert family.read(keys, files) == config
-    assert keys["rope_scaling" if name != "qwen3_vl" else "text_config"] and "rope_parameters" not in str(keys)
-    theirs = CONFIGS[name](**keys)
-    assert {key: getattr(theirs, key) for key in TOKENS} == TOKENS
-    assert family.read(json.loads(theirs.to_json_string(use_diff=False)), files) == config
+def frames(lines: int, columns: int, config: ModelConfig) -> Tensor:
+    """The patches of an item of two random frames: uint8 (2 * lines, 2 * columns, N)."""
+    side = config.vision.patch_size * config.vision_projector.downsample
+    return cut_into_patches(torch.randint(256, (2, 3, lines * side, columns * side), dtype=torch.uint8), config.vision)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_absent_keys_have_the_defaults_of_their_classes(name):
-    family, theirs = FAMILIES[name], CONFIGS[name]()
-    width = {"hidden_size" if name == "qwen2_vl" else "out_hidden_size": theirs.text_config.hidden_size}
-    theirs.vision_config.update(width)  # the defaults of tower and decoder do not fit together
-    given = {"model_type": name, "vision_config": width}
-    assert family.read(given, {}) == family.read(json.loads(theirs.to_json_string(use_diff=False)), {})
+@dataclasses.dataclass
+class Prompt:
+    """The same prompt for them and for us."""
+
+    inputs: dict[str, Tensor]  # of transformers' forward
+    sample: EncodedSample
+    batch: Batch
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_tied_head_may_be_said_at_the_top_or_inside(name):
-    keys = keys_of(name)
-    inside = {**keys["text_config"], "tie_word_embeddings": True}
-    for tied in ({**keys, "tie_word_embeddings": True}, {**keys, "text_config": inside}):
-        assert FAMILIES[name].read(tied, {}).decoder.tie_embedding
-    assert not FAMILIES[name].read(keys, {}).decoder.tie_embedding
-
-
-@pytest.mark.parametrize(
-    ("name", "part", "change", "said"),
-    [
-        ("qwen2_vl", "text_config", {"rope_parameters": {**ROPE, "rope_type": "yarn"}}, "rope_type 'yarn'"),
-        ("qwen2_vl", "text_config", {"rope_parameters": {**ROPE, "mrope_section": [2, 2, 2]}}, "must add up to half"),
-        ("qwen2_vl", "text_config", {"rope_parameters": {**ROPE, "mrope_interleaved": True}}, "mrope_interleaved=True"),
-        ("qwen3_vl", "text_config", {"rope_parameters": {**ROPE, "mrope_interleaved": False}}, "interleaved=False"),
-        ("qwen3_vl", "text_config", {"attention_bias": True}, "attention_bias=True"),
-        ("qwen2_vl", "vision_config", {"hidden_size": 40}, "features of 40 numbers, and the decoder 32"),
-        ("qwen2_5_vl", "vision_config", {"hidden_act": "relu"}, "hidden_act='relu'"),
-        ("qwen2_5_vl", "vision_config", {"in_channels": 4}, "in_channels=4"),
-        ("qwen2_5_vl", "vision_config", {"window_size": 4}, "window_size=4 is smaller than a feature"),
-        ("qwen2_5_vl", "vision_config", {"rope_parameters": {"rope_type": "axial", "rope_theta": 1.0}}, "rope_param"),
-        ("qwen3_vl", "vision_config", {"num_position_embeddings": 35}, "num_position_embeddings=35 is no square"),
-        ("qwen3_vl", "vision_config", {"deepstack_visual_indexes": [5]}, "deepstack_layers=.* below the 3 layers"),
-    ],
-)
-def test_what_is_not_implemented_is_refused_by_name(name, part, change, said, tmp_path):
-    keys = keys_of(name)
-    keys[part] |= change
-    (tmp_path / "config.json").write_text(json.dumps(keys))
-    with pytest.raises(ValueError, match=said) as error:
-        read_config(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def test_three_positions_are_refused_in_a_decoder_of_its_own(tmp_path):
-    text = {**TEXT, "model_type": "qwen2", "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
-    (tmp_path / "config.json").write_text(json.dumps(text))
-    with pytest.raises(ValueError, match="mrope_section is not implemented for qwen2"):
-        read_config(tmp_path)
-    config = qwen2_vl.read(keys_of("qwen2_vl"), {})
-    with pytest.raises(ValueError, match="mrope_sections has no architecture of its own"):
-        llama.config_json(ModelConfig(decoder=config.decoder), {})
-
-
-def test_what_a_format_cannot_hold_is_refused():
-    config = qwen2_vl.read(keys_of("qwen2_vl"), {})
-    other = qwen2_5_vl.read(keys_of("qwen2_5_vl"), {})
-    with pytest.raises(ValueError, match=r"needs vision\.intermediate_size=20 to be a multiple of"):
-        qwen2_vl.config_json(other, IDS)
-    other = dataclasses.replace(other, vision=dataclasses.replace(other.vision, intermediate_size=48))
-    with pytest.raises(ValueError, match=r"the qwen2_vl format cannot hold vision\.gated=True"):
-        qwen2_vl.config_json(other, IDS)
-    plain = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, mrope_sections=None))
-    with pytest.raises(ValueError, match="a decoder with mrope_sections and a tower with resize=area"):
-        qwen2_vl.config_json(plain, IDS)
-    with pytest.raises(ValueError, match=r"needs vision\.window and vision\.tokens_per_second"):
-        qwen2_5_vl.config_json(config, IDS)
-    wide = dataclasses.replace(config.vision_projector, hidden_size=40)
-    with pytest.raises(ValueError, match=r"vision_projector\.hidden_size=40"):
-        qwen2_vl.config_json(dataclasses.replace(config, vision_projector=wide), IDS)
-    with pytest.raises(ValueError, match="without an audio tower"):
-        qwen3_vl.config_json(ModelConfig(decoder=config.decoder), IDS)
-    trained = dataclasses.replace(config.vision_projector, output_std=0.5)
-    assert qwen2_vl.config_json(dataclasses.replace(config, vision_projector=trained), IDS)
-
-
-PIXELS = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-
-
-def folder(path, name, **files):
-    path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps(keys_of(name)))
-    for file, keys in files.items():
-        (path / f"{file}.json").write_text(json.dumps(keys))
-    return path
-
-
-def test_a_processor_is_read_in_both_dialects_and_brings_its_bounds(tmp_path):
-    old = folder(tmp_path / "old", "qwen2_5_vl", preprocessor_config={**PIXELS, "min_pixels": 256, "max_pixels": 6400})
-    size = {"shortest_edge": 256, "longest_edge": 6400}
-    both = {"image_processor": {**PIXELS, "size": size}, "video_processor": {**PIXELS, "size": size}}
-    new = folder(tmp_path / "new", "qwen2_5_vl", processor_config=both)
-    config = read_config(old)
-    assert config == read_config(new) and config.vision.std == [0.25] * 3
-    prompts = media_prompts(old)
-    assert prompts == media_prompts(new)
-    assert prompts["image_tokens"] == prompts["video"]["frame_tokens"] == [4, 100]
-    assert prompts["markers"]["image"] == ["<|vision_start|>", "<|vision_end|>"]
-    video = {**PIXELS, "size": {"shortest_edge": 512, "longest_edge": 1280}, "fps": 1, "max_frames": 16}
-    apart = folder(
-        tmp_path / "apart",
-        "qwen3_vl",
-        preprocessor_config={**PIXELS, "size": size},
-        video_preprocessor_config=video,
-    )
-    prompts = media_prompts(apart)
-    assert prompts["image_tokens"] == [4, 100]
-    assert prompts["video"] == {
-        **{"num_frames": None, "fps": 1.0, "min_frames": 4, "max_frames": 16},
-        **{"spread": "first_to_last", "timestamps": True, "tokens": [4, 10]},
+def prompt(name: str, theirs, config: ModelConfig) -> Prompt:
+    images = [frames(*size, config) for size in SIZES]
+    video = [frames(*VIDEO[1:], config) for _ in range(VIDEO[0])]
+    ids: list[int] = []
+    for size in SIZES:
+        ids += [5, START, *[IMAGE_PAD] * (size[0] * size[1]), END, 6]
+    patch = [VIDEO_PAD] * (VIDEO[1] * VIDEO[2])
+    if name == "qwen3_vl":
+        ids += [t for i in range(VIDEO[0]) for t in (20 + i, 30, START, *patch, END)]
+    else:
+        ids += [START, *patch * VIDEO[0], END]
+    ids += [7, 8, 9, 10, 11]
+    ids_T = torch.tensor(ids)
+    kinds = (ids_T == IMAGE_PAD).int() + 2 * (ids_T == VIDEO_PAD).int()
+    inputs = {
+        "input_ids": ids_T[None],
+        "mm_token_type_ids": kinds[None],
+        "pixel_values": pixel_values(images, config),
+        "image_grid_thw": torch.tensor([(1, 2 * lines, 2 * columns) for lines, columns in SIZES]),
+        "pixel_values_videos": pixel_values(video, config),
+        "video_grid_thw": torch.tensor([(VIDEO[0], 2 * VIDEO[1], 2 * VIDEO[2])]),
     }
-    data = validated(DataConfig, {"train": "", **prompts}, "data")
-    written = qwen3_vl.processor_json(read_config(apart), data)
-    again = {name.removesuffix(".json"): keys for name, keys in written.items()}
-    assert media_prompts(folder(tmp_path / "again", "qwen3_vl", **again)) == prompts
+    grids = {key: inputs[key] for key in ("image_grid_thw", "video_grid_thw")}
+    position_3T = theirs.model.get_rope_index(ids_T[None], kinds[None], **grids)[0][:, 0]
+    token_T = torch.where(kinds > 0, IMAGE, ids_T)
+    target_T = torch.cat([ids_T[1:], torch.tensor([IGNORE])])
+    target_T[torch.cat([kinds[1:] > 0, torch.tensor([False])])] = IGNORE
+    sample = EncodedSample("a", "mixed", token_T, target_T, {"image": [*images, *video]}, position_3T)
+    return Prompt(inputs, sample, pack([sample], len(ids), config))
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"do_resize": False}, "do_resize=False in preprocessor_config.json is not implemented"),
-        ({"patch_size": 14}, "patch_size=14 in preprocessor_config.json"),
-        ({"merge_size": 1}, "merge_size=1 in"),
-        ({"rescale_factor": 1.0}, "rescale_factor=1.0 in"),
-        ({"resample": 0}, "resample=0 in"),
-        ({"size": [1, 2]}, "the image processor in preprocessor_config.json is not understood"),
-        ({"size": {"shortest_edge": "small"}}, "not understood"),
-    ],
-)
-def test_a_processor_that_makes_other_pixels_is_refused(change, said, tmp_path):
-    path = folder(tmp_path / "here", "qwen2_vl", preprocessor_config={**PIXELS, **change})
-    with pytest.raises(ValueError, match=said):
-        read_config(path)
+def pixel_values(items: list[Tensor], config: ModelConfig) -> Tensor:
+    """As their processors give them: features line by line, each with its patches line by line."""
+    n = config.vision_projector.downsample
+    parts = [rearrange(item, "(y i) (x j) n -> (y x i j) n", i=n, j=n) for item in items]
+    return normalise(torch.cat(parts), config.vision)
 
 
-def test_images_and_videos_that_are_normalised_in_different_ways_are_refused(tmp_path):
-    video = {**PIXELS, "image_mean": [0.1] * 3}
-    path = folder(tmp_path / "here", "qwen2_vl", preprocessor_config=PIXELS, video_preprocessor_config=video)
-    with pytest.raises(ValueError, match="images and videos that are resized or normalised in different ways"):
-        read_config(path)
+def logits_of(model, batch: Batch) -> Tensor:
+    return model.decoder.head(model.decoder.norm(model.hidden(batch)), None)
+
+
+def close(ours: Tensor, theirs: Tensor, name: str) -> None:
+    error = (ours - theirs).abs().max().item()
+    print(f"parity {name}: {error:.2e} of {theirs.abs().max():.2f}")
+    assert ours.shape == theirs.shape and error <= 2e-5
+
+
+@torch.no_grad()
+def test_features_and_logits_equal_those_of_transformers(case):
+    name, theirs, folder, config = case
+    ours = loaded(config, all=folder)
+    ask = prompt(name, theirs, config)
+    pixels = torch.cat([ask.inputs["pixel_values"], ask.inputs["pixel_values_videos"]])
+    grids = torch.cat([ask.inputs["image_grid_thw"], ask.inputs["video_grid_thw"]])
+    expected = theirs.model.visual(pixels, grid_thw=grids)
+    rows = ours.vision(ask.batch.image)
+    close(rows[:, : config.vision.hidden_size], expected.last_hidden_state, f"{name} tower")
+    media = ask.batch.image
+    into = torch.zeros(len(ask.batch.token_T), config.decoder.hidden_size)
+    features, deep = ours.vision_projector(into, media.rows, rows, media.sources)
+    close(features[media.rows], expected.pooler_output, f"{name} features")
+    for ours_deep, theirs_deep in zip(deep, getattr(expected, "deepstack_features", None) or [], strict=True):
+        close(ours_deep, theirs_deep, f"{name} deepstack")
+    close(logits_of(ours, ask.batch), theirs(**ask.inputs).logits[0], f"{name} logits")
+
+
+def test_gradients_of_the_loss_equal_those_of_transformers(case):
+    name, theirs, folder, config = case
+    ours = loaded(config, all=folder)
+    ask = prompt(name, theirs, config)
+    ours(ask.batch)[0].backward()
+    logits = theirs(**ask.inputs).logits[0]
+    cross_entropy(logits[ask.batch.target_rows_R], ask.batch.target_R, reduction="sum").backward()
+    expected = {key: parameter.grad for key, parameter in theirs.named_parameters()}
+    theirs.zero_grad()
+    parts: dict[str, list[Tensor]] = {}
+    for key, parameter in ours.named_parameters():
+        module, _, rest = key.partition(".")
+        prefix = "" if key == "decoder.head.weight" else FAMILIES[name].LOADED[module]
+        parts.setdefault(prefix + hugging_face_name(FAMILIES[name], module, rest), []).append(parameter.grad)
+    assert_gradients_close({key: torch.cat(rows) for key, rows in parts.items()}, expected)
+
+
+def test_greedy_answers_equal_those_of_transformers_token_for_token(case):
+    name, theirs, folder, config = case
+    ours = loaded(config, all=folder)
+    ask = prompt(name, theirs, config)
+    text_T = torch.tensor([5, 6, 7, 8])
+    text = EncodedSample("b", "text", text_T, torch.full_like(text_T, IGNORE))
+    answers = generate(ours, [ask.sample, text], stop_ids=[], max_new_tokens=12)
+    for answer, inputs in zip(answers, (ask.inputs, {"input_ids": text_T[None]}), strict=True):
+        out = theirs.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=None)
+        assert answer.token_ids == out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@torch.no_grad()
+def test_an_export_is_read_back_by_transformers_with_equal_logits(case, tmp_path):
+    name, _, folder, config = case
+    ours = loaded(config, all=folder)
+    export(config, ours.state_dict(), tmp_path / "out", name)
+    theirs, report = CLASSES[name].from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    ask = prompt(name, theirs, config)
+    ids = ask.inputs["input_ids"]  # without a tokenizer the placeholders get the first free ids
+    ids[ids == IMAGE_PAD], ids[ids == VIDEO_PAD] = theirs.config.image_token_id, theirs.config.video_token_id
+    logits = theirs(**ask.inputs).logits[0]
+    assert logits.shape[1] == config.decoder.vocab_size + 4
+    close(logits_of(ours, ask.batch), logits[:, : config.decoder.vocab_size], f"{name} export")
+    again = read_config(tmp_path / "out")
+    assert dataclasses.replace(again, decoder=config.decoder) == config
+    assert (
+        load_file(tmp_path / "out" / "model.safetensors").keys() - load_file(folder / "model.safetensors").keys()
+        == set()
+    )
+
+
+def test_the_names_of_tensors_in_files_and_in_memory_load_alike(case, tmp_path):
+    """transformers writes what the Hub's folders have; other programs write the names of its modules."""
+    name, theirs, folder, config = case
+    one = loaded(config, all=folder)
+    state = {
+        key: tensor for key, tensor in theirs.state_dict().items() if key != "lm_head.weight" or name != "qwen3_vl"
+    }
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    save_file(state, tmp_path / "model.safetensors")
+    other = loaded(config, all=tmp_path)
+    assert all(a.equal(b) for a, b in zip(one.parameters(), other.parameters()))
+    torch.save(state, tmp_path / "weights.pt")  # without a config the names tell the family
+    file = loaded(config, all=tmp_path / "weights.pt")
+    assert all(a.equal(b) for a, b in zip(one.parameters(), file.parameters()))
+
+
+def test_a_tower_is_taken_from_a_whole_model(case):
+    _, _, folder, config = case
+    alone = ModelConfig(decoder=config.decoder, vision=config.vision, vision_projector=config.vision_projector)
+    model = AVLM(alone)
+    [report] = load_weights(model, InitFrom(vision=str(folder)))
+    assert all(each.startswith("vision.") for each in report.names)
+    assert report.skipped.keys() == {"other modules"} and report.total > len(report.names) / 3
+    assert model.vision.patch.weight.equal(loaded(config, all=folder).vision.patch.weight)
+
+
+def edited(folder, target, change, tensors=lambda state: state):
+    """A copy of a folder with another config, and other tensors."""
+    keys = json.loads((folder / "config.json").read_text())
+    change(keys)
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(keys))
+    save_file(tensors(load_file(folder / "model.safetensors")), target / "model.safetensors")
+    return target
+
+
+def test_files_that_do_not_fit_their_config_are_refused_in_one_line(case, tmp_path):
+    name, _, folder, _ = case
+
+    def refused(key, value, said, tensors=lambda state: state):
+        broken = edited(
+            folder, tmp_path / said[:8].strip(), lambda keys: keys["vision_config"].update({key: value}), tensors
+        )
+        with pytest.raises(ValueError, match=said) as error:
+            loaded(read_config(broken), all=broken)
+        assert "\n" not in str(error.value)
+
+    prefix = FAMILIES[name].PREFIXES["vision"][0]
+    refused("depth", 2, rf"the model has no place for: {prefix}blocks.2.")
+    refused("depth", 4, rf"has no tensor {prefix}blocks.3.norm1.weight for vision.blocks.3.attention_norm.weight")
+    if name == "qwen3_vl":
+        refused(
+            "num_position_embeddings", 49, r"pos_embed.weight has shape \(36, 24\), and vision.position has \(49, 24\)"
+        )
+    cut = lambda state: {
+        key: tensor[:-1].clone() if "blocks.0.attn.qkv" in key else tensor for key, tensor in state.items()
+    }
+    refused("depth", 3, r"qkv.weight has shape \(71, 24\), and .*attention.q.weight, .*v.weight 72 rows", cut)
