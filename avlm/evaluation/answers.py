@@ -80,10 +80,20 @@ def ablate(prompt: EncodedSample, ablation: str, seed: int, tower: AudioConfig |
             silent += audio.mels(silence, tower)
         return _with_items(prompt, "audio", silent)
     if ablation == "shuffled":
-        frames = prompt.media["image"]
-        order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed))
-        return _with_items(prompt, "image", [frames[i] for i in order.tolist()])
+        return _with_items(prompt, "image", _shuffled(prompt.media["image"], seed))
     return prompt
+
+
+def _shuffled(frames: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """Frames of each grid change places among themselves: those of another have other numbers of features."""
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = list(frames)
+    for shape in dict.fromkeys(frame.shape for frame in frames):
+        places = [place for place, frame in enumerate(frames) if frame.shape == shape]
+        order = torch.randperm(len(places), generator=generator)
+        for place, i in zip(places, order.tolist()):
+            shuffled[place] = frames[places[i]]
+    return shuffled
 
 
 def _with_items(prompt: EncodedSample, modality: str, items: list[torch.Tensor]) -> EncodedSample:

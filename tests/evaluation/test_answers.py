@@ -248,6 +248,9 @@ def test_shuffling_changes_the_order_of_frames_from_sample_to_sample(encoder):
         orders.append([next(i for i, frame in enumerate(frames) if frame is s) for s in shuffled])
     assert all(sorted(order) == list(range(len(frames))) for order in orders)
     assert len({tuple(order) for order in orders}) > 1
+    mixed = dataclasses.replace(prompt, media={"image": [frames[0][:1], *frames, frames[1][:1]]})
+    shuffled = ablate(mixed, "shuffled", 1, None).media["image"]
+    assert [frame.shape for frame in shuffled] == [frame.shape for frame in mixed.media["image"]]
 
 
 def test_the_audio_of_a_video_can_be_taken_away_if_it_is_encoded(cfg):

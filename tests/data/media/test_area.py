@@ -63,16 +63,6 @@ def test_bytes_equal_those_that_the_processor_normalises():
     assert torch.equal(rearrange(run.items[0], "(y i) (x j) n -> (y x i j) n", i=2, j=2).float(), theirs.float())
 
 
-def test_a_photo_that_lies_on_its_side_has_the_size_and_grid_that_it_is_seen_in():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    for file_format, options in (("JPEG", {}), ("PNG", {}), ("WEBP", {})):
-        data = image_file(photo(300, 100), file_format, exif=exif, **options)
-        file = image.ImageFile(data, 10**6)
-        assert file.size == (300, 100) == tuple(file.decode().shape[1:])
-        assert reader(ANY_GRID).extent("image", data).grid == (22, 8)
-
-
 def test_the_size_of_a_png_whose_orientation_comes_last_is_known_before_its_pixels(monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 8

@@ -175,7 +175,9 @@ def test_an_image_stands_as_pillow_stands_it_wherever_its_file_says_how(orientat
         with Image.open(io.BytesIO(data)) as file:
             upright = np.array(ImageOps.exif_transpose(file).convert("RGB"))
         assert upright.shape == ((64, 40, 3) if orientation > 4 else (40, 64, 3)), where
-        assert np.array_equal(image.decode(data, LIMIT).permute(1, 2, 0).numpy(), upright), where
+        file = image.ImageFile(data, LIMIT)
+        assert file.size == upright.shape[:2], f"{where}, before it is decoded"
+        assert np.array_equal(file.decode().permute(1, 2, 0).numpy(), upright), where
 
 
 def test_damage_in_metadata_ends_nothing_and_damage_in_pixels_is_noticed():
