@@ -235,6 +235,16 @@ def test_audio_and_text_count_on_and_text_alone_needs_no_positions(folder):
     assert ours.prompt([{"role": "user", "content": "one"}]).position_T is None
 
 
+def test_a_prompt_may_be_as_long_as_the_decoder_reads(folder):
+    ours = encoder(folder, FAMILIES["Qwen2-VL"], image_tokens=[4.0, 16384.0], seq_length=100)
+    question = [{"role": "user", "content": "<image>"}]
+    assert len(ours.prompt(question, images=[image_file(photo(560, 560))])) > 400
+    with pytest.raises(
+        ValueError, match=r"takes 10,000 tokens, more than model\.decoder\.max_position=8192: lower data\.im"
+    ):
+        ours.prompt(question, images=[image_file(photo(2800, 2800))])
+
+
 def test_markers_that_the_tokenizer_lacks_are_named(folder):
     with pytest.raises(ValueError, match=r"data\.markers\.image: 'one' is no control token of .*tokenizer\.json"):
         encoder(folder, FAMILIES["Qwen2-VL"], markers={"image": ["one", "two"]})

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as qwen2_vl_smart_resize
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as qwen3_vl_smart_resize
 from transformers.video_utils import VideoMetadata
 
 from avlm.config.model import VisionConfig
@@ -137,11 +140,25 @@ def test_videos_equal_those_of_qwens_processors(seconds, rate):
     torch.testing.assert_close(ours, theirs["pixel_values_videos"], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 5, 9, 40])
-def test_frames_that_share_a_bound_get_the_size_that_qwen3s_processor_gives_them(count):
-    for height, width in SIZES:
-        theirs = smart_resize(count, height, width, 2, 32, 100 * 32 * 32, 400 * 32 * 32)
-        assert area.resized_together((height, width), 32, [50, 200], count, 2) == theirs
+SIDES = st.integers(1, 6000)
+TOKENS = st.integers(1, 2000)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIDES, SIDES, TOKENS, TOKENS, st.integers(2, 40))
+def test_sizes_equal_those_of_qwens_processors(height, width, one, other, count):
+    tokens = sorted((one, other))
+    pixels = {"min_pixels": tokens[0] * 28**2, "max_pixels": tokens[1] * 28**2}
+    together = {"min_pixels": 2 * tokens[0] * 32**2, "max_pixels": 2 * tokens[1] * 32**2}
+    if max(height, width) > 200 * min(height, width):
+        with pytest.raises(ValueError, match="is thinner than 1 to 200"):
+            area.resized("image", (height, width), 28, tokens)
+        return
+    assume(max(height, width) < 190 * min(height, width))  # Qwen3-VL's may round thin frames to more than 1 to 200
+    theirs = qwen2_vl_smart_resize(height, width, 28, **pixels)
+    assert area.resized("image", (height, width), 28, tokens) == theirs
+    theirs = qwen3_vl_smart_resize(count, height, width, 2, 32, **together)
+    assert area.resized_together((height, width), 32, tokens, count, 2) == theirs
 
 
 def test_a_video_of_one_frame_fills_a_patch_with_it():
