@@ -6,10 +6,12 @@ rows; attention takes 4 A for each pair of a query and a key that it sees, where
 
 import math
 from collections.abc import Iterator
+from itertools import chain
 
-from avlm.config.model import TOWERS, AudioConfig, DecoderConfig, ModelConfig, VisionConfig
-from avlm.models.batch import FRAMES_PER_ROW, Batch
+from avlm.config.model import TOWERS, AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.models.batch import FRAMES_PER_ROW, Batch, Size
 from avlm.models.lora import is_adapter
+from avlm.models.patches import tower_layout
 from avlm.models.projector import LAYERS
 from avlm.models.shapes import Shapes, parameter_shapes
 from kernels.segments import Segments
@@ -23,8 +25,9 @@ def counts(batch: Batch) -> dict[str, int]:
     """The counts of a packed row. The batch is on the host, before ranks share it.
 
     A causal query sees the keys up to itself, so a document of L tokens has L (L + 1) / 2 pairs; in layers with a
-    sliding window it sees at most as many as that. An image or a window of audio has L^2. The padding at the end of a
-    row is computed as one more document. Convolutions work on whole windows, the head on rows with a target.
+    sliding window it sees at most as many as that. An image or a window of audio has L^2, and so has each window of an
+    image. The padding at the end of a row is computed as one more document. Convolutions work on whole windows of
+    audio, the head on rows with a target.
     """
     num_windows = len(batch.audio.values)
     num_frames = batch.audio.values.shape[2] if num_windows else 0
@@ -44,6 +47,8 @@ def counts(batch: Batch) -> dict[str, int]:
         found[f"{modality}_rows"] = sum(media.lengths)
         found[f"{modality}_pairs"] = sum(length**2 for length in media.lengths)
         found[f"{modality}_features"] = len(media.rows)
+        if media.places is not None and media.places.windows is not None:
+            found[f"{modality}_window_pairs"] = sum(length**2 for _, length in media.places.windows.spans)
     return found
 
 
@@ -54,21 +59,33 @@ def _window_pairs(windowed: Segments, token_pairs: int) -> int:
     return int((windowed.intervals.last_T - windowed.intervals.first_T + 1).sum())
 
 
-def item_costs(modality: str, model: ModelConfig) -> tuple[int, int]:
-    """(a, b): a tower's forward over an item of n rows takes a * n + b * n^2 FLOPs, adapters not counted."""
-    tower = TOWERS[modality]
+def item_costs(modality: str, sizes: list[Size], model: ModelConfig) -> list[int]:
+    """FLOPs of a tower's forward over each item, adapters not counted: a n + b n^2 for n rows, and for windows of w
+    rows, in layers that have them, b times the sum of w^2."""
+    name = TOWERS[modality]
     shapes = parameter_shapes(model)
-    per_row = per_pair = 0
-    for count, paths in steps(tower, model):
+    per_row = per_pair = per_window_pair = 0
+    for count, paths in steps(name, model):
         if not count:
             continue
         for path in paths:
-            if path.endswith("core"):
+            if count.endswith("window_pairs"):
+                per_window_pair += attention_cost(path, model)
+            elif path.endswith("core"):
                 per_pair += attention_cost(path, model)
             else:
                 product = 2 * math.prod(shapes[f"{path}.weight"])
                 per_row += PER_ROW.get(count, 1) * product
-    return per_row, per_pair
+    tower = getattr(model, name)
+    costs = []
+    for size in sizes:
+        num_rows = tower.rows_of(size)
+        cost = per_row * num_rows + per_pair * num_rows**2
+        if per_window_pair and not isinstance(size, int):
+            windows = tower_layout(size, tower, getattr(model, f"{name}_projector").downsample).windows
+            cost += per_window_pair * sum(length**2 for length in windows)
+        costs.append(cost)
+    return costs
 
 
 def attention_cost(path: str, model: ModelConfig) -> int:
@@ -90,18 +107,22 @@ def block_products(module: str, model: ModelConfig) -> list[str]:
 
 def steps(module: str, model: ModelConfig) -> Iterator[Step]:
     """The submodules of a module of the model, by path. Norms and embeddings have no product."""
+    return chain.from_iterable(branches(module, model))
+
+
+def branches(module: str, model: ModelConfig) -> list[list[Step]]:
+    """The same, apart for the parts of a module that each read its input: the projectors of DeepStack."""
     config = getattr(model, module)
     if module == "decoder":
-        found = _decoder(config)
+        found = [_decoder(config)]
     elif module == "vision":
-        found = _vision(config)
+        found = [_vision(config)]
     elif module == "audio":
-        found = _audio(config)
+        found = [_audio(config)]
     else:
-        modality = next(name for name, tower in TOWERS.items() if module == f"{tower}_projector")
-        found = ((f"{modality}_features", layers) for layers in LAYERS[config.type])
-    for count, names in found:
-        yield count, tuple(f"{module}.{name}" for name in names)
+        modality, tower = next(entry for entry in TOWERS.items() if module == f"{entry[1]}_projector")
+        found = _projectors(config, f"{modality}_features", getattr(model, tower))
+    return [[(count, tuple(f"{module}.{name}" for name in names)) for count, names in branch] for branch in found]
 
 
 def check_steps(model: ModelConfig, shapes: Shapes) -> None:
@@ -142,14 +163,24 @@ def _audio(config: AudioConfig) -> Iterator[Step]:
 
 
 def _encoder(config: VisionConfig | AudioConfig, modality: str) -> Iterator[Step]:
-    rows, pairs = f"{modality}_rows", f"{modality}_pairs"
+    rows = f"{modality}_rows"
+    is_gated = isinstance(config, VisionConfig) and config.gated
     for i in range(config.num_blocks):
         block, attention = f"blocks.{i}", f"blocks.{i}.attention"
+        has_window = isinstance(config, VisionConfig) and config.has_window(i)
+        pairs = f"{modality}_window_pairs" if has_window else f"{modality}_pairs"
         yield "", (f"{block}.attention_norm",)
         yield rows, (f"{attention}.q", f"{attention}.k", f"{attention}.v")
         yield pairs, (f"{attention}.core",)
         yield rows, (f"{attention}.o",)
         yield "", (f"{block}.ffn_norm",)
-        yield rows, (f"{block}.up",)
+        yield rows, (f"{block}.gate", f"{block}.up") if is_gated else (f"{block}.up",)
         yield rows, (f"{block}.down",)
     yield "", ("norm", "post_norm")  # Whisper's norm, or the post_norm of a ViT
+
+
+def _projectors(config: ProjectorConfig, features: str, tower: VisionConfig | AudioConfig) -> Iterator[list[Step]]:
+    yield [("", ("norm",)), *((features, layers) for layers in LAYERS[config.type])]
+    if isinstance(tower, VisionConfig):
+        for i in range(len(tower.deepstack_layers)):
+            yield [("", (f"deep.{i}.norm",)), (features, (f"deep.{i}.up",)), (features, (f"deep.{i}.down",))]

@@ -12,10 +12,9 @@ T tokens of the whole row   F features   S tower rows of a feature   P tower row
 
 import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,22 +88,19 @@ def split(
         homes = world.gather(sizes if world.leads_row else None)[::row_ranks]
         share = Share(dist.group.WORLD, world.data_rank, row_ranks, tokens_per_rank)
     changes = {}
-    for name, tower in model.modalities.items():
-        rows_of = getattr(model, tower).rows_of
-        plan = make_plan(share, [home[name] for home in homes], rows_of, item_costs(name, model))
+    for name in model.modalities:
+        plan = make_plan(name, share, [home[name] for home in homes], model)
         changes[name] = split_media(name, batch.media[name], place_T, plan, model)
     return replace(batch, **changes)
 
 
-def make_plan(
-    share: Share, sizes_of_homes: list[list[Size]], rows_of: Callable[[Any], int], costs: tuple[int, int]
-) -> MediaPlan:
-    """The same on every rank. ``rows_of``: tower rows of a size; ``costs`` as in ``item_costs``. An encoder of the
-    item's home has the item already; to other encoders the ranks of the home send in turn."""
-    per_row, per_pair = costs
+def make_plan(modality: str, share: Share, sizes_of_homes: list[list[Size]], model: ModelConfig) -> MediaPlan:
+    """The same on every rank. An encoder of the item's home has the item already; to other encoders the ranks of the
+    home send in turn."""
     sizes = list(chain.from_iterable(sizes_of_homes))
+    rows_of = getattr(model, model.modalities[modality]).rows_of
     lengths = [rows_of(size) for size in sizes]
-    encoders = assign([per_row * length + per_pair * length**2 for length in lengths], share.num_ranks)
+    encoders = assign(item_costs(modality, sizes, model), share.num_ranks)
     senders = []
     own = range(0)
     for home, of_home in enumerate(sizes_of_homes):

@@ -22,7 +22,7 @@ import torch
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import Recompute, RecomputeConfig, StageConfig
-from avlm.models.costs import attention_cost, check_steps, steps
+from avlm.models.costs import attention_cost, branches, check_steps, steps
 from avlm.models.freezing import trained_shapes
 from avlm.models.lora import is_adapter
 from avlm.models.shapes import Shapes, parameter_shapes
@@ -58,23 +58,26 @@ def costs(model: ModelConfig, stage: StageConfig, recompute: RecomputeConfig) ->
     has_graph = {}  # module -> whether anything in it, or below it, trains
     for module in sorted(model.modules, key="decoder".__eq__):  # the decoder comes last: all others feed it
         tower = module.removesuffix("_projector")
-        below = any(has_graph.values()) if module == "decoder" else has_graph.get(tower, False)
+        from_input = any(has_graph.values()) if module == "decoder" else has_graph.get(tower, False)
+        has_graph[module] = from_input
         mode = getattr(recompute, module, "none")
         repeated = _repeated(module, model, shapes, mode)
-        for count, paths in steps(module, model):
-            for path in paths:
-                label = "head" if path == "decoder.head" else module
-                # A block whose input and weights have no gradient has no backward, and is not recomputed.
-                block = _block(path)
-                runs_again = mode != "none" and block and (below or _is_trained(block, trained))
-                for name, by, forward, backward in _cost(path, count, model, shapes, trained, below):
-                    total = found[label, by]
-                    total[0] += forward
-                    total[1] += backward
-                    if runs_again and (path in repeated or is_adapter(name)):
-                        total[2] += forward
-            below |= any(_is_trained(path, trained) for path in paths)
-        has_graph[module] = below
+        for branch in branches(module, model):
+            below = from_input
+            for count, paths in branch:
+                for path in paths:
+                    label = "head" if path == "decoder.head" else module
+                    # A block whose input and weights have no gradient has no backward, and is not recomputed.
+                    block = _block(path)
+                    runs_again = mode != "none" and block and (below or _is_trained(block, trained))
+                    for name, by, forward, backward in _cost(path, count, model, shapes, trained, below):
+                        total = found[label, by]
+                        total[0] += forward
+                        total[1] += backward
+                        if runs_again and (path in repeated or is_adapter(name)):
+                            total[2] += forward
+                below |= any(_is_trained(path, trained) for path in paths)
+            has_graph[module] |= below
     return {key: tuple(total) for key, total in found.items()}
 
 
