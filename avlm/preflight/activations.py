@@ -8,7 +8,7 @@ from avlm.config.model import AudioConfig, DecoderConfig, ProjectorConfig, Visio
 from avlm.preflight.layout import Layout
 
 # What the MLP of a tower keeps in multiples of its width: inputs and results of the operations.
-KEPT_BY_ACTIVATION = {"quick_gelu": 3, "gelu": 2, "gelu_tanh": 2}
+KEPT_BY_ACTIVATION = {"quick_gelu": 3, "gelu": 2, "gelu_tanh": 2, "silu": 2}
 
 
 def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool, norms_train: bool) -> int:
@@ -19,9 +19,7 @@ def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool, no
     F = decoder.intermediate_size
     Q = decoder.num_heads * decoder.head_dim // t
     K = decoder.num_kv_heads * decoder.head_dim // t
-    of_norm = c  # its input
-    if not layout.on_gpu:  # a float32 copy of it, and for the gradient of the scale what is scaled
-        of_norm = 4 + 4 * norms_train
+    of_norm = rms_norm_bytes(layout, norms_train)
     norms = 2 * of_norm * D // t
     if decoder.qk_norm:
         norms += of_norm * (Q + K)
@@ -39,18 +37,32 @@ def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool, no
     return norms + attention + c * products
 
 
-def encoder_block_bytes(tower: VisionConfig | AudioConfig, layout: Layout) -> int:
+def rms_norm_bytes(layout: Layout, trains: bool) -> int:
+    """What an RMSNorm keeps of each number: its input; on a CPU a float32 copy of it, and for the gradient of the scale
+    what is scaled."""
+    return layout.dtype.itemsize if layout.on_gpu else 4 + 4 * trains
+
+
+def encoder_block_bytes(tower: VisionConfig | AudioConfig, layout: Layout, norms_train: bool) -> int:
     """What a block of a tower that trains keeps for each of its rows if nothing is recomputed."""
-    activation = tower.activation if isinstance(tower, VisionConfig) else "gelu"
+    is_vision = isinstance(tower, VisionConfig)
+    c = layout.dtype.itemsize
+    activation = tower.activation if is_vision else "gelu"
     if activation not in KEPT_BY_ACTIVATION:
         raise ValueError(f"what the activation {activation} keeps is not written in avlm/preflight/activations.py")
-    numbers = 8 * tower.hidden_size + KEPT_BY_ACTIVATION[activation] * tower.intermediate_size
-    return layout.dtype.itemsize * numbers + 4 * tower.num_heads
+    of_norm = rms_norm_bytes(layout, norms_train) if is_vision and tower.norm == "rms" else c  # LayerNorm: its input
+    in_mlp = KEPT_BY_ACTIVATION[activation]
+    if is_vision and tower.gated:
+        in_mlp += 2  # up, and the product
+    in_attention = 6 * tower.hidden_size  # inputs of q, k, v and of the MLP; q, k, v, and the input of o
+    return 2 * of_norm * tower.hidden_size + c * (in_attention + in_mlp * tower.intermediate_size) + 4 * tower.num_heads
 
 
-def projector_numbers(projector: ProjectorConfig, width: int, decoder: DecoderConfig) -> int:
-    """Numbers that a projector keeps for the backward, per feature: the tower rows, ``width``, and what its type adds.
-    ValueError for a type that is not known here."""
+def projector_numbers(projector: ProjectorConfig, width: int, decoder: DecoderConfig, num_deep: int = 0) -> int:
+    """Numbers that a projector keeps for the backward, per feature: the tower rows, ``width``, what its type adds, and
+    for each of ``num_deep`` inner layers (DeepStack) the tower rows, these side by side and normalised, both sides of a
+    GELU, and the feature itself, which waits for its layer of the decoder. ValueError for a type that is not known
+    here."""
     F = projector.hidden_size or decoder.hidden_size
     numbers = {
         "linear": decoder.hidden_size,  # its output
@@ -61,4 +73,5 @@ def projector_numbers(projector: ProjectorConfig, width: int, decoder: DecoderCo
         raise ValueError(
             f"what a projector of type {projector.type} keeps is not written in avlm/preflight/activations.py"
         )
-    return width + numbers[projector.type]
+    normed = width if projector.norm != "none" else 0
+    return width + normed + numbers[projector.type] + num_deep * (3 * width + 2 * F + decoder.hidden_size)

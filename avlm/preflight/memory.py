@@ -272,15 +272,24 @@ def _kept_by_tower(name: str, case: Case) -> tuple[int, int]:
     if trains or case.trained_numbers(f"{name}_projector.") > 0:
         features = case.stage.data.seq_length // case.layout.row_ranks
         width = tower.rows_per_feature(projector.downsample) * tower.hidden_size
-        device += c * features * projector_numbers(projector, width, case.model.decoder)
+        num_deep = tower.width // tower.hidden_size - 1
+        device += c * features * projector_numbers(projector, width, case.model.decoder, num_deep)
     return device, host
 
 
 def _stem(tower: VisionConfig | AudioConfig) -> tuple[int, int]:
-    """For each row of a tower: bytes that arrive, and numbers that autograd keeps outside of the blocks."""
+    """For each row of a tower: bytes that arrive, or are made of what arrives; and numbers that autograd keeps outside
+    of the blocks."""
     if isinstance(tower, VisionConfig):
-        pixels = 3 * tower.patch_size**2  # uint8
-        return pixels, pixels + 2 * tower.hidden_size  # patches, and the first norm
+        pixels = tower.patch_numbers  # uint8
+        places = 0
+        if tower.any_grid:
+            places += 2 * 4  # line and column
+        if tower.any_grid and tower.num_rows:
+            places += 4 * (8 + 4)  # rows of the position table and their weights
+        if tower.axial_rope:
+            places += 2 * 4 * tower.head_dim  # cos and sin
+        return pixels + places, pixels + 2 * tower.hidden_size  # patches, and the first norm
     mels = FRAMES_PER_ROW * tower.num_mels  # float32
     return 4 * mels, mels + 6 * tower.hidden_size  # convolutions with their GELUs, and the last norm
 
@@ -310,7 +319,8 @@ def block_bytes(name: str, case: Case, mode: Recompute) -> int:
         norms_train = "decoder.blocks.0.attention_norm.weight" in case.trained
         size = decoder_block_bytes(case.model.decoder, case.layout, trains, norms_train)
     else:
-        size = encoder_block_bytes(getattr(case.model, name), case.layout)
+        norms_train = f"{name}.blocks.0.attention_norm.weight" in case.trained
+        size = encoder_block_bytes(getattr(case.model, name), case.layout, norms_train)
     return size + adapter_bytes(f"{name}.blocks.0.", case)
 
 
@@ -350,9 +360,19 @@ def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
 
 
 def _media_rows(name: str, case: Case) -> int:
-    """Rows of a tower on the rank with most, for a row full of images or of whole windows of audio."""
+    """Rows of a tower on the rank with most, for a row full of images or of whole windows of audio. Images of any grid
+    are as large as the data's bounds and the row allow: one rank encodes a whole one."""
     tower = getattr(case.model, name)
-    size = (tower.patches_per_side,) * 2 if isinstance(tower, VisionConfig) else tower.max_positions
-    num_features = tower.num_features(size, getattr(case.model, f"{name}_projector").downsample)
-    num_items = case.stage.data.seq_length // num_features
-    return math.ceil(num_items / case.layout.row_ranks) * tower.num_rows
+    downsample = getattr(case.model, f"{name}_projector").downsample
+    data = case.stage.data
+    num_rows = tower.num_rows
+    if not isinstance(tower, VisionConfig):
+        num_features = tower.num_features(tower.max_positions, downsample)
+    elif tower.any_grid:
+        bounds = (data.image_tokens, data.video.frame_tokens, data.video.tokens)
+        num_features = min(data.seq_length, max(int(most) for _, most in filter(None, bounds)))
+        num_rows = num_features * downsample**2
+    else:
+        num_features = tower.num_features((tower.patches_per_side,) * 2, downsample)
+    num_items = data.seq_length // num_features
+    return math.ceil(num_items / case.layout.row_ranks) * num_rows

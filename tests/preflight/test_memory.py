@@ -19,6 +19,7 @@ from avlm.models.batch import empty_batch
 from avlm.models.projector import Projector
 from avlm.models.rope import rope_frequencies, rope_table
 from avlm.models.shapes import parameter_shapes
+from avlm.models.vit import axial_table
 from avlm.parallel import mesh
 from avlm.parallel.apply import apply_parallel
 from avlm.parallel.check import check_layout
@@ -59,6 +60,14 @@ TREE = {
     "stages": [{"name": "all", "steps": 4, "train": list(MODULES)}],
     "device": "cpu",
 }
+# Towers of any grid: Qwen2.5-VL's, with windows, and Qwen3-VL's, with a position table and DeepStack.
+AREA = {
+    **{"resize": "area", "class_token": False, "pre_norm": False, "frames_per_patch": 2, "patch_size": 4},
+    **{"axial_rope": True, "feature_layer": -1, "hidden_size": 60, "intermediate_size": 200, "num_layers": 3},
+    "num_heads": 3,
+}
+GATED = {**AREA, "gated": True, "norm": "rms", "activation": "silu", "window": 4, "full_layers": [1]}
+DEEP = {**AREA, "image_size": 32, "patch_bias": True, "activation": "gelu_tanh", "deepstack_layers": [0, 1]}
 TEXT_ONLY = {
     "model": {"decoder": TREE["model"]["decoder"]},
     "stages": [{"name": "text", "steps": 4, "train": ["decoder"]}],
@@ -154,6 +163,12 @@ def test_shards_are_counted_to_the_byte(world_size):
 # 2. Activations, against the storages that are alive after some blocks.
 
 
+def of_any_grid(vision, *changes):
+    projector = {"downsample": 2, "hidden_size": 240, "norm": vision.get("norm", "layer")}
+    model = {**TREE["model"], "vision": vision, "vision_projector": projector}
+    return make_config(*changes, model=model)
+
+
 def kept_by_a_block(tower, dtype, trains, cfg, tokens=256):
     """Bytes a token that one more block keeps, its parameters apart."""
     model = AVLM(cfg.model).to(dtype).requires_grad_(trains)
@@ -163,6 +178,8 @@ def kept_by_a_block(tower, dtype, trains, cfg, tokens=256):
     blocks, segments = getattr(model, tower).blocks, Segments.of([tokens])
     rope = rope_table(rope_frequencies(cfg.model.decoder), torch.arange(tokens))
     inputs = (rope, segments) if tower == "decoder" else (segments,)
+    if tower == "vision" and cfg.model.vision.axial_rope:
+        inputs = (segments, axial_table(torch.zeros(tokens, 2), cfg.model.vision.head_dim))
 
     def live(num_blocks):
         x = torch.randn(tokens, getattr(cfg.model, tower).hidden_size, dtype=dtype, requires_grad=True)
@@ -186,6 +203,24 @@ def test_activations_of_a_block_are_as_estimated(mode, error, dtype):
             assert said == pytest.approx(kept_by_a_block(name, dtype, trains, cfg), rel=error), (name, trains)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("mode", "error"), [("none", 0.10), ("selective", 0.25), ("full", 0.10)])
+@pytest.mark.parametrize("vision", [GATED, DEEP], ids=["gated", "deep"])
+def test_activations_of_a_block_of_any_grid_are_as_estimated(vision, mode, error, dtype):
+    cfg = of_any_grid(vision, ("train.recompute.vision", mode))
+    said = memory.block_bytes("vision", make_case(cfg, dtype, cfg.stages[0]), mode)
+    assert said == pytest.approx(kept_by_a_block("vision", dtype, True, cfg), rel=error)
+
+
+def test_a_row_full_of_images_of_any_grid_has_as_many_patches_as_its_features_take():
+    """64 features of 2 x 2 patches; on two ranks one of two images of 32, or the only one of 64."""
+    rows = lambda cfg, world: memory._media_rows("vision", memory.Case(cfg, cfg.stages[0], layout_of(cfg, world), {}))
+    two, one = (of_any_grid(GATED, ("data.image_tokens", [4, most])) for most in (32, 10_000))
+    assert rows(two, 1) == rows(one, 1) == 4 * 64
+    in_context = [replace(cfg, parallel=replace(cfg.parallel, context=2)) for cfg in (two, one)]
+    assert [rows(cfg, 2) for cfg in in_context] == [4 * 32, 4 * 64]
+
+
 @pytest.mark.parametrize("lora", [{}, {"dropout": 0.1}, {"dora": True}])
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_what_adapters_keep_is_as_estimated(mode, lora):
@@ -196,28 +231,34 @@ def test_what_adapters_keep_is_as_estimated(mode, lora):
         assert said == pytest.approx(kept_by_a_block(tower, torch.bfloat16, False, cfg), rel=0.1), tower
 
 
+@pytest.mark.parametrize(("norm", "num_deep"), [("none", 0), ("layer", 0), ("layer", 2)])
 @pytest.mark.parametrize("kind", typing.get_args(typing.get_type_hints(ProjectorConfig)["type"]))
-def test_what_a_projector_of_any_type_keeps_is_as_estimated(kind):
+def test_what_a_projector_of_any_type_keeps_is_as_estimated(kind, norm, num_deep):
     decoder = make_config().model.decoder
-    config = ProjectorConfig(type=kind, hidden_size=40)
-    projector, features = Projector(config, tower_size=7, gathered=4, decoder_size=decoder.hidden_size), 50
+    config = ProjectorConfig(type=kind, hidden_size=40, norm=norm)
+    features = 50
+    projector = Projector(config, tower_size=7, gathered=4, decoder_size=decoder.hidden_size, num_deep=num_deep)
     rows, source = torch.arange(features), torch.arange(4 * features).view(-1, 4)
     kept = {}
 
     def keep(tensor):
-        if tensor.is_floating_point() and not any(tensor.data_ptr() == p.data_ptr() for p in projector.parameters()):
-            kept[tensor.data_ptr()] = tensor.numel()
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and not any(storage.data_ptr() == p.data_ptr() for p in projector.parameters()):
+            kept[storage.data_ptr()] = storage.nbytes() // 4
         return tensor
 
+    x_PC = torch.randn(4 * features, 7 * (1 + num_deep))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        projector(torch.zeros(features, decoder.hidden_size), rows, torch.randn(4 * features, 7), source)
+        projector(torch.zeros(features, decoder.hidden_size), rows, x_PC, source)
     more = {
         "linear": 0,
         "mlp2x_gelu": 40 + decoder.hidden_size,
         "swiglu": 0,
     }  # what the plain path keeps besides: GELU's result, too
-    said = activations.projector_numbers(config, 4 * 7, decoder)
-    assert sum(kept.values()) == features * (said + more[kind])
+    of_norms = 2 * (4 * (norm == "layer") + num_deep)  # mean and deviation of each row, and of each four together
+    said = activations.projector_numbers(config, 4 * 7, decoder, num_deep)
+    waiting = num_deep * decoder.hidden_size  # for the decoder, not for the backward
+    assert sum(kept.values()) == features * (said - waiting + more[kind] + of_norms)
 
 
 def test_the_memory_of_an_unknown_projector_or_activation_is_not_guessed(monkeypatch):
