@@ -28,7 +28,7 @@ from avlm.models.avlm import AVLM, init
 from avlm.parallel import mesh
 from avlm.parallel.apply import own_part
 from tests.measurements import demo_curve, no_hang
-from tests.parallel.small import TREE, build, make_rows, whole
+from tests.parallel.small import MODELS, TREE, build, make_rows, whole
 from tests.parallel.spawn import run_ranks
 from train import train_step
 
@@ -75,6 +75,11 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 LAYOUTS[2]["FSDP, towers replicated"] = {"tower_sharding": "replicate"}  # frozen, so a case of its own
 LAYOUTS[2]["FSDP, offloaded"] = {"cpu_offload": True}
 WINDOWED = ("FSDP", "TP", "all-gather", "Ulysses")  # on 2 ranks
+# Towers of any grid, with windows, or with DeepStack and a position table; M-RoPE in sections, or interleaved.
+ANY_GRID = {
+    2: ("FSDP", "FSDP, towers by block", "FSDP, media balanced", "TP", "ring", "all-gather", "Ulysses"),
+    4: ("FSDP x ring, media balanced", "TP x ring", "HSDP x TP"),
+}
 COMPILED = {"FSDP": "full", "TP": "none", "ring": "selective"}  # layout, on 2 ranks -> what is recomputed
 FACTORS = {
     "mix": MIXES,
@@ -98,9 +103,10 @@ class Case:
     precision: str = "fp32"
     compile: bool = False
     window: int | None = None  # of the second layer
+    model: str = "square"
 
     def config(self, layout: dict[str, Any]) -> Config:
-        model = {**TREE["model"]}
+        model = {**MODELS[self.model]}
         model["decoder"] = {**model["decoder"], "num_heads": 8, "num_kv_heads": 4, "tie_embedding": self.tied}
         model["decoder"] |= {"qkv_bias": self.tied, "qk_norm": not self.tied}
         if self.window:
@@ -121,7 +127,7 @@ class Case:
         compiled = "compiled" if self.compile else ""
         cells = [f"{self.layout:<36}", self.precision, f"{self.mix:<9}", f"{self.accumulate} {self.accumulate_mode:<7}"]
         cells += [f"{self.recompute:<9}", f"{self.trains:<10}", "tied  " if self.tied else "untied", f"{compiled:<8}"]
-        cells.append("window" if self.window else "      ")
+        cells.append("window " if self.window else f"{self.model:<7}")
         return "  ".join([*cells, f"{numbers:<32}"])
 
     def mixes(self, data_size: int) -> list[str]:
@@ -274,6 +280,7 @@ def choose(world_size: int, quick: bool) -> list[Case]:
     frozen = [Case("FSDP, towers replicated", **settings, trains="projectors", tied=True)] if world_size == 2 else []
     if world_size == 2:
         frozen += [Case(layout, **settings, trains="everything", tied=False, window=3) for layout in WINDOWED]
+    frozen += of_any_grid(world_size, quick)
     if not quick:
         compiled = [replace(case, precision="fp32", compile=True) for case in in_bf16 if case.layout in COMPILED]
         compiled = [replace(case, recompute=COMPILED[case.layout]) for case in compiled]
@@ -282,12 +289,30 @@ def choose(world_size: int, quick: bool) -> list[Case]:
     return [Case(layout=layout, **setting) for layout, setting in zip(layouts, settings)] + in_bf16[::4] + frozen
 
 
+def of_any_grid(world_size: int, quick: bool) -> list[Case]:
+    """Both models in each layout; quick: in turn. What is recomputed, and what trains, differs from layout to
+    layout."""
+    cases = []
+    for i, layout in enumerate(ANY_GRID.get(world_size, ())):
+        for n, model in enumerate(("windows", "deep")):
+            if quick and (i + n) % 2:
+                continue
+            setting = {key: FACTORS[key][(i + n) % len(FACTORS[key])] for key in ("accumulate", "recompute", "trains")}
+            cases.append(
+                Case(layout, "different", **setting, accumulate_mode="sharded", tied=model == "windows", model=model)
+            )
+    if world_size == 2:
+        cases += [replace(cases[0], precision="bf16"), replace(cases[1], precision="bf16", trains="everything")]
+        cases += [] if quick else [replace(cases[0], compile=True)]
+    return cases
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="each layout once")
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
     arguments = parser.parse_args()
-    print("ranks, layout, media, rows a rank, recompute, trains, head, window  |  errors of loss, norm, worst gradient")
+    print("ranks, layout, media, rows a rank, recompute, trains, head, model  |  errors of loss, norm, worst gradient")
     failed = []
     for world_size in arguments.world_sizes:
         cases = choose(world_size, arguments.quick)

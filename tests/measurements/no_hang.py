@@ -8,7 +8,7 @@ import itertools
 
 from avlm.config.model import MODULES
 from avlm.parallel import mesh
-from tests.parallel.small import MEDIA, build, make_config, make_rows
+from tests.parallel.small import MEDIA, MODELS, build, make_config, make_rows
 from tests.parallel.spawn import run_ranks
 
 PROJECTORS = ["vision_projector", "audio_projector"]
@@ -17,7 +17,8 @@ TRAINED = {  # how towers are sharded -> modules that train
     "block": [list(MODULES), PROJECTORS, ["vision", "audio"]],
     "replicate": [PROJECTORS, ["decoder"]],
 }
-CASES = [(sharding, trained) for sharding, choices in TRAINED.items() for trained in choices]
+CASES = [("square", sharding, trained) for sharding, choices in TRAINED.items() for trained in choices]
+CASES += [(model, "block", trained) for model in ("windows", "deep") for trained in (list(MODULES), PROJECTORS)]
 
 
 def pairs_of(quick: bool) -> list[tuple[str, str]]:
@@ -27,13 +28,14 @@ def pairs_of(quick: bool) -> list[tuple[str, str]]:
 
 
 def steps(quick: bool) -> list[str]:
-    """Runs on every rank: one forward and backward for each pair. Losses must be those of the first sharding."""
+    """Runs on every rank: one forward and backward for each pair. Losses must be those of the first sharding of the
+    same model."""
     worlds: dict = {}
-    losses: dict[tuple[str, str], float] = {}
+    losses: dict[tuple[str, tuple[str, str]], float] = {}
     failed = []
-    for sharding, trained in CASES:
+    for model_name, sharding, trained in CASES:
         stage = {"name": "all", "steps": 1, "train": trained}
-        cfg = make_config(parallel={"tower_sharding": sharding}, stages=[stage])
+        cfg = make_config(model=MODELS[model_name], parallel={"tower_sharding": sharding}, stages=[stage])
         world, model = build(cfg, worlds)
         for pair in pairs_of(quick):
             mixes = [pair[rank % 2] for rank in range(world.size)]
@@ -41,10 +43,11 @@ def steps(quick: bool) -> list[str]:
             loss, _ = model(row)
             loss.backward()
             [total] = world.sum([loss.item()])
-            expected = losses.setdefault(pair, total)
+            expected = losses.setdefault((model_name, pair), total)
             if not abs(total - expected) <= 1e-5 * expected:
                 failed.append(
-                    f"{world.size} ranks, {pair}, towers {sharding}, {trained} train: {total}, not {expected}"
+                    f"{world.size} ranks, {model_name}, {pair}, towers {sharding}, {trained} train: {total}, "
+                    f"not {expected}"
                 )
     mesh.stop()
     return failed
@@ -56,7 +59,7 @@ def run(world_sizes: list[int], quick: bool) -> list[str]:
     for world_size in world_sizes:
         if world_size > 1:
             failed += run_ranks(steps, world_size, quick, method="spawn")[0]
-            print(f"{world_size}  no hang: {count} combinations of media, frozen parts and tower sharding went through")
+            print(f"{world_size}  no hang: {count} combinations of media, frozen parts, towers and models went through")
     return failed
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from avlm.config.load import resolve_config
-from avlm.config.model import MODULES, VisionConfig
+from avlm.config.model import MODULES, ModelConfig
 from avlm.config.run import Config
-from avlm.data.media.patches import cut_into_patches
 from avlm.data.packing import pack
+from avlm.data.positions import Placed, positions
 from avlm.data.sample import EncodedSample
 from avlm.models import freezing
 from avlm.models.avlm import AVLM
@@ -42,7 +42,33 @@ TREE = {
     "optimizer": {"lr": 3e-3, "warmup_steps": 2},
     "stages": [{"name": "all", "steps": 20, "train": list(MODULES)}],
 }
-VISION = VisionConfig(**TREE["model"]["vision"])
+# Models whose tower takes images of any grid: as Qwen2.5-VL's and Qwen3-VL's do.
+AREA = {
+    **{"hidden_size": 24, "intermediate_size": 40, "num_layers": 3, "num_heads": 2, "feature_layer": -1},
+    **{"resize": "area", "patch_size": 2, "frames_per_patch": 2, "class_token": False, "pre_norm": False},
+    "axial_rope": True,
+}
+WINDOWS = {"gated": True, "norm": "rms", "activation": "silu", "window": 4, "full_layers": [1]}
+DEEP = {"image_size": 8, "patch_bias": True, "activation": "gelu_tanh", "deepstack_layers": [0, 1]}
+MODELS = {
+    "square": TREE["model"],
+    "windows": {
+        **TREE["model"],
+        "decoder": {**TREE["model"]["decoder"], "head_dim": 12, "mrope_sections": [2, 2, 2], "qkv_bias": True},
+        "vision": {**AREA, **WINDOWS},
+        "vision_projector": {"downsample": 2, "norm": "rms", "hidden_size": 96},
+    },
+    "deep": {
+        **TREE["model"],
+        "decoder": {
+            **TREE["model"]["decoder"],
+            **{"head_dim": 12, "mrope_sections": [2, 2, 2], "mrope_interleaved": True, "qk_norm": True},
+        },
+        "vision": {**AREA, **DEEP},
+        "vision_projector": {"downsample": 2, "norm": "layer", "hidden_size": 96},
+    },
+}
+GRIDS = ((2, 6), (4, 2), (6, 4), (2, 2))  # lines and columns of patches of their images, which take turns
 # mix of media -> images and clips of a sample
 MEDIA = {"text": (0, 0), "image": (2, 0), "audio": (0, 1), "both": (1, 1), "video": (4, 1)}
 
@@ -57,28 +83,40 @@ def make_rows(cfg: Config, mixes: list[str], seed: int = 0) -> list[Batch]:
     rows = []
     for mix in mixes:
         samples = [
-            make_sample(mix, 6, generator),
-            make_sample("text", 7, generator),
-            make_sample(mix, 4, generator),
+            make_sample(mix, 6, generator, cfg.model),
+            make_sample("text", 7, generator, cfg.model),
+            make_sample(mix, 4, generator, cfg.model),
         ]
         rows.append(pack(samples, cfg.stages[0].data.seq_length, cfg.model))
     return rows
 
 
-def make_sample(mix: str, num_words: int, generator: torch.Generator) -> EncodedSample:
-    """A sample of the small model: 4 features an image, one for 40 ms of audio; every word but the first is learned."""
+def make_sample(mix: str, num_words: int, generator: torch.Generator, model: ModelConfig) -> EncodedSample:
+    """A sample of one of the small models: images, one feature for 40 ms of audio, text, of which every word but the
+    first is learned."""
     num_images, num_clips = MEDIA[mix]
+    vision = model.vision
+    assert vision is not None and model.vision_projector is not None
+    grids = [GRIDS[i % len(GRIDS)] if vision.any_grid else (2, 2) for i in range(num_images)]
+    placed, num_features = [], 0
+    for lines, columns in grids:
+        of_features = 1, lines // model.vision_projector.downsample, columns // model.vision_projector.downsample
+        placed.append(Placed(num_features, of_features))
+        num_features += math.prod(of_features)
     num_frames = 2 * (4 + num_words)
     mels = [torch.randn(16, num_frames, generator=generator) for _ in range(num_clips)]
     text = torch.randint(0, 96, (num_words,), generator=generator)
-    media = [-200] * (4 * num_images) + [-300] * (math.ceil(num_frames / 4) * num_clips)
+    media = [-200] * num_features + [-300] * (math.ceil(num_frames / 4) * num_clips)
     token_T = torch.cat([torch.tensor(media, dtype=torch.long), text])
     target_T = torch.full_like(token_T, -100)
     target_T[len(media) : -1] = token_T[len(media) + 1 :]
-    pixels = torch.randint(0, 255, (num_images, 1, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    images = [cut_into_patches(frames, VISION) for frames in pixels]
+    images = []
+    for grid in grids:
+        shape = (*grid, vision.patch_numbers)
+        images.append(torch.randint(0, 255, shape, generator=generator, dtype=torch.uint8))
     kind = "mixed" if mix == "both" else mix
-    return EncodedSample(mix, kind, token_T, target_T, {"image": images, "audio": mels})
+    position_T = positions(len(token_T), placed) if model.decoder.mrope_sections else None
+    return EncodedSample(mix, kind, token_T, target_T, {"image": images, "audio": mels}, position_T)
 
 
 def build(cfg: Config, worlds: dict[tuple, mesh.World] | None = None) -> tuple[mesh.World, AVLM]:

@@ -22,7 +22,7 @@ from avlm.parallel import mesh
 from avlm.parallel.apply import own_part
 from avlm.parallel.fsdp import reshard
 from avlm.parallel.recompute import apply_recompute
-from tests.parallel.small import TREE, build, make_sample
+from tests.parallel.small import MODELS, TREE, build, make_sample
 from tests.parallel.spawn import run_ranks
 
 DOCUMENTS = [5, 9, 1, 8, 3, 11, 2, 7, 4, 10]
@@ -36,7 +36,7 @@ def rows_of(cfg: Config) -> list[Batch]:
     rows = []
     for i, count in enumerate(DOCUMENTS):
         mixes = [*MEDIA[i % len(MEDIA)], *["text"] * count][:count]
-        samples = [make_sample(mix, 2 + (i + n) % 3, generator) for n, mix in enumerate(mixes)]
+        samples = [make_sample(mix, 2 + (i + n) % 3, generator, cfg.model) for n, mix in enumerate(mixes)]
         rows.append(pack(samples, cfg.stages[0].data.seq_length, cfg.model))
     return rows
 
@@ -62,19 +62,21 @@ def count_graphs() -> Iterator[CompileCounterWithBackend]:
 
 FULL = {"recompute": dict.fromkeys(("decoder", "vision", "audio"), "full")}
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-CASES = [  # keys of train, what does not learn
-    pytest.param({}, "", id="none"),
-    pytest.param({**FULL, "offload_activations": True}, "all but adapters", id="full, offloaded, adapters"),
-    slow({"recompute": {"vision": "full"}}, "decoder", id="frozen decoder"),
-    slow({"recompute": {"decoder": "full"}}, "vision audio", id="frozen towers"),
+CASES = [  # keys of train, what does not learn, model
+    pytest.param({}, "", "square", id="none"),
+    pytest.param({**FULL, "offload_activations": True}, "all but adapters", "square", id="full, offloaded, adapters"),
+    slow({"recompute": {"vision": "full"}}, "decoder", "square", id="frozen decoder"),
+    slow({"recompute": {"decoder": "full"}}, "vision audio", "square", id="frozen towers"),
+    pytest.param({"recompute": {"vision": "selective"}}, "decoder", "windows", id="images of any grid, windows"),
+    slow(FULL, "", "deep", id="images of any grid, DeepStack"),
 ]
 
 
-@pytest.mark.parametrize(("train", "frozen"), CASES)
-def test_any_number_of_documents_and_media_shares_a_few_graphs(train, frozen, graphs):
+@pytest.mark.parametrize(("train", "frozen", "model"), CASES)
+def test_any_number_of_documents_and_media_shares_a_few_graphs(train, frozen, model, graphs):
     with_adapters = frozen == "all but adapters"
     lora = {"rank": 2, "targets": ["decoder.*", "vision.*"]} if with_adapters else None
-    cfg = make(train, model={**TREE["model"], "lora": lora})
+    cfg = make(train, model={**MODELS[model], "lora": lora})
     plain, compiled = AVLM(cfg.model), AVLM(cfg.model)
     init(plain, seed=0)
     compiled.load_state_dict(plain.state_dict())

@@ -1,5 +1,6 @@
 """FLOPs counted from shapes against those that PyTorch counts while it computes, on the plain path."""
 
+import math
 import typing
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,18 +12,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from avlm.config.model import ProjectorConfig
+from avlm.data.packing import pack
+from avlm.data.sample import EncodedSample
 from avlm.data.stream import Stream
 from avlm.data.synthetic import SyntheticLoader
 from avlm.models import decoder, freezing
 from avlm.models.avlm import AVLM, init
-from avlm.models.batch import KINDS, empty_batch
+from avlm.models.batch import IGNORE, IMAGE, KINDS, empty_batch
 from avlm.models.costs import check_steps, counts
 from avlm.models.shapes import parameter_shapes
 from avlm.parallel import recompute
 from avlm.storage.run_folder import Progress, read_records
 from avlm.training import flops
 from avlm.training.log import Log, tally, time
-from tests.parallel.small import TREE, make_config
+from tests.parallel.small import MODELS, TREE, make_config
 
 PROJECTORS = ["vision_projector", "audio_projector"]
 MODEL = TREE["model"]
@@ -82,15 +85,36 @@ CASES = {
         )
         for kind in typing.get_args(typing.get_type_hints(ProjectorConfig)["type"])
     },
+    "windows": make_config(model=MODELS["windows"]),
+    "windows, only the norms of a projector": make_config(
+        model=MODELS["windows"], stages=staged(freeze_params=[""], prevent_freeze_params=[r"vision_projector\.norm"])
+    ),
+    "DeepStack": make_config(model=MODELS["deep"]),
+    "DeepStack, projectors": make_config(model=MODELS["deep"], stages=staged(train=PROJECTORS)),
+    "DeepStack, recompute": make_config(model=MODELS["deep"], train={"recompute": {"vision": "selective"}}),
     "text": make_config(model={"decoder": MODEL["decoder"]}, stages=staged(train=["decoder"])),
 }
 
 
 def make_batch(cfg, documents=4):
-    """128 tokens in documents whose lengths are multiples of 16, up to which the plain path rounds."""
+    """128 tokens in documents whose lengths are multiples of 16, up to which the plain path rounds; so are the windows
+    of images of any grid, and those that are smaller there."""
+    if cfg.model.vision and cfg.model.vision.any_grid:
+        return of_any_grid(cfg)
     media = ",images=3,clips=1,seconds=1" if cfg.model.vision else ""
     source, data = f"synthetic:documents={documents}{media}", replace(cfg.stages[0].data, seq_length=128)
     return next(iter(SyntheticLoader(Stream(source, data, cfg.model, rank=0, world=1, seed=0, train=True))))
+
+
+def of_any_grid(cfg):
+    vision = cfg.model.vision
+    samples = []
+    for grid in ((8, 4), (4, 4), (4, 12)):
+        patches = torch.randint(0, 255, (*grid, vision.patch_numbers), dtype=torch.uint8)
+        token_T = torch.cat([torch.full((math.prod(grid) // 4,), IMAGE), torch.arange(32 - math.prod(grid) // 4)])
+        target_T = token_T.where(token_T >= 0, IGNORE)
+        samples.append(EncodedSample("", "image", token_T, target_T, {"image": [patches]}))
+    return pack(samples, 128, cfg.model)
 
 
 def plain_loss(hidden_RD, weight_VD, target_R):
