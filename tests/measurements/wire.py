@@ -37,6 +37,7 @@ from train import train_step
 
 MIXES = ("video", "text", "audio", "image")  # of the rows of the data ranks
 CHOSEN = ("FSDP", "HSDP", "TP", "ring", "all-gather", "Ulysses", "TP x ring", "FSDP x ring, media balanced")
+WITH_DEEPSTACK = ("TP x ring", "FSDP x ring, media balanced")
 SILENT = ("wait_tensor", "_wrap_tensor_autograd", "recv_")
 
 
@@ -121,18 +122,21 @@ def count_step(config: Config, world: World, model: AVLM, rows: list[Batch], num
     return wire.sent
 
 
-def count_all(layouts: dict[str, dict[str, Any]]) -> dict[str, tuple[Bytes, Bytes]]:
-    """Runs on every rank: (counted, formula) of a step in each layout."""
+def count_all(with_deepstack: tuple[str, ...] = ()) -> dict[str, tuple[Bytes, Bytes]]:
+    """Runs on every rank: (counted, formula) of a step in each layout, and of some with DeepStack and images of any
+    grid."""
     worlds: dict[tuple, World] = {}
     found = {}
-    for name, layout in layouts.items():
-        case = Case(name, "both", 1, "none", "sharded", "everything", tied=False, precision="bf16")
-        config = case.config(layout)
+    labels = {name: ("square", name) for name in CHOSEN}
+    labels |= {f"{name}, DeepStack": ("deep", name) for name in with_deepstack}
+    for label, (kind, name) in labels.items():
+        case = Case(name, "both", 1, "none", "sharded", "everything", tied=False, precision="bf16", model=kind)
+        config = case.config(LAYOUTS[4][name])
         world, model = build(config, worlds)
         rows = make_rows(config, MIXES[: world.data_size])
         num_targets = sum(len(row.target_R) for row in rows)
         counted = count_step(config, world, model, [rows[world.data_rank]], num_targets)
-        found[name] = counted, formula(config, world, rows)
+        found[label] = counted, formula(config, world, rows)
     mesh.stop()
     return found
 
@@ -154,7 +158,7 @@ def count_options(options: list[dict[str, Any]], num_batches: int) -> list[tuple
 
 
 def main() -> None:
-    ranks = run_ranks(count_all, 4, {name: LAYOUTS[4][name] for name in CHOSEN})
+    ranks = run_ranks(count_all, 4)
     print(f"{'layout, 4 ranks':<28} {'axis':<37} {'collective':<15} {'counted':>9} {'formula':>9}  ratio")
     for name in CHOSEN:
         counted, expected = Counter(), Counter()

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from avlm.config.run import Config
 from avlm.models.avlm import AVLM
 from avlm.models.batch import KINDS, Batch, Media, Size
-from avlm.models.costs import item_costs
 from avlm.parallel import media
 from avlm.parallel.context import cut
 from avlm.parallel.mesh import World
@@ -191,7 +190,7 @@ def of_media(config: Config, world: World, homes: list[Batch], share: media.Shar
     total = 0
     for name, tower in model.modalities.items():
         sizes = [home.media[name].sizes for home in homes]
-        plan = media.make_plan(share, sizes, getattr(model, tower).rows_of, item_costs(name, model))
+        plan = media.make_plan(name, share, sizes, model)
         width = getattr(model, tower).width
         total += ITEMSIZE * width * crossings(plan, name, homes, world)
         for size, length, sender, encoder in zip(plan.sizes, plan.lengths, plan.senders, plan.encoders):

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
-from avlm.data.media.patches import cut_into_patches
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.models.avlm import AVLM, init
@@ -34,6 +33,16 @@ MODEL = ModelConfig(
     vision_projector=ProjectorConfig(downsample=2),
     audio_projector=ProjectorConfig(downsample=2),
 )
+AREA = {"resize": "area", "class_token": False, "pre_norm": False, "frames_per_patch": 2, "axial_rope": True}
+# Images of any grid: windows of 4 x 4 patches in one of two layers, a position table, and the rows of both layers.
+ANY_GRID = replace(
+    MODEL,
+    vision=VisionConfig(
+        **{"num_layers": 2, "image_size": 8, "patch_size": 2, "window": 4, "full_layers": [1]},
+        **{"deepstack_layers": [0], "feature_layer": -1, **AREA, **SIZES},
+    ),
+)
+GRIDS = [(2, 2), (6, 4), (4, 10), (2, 8), (8, 8)]
 
 # Ranks -> mesh (replicate, shard, context, tensor) -> cases: (images, clips) of every data rank.
 APART = {
@@ -80,16 +89,20 @@ def cases_of(world_size):
 def make_batch(model, num_images, num_clips, seed):
     """One row in a random order: samples of an image or of a clip, and one of text."""
     generator = torch.Generator().manual_seed(seed)
-    samples = [make_image(generator) for _ in range(num_images)]
+    samples = [make_image(model, generator) for _ in range(num_images)]
     samples += [make_clip(model, generator) for _ in range(num_clips)]
     samples.append(make_sample([], {}))
     order = torch.randperm(len(samples), generator=generator).tolist()
     return pack([samples[i] for i in order], TOKENS, model)
 
 
-def make_image(generator):
-    pixels = torch.randint(0, 255, (1, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    return make_sample([-200] * 4, {"image": [cut_into_patches(pixels, MODEL.vision)]})
+def make_image(model, generator):
+    lines, columns = 4, 4
+    if model.vision.any_grid:
+        lines, columns = GRIDS[int(torch.randint(len(GRIDS), (), generator=generator))]
+    shape = (lines, columns, model.vision.patch_numbers)
+    patches = torch.randint(0, 255, shape, generator=generator, dtype=torch.uint8)
+    return make_sample([-200] * (lines * columns // 4), {"image": [patches]})
 
 
 def make_clip(model, generator):
@@ -113,15 +126,20 @@ def reference(model, batches, weights):
     model.zero_grad()
     features = []
     for batch, weight_TD in zip(batches, weights):
-        x_TD, _ = model.embed(batch)
+        x_TD = embed(model, batch)
         (x_TD * weight_TD).sum().backward()
         features.append(x_TD.detach())
     return features, gradients(model)
 
 
+def embed(model, batch):
+    """Token features, with those of an inner layer added."""
+    x_TD, deep = model.embed(batch)
+    return x_TD if deep is None else x_TD.index_add(0, deep.rows, *deep.features)
+
+
 def window_cost(model, rows):
-    per_row, per_pair = item_costs("audio", model)
-    return per_row * rows + per_pair * rows**2
+    return item_costs("audio", [rows], model)[0]
 
 
 def distance(found, expected, floor=1e-30):
@@ -149,7 +167,7 @@ def compare(model, world, counts, balance=False, group=None, shuffled=True):
     local = replace(local, token_T=batch.token_T[held], position_T=batch.position_T[held]).to("cpu")
 
     model.zero_grad()
-    x_TD, _ = model.embed(local)
+    x_TD = embed(model, local)
     (x_TD * weights[world.data_rank][held]).sum().backward()
     summed = gradients(model)
     assert summed.keys() == expected.keys()
@@ -184,6 +202,10 @@ def all_cases(world_size):
     others = [(0, 0)] * (world_size - 1)
     model.vision.requires_grad_(False)
     found["frozen tower"] = compare(model, world, [(3, 2), *others], balance=True)
+    any_grid = make_model(ANY_GRID)
+    found["images of any grid, of one row"] = compare(any_grid, lay_out((1, 1, world_size, 1), device), [(5, 1)])
+    found["images of any grid, of all rows"] = compare(any_grid, world, [(4, 1), *others[1:], (1, 0)], balance=True)
+    found["no images of any grid"] = compare(any_grid, world, [(0, 1), *others], balance=True)
     no_audio = make_model(replace(MODEL, audio=None, audio_projector=None))
     found["no audio tower"] = compare(no_audio, world, [(3, 0), *others], balance=True)
     batch = make_batch(MODEL, 1, 1, 0)
@@ -246,6 +268,15 @@ def test_a_route_moves_to_a_device_with_its_boundaries():
     assert moved.send_rows_S.is_meta
     assert moved.spans == ordinary.spans, "known without asking the device"
     assert (moved.max_length, moved.send_counts, moved.receive_counts) == (3, [1, 1], [0, 2])
+
+
+def test_an_image_with_windows_costs_what_its_windows_do():
+    """Twice the patches in a line of windows cost twice as much, those in full layers more."""
+    windowed = replace(ANY_GRID, vision=replace(ANY_GRID.vision, full_layers=[]))
+    one, two = item_costs("image", [(4, 8), (4, 16)], windowed)
+    assert two == 2 * one
+    one, two = item_costs("image", [(4, 8), (4, 16)], ANY_GRID)
+    assert two > 2 * one
 
 
 def slowest(costs, ranks):
