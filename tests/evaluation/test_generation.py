@@ -13,13 +13,13 @@ from PIL import Image
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import generate as command
-from avlm.config.model import LoraConfig, ModelConfig
+from avlm.config.model import LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig, InitFrom
 from avlm.data.media.patches import cut_into_patches
 from avlm.data.sample import EncodedSample, placeholders
 from avlm.evaluation.decoding import Decoding, choose
 from avlm.evaluation.generation import Ranks, draws, generate, prompt_phase, steps
-from avlm.evaluation.kept_cache import KeptCache
+from avlm.evaluation.kept_cache import KeptCache, labels_of
 from avlm.models.avlm import AVLM
 from avlm.models.batch import IGNORE, IMAGE
 from avlm.process.exit import run_command
@@ -155,6 +155,22 @@ def test_a_conversation_whose_cache_is_kept_continues_the_positions_of_media():
         assert [token for token, _ in found] == whole.token_ids
         assert [logprob for _, logprob in found] == pytest.approx(whole.logprobs, abs=1e-5)
         said += whole.token_ids
+
+
+def test_media_of_equal_bytes_in_another_grid_or_at_another_time_are_not_taken_for_the_same():
+    vision = VisionConfig(
+        **{"hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 1, "feature_layer": -1},
+        **{"patch_size": 2, "resize": "area", "class_token": False, "pre_norm": False},
+    )
+    config = dataclasses.replace(MROPE, vision=vision, vision_projector=ProjectorConfig())
+    patches, at = torch.zeros(2, 3, 12, dtype=torch.uint8), torch.arange(8).repeat(3, 1)
+    first = prompt([1, *[IMAGE] * 6, 2], [patches], at)
+    turned = prompt([1, *[IMAGE] * 6, 2], [patches.view(3, 2, 12)], at)
+    later = prompt([1, *[IMAGE] * 6, 2], [patches], at + torch.tensor([[3], [0], [0]]))
+    labels, *others = (labels_of(asked, config) for asked in (first, turned, later))
+    assert labels == labels_of(prompt([1, *[IMAGE] * 6, 2], [patches.clone()], at), config)
+    for other in others:
+        assert other[1] != labels[1] and (other[0], other[7]) == (labels[0], labels[7]) == (1, 2)
 
 
 WINDOWED = dataclasses.replace(DECODER, sliding_window=8)

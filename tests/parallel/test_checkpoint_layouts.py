@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from avlm.config.load import dump_config, to_dict
+from avlm.config.load import dump_config
 from avlm.config.run import CheckpointConfig, InitFrom
 from avlm.models.avlm import AVLM
 from avlm.parallel import mesh
@@ -22,7 +22,7 @@ from avlm.weights.__main__ import main
 from avlm.weights.export import export
 from avlm.weights.load import init_weights, load_weights
 from avlm.weights.sources import open_checkpoint
-from tests.parallel.small import build, make_config, make_rows, whole
+from tests.parallel.small import MODELS, build, make_config, make_rows, whole
 from tests.parallel.spawn import run_ranks
 from train import train_step
 
@@ -30,14 +30,13 @@ LORA = {"rank": 3, "targets": ["decoder.*", "audio.*.up"]}
 LAYOUTS = {2: {"tensor": 2}, 3: {}}  # ranks -> parallel
 
 
-def config_of(folder, **keys):
-    model = {**to_dict(make_config().model), "lora": LORA}
-    return make_config(output_dir=str(folder), model=model, **keys)
+def config_of(folder, kind="square", **keys):
+    return make_config(output_dir=str(folder), model={**MODELS[kind], "lora": LORA}, **keys)
 
 
-def train_and_save(folder):
+def train_and_save(folder, kind="square"):
     """Two steps on FSDP2 x TP, with a checkpoint after each; the weights of both."""
-    cfg = config_of(folder, parallel={"shard": 2, "tensor": 2})
+    cfg = config_of(folder, kind, parallel={"shard": 2, "tensor": 2})
     world, model = build(cfg)
     adam = optimizer.build(model, cfg.stages[0].optimizer)
     saver = Saver(Path(folder), CheckpointConfig(), world)
@@ -115,6 +114,15 @@ def test_its_export_is_read_back_with_the_same_logits(saved, tmp_path):
     merged = AVLM(dataclasses.replace(cfg.model, lora=None))
     load_weights(merged, InitFrom(all=str(tmp_path / "out")))
     torch.testing.assert_close(logits(merged, cfg), logits(expected, cfg), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_with_deepstack_that_four_ranks_saved_is_read_by_one(tmp_path):
+    *_, last = run_ranks(train_and_save, 4, str(tmp_path), "deep")[0]
+    config, path = read_run(tmp_path)
+    model = AVLM(config.model)
+    init_weights(model, InitFrom(all=str(path)), seed=1)
+    assert {"vision.position", "vision_projector.deep.1.norm.bias"} <= last.keys()
+    assert are_same(weights_of(model), last)
 
 
 def test_a_slice_is_read_from_the_chunks_that_it_lies_in_and_no_other(saved, monkeypatch):
