@@ -1,6 +1,6 @@
 """One file of a sample -> its items, with the text and the markers that stand around them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +18,14 @@ class Run:
     """Items of one modality whose features follow each other.
 
     text     that stands before them
-    markers  control tokens around them, none or one on each side
+    markers  control tokens before and after them, "" for none
     step     of M-RoPE's time from one to the next
     """
 
     modality: str
     items: list[Tensor]
     text: str = ""
-    markers: tuple[str, ...] | list[str] = ()
+    markers: Sequence[str] = ("", "")
     step: float = 1.0
 
 
@@ -102,8 +102,8 @@ class MediaReader:
             together += [frames[-1]] * (count - len(together))
             yield cut_into_patches(torch.stack(together), self.model.vision)
 
-    def _markers(self, kind: str) -> tuple[str, ...] | list[str]:
-        return self.data.markers.get(kind, ())
+    def _markers(self, kind: str) -> Sequence[str]:
+        return self.data.markers.get(kind, ("", ""))
 
     def _check_room(self, extent: Extent, room: Room) -> None:
         if room.taken + extent.features <= room.most:
@@ -111,22 +111,29 @@ class MediaReader:
         before = f", after {room.taken:,} of other media" if room.taken else ""
         raise ValueError(
             f"{extent} takes {extent.features:,} tokens{before}, more than {room.setting}={room.most}: "
-            f"{self._fix(is_video=bool(extent.times))}"
+            f"{self._fix(extent.is_video)}"
         )
 
     def _fix(self, is_video: bool) -> str:
         """Which settings give fewer features."""
-        config = self.data.video
-        bounds = {"data.image_tokens": self.data.image_tokens}
-        settings = {}
-        if is_video and config.tokens is not None:
-            bounds = {"data.video.tokens": config.tokens}
-        elif is_video and config.frame_tokens is not None:
-            bounds = {"data.video.frame_tokens": config.frame_tokens}
+        video = self.data.video
+        settings = []
         if self.model.vision.any_grid:
-            settings |= {name: f"[{least:g}, {most:g}]" for name, (least, most) in bounds.items()}
+            name, (least, most) = self._bounds(is_video)
+            settings.append(f"{name}=[{least:g}, {most:g}]")
         if is_video:
-            name = "num_frames" if config.fps is None else "max_frames"
-            settings[f"data.video.{name}"] = getattr(config, name)
-        named = " or ".join(f"{name}={value}" for name, value in settings.items())
-        return f"lower {named}" if named else "leave it out, or raise that"
+            settings.append(
+                f"data.video.num_frames={video.num_frames}"
+                if video.fps is None
+                else f"data.video.max_frames={video.max_frames}"
+            )
+        return f"lower {' or '.join(settings)}" if settings else "raise it"
+
+    def _bounds(self, is_video: bool) -> tuple[str, list[float]]:
+        """The setting that bounds the features of an image or a video."""
+        video = self.data.video
+        if is_video and video.tokens is not None:
+            return "data.video.tokens", video.tokens
+        if is_video and video.frame_tokens is not None:
+            return "data.video.frame_tokens", video.frame_tokens
+        return "data.image_tokens", self.data.image_tokens

@@ -223,8 +223,9 @@ def _lay_out(run: Run, pieces: list[Piece]) -> None:
         pieces[-1] = replace(last, text=last.text + run.text)
     elif run.text:
         pieces.append(Piece("text", run.text))
-    around = [Piece("control", marker) for marker in run.markers]
-    pieces += [*around[:1], Piece(run.modality, f"<{run.modality}>"), *around[1:]]
+    before, after = run.markers
+    around = [("control", before), (run.modality, f"<{run.modality}>"), ("control", after)]
+    pieces += [Piece(kind, text) for kind, text in around if text]
 
 
 def placeholders(modality: str, items: list[Tensor], model: ModelConfig) -> list[int]:

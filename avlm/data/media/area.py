@@ -48,68 +48,74 @@ class Extent:
     def __str__(self) -> str:
         height, width = self.source
         size = f"{width} x {height} pixels"
-        return f"video of {counted(len(self.times), 'frame')} of {size}" if self.times else f"image of {size}"
+        return f"video of {counted(len(self.times), 'frame')} of {size}" if self.is_video else f"image of {size}"
+
+    @property
+    def is_video(self) -> bool:
+        return bool(self.times)
 
 
 def of_image(source: Size, model: ModelConfig, data: DataConfig) -> Extent:
     """ValueError for an image that is too thin."""
     vision, downsample = model.vision, model.vision_projector.downsample
-    factor = vision.patch_size * downsample
-    size = resized("image", source, factor, data.image_tokens) if vision.any_grid else _square(vision)
-    return _extent(source, size, vision, downsample)
+    size = _square(vision)
+    if vision.any_grid:
+        size = resized("image", source, vision.patch_size * downsample, data.image_tokens)
+    grid = _grid(size, vision)
+    return Extent(source, size, grid, vision.num_features(grid, downsample))
 
 
 def of_video(source: Size, seconds: float, rate: Rate, model: ModelConfig, data: DataConfig) -> Extent:
     """ValueError for a video that is too thin."""
     vision, downsample = model.vision, model.vision_projector.downsample
-    factor = vision.patch_size * downsample
-    times = frame_times(seconds, rate, data.video, vision.frames_per_patch)
-    if not vision.any_grid:
-        size = _square(vision)
-    elif data.video.tokens is not None:
-        size = resized_together(source, factor, data.video.tokens, len(times), vision.frames_per_patch)
-    else:
+    factor, together = vision.patch_size * downsample, vision.frames_per_patch
+    times = frame_times(seconds, rate, data.video, together)
+    size = _square(vision)
+    if vision.any_grid and data.video.tokens is not None:
+        size = resized_together(source, factor, data.video.tokens, len(times), together)
+    elif vision.any_grid:
         size = resized("video", source, factor, data.video.frame_tokens or data.image_tokens)
-    num_items = math.ceil(len(times) / vision.frames_per_patch)
-    patch_seconds = float(vision.frames_per_patch * num_frames(seconds, rate) / Fraction(rate) / len(times))
-    return _extent(source, size, vision, downsample, num_items, times, patch_seconds)
+    grid = _grid(size, vision)
+    return Extent(
+        source,
+        size,
+        grid,
+        vision.num_features(grid, downsample),
+        num_items=math.ceil(len(times) / together),
+        times=times,
+        patch_seconds=float(together * num_frames(seconds, rate) / Fraction(rate) / len(times)),
+    )
 
 
-def resized(kind: str, source: Size, factor: int, tokens: Sequence[float]) -> Size:
+def resized(
+    kind: str, source: Size, factor: int, tokens: Sequence[float], count: int = 1, frames_per_patch: int = 1
+) -> Size:
     """The size of whole squares of ``factor`` pixels a side that is nearest to the source's, or the nearest to its
-    shape among those of ``tokens`` squares at least and at most."""
+    shape among those of ``tokens`` squares at least and at most. The squares of ``count`` frames are counted together,
+    those of a patch as one."""
     height, width = source
-    _check_ratio(kind, source)
-    least, most = (_pixels(bound, factor) for bound in tokens)
-    lines, columns = round(height / factor), round(width / factor)
-    area = lines * columns * factor**2
-    if area > most:
-        scale = math.sqrt(height * width / most)
-        return _shrunk(height, width, scale, factor)
-    if area < least:
-        scale = math.sqrt(least / (height * width))
-        return _grown(height, width, scale, factor)
-    return lines * factor, columns * factor
-
-
-def resized_together(source: Size, factor: int, tokens: Sequence[float], count: int, frames_per_patch: int) -> Size:
-    """The same for each of ``count`` frames whose squares are counted together, those of a patch as one."""
-    height, width = source
-    if min(source) < factor:
-        scale = max(factor / height, factor / width)
-        height, width = int(height * scale), int(width * scale)
-    _check_ratio("video", (height, width))
-    least, most = (_pixels(bound, factor) * frames_per_patch for bound in tokens)
-    count = max(count, frames_per_patch)
+    if max(source) > MAX_RATIO * min(source):
+        raise ValueError(f"{kind} of {width} x {height} pixels is thinner than 1 to {MAX_RATIO}: cut it into pieces")
+    least, most = (max(1, round(bound * factor**2)) * frames_per_patch for bound in tokens)
     lines, columns = round(height / factor), round(width / factor)
     area = round(count / frames_per_patch) * frames_per_patch * lines * columns * factor**2
     if area > most:
         scale = math.sqrt(count * height * width / most)
-        return _shrunk(height, width, scale, factor)
-    if area < least:
+        lines, columns = (max(1, math.floor(side / scale / factor)) for side in source)
+    elif area < least:
         scale = math.sqrt(least / (count * height * width))
-        return _grown(height, width, scale, factor)
+        lines, columns = (math.ceil(side * scale / factor) for side in source)
     return lines * factor, columns * factor
+
+
+def resized_together(source: Size, factor: int, tokens: Sequence[float], count: int, frames_per_patch: int) -> Size:
+    """The size of each of ``count`` frames of a video whose squares share the bounds. Frames that are smaller than a
+    square are counted as if they were scaled up to one."""
+    height, width = source
+    if min(source) < factor:
+        scale = max(factor / height, factor / width)
+        source = int(height * scale), int(width * scale)
+    return resized("video", source, factor, tokens, max(count, frames_per_patch), frames_per_patch)
 
 
 def num_frames(seconds: float, rate: Rate) -> int:
@@ -161,33 +167,10 @@ def _starts(total: int, wanted: float, video: VideoConfig, multiple: int) -> lis
     return torch.arange(0, total, total / count)[:count].int().tolist()
 
 
-def _extent(source: Size, size: Size, vision: VisionConfig, downsample: int, *of_video) -> Extent:
-    height, width = size
-    grid = (height // vision.patch_size, width // vision.patch_size)
-    return Extent(source, size, grid, vision.num_features(grid, downsample), *of_video)
-
-
 def _square(vision: VisionConfig) -> Size:
-    return vision.image_size, vision.image_size
+    return vision.image_size or 0, vision.image_size or 0
 
 
-def _check_ratio(kind: str, size: Size) -> None:
+def _grid(size: Size, vision: VisionConfig) -> tuple[int, int]:
     height, width = size
-    if max(size) > MAX_RATIO * min(size):
-        raise ValueError(f"{kind} of {width} x {height} pixels is thinner than 1 to {MAX_RATIO}: cut it into pieces")
-
-
-def _pixels(tokens: float, factor: int) -> int:
-    return max(1, round(tokens * factor**2))
-
-
-def _shrunk(height: int, width: int, scale: float, factor: int) -> Size:
-    lines = max(1, math.floor(height / scale / factor))
-    columns = max(1, math.floor(width / scale / factor))
-    return lines * factor, columns * factor
-
-
-def _grown(height: int, width: int, scale: float, factor: int) -> Size:
-    lines = math.ceil(height * scale / factor)
-    columns = math.ceil(width * scale / factor)
-    return lines * factor, columns * factor
+    return height // vision.patch_size, width // vision.patch_size
