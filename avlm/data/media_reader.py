@@ -116,24 +116,24 @@ class MediaReader:
 
     def _fix(self, is_video: bool) -> str:
         """Which settings give fewer features."""
-        video = self.data.video
+        config = self.data.video
         settings = []
         if self.model.vision.any_grid:
             name, (least, most) = self._bounds(is_video)
             settings.append(f"{name}=[{least:g}, {most:g}]")
         if is_video:
             settings.append(
-                f"data.video.num_frames={video.num_frames}"
-                if video.fps is None
-                else f"data.video.max_frames={video.max_frames}"
+                f"data.video.num_frames={config.num_frames}"
+                if config.fps is None
+                else f"data.video.max_frames={config.max_frames}"
             )
         return f"lower {' or '.join(settings)}" if settings else "raise it"
 
     def _bounds(self, is_video: bool) -> tuple[str, list[float]]:
         """The setting that bounds the features of an image or a video."""
-        video = self.data.video
-        if is_video and video.tokens is not None:
-            return "data.video.tokens", video.tokens
-        if is_video and video.frame_tokens is not None:
-            return "data.video.frame_tokens", video.frame_tokens
+        config = self.data.video
+        if is_video and config.tokens is not None:
+            return "data.video.tokens", config.tokens
+        if is_video and config.frame_tokens is not None:
+            return "data.video.frame_tokens", config.frame_tokens
         return "data.image_tokens", self.data.image_tokens
