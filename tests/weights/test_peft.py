@@ -13,17 +13,23 @@ from safetensors.torch import load_file
 from avlm.config.load import dump_config, load_config
 from avlm.config.model import LoraConfig
 from avlm.config.run import InitFrom
+from avlm.families import qwen2_vl
+from avlm.families.door import FORMATS
 from avlm.models.avlm import AVLM
 from avlm.models.batch import AUDIO, IMAGE
 from avlm.weights.__main__ import main
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import init_weights
+from tests.families.test_qwen_vl import logits_of, prompt
+from tests.families.test_qwen_vl_keys import config_of, keys_of
 from tests.models.handmade import build, make_batch, normalised, pixels_of, save
 from tests.models.test_avlm import TEXT_ONLY, VISION_ONLY, WHOLE, llava
 from tests.weights.test_export import VOXTRAL
 from tests.weights.test_sources import write_run
 
+QWEN_VL = ("qwen2_5_vl", "qwen3_vl")
+QWEN = qwen2_vl.read(keys_of("qwen2_vl"), {})
 ONTO_DECODER = ["--format", "adapter", "--onto", "decoder"]
 
 
@@ -51,12 +57,18 @@ def base_folder(family, folder):
     """A model folder of a family, without adapters."""
     if family == "llava":
         return save(llava(), folder)
+    if family in QWEN_VL:
+        return save(getattr(transformers, FORMATS[family].CLASS)(config_of(family)), folder)
     export(VOXTRAL, build(VOXTRAL, seed=1).state_dict(), folder, "voxtral")
     return folder
 
 
 def logits_of_both(family, ours, theirs):
     """Of our model and of transformers', for a text with an image or a recording."""
+    if family in QWEN_VL:
+        ask = prompt(family, theirs.get_base_model(), ours.config)
+        with torch.no_grad():
+            return logits_of(ours, ask.batch), theirs(**ask.inputs).logits[0]
     if family == "llava":
         document, pixels = [1, *[IMAGE] * 9, 4, 5, 6], pixels_of(1, 24)
         batch = make_batch(ours.config, [document], pixels)
@@ -80,6 +92,8 @@ def logits_of_both(family, ours, theirs):
         ("llava", ["decoder.*"], ["lora", "vision_projector"]),
         ("llava", ["decoder.blocks.1.attention.q", "decoder.*.up", "vision.blocks.*"], ["lora"]),
         ("voxtral", ["decoder.*.v", "audio.blocks.0.up"], ["lora", "audio_projector"]),
+        ("qwen2_5_vl", ["decoder.*", "vision.*.gate", "vision.blocks.1.attention.o"], ["lora"]),
+        ("qwen3_vl", ["decoder.*.q", "vision.*.down"], ["lora", "vision_projector"]),
     ],
 )
 def test_adapters_load_onto_the_class_of_their_base_and_give_its_logits(
@@ -96,13 +110,12 @@ def test_adapters_load_onto_the_class_of_their_base_and_give_its_logits(
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
     write_trained(tmp_path / "run", model, train, start)
     command(monkeypatch, tmp_path / "run", tmp_path / "adapter", "--format", "adapter")
-    cls = {"llava": "LlavaForConditionalGeneration", "voxtral": "VoxtralForConditionalGeneration"}[family]
     said = capsys.readouterr().out
     assert f"adapters of a {family}, " in said and " in float32, " in said and "lacks" not in said
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PEFT only warns of missing keys
         theirs = eval(said.split("load it: ")[1], {"transformers": transformers, "peft": peft})
-    assert type(theirs.get_base_model()).__name__ == cls
+    assert type(theirs.get_base_model()).__name__ == FORMATS[family].CLASS
     ours, expected = logits_of_both(family, model, theirs.eval())
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     theirs.save_pretrained(tmp_path / "theirs")  # the very names and numbers that PEFT itself writes
@@ -129,6 +142,7 @@ def test_adapters_load_onto_the_class_of_their_base_and_give_its_logits(
         (VISION_ONLY, ["vision.blocks.*"], ["lora"], ["--onto", "decoder"], "holds adapters of a decoder, and the mod"),
         (VOXTRAL, ["decoder.*"], ["lora", "audio"], [], r"trains audio itself \(audio.blocks.0.*--format voxtral"),
         (VOXTRAL, ["decoder.*"], ["lora"], ["--onto", "llava"], "cannot be a llava: .*with a vision tower"),
+        (QWEN, ["vision.*.q"], ["lora"], [], r"vision.blocks.0.attention.q has adapters, .* part of blocks.0.attn.qkv"),
     ],
 )
 def test_what_a_folder_of_adapters_cannot_hold_is_refused_by_name(
