@@ -19,7 +19,8 @@ def sharded(config: ModelConfig, folder: str) -> AVLM:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     with torch.device("meta"):
         model = AVLM(config)
-    for unit in (*model.decoder.blocks, model.vision, model.audio, model):
+    towers = [tower for tower in (model.vision, model.audio) if tower is not None]
+    for unit in (*model.decoder.blocks, *towers, model):
         fully_shard(unit, mesh=mesh)
     model.to_empty(device="cpu")
     load_weights(model, InitFrom(all=folder))

@@ -20,6 +20,7 @@ from avlm.weights.compare import check_config
 from avlm.weights.export import export
 from avlm.weights.folder import read_config, stop_ids
 from avlm.weights.load import init_weights, load_weights
+from tests.families.test_qwen_vl_keys import config_of, keys_of
 from tests.models.handmade import build, loaded, save
 from tests.models.sharded_load import load_and_answer, text_prompt
 from tests.models.test_avlm import WHOLE, llava
@@ -185,6 +186,7 @@ FAMILIES = {
         text_config=TEXT, vision_config=transformers.CLIPVisionConfig(**VISION)
     ).to_dict(),
     "Voxtral": transformers.VoxtralConfig().to_dict(),
+    **{name: keys_of(name) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")},
 }
 PIXELS = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}, "do_center_crop": True}
 PIXELS |= {"resample": 3, "rescale_factor": 1 / 255, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_resize": True}
@@ -222,13 +224,16 @@ def test_processors_and_files_of_any_type_are_read_or_refused_in_one_short_line(
     file.write_text(json.dumps(PIXELS))
     assert read_config(tmp_path).resize == "crop"
     texts = [json.dumps(keys) for keys in (*changed(PIXELS), *({"image_processor": odd} for odd in ODD))]
-    for text in (*texts, "[" * 100_000, "[]", "", "9" * 5000, '{"size": ' + "9" * 5000 + "}", "\ud800".join('""')):
-        file.write_bytes(text.encode("utf-8", "surrogatepass"))
-        try:
-            read_config(tmp_path)
-        except ValueError as error:
-            assert str(error).isprintable() and len(str(error)) < 600
-    file.unlink()
+    texts += ["[" * 100_000, "[]", "", "9" * 5000, '{"size": ' + "9" * 5000 + "}", "\ud800".join('""')]
+    for family, name in (("SigLIP", file.name), ("qwen3_vl", file.name), ("qwen3_vl", "processor_config.json")):
+        (tmp_path / "config.json").write_text(json.dumps(FAMILIES[family]))
+        for text in texts:
+            (tmp_path / name).write_bytes(text.encode("utf-8", "surrogatepass"))
+            try:
+                read_config(tmp_path)
+            except ValueError as error:
+                assert str(error).isprintable() and len(str(error)) < 600
+        (tmp_path / name).unlink()
     for raw in (b"[" * 100_000, b"\xff\xfe", b"", b"{", b"9" * 5000, b"x" * 2**27):
         (tmp_path / "config.json").write_bytes(raw)
         with pytest.raises(ValueError, match=r"config\.json (is not valid JSON|holds no keys)") as error:
@@ -355,12 +360,18 @@ def test_what_no_folder_gives_is_initialised(tmp_path):
     assert not any(name.startswith("audio") for name in report.names)
 
 
-def test_sharded_ranks_read_their_slices_and_answer_alike(tmp_path):
-    """Odd sizes: 61 vocabulary rows and a class token of one row on two ranks, which have different prompts."""
-    model = build(WHOLE)
-    export(WHOLE, model.state_dict(), tmp_path / "avlm")
+@pytest.mark.parametrize("kind", ["ours", "with fused weights"])
+def test_sharded_ranks_read_their_slices_and_answer_alike(kind, tmp_path):
+    """Odd sizes: 61 vocabulary rows and a class token of one row on two ranks, which have different prompts. A third of
+    a fused weight is cut among the ranks."""
+    if kind == "ours":
+        model = build(WHOLE)
+        export(WHOLE, model.state_dict(), tmp_path / "model")
+    else:
+        save(transformers.Qwen2_5_VLForConditionalGeneration(config_of("qwen2_5_vl")), tmp_path / "model")
+        model = loaded(read_config(tmp_path / "model"), all=tmp_path / "model")
     prompts = [[1, 2, 3], [4] * 9, [7, 6]]
-    (whole, first), (_, second) = run_ranks(load_and_answer, 2, WHOLE, str(tmp_path / "avlm"), prompts)
+    (whole, first), (_, second) = run_ranks(load_and_answer, 2, model.config, str(tmp_path / "model"), prompts)
     for name, parameter in model.named_parameters():
         assert torch.tensor(whole[name]).equal(parameter), name
     samples = [text_prompt(ids) for ids in prompts]
