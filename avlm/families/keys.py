@@ -13,8 +13,8 @@ KEYS_OF_TYPE = {
     dict: "text_config vision_config audio_config rope_scaling rope_parameters",
     bool: "tie_word_embeddings use_sliding_window multimodal_projector_bias",
     int: "hidden_size intermediate_size head_dim image_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "max_position_embeddings max_source_positions sliding_window max_window_layers depth embed_dim num_heads window_size "
-    "patch_size spatial_merge_size temporal_patch_size num_position_embeddings",
+    "max_position_embeddings max_source_positions sliding_window max_window_layers depth embed_dim num_heads "
+    "patch_size window_size spatial_merge_size temporal_patch_size num_position_embeddings",
     NUMBER: "rope_theta partial_rotary_factor factor mlp_ratio tokens_per_second",
 }
 TYPES: dict[str, Any] = {key: kind for kind, keys in KEYS_OF_TYPE.items() for key in keys.split()}

@@ -146,7 +146,7 @@ def read(given: Mapping[str, Any], files: Mapping[str, dict] | None = None, mrop
 def write(config: DecoderConfig) -> dict[str, Any]:
     """Raises ValueError for a decoder that no architecture of transformers computes."""
     if config.mrope_sections is not None:
-        raise ValueError("a decoder with mrope_sections has no architecture of its own: export the whole model")
+        raise ValueError("only the formats of Qwen-VL hold a decoder with mrope_sections")
     model_type = _model_type(config)
     scaling = None
     if config.rope_scaling is not None:
@@ -175,8 +175,8 @@ def _model_type(config: DecoderConfig) -> str:
 
 
 def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
-    """config.json of the decoder alone; towers are left out."""
-    return write(config.decoder)
+    """config.json of the decoder alone. Towers are left out, and with them M-RoPE: text has one number on all axes."""
+    return write(dataclasses.replace(config.decoder, mrope_sections=None, mrope_interleaved=False))
 
 
 def processor_json(config: ModelConfig, data: DataConfig | None) -> dict[str, dict[str, Any]]:

@@ -7,15 +7,20 @@ from typing import Any
 from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.families.door import AnyConfig
 
-NOT_COMPARED = ("max_position", "window", "resize", "resample")
+NOT_COMPARED = {
+    DecoderConfig: ("max_position",),
+    VisionConfig: ("resample",),
+    AudioConfig: ("window",),
+}
 
 
 def check_config(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None:
     """Raise ValueError with every key where our config describes a different model from ``theirs``, that of ``origin``.
 
     Two whole models are compared in the modules that both have. Not compared: ``max_position`` (ours may be shorter),
-    ``window``, ``resize``, ``resample``, and for a tower alone ``feature_layer`` and ``post_norm``, which choose what
-    we take from it. Two whole models must build the same number of vision layers.
+    the audio tower's ``window``, ``resample`` and how an image becomes a square. For a decoder alone M-RoPE is not, as
+    text has one number on all axes; for a tower alone ``feature_layer`` and ``post_norm`` are not, which choose what we
+    take from it. Two whole models must build the same number of vision layers.
     """
     part = {DecoderConfig: "decoder", VisionConfig: "vision", AudioConfig: "audio", ModelConfig: "all"}[type(ours)]
     if part != "all" and isinstance(theirs, ModelConfig):
@@ -48,9 +53,12 @@ def _comparable(config: Any, owner: ModelConfig | None) -> dict[str, Any]:
     """The values of a module that have to agree. ``owner``: the whole model that it is a part of."""
     values = {}
     for field in dataclasses.fields(config):
-        if field.name not in NOT_COMPARED:
+        if field.name not in NOT_COMPARED.get(type(config), ()):
             values[field.name] = getattr(config, field.name)
+    if isinstance(config, DecoderConfig) and owner is None:
+        del values["mrope_sections"], values["mrope_interleaved"]
     if isinstance(config, VisionConfig):
+        values["resize"] = "area" if config.any_grid else "to a square"
         del values["feature_layer"]
         if owner is None:
             del values["post_norm"]

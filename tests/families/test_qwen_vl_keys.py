@@ -106,8 +106,10 @@ def test_three_positions_are_refused_in_a_decoder_of_its_own(tmp_path):
     with pytest.raises(ValueError, match="mrope_section is not implemented for qwen2"):
         read_config(tmp_path)
     config = qwen2_vl.read(keys_of("qwen2_vl"), {})
-    with pytest.raises(ValueError, match="mrope_sections has no architecture of its own"):
-        llama.config_json(ModelConfig(decoder=config.decoder), {})
+    with pytest.raises(ValueError, match="only the formats of Qwen-VL hold a decoder with mrope_sections"):
+        llama.write(config.decoder)
+    alone = llama.read(llama.config_json(config, {}))  # whose text is the same
+    assert dataclasses.replace(alone, mrope_sections=config.decoder.mrope_sections) == config.decoder
 
 
 def test_what_a_format_cannot_hold_is_refused():

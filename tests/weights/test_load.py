@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from avlm.config.model import ModelConfig
 from avlm.config.run import InitFrom
 from avlm.evaluation.generation import generate
+from avlm.families.door import FORMATS
 from avlm.models.avlm import AVLM
 from avlm.storage.hub import resolve
 from avlm.weights.compare import check_config
@@ -167,6 +169,14 @@ def test_a_config_that_disagrees_with_the_folder_names_the_key(llama_folder):
             check(dataclasses.replace(right, **{key: value}))
     with pytest.raises(ValueError, match="not the VisionConfig that is needed"):
         check(WHOLE.vision)
+    whole = FORMATS["qwen2_5_vl"].read(keys_of("qwen2_5_vl"), {})
+    plain = dataclasses.replace(whole.decoder, mrope_sections=None)
+    check_config(plain, whole, "a text decoder of it")
+    with pytest.raises(ValueError, match=r"model\.decoder\.mrope_sections is None, and there"):
+        check_config(dataclasses.replace(whole, decoder=plain), whole, "a folder")
+    for key, value in (("window", 8), ("full_layers", [0]), ("gated", False)):
+        with pytest.raises(ValueError, match=rf"model.vision.{key} is {re.escape(str(value))}"):
+            check_config(dataclasses.replace(whole.vision, **{key: value}), whole, "a folder")
 
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
