@@ -36,12 +36,14 @@ ENTRIES = ("all", "decoder", "vision", "audio", "adapter")  # a tower's own sour
 
 @dataclass(frozen=True)
 class Report:
-    """What one entry of ``init_from`` provides: our names of the loaded tensors, skipped tensors by reason, and by
-    module the number of parameters that no entry provides, which are initialised."""
+    """What one entry of ``init_from`` provides: our names of the loaded parameters, how many tensors of the source are
+    loaded and how many skipped, by reason; and by module the number of parameters that no entry provides, which are
+    initialised."""
 
     entry: str
     path: Path
     names: list[str]
+    loaded: int
     total: int  # tensors in the source
     skipped: dict[str, int]
     initialised: dict[str, int]
@@ -51,7 +53,7 @@ class Report:
         line = f"{self.entry} from {self.path}"
         if self.files:
             line += f" ({self.files})"
-        line += f": {len(self.names)} of {self.total} tensors loaded, skipped: {_counted(self.skipped) or 'none'}"
+        line += f": {self.loaded} of {self.total} tensors loaded, skipped: {_counted(self.skipped) or 'none'}"
         if self.initialised:
             line += f"; parameters initialised from scratch: {_counted(self.initialised)}"
         return line
@@ -185,7 +187,8 @@ def _load_plan(
     skipped = _skipped(entry, source, config, places, held, chosen)
     if len(held) < len(source.tensors):
         skipped["init_from.allow_unused"] = len(source.tensors) - len(held)
-    report = Report(entry, source.path, list(chosen), len(source.tensors), dict(skipped), {}, source.files)
+    loaded = len({each.name for each in chosen.values()})
+    report = Report(entry, source.path, list(chosen), loaded, len(source.tensors), dict(skipped), {}, source.files)
     return LoadPlan(source, chosen, report)
 
 
