@@ -361,18 +361,23 @@ def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
 
 def _media_rows(name: str, case: Case) -> int:
     """Rows of a tower on the rank with most, for a row full of images or of whole windows of audio. Images of any grid
-    are as large as the data's bounds and the row allow: one rank encodes a whole one."""
+    may be as large as the data's bounds and the row allow, and one rank encodes a whole one: of those that are not too
+    large for it, the number that the ranks share worst."""
     tower = getattr(case.model, name)
     downsample = getattr(case.model, f"{name}_projector").downsample
+    ranks = case.layout.row_ranks
+    length = case.stage.data.seq_length
+    if isinstance(tower, VisionConfig) and tower.any_grid:
+        fewest = math.ceil(length / _largest_image(case))
+        num_features = max(math.ceil(count / ranks) * (length // count) for count in range(fewest, fewest + ranks))
+        return num_features * downsample**2
+    size = (tower.patches_per_side,) * 2 if isinstance(tower, VisionConfig) else tower.max_positions
+    num_items = length // tower.num_features(size, downsample)
+    return math.ceil(num_items / ranks) * tower.num_rows
+
+
+def _largest_image(case: Case) -> int:
+    """Features of an image of any grid, or of a patch of frames, at most."""
     data = case.stage.data
-    num_rows = tower.num_rows
-    if not isinstance(tower, VisionConfig):
-        num_features = tower.num_features(tower.max_positions, downsample)
-    elif tower.any_grid:
-        bounds = (data.image_tokens, data.video.frame_tokens, data.video.tokens)
-        num_features = min(data.seq_length, max(int(most) for _, most in filter(None, bounds)))
-        num_rows = num_features * downsample**2
-    else:
-        num_features = tower.num_features((tower.patches_per_side,) * 2, downsample)
-    num_items = data.seq_length // num_features
-    return math.ceil(num_items / case.layout.row_ranks) * num_rows
+    bounds = (data.image_tokens, data.video.frame_tokens, data.video.tokens)
+    return max(1, min(data.seq_length, max(int(most) for _, most in filter(None, bounds))))

@@ -35,20 +35,20 @@ from avlm.models.vit import normalise
 from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights
 
-ROW, NUM_SAMPLES, VOCABULARY = 4096, 80, 1000
+ROW, NUM_SAMPLES, VOCABULARY = 2048, 80, 1000
 IMAGE_ID, START, END = 996, 998, 999
-TEXT = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
+TEXT = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 1280, "num_hidden_layers": 4}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6}
 TEXT |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}}
-VISION = {"depth": 4, "hidden_size": 128, "out_hidden_size": 256, "intermediate_size": 384, "num_heads": 4}
-VISION |= {"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [3]}
+VISION = {"depth": 8, "hidden_size": 64, "out_hidden_size": 256, "intermediate_size": 192, "num_heads": 2}
+VISION |= {"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7]}
 IDS = {"image_token_id": IMAGE_ID, "video_token_id": 997, "vision_start_token_id": START, "vision_end_token_id": END}
 
 
 def make_samples(config: ModelConfig, draw: random.Random) -> list[EncodedSample]:
     samples = []
     for _ in range(NUM_SAMPLES):
-        num_features = 4 * 320 ** draw.random()
+        num_features = 4 * 128 ** draw.random()
         ratio = 3 ** draw.uniform(-1, 1)
         lines = max(1, round((num_features * ratio) ** 0.5))
         columns = max(1, round((num_features / ratio) ** 0.5))
@@ -116,14 +116,20 @@ def main() -> None:
         ours = AVLM(model)
         load_weights(ours, InitFrom(all=folder))
     samples = make_samples(model, random.Random(0))
-    chosen = select([len(sample) for sample in samples], ROW, "knapsack")[:-1]  # the last holds what is left over
-    rows = [pack([samples[i] for i in row], ROW, model) for row in chosen]
-    padded = [pad([samples[i] for i in row], model) for row in chosen]
+    for packing in ("knapsack", "first_fit"):
+        chosen = select([len(sample) for sample in samples], ROW, packing)[:-1]  # the last holds what is left over
+        compare(packing, [[samples[i] for i in row] for row in chosen], ours, theirs, seconds / 2)
+
+
+def compare(packing: str, chosen: list[list[EncodedSample]], ours: AVLM, theirs: nn.Module, seconds: float) -> None:
+    rows = [pack(samples, ROW, ours.config) for samples in chosen]
+    padded = [pad(samples, ours.config) for samples in chosen]
     check(ours, theirs, rows, padded)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in padded)
     places = len(rows) * ROW, sum(batch["input_ids"].numel() for batch in padded)
     shares = [f"{tokens / count:.0%}" for count in places]
-    print(f"{len(rows)} rows of {sum(map(len, chosen)) / len(rows):.0f} samples: {' and '.join(shares)} are no padding")
+    mean = sum(map(len, chosen)) / len(rows)
+    print(f"{packing}: {len(rows)} rows of {mean:.0f} samples: {' and '.join(shares)} are no padding")
 
     times: tuple[list[float], list[float]] = [], []
     end = None

@@ -213,12 +213,12 @@ def test_activations_of_a_block_of_any_grid_are_as_estimated(vision, mode, error
 
 
 def test_a_row_full_of_images_of_any_grid_has_as_many_patches_as_its_features_take():
-    """64 features of 2 x 2 patches; on two ranks one of two images of 32, or the only one of 64."""
+    """64 features of 2 x 2 patches; on two ranks two of three images of 21, or the only one of 64."""
     rows = lambda cfg, world: memory._media_rows("vision", memory.Case(cfg, cfg.stages[0], layout_of(cfg, world), {}))
     two, one = (of_any_grid(GATED, image_tokens=[4, most]) for most in (32, 10_000))
     assert rows(two, 1) == rows(one, 1) == 4 * 64
     in_context = [replace(cfg, parallel=replace(cfg.parallel, context=2)) for cfg in (two, one)]
-    assert [rows(cfg, 2) for cfg in in_context] == [4 * 32, 4 * 64]
+    assert [rows(cfg, 2) for cfg in in_context] == [4 * 42, 4 * 64]
 
 
 @pytest.mark.parametrize("lora", [{}, {"dropout": 0.1}, {"dora": True}])
