@@ -76,6 +76,7 @@ QWEN2 = {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
     "use_sliding_window": False,
+    "sliding_window": 4096,
     "max_window_layers": 28,
 }
 DEFAULTS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": {**QWEN2, "head_dim": 128}}

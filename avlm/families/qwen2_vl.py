@@ -48,6 +48,7 @@ TEXT_DEFAULTS = {
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
+    "sliding_window": 4096,
     "max_window_layers": 80,
     "mrope_section": [16, 24, 24],
     "mrope_interleaved": False,
@@ -107,6 +108,10 @@ SKIPPED = {
 CONSTANTS: dict[str, dict[str, float]] = {}
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+PROCESSORS = {  # of images and videos: the first file that is there, unless processor_config.json has one for them
+    "image": ("preprocessor_config.json",),
+    "video": ("video_preprocessor_config.json", "preprocessor_config.json"),
+}
 START, IMAGE, VIDEO, END = "<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"
 MEDIA = {"image": START + IMAGE + END, "video": START + VIDEO + END}
 MEDIA_TOKENS = (START, IMAGE, VIDEO, END)
@@ -292,9 +297,9 @@ def write_size(tokens: list[float], config: ModelConfig, frames: int = 1) -> dic
 
 def processor_json(config: ModelConfig, data: DataConfig | None) -> dict[str, dict[str, Any]]:
     """File name -> keys. Bounds of areas and frames are those of the prompts of ``data``."""
-    video = {"video_processor_type": "Qwen2VLVideoProcessor"}
     data = data or DataConfig(train="")
-    video["size"] = write_size(data.video.frame_tokens or data.image_tokens, config)
+    size = write_size(data.video.frame_tokens or data.image_tokens, config)
+    video = {"video_processor_type": "Qwen2VLVideoProcessor", "size": size}
     return write_processors(config, data, video, "Qwen2VLProcessor")
 
 
@@ -331,17 +336,15 @@ def _pixels_of_a_feature(config: ModelConfig) -> int:
 
 
 def processor(files: Mapping[str, dict], kind: str) -> tuple[str, dict[str, Any]]:
-    """The file by which transformers makes images or videos, and its keys that have a value; none without a file."""
-    names = {"image": PROCESSOR_FILES[:1], "video": PROCESSOR_FILES[1::-1]}[kind]
-    found = {name: files[name] for name in names if name in files}
+    """The name of the file by which transformers makes images or videos, and its keys that have a value."""
+    name = next((name for name in PROCESSORS[kind] if name in files), "")
+    keys: Any = files.get(name, {})
     nested = files.get("processor_config.json", {}).get(f"{kind}_processor")
     if nested is not None:
-        found = {"processor_config.json": nested}
-    for name, keys in found.items():  # the first counts
-        if not isinstance(keys, dict) or not isinstance(keys.get("size") or {}, dict):
-            raise ValueError(f"the {kind} processor in {name} is not understood: {shown(repr(keys))}")
-        return name, {key: value for key, value in keys.items() if value is not None}
-    return "", {}
+        name, keys = "processor_config.json", nested
+    if not isinstance(keys, dict) or not isinstance(keys.get("size") or {}, dict):
+        raise ValueError(f"the {kind} processor in {name} is not understood: {shown(repr(keys))}")
+    return name, {key: value for key, value in keys.items() if value is not None}
 
 
 def _pixels(vision: Mapping[str, Any], files: Mapping[str, dict]) -> dict[str, Any]:

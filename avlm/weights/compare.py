@@ -18,9 +18,9 @@ def check_config(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None
     """Raise ValueError with every key where our config describes a different model from ``theirs``, that of ``origin``.
 
     Two whole models are compared in the modules that both have. Not compared: ``max_position`` (ours may be shorter),
-    the audio tower's ``window``, ``resample`` and how an image becomes a square. For a decoder alone M-RoPE is not, as
-    text has one number on all axes; for a tower alone ``feature_layer`` and ``post_norm`` are not, which choose what we
-    take from it. Two whole models must build the same number of vision layers.
+    the audio tower's ``window``, ``resample`` and how an image becomes a square; for a decoder alone M-RoPE, as text
+    has one number on all axes; for a tower alone ``feature_layer``, ``deepstack_layers`` and ``post_norm``, which choose
+    what we take from it. Two whole models must build the same number of vision layers.
     """
     part = {DecoderConfig: "decoder", VisionConfig: "vision", AudioConfig: "audio", ModelConfig: "all"}[type(ours)]
     if part != "all" and isinstance(theirs, ModelConfig):
@@ -61,7 +61,7 @@ def _comparable(config: Any, owner: ModelConfig | None) -> dict[str, Any]:
         values["resize"] = "area" if config.any_grid else "to a square"
         del values["feature_layer"]
         if owner is None:
-            del values["post_norm"]
+            del values["post_norm"], values["deepstack_layers"]
         else:
             values["num_layers"] = config.num_blocks
     if isinstance(config, ProjectorConfig):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import transformers
@@ -9,6 +10,7 @@ import transformers
 from avlm.config.model import ModelConfig, validated
 from avlm.config.run import DataConfig
 from avlm.families import llama, qwen2_5_vl, qwen2_vl, qwen3_vl
+from avlm.models.shapes import parameter_shapes
 from avlm.weights.folder import media_prompts, read_config
 
 FAMILIES = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
@@ -63,6 +65,19 @@ def test_absent_keys_have_the_defaults_of_their_classes(name):
     theirs.vision_config.update(width)  # the defaults of tower and decoder do not fit together
     given = {"model_type": name, "vision_config": width}
     assert family.read(given, {}) == family.read(json.loads(theirs.to_json_string(use_diff=False)), {})
+
+
+def test_the_hubs_qwen2_vl_2b_has_the_parameters_that_were_published():
+    """With the decoder's keys at the top, as most folders have them."""
+    keys = {"model_type": "qwen2_vl", "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960}
+    keys |= {"num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    keys |= {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    keys |= {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 28}
+    vision = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3, "hidden_size": 1536}
+    vision |= {"patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2}
+    config = qwen2_vl.read({**keys, "vision_config": vision}, {})
+    assert sum(math.prod(shape) for shape in parameter_shapes(config).values()) == 2_208_985_600
+    assert config.decoder.sliding_window is None and config.decoder.rope_theta == 1e6
 
 
 @pytest.mark.parametrize("name", FAMILIES)

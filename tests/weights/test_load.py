@@ -174,6 +174,7 @@ def test_a_config_that_disagrees_with_the_folder_names_the_key(llama_folder):
     check_config(plain, whole, "a text decoder of it")
     with pytest.raises(ValueError, match=r"model\.decoder\.mrope_sections is None, and there"):
         check_config(dataclasses.replace(whole, decoder=plain), whole, "a folder")
+    check_config(dataclasses.replace(whole.vision, deepstack_layers=[1]), whole, "a tower of it")
     for key, value in (("window", 8), ("full_layers", [0]), ("gated", False)):
         with pytest.raises(ValueError, match=rf"model.vision.{key} is {re.escape(str(value))}"):
             check_config(dataclasses.replace(whole.vision, **{key: value}), whole, "a folder")
