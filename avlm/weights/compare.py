@@ -17,10 +17,10 @@ NOT_COMPARED = {
 def check_config(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None:
     """Raise ValueError with every key where our config describes a different model from ``theirs``, that of ``origin``.
 
-    Two whole models are compared in the modules that both have. Not compared: ``max_position`` (ours may be shorter),
-    the audio tower's ``window``, ``resample`` and how an image becomes a square; for a decoder alone M-RoPE, as text
-    has one number on all axes; for a tower alone ``feature_layer``, ``deepstack_layers`` and ``post_norm``, which choose
-    what we take from it. Two whole models must build the same number of vision layers.
+    Two whole models are compared in the modules that both have, and must build the same number of vision layers. Not
+    compared: ``max_position`` (ours may be shorter), the audio tower's ``window``, ``resample``, and how an image is
+    made a square; for a decoder alone M-RoPE, as text has one number on all axes; for a tower alone ``feature_layer``,
+    ``deepstack_layers`` and ``post_norm``, which choose what we take from it.
     """
     part = {DecoderConfig: "decoder", VisionConfig: "vision", AudioConfig: "audio", ModelConfig: "all"}[type(ours)]
     if part != "all" and isinstance(theirs, ModelConfig):
