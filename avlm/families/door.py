@@ -11,9 +11,9 @@ them: a fused query, key and value, for example.
 
 A family that is an export format, FORMATS, also has ``config_json`` and ``processor_json``, our config -> their files,
 HEAD (the name of the decoder's head), TIES_HEAD (whether a tied head may be left out), CONSTANTS (our module -> tensors
-that only files have, and the value that fills them), MEDIA (kind -> what stands for a medium in a prompt), MEDIA_TOKENS
-(that a tokenizer needs for them), CLASS (the class of transformers that loads it), LOADED (our module -> where it lies
-in that class, which names PEFT's tensors) and PROJECTORS (what PEFT calls the projector's modules).
+that only files have, and the value that fills them), MEDIA (kind -> the token of a medium in a prompt), MEDIA_TOKENS
+(those that a tokenizer needs), CLASS (the class of transformers that loads it), LOADED (our module -> where it lies in
+that class, which names PEFT's tensors) and PROJECTORS (what PEFT calls the projector's modules).
 """
 
 import re

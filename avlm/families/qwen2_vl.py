@@ -113,7 +113,7 @@ PROCESSORS = {  # of images and videos: the first file that is there, unless pro
     "video": ("video_preprocessor_config.json", "preprocessor_config.json"),
 }
 START, IMAGE, VIDEO, END = "<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"
-MEDIA = {"image": START + IMAGE + END, "video": START + VIDEO + END}
+MEDIA = {"image": IMAGE, "video": VIDEO}
 MEDIA_TOKENS = (START, IMAGE, VIDEO, END)
 TIES_HEAD = True
 PROCESSOR_ACCEPTED = {

@@ -120,7 +120,9 @@ def _content(
     files = {"config.json": family.config_json(config, ids), **family.processor_json(config, data)}
     tensors = _hugging_face_tensors(family, config, state)
     _make_room(tensors, family, rows)
-    return Content(files, tensors, media=family.MEDIA, ids=ids)
+    markers = data.markers if data is not None else {}
+    media = {kind: token.join(markers.get(kind, ["", ""])) for kind, token in family.MEDIA.items()}
+    return Content(files, tensors, media=media, ids=ids)
 
 
 def _own_keys(config: ModelConfig, data: DataConfig | None) -> dict[str, Any]:

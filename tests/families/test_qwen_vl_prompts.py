@@ -20,19 +20,26 @@ from avlm.weights.folder import model_and_data, stop_ids
 from tests.data.media.test_area import every_frame
 from tests.data.small_files import CORPUS, image_file, photo, video_file, write_tokenizer
 from tests.data.test_markers import PADS, TEMPLATE, VISION
+from tests.families.test_qwen_vl import CLASSES
 from tests.families.test_qwen_vl_keys import FAMILIES, keys_of
 from tests.models.handmade import build
 
 PICTURES, VIDEO, RATE = [photo(70, 33), photo(20, 90)], video_file(2.0), 8
-QUESTION = [{"role": "user", "content": "<image>one<image><video>what is two?"}]
+QUESTIONS = {  # our template begins a line after media, in a list of parts
+    "tokenizer": "<image>one<image><video>what is two?",
+    "chatml": "<image>\none<image><video>\nwhat is two?",
+}
 PARTS = [{"type": "image"}, {"type": "text", "text": "one"}, {"type": "image"}, {"type": "video"}]
 PARTS += [{"type": "text", "text": "what is two?"}]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+CASES = [*((name, "tokenizer") for name in FAMILIES), ("qwen2_5_vl", "chatml")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: " with ".join(case))
 def exported(request, tmp_path_factory):
-    """(family, our model, the folder of its export)."""
-    name = request.param
+    """(family, template, our model, the folder of its export)."""
+    name, template = request.param
     here = tmp_path_factory.mktemp(name)
     control = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", *VISION, *PADS]
     corpus = [*CORPUS, "one<0.2 seconds> and <1.2 seconds>"]
@@ -43,10 +50,10 @@ def exported(request, tmp_path_factory):
     prompts = FAMILIES[name].prompts(config, {})
     prompts["image_tokens"] = [4, 12]
     prompts["video"]["tokens" if name == "qwen3_vl" else "frame_tokens"] = [8, 24]
-    given = {"train": "x", "tokenizer": str(here / "tokenizer"), "template": "tokenizer", **prompts}
+    given = {"train": "x", "tokenizer": str(here / "tokenizer"), "template": template, **prompts}
     model = build(config)
     export(config, model.state_dict(), here / "out", name, data=validated(DataConfig, given, "data"))
-    return name, model, here / "out"
+    return name, template, model, here / "out"
 
 
 def inputs_of(name: str, folder) -> dict:
@@ -61,14 +68,15 @@ def inputs_of(name: str, folder) -> dict:
 
 
 def test_a_folder_of_ours_makes_the_prompts_and_answers_that_we_make(exported):
-    name, model, folder = exported
-    theirs, report = FAMILIES_OF[name].from_pretrained(folder, output_loading_info=True)
+    name, template, model, folder = exported
+    theirs, report = CLASSES[name].from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     inputs = inputs_of(name, folder)
     config, data = model_and_data(folder)
     assert (config, data.template) == (model.config, "tokenizer")
     tokenizer = Tokenizer(folder)
-    prompt = SampleEncoder(config, data, tokenizer).prompt(QUESTION, [*map(image_file, PICTURES)], videos=[VIDEO])
+    question = [{"role": "user", "content": QUESTIONS[template]}]
+    prompt = SampleEncoder(config, data, tokenizer).prompt(question, [*map(image_file, PICTURES)], videos=[VIDEO])
     [ids] = inputs["input_ids"]
     is_pad = torch.isin(ids, torch.tensor([theirs.config.image_token_id, theirs.config.video_token_id]))
     assert torch.equal(is_pad, prompt.token_T == IMAGE)
@@ -83,12 +91,9 @@ def test_a_folder_of_ours_makes_the_prompts_and_answers_that_we_make(exported):
 
 
 def test_an_export_keeps_the_bounds_markers_and_times_of_its_run(exported):
-    name, _, folder = exported
+    name, _, _, folder = exported
     _, data = model_and_data(folder)
     assert data.image_tokens == [4, 12] and data.markers == {"image": VISION, "video": VISION}
     assert (data.video.tokens or data.video.frame_tokens) == [8, 24]
     assert data.video.timestamps == (name == "qwen3_vl") and (data.video.fps, data.video.max_frames) == (2.0, 768)
     assert stop_ids(folder) == [Tokenizer(folder).find("<|im_end|>")]
-
-
-FAMILIES_OF = {name: getattr(transformers, family.CLASS) for name, family in FAMILIES.items()}
