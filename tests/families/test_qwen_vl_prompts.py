@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 import transformers
+import yaml
 from transformers.video_utils import VideoMetadata
 
 from avlm.config.model import validated
@@ -17,6 +18,7 @@ from avlm.evaluation.generation import generate
 from avlm.models.batch import IMAGE
 from avlm.weights.export import export
 from avlm.weights.folder import model_and_data, stop_ids
+from avlm.weights.model_from import open_config
 from tests.data.media.test_area import every_frame
 from tests.data.small_files import CORPUS, image_file, photo, video_file, write_tokenizer
 from tests.data.test_markers import PADS, TEMPLATE, VISION
@@ -97,3 +99,17 @@ def test_an_export_keeps_the_bounds_markers_and_times_of_its_run(exported):
     assert (data.video.tokens or data.video.frame_tokens) == [8, 24]
     assert data.video.timestamps == (name == "qwen3_vl") and (data.video.fps, data.video.max_frames) == (2.0, 768)
     assert stop_ids(folder) == [Tokenizer(folder).find("<|im_end|>")]
+
+
+def test_a_run_that_starts_from_a_folder_takes_its_prompts_along(exported, tmp_path):
+    _, _, model, folder = exported
+    stage = {"name": "lora", "steps": 1, "train": ["lora"], "optimizer": {"lr": 1e-4}}
+    tree = {"model": {"from": str(folder), "lora": {}}, "data": {"train": "a.jsonl"}, "stages": [stage]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
+    cfg = open_config(tmp_path / "mine.yaml")
+    _, data = model_and_data(folder)
+    assert dataclasses.replace(cfg.model, lora=None) == model.config
+    for key in ("template", "markers", "image_tokens", "video"):
+        assert getattr(cfg.stages[0].data, key) == getattr(data, key)
+    own = open_config(tmp_path / "mine.yaml", ["data.image_tokens=[1, 9]", "data.video.max_frames=8"]).stages[0].data
+    assert own.image_tokens == [1, 9] and own.video == dataclasses.replace(data.video, max_frames=8)
