@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from avlm.config.load import resolve_config
+from avlm.config.load import resolve_config, to_dict
 from avlm.data.loader import open_loader, open_samples
 from avlm.data.sample import Sample, SampleEncoder
 from avlm.data.stream import Stream
@@ -27,7 +27,7 @@ from avlm.models.avlm import AVLM, init
 from avlm.storage.run_folder import Progress
 from avlm.training.log import Log
 from tests.data.small_files import image_file, photo, tone, video_file, write_tokenizer
-from tests.parallel.small import TREE, build
+from tests.parallel.small import MODELS, TREE, build
 from tests.parallel.spawn import run_ranks
 
 
@@ -102,6 +102,18 @@ def test_two_ranks_validate_one_sample_and_answer_as_one_process_does(cfg, alone
         assert given == answers
     lines = [(Path(cfg.output_dir) / f"predictions/step_{step:08d}/both.jsonl").read_text() for step in (1, 1 + tensor)]
     assert lines[0] == lines[1]
+
+
+def test_ranks_of_a_tensor_axis_answer_with_deepstack_and_m_rope_as_one_process_does(cfg, tmp_path):
+    tree = to_dict(cfg)
+    tree["model"] = {**MODELS["deep"], "decoder": {**MODELS["deep"]["decoder"], "vocab_size": 400}}
+    tree["output_dir"] = str(tmp_path)
+    deep = resolve_config(tree, "test")
+    [(expected, answers)] = run_ranks(validate_and_answer, 1, deep, 1, 1)
+    assert any(answers)
+    for results, given in run_ranks(validate_and_answer, 2, deep, 2, 2):
+        assert results == pytest.approx(expected, rel=1e-5)
+        assert given == answers
 
 
 def test_token_accuracy_is_the_share_of_targets_whose_logit_is_the_largest(cfg, alone):

@@ -16,6 +16,7 @@ import generate as command
 from avlm.config.model import LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig, InitFrom
 from avlm.data.media.patches import cut_into_patches
+from avlm.data.positions import Placed, positions
 from avlm.data.sample import EncodedSample, placeholders
 from avlm.evaluation.decoding import Decoding, choose
 from avlm.evaluation.generation import Ranks, draws, generate, prompt_phase, steps
@@ -30,6 +31,7 @@ from tests.data.small_files import image_file, photo, tone, video_file
 from tests.models.handmade import build, save
 from tests.models.sharded_load import text_prompt
 from tests.models.test_avlm import DECODER, WHOLE, llava
+from tests.parallel import small
 from tests.weights.test_sources import write_run
 
 TEXT = ModelConfig(decoder=DECODER)
@@ -117,41 +119,44 @@ def test_an_answer_equals_one_made_without_a_cache():
         assert fresh.token_ids == [token] and math.isclose(fresh.logprobs[0], answer.logprobs[i], abs_tol=1e-4)
 
 
-def placed(token_ids: list[int], answer: list[int] = ()) -> EncodedSample:
-    """A prompt for M-RoPE whose tokens from the third to the eighth stand like the 3 x 2 features of an image, which
-    take up three positions; then an answer."""
-    lines = torch.tensor([2, 2, 3, 3, 4, 4])
-    columns = torch.tensor([2, 3] * 3)
-    image = torch.stack([torch.full((6,), 2), lines, columns])
-    after = torch.arange(5, 5 + len(token_ids) - 8 + len(answer)).repeat(3, 1)
-    position = torch.cat([torch.arange(2).repeat(3, 1), image, after], 1)
-    return prompt([*token_ids, *answer], position_T=position)
+DEEP = small.make_config(model=small.MODELS["deep"]).model  # images of any grid, M-RoPE, DeepStack
+IMAGES = [torch.randint(256, (*grid, DEEP.vision.patch_numbers), dtype=torch.uint8) for grid in ((4, 6), (8, 2))]
 
 
-MROPE = ModelConfig(decoder=dataclasses.replace(DECODER, mrope_sections=[1, 1, 2]))
+def with_images(*parts: int | torch.Tensor) -> EncodedSample:
+    """A prompt of tokens and images."""
+    ids, images, placed = [], [], []
+    for part in parts:
+        if isinstance(part, int):
+            ids.append(part)
+            continue
+        lines, columns = part.shape[0] // 2, part.shape[1] // 2
+        placed.append(Placed(len(ids), (1, lines, columns)))
+        ids += [IMAGE] * (lines * columns)
+        images.append(part)
+    return prompt(ids, images, positions(len(ids), placed))
 
 
-def test_new_tokens_continue_the_positions_of_media():
-    model = build(MROPE)
-    asked = [torch.randint(61, (length,)).tolist() for length in (11, 9)]
-    prompts = [placed(asked[0]), prompt(asked[1])]
-    answers = generate(model, prompts, stop_ids=[], max_new_tokens=12)
+def test_new_tokens_continue_the_positions_of_images():
+    model = build(DEEP)
+    asked = [(1, *IMAGES, 2, 3), (4, 5, IMAGES[1], 6), (7, 8, 9)]
+    answers = generate(model, [with_images(*parts) for parts in asked], stop_ids=[], max_new_tokens=12)
     for i in range(12):
-        before = [answer.token_ids[:i] for answer in answers]
-        fresh = [placed(asked[0], before[0]), prompt(asked[1] + before[1])]
+        fresh = [with_images(*parts, *answer.token_ids[:i]) for parts, answer in zip(asked, answers)]
         for found, answer in zip(generate(model, fresh, stop_ids=[], max_new_tokens=1), answers):
             assert found.token_ids == answer.token_ids[i : i + 1]
             assert math.isclose(found.logprobs[0], answer.logprobs[i], abs_tol=1e-4)
 
 
-def test_a_conversation_whose_cache_is_kept_continues_the_positions_of_media():
-    model = build(MROPE)
+def test_a_conversation_whose_cache_is_kept_continues_the_positions_of_images():
+    model = build(DEEP)
     kept = KeptCache(model)
-    asked, said = torch.randint(61, (11,)).tolist(), []
-    for new in ([], [7, 8, 9], [3]):
+    said = []
+    for new in ((1, IMAGES[0], 2), (7, 8, 9), (3, IMAGES[1], 4)):
         said += new
-        [whole] = generate(model, [placed(asked, said)], stop_ids=[], max_new_tokens=6)
-        found = [token for [[token]] in steps(model, [placed(asked, said)], max_new_tokens=6, kept=kept)]
+        asked = with_images(*said)
+        [whole] = generate(model, [asked], stop_ids=[], max_new_tokens=6)
+        found = [token for [[token]] in steps(model, [asked], max_new_tokens=6, kept=kept)]
         assert [token for token, _ in found] == whole.token_ids
         assert [logprob for _, logprob in found] == pytest.approx(whole.logprobs, abs=1e-5)
         said += whole.token_ids
@@ -162,7 +167,8 @@ def test_media_of_equal_bytes_in_another_grid_or_at_another_time_are_not_taken_f
         **{"hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 1, "feature_layer": -1},
         **{"patch_size": 2, "resize": "area", "class_token": False, "pre_norm": False},
     )
-    config = dataclasses.replace(MROPE, vision=vision, vision_projector=ProjectorConfig())
+    decoder = dataclasses.replace(DECODER, mrope_sections=[1, 1, 2])
+    config = ModelConfig(decoder=decoder, vision=vision, vision_projector=ProjectorConfig())
     patches, at = torch.zeros(2, 3, 12, dtype=torch.uint8), torch.arange(8).repeat(3, 1)
     first = prompt([1, *[IMAGE] * 6, 2], [patches], at)
     turned = prompt([1, *[IMAGE] * 6, 2], [patches.view(3, 2, 12)], at)
@@ -231,8 +237,8 @@ def test_completions_do_not_depend_on_how_often_tokens_are_read(read_every):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_step_that_is_recorded_once_and_repeated_gives_the_same_tokens(temperature):
     """What a CUDA graph does, with a graph of operators: numbers of the host and addresses of tensors are fixed."""
-    model = build(WHOLE)
-    prompts = [text_prompt([1, 2, 3]), text_prompt([4, 5])]
+    model = build(DEEP)
+    prompts = [with_images(1, IMAGES[0], 3), text_prompt([4, 5])]
     expected = generate(model, prompts, stop_ids=[], max_new_tokens=12, temperature=temperature, seed=2)
 
     batch, slots = prompt_phase(prompts, model, 12, Ranks(torch.device("cpu")))

@@ -77,7 +77,8 @@ LAYOUTS[2]["FSDP, offloaded"] = {"cpu_offload": True}
 WINDOWED = ("FSDP", "TP", "all-gather", "Ulysses")  # on 2 ranks
 # Towers of any grid, with windows, or with DeepStack and a position table; M-RoPE in sections, or interleaved.
 ANY_GRID = {
-    2: ("FSDP", "FSDP, towers by block", "FSDP, media balanced", "TP", "ring", "all-gather", "Ulysses"),
+    2: ("FSDP", "FSDP, towers by block", "FSDP, towers replicated", "FSDP, media balanced", "TP", "ring", "all-gather")
+    + ("Ulysses",),
     4: ("FSDP x ring, media balanced", "TP x ring", "HSDP x TP"),
 }
 COMPILED = {"FSDP": "full", "TP": "none", "ring": "selective"}  # layout, on 2 ranks -> what is recomputed
@@ -298,6 +299,8 @@ def of_any_grid(world_size: int, quick: bool) -> list[Case]:
             if quick and (i + n) % 2:
                 continue
             setting = {key: FACTORS[key][(i + n) % len(FACTORS[key])] for key in ("accumulate", "recompute", "trains")}
+            if layout == "FSDP, towers replicated":
+                setting["trains"] = "projectors"
             cases.append(
                 Case(layout, "different", **setting, accumulate_mode="sharded", tied=model == "windows", model=model)
             )
