@@ -1,7 +1,7 @@
-"""Rotary positions of the decoder (Su et al. 2021): a pair of dimensions of each head turns with a token's position.
+"""Rotary positions (Su et al. 2021): each pair of dimensions of a head turns with a token's position, at its own speed.
 
-With M-RoPE (Qwen2-VL, Wang et al. 2024) a token has three positions, its time, line and column, and each pair turns
-with one of them. Text has the same three times, which makes its rotation the plain one.
+With M-RoPE (Qwen2-VL, Wang et al. 2024) a token of the decoder has three positions, its time, line and column, and each
+pair turns with one of them. Those of text are equal, which makes its rotation the plain one.
 
 T tokens   H heads   E head dim
 """
@@ -38,8 +38,8 @@ def positions_of_pairs(config: DecoderConfig, position: Tensor) -> Tensor:
     all of them turn, stay as they are.
 
     With sections [a, b, c] the first a pairs turn with the time, the next b with the line, the last c with the column.
-    Interleaved, of the first 3 b pairs each second of three turns with the line, of the first 3 c each third with the
-    column, and the others with the time (Qwen3-VL).
+    Interleaved (Qwen3-VL), of every three pairs the second turns with the line, in b of them, and the third with the
+    column, in c of them; all others turn with the time.
     """
     if position.ndim == 1:
         return position
