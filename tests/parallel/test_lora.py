@@ -17,7 +17,7 @@ from avlm.parallel.fsdp import reshard
 from avlm.training import optimizer
 from avlm.weights.sources import Whole, copy_slice
 from tests.measurements.equivalence import TOLERANCE, distance, relative
-from tests.parallel.small import TREE, Observer, build, make_rows, whole
+from tests.parallel.small import MODELS, TREE, Observer, build, make_rows, whole
 from tests.parallel.spawn import run_ranks
 from tests.parallel.test_compile import count_graphs
 from train import train_step
@@ -28,7 +28,7 @@ FULL = {"recompute": {"decoder": "full", "vision": "selective", "audio": "full"}
 SELECTIVE = {"recompute": {"decoder": "selective"}}
 ALL = {"train": list(MODULES)}
 ADAPTERS = {"train": ["lora"]}
-# ranks -> name -> (parallel, train, lora, keys of the stage)
+# ranks -> name -> (parallel, train, lora, keys of the stage, and of small.MODELS)
 CASES = {
     2: {
         "FSDP, DoRA": ({"tower_sharding": "block"}, FULL, {"dora": True}, {"train": ["lora", "vision_projector"]}),
@@ -36,6 +36,8 @@ CASES = {
         "TP": ({"tensor": 2}, FULL, {}, ADAPTERS),
         "TP, all": ({"tensor": 2}, SELECTIVE, {}, ALL),
         "ring": ({"context": 2, "context_mode": "ring"}, SELECTIVE, {}, {"freeze_language_model": True}),
+        "FSDP, windows": ({}, FULL, {"targets": ["decoder.*.q", "vision.*.gate"]}, ADAPTERS, "windows"),
+        "TP, DeepStack": ({"tensor": 2}, {}, {"rslora": True}, {"train": ["lora", "vision_projector"]}, "deep"),
         "FSDP, compiled": ({}, {"compile": True, **FULL}, {"targets": ["decoder.*"]}, ADAPTERS),
     },
     4: {
@@ -47,9 +49,9 @@ CASES = {
 }
 
 
-def make(layout, train, lora, stage):
-    decoder = {**TREE["model"]["decoder"], "num_heads": 8, "num_kv_heads": 4, "qkv_bias": True}
-    model = {**TREE["model"], "decoder": decoder, "lora": {"rank": 3, "targets": EVERY_KIND, **lora}}
+def make(layout, train, lora, stage, kind="square"):
+    decoder = {**MODELS[kind]["decoder"], "num_heads": 8, "num_kv_heads": 4, "qkv_bias": True}
+    model = {**MODELS[kind], "decoder": decoder, "lora": {"rank": 3, "targets": EVERY_KIND, **lora}}
     stages = [{"name": "one", "steps": 4, **stage}]
     return resolve_config({**TREE, "model": model, "parallel": layout, "train": train, "stages": stages}, "test")
 

@@ -9,7 +9,7 @@ import torch
 from avlm.models import freezing
 from avlm.models.avlm import AVLM, init
 from avlm.training import optimizer
-from tests.parallel.small import make_config, make_rows
+from tests.parallel.small import MODELS, make_config, make_rows
 
 
 @pytest.fixture
@@ -42,7 +42,9 @@ def test_a_module_may_learn_slower(model):
     assert rates["vision"] == pytest.approx(0.1 * rates["decoder"]) and rates["audio"] == rates["decoder"]
 
 
-def test_matrices_decay_and_norms_biases_and_positions_do_not(model):
+@pytest.mark.parametrize("kind", MODELS)
+def test_matrices_decay_and_norms_biases_and_positions_do_not(kind):
+    model = AVLM(make_config(model=MODELS[kind]).model)
     adam = optimizer.build(model, config(weight_decay=0.5))
     decay = {parameter: group["weight_decay"] for group in adam.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
