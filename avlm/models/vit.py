@@ -71,9 +71,11 @@ class VisionTower(nn.Module):
         """(P, D): weighted sums of rows of the table; 0 without one."""
         if self.position is None:
             return 0.0
-        assert places.tap_rows is not None and places.tap_weights is not None
-        weights_P4 = places.tap_weights.to(self.position.dtype)
-        return F.embedding_bag(places.tap_rows, self.position, mode="sum", per_sample_weights=weights_P4)
+        assert places.tap_rows is not None
+        # In float32: the gradient of a row of the table is a sum over many patches, which bf16 would cut off on a CPU.
+        table = self.position.float()
+        taps_PD = F.embedding_bag(places.tap_rows, table, mode="sum", per_sample_weights=places.tap_weights)
+        return taps_PD.to(self.position.dtype)
 
     def init_stats(self) -> dict[str, tuple[float, float]]:
         """(mean, std) of the normal from which each parameter is drawn; positions and the class token have std 0.02."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from avlm.config.model import VisionConfig
 from avlm.models.patches import PatchPlaces, table_taps, tower_layout
+from tests.models.handmade import build_tower, images_of
 
 GRIDS = [(8, 12), (2, 2), (4, 18), (10, 6)]
 ANY = VisionConfig(
@@ -44,6 +45,19 @@ def test_a_table_is_stretched_corner_on_corner_as_pytorch_does():
         found_PD = (table_RD[rows_P4] * weights_P4[..., None]).sum(1)
         stretched = F.interpolate(table_RD.T.view(1, 3, 5, 5), grid, mode="bilinear", align_corners=True)
         assert (found_PD - stretched[0].flatten(1).T).abs().max() < 1e-5
+
+
+def test_the_gradient_of_a_table_in_bf16_is_that_of_float32_whatever_the_number_of_patches():
+    """A sum in bf16 would end at a few hundred times its terms."""
+    vision = dataclasses.replace(ANY, image_size=8)
+    images = images_of(vision, [torch.randint(256, (1, 3, 256, 256), dtype=torch.uint8)], downsample=2)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        tower = build_tower(vision).to(dtype)
+        tower(images).sum().backward()
+        found.append(tower.position.grad.float())
+    exact, rounded = found
+    assert (rounded - exact).norm() <= 0.05 * exact.norm()
 
 
 def test_places_of_several_images_follow_each_other():
