@@ -27,8 +27,8 @@ from avlm.models.vit import normalise
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import init_weights, load_weights
-from tests.families.test_qwen_vl_keys import FAMILIES, TOKENS, config_of
-from tests.models.handmade import assert_gradients_close, loaded, save
+from tests.families.test_qwen_vl_keys import FAMILIES, TOKENS, config_of, keys_of
+from tests.models.handmade import assert_gradients_close, build, loaded, save
 
 START, IMAGE_PAD, VIDEO_PAD, END = TOKENS.values()
 CLASSES = {name: getattr(transformers, family.CLASS) for name, family in FAMILIES.items()}
@@ -182,6 +182,16 @@ def test_an_export_is_read_back_by_transformers_with_equal_logits(case, targets,
         load_file(tmp_path / "out" / "model.safetensors").keys() - load_file(folder / "model.safetensors").keys()
         == set()
     )
+
+
+def test_patches_of_one_frame_are_exported_as_a_convolution_over_one(tmp_path):
+    keys = keys_of("qwen2_vl")
+    keys["vision_config"]["temporal_patch_size"] = 1
+    config = FAMILIES["qwen2_vl"].read(keys, {})
+    model = build(config)
+    export(config, model.state_dict(), tmp_path / "out", "qwen2_vl")
+    theirs = CLASSES["qwen2_vl"].from_pretrained(tmp_path / "out").model.visual.patch_embed.proj.weight
+    assert theirs.shape == (24, 3, 1, 4, 4) and theirs.flatten(1).equal(model.vision.patch.weight)
 
 
 def test_the_names_of_tensors_in_files_and_in_memory_load_alike(case, tmp_path):
