@@ -77,7 +77,7 @@ def tower_layout(grid: Grid, vision: VisionConfig, downsample: int) -> Layout:
     return _layout(grid, downsample, vision.window, downsample if vision.any_grid else 1)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)  # each takes up to 4 MB
 def _layout(grid: Grid, downsample: int, window: int | None, together: int) -> Layout:
     """``together``: the side of the groups of patches whose rows follow each other."""
     lines, columns = grid
@@ -95,7 +95,7 @@ def _layout(grid: Grid, downsample: int, window: int | None, together: int) -> L
     return Layout(order, sources, [len(part) for part in parts])
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)  # each takes up to 4 MB
 def table_taps(grid: Grid, side: int) -> tuple[Tensor, Tensor]:
     """Rows of a position table of side x side and their weights, each (lines * columns, 4), line by line: the table
     stretched bilinearly over the image, corner on corner."""
