@@ -63,7 +63,7 @@ def _section(shown: Shown, limits: DataConfig) -> str:
     figures = ""
     for name, kind, content in media_of(shown.sample):
         uri = URIS[kind](content, limits)
-        caption = ": ".join([name, *filter(None, [shown.grids.get(name)])])
+        caption = f"{name}: {shown.grids[name]}" if name in shown.grids else name
         figures += f"<figure>{ELEMENTS[kind].format(uri=uri, name=name)}<figcaption>{caption}</figcaption></figure>\n"
     text = "".join(_piece(*piece) for piece in shown.pieces)
     return (

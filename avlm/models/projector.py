@@ -73,8 +73,10 @@ class Projector(nn.Module):
                 if name.endswith(("linear", "down")):  # the last
                     std *= self.config.output_std
                 stats[f"{name}.weight"] = (0.0, std)
-            elif isinstance(module, tuple(NORMS.values())):
+            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 stats[f"{name}.weight"] = (1.0, 0.0)
+            else:
+                continue
             stats[f"{name}.bias"] = (0.0, 0.0)
         return stats
 
