@@ -11,7 +11,7 @@ from itertools import chain
 from avlm.config.model import TOWERS, AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.models.batch import FRAMES_PER_ROW, Batch, Size
 from avlm.models.lora import is_adapter
-from avlm.models.patches import tower_layout
+from avlm.models.patches import window_lengths
 from avlm.models.projector import LAYERS
 from avlm.models.shapes import Shapes, parameter_shapes
 from kernels.segments import Segments
@@ -82,8 +82,7 @@ def item_costs(modality: str, sizes: list[Size], model: ModelConfig) -> list[int
         num_rows = tower.rows_of(size)
         cost = per_row * num_rows + per_pair * num_rows**2
         if per_window_pair and not isinstance(size, int):
-            windows = tower_layout(size, tower, getattr(model, f"{name}_projector").downsample).windows
-            cost += per_window_pair * sum(length**2 for length in windows)
+            cost += per_window_pair * sum(length**2 for length in window_lengths(size, tower.window))
         costs.append(cost)
     return costs
 

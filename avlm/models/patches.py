@@ -81,18 +81,21 @@ def tower_layout(grid: Grid, vision: VisionConfig, downsample: int) -> Layout:
 def _layout(grid: Grid, downsample: int, window: int | None, together: int) -> Layout:
     """``together``: the side of the groups of patches whose rows follow each other."""
     lines, columns = grid
-    patch = torch.arange(lines * columns).view(lines, columns)
     side = window or max(grid)
-    parts = []
-    for top in range(0, lines, side):
-        for left in range(0, columns, side):
-            part = patch[top : top + side, left : left + side]
-            parts.append(rearrange(part, "(y i) (x j) -> (y x i j)", i=together, j=together))
-    order = torch.cat(parts)
+    y, x = torch.arange(lines)[:, None], torch.arange(columns)
+    window_of = y // side * columns + x // side
+    group_of = y // together * columns + x // together
+    order = (window_of * lines * columns + group_of).flatten().argsort(stable=True)
     row = torch.empty_like(order)
     row[order] = torch.arange(len(order))
     sources = rearrange(row.view(lines, columns), "(y i) (x j) -> (y x) (i j)", i=downsample, j=downsample)
-    return Layout(order, sources, [len(part) for part in parts])
+    return Layout(order, sources, window_lengths(grid, side))
+
+
+def window_lengths(grid: Grid, side: int) -> list[int]:
+    """Rows of each window of so many patches a side."""
+    heights, widths = ([min(side, count - start) for start in range(0, count, side)] for count in grid)
+    return [height * width for height in heights for width in widths]
 
 
 @lru_cache(maxsize=64)  # each takes up to 4 MB
