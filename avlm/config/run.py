@@ -138,7 +138,8 @@ class DataConfig:
     # features of an image with model.vision.resize=area; with fractions any area in pixels can be given:
     # tokens * (patch_size * downsample)^2
     markers: dict[Literal["image", "audio", "video"], Marks] = field(default_factory=dict)
-    # control tokens before and after the features of each medium, such as {image: [<|vision_start|>, <|vision_end|>]}
+    # control tokens before and after the features of each medium, such as {image: [<|vision_start|>, <|vision_end|>]};
+    # "" for none
     video: VideoConfig = field(default_factory=VideoConfig)
 
     def __post_init__(self) -> None:

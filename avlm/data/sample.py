@@ -106,7 +106,7 @@ class SampleEncoder:
         self.reader = MediaReader(model, data)
         for kind, markers in data.markers.items():
             for token in markers:
-                if token not in tokenizer.control_tokens:
+                if token and token not in tokenizer.control_tokens:
                     raise ValueError(f"data.markers.{kind}: {shown(token)!r} is no control token of {tokenizer.file}")
 
     def encode(self, sample: Sample) -> EncodedSample:

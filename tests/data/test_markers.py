@@ -245,6 +245,9 @@ def test_a_prompt_may_be_as_long_as_the_decoder_reads(folder):
         ours.prompt(question, images=[image_file(photo(2800, 2800))])
 
 
-def test_markers_that_the_tokenizer_lacks_are_named(folder):
+def test_a_medium_may_have_one_marker_and_markers_that_the_tokenizer_lacks_are_named(folder):
+    ours = encoder(folder, FAMILIES["Qwen2-VL"], markers={"image": [VISION[0], ""]}, chat=RawChat(Tokenizer(folder)))
+    prompt = ours.prompt([{"role": "user", "content": "<image>"}], images=[image_file(PICTURES[0])])
+    assert [token for token in prompt.token_T.tolist() if token >= 0] == [ours.tokenizer.find(VISION[0])]
     with pytest.raises(ValueError, match=r"data\.markers\.image: 'one' is no control token of .*tokenizer\.json"):
         encoder(folder, FAMILIES["Qwen2-VL"], markers={"image": ["one", "two"]})
