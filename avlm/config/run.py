@@ -68,11 +68,11 @@ class VideoConfig:
     min_frames: Frames = 1  # bounds with fps
     max_frames: Frames = 64
     spread: Literal["middles", "starts", "first_to_last"] = "middles"
-    # of equal parts of the video the middles (with fps, and within its bounds, a frame every 1 / fps), or the starts
-    # (Qwen2-VL); or from the first frame to the last one (Qwen3-VL)
+    # which frames. middles: those of equal parts of the video; with fps, one every 1 / fps, unless a bound forbids it.
+    # starts: those of equal parts (Qwen2-VL). first_to_last: evenly, both ends included (Qwen3-VL)
     frame_tokens: Bounds | None = None
-    # model.vision.resize=area: features of one patch of frames; null: as data.image_tokens of an image
-    tokens: Bounds | None = None  # the same of a whole video: the more frames, the smaller they become (Qwen3-VL)
+    # with model.vision.resize=area: bounds of the features of one patch of frames; null: data.image_tokens
+    tokens: Bounds | None = None  # bounds of a whole video: the more frames, the smaller they become (Qwen3-VL)
     timestamps: bool = False  # write "<1.5 seconds>" before each patch of frames, which gets markers of its own
     sound: bool = False  # encode the video's own audio after its frames
 

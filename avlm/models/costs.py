@@ -60,8 +60,8 @@ def _window_pairs(windowed: Segments, token_pairs: int) -> int:
 
 
 def item_costs(modality: str, sizes: list[Size], model: ModelConfig) -> list[int]:
-    """FLOPs of a tower's forward over each item, adapters not counted: a n + b n^2 for n rows, and for windows of w
-    rows, in layers that have them, b times the sum of w^2."""
+    """FLOPs of a tower's forward over each item, adapters not counted: a n + b n^2 for n rows, and where some layers
+    have windows, of w rows each, c times the sum of w^2."""
     name = TOWERS[modality]
     shapes = parameter_shapes(model)
     per_row = per_pair = per_window_pair = 0

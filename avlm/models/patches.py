@@ -64,7 +64,7 @@ class Layout:
 
     order     int64 (lines * columns,): the patch of each row, counted line by line
     sources   int64 (F, n * n): the rows that make each feature; features count line by line
-    windows   rows of each window, one that is the image without windows
+    windows   rows of each window; without windows the image is one
     """
 
     order: Tensor

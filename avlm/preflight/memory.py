@@ -361,8 +361,8 @@ def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
 
 def _media_rows(name: str, case: Case) -> int:
     """Rows of a tower on the rank with most, for a row full of images or of whole windows of audio. Images of any grid
-    may be as large as the data's bounds and the row allow, and one rank encodes a whole one: of those that are not too
-    large for it, the number that the ranks share worst."""
+    are of one size, at most the largest that the data's bounds and the row allow. A rank encodes whole images, so we
+    take the number of them that divides worst among the ranks."""
     tower = getattr(case.model, name)
     downsample = getattr(case.model, f"{name}_projector").downsample
     ranks = case.layout.row_ranks

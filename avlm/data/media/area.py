@@ -90,9 +90,10 @@ def of_video(source: Size, seconds: float, rate: Rate, model: ModelConfig, data:
 def resized(
     kind: str, source: Size, factor: int, tokens: Sequence[float], count: int = 1, frames_per_patch: int = 1
 ) -> Size:
-    """The size of whole squares of ``factor`` pixels a side that is nearest to the source's, or the nearest to its
-    shape among those of ``tokens`` squares at least and at most. The squares of ``count`` frames are counted together,
-    those of a patch as one."""
+    """The size in whole squares of ``factor`` pixels a side that is nearest to the source's; or, where that has fewer
+    or more squares than ``tokens`` allow, one of about its shape within them. The squares of ``count`` frames are
+    counted together, those of a patch as one. As in the processors, sides are whole squares, at least one: a thin image,
+    or one between bounds that are close to each other, may exceed the most."""
     height, width = source
     if max(source) > MAX_RATIO * min(source):
         raise ValueError(f"{kind} of {width} x {height} pixels is thinner than 1 to {MAX_RATIO}: cut it into pieces")
