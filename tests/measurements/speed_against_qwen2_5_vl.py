@@ -7,7 +7,7 @@ theirs takes the samples of that row as a batch, padded on the right to the long
 takes the patches of all images without padding, as its processor gives them, and attention is PyTorch's.
 Making a batch is timed on neither side.
 
-Images have 4 to 256 features, their logarithm spread evenly, and side ratios up to 3; each has 8 to 64 tokens of text.
+Images have 4 to 512 features, their logarithm spread evenly, and side ratios up to 3; each has 8 to 64 tokens of text.
 """
 
 import argparse
