@@ -92,8 +92,8 @@ def resized(
 ) -> Size:
     """The size in whole squares of ``factor`` pixels a side that is nearest to the source's; or, where that has fewer
     or more squares than ``tokens`` allow, one of about its shape within them. The squares of ``count`` frames are
-    counted together, those of a patch as one. As in the processors, sides are whole squares, at least one: a thin image,
-    or one between bounds that are close to each other, may exceed the most."""
+    counted together, those of a patch as one. As in the processors, sides are whole squares, at least one: a thin
+    image, or one between bounds that are close to each other, may exceed the most."""
     height, width = source
     if max(source) > MAX_RATIO * min(source):
         raise ValueError(f"{kind} of {width} x {height} pixels is thinner than 1 to {MAX_RATIO}: cut it into pieces")
