@@ -127,6 +127,7 @@ PROCESSOR_ACCEPTED = {
 }
 # Of the processors' classes: the least and the most pixels of an image, and of a frame of a video.
 IMAGE_AREA, FRAME_AREA = (56 * 56, 1280 * 28 * 28), (128 * 28 * 28, 768 * 28 * 28)
+EDGES = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}  # of size: the key that wins over each
 FRAMES = {"min_frames": 4, "max_frames": 768}
 FPS = 2.0  # frames seen of a second of video, where no file says it: that of the authors' qwen-vl-utils
 
@@ -344,7 +345,12 @@ def processor(files: Mapping[str, dict], kind: str) -> tuple[str, dict[str, Any]
         name, keys = "processor_config.json", nested
     if not isinstance(keys, dict) or not isinstance(keys.get("size") or {}, dict):
         raise ValueError(f"the {kind} processor in {name} is not understood: {shown(repr(keys))}")
-    return name, {key: value for key, value in keys.items() if value is not None}
+    keys = {key: value for key, value in keys.items() if value is not None}
+    size = keys.get("size")
+    for edge, pixels in EDGES.items():
+        if size and size.get(edge) is None and pixels not in keys:
+            raise ValueError(f"size={shown(repr(size))} in {name} has no {edge}, and there is no {pixels}")
+    return name, keys
 
 
 def _pixels(vision: Mapping[str, Any], files: Mapping[str, dict]) -> dict[str, Any]:

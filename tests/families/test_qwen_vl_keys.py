@@ -171,7 +171,10 @@ def test_a_processor_is_read_in_both_dialects_and_brings_its_bounds(tmp_path):
     assert prompts == media_prompts(new)
     assert prompts["image_tokens"] == prompts["video"]["frame_tokens"] == [4, 100]
     assert prompts["markers"]["image"] == ["<|vision_start|>", "<|vision_end|>"]
+    oldest = {**PIXELS, "min_pixels": 256, "max_pixels": 6400, "size": {"min_pixels": 1, "max_pixels": 2}}
+    assert media_prompts(folder(tmp_path / "oldest", "qwen2_5_vl", preprocessor_config=oldest)) == prompts
     video = {**PIXELS, "size": {"shortest_edge": 512, "longest_edge": 1280}, "fps": 1, "max_frames": 16}
+    video |= {"min_pixels": 64, "max_pixels": 128}  # which this family's class does not read
     apart = folder(
         tmp_path / "apart",
         "qwen3_vl",
@@ -199,7 +202,9 @@ def test_a_processor_is_read_in_both_dialects_and_brings_its_bounds(tmp_path):
         ({"rescale_factor": 1.0}, "rescale_factor=1.0 in"),
         ({"resample": 0}, "resample=0 in"),
         ({"size": [1, 2]}, "the image processor in preprocessor_config.json is not understood"),
-        ({"size": {"shortest_edge": "small"}}, "not understood"),
+        ({"size": {"shortest_edge": "small", "longest_edge": 6400}}, "not understood"),
+        ({"size": {"min_pixels": 256, "max_pixels": 6400}}, "has no shortest_edge, and there is no min_pixels"),
+        ({"size": {"shortest_edge": 256}}, r"size=.* in preprocessor_config.json has no longest_edge"),
     ],
 )
 def test_a_processor_that_makes_other_pixels_is_refused(change, said, tmp_path):
