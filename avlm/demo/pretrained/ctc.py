@@ -126,7 +126,8 @@ def project(model: AVLM, row: Row) -> Tensor:
     """Features of a row, float32 (G, D)."""
     G = len(row.frame_rows_GS)
     empty_GD = torch.zeros(G, model.config.decoder.hidden_size)
-    return model.audio_projector(empty_GD, torch.arange(G), row.x_KC.float(), row.frame_rows_GS)
+    features_GD, _ = model.audio_projector(empty_GD, torch.arange(G), row.x_KC.float(), row.frame_rows_GS)
+    return features_GD
 
 
 def logits(features_GD: Tensor, embedding_VD: Tensor) -> Tensor:
