@@ -33,6 +33,7 @@ WidthOrDefault = Annotated[int, Field(ge=0, le=2**20)]
 Heads = Annotated[int, Field(gt=0, le=2**14)]
 Tokens = Annotated[int, Field(gt=0, le=2**31 - 1)]  # their offsets are int32
 Pixels = Annotated[int, Field(gt=0, le=2**14)]
+Norm = Literal["none", "layer", "rms"]
 
 
 @config
@@ -219,9 +220,17 @@ class VisionConfig:
     def has_window(self, layer: int) -> bool:
         return self.window is not None and layer not in self.full_layers
 
+    def item_shape(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Patches and their numbers, of an image of so many lines and columns of patches."""
+        return math.prod(grid), self.patch_numbers
+
     def rows_of(self, grid: tuple[int, int]) -> int:
-        """Rows in the tower of an image of so many lines and columns of patches."""
+        """Rows in the tower."""
         return self.class_token + math.prod(grid)
+
+    def outputs_of(self, grid: tuple[int, int]) -> int:
+        """Rows of the tower's output."""
+        return self.rows_of(grid)
 
     def rows_per_feature(self, downsample: int) -> int:
         """Rows that the projector takes side by side: n x n patches."""
@@ -235,7 +244,7 @@ class VisionConfig:
 
 @config
 class AudioConfig:
-    """Whisper encoder."""
+    """Whisper encoder. Audio is cut into windows, which the convolutions and attention do not cross."""
 
     hidden_size: Width
     intermediate_size: Width
@@ -244,12 +253,18 @@ class AudioConfig:
     num_mels: Annotated[int, Field(gt=0, le=2**10)] = 80
     max_positions: Annotated[int, Field(gt=0, le=2**20)] = 1500  # rows of a full window: 20 ms each
     window: Literal["true", "fixed"] = "true"  # only the clip's rows, or the whole window's even if the clip is shorter
+    log_mel: Literal["window", "clip"] = "window"  # made of each window alone, or of the whole clip before it is cut
+    edge: Literal["zeros", "silence", "masked"] = "zeros"
+    # what the convolutions see past a clip: frames of zeros, frames of silence, or nothing (zeros for each of them)
+    pool: Literal[1, 2] = 1  # rows whose mean is a row of the output, before the last norm; an odd last row is dropped
+    key_bias: bool = False
 
     def __post_init__(self) -> None:
         require(
             self.hidden_size % self.num_heads == 0,
             f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}",
         )
+        require(self.window == "true" or self.edge == "zeros", f"edge={self.edge} needs window=true")
 
     @property
     def num_rows(self) -> int:
@@ -265,17 +280,27 @@ class AudioConfig:
         """Numbers of an output row."""
         return self.hidden_size
 
-    def rows_of(self, num_rows: int) -> int:
-        """Rows in the tower of a window with so many: all of them."""
-        return num_rows
+    def item_shape(self, num_frames: int) -> tuple[int, int]:
+        """Mel bins, and frames of a window of a clip with so many; behind the clip come those that its rows see."""
+        if self.edge == "silence":
+            return self.num_mels, 2 * self.rows_of(num_frames) + 2
+        return self.num_mels, num_frames
+
+    def rows_of(self, num_frames: int) -> int:
+        """Rows in the tower of a window with so many frames of a clip."""
+        return math.ceil(num_frames / 2)
+
+    def outputs_of(self, num_frames: int) -> int:
+        """Rows of the tower's output."""
+        return self.rows_of(num_frames) // self.pool
 
     def rows_per_feature(self, downsample: int) -> int:
-        """Rows that the projector takes side by side."""
+        """Output rows that the projector takes side by side."""
         return downsample
 
-    def num_features(self, num_rows: int, downsample: int) -> int:
-        """Positions in the decoder of a window with so many rows; the last may be made of fewer than the others."""
-        return math.ceil(num_rows / downsample)
+    def num_features(self, num_frames: int, downsample: int) -> int:
+        """Positions in the decoder of a window; the last may be made of fewer rows than the others."""
+        return math.ceil(self.outputs_of(num_frames) / downsample)
 
 
 @config
@@ -284,7 +309,10 @@ class ProjectorConfig:
     downsample: Stack = 1  # vision: pixel shuffle of n x n patches; audio: n frames stacked; before the projection
     hidden_size: WidthOrDefault = 0  # 0: the decoder's width; linear has none
     bias: bool = True  # Voxtral has none
-    norm: Literal["none", "layer", "rms"] = "none"  # of each tower row, before they are put side by side
+    norm: Norm = "none"  # of each tower row, before they are put side by side
+    feature_norm: Norm = "none"  # of the rows side by side (Ultravox)
+    hidden_norm: Norm = "none"  # of what the last linear takes (Ultravox 0.5)
+    output_norm: Norm = "none"  # of the feature (Ultravox before 0.5)
     norm_eps: Epsilon = 1e-6
     output_std: Positive = 0.02  # approximate std of features when initialised; best that of the token embeddings
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from avlm.config.model import ModelConfig, VisionConfig
 from avlm.config.run import DataConfig
-from avlm.data.media.audio import num_rows
-from avlm.data.sample import EncodedSample
+from avlm.data.sample import EncodedSample, size_of
 from avlm.models.batch import (
     IGNORE,
     KINDS,
@@ -145,14 +144,13 @@ def pack_media(samples: list[EncodedSample], token_T: Tensor, model: ModelConfig
         tower = getattr(model, name)
         downsample = getattr(model, f"{name}_projector").downsample
         items = [item for sample in samples for item in sample.media.get(modality, ())]
+        sizes = [size_of(modality, item, model) for item in items]
         if modality == "image":
-            sizes = [tuple(item.shape[:2]) for item in items]
             layouts = [tower_layout(grid, tower, downsample) for grid in sizes]
             items = [item.flatten(0, 1)[at.order] for item, at in zip(items, layouts)]
             sources = patch_sources(sizes, tower, downsample)
         else:
-            sizes = [num_rows(item) for item in items]
-            sources = stacked_sources(sizes, downsample)
+            sources = stacked_sources([tower.outputs_of(size) for size in sizes], downsample)
         places = (token_T == PLACEHOLDERS[modality]).nonzero().flatten()
         packed[modality] = media_of(modality, items, sizes, model, sources, places)
     return packed

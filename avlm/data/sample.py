@@ -23,7 +23,7 @@ from avlm.data.records import read_record
 from avlm.data.text.chat import Chat, check_vocabulary
 from avlm.data.text.pieces import MEDIA, TAG, Messages, Piece
 from avlm.data.text.tokenizer import Tokenizer
-from avlm.models.batch import IGNORE, PLACEHOLDERS
+from avlm.models.batch import IGNORE, PLACEHOLDERS, Size
 
 # A text of up to LONG_TEXT characters may be tokenised whole, whatever the length of its tokens. If it is longer than
 # PROBE, its beginning is tokenised first.
@@ -233,8 +233,12 @@ def placeholders(modality: str, items: list[Tensor], model: ModelConfig) -> list
     name = model.modalities[modality]
     tower = getattr(model, name)
     downsample = getattr(model, f"{name}_projector").downsample
-    sizes = [audio.num_rows(item) if modality == "audio" else tuple(item.shape[:2]) for item in items]
+    sizes = [size_of(modality, item, model) for item in items]
     return [PLACEHOLDERS[modality]] * sum(tower.num_features(size, downsample) for size in sizes)
+
+
+def size_of(modality: str, item: Tensor, model: ModelConfig) -> Size:
+    return audio.num_frames(item, model.audio) if modality == "audio" else (item.shape[0], item.shape[1])
 
 
 def kind_of(media: dict[str, list[Any]]) -> str:

@@ -17,8 +17,9 @@ LATER = {
     "data": "image_tokens markers",
     "video": "min_frames spread frame_tokens tokens timestamps",
     "vision": "frames_per_patch deepstack_layers gated norm axial_rope window full_layers tokens_per_second",
-    "vision_projector": "norm norm_eps",
-    "audio_projector": "norm norm_eps",
+    "vision_projector": "norm feature_norm hidden_norm output_norm norm_eps",
+    "audio": "log_mel edge pool key_bias",
+    "audio_projector": "norm feature_norm hidden_norm output_norm norm_eps",
 }
 
 

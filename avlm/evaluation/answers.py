@@ -76,7 +76,7 @@ def ablate(prompt: EncodedSample, ablation: str, seed: int, tower: AudioConfig |
     if ablation == "no_audio":  # silence with the same number of rows
         silent = []
         for mel in prompt.media["audio"]:
-            silence = torch.zeros(audio.num_rows(mel) * audio.SAMPLES_PER_ROW)
+            silence = torch.zeros(audio.num_frames(mel, tower) * audio.HOP)
             silent += audio.mels(silence, tower)
         return _with_items(prompt, "audio", silent)
     if ablation == "shuffled":

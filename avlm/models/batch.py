@@ -5,8 +5,8 @@ S tower rows that make a feature   P patches of all images, N numbers each   K r
 tower   M mel bins   W frames of the longest window
 """
 
-import math
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,7 +26,37 @@ PLACEHOLDERS = {"image": IMAGE, "audio": AUDIO}  # of each modality
 KINDS = ("text", "image", "audio", "video", "mixed")  # of samples; the loss is reported for each kind
 FRAMES_PER_ROW = 2  # the stride of the convolutions of the audio tower
 
-Size = Grid | int  # of an item: lines and columns of patches of an image, rows in the tower of a window of audio
+Size = Grid | int  # of an item: lines and columns of patches of an image, frames of a clip in a window
+
+
+@dataclass(frozen=True)
+class WindowRows(Movable):
+    """What the audio tower keeps of windows, of which it makes W / 2 rows each.
+
+    kept    int64 (K,): which of the I * W / 2 rows after the convolutions belong to a clip
+    live    bool (I, W): frames of a clip, for convolutions that see nothing else; None if they see all
+    pooled  int64 (K',): the first of the kept rows, from 0 to K - 1, whose mean is a row of the output; None for 1 row
+    """
+
+    kept: Tensor
+    live: Tensor | None
+    pooled: Tensor | None
+
+    @staticmethod
+    def of(sizes: list[Any], rows_per_window: int, audio: AudioConfig) -> "WindowRows":
+        """``sizes``: frames of the clip in each window."""
+        nothing = torch.arange(0)
+        counts = [audio.rows_of(size) for size in sizes]
+        kept = torch.cat([nothing, *(torch.arange(count) + i * rows_per_window for i, count in enumerate(counts))])
+        live = pooled = None
+        if audio.edge == "masked":
+            frames = torch.tensor(sizes, dtype=torch.int64)
+            live = torch.arange(FRAMES_PER_ROW * rows_per_window) < frames[:, None]
+        if audio.pool > 1:
+            starts = [0, *accumulate(counts)]
+            whole = [torch.arange(count // audio.pool) * audio.pool + start for count, start in zip(counts, starts)]
+            pooled = torch.cat([nothing, *whole])
+        return WindowRows(kept, live, pooled)
 
 
 @dataclass(frozen=True)
@@ -35,13 +65,13 @@ class Media(Movable):
     audio.
 
     values    what the tower reads: uint8 patches (P, N) of all images in the tower's order, or float32 log-mel windows
-              (I, M, W) whose frames past a clip are exactly 0
+              (I, M, W); what is behind a window's own frames is exactly 0
     sizes     of each item
     segments  the rows of each item in the tower
     sources   int64 (F, S): rows of the tower's output that make each feature, -1: zeros
     rows      int64 (F,): where in token_T each feature is written
-    kept      for windows, int64 (K,): which of the I * W / 2 rows after the convolutions belong to a clip
-    places    for images of any grid: where their patches lie
+    windows   of windows: which rows the tower keeps of them
+    places    of images of any grid: where their patches lie
     """
 
     values: Tensor
@@ -49,31 +79,25 @@ class Media(Movable):
     segments: Segments
     sources: Tensor
     rows: Tensor
-    kept: Tensor | None = None
+    windows: WindowRows | None = None
     places: PatchPlaces | None = None
 
     def __post_init__(self) -> None:
         assert len(self.segments) == len(self.sizes)
         assert self.sources.ndim == 2 and self.rows.shape == self.sources.shape[:1]
-        assert self.kept is None or self.values.shape[2] % FRAMES_PER_ROW == 0
+        assert self.windows is None or self.values.shape[2] % FRAMES_PER_ROW == 0
 
     @property
     def lengths(self) -> list[int]:
         """Rows of each item in the tower."""
         return [length for _, length in self.segments.spans]
 
-    def items(self) -> list[Tensor]:
-        """Each item without its padding."""
-        shapes = [self.item_shape(size) for size in self.sizes]
-        if self.kept is None:
+    def items(self, tower: Any) -> list[Tensor]:
+        """Each item without its padding. ``tower``: the config of theirs."""
+        shapes = [tower.item_shape(size) for size in self.sizes]
+        if self.windows is None:
             return list(self.values.split([num_patches for num_patches, _ in shapes]))
         return [window[:, :num_frames] for window, (_, num_frames) in zip(self.values, shapes)]
-
-    def item_shape(self, size: Size) -> tuple[int, int]:
-        """Shape of an item of this modality."""
-        if isinstance(size, int):
-            return self.values.shape[1], FRAMES_PER_ROW * size
-        return math.prod(size), self.values.shape[1]
 
 
 def no_media(model: ModelConfig) -> dict[str, Media]:
@@ -95,29 +119,27 @@ def media_of(
     name = TOWERS[modality]
     tower, projector = getattr(model, name), getattr(model, f"{name}_projector")
     downsample = projector.downsample if projector else 1
-    values, kept, places = torch.empty(0), None, None
+    values, windows, places = torch.empty(0), None, None
     if isinstance(tower, VisionConfig):
         values = torch.cat([torch.empty(0, tower.patch_numbers, dtype=torch.uint8), *items])
         places = PatchPlaces.of(sizes, tower, downsample) if tower.any_grid else None
     if isinstance(tower, AudioConfig):
-        values, kept = _windows(items, tower)
+        values = side_by_side(items, tower.num_mels)
+        windows = WindowRows.of(sizes, values.shape[2] // FRAMES_PER_ROW, tower)
     if segments is None:
         segments = Segments.of([tower.rows_of(size) for size in sizes])
     if sources is None:
         sources = torch.empty(0, tower.rows_per_feature(downsample) if tower else 1, dtype=torch.int64)
-    return Media(values, sizes, segments, sources, torch.arange(0) if rows is None else rows, kept, places)
+    return Media(values, sizes, segments, sources, torch.arange(0) if rows is None else rows, windows, places)
 
 
-def _windows(items: list[Tensor], audio: AudioConfig) -> tuple[Tensor, Tensor]:
-    """``values`` and ``kept`` of windows, which are padded to the longest with zeros."""
-    longest = max([FRAMES_PER_ROW, *(item.shape[1] for item in items)])  # a convolution refuses an empty window
-    values = torch.zeros(len(items), audio.num_mels, longest)
-    kept = [torch.arange(0)]
-    for i, item in enumerate(items):
-        num_frames = item.shape[1]
-        values[i, :, :num_frames] = item
-        kept.append(torch.arange(num_frames // FRAMES_PER_ROW) + i * (longest // FRAMES_PER_ROW))
-    return values, torch.cat(kept)
+def side_by_side(windows: list[Tensor], num_mels: int) -> Tensor:
+    """Windows (M, frames), padded with zeros to the longest and to an even number of frames: float32 (I, M, W)."""
+    longest = max([1, *(window.shape[1] for window in windows)])  # a convolution refuses an empty window
+    values = torch.zeros(len(windows), num_mels, longest + longest % FRAMES_PER_ROW)
+    for value, window in zip(values, windows):
+        value[:, : window.shape[1]] = window
+    return values
 
 
 @dataclass(frozen=True)

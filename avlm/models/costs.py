@@ -179,7 +179,8 @@ def _encoder(config: VisionConfig | AudioConfig, modality: str) -> Iterator[Step
 
 
 def _projectors(config: ProjectorConfig, features: str, tower: VisionConfig | AudioConfig) -> Iterator[list[Step]]:
-    yield [("", ("norm",)), *((features, layers) for layers in LAYERS[config.type])]
+    norms = ("norm", "feature_norm", "hidden_norm", "output_norm")
+    yield [("", norms), *((features, layers) for layers in LAYERS[config.type])]
     if isinstance(tower, VisionConfig):
         for i in range(len(tower.deepstack_layers)):
             yield [("", (f"deep.{i}.norm",)), (features, (f"deep.{i}.up",)), (features, (f"deep.{i}.down",))]

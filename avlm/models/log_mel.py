@@ -21,28 +21,55 @@ FFT = 400  # samples: 25 ms
 HOP = 160  # samples: 10 ms
 
 
-def window(clip: Tensor, audio: AudioConfig) -> Tensor:
-    """float32 (samples,), at most 30 s -> float32 (M, W) with W even, exactly 0 past the clip; with
-    ``audio.window: fixed`` W is 30 s, and silence follows the clip.
-
-    Frames that touch nothing but padding have power 0, the floor of the logarithm, and cannot be the maximum, so
-    they need no Fourier transform.
-    """
-    covered = math.ceil(clip.shape[0] / HOP)  # frames whose centre lies in the clip
-    width = covered + covered % 2
+def windows(clip: Tensor, audio: AudioConfig) -> list[Tensor]:
+    """float32 (samples,) -> windows (M, frames), each ``audio.item_shape``: the frames of the clip, and what its
+    convolutions see behind them. With edge=zeros a window has an even number of frames."""
     whole = 2 * audio.max_positions
-    frames = min(whole, width + math.ceil(FFT / HOP))
+    parts = clip.split(whole * HOP) if audio.log_mel == "window" else [clip]
+    found = []
+    for part in parts:
+        covered = math.ceil(part.shape[0] / HOP)  # frames whose centre lies in the clip
+        log_MW, silence = _log_mel(part, audio)
+        for start in range(0, covered, whole):
+            found.append(_window(log_MW[:, start:], silence, min(whole, covered - start), audio))
+    return found
+
+
+def _log_mel(clip: Tensor, audio: AudioConfig) -> tuple[Tensor, Tensor]:
+    """Normalised log-mel of a clip and of the few frames behind it that touch it; and the value of those that do not,
+    whose power is 0, the floor of the logarithm: they cannot be the maximum, and need no Fourier transform."""
+    whole = 2 * audio.max_positions
+    covered = math.ceil(clip.shape[0] / HOP)
+    frames = covered + covered % 2 + math.ceil(FFT / HOP)
+    if audio.edge != "masked":  # else more of the recording might follow
+        frames = min(frames, math.ceil(covered / whole) * whole)
     padded = F.pad(clip[None], (0, frames * HOP - clip.shape[0]))
     spectrum_BW = torch.stft(padded, FFT, HOP, window=_hann(), return_complex=True)[0, :, :-1]
     power_BW = spectrum_BW.real.square() + spectrum_BW.imag.square()
     log_MW = (_filters(audio.num_mels) @ power_BW).clamp_(min=1e-10).log10_()
     floor = log_MW.max() - 8.0
-    log_MW = log_MW.maximum(floor).add_(4.0).div_(4.0)
-    if audio.window == "true":
-        log_MW[:, covered:width] = 0.0
-        return log_MW[:, :width]
-    silence = (floor.clamp(min=-10.0) + 4.0) / 4.0
-    return torch.cat([log_MW, silence.expand(audio.num_mels, whole - frames)], 1)
+    return log_MW.maximum(floor).add_(4.0).div_(4.0), (floor.clamp(min=-10.0) + 4.0) / 4.0
+
+
+def _window(log_MW: Tensor, silence: Tensor, covered: int, audio: AudioConfig) -> Tensor:
+    """The first ``covered`` frames of a clip's, or of what is left of them, as a window."""
+    whole = 2 * audio.max_positions
+    if audio.window == "fixed":
+        return _followed_by_silence(log_MW, silence, whole)
+    if audio.edge == "masked":
+        return log_MW[:, :covered]
+    width = covered + covered % 2
+    if audio.edge == "silence":
+        _, width = audio.item_shape(covered)
+        shown = min(whole, width)  # nothing stands behind a full window
+        log_MW = _followed_by_silence(log_MW, silence, shown)
+        return F.pad(log_MW, (0, width - shown))
+    return F.pad(log_MW[:, :covered], (0, width - covered))
+
+
+def _followed_by_silence(log_MW: Tensor, silence: Tensor, width: int) -> Tensor:
+    missing = max(0, width - log_MW.shape[1])
+    return torch.cat([log_MW[:, :width], silence.expand(len(log_MW), missing)], 1)
 
 
 @lru_cache

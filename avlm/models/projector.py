@@ -4,7 +4,8 @@
     mlp2x_gelu   y = gelu(x @ w1.T + b1) @ w2.T + b2          (LLaVA-1.5)
     swiglu       y = (silu(x @ wg.T) * (x @ wu.T)) @ wd.T     (Shazeer 2020; biases as above), in plain PyTorch
 
-Tower rows may be normalised before they are put side by side (Qwen2-VL). DeepStack (Meng et al. 2024): the rows of some
+Tower rows may be normalised before they are put side by side (Qwen2-VL) or after, and so may what the last linear takes
+and the feature itself (Ultravox). DeepStack (Meng et al. 2024): the rows of some
 inner layers of the tower have a projector each, ``deep``, whose features are added to the decoder's first layers.
 
 P tower rows   C tower width   R feature rows   S tower rows that make a feature   F hidden   D decoder width
@@ -16,7 +17,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avlm.config.model import ProjectorConfig
+from avlm.config.model import Norm, ProjectorConfig
 from avlm.models.encoder import NORMS
 from kernels.projector import place_projected, side_by_side
 
@@ -32,14 +33,17 @@ class Projector(nn.Module):
         self.tower_size = tower_size
         hidden_size = config.hidden_size or decoder_size
         wide = tower_size * gathered
-        self.norm = None if config.norm == "none" else NORMS[config.norm](tower_size, config.norm_eps)
+        self.norm = _norm(config.norm, tower_size, config)
+        self.feature_norm = _norm(config.feature_norm, wide, config)
         if config.type == "linear":
             self.linear = nn.Linear(wide, decoder_size, bias=config.bias)
         else:
             if config.type == "swiglu":
                 self.gate = nn.Linear(wide, hidden_size, bias=config.bias)
             self.up = nn.Linear(wide, hidden_size, bias=config.bias)
+            self.hidden_norm = _norm(config.hidden_norm, hidden_size, config)
             self.down = nn.Linear(hidden_size, decoder_size, bias=config.bias)
+        self.output_norm = _norm(config.output_norm, decoder_size, config)
         self.deep = nn.ModuleList(DeepProjector(config, wide, hidden_size, decoder_size) for _ in range(num_deep))
 
     def forward(self, into_TD: Tensor, rows_R: Tensor, x_PC: Tensor, source_RS: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -51,17 +55,22 @@ class Projector(nn.Module):
         """
         x_PC, *inner = x_PC.split(self.tower_size, dim=1)
         deep = [project(side_by_side(inner_PC, source_RS)) for project, inner_PC in zip(self.deep, inner)]
-        if self.norm is not None:
-            x_PC = self.norm(x_PC)
-        if self.config.type == "mlp2x_gelu":
+        x_PC = self.norm(x_PC)
+        config = self.config
+        if config.type == "mlp2x_gelu" and config.feature_norm == config.hidden_norm == config.output_norm == "none":
             layers = (self.up.weight, _bias(self.up), self.down.weight, _bias(self.down))
             return place_projected(into_TD, rows_R, x_PC, *layers, source_RS=source_RS), deep
-        x_RC = side_by_side(x_PC, source_RS)
-        if self.config.type == "linear":
-            y_RD = self.linear(x_RC)
-        else:
-            y_RD = self.down(F.silu(self.gate(x_RC)) * self.up(x_RC))
+        y_RD = self.output_norm(self._linears(self.feature_norm(side_by_side(x_PC, source_RS))))
         return into_TD.index_copy(0, rows_R, y_RD.to(into_TD.dtype)), deep
+
+    def _linears(self, x_RC: Tensor) -> Tensor:
+        if self.config.type == "linear":
+            return self.linear(x_RC)
+        if self.config.type == "swiglu":
+            hidden_RF = F.silu(self.gate(x_RC)) * self.up(x_RC)
+        else:
+            hidden_RF = F.gelu(self.up(x_RC))
+        return self.down(self.hidden_norm(hidden_RF))
 
     def init_stats(self) -> dict[str, tuple[float, float]]:
         """(mean, std) of the normal from which each parameter is drawn: std 1 / sqrt(inputs), biases 0, norms 1.
@@ -92,6 +101,10 @@ class DeepProjector(nn.Module):
 
     def forward(self, x_RC: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(self.norm(x_RC))))
+
+
+def _norm(kind: Norm, size: int, config: ProjectorConfig) -> nn.Module:
+    return nn.Identity() if kind == "none" else NORMS[kind](size, config.norm_eps)
 
 
 def _bias(linear: nn.Linear) -> Tensor:

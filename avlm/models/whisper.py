@@ -21,23 +21,27 @@ class AudioTower(nn.Module):
         D = config.hidden_size
         self.conv1 = nn.Conv1d(config.num_mels, D, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(D, D, kernel_size=3, stride=2, padding=1)
-        self.blocks = nn.ModuleList(EncoderBlock(config, key_bias=False) for _ in range(config.num_blocks))
+        self.blocks = nn.ModuleList(EncoderBlock(config, key_bias=config.key_bias) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(D)
 
     def forward(self, windows: Media) -> Tensor:
-        """Features of the kept rows, (K, D) in the weights' dtype. Rows past a clip are dropped before any attention.
-        Zero windows are legal."""
-        mel_CMW = windows.values.to(self.conv1.weight.dtype)
-        x_CDW = F.gelu(self.conv1(mel_CMW))
+        """Features of the kept rows, (K, D) in the weights' dtype, or of the means of neighbours. Rows past a clip are
+        dropped before any attention. Zero windows are legal."""
+        rows = windows.windows
+        assert rows is not None
+        x_CDW = F.gelu(self.conv1(windows.values.to(self.conv1.weight.dtype)))
+        if rows.live is not None:
+            x_CDW = x_CDW * rows.live[:, None].to(x_CDW.dtype)
         x_CDW = F.gelu(self.conv2(x_CDW))
         rows_per_window = max(x_CDW.shape[2], 1)
-        kept_K = windows.kept
-        assert kept_K is not None
+        kept_K = rows.kept
         x_KD = x_CDW.transpose(1, 2).flatten(0, 1)[kept_K]
         positions_KD = sinusoids(torch.remainder(kept_K, rows_per_window), self.config.hidden_size)
         x_KD = x_KD + positions_KD.to(x_KD.dtype)
         for block in self.blocks:
             x_KD = block(x_KD, windows.segments)
+        if rows.pooled is not None:
+            x_KD = (x_KD[rows.pooled] + x_KD[rows.pooled + 1]) / 2
         return self.norm(x_KD)
 
     def init_stats(self) -> dict[str, tuple[float, float]]:

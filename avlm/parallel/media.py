@@ -52,7 +52,8 @@ class MediaPlan:
 
     share: Share
     sizes: list[Size]  # of each item
-    lengths: list[int]  # its tower rows
+    lengths: list[int]  # its rows in the tower
+    outputs: list[int]  # its rows of the tower's output
     encoders: list[int]  # the rank that encodes it
     senders: list[int]  # the rank of its home that hands it to the encoder
     own: range  # the items of this rank's home
@@ -98,8 +99,9 @@ def make_plan(modality: str, share: Share, sizes_of_homes: list[list[Size]], mod
     """The same on every rank. An encoder of the item's home has the item already; to other encoders the ranks of the
     home send in turn."""
     sizes = list(chain.from_iterable(sizes_of_homes))
-    rows_of = getattr(model, model.modalities[modality]).rows_of
-    lengths = [rows_of(size) for size in sizes]
+    tower = getattr(model, model.modalities[modality])
+    lengths = [tower.rows_of(size) for size in sizes]
+    outputs = [tower.outputs_of(size) for size in sizes]
     encoders = assign(item_costs(modality, sizes, model), share.num_ranks)
     senders = []
     own = range(0)
@@ -114,7 +116,7 @@ def make_plan(modality: str, share: Share, sizes_of_homes: list[list[Size]], mod
                 sender = home * share.ranks_per_home + item % share.ranks_per_home
             senders.append(sender)
     mine = [item for item, encoder in enumerate(encoders) if encoder == share.rank]
-    return MediaPlan(share, sizes, lengths, encoders, senders, own, mine)
+    return MediaPlan(share, sizes, lengths, outputs, encoders, senders, own, mine)
 
 
 def assign(costs: list[int], num_ranks: int) -> list[int]:
@@ -134,8 +136,9 @@ def assign(costs: list[int], num_ranks: int) -> list[int]:
 
 def split_media(modality: str, media: Media, place_T: Tensor, plan: MediaPlan, model: ModelConfig) -> Media:
     """The items that this rank encodes, and the features that land on its tokens. Windows travel without padding."""
-    shapes = [media.item_shape(size) for size in plan.sizes]
-    items = _hand_over(media.items(), media.values, shapes, plan)
+    tower = getattr(model, model.modalities[modality])
+    shapes = [tower.item_shape(size) for size in plan.sizes]
+    items = _hand_over(media.items(tower), media.values, shapes, plan)
     segments, rows_F, sources_FS = _route(media, place_T, plan)
     sizes = [plan.sizes[item] for item in plan.mine]
     return media_of(modality, items, sizes, model, sources_FS, rows_F, segments)
@@ -152,11 +155,12 @@ def _route(media: Media, place_T: Tensor, plan: MediaPlan) -> tuple[RoutedSegmen
     owner_F = share.home * share.ranks_per_home + place_F // share.tokens_per_rank
     owner_FS = owner_F[:, None].expand_as(media.sources)
     is_row_FS = media.sources >= 0
-    destination_P = torch.full((sum(media.lengths),), -1)
+    outputs = [plan.outputs[item] for item in plan.own]
+    destination_P = torch.full((sum(outputs),), -1)
     destination_P[media.sources[is_row_FS]] = owner_FS[is_row_FS]
 
-    send_rows_S, send_counts = _departures(destination_P, media.lengths, plan)
-    arrived_P, receive_counts = _arrivals(destination_P, media.lengths, plan)
+    send_rows_S, send_counts = _departures(destination_P, outputs, plan)
+    arrived_P, receive_counts = _arrivals(destination_P, outputs, plan)
     boundaries = Segments.of([plan.lengths[item] for item in plan.mine])
     segments = RoutedSegments(
         boundaries.cu_seqlens,
@@ -170,20 +174,20 @@ def _route(media: Media, place_T: Tensor, plan: MediaPlan) -> tuple[RoutedSegmen
     return segments, place_F[lands_F] % share.tokens_per_rank, arrived_P[media.sources[lands_F]]
 
 
-def _departures(destination_P: Tensor, lengths: list[int], plan: MediaPlan) -> tuple[Tensor, list[int]]:
+def _departures(destination_P: Tensor, outputs: list[int], plan: MediaPlan) -> tuple[Tensor, list[int]]:
     """Rows of the tower's output on this rank in the order in which they are sent, and how many go to each rank."""
-    shapes = [(length,) for length in plan.lengths]
-    of_items = _hand_over(destination_P.split(lengths), destination_P, shapes, plan)
+    shapes = [(count,) for count in plan.outputs]
+    of_items = _hand_over(destination_P.split(outputs), destination_P, shapes, plan)
     mine = torch.cat([destination_P[:0], *of_items])
     counts = mine[mine >= 0].bincount(minlength=plan.share.num_ranks)
     num_staying = len(mine) - int(counts.sum())
     return mine.argsort(stable=True)[num_staying:], counts.tolist()
 
 
-def _arrivals(destination_P: Tensor, lengths: list[int], plan: MediaPlan) -> tuple[Tensor, list[int]]:
+def _arrivals(destination_P: Tensor, outputs: list[int], plan: MediaPlan) -> tuple[Tensor, list[int]]:
     """Where each row of the home's items lies among those that arrive here, else -1; and how many each rank sends."""
     encoders = torch.tensor([plan.encoders[item] for item in plan.own], dtype=torch.int64)
-    encoder_P = encoders.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    encoder_P = encoders.repeat_interleave(torch.tensor(outputs, dtype=torch.int64))
     arriving = (destination_P == plan.share.rank).nonzero().flatten()
     from_rank = encoder_P[arriving]
     in_order = arriving[from_rank.argsort(stable=True)]

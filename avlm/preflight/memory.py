@@ -371,7 +371,7 @@ def _media_rows(name: str, case: Case) -> int:
         fewest = math.ceil(length / _largest_image(case))
         num_features = max(math.ceil(count / ranks) * (length // count) for count in range(fewest, fewest + ranks))
         return num_features * downsample**2
-    size = (tower.patches_per_side,) * 2 if isinstance(tower, VisionConfig) else tower.num_rows
+    size = (tower.patches_per_side,) * 2 if isinstance(tower, VisionConfig) else FRAMES_PER_ROW * tower.max_positions
     num_items = length // tower.num_features(size, downsample)
     return math.ceil(num_items / ranks) * tower.num_rows
 

@@ -110,13 +110,13 @@ def test_each_feature_goes_to_a_row_of_its_own_sample(samples):
     assert batch.image.segments.spans == [(i * 17, 17) for i in range(len(batch.image.sizes))]
     # Sound: flatten the windows as the tower's convolutions do, keep rows, stack them, and see whose they are.
     flat = batch.audio.values[:, 0, ::2].flatten()
-    kept = torch.cat([flat[batch.audio.kept], torch.zeros(1)])  # index -1: the padding of a stack
+    kept = torch.cat([flat[batch.audio.windows.kept], torch.zeros(1)])  # index -1: the padding of a stack
     stacked = kept[batch.audio.sources]
     for feature, row in zip(stacked, batch.audio.rows):
         assert feature[0] == owner_T[row] + 1
         assert ((feature == feature[0]) | (feature == 0)).all()
     assert len(batch.audio.rows) == len(batch.audio.sources) == (batch.token_T == AUDIO_ID).sum()
-    assert batch.audio.segments.cu_seqlens[-1] == len(batch.audio.kept)
+    assert batch.audio.segments.cu_seqlens[-1] == len(batch.audio.windows.kept)
 
 
 def test_frames_past_a_clip_are_exact_zeros():
@@ -128,7 +128,7 @@ def test_frames_past_a_clip_are_exact_zeros():
     batch = pack(samples, 10, model())
     assert batch.audio.values.shape == (2, AUDIO.num_mels, 12)
     assert (batch.audio.values[0, :, 2:] == 0).all() and (batch.audio.values[1] == 1).all()
-    assert batch.audio.kept.tolist() == [0, 6, 7, 8, 9, 10, 11]
+    assert batch.audio.windows.kept.tolist() == [0, 6, 7, 8, 9, 10, 11]
 
 
 def test_a_feature_is_made_of_neighbouring_patches_of_its_image():
@@ -173,7 +173,7 @@ def test_a_full_row_has_no_padding_and_a_row_of_nothing_is_legal():
 def test_a_batch_moves_as_a_whole():
     batch = empty_batch(4, MODEL)
     moved = batch.to("meta")
-    tensors = [moved.token_T, moved.segments.cu_seqlens, moved.audio.kept]
+    tensors = [moved.token_T, moved.segments.cu_seqlens, moved.audio.windows.kept]
     for media in moved.media.values():
         tensors += [media.values, media.segments.cu_seqlens, media.sources, media.rows]
     assert {tensor.device.type for tensor in tensors} == {"meta"}

@@ -38,9 +38,8 @@ from avlm.demo.build import ensure
 from avlm.families import clip, llama, whisper
 from avlm.families.door import hugging_face_name
 from avlm.models.avlm import AVLM, init
-from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch, Media
+from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch, media_of
 from avlm.models.vit import normalise
-from kernels.segments import Segments
 
 ROWS = 8
 UNUSED = {"vision": "post_layernorm", "audio": "embed_positions"}  # of a pooled output; fixed sinusoids
@@ -123,8 +122,9 @@ def pad(batch: Batch, config: ModelConfig) -> dict[str, Tensor]:
     window = config.audio.max_positions
     pixels = normalise(batch.image.values, config.vision)
     sound = batch.audio
+    kept = sound.windows.kept
     rows_per_window = sound.values.shape[2] // 2
-    clip_K, row_K = sound.kept // rows_per_window, sound.kept % rows_per_window
+    clip_K, row_K = kept // rows_per_window, kept % rows_per_window
     return {
         "ids": pad_sequence(samples(batch.token_T), batch_first=True),
         "mask": pad_sequence(samples(torch.ones_like(batch.token_T)), batch_first=True),
@@ -136,18 +136,12 @@ def pad(batch: Batch, config: ModelConfig) -> dict[str, Tensor]:
     }
 
 
-def in_full_windows(row: Batch, batch: dict[str, Tensor], window: int) -> Batch:
+def in_full_windows(row: Batch, batch: dict[str, Tensor], config: ModelConfig) -> Batch:
     """The row with what WhisperEncoder sees: attention over whole windows, the padding behind the clips included."""
     sources = row.audio.sources
-    num_windows = len(row.audio.values)
-    whole = Media(
-        batch["mel"],
-        [window] * num_windows,
-        Segments.of([window] * num_windows),
-        torch.where(sources < 0, -1, batch["mel_rows"][sources]),
-        row.audio.rows,
-        torch.arange(num_windows * window),
-    )
+    num_windows, window = len(row.audio.values), config.audio.max_positions
+    whole_sources = torch.where(sources < 0, -1, batch["mel_rows"][sources])
+    whole = media_of("audio", list(batch["mel"]), [2 * window] * num_windows, config, whole_sources, row.audio.rows)
     return replace(row, audio=whole)
 
 
@@ -168,7 +162,7 @@ def check(ours: AVLM, theirs: PaddedModel, rows: list[Batch], padded: list[dict[
         error_R = (ours(row)[1] - theirs_R).abs()
         silent.append(error_R[silent_R])
         heard.append(error_R[~silent_R])
-        full.append((ours(in_full_windows(row, batch, ours.config.audio.max_positions))[1] - theirs_R).abs())
+        full.append((ours(in_full_windows(row, batch, ours.config))[1] - theirs_R).abs())
     silent, heard, full = torch.cat(silent), torch.cat(heard), torch.cat(full)
     print(f"losses of {len(silent)} targets without sound differ by at most {silent.max():.1e}")
     print(f"losses of {len(heard)} targets with sound differ by up to {heard.max():.1e}: WhisperEncoder has no mask,")

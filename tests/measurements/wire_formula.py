@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from avlm.config.run import Config
 from avlm.models.avlm import AVLM
-from avlm.models.batch import KINDS, Batch, Media, Size
+from avlm.models.batch import KINDS, Batch, Media
 from avlm.parallel import media
 from avlm.parallel.context import cut
 from avlm.parallel.mesh import World
@@ -193,15 +193,15 @@ def of_media(config: Config, world: World, homes: list[Batch], share: media.Shar
         plan = media.make_plan(name, share, sizes, model)
         width = getattr(model, tower).width
         total += ITEMSIZE * width * crossings(plan, name, homes, world)
-        for size, length, sender, encoder in zip(plan.sizes, plan.lengths, plan.senders, plan.encoders):
+        for size, count, sender, encoder in zip(plan.sizes, plan.outputs, plan.senders, plan.encoders):
             if len(homes) > 1 and sender == share.rank != encoder:
-                total += item_bytes(homes[0].media[name], size) + 8 * length
+                total += item_bytes(homes[0].media[name], getattr(model, tower).item_shape(size)) + 8 * count
     return total
 
 
-def item_bytes(media: Media, size: Size) -> int:
+def item_bytes(media: Media, shape: tuple[int, int]) -> int:
     """An image is uint8, a window float32."""
-    return media.values.element_size() * math.prod(media.item_shape(size))
+    return media.values.element_size() * math.prod(shape)
 
 
 def of_lengths(config: Config, world: World, rows: list[Batch]) -> int:
@@ -225,8 +225,8 @@ def crossings(plan: media.MediaPlan, modality: str, homes: list[Batch], world: W
         own = slice(first, first + len(items.segments))
         first = own.stop
         encoders = torch.tensor(plan.encoders[own], dtype=torch.int64)
-        lengths = torch.tensor(plan.lengths[own], dtype=torch.int64)
-        encoder_P = encoders.repeat_interleave(lengths)
+        outputs = torch.tensor(plan.outputs[own], dtype=torch.int64)
+        encoder_P = encoders.repeat_interleave(outputs)
         first_rank = home * share.ranks_per_home
         owner_F1 = first_rank + place_T[items.rows, None] // share.tokens_per_rank
         encoder_FS = encoder_P[items.sources]

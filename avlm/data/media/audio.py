@@ -23,7 +23,7 @@ from torchaudio.transforms import Resample
 
 from avlm.config.model import AudioConfig
 from avlm.data.media.container import FAULTS, Decoder, open_container, reason, say_once
-from avlm.models.log_mel import HOP, SAMPLE_RATE, window
+from avlm.models.log_mel import HOP, SAMPLE_RATE, windows
 
 SAMPLES_PER_ROW = 2 * HOP  # the tower's convolutions halve the frames
 DTYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}  # of FFmpeg's sample formats
@@ -78,13 +78,12 @@ def _first_stream(data: bytes, max_seconds: float) -> tuple[numpy.ndarray, Decod
 
 def mels(waveform: Tensor, audio: AudioConfig) -> list[Tensor]:
     """float32 (M, frames) of every window, in order."""
-    clips = waveform.split(audio.max_positions * SAMPLES_PER_ROW)
-    return [window(clip, audio) for clip in clips]
+    return windows(waveform, audio)
 
 
-def num_rows(mel: Tensor) -> int:
-    """Rows that the tower keeps of a window."""
-    return mel.shape[1] // 2
+def num_frames(mel: Tensor, audio: AudioConfig) -> int:
+    """Frames of the clip in a window, rounded up to an even number where its edge does not tell."""
+    return mel.shape[1] - 2 if audio.edge == "silence" else mel.shape[1]
 
 
 def _bounded(frames: Iterator[av.AudioFrame], max_seconds: float) -> Iterator[av.AudioFrame]:

@@ -24,7 +24,7 @@ def cut_into_patches(frames: Tensor, vision: VisionConfig) -> Tensor:
 def frames_of(media: Media, vision: VisionConfig, downsample: int) -> list[Tensor]:
     """The frames of each image of a row, (frames_per_patch, 3, H, W)."""
     found = []
-    for patches_PN, grid in zip(media.items(), media.sizes):
+    for patches_PN, grid in zip(media.items(vision), media.sizes):
         line_by_line = torch.empty_like(patches_PN)
         line_by_line[tower_layout(grid, vision, downsample).order] = patches_PN
         sides = {"line": grid[0], "c": 3, "t": vision.frames_per_patch, "y": vision.patch_size}
