@@ -74,9 +74,15 @@ class VideoConfig:
     # with model.vision.resize=area: bounds of the features of one patch of frames; null: data.image_tokens
     tokens: Bounds | None = None  # bounds of a whole video: the more frames, the smaller they become (Qwen3-VL)
     timestamps: bool = False  # write "<1.5 seconds>" before each patch of frames, which gets markers of its own
-    sound: bool = False  # encode the video's own audio after its frames
+    audio: Literal[False, "after", "interleaved"] = False
+    # encode the video's own audio too: after its frames, or in turns of chunk_seconds, each with its frames first
+    chunk_seconds: Positive = 2.0
 
     def __post_init__(self) -> None:
+        require(
+            not (self.timestamps and self.audio == "interleaved"),
+            "timestamps go with audio=after or false, not with audio=interleaved",
+        )
         require((self.num_frames is None) != (self.fps is None), "give num_frames or fps, and set the other to null")
         require(
             self.min_frames <= self.max_frames, f"min_frames={self.min_frames} is above max_frames={self.max_frames}"
@@ -84,6 +90,14 @@ class VideoConfig:
         require(self.frame_tokens is None or self.tokens is None, "give frame_tokens or tokens, not both")
         for name in ("frame_tokens", "tokens"):
             _check_bounds(name, getattr(self, name))
+
+
+def _with_new_name(video: Any) -> Any:
+    """Runs and exports of before have ``sound: true`` for ``audio: after``."""
+    if not isinstance(video, dict) or type(video.get("sound")) is not bool or "audio" in video:
+        return video
+    others = {key: value for key, value in video.items() if key != "sound"}
+    return {**others, "audio": "after" if video["sound"] else False}
 
 
 def _check_bounds(name: str, bounds: list[float] | None) -> None:
@@ -138,9 +152,9 @@ class DataConfig:
     # features of an image with model.vision.resize=area; with fractions any area in pixels can be given:
     # tokens * (patch_size * downsample)^2
     markers: dict[Literal["image", "audio", "video"], Marks] = field(default_factory=dict)
-    # control tokens before and after the features of each medium, such as {image: [<|vision_start|>, <|vision_end|>]};
-    # "" for none
-    video: VideoConfig = field(default_factory=VideoConfig)
+    # around the features of each medium: text with control tokens, such as {image: [<|vision_start|>, <|vision_end|>]};
+    # "" for none, {n} for the number of the medium among those of its kind
+    video: Annotated[VideoConfig, BeforeValidator(_with_new_name)] = field(default_factory=VideoConfig)
 
     def __post_init__(self) -> None:
         _check_bounds("image_tokens", self.image_tokens)

@@ -1,7 +1,9 @@
 """One file of a sample -> its items, with the text and the markers that stand around them."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,22 +13,32 @@ from avlm.config.run import DataConfig
 from avlm.data.media import area, audio, image, video
 from avlm.data.media.area import Extent
 from avlm.data.media.patches import cut_into_patches
+from avlm.data.positions import of_items, of_text
+
+SECONDS_PER_ROW = 0.02  # of the audio tower, before pooling
 
 
 @dataclass(frozen=True)
 class Run:
-    """Items of one modality whose features follow each other.
+    """Features of one modality that follow each other.
 
-    text     that stands before them
-    markers  control tokens before and after them, "" for none
-    step     of M-RoPE's time from one to the next
+    items      that begin here
+    count      how many features
+    text       that stands before them
+    markers    around them, "" for none: text with control tokens
+    offsets    their positions, for M-RoPE; None: those of text
+    continues  they begin where the run before began
+    abreast    the tokens of its markers share a position, before and after
     """
 
     modality: str
     items: list[Tensor]
+    count: int
     text: str = ""
-    markers: Sequence[str] = ("", "")
-    step: float = 1.0
+    markers: tuple[str, str] = ("", "")
+    offsets: Tensor | None = None
+    continues: bool = False
+    abreast: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,16 +57,22 @@ class MediaReader:
         self.model = model
         self.data = data
 
-    def read(self, kind: str, content: bytes, key: str, room: Room) -> list[Run]:
-        """``key``: of the sample, for warnings. An image or video that has no room is refused before it is decoded. A
-        video gives its frames and then, if that is asked for and it has any, its audio."""
+    def read(self, kind: str, content: bytes, key: str, room: Room, number: int = 1) -> list[Run]:
+        """``key``: of the sample, for warnings; ``number``: of the file among those of its kind. An image or video that
+        has no room is refused before it is decoded. A video gives its frames and, if that is asked for and it has any,
+        its audio."""
         if kind == "image":
-            return [self._image(content, room)]
-        if kind == "video":
-            runs = self._video(content, room)
-            has_sound = self.data.video.sound and video.has_audio(content)
-            return [*runs, self._audio(content, f"video of {key}")] if has_sound else runs
-        return [self._audio(content, f"audio of {key}")]
+            return [self._image(content, room, number)]
+        if kind == "audio":
+            return [self._audio(content, f"audio of {key}", number)]
+        config = self.data.video
+        extent, items = self._frames(content, room)
+        if not (config.audio and video.has_audio(content)):
+            return self._video(extent, items, number)
+        heard = self._audio(content, f"video of {key}", number)
+        if config.audio == "after":
+            return [*self._video(extent, items, number), heard]
+        return self._interleaved(extent, items, heard, number)
 
     def extent(self, kind: str, content: bytes) -> Extent:
         """Of an image or a video, which is not decoded."""
@@ -64,31 +82,78 @@ class MediaReader:
         with video.open_video(content, self.data.max_image_pixels) as file:
             return area.of_video(file.size, file.seconds, file.rate, self.model, self.data)
 
-    def _image(self, content: bytes, room: Room) -> Run:
+    def _image(self, content: bytes, room: Room, number: int) -> Run:
         file = image.ImageFile(content, self.data.max_image_pixels)
         extent = area.of_image(file.size, self.model, self.data)
         self._check_room(extent, room)
         item = next(self._patches([self._fitted(file.decode(), extent)]))
-        return Run("image", [item], markers=self._markers("image"))
+        return self._seen([item], extent, markers=self._markers("image", number))
 
-    def _video(self, content: bytes, room: Room) -> list[Run]:
-        config, vision = self.data.video, self.model.vision
+    def _frames(self, content: bytes, room: Room) -> tuple[Extent, list[Tensor]]:
+        """The items of a video."""
         with video.open_video(content, self.data.max_image_pixels) as file:
             extent = area.of_video(file.size, file.seconds, file.rate, self.model, self.data)
             self._check_room(extent, room)
-            frames = [self._fitted(frame, extent) for frame, _ in file.shown(extent.times, config)]
-        items = list(self._patches(frames))
-        markers = self._markers("video")
-        if not config.timestamps:
-            per_second = vision.tokens_per_second
-            step = 1.0 if per_second is None else per_second * extent.patch_seconds
-            return [Run("image", items, markers=markers, step=step)]
-        times = area.patch_times(extent.times, vision.frames_per_patch)
-        return [Run("image", [item], f"<{time:.1f} seconds>", markers) for item, time in zip(items, times, strict=True)]
+            frames = [self._fitted(frame, extent) for frame, _ in file.shown(extent.times, self.data.video)]
+        return extent, list(self._patches(frames))
 
-    def _audio(self, content: bytes, name: str) -> Run:
+    def _video(self, extent: Extent, items: list[Tensor], number: int) -> list[Run]:
+        markers = self._markers("video", number)
+        if not self.data.video.timestamps:
+            return [self._seen(items, extent, markers=markers)]
+        times = area.patch_times(extent.times, self.model.vision.frames_per_patch)
+        texts = [f"<{time:.1f} seconds>" for time in times]
+        return [self._seen([item], extent, text=text, markers=markers) for item, text in zip(items, texts, strict=True)]
+
+    def _seen(self, items: list[Tensor], extent: Extent, first: int = 0, **others: Any) -> Run:
+        """A run of the items of a video from the number ``first`` on, or of an image."""
+        offsets = None
+        if self.model.decoder.mrope_sections is not None:
+            per_second = self.model.vision.tokens_per_second
+            step = 1.0 if per_second is None else per_second * extent.patch_seconds
+            offsets = of_items(items, self.model, step, first)
+        return Run("image", items, len(items) * extent.item_features, offsets=offsets, **others)
+
+    def _audio(self, content: bytes, name: str, number: int) -> Run:
         waveform = audio.decode(content, self.data.max_audio_seconds, name)
-        return Run("audio", audio.mels(waveform, self.model.audio), markers=self._markers("audio"))
+        items = audio.mels(waveform, self.model.audio)
+        count = sum(self._features_of(item) for item in items)
+        return Run("audio", items, count, markers=self._markers("audio", number))
+
+    def _features_of(self, window: Tensor) -> int:
+        num_frames = audio.num_frames(window, self.model.audio)
+        return self.model.audio.num_features(num_frames, self.model.audio_projector.downsample)
+
+    def _interleaved(self, extent: Extent, items: list[Tensor], heard: Run, number: int) -> list[Run]:
+        """What is seen and heard in each stretch of ``data.video.chunk_seconds``, frames first. Both begin at the same
+        position; the markers of the video and of its audio stand around all of it, abreast."""
+        seconds = self.data.video.chunk_seconds
+        seen = [int(i * extent.patch_seconds / seconds) for i in range(len(items))]
+        sounds = [int(time / seconds) for time in self._times_of(heard.items)]
+        runs: list[Run] = []
+        waiting = heard.items  # all windows come with the first of their features
+        for chunk in range(1 + max(seen + sounds)):
+            first, after = bisect_left(seen, chunk), bisect_left(seen, chunk + 1)
+            if first < after:
+                runs.append(self._seen(items[first:after], extent, first, continues=bool(runs)))
+            first, after = bisect_left(sounds, chunk), bisect_left(sounds, chunk + 1)
+            if first < after:
+                has_positions = self.model.decoder.mrope_sections is not None
+                offsets = of_text(first, after - first) if has_positions else None
+                runs.append(Run("audio", waiting, after - first, offsets=offsets, continues=bool(runs)))
+                waiting = []
+        (before, end), (before_audio, end_audio) = self._markers("video", number), heard.markers
+        runs[0] = replace(runs[0], markers=(before + before_audio, ""), abreast=True)
+        runs[-1] = replace(runs[-1], markers=(runs[-1].markers[0], end_audio + end), abreast=True)
+        return runs
+
+    def _times_of(self, windows: list[Tensor]) -> Iterator[float]:
+        """The second of a clip at which each of its features begins."""
+        config = self.model.audio
+        step = SECONDS_PER_ROW * config.pool * self.model.audio_projector.downsample
+        for number, window in enumerate(windows):
+            start = number * config.max_positions * SECONDS_PER_ROW
+            yield from (start + feature * step for feature in range(self._features_of(window)))
 
     def _fitted(self, frame: Tensor, extent: Extent) -> Tensor:
         vision = self.model.vision
@@ -102,8 +167,9 @@ class MediaReader:
             together += [frames[-1]] * (count - len(together))
             yield cut_into_patches(torch.stack(together), self.model.vision)
 
-    def _markers(self, kind: str) -> Sequence[str]:
-        return self.data.markers.get(kind, ("", ""))
+    def _markers(self, kind: str, number: int) -> tuple[str, str]:
+        before, after = (marker.replace("{n}", str(number)) for marker in self.data.markers.get(kind, ("", "")))
+        return before, after
 
     def _check_room(self, extent: Extent, room: Room) -> None:
         if room.taken + extent.features <= room.most:

@@ -18,23 +18,35 @@ from avlm.config.model import ModelConfig
 
 @dataclass(frozen=True)
 class Placed:
-    """Features that share a beginning: of an image, of a video, or of one patch of its frames if text parts them.
+    """Tokens whose positions are not those of text.
 
-    start  of the first one among the tokens; they have the order (time, line, column)
-    grid   their temporal patches, lines and columns
-    step   of time between temporal patches
+    start      the first one
+    offsets    int64 (3, n): what each adds to where they begin
+    continues  they begin where those before them did, as the frames and the sound of a video
     """
 
     start: int
-    grid: tuple[int, int, int]
-    step: float = 1.0
+    offsets: Tensor
+    continues: bool = False
 
 
-def place(items: list[Tensor], start: int, model: ModelConfig, step: float = 1.0) -> Placed:
-    """Items (lines, columns, N) of patches whose features follow each other from a token on."""
+def of_grid(times: Sequence[int], lines: int, columns: int, step: float = 1.0) -> Tensor:
+    """Offsets of features in the order (time, line, column), for temporal patches with these numbers and ``step`` of
+    time between neighbours. Times are rounded down, in float32 as the published code has them."""
+    time = (torch.tensor(times) * step).long()
+    axes = torch.meshgrid(time, torch.arange(lines), torch.arange(columns), indexing="ij")
+    return torch.stack(axes).flatten(1)
+
+
+def of_items(items: list[Tensor], model: ModelConfig, step: float = 1.0, first: int = 0) -> Tensor:
+    """Offsets of the features of an image, or of items of a video from the number ``first`` on."""
     downsample = model.vision_projector.downsample
     lines, columns, _ = items[0].shape
-    return Placed(start, (len(items), lines // downsample, columns // downsample), step)
+    return of_grid(range(first, first + len(items)), lines // downsample, columns // downsample, step)
+
+
+def of_text(first: int, count: int) -> Tensor:
+    return torch.arange(first, first + count).expand(3, -1)
 
 
 def position_of(num_tokens: int, placed: Sequence[Placed], model: ModelConfig) -> Tensor | None:
@@ -45,22 +57,16 @@ def position_of(num_tokens: int, placed: Sequence[Placed], model: ModelConfig) -
 
 
 def positions(num_tokens: int, placed: Sequence[Placed]) -> Tensor:
-    """int64 (3, T). Times are rounded down, in float32 as the published code has them."""
+    """int64 (3, T)."""
     parts = []
-    following = 0  # position of the next token
+    begin = following = 0  # position at which the last placed tokens began, and that of the next token
     done = 0  # tokens
     for each in placed:
-        parts.append(_text(following, each.start - done))
+        parts.append(of_text(following, each.start - done))
         following += each.start - done
-        times, lines, columns = (torch.arange(count) for count in each.grid)
-        axes = torch.meshgrid((times * each.step).long(), lines, columns, indexing="ij")
-        part = torch.stack(axes).flatten(1) + following
-        parts.append(part)
-        following = int(part.max()) + 1
-        done = each.start + part.shape[1]
-    parts.append(_text(following, num_tokens - done))
+        begin = begin if each.continues else following
+        parts.append(each.offsets + begin)
+        following = max(following, int(parts[-1].max()) + 1)
+        done = each.start + each.offsets.shape[1]
+    parts.append(of_text(following, num_tokens - done))
     return torch.cat(parts, dim=1)
-
-
-def _text(first: int, count: int) -> Tensor:
-    return torch.arange(first, first + count).expand(3, -1)

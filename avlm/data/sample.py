@@ -7,7 +7,7 @@ Around them stand the markers of ``data.markers``, and times where ``data.video.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +18,9 @@ from avlm.config.model import TOWERS, ModelConfig, counted, shown
 from avlm.config.run import DataConfig
 from avlm.data.media import audio
 from avlm.data.media_reader import MediaReader, Room, Run
-from avlm.data.positions import Placed, place, position_of
+from avlm.data.positions import Placed, position_of
 from avlm.data.records import read_record
-from avlm.data.text.chat import Chat, check_vocabulary
+from avlm.data.text.chat import Chat, check_vocabulary, merged
 from avlm.data.text.pieces import MEDIA, TAG, Messages, Piece
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.batch import IGNORE, PLACEHOLDERS, Size
@@ -97,17 +97,17 @@ class SampleEncoder:
 
     def __init__(self, model: ModelConfig, data: DataConfig, tokenizer: Tokenizer, chat: Chat | None = None) -> None:
         check_vocabulary(tokenizer, model.decoder.vocab_size)
-        if data.video.sound and model.audio is None:
-            raise ValueError("data.video.sound=true needs model.audio")
+        if data.video.audio and model.audio is None:
+            raise ValueError(f"data.video.audio={data.video.audio} needs model.audio")
         self.model = model
         self.data = data
         self.tokenizer = tokenizer
         self.chat = chat or Chat(tokenizer, data.template, data.system)
         self.reader = MediaReader(model, data)
         for kind, markers in data.markers.items():
-            for token in markers:
-                if token and token not in tokenizer.control_tokens:
-                    raise ValueError(f"data.markers.{kind}: {shown(token)!r} is no control token of {tokenizer.file}")
+            for marker in markers:
+                if marker and not any(token in marker for token in tokenizer.control_tokens):
+                    raise ValueError(f"data.markers.{kind}: {shown(marker)!r} has no control token of {tokenizer.file}")
 
     def encode(self, sample: Sample) -> EncodedSample:
         """A training sample. Raises ValueError if it exceeds data.seq_length or has nothing to learn."""
@@ -148,9 +148,8 @@ class SampleEncoder:
             if piece.kind in MEDIA:
                 run = next(unplaced)
                 media[run.modality] += run.items
-                piece_ids = placeholders(run.modality, run.items, self.model)
-                if run.modality == "image":
-                    placed.append(place(run.items, len(ids), self.model, run.step))
+                piece_ids = [PLACEHOLDERS[run.modality]] * run.count
+                placed += self._placed(run, len(ids))
             ids += piece_ids
             learned += [piece.learned] * len(piece_ids)
         token_T = torch.tensor(ids, dtype=torch.int64)
@@ -174,16 +173,27 @@ class SampleEncoder:
                 continue
             number, file = next(unread[piece.kind])
             try:
-                runs = self.reader.read(piece.kind, file, key, room)
+                runs = self.reader.read(piece.kind, file, key, room, number)
             except ValueError as error:
                 if len(files[piece.kind]) == 1:
                     raise
                 raise ValueError(f"{piece.kind} {number}: {error}") from None
             for run in runs:
-                _lay_out(run, laid_out)
-                room = replace(room, taken=room.taken + len(placeholders(run.modality, run.items, self.model)))
+                _lay_out(run, laid_out, self.tokenizer.control_tokens)
+                room = replace(room, taken=room.taken + run.count)
             found += runs
-        return laid_out, found
+        return merged(laid_out), found
+
+    def _placed(self, run: Run, start: int) -> Iterator[Placed]:
+        """The positions of a run that begins at a token, and of its markers if they stand abreast."""
+        before, after = (len(self.tokenizer.encode(text, control=True)) if text else 0 for text in run.markers)
+        if run.offsets is None:
+            return
+        if run.abreast and before:
+            yield Placed(start - before, torch.zeros(3, before, dtype=torch.int64))
+        yield Placed(start, run.offsets, run.continues)
+        if run.abreast and after:
+            yield Placed(start + run.count, torch.zeros(3, after, dtype=torch.int64))
 
     def _check_length(self, messages: Messages, most: int) -> None:
         """Refuse text of more than ``most`` tokens before all of it is tokenised: by its length, and a long text by the
@@ -216,15 +226,19 @@ class SampleEncoder:
                 )
 
 
-def _lay_out(run: Run, pieces: list[Piece]) -> None:
-    """Add a run after other pieces. Its text is tokenised together with the text before it."""
-    last = pieces[-1] if pieces else None
-    if run.text and last is not None and last.kind in ("text", "markup") and not last.learned:
-        pieces[-1] = replace(last, text=last.text + run.text)
-    elif run.text:
-        pieces.append(Piece("text", run.text))
+def _lay_out(run: Run, pieces: list[Piece], control_tokens: Collection[str]) -> None:
+    """Add a run after other pieces. Text before it is tokenised together with the text before that; text behind it
+    stands as a piece of its own, for text that follows."""
     before, after = run.markers
-    around = [("control", before), (run.modality, f"<{run.modality}>"), ("control", after)]
+    start = min((before.find(token) for token in control_tokens if token in before), default=0)
+    end = max((after.rfind(token) + len(token) for token in control_tokens if token in after), default=0)
+    text = run.text + before[:start]
+    last = pieces[-1] if pieces else None
+    if text and last is not None and last.kind in ("text", "markup") and not last.learned:
+        pieces[-1] = replace(last, text=last.text + text)
+        text = ""
+    around = [("text", text), ("markup", before[start:]), (run.modality, f"<{run.modality}>")]
+    around += [("markup", after[:end]), ("text", after[end:])]
     pieces += [Piece(kind, text) for kind, text in around if text]
 
 

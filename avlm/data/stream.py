@@ -15,7 +15,7 @@ LENGTH_IS_THE_SAME = ("bias", "output_std", "resample")
 # Settings that came later. Those that stand at their defaults are left out, so that runs from before can be resumed.
 LATER = {
     "data": "image_tokens markers",
-    "video": "min_frames spread frame_tokens tokens timestamps",
+    "video": "min_frames spread frame_tokens tokens timestamps chunk_seconds",
     "vision": "frames_per_patch deepstack_layers gated norm axial_rope window full_layers tokens_per_second",
     "vision_projector": "norm feature_norm hidden_norm output_norm norm_eps",
     "audio": "log_mel edge pool key_bias",
@@ -112,4 +112,7 @@ def _settings(name: str, config: Any) -> dict[str, Any]:
         is_left_out = field.name in LENGTH_IS_THE_SAME or (field.name in later and value == default)
         if not is_left_out:
             found[field.name] = _settings(field.name, value) if dataclasses.is_dataclass(value) else value
+    if name == "video":  # as it was called
+        audio = found.pop("audio")
+        found["sound"] = True if audio == "after" else audio
     return found

@@ -36,8 +36,7 @@ class KeptCache:
             if held != wanted:
                 break
             start += 1
-        while isinstance(labels[start], tuple) and labels[start][1] > 0:
-            start -= 1
+        start = _before_media(start, labels)
         self.labels = self.labels[:start]
         return _rest(prompt, start, labels, _positions(prompt, self.config)), labels[start:]
 
@@ -57,6 +56,23 @@ def labels_of(prompt: EncodedSample, config: ModelConfig) -> list[Label]:
             for n, row in enumerate(of_item.tolist()):
                 labels[row] = digest, n
     return labels
+
+
+def _before_media(start: int, labels: list[Label]) -> int:
+    """The last place up to ``start`` that no medium goes past: one whose features all stand before it or behind it."""
+    began: dict[str, int] = {}  # digest of a medium -> its last beginning
+    earliest = [0] * len(labels)  # of the medium that a feature belongs to
+    for place, label in enumerate(labels):
+        if isinstance(label, tuple):
+            digest, number = label
+            if number == 0:
+                began[digest] = place
+            earliest[place] = began[digest]
+        else:
+            earliest[place] = place
+    while (first := min(earliest[start:])) < start:
+        start = first
+    return start
 
 
 def _digest(item: Tensor, position: Tensor) -> str:

@@ -93,7 +93,7 @@ def possible_ablations(samples: list[Sample], data: DataConfig) -> dict[str, lis
     """ablation -> the samples that it changes, for those that change any."""
     has_video = [bool(sample.videos) for sample in samples]
     has_image = [bool(sample.videos or sample.images) for sample in samples]
-    has_audio = [bool(sample.audios) or (data.video.sound and _is_heard(sample)) for sample in samples]
+    has_audio = [bool(sample.audios) or (bool(data.video.audio) and _is_heard(sample)) for sample in samples]
     changed = {"no_image": has_image, "no_audio": has_audio, "shuffled": has_video}
     return {name: [i for i, does in enumerate(has) if does] for name, has in changed.items() if any(has)}
 

@@ -23,7 +23,7 @@ from transformers.video_utils import VideoMetadata
 
 from avlm.config.model import DecoderConfig
 from avlm.config.run import DataConfig, VideoConfig
-from avlm.data.positions import Placed, positions
+from avlm.data.positions import Placed, of_grid, positions
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder, parse
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.answering import RawChat
@@ -216,7 +216,7 @@ def test_a_prompt_without_a_template_has_markers_and_times_too(folder):
 
 def test_positions_continue_after_the_largest_number_on_any_axis():
     """The rule of the published weights: 5.17 would continue after max(lines, columns)."""
-    found = positions(12, [Placed(2, (4, 1, 2), step=2.5)])
+    found = positions(12, [Placed(2, of_grid(range(4), 1, 2, step=2.5))])
     assert found[0].tolist() == [0, 1, 2, 2, 4, 4, 7, 7, 9, 9, 10, 11]
     assert found[1].tolist() == [0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 10, 11]
     assert found[2].tolist() == [0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 10, 11]
@@ -249,5 +249,5 @@ def test_a_medium_may_have_one_marker_and_markers_that_the_tokenizer_lacks_are_n
     ours = encoder(folder, FAMILIES["Qwen2-VL"], markers={"image": [VISION[0], ""]}, chat=RawChat(Tokenizer(folder)))
     prompt = ours.prompt([{"role": "user", "content": "<image>"}], images=[image_file(PICTURES[0])])
     assert [token for token in prompt.token_T.tolist() if token >= 0] == [ours.tokenizer.find(VISION[0])]
-    with pytest.raises(ValueError, match=r"data\.markers\.image: 'one' is no control token of .*tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"data\.markers\.image: 'one' has no control token of .*tokenizer\.json"):
         encoder(folder, FAMILIES["Qwen2-VL"], markers={"image": ["one", "two"]})

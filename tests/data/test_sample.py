@@ -82,7 +82,7 @@ def test_media_stand_where_their_tags_stand(tokenizer_folder):
 
 
 def test_a_video_becomes_its_frames_scaled_like_images_and_then_its_sound(tokenizer_folder):
-    config = {"video": VideoConfig(num_frames=3, sound=True)}
+    config = {"video": VideoConfig(num_frames=3, audio="after")}
     encoded = encoder(tokenizer_folder, **config).encode(sample("<video>", videos=[video_file(1.5, sound=True)]))
     pixels = torch.stack(encoded.media["image"])
     assert pixels.shape == (3, 4, 4, 3 * 7 * 7) and pixels.dtype == torch.uint8
@@ -94,7 +94,9 @@ def test_a_video_becomes_its_frames_scaled_like_images_and_then_its_sound(tokeni
 
 
 def test_a_silent_video_has_no_sound_rows(tokenizer_folder):
-    encoded = encoder(tokenizer_folder, video=VideoConfig(sound=True)).encode(sample("<video>", videos=[video_file(1)]))
+    encoded = encoder(tokenizer_folder, video=VideoConfig(audio="after")).encode(
+        sample("<video>", videos=[video_file(1)])
+    )
     assert encoded.media["audio"] == [] and len(encoded.media["image"]) == 8
 
 
@@ -158,8 +160,8 @@ def test_wrong_samples_are_refused_with_their_numbers(tokenizer_folder):
         encoder(tokenizer_folder, model(vision=None)).encode(sample("<video>", videos=[video_file(1)]))
     with pytest.raises(ValueError, match="1 audio, but the model has no audio tower"):
         encoder(tokenizer_folder, model(audio=None)).encode(sample("<audio>", audios=[tone(1)]))
-    with pytest.raises(ValueError, match=r"video\.sound=true needs model\.audio"):
-        encoder(tokenizer_folder, model(audio=None), video=VideoConfig(sound=True))
+    with pytest.raises(ValueError, match=r"video\.audio=after needs model\.audio"):
+        encoder(tokenizer_folder, model(audio=None), video=VideoConfig(audio="after"))
 
 
 @pytest.mark.parametrize(

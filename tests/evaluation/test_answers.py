@@ -267,7 +267,7 @@ def test_shuffling_changes_the_order_of_frames_from_sample_to_sample(encoder):
 
 def test_the_audio_of_a_video_can_be_taken_away_if_it_is_encoded(cfg):
     data = cfg.stages[0].data
-    with_audio = dataclasses.replace(data, video=dataclasses.replace(data.video, sound=True))
+    with_audio = dataclasses.replace(data, video=dataclasses.replace(data.video, audio="after"))
     loud = [Sample("loud", [], videos=[video_file(1, sound=True)])]
     silent = [Sample("silent", [], videos=[video_file(1)])]
     assert list(possible_ablations(loud, with_audio)) == ["no_image", "no_audio", "shuffled"]

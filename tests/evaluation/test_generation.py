@@ -16,7 +16,7 @@ import generate as command
 from avlm.config.model import LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig, InitFrom
 from avlm.data.media.patches import cut_into_patches
-from avlm.data.positions import Placed, positions
+from avlm.data.positions import Placed, of_grid, positions
 from avlm.data.sample import EncodedSample, placeholders
 from avlm.evaluation.decoding import Decoding, choose
 from avlm.evaluation.generation import Ranks, draws, generate, prompt_phase, steps
@@ -131,7 +131,7 @@ def with_images(*parts: int | torch.Tensor) -> EncodedSample:
             ids.append(part)
             continue
         lines, columns = part.shape[0] // 2, part.shape[1] // 2
-        placed.append(Placed(len(ids), (1, lines, columns)))
+        placed.append(Placed(len(ids), of_grid([0], lines, columns)))
         ids += [IMAGE] * (lines * columns)
         images.append(part)
     return prompt(ids, images, positions(len(ids), placed))

@@ -27,7 +27,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from avlm.config.model import ModelConfig
 from avlm.config.run import InitFrom
 from avlm.data.packing import pack, select
-from avlm.data.positions import Placed, positions
+from avlm.data.positions import Placed, of_grid, positions
 from avlm.data.sample import EncodedSample
 from avlm.models.avlm import AVLM
 from avlm.models.batch import IGNORE, IMAGE, Batch
@@ -59,7 +59,7 @@ def make_samples(config: ModelConfig, draw: random.Random) -> list[EncodedSample
         target_T[-len(text) : -1] = token_T[-len(text) + 1 :]
         shape = (2 * lines, 2 * columns, config.vision.patch_numbers)
         patches = torch.randint(0, 256, shape, dtype=torch.uint8)
-        position = positions(len(ids), [Placed(1, (1, lines, columns))])
+        position = positions(len(ids), [Placed(1, of_grid([0], lines, columns))])
         samples.append(EncodedSample("", "image", token_T, target_T, {"image": [patches]}, position))
     return samples
 

@@ -11,7 +11,7 @@ from avlm.config.load import resolve_config
 from avlm.config.model import MODULES, ModelConfig
 from avlm.config.run import Config
 from avlm.data.packing import pack
-from avlm.data.positions import Placed, positions
+from avlm.data.positions import Placed, of_grid, positions
 from avlm.data.sample import EncodedSample
 from avlm.models import freezing
 from avlm.models.avlm import AVLM
@@ -100,9 +100,9 @@ def make_sample(mix: str, num_words: int, generator: torch.Generator, model: Mod
     grids = [GRIDS[i % len(GRIDS)] if vision.any_grid else (2, 2) for i in range(num_images)]
     placed, num_features = [], 0
     for lines, columns in grids:
-        of_features = 1, lines // model.vision_projector.downsample, columns // model.vision_projector.downsample
-        placed.append(Placed(num_features, of_features))
-        num_features += math.prod(of_features)
+        side = model.vision_projector.downsample
+        placed.append(Placed(num_features, of_grid([0], lines // side, columns // side)))
+        num_features += (lines // side) * (columns // side)
     num_frames = 2 * (4 + num_words)
     mels = [torch.randn(16, num_frames, generator=generator) for _ in range(num_clips)]
     text = torch.randint(0, 96, (num_words,), generator=generator)

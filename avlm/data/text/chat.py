@@ -73,7 +73,7 @@ class Chat:
             found = self._jinja.pieces(messages, prompt, self.published)
         else:
             found = pieces(self.template, messages, prompt, self.tokenizer)
-        return _merged(Piece(piece.kind, piece.text, piece.learned and not prompt) for piece in found)
+        return merged(Piece(piece.kind, piece.text, piece.learned and not prompt) for piece in found)
 
     def encode(self, pieces: list[Piece]) -> Iterator[tuple[Piece, list[int]]]:
         """Each piece with its ids, none for media."""
@@ -108,15 +108,16 @@ class Chat:
         return [*system, *messages]
 
 
-def _merged(pieces: Iterable[Piece]) -> list[Piece]:
-    merged: list[Piece] = []
+def merged(pieces: Iterable[Piece]) -> list[Piece]:
+    """Neighbouring texts of the same fate as one, and no empty ones."""
+    found: list[Piece] = []
     for piece in pieces:
         if not piece.text:
             continue
-        last = merged[-1] if merged else None
+        last = found[-1] if found else None
         is_text = piece.kind in ("text", "markup")
         if last is not None and is_text and (last.kind, last.learned) == (piece.kind, piece.learned):
-            merged[-1] = Piece(piece.kind, last.text + piece.text, piece.learned)
+            found[-1] = Piece(piece.kind, last.text + piece.text, piece.learned)
         else:
-            merged.append(piece)
-    return merged
+            found.append(piece)
+    return found

@@ -1,0 +1,157 @@
+"""Videos whose frames and sound take turns: order and positions against Qwen2.5-Omni's processor and model."""
+
+import dataclasses
+
+import pytest
+import torch
+import transformers
+from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerConfig, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerForConditionalGeneration
+
+from avlm.config.model import DecoderConfig, ModelConfig
+from avlm.config.run import DataConfig, VideoConfig
+from avlm.data.packing import pack
+from avlm.data.sample import SampleEncoder
+from avlm.data.text.tokenizer import Tokenizer
+from avlm.evaluation.generation import steps
+from avlm.evaluation.kept_cache import KeptCache, labels_of
+from avlm.models.batch import AUDIO, IMAGE
+from tests.data.small_files import ANY_GRID, CORPUS, model, tone, video_file, write_tokenizer
+from tests.data.small_files import AUDIO as TOWER
+from tests.models.handmade import build
+
+MARKERS = {"video": ["<|vision_bos|>", "<|vision_eos|>"], "audio": ["<|audio_bos|>", "<|audio_eos|>"]}
+NAMES = {
+    **{"image_token": "<|IMAGE|>", "video_token": "<|VIDEO|>", "audio_token": "<|AUDIO|>"},
+    **{"vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>"},
+    **{"audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"},
+}
+SPREAD = {"num_frames": None, "fps": 2.0, "min_frames": 4, "max_frames": 768, "spread": "starts"}
+QUESTION = [{"role": "user", "content": "what <video> is <audio> heard?"}]
+DECODER = DecoderConfig(
+    **{"vocab_size": 400, "hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 1},
+    **{"num_kv_heads": 1, "mrope_sections": [1, 1, 2]},
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    control = ["<|im_start|>", "<|im_end|>", *NAMES.values()]
+    return write_tokenizer(
+        tmp_path_factory.mktemp("tokenizer"), control, CORPUS, bos_token=None, eos_token="<|im_end|>"
+    )
+
+
+def omni() -> ModelConfig:
+    """Sizes of nothing, the rows and positions of Qwen2.5-Omni."""
+    audio = dataclasses.replace(TOWER, max_positions=100, log_mel="clip", edge="masked", pool=2)
+    vision = dataclasses.replace(ANY_GRID, tokens_per_second=25.0)
+    return dataclasses.replace(model(downsample=2), vision=vision, audio=audio, decoder=DECODER)
+
+
+def encoder(folder, config: ModelConfig, **changes) -> SampleEncoder:
+    options = {"template": "chatml", "image_tokens": [4.0, 12.0], "markers": MARKERS, **changes}
+    return SampleEncoder(config, DataConfig(train="x", tokenizer=str(folder), **options), Tokenizer(folder))
+
+
+@pytest.mark.parametrize("seconds", [1.0, 5.0, 7.5])
+def test_ids_and_positions_equal_those_of_qwen2_5_omni(folder, seconds):
+    video = VideoConfig(**SPREAD, frame_tokens=[4, 9], audio="interleaved")
+    ours = encoder(folder, omni(), video=video).prompt(
+        QUESTION, videos=[video_file(seconds, sound=True)], audios=[tone(1.3)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens=NAMES)
+    processor = Qwen2_5OmniProcessor(
+        Qwen2VLImageProcessor(), Qwen2VLVideoProcessor(), transformers.WhisperFeatureExtractor(), tokenizer
+    )
+    num_patches = len(ours.media["image"])
+    grid = torch.tensor([num_patches, *ours.media["image"][0].shape[:2]])
+    frames = torch.tensor([round(seconds * 100), 130])
+    each = seconds / num_patches  # that of the frames that are seen, as the authors' qwen-omni-utils measures it
+    text = "<|im_start|>user\nwhat <|vision_bos|><|VIDEO|><|vision_eos|> is <|audio_bos|><|AUDIO|><|audio_eos|> heard?"
+    [text] = processor.replace_multimodal_special_tokens(
+        [text + "<|im_end|>\n<|im_start|>assistant\n"],
+        iter((((frames - 1) // 2 + 1 - 2) // 2 + 1).tolist()),
+        iter([]),
+        iter([grid]),
+        video_second_per_grid=iter([each]),
+        use_audio_in_video=True,
+        position_id_per_seconds=25,
+        seconds_per_chunk=2.0,
+    )
+    ids = torch.tensor(tokenizer(text).input_ids)
+    places = {tokenizer.convert_tokens_to_ids("<|VIDEO|>"): IMAGE, tokenizer.convert_tokens_to_ids("<|AUDIO|>"): AUDIO}
+    expected = ids.clone()
+    for theirs, placeholder in places.items():
+        expected[ids == theirs] = placeholder
+    assert ours.token_T.tolist() == expected.tolist()
+
+    of_token = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(NAMES[f"{name}_token"])
+        for name in ("image", "video", "audio")
+    }
+    starts = {"vision_start_token_id": "<|vision_bos|>", "audio_start_token_id": "<|audio_bos|>"}
+    of_token |= {key: tokenizer.convert_tokens_to_ids(token) for key, token in starts.items()}
+    settings = {"position_id_per_seconds": 25, "seconds_per_chunk": 2}
+    with torch.device("meta"):
+        network = Qwen2_5OmniThinkerForConditionalGeneration(Qwen2_5OmniThinkerConfig(**of_token, **settings))
+    position, _ = network.get_rope_index(
+        ids[None], None, grid[None], torch.ones(1, len(ids), dtype=torch.int64), True, frames, torch.tensor([each])
+    )
+    assert torch.equal(ours.position_T, position[:, 0].long())
+
+
+def test_frames_and_sound_take_turns_of_the_seconds_asked_for_in_a_model_of_our_own(folder):
+    """Four frames a second apart; features of 20 ms."""
+    video = VideoConfig(num_frames=4, audio="interleaved", chunk_seconds=1.0)
+    ours = encoder(folder, model(), video=video, markers={}).prompt(
+        [{"role": "user", "content": "<video>"}], videos=[video_file(4.0, sound=3.0)]
+    )
+    assert ours.position_T is None
+    placed = [token for token in ours.token_T.tolist() if token < 0]
+    turn = [IMAGE] * 16 + [AUDIO] * 50
+    assert placed == [*turn * 3, *[IMAGE] * 16]
+    after = dataclasses.replace(video, audio="after")
+    apart = encoder(folder, model(), video=after, markers={}).prompt(
+        [{"role": "user", "content": "<video>"}], videos=[video_file(4.0, sound=3.0)]
+    )
+    assert [token for token in apart.token_T.tolist() if token < 0] == [IMAGE] * 64 + [AUDIO] * 150
+    for modality, items in ours.media.items():
+        assert all(map(torch.equal, items, apart.media[modality])), "the same features, in another order"
+    batch = pack([ours], len(ours), model())
+    assert batch.image.rows.tolist() == (ours.token_T == IMAGE).nonzero().flatten().tolist()
+
+
+def test_a_conversation_goes_on_after_frames_and_sound_that_take_turns(folder):
+    """A cache that is cut back within a video runs all of it again."""
+    config = omni()
+    network = build(config)
+    video = VideoConfig(**SPREAD, frame_tokens=[4, 9], audio="interleaved")
+    encode = encoder(folder, config, video=video, seq_length=2048).prompt
+    kept = KeptCache(network)
+    for seconds, question in ((5.0, "one"), (5.0, "two"), (6.0, "two")):
+        turns = [{"role": "user", "content": f"<video>{question}"}]
+        asked = encode(turns, videos=[video_file(seconds, sound=True)])
+        [whole] = list(steps(network, [asked], max_new_tokens=1))
+        [again] = list(steps(network, [asked], max_new_tokens=1, kept=kept))
+        assert again[0][0][0] == whole[0][0][0]
+        assert again[0][0][1] == pytest.approx(whole[0][0][1], abs=1e-5)
+
+
+def test_a_cache_is_not_cut_within_sound_that_goes_on_past_the_cut(folder):
+    config = model()
+    encode = encoder(folder, config, video=VideoConfig(num_frames=4, audio="interleaved", chunk_seconds=1.0)).prompt
+    asked = encode([{"role": "user", "content": "see <video>"}], videos=[video_file(4.0, sound=True)])
+    other = [*asked.media["image"][:2], asked.media["image"][2] + 1, asked.media["image"][3]]
+    changed = dataclasses.replace(asked, media={**asked.media, "image": other})
+    kept = KeptCache(build(config))
+    kept.add(labels_of(asked, config))
+    rest, labels = kept.cut(changed)
+    first_sound = int((asked.token_T == AUDIO).nonzero()[0])
+    assert len(kept.labels) == first_sound and len(rest) == len(labels) == len(asked) - first_sound
+    assert len(rest.media["image"]) == 3 and len(rest.media["audio"]) == 1
+
+
+def test_times_in_the_text_do_not_go_with_turns_of_frames_and_sound():
+    with pytest.raises(ValueError, match="timestamps go with audio=after or false"):
+        VideoConfig(audio="interleaved", timestamps=True)
