@@ -132,8 +132,7 @@ class VisionConfig:
     axial_rope: bool = False  # rotary positions: half of each head turns with a patch's line, half with its column
     window: Stack | None = None  # patches a side of the windows within which layers attend; null: whole images
     full_layers: list[Whole] = field(default_factory=list)  # that attend to whole images although there are windows
-    tokens_per_second: Positive | None = None
-    # steps of M-RoPE's time in a second of video; null: one for each patch of frames
+    tokens_per_second: Positive | None = None  # steps of M-RoPE's time; null: one for each patch of frames
     mean: Annotated[list[Share], Field(min_length=3, max_length=3)] = field(
         default_factory=lambda: [0.48145466, 0.4578275, 0.40821073]
     )  # of RGB in 0..1
@@ -146,10 +145,7 @@ class VisionConfig:
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # SigLIP 2 is bilinear
 
     def __post_init__(self) -> None:
-        require(
-            self.any_grid or self.image_size is not None,
-            f"resize={self.resize} needs the image_size of its squares",
-        )
+        require(self.any_grid or self.image_size is not None, f"resize={self.resize} needs the image_size of squares")
         require(
             self.image_size is None or self.patch_size <= self.image_size,
             f"patch_size={self.patch_size} is more than image_size={self.image_size}",
@@ -254,8 +250,7 @@ class AudioConfig:
     max_positions: Annotated[int, Field(gt=0, le=2**20)] = 1500  # rows of a full window: 20 ms each
     window: Literal["true", "fixed"] = "true"  # only the clip's rows, or the whole window's even if the clip is shorter
     log_mel: Literal["window", "clip"] = "window"  # made of each window alone, or of the whole clip before it is cut
-    edge: Literal["zeros", "silence", "masked"] = "zeros"
-    # what the convolutions see past a clip: frames of zeros, frames of silence, or nothing (zeros for each of them)
+    edge: Literal["zeros", "silence", "masked"] = "zeros"  # past a clip, for the first convolution; masked: for both
     pool: Literal[1, 2] = 1  # rows whose mean is a row of the output, before the last norm; an odd last row is dropped
     key_bias: bool = False
 
