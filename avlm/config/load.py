@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from avlm.config.model import first_error, shown
 from avlm.config.run import Config
+from avlm.config.values import first_error, shown
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**18, 10_000, 50  # shipped configs: 4 KB, 100, 5
 SHARED = ("optimizer", "data")  # sections of the run that are the defaults of every stage

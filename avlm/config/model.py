@@ -4,36 +4,35 @@ Fields stand in the order of their importance; sizes are whole-model sizes, neve
 range, so that a typo is reported when the file is read, before anything is computed with it.
 """
 
-import json
 import math
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import Field
+
+from avlm.config.values import (
+    Epsilon,
+    FromTheEnd,
+    Heads,
+    Layers,
+    Norm,
+    Pixels,
+    Positive,
+    Share,
+    ShareBelowOne,
+    Stack,
+    Tokens,
+    Whole,
+    Width,
+    WidthOrDefault,
+    config,
+    require,
+    shown,
+)
 
 MODULES = ("decoder", "vision", "audio", "vision_projector", "audio_projector")
 Module = Literal["decoder", "vision", "audio", "vision_projector", "audio_projector"]
 TOWERS = {"image": "vision", "audio": "audio"}  # modality -> its tower, whose projector is called TOWER_projector
-
-config = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
-Count = Annotated[int, Field(gt=0, le=2**53)]  # as far as JSON's numbers are exact
-Whole = Annotated[int, Field(ge=0, le=2**53)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
-Epsilon = Annotated[float, Field(ge=1e-37, le=1)]  # not 0 in float32 either: the norm of a row of zeros would be 0 / 0
-# About ten times the largest published models: no product of sizes overflows 64 bits, and models build in seconds.
-Layers = Annotated[int, Field(gt=0, le=1000)]
-FromTheEnd = Annotated[int, Field(ge=-1000, le=-1)]
-Stack = Annotated[int, Field(gt=0, le=2**10)]
-Width = Annotated[int, Field(gt=0, le=2**20)]
-WidthOrDefault = Annotated[int, Field(ge=0, le=2**20)]
-Heads = Annotated[int, Field(gt=0, le=2**14)]
-Tokens = Annotated[int, Field(gt=0, le=2**31 - 1)]  # their offsets are int32
-Pixels = Annotated[int, Field(gt=0, le=2**14)]
-Norm = Literal["none", "layer", "rms"]
 
 
 @config
@@ -311,6 +310,14 @@ class ProjectorConfig:
     norm_eps: Epsilon = 1e-6
     output_std: Positive = 0.02  # approximate std of features when initialised; best that of the token embeddings
 
+    def __post_init__(self) -> None:
+        require(self.type != "linear" or self.hidden_norm == "none", "a linear projector has no hidden_norm")
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether a kernel does all of it but the norm of rows: on GPUs, and with less to keep."""
+        return self.type == "mlp2x_gelu" and self.feature_norm == self.hidden_norm == self.output_norm == "none"
+
 
 @config
 class LoraConfig:
@@ -364,37 +371,3 @@ class ModelConfig:
     def modalities(self) -> dict[str, str]:
         """Modality -> tower, of those that the model has."""
         return {name: tower for name, tower in TOWERS.items() if getattr(self, tower) is not None}
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def validated(cls: type, keys: Any, origin: Any) -> Any:
-    """An instance of a config class from values of the JSON file ``origin``. ValueError with one line."""
-    try:
-        return TypeAdapter(cls).validate_json(json.dumps(keys))  # a dict would be refused a list for a tuple
-    except ValidationError as error:
-        raise ValueError(f"{origin}: {first_error(error)}") from None
-
-
-def first_error(error: ValidationError, loc: tuple | None = None) -> str:
-    """One line for the first error that pydantic found. ``loc`` replaces the key that pydantic gives."""
-    first = error.errors()[0]
-    where = shown(".".join(str(part) for part in loc or first["loc"]))
-    message = first["msg"].removeprefix("Value error, ")
-    given = "" if first["type"] in ("value_error", "missing") else f", got {shown(repr(first['input']))}"
-    return f"{where}: {message}{given}" if where else f"{message}{given}"
-
-
-def counted(number: int, noun: str) -> str:
-    """1 image, 2 images."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def shown(value: Any, most: int = 200) -> str:
-    """A user's input for an error message: one line of at most ``most`` printable characters."""
-    text = value if isinstance(value, str) else repr(value)
-    text = "".join(character if character.isprintable() else " " for character in text[: most + 1])
-    return text if len(text) <= most else f"{text[:most]}..."

@@ -10,11 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from avlm.config.model import (
+from avlm.config.model import ModelConfig, Module
+from avlm.config.values import (
     Count,
     Epsilon,
-    ModelConfig,
-    Module,
     NonNegative,
     Positive,
     Share,

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from avlm.config.model import counted
 from avlm.config.run import shares
+from avlm.config.values import counted
 from avlm.data.rows import encoded, open_samples_of
 from avlm.data.sample import SampleEncoder
 from avlm.data.stream import Stream

@@ -4,8 +4,8 @@ import html
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from avlm.config.model import counted
 from avlm.config.run import DataConfig
+from avlm.config.values import counted
 from avlm.data.media import signature
 from avlm.data.media.browser import audio_uri, image_uri, video_uri
 from avlm.data.sample import Sample

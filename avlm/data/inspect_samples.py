@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from avlm.config.model import counted
 from avlm.config.run import Config, shares
+from avlm.config.values import counted
 from avlm.data.bad_samples import by_reason
 from avlm.data.inspect_page import Shown, media_of, page
 from avlm.data.inspect_row import draw_row

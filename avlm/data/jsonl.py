@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from avlm.config.model import shown
 from avlm.config.run import DataConfig
+from avlm.config.values import shown
 from avlm.data.sample import Sample, load_json, parse
 from avlm.data.stream import Drawn, Stream
 

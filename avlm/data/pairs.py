@@ -12,7 +12,7 @@ Media that no tag stands for come first.
 import mimetypes
 from typing import Any
 
-from avlm.config.model import shown
+from avlm.config.values import shown
 from avlm.data.record_keys import Record, says_nothing
 from avlm.data.text.pieces import MEDIA, Messages
 from avlm.data.turns import Tags

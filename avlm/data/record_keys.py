@@ -5,7 +5,7 @@ A key without a value (null, "", [], {}, or lists and objects of nothing else) s
 
 from typing import Any
 
-from avlm.config.model import shown
+from avlm.config.values import shown
 
 Record = dict[str, Any]  # or a turn, or a part of one: any JSON object
 

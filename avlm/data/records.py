@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
 
-from avlm.config.model import shown
+from avlm.config.values import shown
 from avlm.data.pairs import add_missing_tags, form_of_pair, keys_of, read_pair, with_kind_of_file
 from avlm.data.record_keys import HARMLESS, Record, check_keys, check_whole_file, says_nothing
 from avlm.data.text.pieces import MEDIA, TAG, Messages

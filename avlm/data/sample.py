@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avlm.config.model import TOWERS, ModelConfig, counted, shown
+from avlm.config.model import TOWERS, ModelConfig
 from avlm.config.run import DataConfig
+from avlm.config.values import counted, shown
 from avlm.data.media import audio
 from avlm.data.media_reader import MediaReader, Room, Run
 from avlm.data.positions import Placed, position_of

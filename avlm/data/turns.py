@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from avlm.config.model import shown
+from avlm.config.values import shown
 from avlm.data.record_keys import HARMLESS_OF_TURN, Record, check_keys, check_whole_file, says_nothing
 from avlm.data.text.pieces import MEDIA, TAG, Messages
 

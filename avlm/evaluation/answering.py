@@ -12,7 +12,8 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
-from avlm.config.model import TOWERS, counted
+from avlm.config.model import TOWERS
+from avlm.config.values import counted
 from avlm.data.sample import EncodedSample, SampleEncoder
 from avlm.data.text.chat import Chat
 from avlm.data.text.pieces import MEDIA, TAG, Messages, Piece

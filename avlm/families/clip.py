@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from avlm.config.model import VisionConfig, shown
+from avlm.config.model import VisionConfig
+from avlm.config.values import shown
 from avlm.families.keys import NUMBER, require_accepted, to_ours, to_theirs
 
 # model_type -> what sets it apart in our config

@@ -21,7 +21,8 @@ from collections.abc import Collection, Mapping
 from types import ModuleType
 from typing import Any
 
-from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, VisionConfig, shown
+from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, VisionConfig
+from avlm.config.values import shown
 from avlm.families import clip, llama, llava, qwen2_5_vl, qwen2_vl, qwen3_vl, voxtral, whisper
 from avlm.families.keys import check_types
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from avlm.config.model import shown
+from avlm.config.values import shown
 
 NUMBER = (int, float)
 # Keys that we use before the config classes check them, by type. (bool("false"), for example, is True.)

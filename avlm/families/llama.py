@@ -8,8 +8,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from avlm.config.model import DecoderConfig, ModelConfig, RopeScaling, shown
+from avlm.config.model import DecoderConfig, ModelConfig, RopeScaling
 from avlm.config.run import DataConfig
+from avlm.config.values import shown
 from avlm.families.keys import require_accepted, to_ours, to_theirs
 
 # model_type -> what sets it apart in our config

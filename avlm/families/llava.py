@@ -3,8 +3,9 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from avlm.config.model import ModelConfig, ProjectorConfig, VisionConfig, shown
+from avlm.config.model import ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig
+from avlm.config.values import shown
 from avlm.families import clip, llama
 from avlm.families.keys import require_accepted
 

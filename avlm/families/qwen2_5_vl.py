@@ -4,8 +4,9 @@ of videos."""
 from collections.abc import Mapping
 from typing import Any
 
-from avlm.config.model import ModelConfig, shown
+from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
+from avlm.config.values import shown
 from avlm.families import llama, qwen2_vl
 from avlm.families.keys import require_accepted
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from avlm.config.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, first_error, shown
+from avlm.config.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig
+from avlm.config.values import first_error, shown
 from avlm.families import clip, llama
 from avlm.families.keys import require_accepted, to_ours, to_theirs
 

@@ -4,8 +4,9 @@ without biases. Encoder rows are stacked until they are as wide as the encoder's
 from collections.abc import Mapping
 from typing import Any
 
-from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig, shown
+from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig
 from avlm.config.run import DataConfig
+from avlm.config.values import shown
 from avlm.families import llama, whisper
 from avlm.families.keys import require_accepted, to_ours, to_theirs
 

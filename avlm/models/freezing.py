@@ -12,8 +12,9 @@ import difflib
 import re
 from collections.abc import Collection
 
-from avlm.config.model import MODULES, ModelConfig, shown
+from avlm.config.model import MODULES, ModelConfig
 from avlm.config.run import FREEZE_FLAGS, StageConfig
+from avlm.config.values import shown
 from avlm.models.avlm import AVLM
 from avlm.models.lora import collapse, frozen_base, is_adapter
 from avlm.models.shapes import Shapes

@@ -17,7 +17,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avlm.config.model import Norm, ProjectorConfig
+from avlm.config.model import ProjectorConfig
+from avlm.config.values import Norm
 from avlm.models.encoder import NORMS
 from kernels.projector import place_projected, side_by_side
 
@@ -56,8 +57,7 @@ class Projector(nn.Module):
         x_PC, *inner = x_PC.split(self.tower_size, dim=1)
         deep = [project(side_by_side(inner_PC, source_RS)) for project, inner_PC in zip(self.deep, inner)]
         x_PC = self.norm(x_PC)
-        config = self.config
-        if config.type == "mlp2x_gelu" and config.feature_norm == config.hidden_norm == config.output_norm == "none":
+        if self.config.is_fused:
             layers = (self.up.weight, _bias(self.up), self.down.weight, _bias(self.down))
             return place_projected(into_TD, rows_R, x_PC, *layers, source_RS=source_RS), deep
         y_RD = self.output_norm(self._linears(self.feature_norm(side_by_side(x_PC, source_RS))))

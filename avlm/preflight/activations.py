@@ -66,12 +66,13 @@ def projector_numbers(projector: ProjectorConfig, width: int, decoder: DecoderCo
     F = projector.hidden_size or decoder.hidden_size
     numbers = {
         "linear": decoder.hidden_size,  # its output
-        "mlp2x_gelu": F,  # the input of its GELU
+        "mlp2x_gelu": F if projector.is_fused else 2 * F + decoder.hidden_size,  # the input of its GELU; else as below
         "swiglu": 4 * F + decoder.hidden_size,  # gate, its silu, up, their product; the output
     }
     if projector.type not in numbers:
         raise ValueError(
             f"what a projector of type {projector.type} keeps is not written in avlm/preflight/activations.py"
         )
-    normed = width if projector.norm != "none" else 0
+    sizes = {"norm": width, "feature_norm": width, "hidden_norm": F, "output_norm": decoder.hidden_size}
+    normed = sum(size for norm, size in sizes.items() if getattr(projector, norm) != "none")  # the result of each
     return width + normed + numbers[projector.type] + num_deep * (3 * width + 2 * F + decoder.hidden_size)

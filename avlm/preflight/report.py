@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from avlm.config.load import resolve_config, to_dict
-from avlm.config.model import counted
 from avlm.config.run import Config, StageConfig
+from avlm.config.values import counted
 from avlm.models.freezing import trained_names
 from avlm.models.shapes import Shapes, parameter_shapes
 from avlm.parallel import mesh

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from avlm.config.model import shown
+from avlm.config.values import shown
 
 MARKER = "complete"
 DAMAGED = "it is not what was written: remove this checkpoint folder to continue from an earlier one"

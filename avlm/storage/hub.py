@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from avlm.config.model import shown
+from avlm.config.values import shown
 from avlm.storage.weight_files import local, to_fetch
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # configs and tokenizers

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from avlm.config.model import shown
+from avlm.config.values import shown
 from avlm.parallel.mesh import World
 
 SHARD_BYTES = 5 * 10**9

@@ -15,8 +15,8 @@ from typing import IO, Any
 from pydantic import ValidationError
 
 from avlm.config.load import load_config
-from avlm.config.model import NonNegative, Whole, config, shown
 from avlm.config.run import Config
+from avlm.config.values import NonNegative, Whole, config, shown
 from avlm.parallel.mesh import World
 from avlm.storage import locks
 from avlm.storage.checkpoint_files import MARKER, read_marker

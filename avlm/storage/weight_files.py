@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from avlm.config.model import shown
+from avlm.config.values import shown
 from avlm.storage.model_folder import read_json
 
 INDEX = ".index.json"

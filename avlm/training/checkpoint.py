@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils._pytree import tree_leaves
 
-from avlm.config.model import shown
 from avlm.config.run import CheckpointConfig
+from avlm.config.values import shown
 from avlm.data.redistribute import redistribute
 from avlm.models.avlm import AVLM
 from avlm.parallel.mesh import World

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from torch import nn
 
-from avlm.config.model import counted
 from avlm.config.run import Config, StageConfig, shares
+from avlm.config.values import counted
 from avlm.data.sample import Sample
 from avlm.models.avlm import AVLM
 from avlm.storage.run_folder import Progress, Record, folder_of

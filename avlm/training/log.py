@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from avlm.config.load import to_dict
-from avlm.config.model import counted
 from avlm.config.run import Config
+from avlm.config.values import counted
 from avlm.data.bad_samples import by_reason
 from avlm.models.batch import KINDS, PLACEHOLDERS, Batch
 from avlm.models.costs import counts

@@ -5,8 +5,9 @@ from typing import Any
 
 import pydantic
 
-from avlm.config.model import DecoderConfig, ModelConfig, first_error, shown, validated
+from avlm.config.model import DecoderConfig, ModelConfig
 from avlm.config.run import DataConfig
+from avlm.config.values import first_error, shown, validated
 from avlm.data.text.chat import Chat
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.families import door

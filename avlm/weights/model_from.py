@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from avlm.config.load import merge, read_tree, resolve_config, to_dict
-from avlm.config.model import TOWERS, AudioConfig, DecoderConfig, ModelConfig, VisionConfig, shown
+from avlm.config.model import TOWERS, AudioConfig, DecoderConfig, ModelConfig, VisionConfig
 from avlm.config.run import Config
+from avlm.config.values import shown
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.storage.hub import resolve
 from avlm.storage.model_folder import read_json

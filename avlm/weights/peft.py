@@ -8,8 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from avlm.config.model import ModelConfig, shown
+from avlm.config.model import ModelConfig
 from avlm.config.run import Config
+from avlm.config.values import shown
 from avlm.families.door import FAMILIES, FORMATS, has_name, hugging_face_name, shares_tensor
 from avlm.families.keys import require_accepted
 from avlm.models.freezing import trained_names

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from avlm.config.model import MODULES, ModelConfig, shown
+from avlm.config.model import MODULES, ModelConfig
 from avlm.config.run import InitFrom
+from avlm.config.values import shown
 from avlm.families.door import HEADS, SINUSOIDS, AnyConfig, anchor, find, hugging_face_name, is_part, skip_reason
 from avlm.models.freezing import matching
 from avlm.models.lora import is_adapter

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 # What DCP itself uses to place shards; the public API has no equivalent that knows strided shards (FSDP over TP).
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from avlm.config.model import shown
+from avlm.config.values import shown
 from avlm.families.door import RESHAPED, AnyConfig, family_of
 from avlm.storage.checkpoint_files import Reader, cause_of
 from avlm.storage.hub import resolve

@@ -7,8 +7,9 @@ import math
 import pytest
 import transformers
 
-from avlm.config.model import ModelConfig, validated
+from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
+from avlm.config.values import validated
 from avlm.families import llama, qwen2_5_vl, qwen2_vl, qwen3_vl
 from avlm.models.shapes import parameter_shapes
 from avlm.weights.folder import media_prompts, read_config

@@ -9,8 +9,8 @@ import transformers
 import yaml
 from transformers.video_utils import VideoMetadata
 
-from avlm.config.model import validated
 from avlm.config.run import DataConfig
+from avlm.config.values import validated
 from avlm.data.packing import pack
 from avlm.data.sample import SampleEncoder
 from avlm.data.text.tokenizer import Tokenizer

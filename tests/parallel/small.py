@@ -1,7 +1,5 @@
 """A small model and rows of any mix of media, for tests that run on several ranks."""
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,7 +40,8 @@ TREE = {
     "optimizer": {"lr": 3e-3, "warmup_steps": 2},
     "stages": [{"name": "all", "steps": 20, "train": list(MODULES)}],
 }
-# Models whose tower takes images of any grid: as Qwen2.5-VL's and Qwen3-VL's do.
+# Models whose vision tower takes images of any grid and whose audio tower pools: the first as Qwen2.5-Omni's do, with
+# clips of several windows; the second as Qwen3-VL's and Audio Flamingo 3's, with Ultravox's projector.
 AREA = {
     **{"hidden_size": 24, "intermediate_size": 40, "num_layers": 3, "num_heads": 2, "feature_layer": -1},
     **{"resize": "area", "patch_size": 2, "frames_per_patch": 2, "class_token": False, "pre_norm": False},
@@ -57,6 +56,8 @@ MODELS = {
         "decoder": {**TREE["model"]["decoder"], "head_dim": 12, "mrope_sections": [2, 2, 2], "qkv_bias": True},
         "vision": {**AREA, **WINDOWS},
         "vision_projector": {"downsample": 2, "norm": "rms", "hidden_size": 96},
+        "audio": {**TREE["model"]["audio"], "max_positions": 4, "log_mel": "clip", "edge": "masked", "pool": 2},
+        "audio_projector": {"type": "linear"},
     },
     "deep": {
         **TREE["model"],
@@ -66,6 +67,11 @@ MODELS = {
         },
         "vision": {**AREA, **DEEP},
         "vision_projector": {"downsample": 2, "norm": "layer", "hidden_size": 96},
+        "audio": {**TREE["model"]["audio"], "edge": "silence", "pool": 2, "key_bias": True},
+        "audio_projector": {
+            **{"type": "swiglu", "bias": False, "downsample": 2, "hidden_size": 40},
+            **{"feature_norm": "rms", "hidden_norm": "rms", "output_norm": "rms"},
+        },
     },
 }
 GRIDS = ((2, 6), (4, 2), (6, 4), (2, 2))  # lines and columns of patches of their images, which take turns
@@ -92,21 +98,24 @@ def make_rows(cfg: Config, mixes: list[str], seed: int = 0) -> list[Batch]:
 
 
 def make_sample(mix: str, num_words: int, generator: torch.Generator, model: ModelConfig) -> EncodedSample:
-    """A sample of one of the small models: images, one feature for 40 ms of audio, text, of which every word but the
-    first is learned."""
+    """A sample of one of the small models: images, a clip or none, text, of which every word but the first is
+    learned."""
     num_images, num_clips = MEDIA[mix]
-    vision = model.vision
+    vision, audio = model.vision, model.audio
     assert vision is not None and model.vision_projector is not None
+    assert audio is not None and model.audio_projector is not None
     grids = [GRIDS[i % len(GRIDS)] if vision.any_grid else (2, 2) for i in range(num_images)]
     placed, num_features = [], 0
     for lines, columns in grids:
         side = model.vision_projector.downsample
         placed.append(Placed(num_features, of_grid([0], lines // side, columns // side)))
         num_features += (lines // side) * (columns // side)
-    num_frames = 2 * (4 + num_words)
-    mels = [torch.randn(16, num_frames, generator=generator) for _ in range(num_clips)]
+    num_frames = 2 * (4 + num_words) + (audio.edge == "masked")  # there a clip may have an odd number
+    sizes = [len(part) for part in torch.arange(num_frames).split(2 * audio.max_positions)] * num_clips
+    mels = [torch.randn(audio.item_shape(size), generator=generator) for size in sizes]
     text = torch.randint(0, 96, (num_words,), generator=generator)
-    media = [-200] * num_features + [-300] * (math.ceil(num_frames / 4) * num_clips)
+    num_heard = sum(audio.num_features(size, model.audio_projector.downsample) for size in sizes)
+    media = [-200] * num_features + [-300] * num_heard
     token_T = torch.cat([torch.tensor(media, dtype=torch.long), text])
     target_T = torch.full_like(token_T, -100)
     target_T[len(media) : -1] = token_T[len(media) + 1 :]

@@ -231,11 +231,15 @@ def test_what_adapters_keep_is_as_estimated(mode, lora):
         assert said == pytest.approx(kept_by_a_block(tower, torch.bfloat16, False, cfg), rel=0.1), tower
 
 
-@pytest.mark.parametrize(("norm", "num_deep"), [("none", 0), ("layer", 0), ("layer", 2)])
+@pytest.mark.parametrize(("norm", "num_deep"), [("none", 0), ("layer", 0), ("layer", 2), ("all", 0)])
 @pytest.mark.parametrize("kind", typing.get_args(typing.get_type_hints(ProjectorConfig)["type"]))
 def test_what_a_projector_of_any_type_keeps_is_as_estimated(kind, norm, num_deep):
     decoder = make_config().model.decoder
-    config = ProjectorConfig(type=kind, hidden_size=40, norm=norm)
+    names = ["norm"]
+    if norm == "all":
+        names += ["feature_norm", "output_norm", *(["hidden_norm"] if kind != "linear" else [])]
+    kinds = dict.fromkeys(names, "none" if norm == "none" else "layer")
+    config = ProjectorConfig(type=kind, hidden_size=40, **kinds)
     features = 50
     projector = Projector(config, tower_size=7, gathered=4, decoder_size=decoder.hidden_size, num_deep=num_deep)
     rows, source = torch.arange(features), torch.arange(4 * features).view(-1, 4)
@@ -252,10 +256,11 @@ def test_what_a_projector_of_any_type_keeps_is_as_estimated(kind, norm, num_deep
         projector(torch.zeros(features, decoder.hidden_size), rows, x_PC, source)
     more = {
         "linear": 0,
-        "mlp2x_gelu": 40 + decoder.hidden_size,
+        "mlp2x_gelu": 0 if norm == "all" else 40 + decoder.hidden_size,
         "swiglu": 0,
     }  # what the plain path keeps besides: GELU's result, too
-    of_norms = 2 * (4 * (norm == "layer") + num_deep)  # mean and deviation of each row, and of each four together
+    of_norms = 2 * (4 * (norm != "none") + num_deep)  # mean and deviation of each row, and of each four together
+    of_norms += 2 * (len(kinds) - 1)
     said = activations.projector_numbers(config, 4 * 7, decoder, num_deep)
     waiting = num_deep * decoder.hidden_size  # for the decoder, not for the backward
     assert sum(kept.values()) == features * (said - waiting + more[kind] + of_norms)

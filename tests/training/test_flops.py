@@ -29,6 +29,7 @@ from tests.parallel.small import MODELS, TREE, make_config
 
 PROJECTORS = ["vision_projector", "audio_projector"]
 MODEL = TREE["model"]
+HEARING = {**MODEL, **{key: MODELS["deep"][key] for key in ("audio", "audio_projector")}}
 LORA = {"rank": 4, "targets": ["decoder.*", "vision.blocks.1.*", "audio.*"]}
 
 
@@ -86,6 +87,7 @@ CASES = {
         for kind in typing.get_args(typing.get_type_hints(ProjectorConfig)["type"])
     },
     "windows": make_config(model=MODELS["windows"]),
+    "audio that is pooled, norms around its projector": make_config(model=HEARING),
     "windows, only the norms of a projector": make_config(
         model=MODELS["windows"], stages=staged(freeze_params=[""], prevent_freeze_params=[r"vision_projector\.norm"])
     ),

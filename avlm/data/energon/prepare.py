@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from megatron.energon.flavors import BaseWebdatasetFactory
 
-from avlm.config.model import shown
+from avlm.config.values import shown
 
 CRUDE = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
 

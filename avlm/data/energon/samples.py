@@ -31,7 +31,7 @@ from megatron.energon.flavors import EmptyDatasetError
 from megatron.energon.savable_loader import SimpleSavableDatasetWrapper
 from torch.utils.data import get_worker_info
 
-from avlm.config.model import shown
+from avlm.config.values import shown
 from avlm.data.energon.source import check_source, count_samples
 from avlm.data.energon.state import from_json, to_json
 from avlm.data.sample import Sample, load_json, parse

@@ -8,8 +8,8 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from avlm.config.model import counted
 from avlm.config.run import DataConfig
+from avlm.config.values import counted
 from avlm.data.bad_samples import by_reason
 from avlm.data.energon.prepare import prepare
 from avlm.data.jsonl import Records

@@ -17,8 +17,8 @@ from megatron.energon.eyaml import load_yaml
 from megatron.energon.flavors.webdataset.metadata import WebdatasetMeta
 
 from avlm.config.load import MAX_BYTES, read_yaml
-from avlm.config.model import shown
 from avlm.config.run import is_json
+from avlm.config.values import shown
 
 MAX_PARTS = 10_000  # datasets of a blend
 MAX_SHARDS = 1_000_000  # files that one name with braces stands for

@@ -12,8 +12,9 @@ from fractions import Fraction
 import numpy
 import torch
 
-from avlm.config.model import ModelConfig, VisionConfig, counted
+from avlm.config.model import ModelConfig, VisionConfig
 from avlm.config.run import DataConfig, VideoConfig
+from avlm.config.values import counted
 
 MAX_RATIO = 200  # of the sides of an image: thinner ones are refused
 

@@ -10,7 +10,7 @@ assistant's too, and are never learned.
 
 from collections.abc import Iterable, Iterator
 
-from avlm.config.model import shown
+from avlm.config.values import shown
 from avlm.data.text.jinja_rendering import MARK
 from avlm.data.text.jinja_template import JinjaTemplate
 from avlm.data.text.pieces import MEDIA, ROLES, Messages, Piece

@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from avlm.config.model import shown
+from avlm.config.values import shown
 from avlm.storage.hub import may_be_on_hub, resolve
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
