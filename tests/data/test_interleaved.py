@@ -8,14 +8,15 @@ import transformers
 from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerConfig, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerForConditionalGeneration
 
-from avlm.config.model import DecoderConfig, ModelConfig
+from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig, VideoConfig
 from avlm.data.packing import pack
-from avlm.data.sample import SampleEncoder
+from avlm.data.sample import EncodedSample, SampleEncoder
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.generation import steps
 from avlm.evaluation.kept_cache import KeptCache, labels_of
-from avlm.models.batch import AUDIO, IMAGE
+from avlm.models.avlm import AVLM, init
+from avlm.models.batch import AUDIO, IGNORE, IMAGE
 from tests.data.small_files import ANY_GRID, CORPUS, model, tone, video_file, write_tokenizer
 from tests.data.small_files import AUDIO as TOWER
 from tests.models.handmade import build
@@ -136,6 +137,39 @@ def test_a_conversation_goes_on_after_frames_and_sound_that_take_turns(folder):
         [again] = list(steps(network, [asked], max_new_tokens=1, kept=kept))
         assert again[0][0][0] == whole[0][0][0]
         assert again[0][0][1] == pytest.approx(whole[0][0][1], abs=1e-5)
+
+
+def test_a_tiny_model_learns_what_is_seen_and_heard_together_where_they_take_turns():
+    """A bright frame and a loud second, each first or last: is the bright one loud? Neither alone tells."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 1}
+    wider = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2}
+    square = {"image_size": 2, "patch_size": 2, "feature_layer": -1, "class_token": False}
+    config = ModelConfig(
+        decoder=DecoderConfig(**wider, vocab_size=8, num_kv_heads=2),
+        vision=VisionConfig(**sizes, **square),
+        audio=AudioConfig(**sizes, num_mels=2, max_positions=4),
+        vision_projector=ProjectorConfig(output_std=0.3),
+        audio_projector=ProjectorConfig(output_std=0.3, downsample=2),
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> EncodedSample:
+        bright, loud = torch.randint(0, 2, (2,), generator=generator).tolist()
+        frames = [torch.full((1, 1, 12), 250 if i == bright else 5, dtype=torch.uint8) for i in (0, 1)]
+        mel = torch.cat([torch.full((2, 4), 1.0 if i == loud else -1.0) for i in (0, 1)], 1)
+        token_T = torch.tensor([IMAGE, AUDIO, IMAGE, AUDIO, 1, 2 + (bright == loud)])
+        target_T = torch.tensor([*[IGNORE] * 4, token_T[5], IGNORE])
+        return EncodedSample("", "video", token_T, target_T, {"image": frames, "audio": [mel]})
+
+    network = AVLM(config)
+    init(network)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    for _ in range(120):
+        loss = network(pack([draw() for _ in range(32)], 192, config))[0] / 32
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1, "chance is 0.69"
 
 
 def test_a_cache_is_not_cut_within_sound_that_goes_on_past_the_cut(folder):
