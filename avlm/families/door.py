@@ -6,14 +6,16 @@
     PREFIXES             our module -> what may stand before those names, an export's first
     SKIPPED              our module -> tensors that files may hold and we do not load
 
-Parameters of ours with one name in NAMES are that tensor's rows one after the other, in the order that our module has
-them: a fused query, key and value, for example.
+Parameters of ours with one name in NAMES are that tensor's rows one after the other, in the order of the table: a fused
+query, key and value, for example.
 
 A family that is an export format, FORMATS, also has ``config_json`` and ``processor_json``, our config -> their files,
-HEAD (the name of the decoder's head), TIES_HEAD (whether a tied head may be left out), CONSTANTS (our module -> tensors
-that only files have, and the value that fills them), MEDIA (kind -> the token of a medium in a prompt), MEDIA_TOKENS
-(those that a tokenizer needs), CLASS (the class of transformers that loads it), LOADED (our module -> where it lies in
-that class, which names PEFT's tensors) and PROJECTORS (what PEFT calls the projector's modules).
+HEAD (the name of the decoder's head), TIES_HEAD (whether a tied head may be left out), ``constants`` (our config -> the
+tensors that only files have, by name: their shape, and the value that fills them), SINUSOIDS (our module -> its table
+of positions in files, which we compute), MEDIA (kind -> the token of a medium in a prompt), MEDIA_TOKENS (those that a
+tokenizer needs), CLASS (the class of transformers that loads it, None if there is none), LOADED (our module -> where it
+lies in that class, which names PEFT's tensors) and PROJECTORS (our module -> what PEFT calls the modules of a
+projector).
 """
 
 import re
@@ -23,28 +25,56 @@ from typing import Any
 
 from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, VisionConfig
 from avlm.config.values import shown
-from avlm.families import clip, llama, llava, qwen2_5_vl, qwen2_vl, qwen3_vl, voxtral, whisper
+from avlm.families import (
+    audioflamingo3,
+    clip,
+    llama,
+    llava,
+    qwen2_5_omni,
+    qwen2_5_vl,
+    qwen2_audio,
+    qwen2_vl,
+    qwen3_vl,
+    ultravox,
+    voxtral,
+    whisper,
+)
 from avlm.families.keys import check_types
 
 AnyConfig = DecoderConfig | VisionConfig | AudioConfig | ModelConfig
 
 # Whole models first: a file of tensors belongs to the first family that fits it.
-FAMILIES = (llava, voxtral, qwen2_vl, qwen2_5_vl, qwen3_vl, llama, clip, whisper)
+FAMILIES = (
+    *(llava, qwen2_5_omni, ultravox, voxtral, qwen2_audio, audioflamingo3, qwen2_vl, qwen2_5_vl, qwen3_vl),
+    *(llama, clip, whisper),
+)
 FORMATS: dict[str, ModuleType] = {
     "decoder": llama,
     "llava": llava,
     "voxtral": voxtral,
+    "qwen2_audio": qwen2_audio,
+    "audioflamingo3": audioflamingo3,
+    "ultravox": ultravox,
+    "qwen2_5_omni": qwen2_5_omni,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
 }
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
 
-HEADS = tuple(dict.fromkeys(family.HEAD for family in FORMATS.values()))
+HEADS = (*dict.fromkeys(family.HEAD for family in FORMATS.values()), qwen2_5_omni.WHOLE_HEAD)
 RESHAPED = clip.RESHAPED
 SINUSOIDS = {"audio": whisper.SINUSOIDS}  # module -> its table of positions, which we compute
 TEXT_TEMPLATES = {"llava": llava.text_template}  # model_type -> our template for one of parts
-WITH_PROMPTS = (qwen2_vl, qwen2_5_vl, qwen3_vl)  # whose folders say how media stand in prompts
+WITHIN = {"qwen2_5_omni": qwen2_5_omni}  # format -> family, of parts of a larger model
+TOKEN_NAMES = {"qwen2_5_omni": qwen2_5_omni.TOKEN_NAMES}  # format -> {name that its processor asks for: token}
+WITH_PROMPTS = (
+    qwen2_audio,
+    qwen2_5_omni,
+    qwen2_vl,
+    qwen2_5_vl,
+    qwen3_vl,
+)  # whose folders say how media stand in prompts
 rebuilds_tokenizer = llama.rebuilds_tokenizer
 
 
@@ -65,8 +95,15 @@ def prompts(family: ModuleType, config: AnyConfig, files: Mapping[str, dict]) ->
     return family.prompts(config, files) if family in WITH_PROMPTS else {}
 
 
+def elsewhere(family: ModuleType, keys: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Our module -> the key of a config.json that names its folder, and that name, of the modules that a folder leaves
+    to others."""
+    return ultravox.elsewhere(keys) if family is ultravox else {}
+
+
 def stop_ids(keys: Mapping[str, Any]) -> list[int] | None:
     """The ids that end an answer, from a config.json or generation_config.json; None if it has none."""
+    keys = keys.get("thinker_config") or keys
     inner = keys.get("text_config")
     ids = keys.get("eos_token_id")
     if ids is None and isinstance(inner, dict):
@@ -104,6 +141,13 @@ def shares_tensor(family: ModuleType, module: str, name: str) -> bool:
     """Whether a part of ours is some rows of a larger tensor in a family."""
     names = family.NAMES[module]
     return list(names.values()).count(names.get(_pattern(name))) > 1
+
+
+def row_order(family: ModuleType, module: str, name: str) -> int:
+    """By which the parts of a tensor stand in it."""
+    names = family.NAMES[module]
+    pattern = _pattern(name)
+    return list(names).index(pattern if pattern in names else pattern.rpartition(".")[0])
 
 
 def _pattern(name: str) -> str:

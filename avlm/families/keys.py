@@ -1,21 +1,31 @@
-"""The keys of a config.json: their types, the values that we implement, and tables that are read in both directions."""
+"""The keys of a config.json: their types, the values that we implement, tables that are read in both directions, and
+whether a model comes back from its keys."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from avlm.config.values import shown
+from pydantic import ValidationError
+
+from avlm.config.model import ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.values import first_error, shown
+
+Reader = Callable[[Mapping[str, Any], Mapping[str, dict]], ModelConfig]
 
 NUMBER = (int, float)
 # Keys that we use before the config classes check them, by type. (bool("false"), for example, is True.)
 KEYS_OF_TYPE = {
-    str: "model_type hidden_act",
+    str: "model_type hidden_act text_model_id audio_model_id projector_act",
     list: "layer_types fullatt_block_indexes deepstack_visual_indexes",
-    dict: "text_config vision_config audio_config rope_scaling rope_parameters",
-    bool: "tie_word_embeddings use_sliding_window multimodal_projector_bias",
+    dict: "text_config vision_config audio_config thinker_config rope_scaling rope_parameters",
+    bool: "tie_word_embeddings use_sliding_window multimodal_projector_bias projector_bias projector_ln_mid "
+    "use_audio_in_video",
     int: "hidden_size intermediate_size head_dim image_size num_hidden_layers num_attention_heads num_key_value_heads "
     "max_position_embeddings max_source_positions sliding_window max_window_layers depth embed_dim num_heads "
-    "patch_size window_size spatial_merge_size temporal_patch_size num_position_embeddings",
-    NUMBER: "rope_theta partial_rotary_factor factor mlp_ratio tokens_per_second",
+    "patch_size window_size spatial_merge_size temporal_patch_size num_position_embeddings n_window output_dim "
+    "stack_factor",
+    NUMBER: "rope_theta partial_rotary_factor factor mlp_ratio tokens_per_second position_id_per_seconds "
+    "seconds_per_chunk",
 }
 TYPES: dict[str, Any] = {key: kind for kind, keys in KEYS_OF_TYPE.items() for key in keys.split()}
 TYPE_NAMES = {
@@ -56,3 +66,38 @@ def to_ours(fields: Mapping[str, str], keys: Mapping[str, Any]) -> dict[str, Any
 def to_theirs(fields: Mapping[str, str], config: Any) -> dict[str, Any]:
     """The inverse of ``to_ours``."""
     return {key: getattr(config, field) for field, key in fields.items()}
+
+
+def require_same(format: str, ours: ModelConfig, read: Reader, keys: Mapping[str, Any], files: Mapping) -> None:
+    """ValueError if a model is not the one that ``read`` makes of its keys: the format has no place for it."""
+    try:
+        back = read(keys, files)
+    except ValidationError as error:
+        raise ValueError(f"the {format} format cannot hold {first_error(error)}") from None
+    for module in back.modules:
+        part, other = _as_exported(getattr(ours, module), ours, getattr(back, module)), getattr(back, module)
+        for field in dataclasses.fields(part):
+            value, theirs = getattr(part, field.name), getattr(other, field.name)
+            if value != theirs:
+                raise ValueError(f"the {format} format cannot hold {module}.{field.name}={value}, only {theirs}")
+
+
+def _as_exported(part: Any, model: ModelConfig, other: Any) -> Any:
+    """A module with what an export writes out (layers that run, a width of its own), and without what changes nothing
+    there. ``other``: the same module, read back."""
+    if isinstance(part, VisionConfig):
+        return dataclasses.replace(part, num_layers=part.num_blocks, feature_layer=-1)
+    if not isinstance(part, ProjectorConfig):
+        return part
+    changes: dict[str, Any] = {"output_std": other.output_std}  # of the first values alone
+    width = model.decoder.hidden_size
+    if part.type == "linear" or (part.hidden_size or width) == (other.hidden_size or width):
+        changes["hidden_size"] = other.hidden_size
+    if not has_norms(part):
+        changes["norm_eps"] = other.norm_eps
+    return dataclasses.replace(part, **changes)
+
+
+def has_norms(projector: ProjectorConfig) -> bool:
+    kinds = (projector.norm, projector.feature_norm, projector.hidden_norm, projector.output_norm)
+    return any(kind != "none" for kind in kinds)

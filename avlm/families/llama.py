@@ -13,6 +13,8 @@ from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families.keys import require_accepted, to_ours, to_theirs
 
+Constants = dict[str, tuple[tuple[int, ...], float]]
+
 # model_type -> what sets it apart in our config
 VARIANTS: dict[str, dict[str, bool]] = {
     "llama": {"qkv_bias": False, "qk_norm": False},
@@ -119,8 +121,8 @@ HEAD = "lm_head.weight"
 CLASS = "AutoModelForCausalLM"
 LOADED = {"decoder": "model."}
 SKIPPED = {"decoder": [(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", "computed frequencies")]}
-PROJECTORS: tuple[str, ...] = ()
-CONSTANTS: dict[str, dict[str, float]] = {}
+SINUSOIDS: dict[str, str] = {}
+PROJECTORS: dict[str, tuple[str, ...]] = {}
 
 PROCESSOR_FILES = ()
 MEDIA: dict[str, str] = {}
@@ -182,6 +184,10 @@ def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
 
 
 def processor_json(config: ModelConfig, data: DataConfig | None) -> dict[str, dict[str, Any]]:
+    return {}
+
+
+def constants(config: ModelConfig) -> Constants:
     return {}
 
 

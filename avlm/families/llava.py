@@ -7,7 +7,7 @@ from avlm.config.model import ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families import clip, llama
-from avlm.families.keys import require_accepted
+from avlm.families.keys import has_norms, require_accepted
 
 MODEL_TYPES = ("llava",)
 # The tower of a config.json without a vision_config: CLIP ViT-L/14 at 336 pixels.
@@ -41,8 +41,8 @@ LOADED = {
     "vision_projector": "model.multi_modal_projector.",
 }
 SKIPPED = {**llama.SKIPPED, **clip.SKIPPED, "vision_projector": []}
-PROJECTORS = ("multi_modal_projector",)
-CONSTANTS = {"vision": clip.POOLED_NORM}
+SINUSOIDS = llama.SINUSOIDS
+PROJECTORS = {"vision_projector": ("multi_modal_projector",)}
 
 PROCESSOR_FILES = clip.PROCESSOR_FILES
 IMAGE = "<image>"
@@ -79,7 +79,7 @@ def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
     vision, projector = config.vision, config.vision_projector
     if vision is None or config.audio is not None:
         raise ValueError("the llava format holds a decoder with a vision tower and without an audio tower")
-    if projector.type != "mlp2x_gelu" or projector.downsample != 1 or projector.norm != "none" or vision.post_norm:
+    if projector.type != "mlp2x_gelu" or projector.downsample != 1 or has_norms(projector) or vision.post_norm:
         raise ValueError(
             "the llava format holds an mlp2x_gelu projector without a norm and without downsampling, and no post_norm"
         )
@@ -113,6 +113,12 @@ def processor_json(config: ModelConfig, data: DataConfig | None) -> dict[str, di
     }
     pixels = {"processor_class": "LlavaProcessor", **clip.write_processor(vision)}
     return {"preprocessor_config.json": pixels, "processor_config.json": processor}
+
+
+def constants(config: ModelConfig) -> llama.Constants:
+    """The norm of the pooled output, which features do not need."""
+    shape = (config.vision.hidden_size,)
+    return {PREFIXES["vision"][0] + name: (shape, value) for name, value in clip.POOLED_NORM.items()}
 
 
 def text_template(control_tokens: Collection[str]) -> str:

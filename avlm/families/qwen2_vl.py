@@ -6,19 +6,16 @@ into ``text_config``.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from pydantic import ValidationError
 
 from avlm.config.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig
-from avlm.config.values import first_error, shown
+from avlm.config.values import shown
 from avlm.families import clip, llama
-from avlm.families.keys import require_accepted, to_ours, to_theirs
+from avlm.families.keys import require_accepted, require_same, to_ours, to_theirs
 
 Bounds = tuple[int, int]
-Reader = Callable[[Mapping[str, Any], Mapping[str, dict]], ModelConfig]
 
 MODEL_TYPES = ("qwen2_vl",)
 # our field of VisionConfig -> their key
@@ -100,13 +97,14 @@ PREFIXES = {
 HEAD = "lm_head.weight"
 CLASS = "Qwen2VLForConditionalGeneration"
 LOADED = {"decoder": "model.language_model.", "vision": "model.visual.", "vision_projector": "model.visual."}
-PROJECTORS = ("merger",)
+SINUSOIDS = llama.SINUSOIDS
+PROJECTORS = {"vision_projector": ("merger",)}
 SKIPPED = {
     **llama.SKIPPED,
     "vision": [(r"rotary_pos_emb\.inv_freq", "computed frequencies")],
     "vision_projector": [],
 }
-CONSTANTS: dict[str, dict[str, float]] = {}
+constants = llama.constants
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 PROCESSORS = {  # of images and videos: the first file that is there, unless processor_config.json has one for them
@@ -198,16 +196,20 @@ def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
             "mlp_ratio": ratio,
         },
     }
-    require_same(config, read, keys, processor_json(config, None))
+    require_same("qwen2_vl", config, read, keys, processor_json(config, None))
     return keys
 
 
 def require_vision(config: ModelConfig, format: str) -> VisionConfig:
     if config.vision is None or config.audio is not None:
         raise ValueError(f"the {format} format holds a decoder with a vision tower and without an audio tower")
+    require_any_grid(config, format)
+    return config.vision
+
+
+def require_any_grid(config: ModelConfig, format: str) -> None:
     if config.decoder.mrope_sections is None or not config.vision.any_grid:
         raise ValueError(f"the {format} format holds a decoder with mrope_sections and a tower with resize=area")
-    return config.vision
 
 
 def write_top(config: ModelConfig, ids: Mapping[str, int], name: str, model_type: str) -> dict[str, Any]:
@@ -239,26 +241,6 @@ def write_tower(config: ModelConfig, fields: Mapping[str, str]) -> dict[str, Any
         "in_channels": 3,
         "spatial_merge_size": config.vision_projector.downsample,
     }
-
-
-def require_same(ours: ModelConfig, read: Reader, keys: Mapping[str, Any], files: Mapping[str, dict]) -> None:
-    """ValueError if a model is not the one that ``read`` makes of its keys: the format has no place for it."""
-    format = keys["model_type"]
-    try:
-        back = read(keys, files)
-    except ValidationError as error:
-        raise ValueError(f"the {format} format cannot hold {first_error(error)}") from None
-    vision = dataclasses.replace(ours.vision, num_layers=ours.vision.num_blocks, feature_layer=-1)
-    projector = dataclasses.replace(
-        ours.vision_projector,
-        hidden_size=ours.vision_projector.hidden_size or ours.decoder.hidden_size,
-        output_std=back.vision_projector.output_std,  # of the first values alone
-    )
-    for name, part in (("decoder", ours.decoder), ("vision", vision), ("vision_projector", projector)):
-        for field in dataclasses.fields(part):
-            value, other = getattr(part, field.name), getattr(getattr(back, name), field.name)
-            if value != other:
-                raise ValueError(f"the {format} format cannot hold {name}.{field.name}={value}, only {other}")
 
 
 # 2. Processors and prompts

@@ -9,7 +9,7 @@ from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families import llama, qwen2_vl
-from avlm.families.keys import require_accepted
+from avlm.families.keys import require_accepted, require_same
 
 MODEL_TYPES = ("qwen3_vl",)
 # our field of VisionConfig -> their key
@@ -74,9 +74,10 @@ PREFIXES = {
 HEAD = qwen2_vl.HEAD
 CLASS = "Qwen3VLForConditionalGeneration"
 LOADED = qwen2_vl.LOADED
-PROJECTORS = ("merger", "deepstack_merger_list.{i}")
+SINUSOIDS = llama.SINUSOIDS
+PROJECTORS = {"vision_projector": ("merger", "deepstack_merger_list.{i}")}
 SKIPPED = qwen2_vl.SKIPPED
-CONSTANTS = qwen2_vl.CONSTANTS
+constants = llama.constants
 
 PROCESSOR_FILES = qwen2_vl.PROCESSOR_FILES
 VIDEO_AREA = (128 * 32 * 32, 768 * 32 * 32)  # the least and the most pixels of all frames together, of the class
@@ -114,7 +115,7 @@ def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
             "num_position_embeddings": vision.num_patches,
         },
     }
-    qwen2_vl.require_same(config, read, keys, processor_json(config, None))
+    require_same("qwen3_vl", config, read, keys, processor_json(config, None))
     return keys
 
 

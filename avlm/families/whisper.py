@@ -26,6 +26,7 @@ DEFAULTS = {
     "max_source_positions": 1500,
 }
 ACCEPTED = {"activation_function": ("gelu",), "quantization_config": (None,)}
+CONSTANT_KEYS = {"activation_function": "gelu", "scale_embedding": False}  # of the encoders made from Whisper's
 
 # Our module or parameter -> theirs, {i} the layer, without the prefix of the module.
 NAMES = {
@@ -63,9 +64,8 @@ def read(given: Mapping[str, Any], files: Mapping[str, dict]) -> AudioConfig:
     return AudioConfig(**to_ours(FIELDS, keys))
 
 
-def write_processor(config: AudioConfig) -> dict[str, Any]:
-    """preprocessor_config.json of full windows."""
-    frames = 2 * config.max_positions
+def write_processor(config: AudioConfig, frames: int) -> dict[str, Any]:
+    """preprocessor_config.json of a feature extractor that pads a clip to ``frames``."""
     return {
         "feature_extractor_type": "WhisperFeatureExtractor",
         "feature_size": config.num_mels,

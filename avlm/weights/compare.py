@@ -10,7 +10,7 @@ from avlm.families.door import AnyConfig
 NOT_COMPARED = {
     DecoderConfig: ("max_position",),
     VisionConfig: ("resample",),
-    AudioConfig: ("window",),
+    AudioConfig: ("window", "log_mel", "edge"),
 }
 
 
@@ -18,9 +18,10 @@ def check_config(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None
     """Raise ValueError with every key where our config describes a different model from ``theirs``, that of ``origin``.
 
     Two whole models are compared in the modules that both have, and must build the same number of vision layers. Not
-    compared: ``max_position`` (ours may be shorter), the audio tower's ``window``, ``resample``, and how an image is
-    made a square; for a decoder alone M-RoPE, as text has one number on all axes; for a tower alone ``feature_layer``,
-    ``deepstack_layers`` and ``post_norm``, which choose what we take from it.
+    compared: ``max_position`` (ours may be shorter), what the audio tower is shown of a clip (``window``, ``log_mel``,
+    ``edge``), ``resample``, and how an image is made a square; for a decoder alone M-RoPE, as text has one number on
+    all axes; for a tower alone ``feature_layer``, ``deepstack_layers``, ``post_norm`` and ``pool``, which choose what
+    we take from it, and ``max_positions``, as its positions are computed.
     """
     part = {DecoderConfig: "decoder", VisionConfig: "vision", AudioConfig: "audio", ModelConfig: "all"}[type(ours)]
     if part != "all" and isinstance(theirs, ModelConfig):
@@ -64,6 +65,8 @@ def _comparable(config: Any, owner: ModelConfig | None) -> dict[str, Any]:
             del values["post_norm"], values["deepstack_layers"]
         else:
             values["num_layers"] = config.num_blocks
+    if isinstance(config, AudioConfig) and owner is None:
+        del values["pool"], values["max_positions"]
     if isinstance(config, ProjectorConfig):
         values["hidden_size"] = config.hidden_size or owner.decoder.hidden_size
         if config.type == "linear":

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ from avlm.storage.model_folder import Lazy, publish, write_json, write_tensors
 from avlm.weights.peft import Base, adapter_keys, peft_names
 from avlm.weights.sources import Stored
 from avlm.weights.tokenizer import media_token_ids, write_tokenizer
+from avlm.weights.whole import Whole
 
 PROMPT_KEYS = ["template", "system", "seq_length", "image_tokens", "markers", "video"]
 PROMPT_KEYS += ["max_media_bytes", "max_image_pixels", "max_audio_seconds"]
@@ -39,6 +41,7 @@ def export(
     data: DataConfig | None = None,
     dtype: torch.dtype | None = None,
     base: Base | None = None,
+    whole: str | None = None,
     overwrite: bool = False,
     world: World | None = None,
 ) -> State:
@@ -49,8 +52,9 @@ def export(
     decoder (which leaves the towers out), llava, voxtral, ... are Hugging Face's (``avlm.families``)
 
     ``state`` holds tensors under our parameter names, on the CPU or stored; stored ones are read only when they are
-    written. ``dtype`` casts them. The folder appears once it is complete. An earlier one stays until then, and is
-    replaced only with ``overwrite``. The ranks of ``world`` share the work. Returns what the files hold. Raises
+    written. ``dtype`` casts them. ``whole`` is the folder of a larger model that the format is a part of: what it has
+    besides is written too, as it is stored. The folder appears once it is complete. An earlier one stays until then,
+    and is replaced only with ``overwrite``. The ranks of ``world`` share the work. Returns what the files hold. Raises
     ValueError or OSError.
     """
     folder = Path(folder)
@@ -61,10 +65,15 @@ def export(
     if config.decoder.tie_embedding:
         lazy.pop("decoder.head.weight", None)
     tokenizer = Tokenizer(data.tokenizer) if data is not None and data.tokenizer else None
+    larger = Whole(format, whole) if whole is not None else None
     content = _content(format, config, lazy, tokenizer, data, base)
     tensors = content.tensors
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    stored_as = next(iter(tensors.values())).dtype
+    if larger is not None:
+        content.files["config.json"] = larger.config_json(content.files["config.json"])
+        tensors = larger.tensors(tensors, door.FORMATS[format].constants(config))
 
     def write(partial: Path) -> None:
         write_tensors(tensors, partial, world, content.name)
@@ -72,11 +81,14 @@ def export(
             return
         for name, keys in content.files.items():
             if name == "config.json":
-                keys["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+                keys["torch_dtype"] = str(stored_as).removeprefix("torch.")
             write_json(partial / name, keys)
+        if larger is not None:
+            larger.copy_files(partial)
         if tokenizer is not None and format != "adapter":
             model_type = content.files["config.json"].get("model_type")
-            write_tokenizer(tokenizer, data, partial, content.media, content.ids, model_type)
+            names = door.TOKEN_NAMES.get(format, {})
+            write_tokenizer(tokenizer, data, partial, content.media, content.ids, model_type, names)
 
     publish(folder, write, overwrite, world)
     return tensors
@@ -154,7 +166,7 @@ def _hugging_face_tensors(family: ModuleType, config: ModelConfig, state: State)
     """The modules that a format holds, with its names and shapes, and the tensors that only the format has."""
     prefixes = {module: known[0] for module, known in family.PREFIXES.items()}
     shapes = door.stored_shapes(config)
-    parts: dict[str, list[Lazy]] = {}
+    parts: dict[str, list[tuple[int, Lazy]]] = {}
     for name, tensor in state.items():
         module, _, rest = name.partition(".")
         if module not in prefixes:
@@ -164,15 +176,17 @@ def _hugging_face_tensors(family: ModuleType, config: ModelConfig, state: State)
         theirs = family.HEAD
         if name != "decoder.head.weight":
             theirs = prefixes[module] + door.hugging_face_name(family, module, rest)
-        parts.setdefault(theirs, []).append(tensor)
-    tensors = {theirs: _joined(rows) for theirs, rows in parts.items()}
-    for module, prefix in prefixes.items():
-        for name, value in family.CONSTANTS.get(module, {}).items():
-            norm = state[f"{module}.blocks.0.attention_norm.weight"]
-            tensors[prefix + name] = norm.changed(functools.partial(torch.full_like, fill_value=value))
-        if module in door.SINUSOIDS:
-            like = state[f"{module}.conv1.weight"]
-            tensors[prefix + door.SINUSOIDS[module]] = _sinusoids(getattr(config, module)).to(like.dtype)
+        parts.setdefault(theirs, []).append((door.row_order(family, module, rest), tensor))
+    tensors = {}
+    for theirs, ordered in parts.items():
+        ordered.sort(key=itemgetter(0))
+        tensors[theirs] = _joined([tensor for _, tensor in ordered])
+    dtype = state["decoder.norm.weight"].dtype
+    for name, (shape, value) in family.constants(config).items():
+        tensors[name] = Lazy(shape, dtype, functools.partial(torch.full, shape, value, dtype=dtype))
+    for module, name in family.SINUSOIDS.items():
+        like = state[f"{module}.conv1.weight"]
+        tensors[prefixes[module] + name] = _sinusoids(getattr(config, module)).to(like.dtype)
     if not family.TIES_HEAD:
         tied = state["decoder.embedding.weight"].changed(torch.clone)  # safetensors refuses tensors that share memory
         tensors.setdefault(family.HEAD, tied)

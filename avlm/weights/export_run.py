@@ -39,11 +39,12 @@ def export_run(arguments: argparse.Namespace) -> None:
         data=config.stages[-1].data,
         dtype=dtype,
         base=base,
+        whole=arguments.whole,
         overwrite=arguments.overwrite,
         world=world,
     )
     if rank == 0:
-        print(summary(arguments.folder, arguments.format, tensors, base))
+        print(summary(arguments.folder, arguments.format, tensors, base, arguments.whole))
         left = left_behind(state, base) if base else []
         if left:
             print(f"it lacks {', '.join(left)}: --format avlm keeps them, with all adapters merged")
@@ -51,16 +52,18 @@ def export_run(arguments: argparse.Namespace) -> None:
             print(f"it names no base: --base NAME adds the {base.format} that its adapters belong to")
 
 
-def summary(folder: str, format: str, tensors: Mapping[str, Lazy], base: Base | None) -> str:
+def summary(folder: str, format: str, tensors: Mapping[str, Lazy], base: Base | None, whole: str | None = None) -> str:
     """What was written, and the line that loads it."""
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
     if base is not None:
         model = f"transformers.{door.FORMATS[base.format].CLASS}.from_pretrained({base.name or 'BASE'!r})"
         load = f"peft.PeftModel.from_pretrained({model}, {folder!r})"
-    elif format in door.FORMATS:
+    elif whole is not None:
+        load = f"transformers.{door.WITHIN[format].WHOLE_CLASS}.from_pretrained({folder!r})"
+    elif format in door.FORMATS and door.FORMATS[format].CLASS:
         load = f"transformers.{door.FORMATS[format].CLASS}.from_pretrained({folder!r})"
     else:
         load = f"avlm.load({folder!r})"
-    kind = f"adapters of a {base.format}" if base else f"format {format}"
+    kind = f"adapters of a {base.format}" if base else f"format {format}" + (f" within {whole}" if whole else "")
     return f"wrote {folder}: {kind}, {len(tensors)} tensors in {' and '.join(dtypes)}, {size:,.1f} MB\nload it: {load}"

@@ -5,13 +5,14 @@ from typing import Any
 
 import pydantic
 
-from avlm.config.model import DecoderConfig, ModelConfig
+from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import first_error, shown, validated
 from avlm.data.text.chat import Chat
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.families import door
 from avlm.families.door import AnyConfig
+from avlm.storage.hub import resolve
 from avlm.storage.model_folder import read_json
 
 
@@ -33,7 +34,8 @@ def _read(folder: Path) -> tuple[AnyConfig, dict[str, Any]]:
         family = door.family_of(keys)
         there = [name for name in family.PROCESSOR_FILES if (folder / name).is_file()]
         files = {name: read_json(folder / name) for name in there}
-        config = family.read(keys, files)
+        parts = {module: _elsewhere(module, *named) for module, named in door.elsewhere(family, keys).items()}
+        config = family.read(keys, files, **parts)
         return config, door.prompts(family, config, files)
     except pydantic.ValidationError as error:
         raise ValueError(f"{path}: {first_error(error)}") from None
@@ -41,6 +43,18 @@ def _read(folder: Path) -> tuple[AnyConfig, dict[str, Any]]:
         raise ValueError(f"{path}: {error}") from None
     except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path} is not understood ({type(error).__name__}: {shown(str(error))})") from None
+
+
+def _elsewhere(module: str, key: str, name: str) -> AnyConfig:
+    """The config of a module in another folder, which ``key`` names."""
+    wanted = {"decoder": DecoderConfig, "audio": AudioConfig}[module]
+    try:
+        config = read_config(resolve(name, weights=False))
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{key}: {error}") from None
+    if not isinstance(config, wanted):
+        raise ValueError(f"{key}: {shown(name)} holds no {wanted.__name__}")
+    return config
 
 
 def media_prompts(folder: str | Path) -> dict[str, Any]:

@@ -89,15 +89,14 @@ def _format_of(model: ModelConfig, instead: str) -> str:
             obstacles[format] = _obstacle(format, model)
             if obstacles[format] is None:
                 return format
-    if not obstacles:
-        towers = " and ".join(model.modalities.values())
-        raise ValueError(f"transformers has no class for a decoder with {towers}: {instead}")
     listed = ", nor ".join(f"a {format}: {reason}" for format, reason in obstacles.items())
     raise ValueError(f"the base of the adapters cannot be {listed}; {instead}")
 
 
 def _obstacle(format: str, model: ModelConfig) -> str | None:
-    """Why a format cannot hold a model, or None."""
+    """Why a format cannot hold a model on which PEFT can put adapters, or None."""
+    if FORMATS[format].CLASS is None:
+        return "transformers has no class for it"
     try:
         FORMATS[format].config_json(replace(model, lora=None), dict.fromkeys(FORMATS[format].MEDIA_TOKENS, 0))
     except ValueError as error:
@@ -190,14 +189,24 @@ def _peft_names_in(family: ModuleType, name: str) -> dict[str, str]:
 def _require_known(keys: dict[str, Any], config: ModelConfig) -> None:
     """ValueError for options of PEFT that we do not implement. Of whole modules only a projector is."""
     saved = keys.get("modules_to_save")
-    known = "|".join(
-        re.escape(each).replace(r"\{i\}", r"\d+") for family in FORMATS.values() for each in family.PROJECTORS
-    )
-    if isinstance(saved, list) and saved and all(re.fullmatch(rf"(.*\.)?({known})", str(name)) for name in saved):
-        if len(config.modalities) > 1:
+    if isinstance(saved, list) and saved:
+        meant = [_projectors_called(str(name), config) for name in saved]
+        if any(len(modules) > 1 for modules in meant):
             raise ValueError("it holds a projector (modules_to_save), and the model has two that it could be")
-        keys = {**keys, "modules_to_save": None}
+        if all(meant):
+            keys = {**keys, "modules_to_save": None}
     require_accepted(keys, ACCEPTED)
+
+
+def _projectors_called(name: str, config: ModelConfig) -> set[str]:
+    """The projectors of a model that PEFT's name of a module may mean."""
+    found = set()
+    for family in FORMATS.values():
+        for module, theirs in family.PROJECTORS.items():
+            known = "|".join(re.escape(each).replace(r"\{i\}", r"\d+") for each in theirs)
+            if getattr(config, module) is not None and re.fullmatch(rf"(.*\.)?({known})", name):
+                found.add(module)
+    return found
 
 
 def adapter_keys(config: ModelConfig, names: Iterable[str], base: Base) -> dict[str, Any]:
@@ -217,11 +226,12 @@ def adapter_keys(config: ModelConfig, names: Iterable[str], base: Base) -> dict[
 
 
 def _projectors(config: ModelConfig, base: Base) -> list[str]:
-    """The modules that make up a projector."""
+    """The modules that make up the projectors which the folder of the adapters holds."""
     found = []
-    for name in FORMATS[base.format].PROJECTORS:
-        numbers = range(len(config.vision.deepstack_layers)) if "{i}" in name else [0]
-        found += [name.replace("{i}", str(i)) for i in numbers]
+    for module in base.whole:
+        for name in FORMATS[base.format].PROJECTORS[module]:
+            numbers = range(len(config.vision.deepstack_layers)) if "{i}" in name else [0]
+            found += [name.replace("{i}", str(i)) for i in numbers]
     return found
 
 

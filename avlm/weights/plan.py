@@ -18,7 +18,17 @@ import torch
 from avlm.config.model import MODULES, ModelConfig
 from avlm.config.run import InitFrom
 from avlm.config.values import shown
-from avlm.families.door import HEADS, SINUSOIDS, AnyConfig, anchor, find, hugging_face_name, is_part, skip_reason
+from avlm.families.door import (
+    HEADS,
+    SINUSOIDS,
+    AnyConfig,
+    anchor,
+    find,
+    hugging_face_name,
+    is_part,
+    row_order,
+    skip_reason,
+)
 from avlm.models.freezing import matching
 from avlm.models.lora import is_adapter
 from avlm.models.shapes import Shapes
@@ -182,7 +192,7 @@ def _load_plan(
             is_wanted = entry != "adapter" or name.split(".")[0].endswith("_projector")
         if name.split(".")[0] in modules and is_wanted:
             names[name] = name if source.own_names else _file_name(name, places, held)
-    chosen = _choose(names, shapes, source.path, held, optional)
+    chosen = _choose(names, shapes, source.path, held, optional, places)
     if not source.own_names:
         _check_sinusoids(held, {name: places[name].prefix for name in modules}, source.path)
     skipped = _skipped(entry, source, config, places, held, chosen)
@@ -223,15 +233,30 @@ def _file_name(name: str, places: Mapping[str, Place], held: Mapping) -> str:
     return prefix + hugging_face_name(family, module, rest)
 
 
-def _choose(
-    names: Mapping[str, str], shapes: Shapes, path: Path, held: Mapping, optional: set[str]
-) -> dict[str, Chosen]:
-    """The tensor for each of our parameters, which has its name in ``names``. Parameters with one name get the rows of
-    that tensor, one after the other."""
+def _parts(names: Mapping[str, str], places: Mapping[str, Place]) -> dict[str, list[str]]:
+    """Their name -> the parameters of ours that are its rows, one after the other."""
     parts: dict[str, list[str]] = {}
     for name, theirs in names.items():
         parts.setdefault(theirs, []).append(name)
-    taken: Counter[str] = Counter()  # rows
+    for several in parts.values():
+        if len(several) > 1:
+            module = several[0].partition(".")[0]
+            family = places[module].family
+            several.sort(key=lambda name: row_order(family, module, name.partition(".")[2]))
+    return parts
+
+
+def _choose(
+    names: Mapping[str, str],
+    shapes: Shapes,
+    path: Path,
+    held: Mapping,
+    optional: set[str],
+    places: Mapping[str, Place],
+) -> dict[str, Chosen]:
+    """The tensor for each of our parameters, which has its name in ``names``. Parameters with one name get the rows of
+    that tensor, one after the other."""
+    parts = _parts(names, places)
     chosen = {}
     for name, theirs in names.items():
         if theirs not in held:
@@ -246,8 +271,8 @@ def _choose(
             number, there = sum(shapes[part][0] for part in parts[theirs]), tuple(tensor.get_shape())
             if there[:1] != (number,):
                 raise ValueError(f"{path}: {theirs} has shape {there}, and {', '.join(parts[theirs])} {number} rows")
-            tensor = Rows(tensor, taken[theirs], shapes[name][0])
-            taken[theirs] += shapes[name][0]
+            before = parts[theirs][: parts[theirs].index(name)]
+            tensor = Rows(tensor, sum(shapes[part][0] for part in before), shapes[name][0])
         check_shape(name, shapes[name], tensor, f"{path}: {theirs}")
         chosen[name] = Chosen(theirs, tensor)
     return chosen

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from avlm.config.values import shown
-from avlm.families.door import RESHAPED, AnyConfig, family_of
+from avlm.families.door import RESHAPED, AnyConfig, elsewhere, family_of, find
 from avlm.storage.checkpoint_files import Reader, cause_of
 from avlm.storage.hub import resolve
 from avlm.storage.model_folder import read_json
@@ -149,8 +149,28 @@ def open_source(given: str | Path) -> Source:
     path = resolve(given)
     config, files = read_config(path), choose(path)
     keys = read_json(path / "config.json")
+    tensors = read_files(path, files)
     family = None if is_own(keys) else family_of(keys)
-    return Source(path, read_files(path, files), config, is_own(keys), files, family)
+    if family is not None:
+        for module, (key, name) in elsewhere(family, keys).items():
+            tensors = {**_of_part(family, module, f"{path / 'config.json'}: {key}", name), **tensors}
+    return Source(path, tensors, config, is_own(keys), files, family)
+
+
+def _of_part(family: ModuleType, module: str, origin: str, name: str) -> dict[str, Any]:
+    """The tensors of a module that lies in a folder of its own, under the names that ``family`` has for them."""
+    other = open_source(name)
+    found = find(module, other.tensors, other.family) if other.family else None
+    if found is None:
+        raise ValueError(f"{origin} is {name}, which holds no {module} of Hugging Face's")
+    their, prefix = found
+    tensors = {}
+    for key, tensor in other.tensors.items():
+        if module == "decoder" and key == their.HEAD:
+            tensors[family.HEAD] = tensor
+        elif key.startswith(prefix):
+            tensors[family.PREFIXES[module][0] + key.removeprefix(prefix)] = tensor
+    return tensors
 
 
 def open_checkpoint(path: Path) -> dict[str, Stored]:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,15 @@ def write_tokenizer(
     media: dict[str, str],
     ids: dict[str, int],
     model_type: str | None = None,
+    names: Mapping[str, str] = {},
 ) -> None:
     """The files of ``data.tokenizer`` with the chat template of ``data``, and generation_config.json with the ids that
     end an answer.
 
     ``media``: kind -> what stands for it in prompts. ``ids``: those of the tokens that the format needs, which the
-    tokenizer may lack. transformers has to encode with tokenizer.json alone, as we do, whatever class it prefers for
-    ``model_type``. So tokenizer_config.json names the class that reads that file unchanged, and lists no tokens of its
-    own.
+    tokenizer may lack. ``names``: by which its processor asks for some of them. transformers has to encode with
+    tokenizer.json alone, as we do, whatever class it prefers for ``model_type``. So tokenizer_config.json names the
+    class that reads that file unchanged, and lists no tokens of its own.
     """
     for name in COPIED:
         if tokenizer.file.with_name(name).is_file():
@@ -48,7 +49,7 @@ def write_tokenizer(
     added = _with_tokens(tokenizer.added_entries(), ids)
     write_json(folder / "tokenizer.json", {**tree, "added_tokens": added})
     template = chat_template(tokenizer, data, media)
-    config = _tokenizer_config(tokenizer)
+    config = {**names, **_tokenizer_config(tokenizer)}
     if is_rebuilt:
         config["auto_map"] = {"AutoTokenizer": [None, None]}
     has_media = any(token in template for token in ids)  # then processors use it as well, and they read this file alone

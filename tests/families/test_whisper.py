@@ -20,7 +20,7 @@ def test_each_size_is_read_from_its_own_key():
 
 def test_the_feature_extractor_that_goes_out_is_theirs_and_our_front_end():
     config = whisper.read({"num_mel_bins": 128}, {})
-    written = whisper.write_processor(config)
+    written = whisper.write_processor(config, 3000)
     theirs = transformers.WhisperFeatureExtractor(feature_size=128).to_dict()
     for key, value in written.items():
         assert theirs[key] == value, key

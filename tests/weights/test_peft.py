@@ -21,6 +21,7 @@ from avlm.weights.__main__ import main
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import init_weights
+from tests.families import test_audio_families
 from tests.families.test_qwen_vl import logits_of, prompt
 from tests.families.test_qwen_vl_keys import config_of, keys_of
 from tests.models.handmade import build, make_batch, normalised, pixels_of, save
@@ -29,6 +30,7 @@ from tests.weights.test_export import VOXTRAL
 from tests.weights.test_sources import write_run
 
 QWEN_VL = ("qwen2_5_vl", "qwen3_vl")
+HEARING = ("qwen2_audio", "audioflamingo3", "qwen2_5_omni")
 QWEN = qwen2_vl.read(keys_of("qwen2_vl"), {})
 ONTO_DECODER = ["--format", "adapter", "--onto", "decoder"]
 
@@ -59,14 +61,17 @@ def base_folder(family, folder):
         return save(llava(), folder)
     if family in QWEN_VL:
         return save(getattr(transformers, FORMATS[family].CLASS)(config_of(family)), folder)
+    if family in HEARING:
+        return save(test_audio_families.fresh(family), folder)
     export(VOXTRAL, build(VOXTRAL, seed=1).state_dict(), folder, "voxtral")
     return folder
 
 
 def logits_of_both(family, ours, theirs):
     """Of our model and of transformers', for a text with an image or a recording."""
-    if family in QWEN_VL:
-        ask = prompt(family, theirs.get_base_model(), ours.config)
+    if family in (*QWEN_VL, *HEARING):
+        ask_of = prompt if family in QWEN_VL else test_audio_families.prompt
+        ask = ask_of(family, theirs.get_base_model(), ours.config)
         with torch.no_grad():
             return logits_of(ours, ask.batch), theirs(**ask.inputs).logits[0]
     if family == "llava":
@@ -94,6 +99,9 @@ def logits_of_both(family, ours, theirs):
         ("voxtral", ["decoder.*.v", "audio.blocks.0.up"], ["lora", "audio_projector"]),
         ("qwen2_5_vl", ["decoder.*", "vision.*.gate", "vision.blocks.1.attention.o"], ["lora"]),
         ("qwen3_vl", ["decoder.*.q", "vision.*.down"], ["lora", "vision_projector"]),
+        ("qwen2_audio", ["decoder.*.v", "audio.blocks.0.up"], ["lora", "audio_projector"]),
+        ("audioflamingo3", ["decoder.*.v", "audio.*.q"], ["lora", "audio_projector"]),
+        ("qwen2_5_omni", ["decoder.*.q", "vision.*.q", "audio.*.down"], ["lora", "audio_projector"]),
     ],
 )
 def test_adapters_load_onto_the_class_of_their_base_and_give_its_logits(
@@ -136,7 +144,7 @@ def test_adapters_load_onto_the_class_of_their_base_and_give_its_logits(
 @pytest.mark.parametrize(
     ("model", "targets", "train", "arguments", "refused"),
     [
-        (WHOLE, ["decoder.*"], ["lora"], [], "no class for a decoder with vision and audio: --onto decoder"),
+        (WHOLE, ["decoder.*"], ["lora"], [], "cannot be a qwen2_5_omni: .*mrope_sections.*--onto decoder"),
         (TEXT_ONLY, ["decoder.*"], ["decoder"], [], "trains decoder itself .*--format decoder writes the whole model"),
         (VISION_ONLY, ["decoder.*"], ["lora"], [], "cannot be a llava: .*without downsampling.*--onto decoder"),
         (VISION_ONLY, ["vision.blocks.*"], ["lora"], ["--onto", "decoder"], "holds adapters of a decoder, and the mod"),
