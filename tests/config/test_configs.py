@@ -26,6 +26,7 @@ CLIP_L_336 = 303_507_456 - 2 * 1024 - CLIP_LAYER  # its last norm and layer lie 
 SIGLIP_POOL = 768 + 4 * (768**2 + 768) + 2 * 3072 * 768 + 3072 + 768 + 2 * 768  # its attention pooling
 SIGLIP_B_16 = 92_884_224 - SIGLIP_POOL
 QWEN_2_5_VL_7B, QWEN_2_5_VL_3B, QWEN_3_VL_2B = 8_292_166_656, 3_754_622_976, 2_127_532_032  # with their towers
+QWEN_2_AUDIO_7B = 8_397_094_912
 WHISPER_LARGE, WHISPER_SMALL = 636_968_960 - 1500 * 1280, 88_154_112 - 1500 * 768  # sinusoids
 SIZES = {
     "avlm_8b": {"decoder": LLAMA_3_8B, "vision": CLIP_L_336, "audio": WHISPER_LARGE},
@@ -35,6 +36,20 @@ SIZES = {
     "qwen_omni_small": {"decoder": QWEN_2_5_HALF, "vision": SIGLIP_B_16, "audio": WHISPER_SMALL},
     "qwen2_5_vl_7b": {"decoder+vision+vision_projector": QWEN_2_5_VL_7B},
     "qwen2_5_vl_3b": {"decoder+vision+vision_projector": QWEN_2_5_VL_3B, "audio": WHISPER_LARGE},
+    "qwen2_audio_7b": {"decoder+audio+audio_projector": QWEN_2_AUDIO_7B - 1500 * 1280},
+    # The parts of a Qwen2.5-VL 3B, whose head is apart here, and Whisper's encoder.
+    "qwen2_5_omni_3b": {
+        "decoder+vision+vision_projector": QWEN_2_5_VL_3B + 151_936 * 2048,
+        "audio": WHISPER_LARGE,
+        "audio_projector": 1280 * 2048 + 2048,
+    },
+    # Projectors of 0.5 differ in the width of the language model alone; that of Llama 3.2 1B takes, with the encoder,
+    # 683,118,592 numbers, which are the 1,366,275,264 bytes of its file in bfloat16, but for the header.
+    "ultravox_8b": {
+        "decoder": LLAMA_3_8B,
+        "audio": WHISPER_LARGE,
+        "audio_projector": 683_118_592 - 1500 * 1280 - WHISPER_LARGE + 2048 * (4096 - 2048),
+    },
     "qwen3_vl_2b": {"decoder+vision+vision_projector": QWEN_3_VL_2B},
 }
 
