@@ -35,7 +35,7 @@ SETS = (
 PROJECTORS = "vision_projector, audio_projector"
 FINETUNE = "optimizer: {{lr: 1.5e-3, warmup_steps: 50}}, data: {{train: data/demo/finetune.yaml}}, train: [{}]"
 NO_VISION, NO_AUDIO = (
-    [f"model.{tower}=null", f"model.{tower}_projector=null", "data.video.sound=false"] for tower in ("vision", "audio")
+    [f"model.{tower}=null", f"model.{tower}_projector=null", "data.video.audio=false"] for tower in ("vision", "audio")
 )
 
 
