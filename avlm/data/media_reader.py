@@ -117,6 +117,11 @@ class MediaReader:
     def _audio(self, content: bytes, name: str, number: int) -> Run:
         waveform = audio.decode(content, self.data.max_audio_seconds, name)
         items = audio.mels(waveform, self.model.audio)
+        if not items:
+            seconds = len(waveform) / audio.SAMPLE_RATE
+            raise ValueError(
+                f"audio of {seconds:.4f} s is too short for the audio tower to make a row of: leave it out"
+            )
         count = sum(self._features_of(item) for item in items)
         return Run("audio", items, count, markers=self._markers("audio", number))
 
@@ -128,8 +133,8 @@ class MediaReader:
         """What is seen and heard in each stretch of ``data.video.chunk_seconds``, frames first. Both begin at the same
         position; the markers of the video and of its audio stand around all of it, abreast."""
         seconds = self.data.video.chunk_seconds
-        seen = [int(i * extent.patch_seconds / seconds) for i in range(len(items))]
-        sounds = [int(time / seconds) for time in self._times_of(heard.items)]
+        seen = [_chunk_of(i * extent.patch_seconds, seconds) for i in range(len(items))]
+        sounds = [_chunk_of(time, seconds) for time in self._times_of(heard.items)]
         runs: list[Run] = []
         waiting = heard.items  # all windows come with the first of their features
         for chunk in range(1 + max(seen + sounds)):
@@ -203,3 +208,8 @@ class MediaReader:
         if is_video and config.frame_tokens is not None:
             return "data.video.frame_tokens", config.frame_tokens
         return "data.image_tokens", self.data.image_tokens
+
+
+def _chunk_of(time: float, seconds: float) -> int:
+    """The number of the chunk of so many seconds in which something begins; the margin is for rounding."""
+    return int(time / seconds + 1e-6)

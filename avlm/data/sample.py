@@ -187,9 +187,10 @@ class SampleEncoder:
 
     def _placed(self, run: Run, start: int) -> Iterator[Placed]:
         """The positions of a run that begins at a token, and of its markers if they stand abreast."""
-        before, after = (len(self.tokenizer.encode(text, control=True)) if text else 0 for text in run.markers)
         if run.offsets is None:
             return
+        _, *markup, _ = _around(run, self.tokenizer.control_tokens)
+        before, after = (len(self.tokenizer.encode(text, control=True)) if text else 0 for text in markup)
         if run.abreast and before:
             yield Placed(start - before, torch.zeros(3, before, dtype=torch.int64))
         yield Placed(start, run.offsets, run.continues)
@@ -230,17 +231,24 @@ class SampleEncoder:
 def _lay_out(run: Run, pieces: list[Piece], control_tokens: Collection[str]) -> None:
     """Add a run after other pieces. Text before it is tokenised together with the text before that; text behind it
     stands as a piece of its own, for text that follows."""
-    before, after = run.markers
-    start = min((before.find(token) for token in control_tokens if token in before), default=0)
-    end = max((after.rfind(token) + len(token) for token in control_tokens if token in after), default=0)
-    text = run.text + before[:start]
+    before, first_markup, last_markup, after = _around(run, control_tokens)
+    text = run.text + before
     last = pieces[-1] if pieces else None
     if text and last is not None and last.kind in ("text", "markup") and not last.learned:
         pieces[-1] = replace(last, text=last.text + text)
         text = ""
-    around = [("text", text), ("markup", before[start:]), (run.modality, f"<{run.modality}>")]
-    around += [("markup", after[:end]), ("text", after[end:])]
+    around = [("text", text), ("markup", first_markup), (run.modality, f"<{run.modality}>")]
+    around += [("markup", last_markup), ("text", after)]
     pieces += [Piece(kind, text) for kind, text in around if text]
+
+
+def _around(run: Run, control_tokens: Collection[str]) -> tuple[str, str, str, str]:
+    """Text, markup from the first control token on, markup up to the last control token and text: the first two of
+    the marker before a run, the others of that after it."""
+    before, after = run.markers
+    start = min((before.find(token) for token in control_tokens if token in before), default=0)
+    end = max((after.rfind(token) + len(token) for token in control_tokens if token in after), default=0)
+    return before[:start], before[start:], after[:end], after[end:]
 
 
 def placeholders(modality: str, items: list[Tensor], model: ModelConfig) -> list[int]:

@@ -123,6 +123,43 @@ def test_frames_and_sound_take_turns_of_the_seconds_asked_for_in_a_model_of_our_
     assert batch.image.rows.tolist() == (ours.token_T == IMAGE).nonzero().flatten().tolist()
 
 
+def test_turns_end_where_seconds_of_no_exact_float_do(folder):
+    """1.2 s are more than 60 features of 20 ms, and less than 3 turns of 0.4 s, if all are floats."""
+    video = VideoConfig(num_frames=4, audio="interleaved", chunk_seconds=0.4)
+    ours = encoder(folder, model(), video=video, markers={}).prompt(
+        [{"role": "user", "content": "<video>"}], videos=[video_file(1.6, rate=10, sound=True)]
+    )
+    assert [token for token in ours.token_T.tolist() if token < 0] == ([IMAGE] * 16 + [AUDIO] * 20) * 4
+
+
+def test_markers_abreast_share_a_position_and_text_around_them_counts_on(folder):
+    video = VideoConfig(**SPREAD, frame_tokens=[4, 9], audio="interleaved")
+    around = ["one two <|vision_bos|>", "<|vision_eos|> three"]
+    ours = encoder(folder, omni(), video=video, markers={**MARKERS, "video": around})
+    asked = ours.prompt([{"role": "user", "content": "see <video> two"}], videos=[video_file(3.0, sound=True)])
+    tokens = asked.token_T.tolist()
+    [time] = asked.position_T[:1].tolist()
+    first, last = tokens.index(IMAGE), len(tokens) - 1 - tokens[::-1].index(AUDIO)
+    assert time[:first] == [*range(first - 1), first - 2]
+    assert time[last + 1 :] == [time[last] + 1, *range(time[last] + 1, time[last] + len(tokens) - last - 1)]
+
+
+def test_a_window_too_short_for_a_row_is_no_item_and_audio_of_nothing_else_is_refused(folder):
+    """Of 4.01 s the last window would be one row, which has no other to be averaged with."""
+    config = omni()
+    encode = encoder(folder, config).prompt
+    turns = [{"role": "user", "content": "<audio>one<audio>"}]
+    asked = encode(turns, audios=[tone(4.01), tone(1.0)])
+    assert [mel.shape[1] for mel in asked.media["audio"]] == [200, 200, 100]
+    kept = KeptCache(build(config))
+    kept.add(labels_of(asked, config))
+    turns += [{"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}]
+    rest, _ = kept.cut(encode(turns, audios=[tone(4.01), tone(1.0)]))
+    assert not rest.media["audio"], "all of it was run before"
+    with pytest.raises(ValueError, match=r"audio of 0\.0100 s is too short for the audio tower"):
+        encode([{"role": "user", "content": "<audio>"}], audios=[tone(0.01)])
+
+
 def test_a_conversation_goes_on_after_frames_and_sound_that_take_turns(folder):
     """A cache that is cut back within a video runs all of it again."""
     config = omni()

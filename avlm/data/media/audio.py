@@ -77,8 +77,8 @@ def _first_stream(data: bytes, max_seconds: float) -> tuple[numpy.ndarray, Decod
 
 
 def mels(waveform: Tensor, audio: AudioConfig) -> list[Tensor]:
-    """float32 (M, frames) of every window, in order."""
-    return windows(waveform, audio)
+    """float32 (M, frames) of every window that the tower makes a row of, in order."""
+    return [mel for mel in windows(waveform, audio) if audio.outputs_of(num_frames(mel, audio)) > 0]
 
 
 def num_frames(mel: Tensor, audio: AudioConfig) -> int:
