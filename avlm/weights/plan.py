@@ -8,7 +8,7 @@ is an error. Adapters are loaded if the source has them, and initialised otherwi
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -59,11 +59,14 @@ class Report:
     skipped: dict[str, int]
     initialised: dict[str, int]
     files: WeightFiles | None = None  # of a model folder
+    elsewhere: dict[str, str] = field(default_factory=dict)  # module that it leaves to another folder -> that one
 
     def __str__(self) -> str:
         line = f"{self.entry} from {self.path}"
         if self.files:
             line += f" ({self.files})"
+        for module, folder in self.elsewhere.items():
+            line += f" and its {module} from {folder}"
         line += f": {self.loaded} of {self.total} tensors loaded, skipped: {_counted(self.skipped) or 'none'}"
         if self.initialised:
             line += f"; parameters initialised from scratch: {_counted(self.initialised)}"
@@ -199,7 +202,8 @@ def _load_plan(
     if len(held) < len(source.tensors):
         skipped["init_from.allow_unused"] = len(source.tensors) - len(held)
     loaded = len({each.name for each in chosen.values()})
-    report = Report(entry, source.path, list(chosen), loaded, len(source.tensors), dict(skipped), {}, source.files)
+    counts = (loaded, len(source.tensors), dict(skipped), {})
+    report = Report(entry, source.path, list(chosen), *counts, source.files, source.elsewhere)
     return LoadPlan(source, chosen, report)
 
 

@@ -9,7 +9,7 @@ run, or checkpoint of a run       DCP files of any layout of ranks; the run's co
 import math
 import pickle
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -133,6 +133,7 @@ class Source:
     own_names: bool  # ours, not Hugging Face's
     files: WeightFiles | None = None  # of a model folder
     family: ModuleType | None = None  # of a model folder with Hugging Face's names
+    elsewhere: dict[str, str] = field(default_factory=dict)  # module that a folder leaves to another -> that one
 
 
 def open_source(given: str | Path) -> Source:
@@ -150,11 +151,14 @@ def open_source(given: str | Path) -> Source:
     config, files = read_config(path), choose(path)
     keys = read_json(path / "config.json")
     tensors = read_files(path, files)
-    family = None if is_own(keys) else family_of(keys)
-    if family is not None:
-        for module, (key, name) in elsewhere(family, keys).items():
-            tensors = {**_of_part(family, module, f"{path / 'config.json'}: {key}", name), **tensors}
-    return Source(path, tensors, config, is_own(keys), files, family)
+    if is_own(keys):
+        return Source(path, tensors, config, True, files)
+    family = family_of(keys)
+    others = elsewhere(family, keys)
+    for module, (key, name) in others.items():
+        tensors = {**_of_part(family, module, f"{path / 'config.json'}: {key}", name), **tensors}
+    named = {module: name for module, (_, name) in others.items()}
+    return Source(path, tensors, config, False, files, family, named)
 
 
 def _of_part(family: ModuleType, module: str, origin: str, name: str) -> dict[str, Any]:

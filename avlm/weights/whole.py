@@ -25,11 +25,12 @@ class Whole:
         self.family: ModuleType = WITHIN[format]
         self.folder = resolve(name)
         self.keys = read_json(self.folder / "config.json")
-        model_type = self.keys.get("model_type")
-        if model_type != self.family.WHOLE:
-            raise ValueError(
-                f"--whole {shown(name)} is a {shown(model_type)}, and {format} is a part of {self.family.WHOLE}"
-            )
+        model_type, wanted = self.keys.get("model_type"), self.family.WHOLE
+        if model_type != wanted:
+            raise ValueError(f"--whole {shown(name)} is a {shown(model_type)}, and {format} is a part of {wanted}")
+        for file in self.family.WHOLE_FILES:
+            if not (self.folder / file).is_file():
+                raise ValueError(f"{self.folder} lacks {file}, which transformers reads with the whole model: add it")
 
     def config_json(self, part: Mapping[str, Any]) -> dict[str, Any]:
         key = self.family.WHOLE_KEY
@@ -53,8 +54,7 @@ class Whole:
 
     def copy_files(self, folder: Path) -> None:
         for name in self.family.WHOLE_FILES:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, folder / name)
+            shutil.copyfile(self.folder / name, folder / name)
 
 
 def _stored(source: Any) -> Lazy:

@@ -308,6 +308,9 @@ def test_a_thinker_goes_back_into_the_whole_model_that_it_came_from(omni, tmp_pa
         export(other, AVLM(other).state_dict(), tmp_path / "b", "qwen2_5_omni", data=data, whole=str(omni))
     with pytest.raises(ValueError, match="is for --format qwen2_5_omni, and the format is qwen2_audio"):
         export(config, ours.state_dict(), tmp_path / "b", "qwen2_audio", whole=str(omni))
+    (omni / "spk_dict.pt").unlink()
+    with pytest.raises(ValueError, match=r"lacks spk_dict.pt, which transformers reads with the whole model: add it"):
+        export(config, {}, tmp_path / "b", "qwen2_5_omni", whole=str(omni))
     (tmp_path / "thinker").mkdir()
     (tmp_path / "thinker" / "config.json").write_text('{"model_type": "qwen2_5_omni_thinker"}')
     with pytest.raises(ValueError, match="is a qwen2_5_omni_thinker, and qwen2_5_omni is a part of qwen2_5_omni"):

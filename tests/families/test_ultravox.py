@@ -206,6 +206,7 @@ def test_a_run_and_an_answer_start_from_the_folder_alone(case, tmp_path):
     expected = loaded(cfg.model, all=case.folder)
     assert all(a.equal(b) for a, b in zip(model.parameters(), expected.parameters()))
     [report] = load_weights(AVLM(cfg.model), InitFrom(all=str(case.folder)))
+    assert f"(model.safetensors) and its decoder from {case.folder.parent / 'llama'}" in str(report)
     assert not report.initialised and {name.split(".")[0] for name in report.names} == set(cfg.model.modules)
 
 
