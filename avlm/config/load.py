@@ -41,6 +41,7 @@ ELSEWHERE = {
     "num_epochs": "stages.NAME.epochs",
     "num_train_epochs": "stages.NAME.epochs",
     "per_device_train_batch_size": "data.seq_length tokens a row, train.accumulate rows of each data rank",
+    "sound": "data.video.audio",  # as it was called
     "save_steps": "checkpoint.every",
     "eval_steps": "train.validate_every",
     "logging_steps": "train.log_every",

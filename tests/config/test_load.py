@@ -59,6 +59,12 @@ def test_the_resolved_config_gives_itself_back(write, tmp_path):
     assert load_config(again) == loaded
 
 
+def test_a_config_from_before_may_say_whether_a_video_has_sound(write):
+    for sound, audio in (("true", "after"), ("false", False)):
+        loaded = load_config(write(), [f"stages.two.data.video.sound={sound}"])
+        assert [stage.data.video.audio for stage in loaded.stages] == [False, audio]
+
+
 def test_overrides_reach_sections_and_named_stages(write):
     loaded = load_config(
         write(), ["train.accumulate=4", "stages.two.steps=7", "stages.two.optimizer.lr=3e-5", "seed=9"]
@@ -101,6 +107,9 @@ def test_epochs_of_the_command_line_take_the_place_of_a_files_steps(write, tmp_p
         ("model.audio_projector={}", "audio and audio_projector come together"),
         ("data.seq_lenght=9", "unknown key data.seq_lenght (did you mean seq_length?)"),
         ("data.num_workers=two", "x.yaml: data.num_workers: Input should be a valid integer, got 'two'"),
+        ("data.video={audio: after, sound: true}", "unknown key data.video.sound (here: data.video.audio)"),
+        ("data.video.sound=after", "unknown key data.video.sound (here: data.video.audio)"),
+        ("data.video.audio=true", "data.video.audio: Input should be False, 'after' or 'interleaved', got True"),
         ("data.video.frames=9", "unknown key data.video.frames (did you mean num_frames?)"),
         ("stages.one.data={video: {xyzzy: 9}}", "unknown key stages.one.data.video.xyzzy (known: num_frames, fps,"),
         ("model.lora={rnk: 9}", "unknown key model.lora.rnk (did you mean rank?)"),

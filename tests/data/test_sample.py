@@ -265,3 +265,5 @@ def test_the_fingerprint_sees_what_changes_samples_and_not_where_files_lie(token
     assert fingerprint(base, model()) != fingerprint(base, model(stack=2))
     moved = dataclasses.replace(base, validation={"a": "b"}, media_root="/", max_bad_fraction=1.0)
     assert fingerprint(base, model()) == fingerprint(moved, model()) == "ea9345ca65239db0"
+    heard = dataclasses.replace(base, video=VideoConfig(audio="after"))  # called sound: true before
+    assert fingerprint(heard, model()) == "a011028f4c3204cd"
