@@ -259,6 +259,9 @@ class AudioConfig:
             f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}",
         )
         require(self.window == "true" or self.edge == "zeros", f"edge={self.edge} needs window=true")
+        require(
+            self.max_positions >= self.pool, f"max_positions={self.max_positions} is fewer than pool={self.pool} rows"
+        )
 
     @property
     def num_rows(self) -> int:

@@ -137,7 +137,7 @@ class MediaReader:
         sounds = [_chunk_of(time, seconds) for time in self._times_of(heard.items)]
         runs: list[Run] = []
         waiting = heard.items  # all windows come with the first of their features
-        for chunk in range(1 + max(seen + sounds)):
+        for chunk in sorted({*seen, *sounds}):
             first, after = bisect_left(seen, chunk), bisect_left(seen, chunk + 1)
             if first < after:
                 runs.append(self._seen(items[first:after], extent, first, continues=bool(runs)))

@@ -158,6 +158,8 @@ def test_a_window_too_short_for_a_row_is_no_item_and_audio_of_nothing_else_is_re
     assert not rest.media["audio"], "all of it was run before"
     with pytest.raises(ValueError, match=r"audio of 0\.0100 s is too short for the audio tower"):
         encode([{"role": "user", "content": "<audio>"}], audios=[tone(0.01)])
+    with pytest.raises(ValueError, match="max_positions=1 is fewer than pool=2 rows"):
+        dataclasses.replace(TOWER, max_positions=1, pool=2)
 
 
 def test_a_conversation_goes_on_after_frames_and_sound_that_take_turns(folder):

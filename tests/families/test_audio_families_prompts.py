@@ -5,6 +5,7 @@ import dataclasses
 import io
 import wave
 
+import av
 import numpy
 import pytest
 import torch
@@ -172,7 +173,5 @@ def test_images_audio_and_a_video_with_its_sound_stand_in_one_prompt_of_qwen_omn
 
 
 def soundtrack(video: bytes) -> numpy.ndarray:
-    import av
-
     with av.open(io.BytesIO(video)) as file:
         return numpy.concatenate([frame.to_ndarray()[0] for frame in file.decode(audio=0)]).astype("f4") / 32768
