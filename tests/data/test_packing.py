@@ -22,6 +22,7 @@ IMAGE_ROWS = 16  # (28 / 7)^2
 
 
 @pytest.mark.parametrize("method", METHODS)
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 50), max_size=60), seq_length=st.integers(50, 120))
 def test_every_sample_is_in_one_row_and_no_row_is_too_long(method, lengths, seq_length):
     rows = select(lengths, seq_length, method)
@@ -30,6 +31,7 @@ def test_every_sample_is_in_one_row_and_no_row_is_too_long(method, lengths, seq_
 
 
 @pytest.mark.parametrize("method", METHODS)
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 50), min_size=2, max_size=60))
 def test_no_two_rows_would_fit_into_one(method, lengths):
     sums = sorted(sum(lengths[i] for i in row) for row in select(lengths, 50, method))
