@@ -249,7 +249,8 @@ class AudioConfig:
     max_positions: Annotated[int, Field(gt=0, le=2**20)] = 1500  # rows of a full window: 20 ms each
     window: Literal["true", "fixed"] = "true"  # only the clip's rows, or the whole window's even if the clip is shorter
     log_mel: Literal["window", "clip"] = "window"  # made of each window alone, or of the whole clip before it is cut
-    edge: Literal["zeros", "silence", "masked"] = "zeros"  # past a clip, for the first convolution; masked: for both
+    edge: Literal["zeros", "silence", "masked"] = "zeros"
+    # what is past a clip: zeros or frames of silence before the first convolution; masked: zeros before each of the two
     pool: Literal[1, 2] = 1  # rows whose mean is a row of the output, before the last norm; an odd last row is dropped
     key_bias: bool = False
 
@@ -278,7 +279,8 @@ class AudioConfig:
         return self.hidden_size
 
     def item_shape(self, num_frames: int) -> tuple[int, int]:
-        """Mel bins, and frames of a window of a clip with so many; behind the clip come those that its rows see."""
+        """Mel bins, and frames of a window that holds so many of a clip: with edge=silence there are some behind them,
+        which the rows of the clip see."""
         if self.edge == "silence":
             return self.num_mels, 2 * self.rows_of(num_frames) + 2
         return self.num_mels, num_frames

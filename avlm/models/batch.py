@@ -35,7 +35,8 @@ class WindowRows(Movable):
 
     kept    int64 (K,): which of the I * W / 2 rows after the convolutions belong to a clip
     live    bool (I, W): frames of a clip, for convolutions that see nothing else; None if they see all
-    pooled  int64 (K',): the first of the kept rows, from 0 to K - 1, whose mean is a row of the output; None for 1 row
+    pooled  int64 (K',): for each row of the output, which is the mean of two kept rows, the first of them, from 0 to
+            K - 1; None if the kept rows are the output
     """
 
     kept: Tensor

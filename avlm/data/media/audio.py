@@ -82,7 +82,7 @@ def mels(waveform: Tensor, audio: AudioConfig) -> list[Tensor]:
 
 
 def num_frames(mel: Tensor, audio: AudioConfig) -> int:
-    """Frames of the clip in a window, rounded up to an even number where its edge does not tell."""
+    """Frames of the clip in a window, rounded up to an even number except with edge=masked."""
     return mel.shape[1] - 2 if audio.edge == "silence" else mel.shape[1]
 
 
