@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, VisionConfig
+from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families import (
     audioflamingo3,
@@ -93,6 +94,11 @@ def prompts(family: ModuleType, config: AnyConfig, files: Mapping[str, dict]) ->
     """Keys of ``data``, besides the template, with which we make the prompts that a folder's processor makes.
     ``files``: those of PROCESSOR_FILES that the folder has, by their names."""
     return family.prompts(config, files) if family in WITH_PROMPTS else {}
+
+
+def prompt_keys(family: ModuleType, data: DataConfig | None) -> dict[str, Any]:
+    """What the config.json of an export says about prompts. ValueError for what the format cannot hold."""
+    return family.prompt_keys(data) if family is qwen2_5_omni and data is not None else {}
 
 
 def elsewhere(family: ModuleType, keys: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

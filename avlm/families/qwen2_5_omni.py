@@ -106,7 +106,9 @@ def read(keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
         "tokens_per_second": keys["position_id_per_seconds"],
     }
     tower = qwen2_5_vl.read_tower(vision, files)
-    decoder = qwen2_vl.read_decoder({"text_config": {}, **keys}, "qwen2", TEXT_DEFAULTS)
+    tied = bool(keys.get("tie_word_embeddings"))  # that of the decoder's own keys does not count
+    text = {**(keys.get("text_config") or {}), "tie_word_embeddings": tied}
+    decoder = qwen2_vl.read_decoder({"text_config": text}, "qwen2", TEXT_DEFAULTS)
     seeing = qwen2_vl.whole(decoder, tower, vision["spatial_merge_size"], vision["out_hidden_size"])
     audio = {**AUDIO_DEFAULTS, **(keys.get("audio_config") or {})}
     require_accepted(audio, whisper.ACCEPTED)
@@ -151,7 +153,6 @@ def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
         "video_token_index": ids[VIDEO],
         "vision_end_token_id": ids[SEEN],
         "position_id_per_seconds": per_second,
-        "seconds_per_chunk": DEFAULTS["seconds_per_chunk"],
         "tie_word_embeddings": config.decoder.tie_embedding,
         "text_config": {
             **qwen2_vl.write_decoder(config.decoder),
@@ -191,6 +192,14 @@ def prompts(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any]:
         "markers": {"image": [SEE, SEEN], "video": [SEE, SEEN], "audio": [HEAR, HEARD]},
         "video": {**qwen2_vl.read_frames(video), **frames},
     }
+
+
+def prompt_keys(data: DataConfig) -> dict[str, Any]:
+    """The keys of config.json that ``prompts`` reads. Sound after the frames of a video has none."""
+    seconds = data.video.chunk_seconds
+    if seconds != int(seconds):
+        raise ValueError(f"the qwen2_5_omni format holds whole seconds, and data.video.chunk_seconds is {seconds:g}")
+    return {"seconds_per_chunk": int(seconds), "use_audio_in_video": bool(data.video.audio)}
 
 
 def processor_json(config: ModelConfig, data: DataConfig | None) -> dict[str, dict[str, Any]]:

@@ -129,7 +129,8 @@ def _content(
     ids = media_token_ids(tokenizer, family.MEDIA_TOKENS, config.decoder.vocab_size)
     rows = max([config.decoder.vocab_size, *(number + 1 for number in ids.values())])
     config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, vocab_size=rows))
-    files = {"config.json": family.config_json(config, ids), **family.processor_json(config, data)}
+    keys = {**family.config_json(config, ids), **door.prompt_keys(family, data)}
+    files = {"config.json": keys, **family.processor_json(config, data)}
     tensors = _hugging_face_tensors(family, config, state)
     _make_room(tensors, family, rows)
     markers = data.markers if data is not None else {}

@@ -49,7 +49,11 @@ def _elsewhere(module: str, key: str, name: str) -> AnyConfig:
     """The config of a module in another folder, which ``key`` names."""
     wanted = {"decoder": DecoderConfig, "audio": AudioConfig}[module]
     try:
-        config = read_config(resolve(name, weights=False))
+        folder = resolve(name, weights=False)
+        keys = read_json(folder / "config.json")
+        if not is_own(keys) and door.elsewhere(door.family_of(keys), keys):
+            raise ValueError(f"{shown(name)} leaves modules to other folders itself")
+        config = read_config(folder)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{key}: {error}") from None
     if not isinstance(config, wanted):

@@ -70,10 +70,17 @@ def test_our_config_comes_back_from_their_keys_in_both_dialects(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_absent_keys_have_the_defaults_of_their_classes(name):
     given = {"model_type": CONFIGS[name].model_type}
-    theirs = CONFIGS[name](tie_word_embeddings=False)
-    if name == "qwen2_5_omni":
-        theirs.text_config.tie_word_embeddings = False
+    theirs = CONFIGS[name]()
     assert FAMILIES[name].read(given, {}) == FAMILIES[name].read(json.loads(theirs.to_json_string(use_diff=False)), {})
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(True, False), (False, True)])
+def test_the_head_of_qwen_omni_is_tied_where_the_thinker_says_so(inner, outer):
+    keys = keys_of("qwen2_5_omni")
+    keys["tie_word_embeddings"], keys["text_config"]["tie_word_embeddings"] = outer, inner
+    theirs = transformers.Qwen2_5OmniThinkerForConditionalGeneration(CONFIGS["qwen2_5_omni"](**keys))
+    is_tied = theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    assert qwen2_5_omni.read(keys, {}).decoder.tie_embedding == is_tied == outer
 
 
 def test_a_whole_qwen_omni_has_the_config_of_its_thinker(tmp_path):

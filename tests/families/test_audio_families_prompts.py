@@ -136,11 +136,10 @@ def test_a_folder_of_ours_makes_the_prompts_and_answers_that_we_make(exported, s
     assert answer.token_ids == out[0, inputs["input_ids"].shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("exported", ["qwen2_5_omni"], indirect=True)
 @pytest.mark.parametrize("heard", ["interleaved", False])
 def test_images_audio_and_a_video_with_its_sound_stand_in_one_prompt_of_qwen_omni(exported, heard):
     name, model, folder = exported
-    if name != "qwen2_5_omni":
-        pytest.skip("the others do not see")
     theirs = CLASSES[name].from_pretrained(folder)
     config, data = model_and_data(folder)
     samples, clip = recording(1.3)
@@ -170,6 +169,23 @@ def test_images_audio_and_a_video_with_its_sound_stand_in_one_prompt_of_qwen_omn
         logits = model.decoder.head(model.decoder.norm(hidden), None)
         expected = theirs(**inputs, use_audio_in_video=bool(heard)).logits[0]
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("exported", ["qwen2_5_omni"], indirect=True)
+@pytest.mark.parametrize(("heard", "seconds"), [(False, 2.0), ("interleaved", 4.0), ("interleaved", 1.5)])
+def test_an_export_of_qwen_omni_says_whether_its_run_heard_videos(exported, heard, seconds, tmp_path):
+    name, model, folder = exported
+    config, data = model_and_data(folder)
+    video = dataclasses.replace(data.video, audio=heard, chunk_seconds=seconds)
+    data = dataclasses.replace(data, video=video)
+    if seconds == 1.5:
+        with pytest.raises(ValueError, match=r"holds whole seconds, and data.video.chunk_seconds is 1.5"):
+            export(config, model.state_dict(), tmp_path / "out", name, data=data)
+        return
+    export(config, model.state_dict(), tmp_path / "out", name, data=data)
+    assert model_and_data(tmp_path / "out")[1].video == video
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert (theirs.seconds_per_chunk, theirs.use_audio_in_video) == (seconds, bool(heard))
 
 
 def soundtrack(video: bytes) -> numpy.ndarray:

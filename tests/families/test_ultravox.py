@@ -217,6 +217,7 @@ def test_what_lies_elsewhere_and_does_not_fit_is_said_in_one_line(case, tmp_path
         ({"text_model_id": f"{here}/nowhere"}, "config.json: text_model_id: no model folder .*nowhere"),
         ({"text_model_id": f"{here}/whisper"}, "text_model_id.*whisper holds no DecoderConfig"),
         ({"audio_model_id": f"{here}/llama"}, "audio_model_id.*llama holds no AudioConfig"),
+        ({"text_model_id": str(case.folder)}, "text_model_id: .*ultravox leaves modules to other folders itself"),
         ({"text_model_id": 3}, "text_model_id must be a string, not 3"),
         ({"hidden_size": 41}, "hidden_size=41 is odd"),
         ({"projector_act": "relu"}, "projector_act='relu' is not implemented"),
