@@ -47,8 +47,8 @@ class Base:
 def base_of(config: Config, names: Collection[str], format: str | None, name: str | None) -> Base:
     """The base of a run's adapters, among its parameters ``names``.
 
-    ``format`` and ``name`` are what the user asked for. By default the base is what the model as a whole is: a LLaVA,
-    a Voxtral or a decoder. Raises ValueError where it cannot be that, or where a folder of adapters could not hold what
+    ``format`` and ``name`` are what the user asked for. By default the base is what the model as a whole is: one of
+    a family, or a decoder. Raises ValueError where it cannot be that, or where a folder of adapters could not hold what
     the run has trained.
     """
     if not any(is_adapter(each) for each in names):
