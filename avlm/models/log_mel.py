@@ -19,6 +19,7 @@ from avlm.config.model import AudioConfig
 SAMPLE_RATE = 16_000  # Hz
 FFT = 400  # samples: 25 ms
 HOP = 160  # samples: 10 ms
+BLOCK = 3000  # frames that are transformed at a time: spectra and powers take six times the memory of the samples
 
 
 def windows(clip: Tensor, audio: AudioConfig) -> list[Tensor]:
@@ -44,11 +45,16 @@ def _log_mel(clip: Tensor, audio: AudioConfig) -> tuple[Tensor, Tensor]:
     if audio.edge != "masked":  # else more of the recording might follow
         frames = min(frames, math.ceil(covered / whole) * whole)
     padded = F.pad(clip[None], (0, frames * HOP - clip.shape[0]))
-    spectrum_BW = torch.stft(padded, FFT, HOP, window=_hann(), return_complex=True)[0, :, :-1]
-    power_BW = spectrum_BW.real.square() + spectrum_BW.imag.square()
-    log_MW = (_filters(audio.num_mels) @ power_BW).clamp_(min=1e-10).log10_()
+    padded = F.pad(padded, (FFT // 2, FFT // 2), mode="reflect")[0]
+    log_MW = torch.empty(audio.num_mels, frames)
+    for start in range(0, frames, BLOCK):
+        end = min(frames, start + BLOCK)
+        samples = padded[start * HOP : (end - 1) * HOP + FFT]
+        spectrum_BW = torch.stft(samples, FFT, HOP, window=_hann(), center=False, return_complex=True)
+        power_BW = spectrum_BW.real.square() + spectrum_BW.imag.square()
+        log_MW[:, start:end] = (_filters(audio.num_mels) @ power_BW).clamp_(min=1e-10).log10_()
     floor = log_MW.max() - 8.0
-    return log_MW.maximum(floor).add_(4.0).div_(4.0), (floor.clamp(min=-10.0) + 4.0) / 4.0
+    return log_MW.clamp_(min=floor).add_(4.0).div_(4.0), (floor.clamp(min=-10.0) + 4.0) / 4.0
 
 
 def _window(log_MW: Tensor, silence: Tensor, covered: int, audio: AudioConfig) -> Tensor:
