@@ -2,9 +2,9 @@
 
 Every placeholder id stands for exactly one feature: an image of lines x columns patches gives (lines / downsample) *
 (columns / downsample) IMAGE ids, a window of audio ceil(rows / stack) AUDIO ids, a video its frames as images and, if
-asked for, its audio, after them or in turns with them. They have the order of the media, so the n-th IMAGE id belongs to
-the n-th image feature. Around them stand the markers of ``data.markers``, and times where ``data.video.timestamps`` asks
-for them.
+asked for, its audio, after them or in turns with them. They have the order of the media, so the n-th IMAGE id belongs
+to the n-th image feature. Around them stand the markers of ``data.markers``, and times where ``data.video.timestamps``
+asks for them.
 """
 
 import json
