@@ -75,7 +75,7 @@ class VideoConfig:
     timestamps: bool = False  # write "<1.5 seconds>" before each patch of frames, which gets markers of its own
     audio: Literal[False, "after", "interleaved"] = False
     # encode the video's own audio too: after its frames, or in turns of chunk_seconds, each with its frames first
-    chunk_seconds: Positive = 2.0
+    chunk_seconds: Annotated[float, Field(ge=1e-3)] = 2.0
 
     def __post_init__(self) -> None:
         require(

@@ -69,9 +69,9 @@ class MediaReader:
         extent, items = self._frames(content, room)
         if not (config.audio and video.has_audio(content)):
             return self._video(extent, items, number)
-        heard = self._audio(content, f"video of {key}", number)
         if config.audio == "after":
-            return [*self._video(extent, items, number), heard]
+            return [*self._video(extent, items, number), self._audio(content, f"video of {key}", number)]
+        heard = self._audio(content, f"video of {key}", number, video.seconds_to_audio(content))
         return self._interleaved(extent, items, heard, number)
 
     def extent(self, kind: str, content: bytes) -> Extent:
@@ -114,8 +114,10 @@ class MediaReader:
             offsets = of_items(items, self.model, step, first)
         return Run("image", items, len(items) * extent.item_features, offsets=offsets, **others)
 
-    def _audio(self, content: bytes, name: str, number: int) -> Run:
-        waveform = audio.decode(content, self.data.max_audio_seconds, name)
+    def _audio(self, content: bytes, name: str, number: int, delay: float = 0.0) -> Run:
+        """``delay``: seconds of silence before it."""
+        longest = self.data.max_audio_seconds
+        waveform = audio.delayed(audio.decode(content, longest, name), delay, longest)
         items = audio.mels(waveform, self.model.audio)
         if not items:
             seconds = len(waveform) / audio.SAMPLE_RATE

@@ -97,9 +97,15 @@ def tone(seconds: float, rate: int = 16_000, channels: int = 1, frequency: float
 
 
 def video_file(
-    seconds: float, rate: int = 8, sound: bool | float = False, container: str = "matroska", codec: str = "mpeg4"
+    seconds: float,
+    rate: int = 8,
+    sound: bool | float = False,
+    container: str = "matroska",
+    codec: str = "mpeg4",
+    sound_from: float = 0.0,
 ) -> bytes:
-    """Frame n is grey of brightness 2 n; its sound is as long, or of the given seconds (0.0: an empty track)."""
+    """Frame n is grey of brightness 2 n; its sound is as long, or of the given seconds (0.0: an empty track), and
+    begins at ``sound_from``."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", container) as file:
         stream = file.add_stream(codec, rate=rate)
@@ -115,6 +121,7 @@ def video_file(
             noise = np.random.default_rng(0).normal(0, 1000, (1, num_samples)).astype(np.int16)
             frame = av.AudioFrame.from_ndarray(noise, format="s16", layout="mono")
             frame.sample_rate = 16_000
+            frame.pts = round(sound_from * 16_000)
             file.mux(track.encode(frame))
             file.mux(track.encode(None))
     return buffer.getvalue()

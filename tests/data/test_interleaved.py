@@ -10,6 +10,7 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniTh
 
 from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig, VideoConfig
+from avlm.data.media.audio import delayed
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample, SampleEncoder
 from avlm.data.text.tokenizer import Tokenizer
@@ -123,6 +124,26 @@ def test_frames_and_sound_take_turns_of_the_seconds_asked_for_in_a_model_of_our_
     assert batch.image.rows.tolist() == (ours.token_T == IMAGE).nonzero().flatten().tolist()
 
 
+def test_sound_that_begins_later_than_the_frames_is_heard_when_it_begins(folder):
+    """Silence stands before it. Some hundredths of a second are those of encoders, and change nothing."""
+    options = {"video": VideoConfig(num_frames=4, audio="interleaved", chunk_seconds=1.0), "markers": {}}
+    encode = encoder(folder, model(), max_audio_seconds=4.0, **options).prompt
+    question = [{"role": "user", "content": "<video>"}]
+    punctual, soon, late = (
+        encode(question, videos=[video_file(4.0, sound=2.0, sound_from=seconds)]) for seconds in (0.0, 0.05, 1.5)
+    )
+    assert soon.token_T.equal(punctual.token_T) and soon.media["audio"][0].equal(punctual.media["audio"][0])
+    placed = [token for token in late.token_T.tolist() if token < 0]
+    assert placed == [*([IMAGE] * 16 + [AUDIO] * 50) * 3, *[IMAGE] * 16, *[AUDIO] * 25]
+    mel = torch.cat(late.media["audio"], 1)
+    assert mel[:, :140].unique().numel() <= 3 < mel[:, 150:].unique().numel(), "the floors of windows"
+    with pytest.raises(ValueError, match=r"begins after 2.5 s is longer than data.max_audio_seconds=4"):
+        encode(question, videos=[video_file(4.0, sound=2.0, sound_from=2.5)])
+    assert delayed(torch.arange(32_000), -0.5, 4.0)[0] == 8_000
+    with pytest.raises(ValueError, match="ends before its first frame"):
+        delayed(torch.zeros(32_000), -2.0, 4.0)
+
+
 def test_turns_end_where_seconds_of_no_exact_float_do(folder):
     """1.2 s are more than 60 features of 20 ms, and less than 3 turns of 0.4 s, if all are floats."""
     video = VideoConfig(num_frames=4, audio="interleaved", chunk_seconds=0.4)
@@ -228,3 +249,5 @@ def test_a_cache_is_not_cut_within_sound_that_goes_on_past_the_cut(folder):
 def test_times_in_the_text_do_not_go_with_turns_of_frames_and_sound():
     with pytest.raises(ValueError, match="timestamps go with audio=after or false"):
         VideoConfig(audio="interleaved", timestamps=True)
+    with pytest.raises(ValueError, match=r"chunk_seconds\s+Input should be greater than or equal to 0.001"):
+        VideoConfig(audio="interleaved", chunk_seconds=1e-310)

@@ -1,6 +1,7 @@
 """Audio: bytes of any container -> log-mel windows, equal to Whisper's feature extractor.
 
 decode  bytes -> float32 (samples,), mono, 16 kHz
+delayed -> the same, heard later
 mels    -> a list of windows (M, frames): M mel bins, one frame each 10 ms
 
 A window is 2 * max_positions frames (30 s). Longer audio becomes several clips, each with a window of its own, and
@@ -19,6 +20,7 @@ from operator import itemgetter
 import av
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchaudio.transforms import Resample
 
@@ -80,6 +82,19 @@ def _first_stream(data: bytes, max_seconds: float) -> tuple[numpy.ndarray, Decod
 def mels(waveform: Tensor, audio: AudioConfig) -> list[Tensor]:
     """float32 (M, frames) of every window that the tower makes a row of, in order."""
     return [mel for mel in windows(waveform, audio) if audio.outputs_of(num_frames(mel, audio)) > 0]
+
+
+def delayed(waveform: Tensor, seconds: float, max_seconds: float) -> Tensor:
+    """With silence before it, or, for negative seconds, without its beginning. ValueError if it gets too long, or if
+    nothing is left."""
+    if seconds + len(waveform) / SAMPLE_RATE > max_seconds * (1 + 1e-9):
+        raise ValueError(
+            f"audio that begins after {seconds:.1f} s is longer than data.max_audio_seconds={max_seconds:g}"
+        )
+    samples = round(seconds * SAMPLE_RATE)
+    if samples + len(waveform) <= 0:
+        raise ValueError("audio of the video ends before its first frame")
+    return F.pad(waveform, (samples, 0)) if samples > 0 else waveform[-samples:]
 
 
 def num_frames(mel: Tensor, audio: AudioConfig) -> int:

@@ -29,6 +29,7 @@ MAX_WASTED = 3  # seeks that went back: the video's key frames are further apart
 MAX_FRAME_PIXELS = 2**25  # 8K; no decoder is given more, as some hold 17 frames
 MAX_FRAME_BITS = 24 * MAX_FRAME_PIXELS
 MAX_TIME = 2**63 - 1  # that FFmpeg can count to, in units of the stream
+IN_STEP = 0.1  # seconds that audio may be early or late: encoders delay it by some hundredths, and nobody sees that
 USUAL_RATE = 25  # frames a second, where the file gives none
 
 TimedFrame = tuple[float, av.VideoFrame]  # seconds from the first frame
@@ -58,6 +59,20 @@ def has_audio(data: bytes) -> bool:
             return has_packets(container, container.streams.audio)
     except FAULTS:
         return False
+
+
+def seconds_to_audio(data: bytes) -> float:
+    """How long after the first frame the audio begins; negative if it begins earlier, 0 where the file does not tell or
+    the eye does not."""
+    with open_container(data) as container:
+        frames, tracks = _stream(container), container.streams.audio
+        begins = [
+            track.start_time * track.time_base for track in tracks if None not in (track.start_time, track.time_base)
+        ]
+        if not begins or frames.start_time is None:
+            return 0.0
+        seconds = float(begins[0] - frames.start_time * frames.time_base)
+    return seconds if abs(seconds) > IN_STEP else 0.0
 
 
 class VideoFile:
