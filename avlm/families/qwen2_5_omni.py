@@ -132,7 +132,7 @@ def _thinker(keys: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of the thinker, of a config.json of it or of the whole model."""
     if keys["model_type"] == WHOLE:
         keys = keys.get(WHOLE_KEY) or {}
-    return {**DEFAULTS, **keys}
+    return {**DEFAULTS, **{key: value for key, value in keys.items() if value is not None}}
 
 
 def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:

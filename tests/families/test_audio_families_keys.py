@@ -101,6 +101,11 @@ def test_a_whole_qwen_omni_has_the_config_of_its_thinker(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(silent))
     prompts = media_prompts(tmp_path)
     assert (prompts["video"]["audio"], prompts["video"]["chunk_seconds"]) == (False, 4.0)
+    nothing = dict.fromkeys(("use_audio_in_video", "seconds_per_chunk", "position_id_per_seconds"))
+    (tmp_path / "config.json").write_text(json.dumps({**thinker, **nothing}))
+    assert read_config(tmp_path) == config
+    prompts = media_prompts(tmp_path)
+    assert (prompts["video"]["audio"], prompts["video"]["chunk_seconds"]) == ("interleaved", 2.0), "null is the default"
 
 
 @pytest.mark.parametrize(
