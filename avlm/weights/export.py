@@ -120,7 +120,7 @@ def _content(
         base = base or Base()
         names = peft_names(state, base)
         if not any(is_adapter(name) for name in names):
-            raise ValueError(f"the adapter format holds adapters of a {base.format}, and the model has none")
+            raise ValueError(f"the adapter format holds adapters onto {base.format}, and the model has none")
         tensors = {theirs: state[name] for name, theirs in names.items()}
         return Content({"adapter_config.json": adapter_keys(config, state, base)}, tensors, "adapter_model")
     if format not in door.FORMATS:

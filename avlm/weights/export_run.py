@@ -65,5 +65,5 @@ def summary(folder: str, format: str, tensors: Mapping[str, Lazy], base: Base | 
         load = f"transformers.{door.FORMATS[format].CLASS}.from_pretrained({folder!r})"
     else:
         load = f"avlm.load({folder!r})"
-    kind = f"adapters of a {base.format}" if base else f"format {format}" + (f" within {whole}" if whole else "")
+    kind = f"adapters onto {base.format}" if base else f"format {format}" + (f" within {whole}" if whole else "")
     return f"wrote {folder}: {kind}, {len(tensors)} tensors in {' and '.join(dtypes)}, {size:,.1f} MB\nload it: {load}"

@@ -162,7 +162,7 @@ def test_peft_loads_our_adapters_onto_the_decoder_of_transformers(kind, tmp_path
 def test_the_adapter_format_wants_adapters_of_the_decoder(tmp_path):
     for lora in (None, {"targets": ["vision.*.up"]}):
         model = build(make(lora).model)
-        with pytest.raises(ValueError, match="holds adapters of a decoder, and the model has none"):
+        with pytest.raises(ValueError, match="holds adapters onto decoder, and the model has none"):
             export(model.config, model.state_dict(), tmp_path / "out", "adapter")
     assert not (tmp_path / "out").exists()
 

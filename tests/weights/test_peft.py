@@ -119,7 +119,7 @@ def test_adapters_load_onto_the_class_of_their_base_and_give_its_logits(
     write_trained(tmp_path / "run", model, train, start)
     command(monkeypatch, tmp_path / "run", tmp_path / "adapter", "--format", "adapter")
     said = capsys.readouterr().out
-    assert f"adapters of a {family}, " in said and " in float32, " in said and "lacks" not in said
+    assert f"adapters onto {family}, " in said and " in float32, " in said and "lacks" not in said
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PEFT only warns of missing keys
         theirs = eval(said.split("load it: ")[1], {"transformers": transformers, "peft": peft})
@@ -147,7 +147,7 @@ def test_adapters_load_onto_the_class_of_their_base_and_give_its_logits(
         (WHOLE, ["decoder.*"], ["lora"], [], "cannot be a qwen2_5_omni: .*mrope_sections.*--onto decoder"),
         (TEXT_ONLY, ["decoder.*"], ["decoder"], [], "trains decoder itself .*--format decoder writes the whole model"),
         (VISION_ONLY, ["decoder.*"], ["lora"], [], "cannot be a llava: .*without downsampling.*--onto decoder"),
-        (VISION_ONLY, ["vision.blocks.*"], ["lora"], ["--onto", "decoder"], "holds adapters of a decoder, and the mod"),
+        (VISION_ONLY, ["vision.blocks.*"], ["lora"], ["--onto", "decoder"], "holds adapters onto decoder, and the mod"),
         (VOXTRAL, ["decoder.*"], ["lora", "audio"], [], r"trains audio itself \(audio.blocks.0.*--format voxtral"),
         (VOXTRAL, ["decoder.*"], ["lora"], ["--onto", "llava"], "cannot be a llava: .*with a vision tower"),
         (QWEN, ["vision.*.q"], ["lora"], [], r"vision.blocks.0.attention.q has adapters, .* part of blocks.0.attn.qkv"),
@@ -167,7 +167,7 @@ def test_what_is_written_what_it_lacks_and_how_it_loads_is_said(tmp_path, monkey
     out = tmp_path / "out"
     command(monkeypatch, run, out, "--format", "adapter", "--onto", "decoder", "--base", "my/base")
     wrote, load, lacks = capsys.readouterr().out.splitlines()
-    assert wrote == f"wrote {out}: adapters of a decoder, 28 tensors in float32, 0.0 MB"
+    assert wrote == f"wrote {out}: adapters onto decoder, 28 tensors in float32, 0.0 MB"
     assert load.endswith(f"(transformers.AutoModelForCausalLM.from_pretrained('my/base'), '{out}')")
     left = "vision, audio, adapters of audio, vision_projector, audio_projector"
     assert lacks == f"it lacks {left}: --format avlm keeps them, with all adapters merged"
