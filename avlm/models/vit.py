@@ -46,7 +46,7 @@ class VisionTower(nn.Module):
         if images.places is None:
             x_TD = self._on_a_square(x_PD)
         else:
-            x_TD = x_PD + self._stretched_positions(images.places)
+            x_TD = x_PD if self.position is None else x_PD + stretched(self.position, images.places)
             windows = images.places.windows
             if self.config.axial_rope:
                 rope = axial_table(images.places.yx, self.config.head_dim)
@@ -66,16 +66,6 @@ class VisionTower(nn.Module):
             class_I1D = self.class_token.expand(x_IND.shape[0], 1, -1)
             x_IND = torch.cat([class_I1D, x_IND], dim=1)
         return (x_IND + self.position).flatten(0, 1)
-
-    def _stretched_positions(self, places: PatchPlaces) -> Tensor | float:
-        """(P, D): weighted sums of rows of the table; 0 without one."""
-        if self.position is None:
-            return 0.0
-        assert places.tap_rows is not None
-        # In float32: the gradient of a row of the table is a sum over many patches, which bf16 would cut off on a CPU.
-        table = self.position.float()
-        taps_PD = F.embedding_bag(places.tap_rows, table, mode="sum", per_sample_weights=places.tap_weights)
-        return taps_PD.to(self.position.dtype)
 
     def init_stats(self) -> dict[str, tuple[float, float]]:
         """(mean, std) of the normal from which each parameter is drawn; positions and the class token have std 0.02."""
@@ -97,6 +87,14 @@ def normalise(patches_PN: Tensor, vision: VisionConfig) -> Tensor:
 def _by_channel(values: tuple[float, ...], of_channel: int, device: torch.device) -> Tensor:
     """float32 (N,), scaled to pixel values of 0..255. Cached, because a copy to a GPU makes the host wait."""
     return 255 * torch.tensor(values, device=device).repeat_interleave(of_channel)
+
+
+def stretched(position_RD: Tensor, places: PatchPlaces) -> Tensor:
+    """Positions (P, D): weighted sums of the rows of a table."""
+    assert places.tap_rows is not None
+    # In float32: the gradient of a row of the table is a sum over many patches, which bf16 would cut off on a CPU.
+    taps_PD = F.embedding_bag(places.tap_rows, position_RD.float(), mode="sum", per_sample_weights=places.tap_weights)
+    return taps_PD.to(position_RD.dtype)
 
 
 def axial_table(yx_P2: Tensor, head_dim: int) -> Rope:
