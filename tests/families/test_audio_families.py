@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from avlm.config.model import LoraConfig, ModelConfig
+from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig, InitFrom
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
@@ -28,10 +28,10 @@ from avlm.models.log_mel import windows
 from avlm.models.whisper import sinusoids
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
-from avlm.weights.load import init_weights, load_weights
+from avlm.weights.load import load_weights
 from tests.families.test_audio_families_keys import FAMILIES, IDS, config_of
 from tests.families.test_qwen_vl import SIZES, VIDEO, close, frames, logits_of, pixel_values
-from tests.models.handmade import assert_gradients_close, loaded, save
+from tests.models.handmade import adapted, assert_gradients_close, loaded, save
 
 CLASSES = {name: getattr(transformers, family.CLASS) for name, family in FAMILIES.items()}
 # Seconds of the clips of a prompt. Windows are of 1 s, those of Qwen2.5-Omni of 0.2 s; a row of a tower takes 0.02 s.
@@ -197,11 +197,7 @@ def test_greedy_answers_equal_those_of_transformers_token_for_token(case):
 @torch.no_grad()
 def test_an_export_is_read_back_by_transformers_with_equal_logits(case, targets, tmp_path):
     name, before, folder, config = case
-    ours = AVLM(dataclasses.replace(config, lora=LoraConfig(rank=2, alpha=2.0, targets=targets) if targets else None))
-    init_weights(ours, InitFrom(all=str(folder)), seed=1)
-    for key, parameter in ours.named_parameters():
-        if ".lora_" in key:
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    ours = adapted(config, folder, targets)
     export(ours.config, ours.state_dict(), tmp_path / "out", name)
     theirs, report = CLASSES[name].from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from avlm.config.model import LoraConfig, ModelConfig
+from avlm.config.model import ModelConfig
 from avlm.config.run import InitFrom
 from avlm.data.media.patches import cut_into_patches
 from avlm.data.packing import pack
@@ -26,9 +26,9 @@ from avlm.models.batch import IGNORE, IMAGE, Batch
 from avlm.models.vit import normalise
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
-from avlm.weights.load import init_weights, load_weights
+from avlm.weights.load import load_weights
 from tests.families.test_qwen_vl_keys import FAMILIES, TOKENS, config_of, keys_of
-from tests.models.handmade import assert_gradients_close, build, loaded, save
+from tests.models.handmade import adapted, assert_gradients_close, build, loaded, save
 
 START, IMAGE_PAD, VIDEO_PAD, END = TOKENS.values()
 CLASSES = {name: getattr(transformers, family.CLASS) for name, family in FAMILIES.items()}
@@ -162,11 +162,7 @@ def test_greedy_answers_equal_those_of_transformers_token_for_token(case):
 def test_an_export_is_read_back_by_transformers_with_equal_logits(case, targets, tmp_path):
     """Adapters are merged before q, k and v of the tower are joined."""
     name, _, folder, config = case
-    ours = AVLM(dataclasses.replace(config, lora=LoraConfig(rank=2, alpha=2.0, targets=targets) if targets else None))
-    init_weights(ours, InitFrom(all=str(folder)), seed=1)
-    for key, parameter in ours.named_parameters():
-        if ".lora_" in key:
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    ours = adapted(config, folder, targets)
     export(ours.config, ours.state_dict(), tmp_path / "out", name)
     theirs, report = CLASSES[name].from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]

@@ -8,14 +8,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.model import AudioConfig, DecoderConfig, LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import InitFrom
 from avlm.data.media.patches import cut_into_patches
 from avlm.data.packing import pack_media
 from avlm.data.sample import EncodedSample, Items, placeholders
 from avlm.models.avlm import AVLM, init
 from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch, Media, no_media, text_positions, windowed_segments
-from avlm.weights.load import Report, load_weights
+from avlm.weights.load import Report, init_weights, load_weights
 from kernels.segments import Segments
 
 transformers.utils.logging.set_verbosity_error()
@@ -119,6 +119,17 @@ def loaded(config: ModelConfig, **init_from: Path) -> AVLM:
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
     load_weights(model, InitFrom(**{key: str(folder) for key, folder in init_from.items()}))
+    return model
+
+
+@torch.no_grad()
+def adapted(config: ModelConfig, folder: Path, targets: list[str]) -> AVLM:
+    """A folder's model, with random adapters if there are any targets."""
+    model = AVLM(dataclasses.replace(config, lora=LoraConfig(rank=2, alpha=2.0, targets=targets) if targets else None))
+    init_weights(model, InitFrom(all=str(folder)), seed=1)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
 
 

@@ -1,4 +1,4 @@
-"""What each of two ranks runs in test_weights.py and test_generation.py; here, so that they import no transformers."""
+"""What each of two ranks runs in test_load.py and test_generation.py; here, so that they import no transformers."""
 
 import torch
 import torch.distributed as dist
