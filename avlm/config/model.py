@@ -52,6 +52,23 @@ class RopeScaling:
 
 
 @config
+class YarnScaling:
+    """YaRN frequency scaling (Peng et al. 2023; rope_type "yarn")."""
+
+    factor: Annotated[float, Field(ge=1)]
+    original_max_position: Tokens
+    beta_fast: Positive = 32.0  # full turns within the original context: pairs that turn more often keep their speed
+    beta_slow: Positive = 1.0  # those that turn less often are slowed down by the factor
+    attention_factor: Positive = 1.0  # of cos and sin
+
+    def __post_init__(self) -> None:
+        require(
+            self.beta_slow < self.beta_fast,
+            f"beta_slow={self.beta_slow} is not below beta_fast={self.beta_fast}",
+        )
+
+
+@config
 class DecoderConfig:
     """Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
@@ -64,6 +81,9 @@ class DecoderConfig:
     head_dim: Annotated[int, Field(ge=0, le=2**14)] = 0  # 0: hidden_size / num_heads
     rope_theta: Annotated[float, Field(gt=0, le=1e15)] = 500_000.0
     rope_scaling: RopeScaling | None = None
+    yarn: YarnScaling | None = None  # another scaling; give one of the two
+    query_growth: NonNegative = 0.0
+    # with yarn: queries grow by 1 + query_growth * ln(1 + floor(position / yarn.original_max_position)) (Llama 4)
     norm_eps: Epsilon = 1e-5
     tie_embedding: bool = False  # the head is the embedding
     qkv_bias: bool = False  # Qwen2
@@ -76,6 +96,8 @@ class DecoderConfig:
     mrope_interleaved: bool = False  # time, line and column take turns (Qwen3-VL), or stand one after the other
 
     def __post_init__(self) -> None:
+        require(self.rope_scaling is None or self.yarn is None, "give rope_scaling or yarn, not both")
+        require(self.yarn is not None or not self.query_growth, "query_growth needs yarn")
         if self.window_layers is not None:
             require(self.sliding_window is not None, "window_layers needs a sliding_window")
             require(
@@ -108,20 +130,24 @@ class DecoderConfig:
 @config
 class VisionConfig:
     """A ViT. The defaults are CLIP's; SigLIP is the same tower without class token and pre-norm, with a patch bias and
-    another GELU. With ``resize: area`` it takes images and videos of any grid of patches (the Qwen-VL towers)."""
+    another GELU. With ``resize: area`` or ``longest`` it takes images and videos of any grid of patches (the towers of
+    Qwen-VL and Pixtral)."""
 
     hidden_size: Width
     intermediate_size: Width
     num_layers: Layers
     num_heads: Heads
     image_size: Pixels | None = None
-    # side of all images; with resize=area, of the square that the position table covers, null: there is no table
+    # side of all images; of towers of any grid, of the square that the position table covers, null: there is no table
     patch_size: Pixels  # square; pixels past the last whole patch are dropped, as a convolution does
     frames_per_patch: Literal[1, 2] = 1  # 2: a patch spans two frames of a video; an image counts as two equal frames
     feature_layer: FromTheEnd = -2  # -1: output of the last layer, -2: of the one before; later layers are not built
     deepstack_layers: list[Whole] = field(default_factory=list)  # whose output goes into the first decoder layers
     activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "quick_gelu"
-    gated: bool = False  # down(activation(gate(x)) * up(x)), with biases
+    gated: bool = False  # down(activation(gate(x)) * up(x))
+    bias: bool = True  # of the linears of the layers
+    qk_norm: bool = False  # RMSNorm on queries and keys, over all heads together (InternViT 6B)
+    layer_scale: bool = False  # learned factors on what attention and MLP add (InternViT)
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: Epsilon = 1e-5
     class_token: bool = True  # dropped from the features
@@ -129,6 +155,9 @@ class VisionConfig:
     patch_bias: bool = False
     post_norm: bool = False  # normalise the features; SigLIP does where feature_layer is -1
     axial_rope: bool = False  # rotary positions: half of each head turns with a patch's line, half with its column
+    axial_offset: bool = False  # lines and columns take turns in one series of speeds (Pixtral), or have the same
+    position_table: Literal["bilinear", "bucket"] = "bilinear"
+    # of a tower of any grid: stretched over the image, or each patch takes the row of its share of the side (Idefics3)
     window: Stack | None = None  # patches a side of the windows within which layers attend; null: whole images
     full_layers: list[Whole] = field(default_factory=list)  # that attend to whole images although there are windows
     tokens_per_second: Positive | None = None  # steps of M-RoPE's time; null: one for each patch of frames
@@ -138,9 +167,9 @@ class VisionConfig:
     std: Annotated[list[Annotated[float, Field(ge=1e-3, le=1)]], Field(min_length=3, max_length=3)] = field(
         default_factory=lambda: [0.26862954, 0.26130258, 0.27577711]
     )
-    resize: Literal["crop", "stretch", "area"] = "crop"
-    # to a square: its shortest side, then the centre (CLIP), or both sides (SigLIP); area: to whole features, keeping
-    # its shape, within the bounds of data.image_tokens
+    resize: Literal["crop", "stretch", "area", "longest"] = "crop"
+    # to a square: its shortest side, then the centre (CLIP), or both sides (SigLIP). To whole features, keeping its
+    # shape: within the bounds of data.image_tokens (area), or no side above data.image_layout.longest_edge (longest)
     resample: Literal["bicubic", "bilinear"] = "bicubic"  # SigLIP 2 is bilinear
 
     def __post_init__(self) -> None:
@@ -160,8 +189,9 @@ class VisionConfig:
         if not self.any_grid:
             for key, default in {"axial_rope": False, "window": None, "frames_per_patch": 1}.items():
                 value = getattr(self, key)
-                require(value == default, f"{key}={value} needs resize=area")
-        require(not (self.any_grid and self.class_token), "resize=area goes with class_token=false")
+                require(value == default, f"{key}={value} needs resize=area or longest")
+        require(not (self.any_grid and self.class_token), f"resize={self.resize} goes with class_token=false")
+        require(self.axial_rope or not self.axial_offset, "axial_offset needs axial_rope")
         require(
             not self.axial_rope or self.head_dim % 4 == 0,
             f"axial_rope needs heads of a multiple of 4, not hidden_size / num_heads = {self.head_dim}",
@@ -177,7 +207,7 @@ class VisionConfig:
     @property
     def any_grid(self) -> bool:
         """Whether images keep their shape."""
-        return self.resize == "area"
+        return self.resize in ("area", "longest")
 
     @property
     def head_dim(self) -> int:
@@ -228,7 +258,7 @@ class VisionConfig:
         return self.rows_of(grid)
 
     def rows_per_feature(self, downsample: int) -> int:
-        """Rows that the projector takes side by side: n x n patches."""
+        """Rows that the projector makes a feature of: n x n patches."""
         return downsample**2
 
     def num_features(self, grid: tuple[int, int], downsample: int) -> int:
@@ -294,7 +324,7 @@ class AudioConfig:
         return self.rows_of(num_frames) // self.pool
 
     def rows_per_feature(self, downsample: int) -> int:
-        """Output rows that the projector takes side by side."""
+        """Output rows that the projector makes a feature of."""
         return downsample
 
     def num_features(self, num_frames: int, downsample: int) -> int:
@@ -308,6 +338,12 @@ class ProjectorConfig:
     downsample: Stack = 1  # vision: pixel shuffle of n x n patches; audio: n frames stacked; before the projection
     hidden_size: WidthOrDefault = 0  # 0: the decoder's width; linear has none
     bias: bool = True  # Voxtral has none
+    mean: bool = False  # a feature is made of the mean of its tower rows, not of all of them side by side
+    merge: bool = False  # a linear without bias first makes one row of a feature's rows side by side (Mistral 3)
+    newline: bool = False  # vision: a learned row after each line of joined tiles, and after an image of one view
+    halve_frames: Literal["none", "mean", "bilinear"] = "none"
+    # vision: of a video, 2 x 2 rows are averaged (LLaVA-NeXT-Video), or its features are stretched to half as many a
+    # side (LLaVA-OneVision)
     norm: Norm = "none"  # of each tower row, before they are put side by side
     feature_norm: Norm = "none"  # of the rows side by side (Ultravox)
     hidden_norm: Norm = "none"  # of what the last linear takes (Ultravox 0.5)
@@ -317,6 +353,13 @@ class ProjectorConfig:
 
     def __post_init__(self) -> None:
         require(self.type != "linear" or self.hidden_norm == "none", "a linear projector has no hidden_norm")
+        require(not (self.mean and self.merge), "give mean or merge, not both")
+        if self.halve_frames == "mean":
+            require(self.downsample == 1 and not self.merge, "halve_frames=mean needs downsample=1 and merge=false")
+
+    @property
+    def takes_mean(self) -> bool:
+        return self.mean or self.halve_frames == "mean"
 
     @property
     def is_fused(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from avlm.config.media import Bounds, ImageLayout, Marks, VideoConfig, check_bounds, with_new_names
 from avlm.config.model import ModelConfig, Module
 from avlm.config.values import (
     Count,
@@ -33,9 +34,6 @@ def may_change(default: Any = MISSING, *, default_factory: Any = MISSING) -> Any
 
 Ranks = Annotated[int, Field(gt=0, le=2**20)]
 RanksOrRest = Annotated[int, Field(ge=-1, le=2**20)]
-Frames = Annotated[int, Field(gt=0, le=2**20)]
-Bounds = Annotated[list[Positive], Field(min_length=2, max_length=2)]  # the least and the most
-Marks = Annotated[list[str], Field(min_length=2, max_length=2)]  # before and after
 Part = Literal[Module, "lora"]  # lora: the adapters of all towers
 FREEZE_FLAGS = {
     "freeze_language_model": "decoder",
@@ -58,54 +56,6 @@ class InitFrom:
     adapter: str | None = None  # a PEFT folder with the decoder's adapters
     allow_missing: list[str] = field(default_factory=list)  # regular expressions: parameters that sources may lack
     allow_unused: list[str] = field(default_factory=list)  # regular expressions: tensors of the sources to leave out
-
-
-@config
-class VideoConfig:
-    num_frames: Frames | None = 8  # spread evenly over the video; give this or fps
-    fps: Positive | None = None  # frames per second of video
-    min_frames: Frames = 1  # bounds with fps
-    max_frames: Frames = 64
-    spread: Literal["middles", "starts", "first_to_last"] = "middles"
-    # which frames. middles: those of equal parts of the video; with fps, one every 1 / fps, unless a bound forbids it.
-    # starts: those of equal parts (Qwen2-VL). first_to_last: evenly, both ends included (Qwen3-VL)
-    frame_tokens: Bounds | None = None
-    # with model.vision.resize=area: bounds of the features of one patch of frames; null: data.image_tokens
-    tokens: Bounds | None = None  # bounds of a whole video: the more frames, the smaller they become (Qwen3-VL)
-    timestamps: bool = False  # write "<1.5 seconds>" before each patch of frames, which gets markers of its own
-    audio: Literal[False, "after", "interleaved"] = False
-    # encode the video's own audio too: after its frames, or in turns of chunk_seconds, each with its frames first
-    chunk_seconds: Annotated[float, Field(ge=1e-3)] = 2.0
-
-    def __post_init__(self) -> None:
-        require(
-            not (self.timestamps and self.audio == "interleaved"),
-            "timestamps go with audio=after or false, not with audio=interleaved",
-        )
-        require((self.num_frames is None) != (self.fps is None), "give num_frames or fps, and set the other to null")
-        require(
-            self.min_frames <= self.max_frames, f"min_frames={self.min_frames} is above max_frames={self.max_frames}"
-        )
-        require(self.frame_tokens is None or self.tokens is None, "give frame_tokens or tokens, not both")
-        for name in ("frame_tokens", "tokens"):
-            _check_bounds(name, getattr(self, name))
-
-
-def _with_new_name(video: Any) -> Any:
-    """Runs and exports of before have ``sound: true`` for ``audio: after``."""
-    if not isinstance(video, dict) or type(video.get("sound")) is not bool or "audio" in video:
-        return video
-    others = {key: value for key, value in video.items() if key != "sound"}
-    return {**others, "audio": "after" if video["sound"] else False}
-
-
-def _check_bounds(name: str, bounds: list[float] | None) -> None:
-    """Of features."""
-    if bounds is None:
-        return
-    least, most = bounds
-    require(least <= most, f"{name}={bounds}: the least is above the most")
-    require(most >= 1, f"{name}={bounds}: at most {most:g} features leave no room for one")
 
 
 def _checked_sources(train: Any) -> Any:
@@ -153,10 +103,11 @@ class DataConfig:
     markers: dict[Literal["image", "audio", "video"], Marks] = field(default_factory=dict)
     # around the features of each medium: text with control tokens, such as {image: [<|vision_start|>, <|vision_end|>]};
     # "" for none, {n} for the number of the medium among those of its kind
-    video: Annotated[VideoConfig, BeforeValidator(_with_new_name)] = field(default_factory=VideoConfig)
+    image_layout: ImageLayout = field(default_factory=ImageLayout)
+    video: Annotated[VideoConfig, BeforeValidator(with_new_names)] = field(default_factory=VideoConfig)
 
     def __post_init__(self) -> None:
-        _check_bounds("image_tokens", self.image_tokens)
+        check_bounds("image_tokens", self.image_tokens)
 
 
 def shares(train: str | dict[str, float]) -> dict[str, float]:
