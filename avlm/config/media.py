@@ -29,16 +29,14 @@ class ImageLayout:
     """
 
     tiles: Literal["none", "pinpoints", "aspect", "long_edge"] = "none"
-    # for a tower of squares. pinpoints (LLaVA-NeXT): the whole image, then the tiles of one of ``grids``, whose features
-    # are joined to one grid without its padding. aspect (InternVL): the tiles of the grid whose shape is nearest, then
-    # the whole image if there are several. long_edge (Idefics3): an image that is larger than a tile after its long
-    # side became longest_edge; its tiles, then the whole image
+    # for a tower of squares. pinpoints (LLaVA-NeXT): the whole image, then the tiles of one of ``grids``, whose
+    # features are joined to one grid without its padding. aspect (InternVL): the tiles of the grid whose shape is
+    # nearest, then the whole image if there are several. long_edge (Idefics3): an image whose long side is given
+    # longest_edge pixels is cut if it then is larger than a tile; its tiles, then the whole image
     grids: list[TileGrid] = field(default_factory=list)  # of pinpoints: lines and columns of tiles to choose from
     min_tiles: TilesOfSide = 1  # bounds of aspect
     max_tiles: TilesOfSide = 12
     longest_edge: Pixels | None = None  # of long_edge, and of a tower with resize=longest
-    max_features: Positive | None = None
-    # of pinpoints, in squares of features: larger joined grids are stretched to about as many (LLaVA-OneVision: 9)
     only_alone: bool = False  # cut an image only if it is the only one of its sample
     tile_markers: Marks = field(default_factory=no_marks)  # around the features of a tile
     line_end: str = ""  # text after each line of tiles
@@ -50,8 +48,6 @@ class ImageLayout:
         require((self.tiles == "pinpoints") == bool(self.grids), "grids are given with tiles=pinpoints, and only there")
         require(self.min_tiles <= self.max_tiles, f"min_tiles={self.min_tiles} is above max_tiles={self.max_tiles}")
         require(self.tiles != "long_edge" or self.longest_edge is not None, "tiles=long_edge needs longest_edge")
-        if self.tiles != "pinpoints":
-            require(self.max_features is None, "max_features needs tiles=pinpoints")
         if self.tiles not in ("aspect", "long_edge"):
             for key in ("tile_markers", "line_end", "tiles_end"):
                 value = getattr(self, key)
@@ -62,8 +58,8 @@ class ImageLayout:
 
 @config
 class VideoText:
-    """Text around the frames of a video: {count} and {count_in_words} of patches of frames, {duration} as H:MM:SS; of a
-    patch of frames its number {n}, and its {time} in seconds or as {clock}, MM:SS."""
+    """Text around the frames of a video: {count} and {count_in_words} of patches of frames, {duration} as H:MM:SS; in
+    ``frame`` the number {n} of a patch of frames, and its {time} in seconds or as {clock}, MM:SS."""
 
     before: str = ""
     frame: str = ""  # before each patch of frames, which then gets the markers of a video of its own
@@ -71,9 +67,9 @@ class VideoText:
     after: str = ""
 
     def __post_init__(self) -> None:
-        known = ("count", "count_in_words", "duration", "n", "time", "clock")
         for key in ("before", "frame", "between", "after"):
             text = getattr(self, key)
+            known = ["count", "count_in_words", "duration", *(["n", "time", "clock"] if key == "frame" else [])]
             try:
                 text.format_map(dict.fromkeys(known, ""))
             except (KeyError, ValueError, IndexError, AttributeError):

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from avlm.config.decoder import DecoderConfig
 from avlm.config.values import (
     Epsilon,
     FromTheEnd,
@@ -21,7 +22,6 @@ from avlm.config.values import (
     Share,
     ShareBelowOne,
     Stack,
-    Tokens,
     Whole,
     Width,
     WidthOrDefault,
@@ -33,98 +33,6 @@ from avlm.config.values import (
 MODULES = ("decoder", "vision", "audio", "vision_projector", "audio_projector")
 Module = Literal["decoder", "vision", "audio", "vision_projector", "audio_projector"]
 TOWERS = {"image": "vision", "audio": "audio"}  # modality -> its tower, whose projector is called TOWER_projector
-
-
-@config
-class RopeScaling:
-    """Llama-3 frequency scaling (rope_type "llama3")."""
-
-    factor: Positive
-    low_freq_factor: Positive
-    high_freq_factor: Positive
-    original_max_position: Tokens
-
-    def __post_init__(self) -> None:
-        require(
-            self.low_freq_factor < self.high_freq_factor,
-            f"low_freq_factor={self.low_freq_factor} is not below high_freq_factor={self.high_freq_factor}",
-        )
-
-
-@config
-class YarnScaling:
-    """YaRN frequency scaling (Peng et al. 2023; rope_type "yarn")."""
-
-    factor: Annotated[float, Field(ge=1)]
-    original_max_position: Tokens
-    beta_fast: Positive = 32.0  # full turns within the original context: pairs that turn more often keep their speed
-    beta_slow: Positive = 1.0  # those that turn less often are slowed down by the factor
-    attention_factor: Positive = 1.0  # of cos and sin
-
-    def __post_init__(self) -> None:
-        require(
-            self.beta_slow < self.beta_fast,
-            f"beta_slow={self.beta_slow} is not below beta_fast={self.beta_fast}",
-        )
-
-
-@config
-class DecoderConfig:
-    """Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
-
-    vocab_size: Tokens
-    hidden_size: Width
-    intermediate_size: Width
-    num_layers: Layers
-    num_heads: Heads
-    num_kv_heads: Heads
-    head_dim: Annotated[int, Field(ge=0, le=2**14)] = 0  # 0: hidden_size / num_heads
-    rope_theta: Annotated[float, Field(gt=0, le=1e15)] = 500_000.0
-    rope_scaling: RopeScaling | None = None
-    yarn: YarnScaling | None = None  # another scaling; give one of the two
-    query_growth: NonNegative = 0.0
-    # with yarn: queries grow by 1 + query_growth * ln(1 + floor(position / yarn.original_max_position)) (Llama 4)
-    norm_eps: Epsilon = 1e-5
-    tie_embedding: bool = False  # the head is the embedding
-    qkv_bias: bool = False  # Qwen2
-    qk_norm: bool = False  # Qwen3: RMSNorm on every query and key head
-    max_position: Tokens = 8192  # tokens that the checkpoint was trained for; data.seq_length must not exceed it
-    sliding_window: Tokens | None = None  # a token sees so many of its document, itself and those before; None: all
-    window_layers: Annotated[list[Whole], Field(min_length=1)] | None = None  # that have the window; None: all of them
-    mrope_sections: Annotated[list[Whole], Field(min_length=3, max_length=3)] | None = None
-    # M-RoPE: how many pairs of dimensions turn with the time, line and column of a token; None: all with its position
-    mrope_interleaved: bool = False  # time, line and column take turns (Qwen3-VL), or stand one after the other
-
-    def __post_init__(self) -> None:
-        require(self.rope_scaling is None or self.yarn is None, "give rope_scaling or yarn, not both")
-        require(self.yarn is not None or not self.query_growth, "query_growth needs yarn")
-        if self.window_layers is not None:
-            require(self.sliding_window is not None, "window_layers needs a sliding_window")
-            require(
-                self.window_layers == sorted(set(self.window_layers)) and self.window_layers[-1] < self.num_layers,
-                f"window_layers={shown(self.window_layers)} must ascend and lie below num_layers={self.num_layers}",
-            )
-        if not self.head_dim:
-            require(
-                self.hidden_size % self.num_heads == 0,
-                f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}",
-            )
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}",
-        )
-        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary positions")
-        if self.mrope_sections is None:
-            require(not self.mrope_interleaved, "mrope_interleaved needs mrope_sections")
-        else:
-            require(
-                sum(self.mrope_sections) == self.head_dim // 2,
-                f"mrope_sections={self.mrope_sections} must add up to half of head_dim={self.head_dim}",
-            )
-
-    def has_window(self, layer: int) -> bool:
-        return self.sliding_window is not None and (self.window_layers is None or layer in self.window_layers)
 
 
 @config
@@ -257,9 +165,9 @@ class VisionConfig:
         """Rows of the tower's output."""
         return self.rows_of(grid)
 
-    def rows_per_feature(self, downsample: int) -> int:
-        """Rows that the projector makes a feature of: n x n patches."""
-        return downsample**2
+    def rows_per_feature(self, projector: "ProjectorConfig") -> int:
+        """Rows that the projector makes one of: n x n patches; where it takes means, of frames or all, at most."""
+        return max(projector.downsample**2, 4 * (projector.halve_frames == "mean"))
 
     def num_features(self, grid: tuple[int, int], downsample: int) -> int:
         """Positions in the decoder of an image of so many lines and columns of patches."""
@@ -323,9 +231,9 @@ class AudioConfig:
         """Rows of the tower's output."""
         return self.rows_of(num_frames) // self.pool
 
-    def rows_per_feature(self, downsample: int) -> int:
-        """Output rows that the projector makes a feature of."""
-        return downsample
+    def rows_per_feature(self, projector: "ProjectorConfig") -> int:
+        """Output rows that the projector makes one of."""
+        return projector.downsample
 
     def num_features(self, num_frames: int, downsample: int) -> int:
         """Positions in the decoder of a window; the last may be made of fewer rows than the others."""
@@ -344,6 +252,9 @@ class ProjectorConfig:
     halve_frames: Literal["none", "mean", "bilinear"] = "none"
     # vision: of a video, 2 x 2 rows are averaged (LLaVA-NeXT-Video), or its features are stretched to half as many a
     # side (LLaVA-OneVision)
+    max_tiles: Positive | None = None
+    # vision: tiles that are joined to a grid of more features than so many tiles have are stretched to about these
+    # (LLaVA-OneVision: 9)
     norm: Norm = "none"  # of each tower row, before they are put side by side
     feature_norm: Norm = "none"  # of the rows side by side (Ultravox)
     hidden_norm: Norm = "none"  # of what the last linear takes (Ultravox 0.5)
@@ -360,6 +271,11 @@ class ProjectorConfig:
     @property
     def takes_mean(self) -> bool:
         return self.mean or self.halve_frames == "mean"
+
+    @property
+    def stretches(self) -> bool:
+        """Whether features may be weighted sums of projected rows."""
+        return self.halve_frames == "bilinear" or self.max_tiles is not None
 
     @property
     def is_fused(self) -> bool:
@@ -399,7 +315,17 @@ class ModelConfig:
         for tower in TOWERS.values():
             if (getattr(self, tower) is None) != (getattr(self, f"{tower}_projector") is None):
                 raise ValueError(f"{tower} and {tower}_projector come together: give both or neither")
+        if self.audio_projector:
+            for key, default in {"newline": False, "halve_frames": "none", "max_tiles": None}.items():
+                value = getattr(self.audio_projector, key)
+                require(value == default, f"audio_projector.{key}={value} is for vision")
         if self.vision and self.vision_projector:
+            projector = self.vision_projector
+            require(
+                not self.vision.deepstack_layers
+                or not (projector.takes_mean or projector.merge or projector.stretches),
+                "vision.deepstack_layers go with a vision_projector without mean, merge, halve_frames and max_tiles",
+            )
             side = self.vision.window if self.vision.any_grid else self.vision.patches_per_side
             require(
                 side is None or side % self.vision_projector.downsample == 0,

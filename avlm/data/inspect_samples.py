@@ -22,12 +22,12 @@ from avlm.data.rows import RowStream, encoded
 from avlm.data.sample import EncodedSample, Sample
 from avlm.data.stream import Stream
 from avlm.data.text.tokenizer import Tokenizer
-from avlm.models.batch import IGNORE, KINDS, PLACEHOLDERS
+from avlm.models.batch import IGNORE, IMAGE, KINDS, NEWLINE, PLACEHOLDERS
 
 MAX_SAMPLES = 1000  # of the statistics
 SPEED_ROWS = 16
 GREEN, CYAN = 32, 36  # terminal colours
-NAMES = {placeholder: modality for modality, placeholder in PLACEHOLDERS.items()}
+NAMES = {**{placeholder: modality for modality, placeholder in PLACEHOLDERS.items()}, NEWLINE: "newline"}
 
 
 def stream_of(config: Config, name: str | None) -> Stream:
@@ -131,7 +131,7 @@ def grids_of(sample: Sample, reader: MediaReader) -> dict[str, str]:
     for name, kind, content in media_of(sample):
         if kind == "audio":
             continue
-        extent = reader.extent(kind, content)
+        extent, runs = reader.laid_out(kind, content, len(sample.images))
         height, width = extent.source
         lines, columns = extent.grid
         parts = [f"{width} x {height} pixels"]
@@ -139,8 +139,12 @@ def grids_of(sample: Sample, reader: MediaReader) -> dict[str, str]:
         if kind == "video":
             parts.append(f"{counted(len(extent.times), 'frame')} at {extent.times[0]:.1f} to {extent.times[-1]:.1f} s")
             items = f"{extent.num_items:,} x "
+        if extent.tiling.num_tiles:
+            parts.append(f"{extent.tiling.columns} x {extent.tiling.lines} tiles and the whole image")
+            items = f"{extent.num_items:,} x "
         parts.append(f"{items}{columns} x {lines} patches")
-        found[name] = ", ".join([*parts, counted(extent.features, "feature")])
+        num_features = sum(run.tokens.count(IMAGE) for run in runs)
+        found[name] = ", ".join([*parts, counted(num_features, "feature")])
     return found
 
 

@@ -3,42 +3,22 @@
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
+from avlm.data.image_layout import markers_of, run_of_frames, runs_of_image, runs_of_video
 from avlm.data.media import area, audio, image, video
 from avlm.data.media.area import Extent
 from avlm.data.media.patches import cut_into_patches
-from avlm.data.positions import of_items, of_text
+from avlm.data.media.tiles import views
+from avlm.data.positions import of_text
+from avlm.data.runs import Run
+from avlm.models.batch import AUDIO
 
 SECONDS_PER_ROW = 0.02  # of the audio tower, before pooling
-
-
-@dataclass(frozen=True)
-class Run:
-    """Features of one modality that follow each other.
-
-    items      that begin here
-    count      how many features
-    text       that stands before them
-    markers    around them, "" for none: text with control tokens
-    offsets    their positions, for M-RoPE; None: those of text
-    continues  they begin where the run before began
-    abreast    the tokens of its markers share a position, before and after
-    """
-
-    modality: str
-    items: list[Tensor]
-    count: int
-    text: str = ""
-    markers: tuple[str, str] = ("", "")
-    offsets: Tensor | None = None
-    continues: bool = False
-    abreast: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,62 +37,53 @@ class MediaReader:
         self.model = model
         self.data = data
 
-    def read(self, kind: str, content: bytes, key: str, room: Room, number: int = 1) -> list[Run]:
-        """``key``: of the sample, for warnings; ``number``: of the file among those of its kind. An image or video that
-        has no room is refused before it is decoded. A video gives its frames and, if that is asked for and it has any,
-        its audio."""
+    def read(self, kind: str, content: bytes, key: str, room: Room, number: int = 1, count: int = 1) -> list[Run]:
+        """``key``: of the sample, for warnings; ``number``: of the file among those of its kind, which are ``count``.
+        An image or video that has no room is refused before it is decoded. A video gives its frames and, if that is
+        asked for and it has any, its audio."""
         if kind == "image":
-            return [self._image(content, room, number)]
+            return self._image(content, room, number, count == 1)
         if kind == "audio":
             return [self._audio(content, f"audio of {key}", number)]
         config = self.data.video
-        extent, items = self._frames(content, room)
+        extent, items, runs = self._frames(content, room, number)
         if not (config.audio and video.has_audio(content)):
-            return self._video(extent, items, number)
+            return runs
         if config.audio == "after":
-            return [*self._video(extent, items, number), self._audio(content, f"video of {key}", number)]
+            return [*runs, self._audio(content, f"video of {key}", number)]
         heard = self._audio(content, f"video of {key}", number, video.seconds_to_audio(content))
         return self._interleaved(extent, items, heard, number)
 
-    def extent(self, kind: str, content: bytes) -> Extent:
-        """Of an image or a video, which is not decoded."""
+    def laid_out(self, kind: str, content: bytes, count: int = 1) -> tuple[Extent, list[Run]]:
+        """An image or a video, which is not decoded, and its runs without items. ``count``: how many of its kind the
+        sample has."""
         if kind == "image":
             file = image.ImageFile(content, self.data.max_image_pixels)
-            return area.of_image(file.size, self.model, self.data)
-        with video.open_video(content, self.data.max_image_pixels) as file:
-            return area.of_video(file.size, file.seconds, file.rate, self.model, self.data)
-
-    def _image(self, content: bytes, room: Room, number: int) -> Run:
-        file = image.ImageFile(content, self.data.max_image_pixels)
-        extent = area.of_image(file.size, self.model, self.data)
-        self._check_room(extent, room)
-        item = next(self._patches([self._fitted(file.decode(), extent)]))
-        return self._seen([item], extent, markers=self._markers("image", number))
-
-    def _frames(self, content: bytes, room: Room) -> tuple[Extent, list[Tensor]]:
-        """The items of a video."""
+            extent = area.of_image(file.size, self.model, self.data, count == 1)
+            return extent, runs_of_image(extent, 1, self.model, self.data)
         with video.open_video(content, self.data.max_image_pixels) as file:
             extent = area.of_video(file.size, file.seconds, file.rate, self.model, self.data)
-            self._check_room(extent, room)
+            return extent, runs_of_video(extent, 1, self.model, self.data)
+
+    def _image(self, content: bytes, room: Room, number: int, alone: bool) -> list[Run]:
+        file = image.ImageFile(content, self.data.max_image_pixels)
+        extent = area.of_image(file.size, self.model, self.data, alone)
+        runs = runs_of_image(extent, number, self.model, self.data)
+        self._check_room(extent, runs, room)
+        items = []
+        for view in self._views(file.decode(), extent):
+            items += self._patches([view])
+        return _holding(items, runs)
+
+    def _frames(self, content: bytes, room: Room, number: int) -> tuple[Extent, list[Tensor], list[Run]]:
+        """The items of a video, and the runs that hold them."""
+        with video.open_video(content, self.data.max_image_pixels) as file:
+            extent = area.of_video(file.size, file.seconds, file.rate, self.model, self.data)
+            runs = runs_of_video(extent, number, self.model, self.data)
+            self._check_room(extent, runs, room)
             frames = [self._fitted(frame, extent) for frame, _ in file.shown(extent.times, self.data.video)]
-        return extent, list(self._patches(frames))
-
-    def _video(self, extent: Extent, items: list[Tensor], number: int) -> list[Run]:
-        markers = self._markers("video", number)
-        if not self.data.video.timestamps:
-            return [self._seen(items, extent, markers=markers)]
-        times = area.patch_times(extent.times, self.model.vision.frames_per_patch)
-        texts = [f"<{time:.1f} seconds>" for time in times]
-        return [self._seen([item], extent, text=text, markers=markers) for item, text in zip(items, texts, strict=True)]
-
-    def _seen(self, items: list[Tensor], extent: Extent, first: int = 0, **others: Any) -> Run:
-        """A run of the items of a video from the number ``first`` on, or of an image."""
-        offsets = None
-        if self.model.decoder.mrope_sections is not None:
-            per_second = self.model.vision.tokens_per_second
-            step = 1.0 if per_second is None else per_second * extent.patch_seconds
-            offsets = of_items(items, self.model, step, first)
-        return Run("image", items, len(items) * extent.item_features, offsets=offsets, **others)
+        items = list(self._patches(frames))
+        return extent, items, _holding(items, runs)
 
     def _audio(self, content: bytes, name: str, number: int, delay: float = 0.0) -> Run:
         """``delay``: seconds of silence before it."""
@@ -125,7 +96,7 @@ class MediaReader:
                 f"audio of {seconds:.4f} s is too short for the audio tower to make a row of: leave it out"
             )
         count = sum(self._features_of(item) for item in items)
-        return Run("audio", items, count, markers=self._markers("audio", number))
+        return Run("audio", [AUDIO] * count, items, markers=markers_of("audio", number, self.data))
 
     def _features_of(self, window: Tensor) -> int:
         num_frames = audio.num_frames(window, self.model.audio)
@@ -142,14 +113,16 @@ class MediaReader:
         for chunk in sorted({*seen, *sounds}):
             first, after = bisect_left(seen, chunk), bisect_left(seen, chunk + 1)
             if first < after:
-                runs.append(self._seen(items[first:after], extent, first, continues=bool(runs)))
+                seen_now = run_of_frames(extent, first, after - first, self.model)
+                runs.append(replace(seen_now, items=items[first:after], continues=bool(runs)))
             first, after = bisect_left(sounds, chunk), bisect_left(sounds, chunk + 1)
             if first < after:
                 has_positions = self.model.decoder.mrope_sections is not None
                 offsets = of_text(first, after - first) if has_positions else None
-                runs.append(Run("audio", waiting, after - first, offsets=offsets, continues=bool(runs)))
+                tokens = [AUDIO] * (after - first)
+                runs.append(Run("audio", tokens, waiting, offsets=offsets, continues=bool(runs)))
                 waiting = []
-        (before, end), (before_audio, end_audio) = self._markers("video", number), heard.markers
+        (before, end), (before_audio, end_audio) = markers_of("video", number, self.data), heard.markers
         runs[0] = replace(runs[0], markers=(before + before_audio, ""), abreast=True)
         runs[-1] = replace(runs[-1], markers=(runs[-1].markers[0], end_audio + end), abreast=True)
         return runs
@@ -161,6 +134,11 @@ class MediaReader:
         for number, window in enumerate(windows):
             start = number * config.max_positions * SECONDS_PER_ROW
             yield from (start + feature * step for feature in range(self._features_of(window)))
+
+    def _views(self, picture: Tensor, extent: Extent) -> list[Tensor]:
+        if self.data.image_layout.tiles == "none":
+            return [self._fitted(picture, extent)]
+        return views(picture, extent.tiling, self.model.vision, self.data.image_layout)
 
     def _fitted(self, frame: Tensor, extent: Extent) -> Tensor:
         vision = self.model.vision
@@ -174,26 +152,29 @@ class MediaReader:
             together += [frames[-1]] * (count - len(together))
             yield cut_into_patches(torch.stack(together), self.model.vision)
 
-    def _markers(self, kind: str, number: int) -> tuple[str, str]:
-        before, after = (marker.replace("{n}", str(number)) for marker in self.data.markers.get(kind, ("", "")))
-        return before, after
-
-    def _check_room(self, extent: Extent, room: Room) -> None:
-        if room.taken + extent.features <= room.most:
+    def _check_room(self, extent: Extent, runs: list[Run], room: Room) -> None:
+        count = sum(len(run.tokens) for run in runs)
+        if room.taken + count <= room.most:
             return
         before = f", after {room.taken:,} of other media" if room.taken else ""
         raise ValueError(
-            f"{extent} takes {extent.features:,} tokens{before}, more than {room.setting}={room.most}: "
+            f"{extent} takes {count:,} tokens{before}, more than {room.setting}={room.most}: "
             f"{self._fix(extent.is_video)}"
         )
 
     def _fix(self, is_video: bool) -> str:
         """Which settings give fewer features."""
-        config = self.data.video
+        config, layout = self.data.video, self.data.image_layout
         settings = []
-        if self.model.vision.any_grid:
+        if self.model.vision.resize == "area":
             name, (least, most) = self._bounds(is_video)
             settings.append(f"{name}=[{least:g}, {most:g}]")
+        elif layout.longest_edge is not None and (self.model.vision.any_grid or not is_video):
+            settings.append(f"data.image_layout.longest_edge={layout.longest_edge}")
+        elif layout.tiles == "aspect" and not is_video:
+            settings.append(f"data.image_layout.max_tiles={layout.max_tiles}")
+        elif layout.tiles == "pinpoints" and not is_video:
+            settings.append("the grids of data.image_layout.grids")
         if is_video:
             settings.append(
                 f"data.video.num_frames={config.num_frames}"
@@ -210,6 +191,11 @@ class MediaReader:
         if is_video and config.frame_tokens is not None:
             return "data.video.frame_tokens", config.frame_tokens
         return "data.image_tokens", self.data.image_tokens
+
+
+def _holding(items: list[Tensor], runs: list[Run]) -> list[Run]:
+    """Items come with the first of the runs of their features."""
+    return [replace(runs[0], items=items), *runs[1:]]
 
 
 def _chunk_of(time: float, seconds: float) -> int:

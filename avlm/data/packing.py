@@ -5,26 +5,30 @@ targets. Letters as in batch.py.
 """
 
 from bisect import bisect_left, bisect_right, insort
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from avlm.config.model import ModelConfig, VisionConfig
+from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
+from avlm.data.features import of_images, of_windows
 from avlm.data.sample import EncodedSample, size_of
 from avlm.models.batch import (
     IGNORE,
     KINDS,
+    NEWLINE,
     PAD,
     PLACEHOLDERS,
     Batch,
+    Features,
     Media,
     media_of,
     no_media,
     text_positions,
     windowed_segments,
 )
-from avlm.models.patches import Grid, tower_layout
+from avlm.models.patches import tower_layout
 from kernels.segments import Segments
 
 
@@ -148,34 +152,27 @@ def pack_media(samples: list[EncodedSample], token_T: Tensor, model: ModelConfig
         if modality == "image":
             layouts = [tower_layout(grid, tower, downsample) for grid in sizes]
             items = [item.flatten(0, 1)[at.order] for item, at in zip(items, layouts)]
-            sources = patch_sources(sizes, tower, downsample)
+            features = image_features(samples, model)
         else:
-            sources = stacked_sources([tower.outputs_of(size) for size in sizes], downsample)
-        places = (token_T == PLACEHOLDERS[modality]).nonzero().flatten()
-        packed[modality] = media_of(modality, items, sizes, model, sources, places)
+            features = of_windows([tower.outputs_of(size) for size in sizes], downsample)
+        rows = (token_T == PLACEHOLDERS[modality]).nonzero().flatten()
+        newlines = (token_T == NEWLINE).nonzero().flatten() if modality == "image" else None
+        packed[modality] = media_of(modality, items, sizes, model, features, rows, newlines)
     return packed
 
 
-def patch_sources(grids: list[Grid], vision: VisionConfig, downsample: int) -> Tensor:
-    """Rows of the tower's output that make each image feature, int64 (F, downsample^2): neighbouring patches, line by
-    line (pixel shuffle). A class token is the first row of an image and belongs to no feature."""
-    sources = [torch.empty(0, downsample**2, dtype=torch.int64)]
-    start = 0
-    for grid in grids:
-        sources.append(tower_layout(grid, vision, downsample).sources + start + vision.class_token)
-        start += vision.rows_of(grid)
-    return torch.cat(sources)
-
-
-def stacked_sources(lengths: list[int], stack: int) -> Tensor:
-    """Rows of the tower's output that make each feature, int64 (F, stack): neighbours within an item. ``lengths``: rows
-    of each item. -1 pads the last feature of an item."""
-    sources = [torch.empty(0, stack, dtype=torch.int64)]
-    start = 0
-    for length in lengths:
-        num_features = -(-length // stack)
-        padded = torch.full((num_features * stack,), -1)
-        padded[:length] = torch.arange(start, start + length)
-        sources.append(padded.view(num_features, stack))
-        start += length
-    return torch.cat(sources)
+def image_features(samples: list[EncodedSample], model: ModelConfig) -> Features:
+    """Of the images of several samples, one after the other."""
+    of_sample = []
+    output_counts = []
+    for sample in samples:
+        sizes = [size_of("image", item, model) for item in sample.media.get("image", ())]
+        counts = [model.vision.outputs_of(size) for size in sizes]
+        output_counts.append(sum(counts))
+        if not sample.groups:
+            of_sample.append(of_images(sizes, model))
+            continue
+        of_groups = [0, *accumulate(group.num_items for group in sample.groups)]
+        of_each = [sum(counts[start:end]) for start, end in pairwise(of_groups)]
+        of_sample.append(Features.joined([group.features for group in sample.groups], of_each))
+    return Features.joined([of_images([], model), *of_sample], [0, *output_counts])

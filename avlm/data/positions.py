@@ -38,13 +38,6 @@ def of_grid(times: Sequence[int], lines: int, columns: int, step: float = 1.0) -
     return torch.stack(axes).flatten(1)
 
 
-def of_items(items: list[Tensor], model: ModelConfig, step: float = 1.0, first: int = 0) -> Tensor:
-    """Offsets of the features of an image, or of items of a video from the number ``first`` on."""
-    downsample = model.vision_projector.downsample
-    lines, columns, _ = items[0].shape
-    return of_grid(range(first, first + len(items)), lines // downsample, columns // downsample, step)
-
-
 def of_text(first: int, count: int) -> Tensor:
     return torch.arange(first, first + count).expand(3, -1)
 

@@ -3,12 +3,12 @@
 Every placeholder id stands for exactly one feature: an image of lines x columns patches gives (lines / downsample) *
 (columns / downsample) IMAGE ids, a window of audio ceil(rows / stack) AUDIO ids, a video its frames as images and, if
 asked for, its audio, after them or in turns with them. They have the order of the media, so the n-th IMAGE id belongs
-to the n-th image feature. Around them stand the markers of ``data.markers``, and times where ``data.video.timestamps``
-asks for them.
+to the n-th image feature. An image may be cut into views by ``data.image_layout``, between whose features stand markers
+and rows that are learned. Around media stand the markers of ``data.markers`` and the texts of ``data.video.text``.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,10 +18,12 @@ from torch import Tensor
 from avlm.config.model import TOWERS, ModelConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import counted, shown
+from avlm.data.features import Group, of_images
 from avlm.data.media import audio
-from avlm.data.media_reader import MediaReader, Room, Run
+from avlm.data.media_reader import MediaReader, Room
 from avlm.data.positions import Placed, position_of
 from avlm.data.records import read_record
+from avlm.data.runs import Run, around, lay_out
 from avlm.data.text.chat import Chat, check_vocabulary, merged
 from avlm.data.text.pieces import MEDIA, TAG, Messages, Piece
 from avlm.data.text.tokenizer import Tokenizer
@@ -57,6 +59,7 @@ class EncodedSample:
     media     by modality, in the order of their placeholders:
               "image"  uint8 patches (lines, columns, N), not yet normalised
               "audio"  log-mel windows float32 (M, frames)
+    groups    of images, those that share their features; none if each has its own, line by line
     kind      one of KINDS
     position_T  None: 0, 1, 2, ...; else int64, for M-RoPE (3, T): time, line and column
     """
@@ -67,6 +70,7 @@ class EncodedSample:
     target_T: Tensor
     media: Items = field(default_factory=dict)
     position_T: Tensor | None = None
+    groups: list[Group] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.token_T.shape[0]
@@ -106,10 +110,16 @@ class SampleEncoder:
         self.tokenizer = tokenizer
         self.chat = chat or Chat(tokenizer, data.template, data.system)
         self.reader = MediaReader(model, data)
-        for kind, markers in data.markers.items():
+        layout = data.image_layout
+        of_views = {"tile_markers": layout.tile_markers, "whole_markers": layout.whole_markers}
+        of_views["line_break"] = [layout.line_break]
+        marked = {f"markers.{kind}": markers for kind, markers in data.markers.items()}
+        marked |= {f"image_layout.{key}": markers for key, markers in of_views.items()}
+        for key, markers in marked.items():
             for marker in markers:
-                if marker and not any(token in marker for token in tokenizer.control_tokens):
-                    raise ValueError(f"data.markers.{kind}: {shown(marker)!r} has no control token of {tokenizer.file}")
+                filled = marker.replace("{line}", "1").replace("{column}", "1")
+                if marker and not any(token in filled for token in tokenizer.control_tokens):
+                    raise ValueError(f"data.{key}: {shown(marker)!r} has no control token of {tokenizer.file}")
 
     def encode(self, sample: Sample) -> EncodedSample:
         """A training sample. Raises ValueError if it exceeds data.seq_length or has nothing to learn."""
@@ -145,12 +155,13 @@ class SampleEncoder:
         ids: list[int] = []
         learned: list[bool] = []
         media: Items = {modality: [] for modality in PLACEHOLDERS}
+        groups = _groups(runs, self.model)
         placed: list[Placed] = []
         for piece, piece_ids in self.chat.encode(pieces):
             if piece.kind in MEDIA:
                 run = next(unplaced)
                 media[run.modality] += run.items
-                piece_ids = [PLACEHOLDERS[run.modality]] * run.count
+                piece_ids = run.tokens
                 placed += self._placed(run, len(ids))
             ids += piece_ids
             learned += [piece.learned] * len(piece_ids)
@@ -159,7 +170,7 @@ class SampleEncoder:
         is_learned_T = torch.tensor([*learned[1:], False], dtype=torch.bool)
         target_T = torch.where(is_learned_T, following_T, IGNORE)
         position_T = position_of(len(ids), placed, self.model)
-        return EncodedSample(sample.key, kind_of(files), token_T, target_T, media, position_T)
+        return EncodedSample(sample.key, kind_of(files), token_T, target_T, media, position_T, groups)
 
     def _with_media(
         self, pieces: list[Piece], files: dict[str, list[bytes]], key: str, room: Room
@@ -175,14 +186,14 @@ class SampleEncoder:
                 continue
             number, file = next(unread[piece.kind])
             try:
-                runs = self.reader.read(piece.kind, file, key, room, number)
+                runs = self.reader.read(piece.kind, file, key, room, number, len(files[piece.kind]))
             except ValueError as error:
                 if len(files[piece.kind]) == 1:
                     raise
                 raise ValueError(f"{piece.kind} {number}: {error}") from None
             for run in runs:
-                _lay_out(run, laid_out, self.tokenizer.control_tokens)
-                room = replace(room, taken=room.taken + run.count)
+                lay_out(run, laid_out, self.tokenizer.control_tokens)
+                room = replace(room, taken=room.taken + len(run.tokens))
             found += runs
         return merged(laid_out), found
 
@@ -190,13 +201,13 @@ class SampleEncoder:
         """The positions of a run that begins at a token, and of its markers if they stand abreast."""
         if run.offsets is None:
             return
-        _, *markup, _ = _around(run, self.tokenizer.control_tokens)
+        _, *markup, _ = around(run, self.tokenizer.control_tokens)
         before, after = (len(self.tokenizer.encode(text, control=True)) if text else 0 for text in markup)
         if run.abreast and before:
             yield Placed(start - before, torch.zeros(3, before, dtype=torch.int64))
         yield Placed(start, run.offsets, run.continues)
         if run.abreast and after:
-            yield Placed(start + run.count, torch.zeros(3, after, dtype=torch.int64))
+            yield Placed(start + len(run.tokens), torch.zeros(3, after, dtype=torch.int64))
 
     def _check_length(self, messages: Messages, most: int) -> None:
         """Refuse text of more than ``most`` tokens before all of it is tokenised: by its length, and a long text by the
@@ -229,27 +240,16 @@ class SampleEncoder:
                 )
 
 
-def _lay_out(run: Run, pieces: list[Piece], control_tokens: Collection[str]) -> None:
-    """Add a run after other pieces. Text before it is tokenised together with the text before that; text behind it
-    stands as a piece of its own, for text that follows."""
-    before, first_markup, last_markup, after = _around(run, control_tokens)
-    text = run.text + before
-    last = pieces[-1] if pieces else None
-    if text and last is not None and last.kind in ("text", "markup") and not last.learned:
-        pieces[-1] = replace(last, text=last.text + text)
-        text = ""
-    around = [("text", text), ("markup", first_markup), (run.modality, f"<{run.modality}>")]
-    around += [("markup", last_markup), ("text", after)]
-    pieces += [Piece(kind, text) for kind, text in around if text]
-
-
-def _around(run: Run, control_tokens: Collection[str]) -> tuple[str, str, str, str]:
-    """Text, markup from the first control token on, markup up to the last control token and text: the first two of
-    the marker before a run, the others of that after it."""
-    before, after = run.markers
-    start = min((before.find(token) for token in control_tokens if token in before), default=0)
-    end = max((after.rfind(token) + len(token) for token in control_tokens if token in after), default=0)
-    return before[:start], before[start:], after[:end], after[end:]
+def _groups(runs: list[Run], model: ModelConfig) -> list[Group]:
+    """Of the images of a sample, in the order of their placeholders."""
+    if not any(run.groups for run in runs):
+        return []
+    found = []
+    for run in runs:
+        if run.modality == "image":
+            of_each = (Group(1, of_images([size_of("image", item, model)], model)) for item in run.items)
+            found += run.groups or of_each
+    return found
 
 
 def placeholders(modality: str, items: list[Tensor], model: ModelConfig) -> list[int]:

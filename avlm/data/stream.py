@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from avlm.config.media import TIMESTAMP, VideoText
 from avlm.config.model import MODULES, ModelConfig
 from avlm.config.run import DataConfig
 from avlm.data.sample import Sample
@@ -14,12 +15,13 @@ from avlm.data.sample import Sample
 LENGTH_IS_THE_SAME = ("bias", "output_std", "resample")
 # Settings that came later. Those that stand at their defaults are left out, so that runs from before can be resumed.
 LATER = {
-    "data": "image_tokens markers",
-    "video": "min_frames spread frame_tokens tokens timestamps chunk_seconds",
-    "vision": "frames_per_patch deepstack_layers gated norm axial_rope window full_layers tokens_per_second",
-    "vision_projector": "norm feature_norm hidden_norm output_norm norm_eps",
+    "data": "image_tokens markers image_layout",
+    "video": "min_frames spread frame_tokens tokens text newline chunk_seconds",
+    "vision": "frames_per_patch deepstack_layers gated norm axial_rope window full_layers tokens_per_second "
+    "qk_norm layer_scale axial_offset position_table",
+    "vision_projector": "norm feature_norm hidden_norm output_norm norm_eps mean merge newline halve_frames max_tiles",
     "audio": "log_mel edge pool key_bias",
-    "audio_projector": "norm feature_norm hidden_norm output_norm norm_eps",
+    "audio_projector": "norm feature_norm hidden_norm output_norm norm_eps mean merge newline halve_frames max_tiles",
 }
 
 
@@ -112,7 +114,10 @@ def _settings(name: str, config: Any) -> dict[str, Any]:
         is_left_out = field.name in LENGTH_IS_THE_SAME or (field.name in later and value == default)
         if not is_left_out:
             found[field.name] = _settings(field.name, value) if dataclasses.is_dataclass(value) else value
-    if name == "video":  # as it was called
+    if name == "video":  # as they were called
         audio = found.pop("audio")
         found["sound"] = True if audio == "after" else audio
+        if config.text == VideoText(frame=TIMESTAMP):
+            found.pop("text")
+            found["timestamps"] = True
     return found

@@ -18,7 +18,7 @@ from avlm.data.media import audio
 from avlm.data.media.area import of_image
 from avlm.data.media.patches import cut_into_patches
 from avlm.data.packing import pack
-from avlm.data.positions import Placed, of_items, position_of
+from avlm.data.positions import Placed, of_grid, position_of
 from avlm.data.sample import EncodedSample, Items, kind_of, placeholders
 from avlm.data.stream import Stream
 from avlm.models.batch import IGNORE, Batch
@@ -89,7 +89,9 @@ class SyntheticLoader:
         for modality, items in media.items():
             for item in items:
                 if modality == "image":
-                    placed.append(Placed(len(ids), of_items([item], model)))
+                    lines, columns, _ = item.shape
+                    downsample = model.vision_projector.downsample
+                    placed.append(Placed(len(ids), of_grid([0], lines // downsample, columns // downsample)))
                 ids += placeholders(modality, [item], model)
         length = self.stream.data.seq_length // self.mix["documents"]
         num_text = length - len(ids)

@@ -7,6 +7,7 @@ an answer that its own text is not tokenised to, makes them part earlier, and th
 
 import dataclasses
 import hashlib
+from itertools import islice
 
 from torch import Tensor
 
@@ -48,14 +49,24 @@ def labels_of(prompt: EncodedSample, config: ModelConfig) -> list[Label]:
     """Equal labels at the beginning of two prompts mean equal keys and values there."""
     position_T = _positions(prompt, config)
     labels: list[Label] = prompt.token_T.tolist()
-    for modality, items in prompt.media.items():
-        counts = [len(placeholders(modality, [item], config)) for item in items]
+    for modality in prompt.media:
+        groups = _groups(prompt, modality, config)
+        counts = [count for _, count in groups]
         rows = (prompt.token_T == PLACEHOLDERS[modality]).nonzero().flatten()
-        for item, of_item in zip(items, rows.split(counts)):
-            digest = _digest(item, position_T[..., of_item])
-            for n, row in enumerate(of_item.tolist()):
+        for (items, _), of_group in zip(groups, rows.split(counts)):
+            digest = _digest(items, position_T[..., of_group])
+            for n, row in enumerate(of_group.tolist()):
                 labels[row] = digest, n
     return labels
+
+
+def _groups(prompt: EncodedSample, modality: str, config: ModelConfig) -> list[tuple[list[Tensor], int]]:
+    """Items that share their features, and how many features they have."""
+    items = prompt.media[modality]
+    if modality != "image" or not prompt.groups:
+        return [([item], len(placeholders(modality, [item], config))) for item in items]
+    unread = iter(items)
+    return [(list(islice(unread, group.num_items)), len(group.features)) for group in prompt.groups]
 
 
 def _before_media(start: int, labels: list[Label]) -> int:
@@ -75,11 +86,11 @@ def _before_media(start: int, labels: list[Label]) -> int:
     return start
 
 
-def _digest(item: Tensor, position: Tensor) -> str:
-    """Of an item's content, its shape and where it stands: equal bytes of another grid, or of another time of a video,
-    are another item. Text after equal items stands at equal positions."""
-    found = hashlib.sha256(repr(item.shape).encode())
-    for tensor in (item, position):
+def _digest(items: list[Tensor], position: Tensor) -> str:
+    """Of the content of items, their shapes and where they stand: equal bytes of another grid, or of another time of a
+    video, are another item. Text after equal items stands at equal positions."""
+    found = hashlib.sha256(repr([item.shape for item in items]).encode())
+    for tensor in (*items, position):
         found.update(tensor.contiguous().numpy().tobytes())
     return found.hexdigest()
 
@@ -92,9 +103,14 @@ def _rest(prompt: EncodedSample, start: int, labels: list[Label], position_T: Te
     """The prompt from token ``start`` on, at its ``position_T``, with the media that begin there."""
     placed = zip(prompt.token_T[:start].tolist(), labels)
     begun = [token for token, label in placed if isinstance(label, tuple) and label[1] == 0]
-    media = {name: items[begun.count(PLACEHOLDERS[name]) :] for name, items in prompt.media.items()}
+    num_begun = {name: begun.count(PLACEHOLDERS[name]) for name in prompt.media}
+    groups = prompt.groups[num_begun["image"] :]
+    if prompt.groups:
+        num_begun["image"] = sum(group.num_items for group in prompt.groups[: num_begun["image"]])
+    media = {name: items[num_begun[name] :] for name, items in prompt.media.items()}
     return dataclasses.replace(
         prompt,
+        groups=groups,
         token_T=prompt.token_T[start:],
         target_T=prompt.target_T[start:],
         media=media,

@@ -23,7 +23,8 @@ from collections.abc import Collection, Mapping
 from types import ModuleType
 from typing import Any
 
-from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, VisionConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import AudioConfig, ModelConfig, VisionConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families import (

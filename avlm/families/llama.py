@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from avlm.config.model import DecoderConfig, ModelConfig, RopeScaling
+from avlm.config.decoder import DecoderConfig, RopeScaling
+from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families.keys import require_accepted, to_ours, to_theirs

@@ -7,7 +7,8 @@ at 30 s; we cut a longer one into windows of 30 s, one after the other, and lose
 from collections.abc import Mapping
 from typing import Any
 
-from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families import llama, voxtral, whisper

@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from avlm.config.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families import clip, llama

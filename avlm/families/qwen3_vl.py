@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from avlm.config.media import TIMESTAMP
 from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
@@ -124,7 +125,7 @@ def prompts(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any]:
     image, video = (qwen2_vl.processor(files, kind)[1] for kind in ("image", "video"))
     video = {key: value for key, value in video.items() if key not in qwen2_vl.EDGES.values()}  # it reads size alone
     together = qwen2_vl.read_size(video, VIDEO_AREA, config, config.vision.frames_per_patch)
-    frames = {"spread": "first_to_last", "timestamps": True, "tokens": together}
+    frames = {"spread": "first_to_last", "text": {"frame": TIMESTAMP}, "tokens": together}
     return {**qwen2_vl.read_images(image, config), "video": {**qwen2_vl.read_frames(video), **frames}}
 
 

@@ -15,7 +15,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families import llama, voxtral, whisper

@@ -36,8 +36,8 @@ class AVLM(nn.Module):
         self.audio = AudioTower(config.audio) if config.audio else None
         for name in config.modalities.values():
             tower, projector = getattr(config, name), getattr(config, f"{name}_projector")
-            gathered = tower.rows_per_feature(projector.downsample)
             num_deep = tower.width // tower.hidden_size - 1
+            gathered = tower.rows_per_feature(projector)
             built = Projector(projector, tower.hidden_size, gathered, config.decoder.hidden_size, num_deep)
             self.add_module(f"{name}_projector", built)
         if config.lora:
@@ -76,7 +76,7 @@ class AVLM(nn.Module):
             media = batch.media[name]
             with torch.set_grad_enabled(torch.is_grad_enabled() and trains(tower)):
                 features_PC = tower(media)
-            x_TD, deep = projector(x_TD, media.rows, features_PC, media.sources)
+            x_TD, deep = projector(x_TD, media, features_PC)
             if deep:
                 found = DeepFeatures(media.rows, deep)
         return x_TD, found

@@ -1,8 +1,8 @@
 """What the model sees: one packed row of tokens with its media. Every tensor is made in the loader, on the CPU.
 
 T tokens of the row   R tokens that carry a target   I items: images, or windows of audio   F features of all items
-S tower rows that make a feature   P patches of all images, N numbers each   K rows kept after the stem of the audio
-tower   M mel bins   W frames of the longest window
+U projected rows   S tower rows that make one   P patches of all images, N numbers each   K rows kept after the stem of
+the audio tower   M mel bins   W frames of the longest window
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avlm.config.model import TOWERS, AudioConfig, DecoderConfig, ModelConfig, VisionConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import TOWERS, AudioConfig, ModelConfig, VisionConfig
 from avlm.models.movable import Movable
 from avlm.models.patches import Grid, PatchPlaces
 from kernels.segments import Segments
@@ -20,12 +21,14 @@ from kernels.segments import Segments
 IGNORE = -100  # target: nothing is learned here
 IMAGE = -200  # token: an image feature goes here
 AUDIO = -300  # token: an audio feature goes here
+NEWLINE = -201  # token: the learned row of the vision projector goes here
 PAD = 0  # token: fills the end of a row; nothing is learned from it
 
 PLACEHOLDERS = {"image": IMAGE, "audio": AUDIO}  # of each modality
 KINDS = ("text", "image", "audio", "video", "mixed")  # of samples; the loss is reported for each kind
 FRAMES_PER_ROW = 2  # the stride of the convolutions of the audio tower
 
+TAPS = 4  # projected rows that a weighted sum is made of; and the most such sums that a row is part of
 Size = Grid | int  # of an item: lines and columns of patches of an image, frames of a clip in a window
 
 
@@ -61,16 +64,52 @@ class WindowRows(Movable):
 
 
 @dataclass(frozen=True)
+class Features(Movable):
+    """What features are made of.
+
+    sources  int64 (U, S): rows of the tower's output that the projector makes one row of, -1: none. A row of the tower
+             is in at most one of them
+    mix      int64 (F, 4): projected rows whose weighted sum is a feature; None if each of them is one, F = U
+    weights  float32 (F, 4)
+    """
+
+    sources: Tensor
+    mix: Tensor | None = None
+    weights: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.sources if self.mix is None else self.mix)
+
+    @staticmethod
+    def joined(parts: list["Features"], output_counts: list[int]) -> "Features":
+        """Those of several parts of a row, which have so many rows of the tower's output each."""
+        starts = [0, *accumulate(output_counts)]
+        sources = [torch.where(part.sources < 0, -1, part.sources + start) for part, start in zip(parts, starts)]
+        if all(part.mix is None for part in parts):
+            return Features(torch.cat(sources))
+        firsts = [0, *accumulate(len(part.sources) for part in parts)]
+        mixes = []
+        weights = []
+        for part, first in zip(parts, firsts):
+            itself = torch.arange(len(part.sources))[:, None].expand(-1, TAPS)
+            mixes.append((itself if part.mix is None else part.mix) + first)
+            alone = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(len(part.sources), -1)
+            weights.append(alone if part.weights is None else part.weights)
+        return Features(torch.cat(sources), torch.cat(mixes), torch.cat(weights))
+
+
+@dataclass(frozen=True)
 class Media(Movable):
-    """The items of one modality in a row. An item is an image, the frames of a video that share patches, or a window of
-    audio.
+    """The items of one modality in a row. An item is a view of an image, the frames of a video that share patches, or a
+    window of audio.
 
     values    what the tower reads: uint8 patches (P, N) of all images in the tower's order, or float32 log-mel windows
               (I, M, W); what is behind a window's own frames is exactly 0
     sizes     of each item
     segments  the rows of each item in the tower
-    sources   int64 (F, S): rows of the tower's output that make each feature, -1: zeros
+    features  what they are made of
     rows      int64 (F,): where in token_T each feature is written
+    newlines  int64: where the learned row of the projector is written
     windows   of windows: which rows the tower keeps of them
     places    of images of any grid: where their patches lie
     """
@@ -78,15 +117,20 @@ class Media(Movable):
     values: Tensor
     sizes: list[Size]
     segments: Segments
-    sources: Tensor
+    features: Features
     rows: Tensor
+    newlines: Tensor
     windows: WindowRows | None = None
     places: PatchPlaces | None = None
 
     def __post_init__(self) -> None:
         assert len(self.segments) == len(self.sizes)
-        assert self.sources.ndim == 2 and self.rows.shape == self.sources.shape[:1]
+        assert self.features.sources.ndim == 2 and len(self.rows) == len(self.features)
         assert self.windows is None or self.values.shape[2] % FRAMES_PER_ROW == 0
+
+    @property
+    def sources(self) -> Tensor:
+        return self.features.sources
 
     @property
     def lengths(self) -> list[int]:
@@ -111,12 +155,13 @@ def media_of(
     items: list[Tensor],
     sizes: list[Size],
     model: ModelConfig,
-    sources: Tensor | None = None,
+    features: Features | None = None,
     rows: Tensor | None = None,
+    newlines: Tensor | None = None,
     segments: Segments | None = None,
 ) -> Media:
     """Items as ``Media``, with the shape and dtype that the tower reads, if there is one; without features, unless
-    ``sources`` and ``rows`` say where they are. ``segments``: those that know of more than the rows of each item."""
+    ``features`` and ``rows`` say where they are. ``segments``: those that know of more than the rows of each item."""
     name = TOWERS[modality]
     tower, projector = getattr(model, name), getattr(model, f"{name}_projector")
     downsample = projector.downsample if projector else 1
@@ -129,9 +174,11 @@ def media_of(
         windows = WindowRows.of(sizes, values.shape[2] // FRAMES_PER_ROW, tower)
     if segments is None:
         segments = Segments.of([tower.rows_of(size) for size in sizes])
-    if sources is None:
-        sources = torch.empty(0, tower.rows_per_feature(downsample) if tower else 1, dtype=torch.int64)
-    return Media(values, sizes, segments, sources, torch.arange(0) if rows is None else rows, windows, places)
+    if features is None:
+        features = Features(torch.empty(0, tower.rows_per_feature(projector) if tower else 1, dtype=torch.int64))
+    nothing = torch.arange(0)
+    rows, newlines = (nothing if given is None else given for given in (rows, newlines))
+    return Media(values, sizes, segments, features, rows, newlines, windows, places)
 
 
 def side_by_side(windows: list[Tensor], num_mels: int) -> Tensor:
@@ -147,7 +194,7 @@ def side_by_side(windows: list[Tensor], num_mels: int) -> Tensor:
 class Batch(Movable):
     """One packed row. Shapes are checked here, once.
 
-    token_T        int64: vocabulary ids, and a placeholder (IMAGE, AUDIO) for every feature
+    token_T        int64: vocabulary ids, and a placeholder (IMAGE, AUDIO, NEWLINE) for every row that media write
     position_T     int64: position within the document, from 0; (3, T) for M-RoPE: time, line and column
     segments       documents
     windowed       the same for layers with a sliding window; None in a model without one

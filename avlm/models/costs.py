@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterator
 from itertools import chain
 
-from avlm.config.model import TOWERS, AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import TOWERS, AudioConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.models.batch import FRAMES_PER_ROW, Batch, Size
 from avlm.models.lora import is_adapter
 from avlm.models.patches import window_lengths
@@ -46,7 +47,7 @@ def counts(batch: Batch) -> dict[str, int]:
     for modality, media in batch.media.items():
         found[f"{modality}_rows"] = sum(media.lengths)
         found[f"{modality}_pairs"] = sum(length**2 for length in media.lengths)
-        found[f"{modality}_features"] = len(media.rows)
+        found[f"{modality}_projected"] = len(media.sources)
         if media.places is not None and media.places.windows is not None:
             found[f"{modality}_window_pairs"] = sum(length**2 for _, length in media.places.windows.spans)
     return found
@@ -120,7 +121,7 @@ def branches(module: str, model: ModelConfig) -> list[list[Step]]:
         found = [_audio(config)]
     else:
         modality, tower = next(entry for entry in TOWERS.items() if module == f"{entry[1]}_projector")
-        found = _projectors(config, f"{modality}_features", getattr(model, tower))
+        found = _projectors(config, f"{modality}_projected", getattr(model, tower))
     return [[(count, tuple(f"{module}.{name}" for name in names)) for count, names in branch] for branch in found]
 
 
@@ -170,17 +171,19 @@ def _encoder(config: VisionConfig | AudioConfig, modality: str) -> Iterator[Step
         pairs = f"{modality}_window_pairs" if has_window else f"{modality}_pairs"
         yield "", (f"{block}.attention_norm",)
         yield rows, (f"{attention}.q", f"{attention}.k", f"{attention}.v")
+        yield "", (f"{attention}.q_norm", f"{attention}.k_norm")
         yield pairs, (f"{attention}.core",)
         yield rows, (f"{attention}.o",)
-        yield "", (f"{block}.ffn_norm",)
+        yield "", (f"{block}.attention_scale", f"{block}.ffn_scale", f"{block}.ffn_norm")
         yield rows, (f"{block}.gate", f"{block}.up") if is_gated else (f"{block}.up",)
         yield rows, (f"{block}.down",)
     yield "", ("norm", "post_norm")  # Whisper's norm, or the post_norm of a ViT
 
 
-def _projectors(config: ProjectorConfig, features: str, tower: VisionConfig | AudioConfig) -> Iterator[list[Step]]:
-    norms = ("norm", "feature_norm", "hidden_norm", "output_norm")
-    yield [("", norms), *((features, layers) for layers in LAYERS[config.type])]
+def _projectors(config: ProjectorConfig, rows: str, tower: VisionConfig | AudioConfig) -> Iterator[list[Step]]:
+    merger = [(rows, ("merger",))] if config.merge else []
+    norms = ("norm", "feature_norm", "hidden_norm", "output_norm", "newline")
+    yield [*merger, ("", norms), *((rows, layers) for layers in LAYERS[config.type])]
     if isinstance(tower, VisionConfig):
         for i in range(len(tower.deepstack_layers)):
-            yield [("", (f"deep.{i}.norm",)), (features, (f"deep.{i}.up",)), (features, (f"deep.{i}.down",))]
+            yield [("", (f"deep.{i}.norm",)), (rows, (f"deep.{i}.up",)), (rows, (f"deep.{i}.down",))]

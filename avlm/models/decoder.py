@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avlm.config.model import DecoderConfig
+from avlm.config.decoder import DecoderConfig
 from avlm.models.attention import AttentionCore
 from avlm.models.lora import lora_init_stats
 from avlm.models.rope import positions_of_pairs, rope_frequencies, rope_table, rotate

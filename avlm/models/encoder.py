@@ -30,21 +30,25 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, float32 (T, E)
 
 
 class EncoderAttention(nn.Module):
-    """Bidirectional attention with biases; Whisper's keys have none."""
+    """Bidirectional attention; Whisper's keys have no bias."""
 
-    def __init__(self, hidden_size: int, num_heads: int, key_bias: bool):
+    def __init__(self, hidden_size: int, num_heads: int, *, bias: bool, key_bias: bool, qk_norm_eps: float | None):
+        """``qk_norm_eps``: of RMSNorms on queries and keys, over all heads together; None: there are none."""
         super().__init__()
-        self.head_dim = hidden_size // num_heads
-        self.q = nn.Linear(hidden_size, hidden_size)
-        self.k = nn.Linear(hidden_size, hidden_size, bias=key_bias)
-        self.v = nn.Linear(hidden_size, hidden_size)
-        self.o = nn.Linear(hidden_size, hidden_size)
+        D = hidden_size
+        self.head_dim = D // num_heads
+        self.q = nn.Linear(D, D, bias=bias)
+        self.k = nn.Linear(D, D, bias=key_bias)
+        self.v = nn.Linear(D, D, bias=bias)
+        self.o = nn.Linear(D, D, bias=bias)
+        self.q_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(D, qk_norm_eps)
+        self.k_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(D, qk_norm_eps)
         self.core = AttentionCore(causal=False)
 
     def forward(self, x_TD: Tensor, segments: Segments, rope: Rope | None = None) -> Tensor:
         heads = (-1, self.head_dim)
-        q_THE = self.q(x_TD).unflatten(-1, heads)
-        k_THE = self.k(x_TD).unflatten(-1, heads)
+        q_THE = self.q_norm(self.q(x_TD)).unflatten(-1, heads)
+        k_THE = self.k_norm(self.k(x_TD)).unflatten(-1, heads)
         v_THE = self.v(x_TD).unflatten(-1, heads)
         if rope is not None:
             q_THE, k_THE = rotate(q_THE, *rope), rotate(k_THE, *rope)
@@ -63,35 +67,49 @@ class EncoderBlock(nn.Module):
         gated: bool = False,
         norm: str = "layer",
         norm_eps: float = 1e-5,
+        bias: bool = True,
         key_bias: bool = True,
+        qk_norm: bool = False,
+        layer_scale: bool = False,
     ):
         super().__init__()
         D, F = config.hidden_size, config.intermediate_size
         self.attention_norm = NORMS[norm](D, norm_eps)
-        self.attention = EncoderAttention(D, config.num_heads, key_bias)
+        self.attention = EncoderAttention(
+            D, config.num_heads, bias=bias, key_bias=bias and key_bias, qk_norm_eps=norm_eps if qk_norm else None
+        )
         self.ffn_norm = NORMS[norm](D, norm_eps)
-        self.gate = nn.Linear(D, F) if gated else None
-        self.up = nn.Linear(D, F)
-        self.down = nn.Linear(F, D)
+        self.gate = nn.Linear(D, F, bias=bias) if gated else None
+        self.up = nn.Linear(D, F, bias=bias)
+        self.down = nn.Linear(F, D, bias=bias)
         self.activation = ACTIVATIONS[activation]
+        self.attention_scale = nn.Parameter(torch.empty(D)) if layer_scale else None
+        self.ffn_scale = nn.Parameter(torch.empty(D)) if layer_scale else None
 
     def forward(self, x_TD: Tensor, segments: Segments, rope: Rope | None = None) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), segments, rope)
+        x_TD = x_TD + scaled(self.attention(self.attention_norm(x_TD), segments, rope), self.attention_scale)
         normed_TD = self.ffn_norm(x_TD)
         if self.gate is None:
             hidden_TF = self.activation(self.up(normed_TD))
         else:
             hidden_TF = self.activation(self.gate(normed_TD)) * self.up(normed_TD)
-        return x_TD + self.down(hidden_TF)
+        return x_TD + scaled(self.down(hidden_TF), self.ffn_scale)
+
+
+def scaled(x_TD: Tensor, scale_D: Tensor | None) -> Tensor:
+    return x_TD if scale_D is None else x_TD * scale_D
 
 
 def encoder_init_stats(tower: nn.Module, num_layers: int) -> dict[str, tuple[float, float]]:
     """(mean, std) of the normal from which each parameter of a tower is drawn, by name.
 
     Weights have std 1 / sqrt(inputs), divided by sqrt(2 * layers) if they write into the residual stream. Norms are 1,
-    biases 0.
+    biases 0, factors of a layer scale 0.1 (the default of InternViT).
     """
     stats = lora_init_stats(tower)
+    for name, _ in tower.named_parameters():
+        if name.endswith("_scale"):
+            stats[name] = (0.1, 0.0)
     for name, module in tower.named_modules():
         if f"{name}.weight" in stats:  # an adapter
             continue

@@ -29,8 +29,8 @@ class PatchPlaces(Movable):
 
     yx           int32 (P, 2): line and column
     windows      the windows of the images, one after the other; None without windows
-    tap_rows     int64 (P, 4): rows of the position table whose weighted sum is a patch's position; None without a table
-    tap_weights  float32 (P, 4)
+    tap_rows     int64 (P, n): rows of the position table whose weighted sum is a patch's position; None without a table
+    tap_weights  float32 (P, n); n is 4, or 1 where a patch takes one row
     """
 
     yx: Tensor
@@ -50,11 +50,11 @@ class PatchPlaces(Movable):
             windows = Segments.of([length for at in layouts for length in at.windows])
         side = vision.patches_per_side
         if side:
-            taps = [table_taps(grid, side) for grid in grids]
-            tap_rows = torch.cat(
-                [torch.empty(0, 4, dtype=torch.int64), *(t[0][at.order] for t, at in zip(taps, layouts))]
-            )
-            tap_weights = torch.cat([torch.empty(0, 4), *(t[1][at.order] for t, at in zip(taps, layouts))])
+            of_grid = table_taps if vision.position_table == "bilinear" else table_buckets
+            taps = [of_grid((1, 1), side), *(of_grid(grid, side) for grid in grids)]  # the first for a row of no image
+            orders = [torch.arange(0), *(at.order for at in layouts)]
+            tap_rows = torch.cat([rows[order] for (rows, _), order in zip(taps, orders)])
+            tap_weights = torch.cat([weights[order] for (_, weights), order in zip(taps, orders)])
         return PatchPlaces(yx.int(), windows, tap_rows, tap_weights)
 
 
@@ -106,6 +106,15 @@ def table_taps(grid: Grid, side: int) -> tuple[Tensor, Tensor]:
     rows = [y[:, None] * side + x for y, _ in lines for x, _ in columns]
     weights = [y[:, None] * x for _, y in lines for _, x in columns]
     return torch.stack(rows, -1).flatten(0, 1), torch.stack(weights, -1).flatten(0, 1)
+
+
+@lru_cache(maxsize=64)
+def table_buckets(grid: Grid, side: int) -> tuple[Tensor, Tensor]:
+    """The row of a position table of side x side that each patch takes, and its weight 1, each (lines * columns, 1):
+    patch i of n along a side takes row floor(i / n * side) of the table's."""
+    y, x = (torch.arange(count) * side // count for count in grid)
+    rows = (y[:, None] * side + x).flatten()[:, None]
+    return rows, torch.ones(rows.shape)
 
 
 def _between(place: Tensor, side: int) -> list[tuple[Tensor, Tensor]]:

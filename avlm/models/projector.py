@@ -4,23 +4,26 @@
     mlp2x_gelu   y = gelu(x @ w1.T + b1) @ w2.T + b2          (LLaVA-1.5)
     swiglu       y = (silu(x @ wg.T) * (x @ wu.T)) @ wd.T     (Shazeer 2020; biases as above), in plain PyTorch
 
-Tower rows may be normalised before they are put side by side (Qwen2-VL) or after, and so may what the last linear takes
-and the feature itself (Ultravox). DeepStack (Meng et al. 2024): the rows of some
-inner layers of the tower have a projector each, ``deep``, whose features are added to the decoder's first layers.
+x is made of some tower rows side by side, of their mean, or of what a linear, ``merger``, makes of them. Rows may be
+normalised before they are put side by side (Qwen2-VL) or after, and so may what the last linear takes and y itself
+(Ultravox). A feature is y, or the weighted sum of several (LLaVA-OneVision). DeepStack (Meng et al. 2024): the rows of
+some inner layers of the tower have a projector each, ``deep``, whose features are added to the decoder's first layers.
 
-P tower rows   C tower width   R feature rows   S tower rows that make a feature   F hidden   D decoder width
-T token rows
+P tower rows   C tower width   U projected rows   S tower rows that make one   F hidden   D decoder width
+R features   L rows of the newline   T token rows
 """
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avlm.config.model import ProjectorConfig
 from avlm.config.values import Norm
+from avlm.models.batch import Features, Media
 from avlm.models.encoder import NORMS
-from kernels.projector import place_projected, side_by_side
+from kernels.projector import place_projected, projector_mlp, side_by_side
 
 # The linears of each type in the order in which they run; those that share an input together.
 LAYERS = {"linear": [("linear",)], "mlp2x_gelu": [("up",), ("down",)], "swiglu": [("gate", "up"), ("down",)]}
@@ -28,13 +31,16 @@ LAYERS = {"linear": [("linear",)], "mlp2x_gelu": [("up",), ("down",)], "swiglu":
 
 class Projector(nn.Module):
     def __init__(self, config: ProjectorConfig, tower_size: int, gathered: int, decoder_size: int, num_deep: int = 0):
-        """``gathered``: how many tower rows make one feature; ``num_deep``: inner layers of the tower that it takes."""
+        """``gathered``: how many tower rows make one projected row; ``num_deep``: inner layers of the tower that it
+        takes."""
         super().__init__()
         self.config = config
         self.tower_size = tower_size
         hidden_size = config.hidden_size or decoder_size
-        wide = tower_size * gathered
+        wide = tower_size * (1 if config.takes_mean else gathered)
         self.norm = _norm(config.norm, tower_size, config)
+        self.merger = nn.Linear(wide, tower_size, bias=False) if config.merge else None
+        wide = tower_size if config.merge else wide
         self.feature_norm = _norm(config.feature_norm, wide, config)
         if config.type == "linear":
             self.linear = nn.Linear(wide, decoder_size, bias=config.bias)
@@ -45,23 +51,46 @@ class Projector(nn.Module):
             self.hidden_norm = _norm(config.hidden_norm, hidden_size, config)
             self.down = nn.Linear(hidden_size, decoder_size, bias=config.bias)
         self.output_norm = _norm(config.output_norm, decoder_size, config)
+        self.newline = nn.Parameter(torch.empty(decoder_size)) if config.newline else None
         self.deep = nn.ModuleList(DeepProjector(config, wide, hidden_size, decoder_size) for _ in range(num_deep))
 
-    def forward(self, into_TD: Tensor, rows_R: Tensor, x_PC: Tensor, source_RS: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """``into`` with the projected features written at ``rows``, and the features of each inner layer, (R, D).
-        ``into`` itself must not be used afterwards.
+    def forward(self, into_TD: Tensor, media: Media, x_PC: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """``into`` with the features of media, made of tower rows x, written at their rows, and the features of each
+        inner layer, (R, D). ``into`` itself must not be used afterwards.
 
-        Tower rows source_RS[i], side by side, make feature i; -1 means zeros, past the end of a window. The rows of
-        inner layers stand in ``x`` behind those of the last.
+        The rows of inner layers stand in ``x`` behind those of the last.
         """
         x_PC, *inner = x_PC.split(self.tower_size, dim=1)
-        deep = [project(side_by_side(inner_PC, source_RS)) for project, inner_PC in zip(self.deep, inner)]
-        x_PC = self.norm(x_PC)
+        deep = [project(side_by_side(inner_PC, media.sources)) for project, inner_PC in zip(self.deep, inner)]
+        x_PC, source_US = self._rows(self.norm(x_PC), media.sources)
+        if self.config.is_fused and media.features.mix is None:
+            into_TD = place_projected(into_TD, media.rows, x_PC, *self._fused_layers(), source_RS=source_US)
+        else:
+            y_RD = mixed(self._projected(x_PC, source_US), media.features)
+            into_TD = into_TD.index_copy(0, media.rows, y_RD.to(into_TD.dtype))
+        if self.newline is not None:
+            newline_LD = self.newline.to(into_TD.dtype).expand(len(media.newlines), -1)
+            into_TD = into_TD.index_copy(0, media.newlines, newline_LD)
+        return into_TD, deep
+
+    def _rows(self, x_PC: Tensor, source_US: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and sources whose rows side by side are what the linears take."""
+        if self.config.takes_mean:
+            x_PC = mean_of(x_PC, source_US)
+        elif self.merger is not None:
+            x_PC = self.merger(side_by_side(x_PC, source_US))
+        else:
+            return x_PC, source_US
+        return x_PC, torch.arange(len(x_PC), device=x_PC.device)[:, None]
+
+    def _projected(self, x_PC: Tensor, source_US: Tensor) -> Tensor:
+        """(U, D)"""
         if self.config.is_fused:
-            layers = (self.up.weight, _bias(self.up), self.down.weight, _bias(self.down))
-            return place_projected(into_TD, rows_R, x_PC, *layers, source_RS=source_RS), deep
-        y_RD = self.output_norm(self._linears(self.feature_norm(side_by_side(x_PC, source_RS))))
-        return into_TD.index_copy(0, rows_R, y_RD.to(into_TD.dtype)), deep
+            return projector_mlp(x_PC, *self._fused_layers(), source_RS=source_US)
+        return self.output_norm(self._linears(self.feature_norm(side_by_side(x_PC, source_US))))
+
+    def _fused_layers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.up.weight, _bias(self.up), self.down.weight, _bias(self.down)
 
     def _linears(self, x_RC: Tensor) -> Tensor:
         if self.config.type == "linear":
@@ -74,8 +103,8 @@ class Projector(nn.Module):
 
     def init_stats(self) -> dict[str, tuple[float, float]]:
         """(mean, std) of the normal from which each parameter is drawn: std 1 / sqrt(inputs), biases 0, norms 1.
-        ``output_std`` brings the output to the scale of a token embedding."""
-        stats = {}
+        ``output_std`` brings the output, and the newline, to the scale of a token embedding."""
+        stats = {"newline": (0.0, self.config.output_std)}
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 std = 1 / math.sqrt(module.in_features)
@@ -101,6 +130,23 @@ class DeepProjector(nn.Module):
 
     def forward(self, x_RC: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(self.norm(x_RC))))
+
+
+def mean_of(x_PC: Tensor, source_US: Tensor) -> Tensor:
+    """The mean of the tower rows of each projected row, (U, C); a source of -1 does not count."""
+    is_row_US = source_US >= 0
+    sum_UC = side_by_side(x_PC, source_US).unflatten(1, (-1, x_PC.shape[1])).sum(1)
+    return sum_UC / is_row_US.sum(1, keepdim=True).to(x_PC.dtype)
+
+
+def mixed(y_UD: Tensor, features: Features) -> Tensor:
+    """Features (R, D), of projected rows."""
+    if features.mix is None:
+        return y_UD
+    assert features.weights is not None
+    # In float32: the gradient of a projected row is a sum, which bf16 would cut off on a CPU.
+    y_RD = F.embedding_bag(features.mix, y_UD.float(), mode="sum", per_sample_weights=features.weights)
+    return y_RD.to(y_UD.dtype)
 
 
 def _norm(kind: Norm, size: int, config: ProjectorConfig) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from avlm.config.model import DecoderConfig
+from avlm.config.decoder import DecoderConfig
 from kernels.backend import apply
 
 

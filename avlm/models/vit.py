@@ -1,5 +1,5 @@
-"""Vision tower: CLIP ViT (Radford et al. 2021), SigLIP (Zhai et al. 2023) and those of Qwen-VL, which take images and
-videos of any grid of patches (Dehghani et al. 2023). All images stand in one packed row.
+"""Vision tower: CLIP ViT (Radford et al. 2021), SigLIP (Zhai et al. 2023), InternViT (Chen et al. 2024), and those of
+Qwen-VL and Pixtral, which take images of any grid of patches (Dehghani et al. 2023). All stand in one packed row.
 
 I images   P patches of all images, N numbers each   C class tokens (0 or 1)   T = P + I * C rows   D width   E head dim
 """
@@ -32,7 +32,14 @@ class VisionTower(nn.Module):
         self.pre_norm = norm(D, config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             EncoderBlock(
-                config, activation=config.activation, gated=config.gated, norm=config.norm, norm_eps=config.norm_eps
+                config,
+                activation=config.activation,
+                gated=config.gated,
+                norm=config.norm,
+                norm_eps=config.norm_eps,
+                bias=config.bias,
+                qk_norm=config.qk_norm,
+                layer_scale=config.layer_scale,
             )
             for _ in range(config.num_blocks)
         )
@@ -49,7 +56,7 @@ class VisionTower(nn.Module):
             x_TD = x_PD if self.position is None else x_PD + stretched(self.position, images.places)
             windows = images.places.windows
             if self.config.axial_rope:
-                rope = axial_table(images.places.yx, self.config.head_dim)
+                rope = axial_table(images.places.yx, self.config)
         x_TD = self.pre_norm(x_TD)
         inner = []
         for i, block in enumerate(self.blocks):
@@ -97,10 +104,12 @@ def stretched(position_RD: Tensor, places: PatchPlaces) -> Tensor:
     return taps_PD.to(position_RD.dtype)
 
 
-def axial_table(yx_P2: Tensor, head_dim: int) -> Rope:
+def axial_table(yx_P2: Tensor, vision: VisionConfig) -> Rope:
     """cos and sin for ``rotate``, float32 (P, E). Of the E / 2 pairs of dimensions of a head, the first half turns with
-    a patch's line and the second with its column, by theta^(-2i / (E / 2)) with i < E / 4."""
-    num_each = head_dim // 4
-    exponent = torch.arange(num_each, dtype=torch.float64, device=yx_P2.device) / num_each
-    frequency = (AXIAL_THETA**-exponent).repeat(2)
-    return rope_table(frequency, yx_P2.repeat_interleave(num_each, dim=1))
+    a patch's line and the second with its column, by theta^(-2i / (E / 2)) with i < E / 4. With ``axial_offset`` the
+    E / 2 speeds theta^(-2i / E) are dealt to them in turns: the even ones to lines, the odd ones to columns."""
+    num_each = vision.head_dim // 4
+    place = torch.arange(num_each, dtype=torch.float64, device=yx_P2.device) / num_each
+    frequency = AXIAL_THETA**-place
+    of_columns = frequency * AXIAL_THETA ** (-2 / vision.head_dim) if vision.axial_offset else frequency
+    return rope_table(torch.cat([frequency, of_columns]), yx_P2.repeat_interleave(num_each, dim=1))

@@ -72,7 +72,7 @@ class _Exchange(torch.autograd.Function):
         segments = ctx.segments
         dsent_SD = swap(darrived_AD.contiguous(), segments.receive_counts, segments.send_counts, segments.group)
         dfeatures_PD = dsent_SD.new_zeros(ctx.num_rows, dsent_SD.shape[1])
-        return dfeatures_PD.index_copy_(0, segments.send_rows_S, dsent_SD), None  # a row is sent once at most
+        return dfeatures_PD.index_add_(0, segments.send_rows_S, dsent_SD), None  # a row may be sent to several ranks
 
 
 def swap(sent: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup) -> Tensor:

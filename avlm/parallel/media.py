@@ -7,7 +7,8 @@ on its own, as no rank can run ahead of the exchange after a tower.
 
 All ranks of a row hold the same batch, so each computes the same plan without communication, on the host.
 
-T tokens of the whole row   F features   S tower rows of a feature   P tower rows of all items of the row
+T tokens of the whole row   F features   U projected rows   S tower rows of one   P tower rows of all items of the row
+N ranks at most that a tower row goes to
 """
 
 import heapq
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avlm.config.model import ModelConfig
-from avlm.models.batch import Batch, Media, Size, media_of
+from avlm.models.batch import TAPS, Batch, Features, Media, Size, media_of
 from avlm.models.costs import item_costs
 from avlm.parallel.exchange import RoutedSegments, swap
 from avlm.parallel.mesh import World
@@ -139,28 +140,33 @@ def split_media(modality: str, media: Media, place_T: Tensor, plan: MediaPlan, m
     tower = getattr(model, model.modalities[modality])
     shapes = [tower.item_shape(size) for size in plan.sizes]
     items = _hand_over(media.items(tower), media.values, shapes, plan)
-    segments, rows_F, sources_FS = _route(media, place_T, plan)
+    num_ranks = TAPS if getattr(model, f"{model.modalities[modality]}_projector").stretches else 1
+    segments, rows_F, features = _route(media, place_T, plan, num_ranks)
     sizes = [plan.sizes[item] for item in plan.mine]
-    return media_of(modality, items, sizes, model, sources_FS, rows_F, segments)
+    newlines, owner_L = _placed(media.newlines, place_T, plan.share)
+    return media_of(modality, items, sizes, model, features, rows_F, newlines[owner_L == plan.share.rank], segments)
 
 
-def _route(media: Media, place_T: Tensor, plan: MediaPlan) -> tuple[RoutedSegments, Tensor, Tensor]:
-    """The exchange after the tower, and rows and sources of the features that land here.
+def _placed(rows: Tensor, place_T: Tensor, share: Share) -> tuple[Tensor, Tensor]:
+    """Rows of the home's tokens as rows of their ranks, and these ranks."""
+    place = place_T[rows]
+    owner = share.home * share.ranks_per_home + place // share.tokens_per_rank
+    return place % share.tokens_per_rank, owner
+
+
+def _route(media: Media, place_T: Tensor, plan: MediaPlan, num_ranks: int) -> tuple[RoutedSegments, Tensor, Features]:
+    """The exchange after the tower, and the features that land here, with their rows.
 
     Rows go from rank to rank in the order of the items and of the rows in them, which both sides know. Rows that are
-    part of no feature (class tokens) go nowhere: their destination is -1.
+    part of no feature (class tokens) go nowhere. Features that are weighted sums may share a row across the border of
+    two ranks, or of up to ``num_ranks`` if these hold few tokens: it goes to each of them.
     """
     share = plan.share
-    place_F = place_T[media.rows]
-    owner_F = share.home * share.ranks_per_home + place_F // share.tokens_per_rank
-    owner_FS = owner_F[:, None].expand_as(media.sources)
-    is_row_FS = media.sources >= 0
+    row_F, owner_F = _placed(media.rows, place_T, share)
     outputs = [plan.outputs[item] for item in plan.own]
-    destination_P = torch.full((sum(outputs),), -1)
-    destination_P[media.sources[is_row_FS]] = owner_FS[is_row_FS]
-
-    send_rows_S, send_counts = _departures(destination_P, outputs, plan)
-    arrived_P, receive_counts = _arrivals(destination_P, outputs, plan)
+    destination_PN = _destinations(media.features, owner_F, sum(outputs), num_ranks)
+    send_rows_S, send_counts = _departures(destination_PN, outputs, plan)
+    arrived_P, receive_counts = _arrivals(destination_PN, outputs, plan)
     boundaries = Segments.of([plan.lengths[item] for item in plan.mine])
     segments = RoutedSegments(
         boundaries.cu_seqlens,
@@ -171,27 +177,57 @@ def _route(media: Media, place_T: Tensor, plan: MediaPlan) -> tuple[RoutedSegmen
         group=share.group,
     )
     lands_F = owner_F == share.rank
-    return segments, place_F[lands_F] % share.tokens_per_rank, arrived_P[media.sources[lands_F]]
+    return segments, row_F[lands_F], _landed(media.features, lands_F, arrived_P)
 
 
-def _departures(destination_P: Tensor, outputs: list[int], plan: MediaPlan) -> tuple[Tensor, list[int]]:
+def _destinations(features: Features, owner_F: Tensor, num_rows: int, num_ranks: int) -> Tensor:
+    """int64 (P, N): the ranks that need each row of the tower's output, and -1."""
+    sources, owner = features.sources, owner_F
+    if features.mix is not None:
+        sources, owner = sources[features.mix.flatten()], owner_F.repeat_interleave(features.mix.shape[1])
+    pairs = torch.stack([sources, owner[:, None].expand_as(sources)], dim=-1)[sources >= 0]  # of rows and ranks
+    if features.mix is not None:
+        pairs = pairs.unique(dim=0)  # sorted
+    row, rank = pairs.unbind(1)
+    destination_PN = torch.full((num_rows, num_ranks), -1)
+    if num_ranks == 1:
+        destination_PN[row, 0] = rank
+        return destination_PN
+    row, order = row.sort(stable=True)
+    firsts = torch.searchsorted(row, row)  # of the pairs of the same row
+    place = torch.arange(len(row)) - firsts
+    destination_PN[row, place] = rank[order]
+    return destination_PN
+
+
+def _landed(features: Features, lands_F: Tensor, arrived_P: Tensor) -> Features:
+    """The features that land here, of rows that have arrived."""
+    if features.mix is None:
+        return Features(arrived_P[features.sources[lands_F]])
+    assert features.weights is not None
+    used, mix = features.mix[lands_F].unique(return_inverse=True)
+    return Features(arrived_P[features.sources[used]], mix, features.weights[lands_F])
+
+
+def _departures(destination_PN: Tensor, outputs: list[int], plan: MediaPlan) -> tuple[Tensor, list[int]]:
     """Rows of the tower's output on this rank in the order in which they are sent, and how many go to each rank."""
-    shapes = [(count,) for count in plan.outputs]
-    of_items = _hand_over(destination_P.split(outputs), destination_P, shapes, plan)
-    mine = torch.cat([destination_P[:0], *of_items])
+    num_ranks = destination_PN.shape[1]
+    shapes = [(count, num_ranks) for count in plan.outputs]
+    of_items = _hand_over(destination_PN.split(outputs), destination_PN, shapes, plan)
+    mine = torch.cat([destination_PN[:0], *of_items]).flatten()
     counts = mine[mine >= 0].bincount(minlength=plan.share.num_ranks)
     num_staying = len(mine) - int(counts.sum())
-    return mine.argsort(stable=True)[num_staying:], counts.tolist()
+    return mine.argsort(stable=True)[num_staying:] // num_ranks, counts.tolist()
 
 
-def _arrivals(destination_P: Tensor, outputs: list[int], plan: MediaPlan) -> tuple[Tensor, list[int]]:
+def _arrivals(destination_PN: Tensor, outputs: list[int], plan: MediaPlan) -> tuple[Tensor, list[int]]:
     """Where each row of the home's items lies among those that arrive here, else -1; and how many each rank sends."""
     encoders = torch.tensor([plan.encoders[item] for item in plan.own], dtype=torch.int64)
     encoder_P = encoders.repeat_interleave(torch.tensor(outputs, dtype=torch.int64))
-    arriving = (destination_P == plan.share.rank).nonzero().flatten()
+    arriving = (destination_PN == plan.share.rank).any(1).nonzero().flatten()
     from_rank = encoder_P[arriving]
     in_order = arriving[from_rank.argsort(stable=True)]
-    arrived_P = torch.full((len(destination_P) + 1,), -1)  # a source of -1 picks the last one: -1 again
+    arrived_P = torch.full((len(destination_PN) + 1,), -1)  # a source of -1 picks the last one: -1 again
     arrived_P[in_order] = torch.arange(len(in_order))
     return arrived_P, from_rank.bincount(minlength=plan.share.num_ranks).tolist()
 

@@ -4,7 +4,8 @@ refused.
 D width   F intermediate width   Q, K width of all query heads, of all key heads   c bytes of a number in compute
 """
 
-from avlm.config.model import AudioConfig, DecoderConfig, ProjectorConfig, VisionConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import AudioConfig, ProjectorConfig, VisionConfig
 from avlm.preflight.layout import Layout
 
 # What the MLP of a tower keeps in multiples of its width: inputs and results of the operations.

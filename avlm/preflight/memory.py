@@ -271,7 +271,7 @@ def _kept_by_tower(name: str, case: Case) -> tuple[int, int]:
         device += blocks + c * stem * rows
     if trains or case.trained_numbers(f"{name}_projector.") > 0:
         features = case.stage.data.seq_length // case.layout.row_ranks
-        width = tower.rows_per_feature(projector.downsample) * tower.hidden_size
+        width = tower.rows_per_feature(projector) * tower.hidden_size
         num_deep = tower.width // tower.hidden_size - 1
         device += c * features * projector_numbers(projector, width, case.model.decoder, num_deep)
     return device, host

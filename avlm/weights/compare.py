@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.families.door import AnyConfig
 
 NOT_COMPARED = {

@@ -5,7 +5,8 @@ from typing import Any
 
 import pydantic
 
-from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import AudioConfig, ModelConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import first_error, shown, validated
 from avlm.data.text.chat import Chat

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from avlm.config.model import DecoderConfig, ModelConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig, InitFrom
 from avlm.models.avlm import AVLM, initial_values
 from avlm.models.lora import init_magnitudes

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from avlm.config.decoder import DecoderConfig
 from avlm.config.load import merge, read_tree, resolve_config, to_dict
-from avlm.config.model import TOWERS, AudioConfig, DecoderConfig, ModelConfig, VisionConfig
+from avlm.config.model import TOWERS, AudioConfig, ModelConfig, VisionConfig
 from avlm.config.run import Config
 from avlm.config.values import shown
 from avlm.data.text.tokenizer import Tokenizer

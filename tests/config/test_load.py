@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from avlm.config.decoder import DecoderConfig, RopeScaling
 from avlm.config.load import _dataclass_in, dump_config, load_config
-from avlm.config.model import DecoderConfig, LoraConfig, ModelConfig, ProjectorConfig, RopeScaling, VisionConfig
-from avlm.config.run import Config, DataConfig, InitFrom, OptimizerConfig, RecomputeConfig, StageConfig, VideoConfig
+from avlm.config.media import VideoConfig
+from avlm.config.model import LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.run import Config, DataConfig, InitFrom, OptimizerConfig, RecomputeConfig, StageConfig
 from tests.parallel.small import TREE
 
 TINY = {

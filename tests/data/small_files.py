@@ -11,7 +11,8 @@ import tokenizers
 from PIL import Image
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig
 
 VISION = VisionConfig(hidden_size=8, intermediate_size=8, num_layers=2, num_heads=1, image_size=28, patch_size=7)

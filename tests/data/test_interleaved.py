@@ -8,8 +8,10 @@ import transformers
 from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerConfig, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerForConditionalGeneration
 
-from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
-from avlm.config.run import DataConfig, VideoConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.media import VideoConfig, VideoText
+from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.run import DataConfig
 from avlm.data.media.audio import delayed
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample, SampleEncoder
@@ -247,7 +249,7 @@ def test_a_cache_is_not_cut_within_sound_that_goes_on_past_the_cut(folder):
 
 
 def test_times_in_the_text_do_not_go_with_turns_of_frames_and_sound():
-    with pytest.raises(ValueError, match="timestamps go with audio=after or false"):
-        VideoConfig(audio="interleaved", timestamps=True)
+    with pytest.raises(ValueError, match="text goes with audio=after or false"):
+        VideoConfig(audio="interleaved", text=VideoText(frame="{n}"))
     with pytest.raises(ValueError, match=r"chunk_seconds\s+Input should be greater than or equal to 0.001"):
         VideoConfig(audio="interleaved", chunk_seconds=1e-310)

@@ -21,8 +21,9 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.video_utils import VideoMetadata
 
-from avlm.config.model import DecoderConfig
-from avlm.config.run import DataConfig, VideoConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.media import TIMESTAMP, VideoConfig, VideoText
+from avlm.config.run import DataConfig
 from avlm.data.positions import Placed, of_grid, positions
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder, parse
 from avlm.data.text.tokenizer import Tokenizer
@@ -105,7 +106,7 @@ FAMILIES = {
     ),
     "Qwen3-VL": Family(
         QWEN3,
-        VideoConfig(**SPREAD, spread="first_to_last", tokens=[8, 20], timestamps=True),
+        VideoConfig(**SPREAD, spread="first_to_last", tokens=[8, 20], text=VideoText(frame=TIMESTAMP)),
         [1, 1, 2],
         Qwen3VLProcessor,
         TOGETHER,
@@ -146,7 +147,7 @@ def theirs(folder, family: Family) -> dict:
     processor = family.processor(images, tokenizer, family.video_processor, chat_template=TEMPLATE)
     parts = [{"type": part} if part in ("image", "video") else {"type": "text", "text": part} for part in PARTS]
     text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-    if family.video.timestamps:  # 5.17 would leave the template's markers around those of each patch
+    if family.video.text.frame:  # 5.17 would leave the template's markers around those of each patch
         text = text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
     frames = [every_frame(data) for data in VIDEOS]
     metadata = [VideoMetadata(total_num_frames=len(of_one), fps=float(RATE)) for of_one in frames]

@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avlm.config.load import load_config
+from avlm.config.model import ProjectorConfig
+from avlm.data.features import of_images
 from avlm.data.media.patches import cut_into_patches, frames_of
-from avlm.data.packing import pack, patch_sources, select
+from avlm.data.packing import pack, select
 from avlm.data.sample import EncodedSample
 from avlm.models.batch import AUDIO as AUDIO_ID
 from avlm.models.batch import IGNORE, IMAGE, KINDS, empty_batch
@@ -135,11 +137,12 @@ def test_frames_past_a_clip_are_exact_zeros():
 
 def test_a_feature_is_made_of_neighbouring_patches_of_its_image():
     vision = dataclasses.replace(VISION, image_size=32, patch_size=8, class_token=True)
-    rows = patch_sources([(4, 4)] * 2, vision, 2)
+    shuffled = dataclasses.replace(MODEL, vision=vision, vision_projector=ProjectorConfig(downsample=2))
+    rows = of_images([(4, 4)] * 2, shuffled).sources
     assert rows.tolist()[:4] == [[1, 2, 5, 6], [3, 4, 7, 8], [9, 10, 13, 14], [11, 12, 15, 16]]
     assert (rows[4:] - 17).equal(rows[:4])
-    alone = patch_sources([(4, 4)], dataclasses.replace(vision, class_token=False), 1)
-    assert alone.tolist() == [[row] for row in range(16)]
+    plain = dataclasses.replace(MODEL, vision=dataclasses.replace(vision, class_token=False))
+    assert of_images([(4, 4)], plain).sources.tolist() == [[row] for row in range(16)]
 
 
 def test_pixels_stay_bytes_until_the_tower_reads_them():

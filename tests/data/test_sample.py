@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from avlm.config.run import VideoConfig
+from avlm.config.media import VideoConfig
 from avlm.data.media import audio, image
 from avlm.data.media.patches import cut_into_patches
 from avlm.data.sample import Sample, SampleEncoder, parse, placeholders

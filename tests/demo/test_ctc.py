@@ -8,8 +8,9 @@ import pytest
 import torch
 import yaml
 
+from avlm.config.decoder import DecoderConfig
 from avlm.config.load import load_config, to_dict
-from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig
+from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.demo.pretrained import ctc
 from avlm.demo.pretrained.ctc import Row

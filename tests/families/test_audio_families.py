@@ -158,7 +158,7 @@ def test_features_and_logits_equal_those_of_transformers(case):
     ask = prompt(name, theirs, config)
     media = ask.batch.audio
     into = torch.zeros(len(ask.batch.token_T), config.decoder.hidden_size)
-    features, _ = ours.audio_projector(into, media.rows, ours.audio(media), media.sources)
+    features, _ = ours.audio_projector(into, media, ours.audio(media))
     close(features[media.rows], features_of_transformers(name, theirs, ask.inputs), f"{name} features")
     close(logits_of(ours, ask.batch), theirs(**ask.inputs).logits[0], f"{name} logits")
 

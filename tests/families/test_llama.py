@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import transformers
 
-from avlm.config.model import DecoderConfig, RopeScaling
+from avlm.config.decoder import DecoderConfig, RopeScaling
 from avlm.families import llama
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4}

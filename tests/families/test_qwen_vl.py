@@ -121,7 +121,7 @@ def test_features_and_logits_equal_those_of_transformers(case):
     close(rows[:, : config.vision.hidden_size], expected.last_hidden_state, f"{name} tower")
     media = ask.batch.image
     into = torch.zeros(len(ask.batch.token_T), config.decoder.hidden_size)
-    features, deep = ours.vision_projector(into, media.rows, rows, media.sources)
+    features, deep = ours.vision_projector(into, media, rows)
     close(features[media.rows], expected.pooler_output, f"{name} features")
     for ours_deep, theirs_deep in zip(deep, getattr(expected, "deepstack_features", None) or [], strict=True):
         close(ours_deep, theirs_deep, f"{name} deepstack")

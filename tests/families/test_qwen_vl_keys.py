@@ -7,6 +7,7 @@ import math
 import pytest
 import transformers
 
+from avlm.config.media import TIMESTAMP
 from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import validated
@@ -186,7 +187,7 @@ def test_a_processor_is_read_in_both_dialects_and_brings_its_bounds(tmp_path):
     assert prompts["image_tokens"] == [4, 100]
     assert prompts["video"] == {
         **{"num_frames": None, "fps": 1.0, "min_frames": 4, "max_frames": 16},
-        **{"spread": "first_to_last", "timestamps": True, "tokens": [4, 10]},
+        **{"spread": "first_to_last", "text": {"frame": TIMESTAMP}, "tokens": [4, 10]},
     }
     data = validated(DataConfig, {"train": "", **prompts}, "data")
     written = qwen3_vl.processor_json(read_config(apart), data)

@@ -147,7 +147,7 @@ def test_features_logits_and_answers_equal_those_of_the_formula(case):
     assert (ask.sample.token_T == AUDIO).sum() == sum(-(-number // 16) for number in frames)
     batch = pack([ask.sample], len(ask.sample), config)
     into = torch.zeros(len(ask.sample), 32)
-    features, _ = ours.audio_projector(into, batch.audio.rows, ours.audio(batch.audio), batch.audio.sources)
+    features, _ = ours.audio_projector(into, batch.audio, ours.audio(batch.audio))
     expected = torch.cat([case.features(mel) for mel in ask.mels])
     close(features[batch.audio.rows], expected, "ultravox features")
     embeddings = embedded(case, ask)

@@ -69,5 +69,5 @@ def test_clips_of_any_length_have_the_features_that_transformers_has(tmp_path):
         close(torch.stack(made), features, f"voxtral log-mel of {seconds} s")
         media = windows_of(config.audio, made, config.audio_projector.downsample)
         into = torch.zeros(len(media.rows), 32)
-        found, _ = ours.audio_projector(into, media.rows, ours.audio(media), media.sources)
+        found, _ = ours.audio_projector(into, media, ours.audio(media))
         close(found, theirs.get_audio_features(features).pooler_output, f"voxtral features of {seconds} s")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from avlm.config.model import DecoderConfig
+from avlm.config.decoder import DecoderConfig
 from avlm.models.decoder import Decoder
 from avlm.models.rope import rope_frequencies, rope_table
 from kernels import attention_backward, attention_forward, attention_statistics, attention_tiles

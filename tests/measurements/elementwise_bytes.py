@@ -32,7 +32,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from avlm.config.model import DecoderConfig
+from avlm.config.decoder import DecoderConfig
 from avlm.models.decoder import Block, RMSNorm
 from avlm.models.rope import rope_frequencies, rope_table, rotate
 

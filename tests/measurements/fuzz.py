@@ -34,7 +34,7 @@ import yaml
 from safetensors.torch import save_file
 
 from avlm.config.load import resolve_config
-from avlm.config.run import VideoConfig
+from avlm.config.media import VideoConfig
 from avlm.data.media import audio, image, video
 from avlm.data.sample import SampleEncoder, load_json, parse
 from avlm.data.text.chat import Chat

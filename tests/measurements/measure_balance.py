@@ -14,7 +14,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from avlm.config.model import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import ModelConfig, ProjectorConfig, VisionConfig
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.models.avlm import AVLM, init

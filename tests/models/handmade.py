@@ -8,13 +8,25 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from avlm.config.model import AudioConfig, DecoderConfig, LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import AudioConfig, LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import InitFrom
 from avlm.data.media.patches import cut_into_patches
 from avlm.data.packing import pack_media
 from avlm.data.sample import EncodedSample, Items, placeholders
 from avlm.models.avlm import AVLM, init
-from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch, Media, no_media, text_positions, windowed_segments
+from avlm.models.batch import (
+    AUDIO,
+    IGNORE,
+    IMAGE,
+    NEWLINE,
+    Batch,
+    Features,
+    Media,
+    no_media,
+    text_positions,
+    windowed_segments,
+)
 from avlm.weights.load import Report, init_weights, load_weights
 from kernels.segments import Segments
 
@@ -50,7 +62,9 @@ def make_batch(
         target_rows_R=target_rows,
         target_R=target_T[target_rows],
         kind_R=torch.zeros_like(target_rows),
-        image=dataclasses.replace(image, rows=(token_T == IMAGE).nonzero().flatten()),
+        image=dataclasses.replace(
+            image, rows=(token_T == IMAGE).nonzero().flatten(), newlines=(token_T == NEWLINE).nonzero().flatten()
+        ),
         audio=dataclasses.replace(audio, rows=(token_T == AUDIO).nonzero().flatten()),
     )
 
@@ -79,6 +93,14 @@ def images_of(vision: VisionConfig, images: Tensor | Sequence[Tensor] | None, do
 def windows_of(audio: AudioConfig, clips: list[Tensor], downsample: int = 1) -> Media:
     """Media of windows (M, W) of any even length W; features are written one after the other."""
     return _media_of("audio", clips, audio, downsample)
+
+
+def features_at(rows: Tensor, sources: Tensor, **others: Tensor) -> Media:
+    """Media of which only features are given, for a projector."""
+    nothing = torch.arange(0)
+    found = {"newlines": nothing, **others}
+    features = Features(sources, found.pop("mix", None), found.pop("weights", None))
+    return Media(torch.empty(0), [], Segments.of([]), features, rows, **found)
 
 
 def _media_of(modality: str, items: list[Tensor], config: VisionConfig | AudioConfig, downsample: int) -> Media:

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.models.batch import AUDIO, IMAGE
 from avlm.weights.folder import read_config
 from tests.models.handmade import assert_gradients_close, build, loaded, make_batch, normalised, pixels_of, save

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from avlm.config.model import DecoderConfig, ModelConfig, RopeScaling
+from avlm.config.decoder import DecoderConfig, RopeScaling
+from avlm.config.model import ModelConfig
 from avlm.families import llama
 from avlm.families.door import hugging_face_name
 from avlm.models.batch import Batch

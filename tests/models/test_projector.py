@@ -7,6 +7,7 @@ import torch
 
 from avlm.config.model import ProjectorConfig
 from avlm.models.projector import Projector
+from tests.models.handmade import features_at
 
 KINDS = typing.get_args(typing.get_type_hints(ProjectorConfig)["type"])
 
@@ -17,7 +18,7 @@ def test_projected_rows_replace_theirs_and_leave_the_others(kind):
     into, rows, features = torch.randn(9, 6), torch.tensor([7, 2, 3]), torch.randn(6, 4)
     source = torch.tensor([[0, 5], [4, 2], [3, -1]])
     before = into.clone()
-    out, _ = projector(into, rows, features, source)
+    out, _ = projector(into, features_at(rows, source), features)
     x = torch.stack([torch.cat([features[0], features[5]]), torch.cat([features[4], features[2]])])
     x = torch.cat([x, torch.cat([features[3], torch.zeros(4)])[None]])
     expected = {
@@ -34,7 +35,7 @@ def test_projected_rows_replace_theirs_and_leave_the_others(kind):
 def test_no_features_give_exactly_zero_gradients(kind):
     projector = Projector(ProjectorConfig(type=kind), tower_size=4, gathered=1, decoder_size=6)
     nothing = torch.zeros(0, dtype=torch.int64)
-    out, _ = projector(torch.randn(5, 6), nothing, torch.zeros(0, 4), nothing.view(0, 1))
+    out, _ = projector(torch.randn(5, 6), features_at(nothing, nothing.view(0, 1)), torch.zeros(0, 4))
     out.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in projector.parameters())
 
@@ -50,5 +51,5 @@ def test_features_start_about_as_large_as_told(kind, share, std):
         torch.nn.init.normal_(parameter, *stats[name])
     x_PC, source_RS = torch.randn(200, 64), torch.arange(200).view(100, 2)
     with torch.no_grad():
-        out, _ = projector(torch.zeros(100, 512), torch.arange(100), x_PC, source_RS)
+        out, _ = projector(torch.zeros(100, 512), features_at(torch.arange(100), source_RS), x_PC)
     assert out.square().mean().sqrt().item() == pytest.approx(share * std, rel=0.1)

@@ -8,7 +8,8 @@ import transformers
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
-from avlm.config.model import DecoderConfig, ModelConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import ModelConfig
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.families import llama

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from avlm.config.model import DecoderConfig, ModelConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import ModelConfig
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.models.attention import AttentionCore

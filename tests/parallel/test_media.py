@@ -12,7 +12,8 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avlm.config.model import AudioConfig, DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.decoder import DecoderConfig
+from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.models.avlm import AVLM, init

@@ -34,6 +34,7 @@ from kernels import backend
 from kernels.cross_entropy import chunk_bytes
 from kernels.cross_entropy_rows import losses_reference
 from kernels.segments import Segments
+from tests.models.handmade import features_at
 from tests.parallel.live_bytes import LiveBytes
 from tests.parallel.spawn import run_ranks
 
@@ -179,7 +180,7 @@ def kept_by_a_block(tower, dtype, trains, cfg, tokens=256):
     rope = rope_table(rope_frequencies(cfg.model.decoder), torch.arange(tokens))
     inputs = (rope, segments) if tower == "decoder" else (segments,)
     if tower == "vision" and cfg.model.vision.axial_rope:
-        inputs = (segments, axial_table(torch.zeros(tokens, 2), cfg.model.vision.head_dim))
+        inputs = (segments, axial_table(torch.zeros(tokens, 2), cfg.model.vision))
 
     def live(num_blocks):
         x = torch.randn(tokens, getattr(cfg.model, tower).hidden_size, dtype=dtype, requires_grad=True)
@@ -253,7 +254,7 @@ def test_what_a_projector_of_any_type_keeps_is_as_estimated(kind, norm, num_deep
 
     x_PC = torch.randn(4 * features, 7 * (1 + num_deep))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        projector(torch.zeros(features, decoder.hidden_size), rows, x_PC, source)
+        projector(torch.zeros(features, decoder.hidden_size), features_at(rows, source), x_PC)
     more = {
         "linear": 0,
         "mlp2x_gelu": 0 if norm == "all" else 40 + decoder.hidden_size,

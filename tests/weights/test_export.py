@@ -11,7 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from avlm.config.model import AudioConfig, DecoderConfig, LoraConfig, ProjectorConfig, RopeScaling
+from avlm.config.decoder import DecoderConfig, RopeScaling
+from avlm.config.model import AudioConfig, LoraConfig, ProjectorConfig
 from avlm.config.run import DataConfig, InitFrom
 from avlm.data.media.audio import mels
 from avlm.models.avlm import AVLM

@@ -6,45 +6,50 @@ halves (to even), so that a model sees what it was trained on.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy
 import torch
 
+from avlm.config.media import VideoConfig
 from avlm.config.model import ModelConfig, VisionConfig
-from avlm.config.run import DataConfig, VideoConfig
+from avlm.config.run import DataConfig
 from avlm.config.values import counted
+from avlm.data.media.tiles import Size, Tiling, tiling_of
 
 MAX_RATIO = 200  # of the sides of an image: thinner ones are refused
 
-Size = tuple[int, int]  # height and width, in pixels
 Rate = Fraction | int  # frames a second
 
 
 @dataclass(frozen=True)
 class Extent:
-    """What the vision tower gets of an image or a video. All items of a video have one size.
+    """What the vision tower gets of an image or a video. All items of one have one size.
 
-    source         the size that its file has, upright
-    size           the size that it is given
-    grid           lines and columns of patches of an item
-    item_features  positions of an item in the decoder
-    times          seconds at which the frames of a video are seen; () for an image
-    patch_seconds  how much of a video an item stands for
+    source           the size that its file has, upright
+    size             the size of an item
+    grid             lines and columns of patches of an item
+    features_a_side  lines and columns of features of an item that stands for itself
+    tiling           of an image that is cut into tiles
+    times            seconds at which the frames of a video are seen; () for an image
+    seconds          of a video
+    patch_seconds    how much of a video an item stands for
     """
 
     source: Size
     size: Size
     grid: tuple[int, int]
-    item_features: int
+    features_a_side: tuple[int, int]
     num_items: int = 1
+    tiling: Tiling = field(default_factory=Tiling)
     times: Sequence[float] = ()
+    seconds: float = 0.0
     patch_seconds: float = 0.0
 
     @property
-    def features(self) -> int:
-        return self.num_items * self.item_features
+    def item_features(self) -> int:
+        return math.prod(self.features_a_side)
 
     def __str__(self) -> str:
         height, width = self.source
@@ -56,14 +61,17 @@ class Extent:
         return bool(self.times)
 
 
-def of_image(source: Size, model: ModelConfig, data: DataConfig) -> Extent:
-    """ValueError for an image that is too thin."""
+def of_image(source: Size, model: ModelConfig, data: DataConfig, alone: bool = True) -> Extent:
+    """``alone``: the only image of its sample. ValueError for an image that is too thin."""
     vision, downsample = model.vision, model.vision_projector.downsample
+    tiling = tiling_of(source, vision, data.image_layout, alone)
     size = _square(vision)
-    if vision.any_grid:
+    if vision.resize == "area":
         size = resized("image", source, vision.patch_size * downsample, data.image_tokens)
+    elif vision.resize == "longest":
+        size = within_longest(source, vision.patch_size * downsample, data.image_layout.longest_edge)
     grid = _grid(size, vision)
-    return Extent(source, size, grid, vision.num_features(grid, downsample))
+    return Extent(source, size, grid, _features_a_side(grid, downsample), tiling.num_views, tiling)
 
 
 def of_video(source: Size, seconds: float, rate: Rate, model: ModelConfig, data: DataConfig) -> Extent:
@@ -72,7 +80,9 @@ def of_video(source: Size, seconds: float, rate: Rate, model: ModelConfig, data:
     factor, together = vision.patch_size * downsample, vision.frames_per_patch
     times = frame_times(seconds, rate, data.video, together)
     size = _square(vision)
-    if vision.any_grid and data.video.tokens is not None:
+    if vision.resize == "longest":
+        size = within_longest(source, factor, data.image_layout.longest_edge)
+    elif vision.any_grid and data.video.tokens is not None:
         size = resized_together(source, factor, data.video.tokens, len(times), together)
     elif vision.any_grid:
         size = resized("video", source, factor, data.video.frame_tokens or data.image_tokens)
@@ -81,11 +91,31 @@ def of_video(source: Size, seconds: float, rate: Rate, model: ModelConfig, data:
         source,
         size,
         grid,
-        vision.num_features(grid, downsample),
+        halved(_features_a_side(grid, downsample), model),
         num_items=math.ceil(len(times) / together),
         times=times,
+        seconds=seconds,
         patch_seconds=float(together * num_frames(seconds, rate) / Fraction(rate) / len(times)),
     )
+
+
+def halved(features_a_side: tuple[int, int], model: ModelConfig) -> tuple[int, int]:
+    """Lines and columns of features of a frame, of those that it has without ``halve_frames``."""
+    lines, columns = features_a_side
+    how = model.vision_projector.halve_frames
+    if how == "none":
+        return lines, columns
+    if how == "mean":
+        return lines // 2, columns // 2
+    return math.ceil(lines / 2), math.ceil(columns / 2)
+
+
+def within_longest(source: Size, factor: int, longest_edge: int) -> Size:
+    """In whole squares of ``factor`` pixels a side, with about the source's shape and no side of more pixels than
+    ``longest_edge`` before they are filled up (Pixtral)."""
+    ratio = max(side / longest_edge for side in source)
+    height, width = (math.floor(side / ratio) if ratio > 1 else side for side in source)
+    return max(1, math.ceil(height / factor)) * factor, max(1, math.ceil(width / factor)) * factor
 
 
 def resized(
@@ -171,6 +201,10 @@ def _starts(total: int, wanted: float, video: VideoConfig, multiple: int) -> lis
 
 def _square(vision: VisionConfig) -> Size:
     return vision.image_size or 0, vision.image_size or 0
+
+
+def _features_a_side(grid: tuple[int, int], downsample: int) -> tuple[int, int]:
+    return grid[0] // downsample, grid[1] // downsample
 
 
 def _grid(size: Size, vision: VisionConfig) -> tuple[int, int]:

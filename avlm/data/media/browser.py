@@ -9,7 +9,8 @@ import numpy
 from PIL import Image
 from torch import Tensor
 
-from avlm.config.run import DataConfig, VideoConfig
+from avlm.config.media import VideoConfig
+from avlm.config.run import DataConfig
 from avlm.data.media import audio, image, video
 
 SIDE = 320  # pixels of the longer side; larger images and videos are reduced

@@ -18,7 +18,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-from avlm.config.run import VideoConfig
+from avlm.config.media import VideoConfig
 from avlm.data.media.area import frame_times
 from avlm.data.media.container import FAULTS, Decoder, has_packets, open_container, reason
 

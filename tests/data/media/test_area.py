@@ -15,8 +15,9 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize 
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as qwen3_vl_smart_resize
 from transformers.video_utils import VideoMetadata
 
+from avlm.config.media import TIMESTAMP, VideoConfig, VideoText
 from avlm.config.model import VisionConfig
-from avlm.config.run import DataConfig, VideoConfig
+from avlm.config.run import DataConfig
 from avlm.data.media import area, image
 from avlm.data.media_reader import MediaReader, Room
 from avlm.models.vit import normalise
@@ -63,10 +64,10 @@ def test_grids_and_pixels_equal_those_of_qwens_processor(vision):
         picture = photo(width, height)
         theirs = processor(picture, return_tensors="pt")
         data = image_file(picture, "WEBP" if height > 2000 else "PNG", lossless=True, method=0)
-        extent = read.extent("image", data)
+        extent, _ = read.laid_out("image", data)
         [run] = read.read("image", data, "", ROOM)
         assert [1, *extent.grid] == theirs["image_grid_thw"][0].tolist() == [1, *run.items[0].shape[:2]]
-        assert extent.features == theirs["image_grid_thw"].prod() // 4
+        assert extent.item_features == theirs["image_grid_thw"].prod() // 4
         torch.testing.assert_close(as_published(run.items[0], vision), theirs["pixel_values"], atol=1e-6, rtol=1e-6)
 
 
@@ -144,7 +145,9 @@ def test_videos_equal_those_of_qwens_processors(seconds, rate):
     theirs = Qwen3VLVideoProcessor(
         size=size, fps=2, image_mean=[0.5] * 3, image_std=[0.5] * 3, cap_pixels_per_frame=False
     )(videos=[frames], video_metadata=[metadata], return_tensors="pt")
-    video = dataclasses.replace(video, spread="first_to_last", frame_tokens=None, tokens=[10, 30], timestamps=True)
+    video = dataclasses.replace(
+        video, spread="first_to_last", frame_tokens=None, tokens=[10, 30], text=VideoText(frame=TIMESTAMP)
+    )
     runs = reader(QWEN3, video=video).read("video", data, "", ROOM)
     items = [item for run in runs for item in run.items]
     assert [len(items), *items[0].shape[:2]] == theirs["video_grid_thw"][0].tolist()

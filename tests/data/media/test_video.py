@@ -13,7 +13,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from avlm.config.run import VideoConfig
+from avlm.config.media import VideoConfig
 from avlm.data.media import video
 from avlm.data.media.container import Decoder
 from tests.data.small_files import video_file

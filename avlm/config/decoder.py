@@ -1,0 +1,111 @@
+"""What the decoder is: its sizes, positions and attention. Sizes are whole-model sizes, as in ``avlm.config.model``."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from avlm.config.values import (
+    Epsilon,
+    Heads,
+    Layers,
+    NonNegative,
+    Positive,
+    Tokens,
+    Whole,
+    Width,
+    config,
+    require,
+    shown,
+)
+
+
+@config
+class RopeScaling:
+    """Llama-3 frequency scaling (rope_type "llama3")."""
+
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_max_position: Tokens
+
+    def __post_init__(self) -> None:
+        require(
+            self.low_freq_factor < self.high_freq_factor,
+            f"low_freq_factor={self.low_freq_factor} is not below high_freq_factor={self.high_freq_factor}",
+        )
+
+
+@config
+class YarnScaling:
+    """YaRN frequency scaling (Peng et al. 2023; rope_type "yarn")."""
+
+    factor: Annotated[float, Field(ge=1)]
+    original_max_position: Tokens
+    beta_fast: Positive = 32.0  # full turns within the original context: pairs that turn more often keep their speed
+    beta_slow: Positive = 1.0  # those that turn less often are slowed down by the factor
+    attention_factor: Positive = 1.0  # of cos and sin
+
+    def __post_init__(self) -> None:
+        require(
+            self.beta_slow < self.beta_fast,
+            f"beta_slow={self.beta_slow} is not below beta_fast={self.beta_fast}",
+        )
+
+
+@config
+class DecoderConfig:
+    """Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+    vocab_size: Tokens
+    hidden_size: Width
+    intermediate_size: Width
+    num_layers: Layers
+    num_heads: Heads
+    num_kv_heads: Heads
+    head_dim: Annotated[int, Field(ge=0, le=2**14)] = 0  # 0: hidden_size / num_heads
+    rope_theta: Annotated[float, Field(gt=0, le=1e15)] = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    yarn: YarnScaling | None = None  # another scaling; give one of the two
+    query_growth: NonNegative = 0.0
+    # with yarn: queries grow by 1 + query_growth * ln(1 + floor(position / yarn.original_max_position)) (Llama 4)
+    norm_eps: Epsilon = 1e-5
+    tie_embedding: bool = False  # the head is the embedding
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: RMSNorm on every query and key head
+    max_position: Tokens = 8192  # tokens that the checkpoint was trained for; data.seq_length must not exceed it
+    sliding_window: Tokens | None = None  # a token sees so many of its document, itself and those before; None: all
+    window_layers: Annotated[list[Whole], Field(min_length=1)] | None = None  # that have the window; None: all of them
+    mrope_sections: Annotated[list[Whole], Field(min_length=3, max_length=3)] | None = None
+    # M-RoPE: how many pairs of dimensions turn with the time, line and column of a token; None: all with its position
+    mrope_interleaved: bool = False  # time, line and column take turns (Qwen3-VL), or stand one after the other
+
+    def __post_init__(self) -> None:
+        require(self.rope_scaling is None or self.yarn is None, "give rope_scaling or yarn, not both")
+        require(self.yarn is not None or not self.query_growth, "query_growth needs yarn")
+        if self.window_layers is not None:
+            require(self.sliding_window is not None, "window_layers needs a sliding_window")
+            require(
+                self.window_layers == sorted(set(self.window_layers)) and self.window_layers[-1] < self.num_layers,
+                f"window_layers={shown(self.window_layers)} must ascend and lie below num_layers={self.num_layers}",
+            )
+        if not self.head_dim:
+            require(
+                self.hidden_size % self.num_heads == 0,
+                f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}",
+            )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}",
+        )
+        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for rotary positions")
+        if self.mrope_sections is None:
+            require(not self.mrope_interleaved, "mrope_interleaved needs mrope_sections")
+        else:
+            require(
+                sum(self.mrope_sections) == self.head_dim // 2,
+                f"mrope_sections={self.mrope_sections} must add up to half of head_dim={self.head_dim}",
+            )
+
+    def has_window(self, layer: int) -> bool:
+        return self.sliding_window is not None and (self.window_layers is None or layer in self.window_layers)

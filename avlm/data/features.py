@@ -1,0 +1,102 @@
+"""Which rows of a tower's output make each feature: index work on the host, from sizes alone.
+
+F features   U projected rows   S tower rows that make one (see ``avlm.models.batch``)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from avlm.config.model import ModelConfig, VisionConfig
+from avlm.data.media.area import halved
+from avlm.data.media.tiles import Size, Tiling, bilinear_taps, shown_part, stretched_grid
+from avlm.models.batch import Features
+from avlm.models.patches import Grid, tower_layout
+
+
+@dataclass(frozen=True)
+class Group:
+    """Items that follow each other, and the features that they give together: the views of an image, or the frames of a
+    video."""
+
+    num_items: int
+    features: Features
+
+
+def of_windows(lengths: list[int], stack: int) -> Features:
+    """Of windows of audio with so many rows each: neighbours within a window. -1 pads the last feature of a window."""
+    sources = [torch.empty(0, stack, dtype=torch.int64)]
+    start = 0
+    for length in lengths:
+        num_features = -(-length // stack)
+        padded = torch.full((num_features * stack,), -1)
+        padded[:length] = torch.arange(start, start + length)
+        sources.append(padded.view(num_features, stack))
+        start += length
+    return Features(torch.cat(sources))
+
+
+def of_images(grids: Sequence[Grid], model: ModelConfig) -> Features:
+    """Of images that stand for themselves: neighbouring patches, line by line (pixel shuffle)."""
+    return _filled(_sources(grids, model.vision, model.vision_projector.downsample), model)
+
+
+def of_tiles(source: Size, tiling: Tiling, grid: Grid, model: ModelConfig) -> tuple[Features, Grid]:
+    """Of the whole image and then of its tiles, which are joined to one grid and freed of its padding; and the lines
+    and columns of that grid. ``source``: the size of the image in pixels; ``grid``: patches of a view."""
+    projector = model.vision_projector
+    side = grid[0] // projector.downsample
+    all_views = _sources([grid] * tiling.num_views, model.vision, projector.downsample)
+    whole, tiles = all_views[: side**2], all_views[side**2 :]
+    sides = {"l": tiling.lines, "k": tiling.columns, "y": side}
+    joined = rearrange(tiles, "(l k y x) s -> (l y) (k x) s", **sides)
+    top, bottom, left, right = shown_part(source, *joined.shape[:2])
+    shown = joined[top:bottom, left:right]
+    lines, columns = shown.shape[:2]
+    features = _filled(torch.cat([whole, shown.flatten(0, 1)]), model)
+    into = stretched_grid(lines, columns, side, projector.max_tiles)
+    if into == (lines, columns):
+        return features, into
+    mix, weights = bilinear_taps(lines, columns, into)
+    itself, alone = _unchanged(len(whole))
+    mix = torch.cat([itself, mix + len(whole)])
+    return Features(features.sources, mix, torch.cat([alone, weights])), into
+
+
+def of_frames(grid: Grid, num_items: int, model: ModelConfig) -> Features:
+    """Of the frames of a video, one after the other."""
+    projector = model.vision_projector
+    if projector.halve_frames == "mean":
+        return Features(_sources([grid] * num_items, model.vision, 2))
+    features = of_images([grid] * num_items, model)
+    if projector.halve_frames == "none":
+        return features
+    lines, columns = (count // projector.downsample for count in grid)
+    mix, weights = bilinear_taps(lines, columns, halved((lines, columns), model))
+    starts = torch.arange(num_items) * lines * columns
+    return Features(features.sources, (mix + starts[:, None, None]).flatten(0, 1), weights.repeat(num_items, 1))
+
+
+def _sources(grids: Sequence[Grid], vision: VisionConfig, downsample: int) -> Tensor:
+    """int64 (F, downsample^2). A class token is the first row of an image and belongs to no feature."""
+    sources = [torch.empty(0, downsample**2, dtype=torch.int64)]
+    start = 0
+    for grid in grids:
+        sources.append(tower_layout(grid, vision, downsample).sources + start + vision.class_token)
+        start += vision.rows_of(grid)
+    return torch.cat(sources)
+
+
+def _filled(sources: Tensor, model: ModelConfig) -> Features:
+    """With as many sources as the projector takes at most; of a mean, -1 does not count."""
+    missing = model.vision.rows_per_feature(model.vision_projector) - sources.shape[1]
+    return Features(torch.cat([sources, sources.new_full((len(sources), missing), -1)], 1) if missing else sources)
+
+
+def _unchanged(count: int) -> tuple[Tensor, Tensor]:
+    """The mix of features that are projected rows as they are."""
+    first = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    return torch.arange(count)[:, None].expand(-1, 4), first.expand(count, -1)

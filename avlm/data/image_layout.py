@@ -1,0 +1,116 @@
+"""How the features of an image and of a video stand in a sample, by ``data.image_layout`` and ``data.video``: runs of
+placeholders with markers and text, all of it from sizes alone, so that tokens are counted before a file is decoded.
+"""
+
+import datetime
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import Tensor
+
+from avlm.config.model import ModelConfig
+from avlm.config.run import DataConfig
+from avlm.data.features import Group, of_frames, of_tiles
+from avlm.data.media import area
+from avlm.data.media.area import Extent
+from avlm.data.positions import of_grid
+from avlm.data.runs import Run, within
+from avlm.data.text.numbers import in_words
+from avlm.models.batch import IMAGE, NEWLINE
+
+
+def runs_of_image(extent: Extent, number: int, model: ModelConfig, data: DataConfig) -> list[Run]:
+    """Without items. ``number``: of the image in its sample, from 1 on."""
+    layout, tiling = data.image_layout, extent.tiling
+    newline = [NEWLINE] * model.vision_projector.newline
+    if layout.tiles == "pinpoints" and tiling.num_tiles:
+        features, (lines, columns) = of_tiles(extent.source, tiling, extent.grid, model)
+        num_whole = len(features) - lines * columns
+        tokens = [IMAGE] * num_whole + ([IMAGE] * columns + newline) * lines
+        runs = [Run("image", tokens, groups=[Group(tiling.num_views, features)])]
+    elif tiling.num_tiles:
+        runs = list(_views(extent, data))
+    else:
+        runs = _whole(extent, model, data)
+        last = runs[-1]
+        runs[-1] = replace(last, tokens=last.tokens + newline)
+    return within(runs, *markers_of("image", number, data))
+
+
+def _views(extent: Extent, data: DataConfig) -> Iterator[Run]:
+    """The tiles of an image, line by line, and the whole image."""
+    layout, tiling = data.image_layout, extent.tiling
+    tokens = [IMAGE] * extent.item_features
+    text = ""
+    for line in range(1, tiling.lines + 1):
+        for column in range(1, tiling.columns + 1):
+            marks = [mark.replace("{line}", str(line)) for mark in layout.tile_markers]
+            before, after = (mark.replace("{column}", str(column)) for mark in marks)
+            yield Run("image", tokens, text=text, markers=(before, after))
+            text = ""
+        text = layout.line_end
+    before, after = layout.whole_markers
+    yield Run("image", tokens, text=text + layout.tiles_end, markers=(before, after))
+
+
+def _whole(extent: Extent, model: ModelConfig, data: DataConfig) -> list[Run]:
+    """An image of one view."""
+    layout = data.image_layout
+    if layout.line_break:
+        lines, columns = extent.features_a_side
+        runs = [Run("image", [IMAGE] * columns, markers=("", layout.line_break)) for _ in range(lines - 1)]
+        runs.append(Run("image", [IMAGE] * columns))
+    else:
+        runs = [Run("image", [IMAGE] * extent.item_features, offsets=_offsets(extent, 0, 1, model))]
+    return within(runs, *layout.whole_markers)
+
+
+def runs_of_video(extent: Extent, number: int, model: ModelConfig, data: DataConfig) -> list[Run]:
+    """Without items. ``number``: of the video in its sample, from 1 on."""
+    text, markers = data.video.text, markers_of("video", number, data)
+    if text.of_frames:
+        runs = []
+        times = area.patch_times(extent.times, model.vision.frames_per_patch)
+        for i, time in enumerate(times):
+            frame = _written(text.frame, extent, n=i + 1, time=f"{time:.1f}", clock=_clock(time))
+            between = _written(text.between, extent) if i else ""
+            runs.append(replace(run_of_frames(extent, 0, 1, model), text=between + frame, markers=markers))
+    else:
+        runs = within([run_of_frames(extent, 0, extent.num_items, model)], *markers)
+    if data.video.newline:
+        runs[-1] = replace(runs[-1], tokens=[*runs[-1].tokens, NEWLINE])
+    return within(runs, _written(text.before, extent), _written(text.after, extent))
+
+
+def run_of_frames(extent: Extent, first: int, count: int, model: ModelConfig) -> Run:
+    """``count`` patches of frames of a video from the number ``first`` on."""
+    groups = []
+    if model.vision_projector.halve_frames != "none":
+        groups = [Group(1, of_frames(extent.grid, 1, model))] * count
+    tokens = [IMAGE] * (count * extent.item_features)
+    return Run("image", tokens, groups=groups, offsets=_offsets(extent, first, count, model))
+
+
+def markers_of(kind: str, number: int, data: DataConfig) -> tuple[str, str]:
+    """Around the medium of a kind with this number in its sample."""
+    before, after = (marker.replace("{n}", str(number)) for marker in data.markers.get(kind, ("", "")))
+    return before, after
+
+
+def _offsets(extent: Extent, first: int, count: int, model: ModelConfig) -> Tensor | None:
+    """Positions for M-RoPE."""
+    if model.decoder.mrope_sections is None:
+        return None
+    per_second = model.vision.tokens_per_second
+    step = 1.0 if per_second is None or not extent.is_video else per_second * extent.patch_seconds
+    return of_grid(range(first, first + count), *extent.features_a_side, step)
+
+
+def _written(text: str, extent: Extent, **of_frame: str | int) -> str:
+    duration = datetime.timedelta(seconds=int(extent.seconds))
+    count = extent.num_items
+    return text.format(count=count, count_in_words=in_words(count), duration=duration, **of_frame)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds // 60):02}:{int(seconds % 60):02}"
