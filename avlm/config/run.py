@@ -85,7 +85,8 @@ class DataConfig:
     # validation set -> metrics of its answers: exact_match (the default), wer, cer, rouge_l, vqa_accuracy, cider;
     # wer_basic, wer_english, cer_basic and cer_english fix how text is normalised (avlm.evaluation.scores)
     tokenizer: str = ""  # folder with tokenizer.json, or the file
-    template: Literal["plain", "llava", "llama3", "chatml", "tokenizer"] = "llama3"  # tokenizer: its own Jinja template
+    template: Literal["plain", "llava", "mistral", "llama3", "chatml", "tokenizer"] = "llama3"
+    # tokenizer: its own Jinja template
     seq_length: Tokens = 8192  # tokens of a packed row
     system: str | None = None  # system prompt of samples that have none
     media_root: str | None = may_change(None)  # folder of a JSON file's media; null: the folder of the file

@@ -22,7 +22,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens, at most")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the tokenizer")
     parser.add_argument(
-        "--template", choices=["chatml", "llama3", "llava", "plain"], default="chatml", help="default: %(default)s"
+        "--template",
+        choices=["chatml", "llama3", "llava", "mistral", "plain"],
+        default="chatml",
+        help="default: %(default)s",
     )
     run(parser.parse_args(arguments))
 

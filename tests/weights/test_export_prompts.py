@@ -70,7 +70,7 @@ def assert_answers_alike(model, prompt, theirs, media_token, folder, **inputs):
 
 
 @pytest.mark.parametrize("system", [None, 'Say "é" 👋 and\nTURN.'])
-@pytest.mark.parametrize("template", ["llama3", "chatml", "llava", "plain", "tokenizer"])
+@pytest.mark.parametrize("template", ["llama3", "chatml", "llava", "mistral", "plain", "tokenizer"])
 def test_an_exported_chat_template_gives_the_ids_and_targets_of_training(template, system, tmp_path):
     out = tmp_path / "out"
     _, encoder = exported(LLAVA, out, "decoder", template, system=system)

@@ -3,6 +3,7 @@ and the Jinja text of an export are made.
 
 llama3   <bos><|start_header_id|>ROLE<|end_header_id|>\\n\\nTEXT<|eot_id|>...       (Llama 3, text stripped)
 chatml   <|im_start|>ROLE\\nTEXT<|im_end|>\\n...                                    (Qwen, SmolLM2)
+mistral  <bos>[INST] TEXT [/INST] TEXT<eos>[INST] ...                               (LLaVA-NeXT, Mistral; text stripped)
 llava    <bos>SYSTEM USER: TEXT ASSISTANT: TEXT<eos>USER: ...                       (LLaVA 1.5 and NeMo, text stripped)
 plain    <bos>TEXT TEXT<eos>...   no roles and nothing added between the turns      (captions for a base model)
 """
@@ -56,6 +57,11 @@ LLAVA_TURNS = {
     "user": Turn("", "USER: {text} "),
     "assistant": Turn("ASSISTANT:", " {text}{eos}"),
 }
+MISTRAL_TURNS = {
+    "system": Turn("", "<<SYS>>\n{text}\n<</SYS>>\n\n"),
+    "user": Turn("", "[INST] {text} [/INST]"),
+    "assistant": Turn("", " {text}{eos}"),
+}
 PLAIN_TURNS = {"system": Turn("", "{text}"), "user": Turn("", "{text}"), "assistant": Turn("", "{text}{eos}")}
 TEMPLATES = {
     "llama3": Template(
@@ -64,6 +70,7 @@ TEMPLATES = {
         strips=True,
     ),
     "chatml": Template("", _same(Turn("<|im_start|>{role}\n", "{text}<|im_end|>", "\n"))),
+    "mistral": Template("{bos}", MISTRAL_TURNS, strips=True),
     "llava": Template("{bos}", LLAVA_TURNS, strips=True),
     "plain": Template("{bos}", PLAIN_TURNS),
 }
