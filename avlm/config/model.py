@@ -332,6 +332,12 @@ class ModelConfig:
                 f"vision_projector.downsample={self.vision_projector.downsample} does not divide {side} patches a side"
                 + (" of a window" if self.vision.any_grid else ""),
             )
+            has_halves = not self.vision.any_grid and self.vision.patches_per_side % 2 == 0
+            require(
+                self.vision_projector.halve_frames != "mean" or has_halves,
+                "vision_projector.halve_frames=mean needs a tower of squares of an even number of patches a side, not "
+                f"{side}",
+            )
             require(
                 len(self.vision.deepstack_layers) <= self.decoder.num_layers,
                 f"vision.deepstack_layers has more layers than decoder.num_layers={self.decoder.num_layers}",

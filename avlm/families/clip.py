@@ -101,7 +101,7 @@ def read(given: Mapping[str, Any], files: Mapping[str, dict], feature_layer: int
     fields["activation"] = OUR_ACTIVATIONS[fields["activation"]]
     fields |= PIXELS[model_type]
     for name in [name for name in PROCESSOR_FILES if name in files][:1]:
-        fields |= _read_processor(files[name], keys["image_size"], name)
+        fields |= read_processor(files[name], keys["image_size"], name)
     return VisionConfig(**fields, **VARIANTS[model_type], feature_layer=feature_layer)
 
 
@@ -137,7 +137,7 @@ def stored_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
 RESHAPED = ("vision.patch.weight", "vision.class_token")
 
 
-def _read_processor(processor: dict[str, Any], side: int, file: str) -> dict[str, Any]:
+def read_processor(processor: dict[str, Any], side: int, file: str) -> dict[str, Any]:
     """Fields of VisionConfig. ValueError if our tower would get different pixels from theirs."""
     processor = processor.get("image_processor", processor)
     if not isinstance(processor, dict):

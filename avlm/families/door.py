@@ -3,7 +3,8 @@
     MODEL_TYPES, read    config.json -> our config
     PROCESSOR_FILES      files besides config.json that ``read`` needs
     NAMES                our module -> {a part or parameter of it: its name in files, {i} the layer}
-    PREFIXES             our module -> what may stand before those names, an export's first
+    PREFIXES             our module -> what may stand before those names, an export's first; a name that begins with
+                         "../" stands outside the module: the last part of a prefix is left out
     SKIPPED              our module -> tensors that files may hold and we do not load
 
 Parameters of ours with one name in NAMES are that tensor's rows one after the other, in the order of the table: a fused
@@ -32,6 +33,9 @@ from avlm.families import (
     clip,
     llama,
     llava,
+    llava_next,
+    llava_next_video,
+    llava_onevision,
     qwen2_5_omni,
     qwen2_5_vl,
     qwen2_audio,
@@ -47,12 +51,28 @@ AnyConfig = DecoderConfig | VisionConfig | AudioConfig | ModelConfig
 
 # Whole models first: a file of tensors belongs to the first family that fits it.
 FAMILIES = (
-    *(llava, qwen2_5_omni, ultravox, voxtral, qwen2_audio, audioflamingo3, qwen2_vl, qwen2_5_vl, qwen3_vl),
+    *(
+        llava,
+        llava_next,
+        llava_next_video,
+        llava_onevision,
+        qwen2_5_omni,
+        ultravox,
+        voxtral,
+        qwen2_audio,
+        audioflamingo3,
+        qwen2_vl,
+        qwen2_5_vl,
+        qwen3_vl,
+    ),
     *(llama, clip, whisper),
 )
 FORMATS: dict[str, ModuleType] = {
     "decoder": llama,
     "llava": llava,
+    "llava_next": llava_next,
+    "llava_next_video": llava_next_video,
+    "llava_onevision": llava_onevision,
     "voxtral": voxtral,
     "qwen2_audio": qwen2_audio,
     "audioflamingo3": audioflamingo3,
@@ -65,18 +85,28 @@ FORMATS: dict[str, ModuleType] = {
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
 
 HEADS = (*dict.fromkeys(family.HEAD for family in FORMATS.values()), qwen2_5_omni.WHOLE_HEAD)
+OUTSIDE = "../"  # begins the name of a tensor that is not in its module
 RESHAPED = clip.RESHAPED
 SINUSOIDS = {"audio": whisper.SINUSOIDS}  # module -> its table of positions, which we compute
-TEXT_TEMPLATES = {"llava": llava.text_template}  # model_type -> our template for one of parts
+TEXT_TEMPLATES = {  # model_type -> our template for one of parts
+    "llava": llava.text_template,
+    "llava_next": llava_next.text_template,
+    "llava_next_video": llava_next.text_template,
+    "llava_onevision": llava.text_template,
+}
 WITHIN = {"qwen2_5_omni": qwen2_5_omni}  # format -> family, of parts of a larger model
 TOKEN_NAMES = {"qwen2_5_omni": qwen2_5_omni.TOKEN_NAMES}  # format -> {name that its processor asks for: token}
 WITH_PROMPTS = (
+    llava_next,
+    llava_next_video,
+    llava_onevision,
     qwen2_audio,
     qwen2_5_omni,
     qwen2_vl,
     qwen2_5_vl,
     qwen3_vl,
 )  # whose folders say how media stand in prompts
+WITH_PROMPT_KEYS = (llava, llava_next, llava_next_video, llava_onevision, qwen2_5_omni)  # in their config.json
 rebuilds_tokenizer = llama.rebuilds_tokenizer
 
 
@@ -97,9 +127,9 @@ def prompts(family: ModuleType, config: AnyConfig, files: Mapping[str, dict]) ->
     return family.prompts(config, files) if family in WITH_PROMPTS else {}
 
 
-def prompt_keys(family: ModuleType, data: DataConfig | None) -> dict[str, Any]:
+def prompt_keys(family: ModuleType, config: ModelConfig, data: DataConfig | None) -> dict[str, Any]:
     """What the config.json of an export says about prompts. ValueError for what the format cannot hold."""
-    return family.prompt_keys(data) if family is qwen2_5_omni and data is not None else {}
+    return family.prompt_keys(config, data) if family in WITH_PROMPT_KEYS and data is not None else {}
 
 
 def elsewhere(family: ModuleType, keys: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -135,6 +165,23 @@ def hugging_face_name(family: ModuleType, module: str, name: str) -> str:
     if number:
         theirs = theirs.replace("{i}", number[1])
     return theirs + leaf
+
+
+def full_name(family: ModuleType, module: str, name: str, prefix: str) -> str:
+    """Hugging Face's name of our parameter in a file where the module has a prefix."""
+    return _placed(hugging_face_name(family, module, name), prefix)
+
+
+def is_outside(family: ModuleType, module: str, name: str) -> bool:
+    """Whether Hugging Face has a parameter of our module outside of its module."""
+    return hugging_face_name(family, module, name).startswith(OUTSIDE)
+
+
+def _placed(name: str, prefix: str) -> str:
+    if not name.startswith(OUTSIDE):
+        return prefix + name
+    outer, dot, _ = prefix.removesuffix(".").rpartition(".")
+    return outer + dot + name.removeprefix(OUTSIDE)
 
 
 def has_name(family: ModuleType, module: str, name: str) -> bool:
@@ -177,10 +224,13 @@ def find(module: str, held: Collection[str], family: ModuleType | None) -> tuple
     return None
 
 
-def is_part(family: ModuleType, module: str, name: str) -> bool:
-    """Whether a tensor, its name without the prefix, is one of the module's, of those that we skip too."""
-    known = "|".join(re.escape(each).replace(r"\{i\}", r"\d+") for each in family.NAMES[module].values())
-    return re.fullmatch(rf"({known})(\.\w+)?", name) is not None or _skipped(family, module, name) is not None
+def is_part(family: ModuleType, module: str, name: str, prefix: str) -> bool:
+    """Whether a tensor is one of the module's, which has a prefix, or of those that we skip."""
+    names = [_placed(each, prefix) for each in family.NAMES[module].values()]
+    known = "|".join(re.escape(each).replace(r"\{i\}", r"\d+") for each in names)
+    if re.fullmatch(rf"({known})(\.\w+)?", name):
+        return True
+    return name.startswith(prefix) and _skipped(family, module, name.removeprefix(prefix)) is not None
 
 
 def skip_reason(family: ModuleType, module: str, name: str, unused: range) -> str | None:

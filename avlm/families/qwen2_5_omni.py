@@ -194,7 +194,7 @@ def prompts(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any]:
     }
 
 
-def prompt_keys(data: DataConfig) -> dict[str, Any]:
+def prompt_keys(config: ModelConfig, data: DataConfig) -> dict[str, Any]:
     """The keys of config.json that ``prompts`` reads. Sound after the frames of a video has none."""
     seconds = data.video.chunk_seconds
     if seconds != int(seconds):

@@ -26,7 +26,7 @@ from avlm.weights.sources import Stored
 from avlm.weights.tokenizer import media_token_ids, write_tokenizer
 from avlm.weights.whole import Whole
 
-PROMPT_KEYS = ["template", "system", "seq_length", "image_tokens", "markers", "video"]
+PROMPT_KEYS = ["template", "system", "seq_length", "image_tokens", "markers", "image_layout", "video"]
 PROMPT_KEYS += ["max_media_bytes", "max_image_pixels", "max_audio_seconds"]
 ADAPTER = ("lora_down.weight", "lora_up.weight", "lora_magnitude")
 State = dict[str, Lazy]
@@ -129,7 +129,7 @@ def _content(
     ids = media_token_ids(tokenizer, family.MEDIA_TOKENS, config.decoder.vocab_size)
     rows = max([config.decoder.vocab_size, *(number + 1 for number in ids.values())])
     config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, vocab_size=rows))
-    keys = {**family.config_json(config, ids), **door.prompt_keys(family, data)}
+    keys = {**family.config_json(config, ids), **door.prompt_keys(family, config, data)}
     files = {"config.json": keys, **family.processor_json(config, data)}
     tensors = _hugging_face_tensors(family, config, state)
     _make_room(tensors, family, rows)
@@ -176,7 +176,7 @@ def _hugging_face_tensors(family: ModuleType, config: ModelConfig, state: State)
             tensor = tensor.changed(functools.partial(torch.Tensor.reshape, shape=shapes[name]), shape=shapes[name])
         theirs = family.HEAD
         if name != "decoder.head.weight":
-            theirs = prefixes[module] + door.hugging_face_name(family, module, rest)
+            theirs = door.full_name(family, module, rest, prefixes[module])
         parts.setdefault(theirs, []).append((door.row_order(family, module, rest), tensor))
     tensors = {}
     for theirs, ordered in parts.items():

@@ -107,7 +107,8 @@ def model_and_data(folder: Path) -> tuple[ModelConfig, DataConfig]:
 def template_of(folder: Path, tokenizer: Tokenizer) -> str:
     """The ``data.template`` for a Hugging Face folder: "tokenizer", its own template, if that accepts text. Many
     folders have one that only accepts lists of parts; they get the template of ours that makes the same prompts."""
-    text_template = door.TEXT_TEMPLATES.get(read_json(folder / "config.json").get("model_type"))
+    keys = read_json(folder / "config.json")
+    text_template = door.TEXT_TEMPLATES.get(keys.get("model_type"))
     if text_template is None:
         return "tokenizer"
     if not (folder / "chat_template.json").is_file():  # the processor's; the tokenizer's is then the decoder's
@@ -119,4 +120,4 @@ def template_of(folder: Path, tokenizer: Tokenizer) -> str:
             pieces = []
         if any("question" in piece.text for piece in pieces):
             return "tokenizer"
-    return text_template(tokenizer.control_tokens)
+    return text_template(keys, tokenizer.control_tokens)

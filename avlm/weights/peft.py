@@ -11,7 +11,7 @@ from typing import Any
 from avlm.config.model import ModelConfig
 from avlm.config.run import Config
 from avlm.config.values import shown
-from avlm.families.door import FAMILIES, FORMATS, has_name, hugging_face_name, shares_tensor
+from avlm.families.door import FAMILIES, FORMATS, has_name, hugging_face_name, is_outside, shares_tensor
 from avlm.families.keys import require_accepted
 from avlm.models.freezing import trained_names
 from avlm.models.lora import is_adapter
@@ -72,6 +72,13 @@ def base_of(config: Config, names: Collection[str], format: str | None, name: st
                 f"hold that: --format {format} writes the whole model with its adapters merged"
             )
     own = _published(config, format)
+    for each in names:
+        is_projector = not is_adapter(each) and each.partition(".")[0].endswith("_projector")
+        if is_projector and not held_whole(each) and (each in trained or own is None):
+            raise ValueError(
+                f"{each} is trained or not that of a base, and a folder of adapters cannot hold what is no module of "
+                f"transformers: freeze it by freeze_params, or --format {format} writes the whole model"
+            )
     is_of_base = own is not None and config.init_from.adapter is None  # a folder of adapters may have brought another
     whole = []
     for module in held:
@@ -127,9 +134,16 @@ def peft_names(names: Iterable[str], base: Base) -> dict[str, str]:
     found = {}
     for name in names:
         module = name.partition(".")[0]
-        if module in family.LOADED and (is_adapter(name) or module in base.whole):
+        if module in family.LOADED and (is_adapter(name) or (module in base.whole and held_whole(name))):
             found[name] = _peft_name(family, name, family.LOADED[module])
     return found
+
+
+def held_whole(name: str) -> bool:
+    """Whether a folder of adapters can hold our parameter as it is: one of a projector, in a module of transformers."""
+    module, _, rest = name.partition(".")
+    known = [family for family in FAMILIES if has_name(family, module, rest)]
+    return module.endswith("_projector") and not any(is_outside(family, module, rest) for family in known)
 
 
 def _peft_name(family: ModuleType, name: str, prefix: str) -> str:
@@ -180,7 +194,7 @@ def _peft_names_in(family: ModuleType, name: str) -> dict[str, str]:
     """PEFT's names for a parameter of ours in a family -> ours; none for what its folders of adapters cannot hold."""
     module, _, rest = name.partition(".")
     path = rest.partition(".lora_")[0]
-    is_held = path.startswith("blocks.") if is_adapter(name) else module.endswith("_projector")
+    is_held = path.startswith("blocks.") if is_adapter(name) else held_whole(name)
     if not is_held or not has_name(family, module, path) or (is_adapter(name) and shares_tensor(family, module, path)):
         return {}
     return {_peft_name(family, name, prefix): name for prefix in family.PREFIXES[module]}

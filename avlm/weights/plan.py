@@ -24,7 +24,7 @@ from avlm.families.door import (
     AnyConfig,
     anchor,
     find,
-    hugging_face_name,
+    full_name,
     is_part,
     row_order,
     skip_reason,
@@ -37,7 +37,7 @@ from avlm.storage.hub import may_be_on_hub
 from avlm.storage.run_folder import is_run, read_run
 from avlm.storage.weight_files import WeightFiles, local
 from avlm.weights.compare import check_config
-from avlm.weights.peft import open_adapter
+from avlm.weights.peft import held_whole, open_adapter
 from avlm.weights.sources import Rows, Source, check_shape, open_source
 
 OWN_HEAD = "decoder.head.weight"
@@ -192,7 +192,7 @@ def _load_plan(
     for name in shapes:
         is_wanted = has_adapters
         if not is_adapter(name):  # a folder of adapters may hold a projector as well
-            is_wanted = entry != "adapter" or name.split(".")[0].endswith("_projector")
+            is_wanted = entry != "adapter" or held_whole(name)
         if name.split(".")[0] in modules and is_wanted:
             names[name] = name if source.own_names else _file_name(name, places, held)
     chosen = _choose(names, shapes, source.path, held, optional, places)
@@ -234,7 +234,7 @@ def _file_name(name: str, places: Mapping[str, Place], held: Mapping) -> str:
     family, prefix = places[module]
     if name == OWN_HEAD:
         return next((head for head in HEADS if head in held), family.HEAD)
-    return prefix + hugging_face_name(family, module, rest)
+    return full_name(family, module, rest, prefix)
 
 
 def _parts(names: Mapping[str, str], places: Mapping[str, Place]) -> dict[str, list[str]]:
@@ -362,7 +362,7 @@ def _reason_for_foreign(
         if entry in ("all", module):
             unused = _unused_layers(config, source.config) if module == "vision" else range(0)
             reason = skip_reason(family, module, rest, unused)
-        elif name.startswith(prefix) and is_part(family, module, rest):
+        elif is_part(family, module, name, prefix):
             reason = "other modules"
         if reason is not None:
             return reason
