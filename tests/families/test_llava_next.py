@@ -215,6 +215,13 @@ def test_an_export_is_read_back_by_transformers_and_by_us_with_equal_logits(case
                 close(logits, theirs(**inputs).logits[0], f"{case.name} export")
 
 
+def test_an_export_of_our_own_keeps_the_layout(case, tmp_path):
+    export(case.config, case.ours.state_dict(), tmp_path / "out", data=case.data)
+    config, data = model_and_data(tmp_path / "out")
+    assert (config, data.image_layout, data.video) == (case.config, case.data.image_layout, case.data.video)
+    assert loaded(config, all=tmp_path / "out").vision_projector.newline.equal(case.ours.vision_projector.newline)
+
+
 def test_the_names_of_tensors_in_files_and_in_memory_load_alike(case, tmp_path):
     state = {key: value for key, value in case.theirs.state_dict().items() if key != "lm_head.weight" or not tied(case)}
     assert "model.image_newline" in state
