@@ -82,6 +82,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         require(self.rope_scaling is None or self.yarn is None, "give rope_scaling or yarn, not both")
         require(self.yarn is not None or not self.query_growth, "query_growth needs yarn")
+        require(self.yarn is None or self.rope_theta > 1, f"yarn needs a rope_theta above 1, not {self.rope_theta:g}")
         if self.window_layers is not None:
             require(self.sliding_window is not None, "window_layers needs a sliding_window")
             require(
@@ -102,6 +103,7 @@ class DecoderConfig:
         if self.mrope_sections is None:
             require(not self.mrope_interleaved, "mrope_interleaved needs mrope_sections")
         else:
+            require(not self.query_growth, "query_growth needs one position for each token, without mrope_sections")
             require(
                 sum(self.mrope_sections) == self.head_dim // 2,
                 f"mrope_sections={self.mrope_sections} must add up to half of head_dim={self.head_dim}",

@@ -19,13 +19,13 @@ KEYS_OF_TYPE = {
     list: "layer_types fullatt_block_indexes deepstack_visual_indexes",
     dict: "text_config vision_config audio_config thinker_config rope_scaling rope_parameters",
     bool: "tie_word_embeddings use_sliding_window multimodal_projector_bias projector_bias projector_ln_mid "
-    "use_audio_in_video",
+    "use_audio_in_video truncate",
     int: "hidden_size intermediate_size head_dim image_size num_hidden_layers num_attention_heads num_key_value_heads "
     "max_position_embeddings max_source_positions sliding_window max_window_layers depth embed_dim num_heads "
     "patch_size window_size spatial_merge_size temporal_patch_size num_position_embeddings n_window output_dim "
     "stack_factor",
     NUMBER: "rope_theta partial_rotary_factor factor mlp_ratio tokens_per_second position_id_per_seconds "
-    "seconds_per_chunk",
+    "seconds_per_chunk mscale mscale_all_dim llama_4_scaling_beta",
 }
 TYPES: dict[str, Any] = {key: kind for kind, keys in KEYS_OF_TYPE.items() for key in keys.split()}
 TYPE_NAMES = {

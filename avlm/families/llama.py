@@ -1,18 +1,16 @@
-"""Llama, Mistral, Qwen 2 and Qwen 3: one decoder, whose variants differ in biases, norms, windows and defaults.
-
-transformers 5 writes ``rope_parameters``; most folders of the Hub hold ``rope_theta`` and ``rope_scaling``. We read
-both, and write the older keys, which every version of transformers reads.
-"""
+"""Llama, Mistral, Ministral 3, Qwen 2 and Qwen 3: one decoder, whose variants differ in biases, norms, windows and
+defaults, and in queries that grow."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from avlm.config.decoder import DecoderConfig, RopeScaling
+from avlm.config.decoder import DecoderConfig
 from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families.keys import require_accepted, to_ours, to_theirs
+from avlm.families.rotary import read_rope, write_rope
 
 Constants = dict[str, tuple[tuple[int, ...], float]]
 
@@ -20,12 +18,14 @@ Constants = dict[str, tuple[tuple[int, ...], float]]
 VARIANTS: dict[str, dict[str, bool]] = {
     "llama": {"qkv_bias": False, "qk_norm": False},
     "mistral": {"qkv_bias": False, "qk_norm": False},
+    "ministral3": {"qkv_bias": False, "qk_norm": False},
     "qwen2": {"qkv_bias": True, "qk_norm": False},
     "qwen3": {"qkv_bias": False, "qk_norm": True},
 }
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
@@ -44,12 +44,6 @@ FIELDS = {
     "norm_eps": "rms_norm_eps",
     "tie_embedding": "tie_word_embeddings",
     "max_position": "max_position_embeddings",
-}
-ROPE_FIELDS = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position": "original_max_position_embeddings",
 }
 
 # A config.json may leave out the keys that equal the defaults of its class.
@@ -73,6 +67,15 @@ MISTRAL = {
     "max_position_embeddings": 131072,
     "sliding_window": 4096,
 }
+MINISTRAL3 = {
+    **MISTRAL,
+    "vocab_size": 131072,
+    "num_hidden_layers": 34,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 262144,
+    "sliding_window": None,
+}
 QWEN2 = {
     **LLAMA,
     "vocab_size": 151936,
@@ -83,7 +86,22 @@ QWEN2 = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-DEFAULTS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": {**QWEN2, "head_dim": 128}}
+DEFAULTS = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "ministral3": MINISTRAL3,
+    "qwen2": QWEN2,
+    "qwen3": {**QWEN2, "head_dim": 128},
+}
+GROWING = "ministral3"  # its queries may grow, and its class scales positions where a file does not say how
+GROWING_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "attention_factor": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 
 # Key -> the values under which our decoder computes the same function, the default first.
 ACCEPTED = {
@@ -144,7 +162,8 @@ def read(given: Mapping[str, Any], files: Mapping[str, dict] | None = None, mrop
     fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
     fields["head_dim"] = fields["head_dim"] or 0
     fields["tie_embedding"] = bool(fields["tie_embedding"])
-    fields |= _read_rope(keys, mrope)
+    grows = given["model_type"] == GROWING
+    fields |= read_rope(keys, GROWING_ROPE if grows else {}, mrope, grows)
     return _with_window(DecoderConfig(**fields, **VARIANTS[given["model_type"]]), keys)
 
 
@@ -153,16 +172,12 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     if config.mrope_sections is not None:
         raise ValueError("only the formats of Qwen-VL hold a decoder with mrope_sections")
     model_type = _model_type(config)
-    scaling = None
-    if config.rope_scaling is not None:
-        scaling = {"rope_type": "llama3", **to_theirs(ROPE_FIELDS, config.rope_scaling)}
     return {
         "architectures": [ARCHITECTURES[model_type]],
         "model_type": model_type,
         **to_theirs(FIELDS, config),
         "hidden_act": "silu",
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
+        **write_rope(config),
         **_write_window(config, model_type),
     }
 
@@ -172,11 +187,15 @@ def _model_type(config: DecoderConfig) -> str:
     model_type = next((name for name in ARCHITECTURES if VARIANTS[name] == variant), None)
     if model_type is None:
         raise ValueError("no Hugging Face architecture has both qkv_bias and qk_norm")
-    if model_type == "llama" and config.sliding_window is not None:
-        if config.window_layers is not None:
-            raise ValueError("no Hugging Face architecture has window_layers without qkv_bias or qk_norm")
-        return "mistral"
-    return model_type
+    if model_type != "llama":
+        if config.query_growth:
+            raise ValueError("no Hugging Face architecture has query_growth with qkv_bias or qk_norm")
+        return model_type
+    if config.window_layers is not None:
+        raise ValueError("no Hugging Face architecture has window_layers without qkv_bias or qk_norm")
+    if config.query_growth:
+        return GROWING
+    return "llama" if config.sliding_window is None else "mistral"
 
 
 def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
@@ -248,7 +267,7 @@ def _with_window(config: DecoderConfig, keys: Mapping[str, Any]) -> DecoderConfi
 def _write_window(config: DecoderConfig, model_type: str) -> dict[str, Any]:
     if config.sliding_window is None:
         return {}
-    if model_type == "mistral":
+    if model_type not in QWEN:
         return {"sliding_window": config.sliding_window}
     kinds = ["sliding_attention" if config.has_window(i) else "full_attention" for i in range(config.num_layers)]
     return {
@@ -257,29 +276,3 @@ def _write_window(config: DecoderConfig, model_type: str) -> dict[str, Any]:
         "max_window_layers": kinds.index("sliding_attention"),  # what older versions of transformers read
         "layer_types": kinds,
     }
-
-
-def _read_rope(keys: Mapping[str, Any], mrope: bool) -> dict[str, Any]:
-    """Fields of DecoderConfig."""
-    rope = {**(keys.get("rope_scaling") or {}), **(keys.get("rope_parameters") or {})}
-    fields: dict[str, Any] = {"rope_theta": float(rope.pop("rope_theta", keys.get("rope_theta") or 10_000.0))}
-    old_name = rope.pop("type", "default")
-    rope_type = rope.pop("rope_type", old_name)
-    accepted = "default, llama3"
-    if mrope:
-        accepted = "default, mrope"
-        fields["mrope_sections"] = rope.pop("mrope_section", None)
-        fields["mrope_interleaved"] = rope.pop("mrope_interleaved", False)
-        rope_type = "default" if rope_type == "mrope" else rope_type
-    elif "mrope_section" in rope:
-        raise ValueError(f"mrope_section is not implemented for {keys['model_type']}")
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor below 1 is not implemented")
-    has_parts = any(isinstance(value, dict) for value in rope.values())  # a set of parameters for each kind of layer
-    if rope_type == "default" and not has_parts:
-        return fields
-    if rope_type != "llama3" or mrope:
-        raise ValueError(f"rope_type {shown(repr(rope_type))} is not implemented (accepted: {accepted})")
-    if set(rope) != set(ROPE_FIELDS.values()):
-        raise ValueError(f"rope_type 'llama3' with the keys {shown(sorted(rope))} is not implemented")
-    return {**fields, "rope_scaling": RopeScaling(**to_ours(ROPE_FIELDS, rope))}

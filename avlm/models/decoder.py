@@ -1,4 +1,4 @@
-"""Llama-family decoder (Llama 2/3, Mistral, Qwen2, Qwen3, SmolLM2): token features in, hidden states out.
+"""Llama-family decoder (Llama 2/3, Mistral, Ministral 3, Qwen2, Qwen3, SmolLM2): token features in, hidden states out.
 
 It is written for one device and one packed row. Position and segments are inputs, so that packing, caches and context
 parallelism share the same code; head counts are inferred from the tensors (a tensor-parallel rank holds a share).
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from avlm.config.decoder import DecoderConfig
 from avlm.models.attention import AttentionCore
 from avlm.models.lora import lora_init_stats
-from avlm.models.rope import positions_of_pairs, rope_frequencies, rope_table, rotate
+from avlm.models.rope import Rope, decoder_rope, rotate
 from kernels.cross_entropy import linear_argmax, linear_cross_entropy
 from kernels.segments import Segments
 
@@ -50,13 +50,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.core = AttentionCore(causal=True)
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, cache=None) -> Tensor:
+    def forward(self, x_TD: Tensor, rope: Rope, segments: Segments, cache=None) -> Tensor:
         heads = (-1, self.head_dim)
         q_THE = self.q(x_TD).unflatten(-1, heads)
         k_TKE = self.k(x_TD).unflatten(-1, heads)
         v_TKE = self.v(x_TD).unflatten(-1, heads)
-        q_THE = rotate(self.q_norm(q_THE), *rope)
-        k_TKE = rotate(self.k_norm(k_TKE), *rope)
+        q_THE = rotate(self.q_norm(q_THE), *rope[-2:])
+        k_TKE = rotate(self.k_norm(k_TKE), *rope[:2])
         if cache is None:
             out_THE = self.core(q_THE, k_TKE, v_TKE, segments)
         else:
@@ -93,7 +93,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn = FeedForward(config)
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Segments, cache=None) -> Tensor:
+    def forward(self, x_TD: Tensor, rope: Rope, segments: Segments, cache=None) -> Tensor:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, segments, cache)
         return x_TD + self.ffn(self.ffn_norm(x_TD))
 
@@ -149,8 +149,7 @@ class Decoder(nn.Module):
         """Hidden states before the final norm, (T, D). Positions are (T,), or (3, T) for a decoder with M-RoPE.
         ``caches`` holds one key/value cache per block (generation), ``windowed`` the segments of layers with a sliding
         window."""
-        frequency = rope_frequencies(self.config, position_T.device)
-        rope = rope_table(frequency, positions_of_pairs(self.config, position_T))
+        rope = decoder_rope(self.config, position_T)
         for i, block in enumerate(self.blocks):
             cache = caches[i] if caches else None
             seen = windowed if self.config.has_window(i) else segments

@@ -3,6 +3,9 @@
 With M-RoPE (Qwen2-VL, Wang et al. 2024) a token of the decoder has three positions, its time, line and column, and each
 pair turns with one of them. Those of text are equal, which makes its rotation the plain one.
 
+YaRN's factor and the growth of queries depend on nothing but a token's position, so they are factors of cos and sin:
+the tables are made once for all layers, and the rotation itself stays what it is.
+
 T tokens   H heads   E head dim
 """
 
@@ -12,25 +15,61 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from avlm.config.decoder import DecoderConfig
+from avlm.config.decoder import DecoderConfig, YarnScaling
 from kernels.backend import apply
+
+Rope = tuple[Tensor, ...]  # cos and sin, float32 (T, E); then those of queries, where they differ
+
+
+def decoder_rope(config: DecoderConfig, position: Tensor) -> Rope:
+    """What the attention of a decoder turns keys and queries with, of positions (T,) or (3, T)."""
+    of_pairs = positions_of_pairs(config, position)
+    cos_TE, sin_TE = rope_table(rope_frequencies(config, position.device), of_pairs)
+    if config.yarn is None:
+        return cos_TE, sin_TE
+    cos_TE, sin_TE = cos_TE * config.yarn.attention_factor, sin_TE * config.yarn.attention_factor
+    if not config.query_growth:
+        return cos_TE, sin_TE
+    contexts_T = position.double().div(config.yarn.original_max_position).floor()
+    growth_T1 = (1 + config.query_growth * contexts_T.log1p()).float()[:, None]
+    return cos_TE, sin_TE, cos_TE * growth_T1, sin_TE * growth_T1
 
 
 def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) -> Tensor:
     """Angle per position of each pair of dimensions, radians, float64 (E / 2,).
 
     theta^(-2i / E); with Llama-3 scaling wavelengths longer than original / low are stretched by ``factor``, those
-    shorter than original / high are kept, and those between are blended (Llama 3.1, reference implementation).
+    shorter than original / high are kept, and those between are blended (Llama 3.1, reference implementation). YaRN
+    blends by the number of a pair instead of its wavelength (Peng et al. 2023, section 3.2).
     """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device) / config.head_dim
     frequency = config.rope_theta**-exponent
+    if config.yarn is not None:
+        return _mixed(frequency, config.yarn.factor, _kept_by_yarn(config, config.yarn, frequency))
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
     turns = scaling.original_max_position * frequency / (2 * math.pi)  # full turns within the original context
     width = scaling.high_freq_factor - scaling.low_freq_factor
-    blend = ((turns - scaling.low_freq_factor) / width).clamp(0, 1)
-    return blend * frequency + (1 - blend) * frequency / scaling.factor
+    return _mixed(frequency, scaling.factor, ((turns - scaling.low_freq_factor) / width).clamp(0, 1))
+
+
+def _mixed(frequency: Tensor, factor: float, kept: Tensor) -> Tensor:
+    return kept * frequency + (1 - kept) * frequency / factor
+
+
+def _kept_by_yarn(config: DecoderConfig, yarn: YarnScaling, frequency: Tensor) -> Tensor:
+    """How much of each pair's frequency is kept: 1 up to the last pair that turns ``beta_fast`` times within the
+    original context, 0 from the first on that turns ``beta_slow`` times, falling evenly between."""
+
+    def pair_of(turns: float) -> float:
+        wavelength = yarn.original_max_position / turns
+        return config.head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first = max(math.floor(pair_of(yarn.beta_fast)), 0)
+    last = min(math.ceil(pair_of(yarn.beta_slow)), config.head_dim - 1)
+    pair = torch.arange(len(frequency), device=frequency.device)
+    return 1 - ((pair - first) / (last - first or 1e-3)).clamp(0, 1)
 
 
 def positions_of_pairs(config: DecoderConfig, position: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from avlm.config.model import LoraConfig
 from avlm.config.run import Recompute, TrainConfig
 from avlm.models.attention import AttentionCore
 from avlm.models.avlm import AVLM
+from avlm.models.rope import Rope
 from kernels.segments import Segments
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
@@ -59,7 +60,7 @@ def _compiled_decoder_block(forward: Callable[..., Any]) -> Callable[..., Any]:
     """One graph for any number of documents; the number of tokens is that of every row. Generation is not compiled."""
     compiled = torch.compile(forward)
 
-    def run(x_TD: Tensor, rope: tuple[Tensor, Tensor], segments: Any, cache: Any = None) -> Tensor:
+    def run(x_TD: Tensor, rope: Rope, segments: Any, cache: Any = None) -> Tensor:
         if cache is not None:
             return forward(x_TD, rope, segments, cache)
         if isinstance(segments, Segments):  # else a ContextPlan, which no graph reads

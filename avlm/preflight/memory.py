@@ -250,7 +250,7 @@ def _kept(case: Case) -> tuple[int, int]:
     """(device, host) bytes of all that autograd keeps between forward and backward."""
     decoder = case.model.decoder
     device, host = _kept_by_blocks("decoder", case.tokens * decoder.num_layers, case)
-    rope = 8 * case.tokens * decoder.head_dim  # cos and sin of the positions
+    rope = (16 if decoder.query_growth else 8) * case.tokens * decoder.head_dim  # cos and sin of the positions
     by_towers = [_kept_by_tower(tower, case) for tower in case.model.modalities.values()]
     tower_device, tower_host = max(by_towers, key=sum, default=(0, 0))  # a row is full of one modality
     return device + rope + tower_device, host + tower_host

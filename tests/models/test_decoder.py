@@ -8,9 +8,11 @@ import transformers
 
 from avlm.config.decoder import DecoderConfig, RopeScaling
 from avlm.config.model import ModelConfig
+from avlm.data.sample import EncodedSample
+from avlm.evaluation.generation import generate
 from avlm.families import llama
 from avlm.families.door import hugging_face_name
-from avlm.models.batch import Batch
+from avlm.models.batch import IGNORE, Batch
 from avlm.models.rope import rope_frequencies
 from avlm.weights.folder import read_config
 from tests.measurements.elementwise_bytes import compiled_block, eager_block
@@ -33,6 +35,13 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GROWING_ROPE = {**YARN_ROPE, "llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 0.5}
 MODELS = {
     "llama2": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
     "llama3": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE)),
@@ -42,6 +51,12 @@ MODELS = {
     ),
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, tie_word_embeddings=True)),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, head_dim=16)),
+    "qwen2 with yarn": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**SIZES, rope_parameters=YARN_ROPE)
+    ),
+    "ministral3": lambda: transformers.Ministral3ForCausalLM(
+        transformers.Ministral3Config(**SIZES, head_dim=16, pad_token_id=None, rope_parameters=GROWING_ROPE)
+    ),
     "mistral with a window": lambda: transformers.MistralForCausalLM(
         transformers.MistralConfig(**SIZES, sliding_window=20, head_dim=16)
     ),
@@ -80,7 +95,9 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
     assert error <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3", "qwen2 with a window in the last layer"])
+@pytest.mark.parametrize(
+    "name", ["llama3", "qwen2", "qwen3", "qwen2 with a window in the last layer", "qwen2 with yarn", "ministral3"]
+)
 def test_gradients_equal_those_of_transformers(name, tmp_path):
     theirs = MODELS[name]()
     save(theirs, tmp_path)
@@ -97,6 +114,19 @@ def test_gradients_equal_those_of_transformers(name, tmp_path):
         rest = key.removeprefix("decoder.")
         gradients[prefix(rest) + hugging_face_name(llama, "decoder", rest)] = parameter.grad
     assert_gradients_close(gradients, expected)
+
+
+def test_answers_past_the_original_context_equal_those_of_transformers(tmp_path):
+    """Cached keys stay as they are while the queries grow."""
+    theirs = MODELS["ministral3"]()
+    save(theirs, tmp_path)
+    config = ModelConfig(decoder=read_config(tmp_path))
+    prompts = [torch.randint(97, (length,)) for length in (28, 75)]
+    samples = [EncodedSample("", "text", token_T, torch.full_like(token_T, IGNORE)) for token_T in prompts]
+    answers = generate(loaded(config, decoder=tmp_path), samples, stop_ids=[], max_new_tokens=40)
+    for answer, token_T in zip(answers, prompts, strict=True):
+        out = theirs.generate(token_T[None], do_sample=False, max_new_tokens=40, eos_token_id=None)
+        assert answer.token_ids == out[0, len(token_T) :].tolist()
 
 
 DECODER = DecoderConfig(

@@ -1,21 +1,22 @@
-"""Positions on three axes and DeepStack in the decoder, against transformers."""
+"""Positions on three axes, YaRN and DeepStack in the decoder, against transformers."""
 
 import dataclasses
 
 import pytest
 import torch
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
-from avlm.config.decoder import DecoderConfig
+from avlm.config.decoder import DecoderConfig, YarnScaling
 from avlm.config.model import ModelConfig
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.families import llama
 from avlm.families.door import hugging_face_name
 from avlm.models.decoder import Decoder, DeepFeatures
-from avlm.models.rope import positions_of_pairs, rope_frequencies, rope_table
+from avlm.models.rope import decoder_rope, positions_of_pairs, rope_frequencies, rope_table
 from kernels.segments import Segments
 from tests.models.handmade import build, shake
 
@@ -114,6 +115,48 @@ def test_hidden_states_equal_those_of_transformers_with_media_positions_and_deep
         out = theirs(inputs_embeds=x_TD[None], position_ids=position[:, None], **options).last_hidden_state[0]
         found = ours.norm(ours(x_TD, position, Segments.of([len(x_TD)]), deep=deep))
     assert (found - out).abs().max() <= 1e-5 * out.abs().max()
+
+
+PLAIN = dataclasses.replace(QWEN2_5, head_dim=32, mrope_sections=None)
+YARN = YarnScaling(factor=8.0, original_max_position=64, attention_factor=1.25)
+
+
+@pytest.mark.parametrize("betas", [(32.0, 1.0), (2.0, 0.5)])
+def test_yarn_scales_the_speed_of_each_pair_as_transformers_does(betas):
+    yarn = dataclasses.replace(YARN, beta_fast=betas[0], beta_slow=betas[1])
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 8.0, "original_max_position_embeddings": 64}
+    rope |= {"beta_fast": betas[0], "beta_slow": betas[1], "attention_factor": 1.25}
+    theirs = transformers.LlamaConfig(**SIZES, head_dim=32, rope_parameters=rope)
+    expected, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, None)
+    assert torch.allclose(rope_frequencies(dataclasses.replace(PLAIN, yarn=yarn)).float(), expected, rtol=1e-6, atol=0)
+    assert factor == 1.25
+
+
+def test_yarn_keeps_fast_pairs_and_slows_the_others_by_its_factor():
+    plain, scaled = (rope_frequencies(dataclasses.replace(PLAIN, yarn=yarn)) for yarn in (None, YARN))
+    assert plain[0] == scaled[0] and torch.allclose(plain[-1] / 8, scaled[-1])
+    assert (scaled.diff() < 0).all()
+
+
+def test_queries_grow_after_each_original_context_and_keys_do_not():
+    grows = dataclasses.replace(PLAIN, yarn=YARN, query_growth=0.1)
+    position = torch.tensor([0, 63, 64, 127, 128])
+    cos, sin, query_cos, query_sin = decoder_rope(grows, position)
+    growth = 1 + 0.1 * torch.tensor([1.0, 1.0, 2.0, 2.0, 3.0]).log()[:, None]
+    assert torch.allclose(query_cos, cos * growth) and torch.allclose(query_sin, sin * growth)
+    assert cos[0].eq(1.25).all()
+    without = decoder_rope(dataclasses.replace(grows, query_growth=0.0), position)
+    assert len(without) == 2 and without[0].equal(cos) and without[1].equal(sin)
+
+
+def test_scalings_that_make_no_sense_are_refused():
+    for options, message in (
+        ({"query_growth": 0.1}, "query_growth needs yarn"),
+        ({"yarn": YARN, "query_growth": 0.1, "mrope_sections": [8, 4, 4]}, "needs one position for each token"),
+        ({"yarn": YARN, "rope_theta": 1.0}, "needs a rope_theta above 1, not 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(PLAIN, **options)
 
 
 def test_packed_documents_with_media_positions_equal_separate_ones():

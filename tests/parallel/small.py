@@ -40,8 +40,9 @@ TREE = {
     "optimizer": {"lr": 3e-3, "warmup_steps": 2},
     "stages": [{"name": "all", "steps": 20, "train": list(MODULES)}],
 }
-# Models whose vision tower takes images of any grid and whose audio tower pools: the first as Qwen2.5-Omni's do, with
-# clips of several windows; the second as Qwen3-VL's and Audio Flamingo 3's, with Ultravox's projector.
+# A model of square images, whose queries grow every few tokens. And models whose vision tower takes images of any grid
+# and whose audio tower pools: the first as Qwen2.5-Omni's do, with clips of several windows; the second as Qwen3-VL's
+# and Audio Flamingo 3's, with Ultravox's projector.
 AREA = {
     **{"hidden_size": 24, "intermediate_size": 40, "num_layers": 3, "num_heads": 2, "feature_layer": -1},
     **{"resize": "area", "patch_size": 2, "frames_per_patch": 2, "class_token": False, "pre_norm": False},
@@ -49,8 +50,9 @@ AREA = {
 }
 WINDOWS = {"gated": True, "norm": "rms", "activation": "silu", "window": 4, "full_layers": [1]}
 DEEP = {"image_size": 8, "patch_bias": True, "activation": "gelu_tanh", "deepstack_layers": [0, 1]}
+GROWING = {"yarn": {"factor": 4.0, "original_max_position": 8, "attention_factor": 1.1}, "query_growth": 0.3}
 MODELS = {
-    "square": TREE["model"],
+    "square": {**TREE["model"], "decoder": {**TREE["model"]["decoder"], **GROWING}},
     "windows": {
         **TREE["model"],
         "decoder": {**TREE["model"]["decoder"], "head_dim": 12, "mrope_sections": [2, 2, 2], "qkv_bias": True},
