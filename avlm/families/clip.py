@@ -124,10 +124,10 @@ def write(config: VisionConfig) -> dict[str, Any]:
 
 
 def stored_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes that the parameters of RESHAPED have in a file: a convolution (D, 3, P, P), with images of any grid
-    (D, 3, frames, P, P), and a vector (D,)."""
+    """Shapes that the parameters of RESHAPED have in a file: a convolution (D, 3, P, P), or over frames as well
+    (D, 3, frames, P, P) in the towers of Qwen-VL, and a vector (D,)."""
     side = config.patch_size
-    frames = (config.frames_per_patch,) if config.any_grid else ()
+    frames = (config.frames_per_patch,) if config.resize == "area" else ()
     return {
         "vision.patch.weight": (config.hidden_size, 3, *frames, side, side),
         "vision.class_token": (config.hidden_size,),

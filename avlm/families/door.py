@@ -10,6 +10,9 @@
 Parameters of ours with one name in NAMES are that tensor's rows one after the other, in the order of the table: a fused
 query, key and value, for example.
 
+Those of CHANNEL_MAJOR (mistral3 alone has any) take rows side by side, whose numbers stand channel by channel in files
+and row by row in ours.
+
 A family that is an export format, FORMATS, also has ``config_json`` and ``processor_json``, our config -> their files,
 HEAD (the name of the decoder's head), TIES_HEAD (whether a tied head may be left out), ``constants`` (our config -> the
 tensors that only files have, by name: their shape, and the value that fills them), SINUSOIDS (our module -> its table
@@ -36,6 +39,8 @@ from avlm.families import (
     llava_next,
     llava_next_video,
     llava_onevision,
+    mistral3,
+    pixtral,
     qwen2_5_omni,
     qwen2_5_vl,
     qwen2_audio,
@@ -49,13 +54,16 @@ from avlm.families.keys import check_types
 
 AnyConfig = DecoderConfig | VisionConfig | AudioConfig | ModelConfig
 
-# Whole models first: a file of tensors belongs to the first family that fits it.
+# Whole models first: a file of tensors belongs to the first family that fits it, so those with more parts stand before
+# those whose names they share.
 FAMILIES = (
     *(
+        mistral3,
         llava,
         llava_next,
         llava_next_video,
         llava_onevision,
+        pixtral,
         qwen2_5_omni,
         ultravox,
         voxtral,
@@ -73,6 +81,8 @@ FORMATS: dict[str, ModuleType] = {
     "llava_next": llava_next,
     "llava_next_video": llava_next_video,
     "llava_onevision": llava_onevision,
+    "pixtral": pixtral,
+    "mistral3": mistral3,
     "voxtral": voxtral,
     "qwen2_audio": qwen2_audio,
     "audioflamingo3": audioflamingo3,
@@ -88,11 +98,11 @@ HEADS = (*dict.fromkeys(family.HEAD for family in FORMATS.values()), qwen2_5_omn
 OUTSIDE = "../"  # begins the name of a tensor that is not in its module
 RESHAPED = clip.RESHAPED
 SINUSOIDS = {"audio": whisper.SINUSOIDS}  # module -> its table of positions, which we compute
-TEXT_TEMPLATES = {  # model_type -> our template for one of parts
-    "llava": llava.text_template,
-    "llava_next": llava_next.text_template,
-    "llava_next_video": llava_next.text_template,
-    "llava_onevision": llava.text_template,
+TEXT_TEMPLATES = {  # family -> our template for one of parts
+    llava: llava.text_template,
+    llava_next: llava_next.text_template,
+    llava_next_video: llava_next.text_template,
+    llava_onevision: llava.text_template,
 }
 WITHIN = {"qwen2_5_omni": qwen2_5_omni}  # format -> family, of parts of a larger model
 TOKEN_NAMES = {"qwen2_5_omni": qwen2_5_omni.TOKEN_NAMES}  # format -> {name that its processor asks for: token}
@@ -105,8 +115,11 @@ WITH_PROMPTS = (
     qwen2_vl,
     qwen2_5_vl,
     qwen3_vl,
+    pixtral,
+    mistral3,
 )  # whose folders say how media stand in prompts
 WITH_PROMPT_KEYS = (llava, llava_next, llava_next_video, llava_onevision, qwen2_5_omni)  # in their config.json
+WITH_MARKERS = (pixtral, mistral3)  # whose processors put what stands around media into prompts themselves
 rebuilds_tokenizer = llama.rebuilds_tokenizer
 
 
@@ -118,13 +131,21 @@ def family_of(keys: Mapping[str, Any]) -> ModuleType:
         raise ValueError(
             f"model_type {shown(repr(model_type))} is not supported (supported: {', '.join(BY_MODEL_TYPE)})"
         )
-    return BY_MODEL_TYPE[model_type]
+    family = BY_MODEL_TYPE[model_type]
+    return pixtral if family is llava and pixtral.is_meant(keys) else family
 
 
 def prompts(family: ModuleType, config: AnyConfig, files: Mapping[str, dict]) -> dict[str, Any]:
     """Keys of ``data``, besides the template, with which we make the prompts that a folder's processor makes.
     ``files``: those of PROCESSOR_FILES that the folder has, by their names."""
     return family.prompts(config, files) if family in WITH_PROMPTS else {}
+
+
+def media_in_prompts(family: ModuleType, markers: Mapping[str, list[str]]) -> dict[str, str]:
+    """Kind -> what stands for a medium in the prompts that a format's processor takes. ``markers``: ``data``'s."""
+    if family in WITH_MARKERS:
+        return dict(family.MEDIA)
+    return {kind: token.join(markers.get(kind, ["", ""])) for kind, token in family.MEDIA.items()}
 
 
 def prompt_keys(family: ModuleType, config: ModelConfig, data: DataConfig | None) -> dict[str, Any]:
@@ -195,6 +216,11 @@ def shares_tensor(family: ModuleType, module: str, name: str) -> bool:
     """Whether a part of ours is some rows of a larger tensor in a family."""
     names = family.NAMES[module]
     return list(names.values()).count(names.get(_pattern(name))) > 1
+
+
+def is_channel_major(family: ModuleType, name: str) -> bool:
+    """Whether a parameter, its name with our module, is a matrix of CHANNEL_MAJOR in a family."""
+    return family is mistral3 and name in mistral3.CHANNEL_MAJOR
 
 
 def row_order(family: ModuleType, module: str, name: str) -> int:

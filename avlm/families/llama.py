@@ -167,6 +167,13 @@ def read(given: Mapping[str, Any], files: Mapping[str, dict] | None = None, mrop
     return _with_window(DecoderConfig(**fields, **VARIANTS[given["model_type"]]), keys)
 
 
+def require_variant(model_type: str) -> None:
+    """ValueError for a decoder in a whole model that is not ours."""
+    if model_type not in VARIANTS:
+        known = ", ".join(VARIANTS)
+        raise ValueError(f"text_config.model_type {shown(repr(model_type))} is not supported (supported: {known})")
+
+
 def write(config: DecoderConfig) -> dict[str, Any]:
     """Raises ValueError for a decoder that no architecture of transformers computes."""
     if config.mrope_sections is not None:

@@ -71,26 +71,34 @@ def read_model(
 ) -> ModelConfig:
     """``defaults``: of absent keys. ``projector``: what sets it apart in our config."""
     require_accepted(keys, ACCEPTED)
-    text = {"model_type": defaults["text_config"], **(keys.get("text_config") or {})}
-    text["tie_word_embeddings"] = keys.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
+    text = read_text(keys, defaults["text_config"])
     vision = keys.get("vision_config") or defaults["vision_config"]
     vision = {"model_type": defaults["vision_config"]["model_type"], **vision}
-    if text["model_type"] not in llama.VARIANTS or vision["model_type"] not in clip.VARIANTS:
-        found = shown(f"{text['model_type']} and {vision['model_type']}")
-        raise ValueError(f"a LLaVA of {found} is not implemented")
+    if vision["model_type"] not in clip.VARIANTS:
+        raise ValueError(f"a LLaVA with a {shown(repr(vision['model_type']))} is not implemented")
+    num_layers = vision.get("num_hidden_layers", clip.DEFAULTS[vision["model_type"]]["num_hidden_layers"])
     layer = keys.get("vision_feature_layer", defaults["vision_feature_layer"])
-    if type(layer) is not int:
-        raise ValueError(f"vision_feature_layer={shown(repr(layer))}: features of several layers are not implemented")
-    if layer >= 0:  # hidden_states[0] is the input of the first layer
-        num_layers = vision.get("num_hidden_layers", clip.DEFAULTS[vision["model_type"]]["num_hidden_layers"])
-        layer -= 1 + num_layers
-    tower = clip.read(vision, files, layer)
+    tower = clip.read(vision, files, feature_layer(layer, num_layers))
     strategy = keys.get("vision_feature_select_strategy", defaults["vision_feature_select_strategy"])
     if (strategy == "default") != (feature_strategy(tower) == "default"):
         found = shown(repr(strategy))
         raise ValueError(f"vision_feature_select_strategy={found} of a {vision['model_type']} is not implemented")
     bias = keys.get("multimodal_projector_bias", True)
     return ModelConfig(decoder=llama.read(text), vision=tower, vision_projector=ProjectorConfig(bias=bias, **projector))
+
+
+def read_text(keys: Mapping[str, Any], default: str) -> dict[str, Any]:
+    """The keys of the decoder, of the ``default`` type if none is named. A tied head may stand at the top or inside."""
+    text = {"model_type": default, **(keys.get("text_config") or {})}
+    llama.require_variant(text["model_type"])
+    return {**text, "tie_word_embeddings": keys.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)}
+
+
+def feature_layer(layer: Any, num_layers: int) -> int:
+    """``vision.feature_layer`` of their number, which counts from either end: 0 is the input of the first layer."""
+    if type(layer) is not int:
+        raise ValueError(f"vision_feature_layer={shown(repr(layer))}: features of several layers are not implemented")
+    return layer if layer < 0 else layer - 1 - num_layers
 
 
 def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:

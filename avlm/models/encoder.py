@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from avlm.config.model import AudioConfig, VisionConfig
 from avlm.models.attention import AttentionCore
 from avlm.models.lora import lora_init_stats
-from avlm.models.rope import rotate
+from avlm.models.rope import Rope, rotate
 from kernels.segments import Segments
 
 
@@ -26,7 +26,6 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "silu": F.silu}
 NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
-Rope = tuple[Tensor, Tensor]  # cos and sin, float32 (T, E)
 
 
 class EncoderAttention(nn.Module):

@@ -22,7 +22,7 @@ from avlm.models.whisper import sinusoids
 from avlm.parallel.mesh import World
 from avlm.storage.model_folder import Lazy, publish, write_json, write_tensors
 from avlm.weights.peft import Base, adapter_keys, peft_names
-from avlm.weights.sources import Stored
+from avlm.weights.sources import Stored, regrouped
 from avlm.weights.tokenizer import media_token_ids, write_tokenizer
 from avlm.weights.whole import Whole
 
@@ -121,7 +121,8 @@ def _content(
         names = peft_names(state, base)
         if not any(is_adapter(name) for name in names):
             raise ValueError(f"the adapter format holds adapters onto {base.format}, and the model has none")
-        tensors = {theirs: state[name] for name, theirs in names.items()}
+        family = door.FORMATS[base.format]
+        tensors = {theirs: _in_their_order(state[name], family, name) for name, theirs in names.items()}
         return Content({"adapter_config.json": adapter_keys(config, state, base)}, tensors, "adapter_model")
     if format not in door.FORMATS:
         raise ValueError(f"format {format!r} is not one of avlm, adapter, {', '.join(door.FORMATS)}")
@@ -134,8 +135,7 @@ def _content(
     tensors = _hugging_face_tensors(family, config, state)
     _make_room(tensors, family, rows)
     markers = data.markers if data is not None else {}
-    media = {kind: token.join(markers.get(kind, ["", ""])) for kind, token in family.MEDIA.items()}
-    return Content(files, tensors, media=media, ids=ids)
+    return Content(files, tensors, media=door.media_in_prompts(family, markers), ids=ids)
 
 
 def _own_keys(config: ModelConfig, data: DataConfig | None) -> dict[str, Any]:
@@ -174,6 +174,7 @@ def _hugging_face_tensors(family: ModuleType, config: ModelConfig, state: State)
             continue
         if name in shapes:
             tensor = tensor.changed(functools.partial(torch.Tensor.reshape, shape=shapes[name]), shape=shapes[name])
+        tensor = _in_their_order(tensor, family, name)
         theirs = family.HEAD
         if name != "decoder.head.weight":
             theirs = door.full_name(family, module, rest, prefixes[module])
@@ -192,6 +193,13 @@ def _hugging_face_tensors(family: ModuleType, config: ModelConfig, state: State)
         tied = state["decoder.embedding.weight"].changed(torch.clone)  # safetensors refuses tensors that share memory
         tensors.setdefault(family.HEAD, tied)
     return tensors
+
+
+def _in_their_order(tensor: Lazy, family: ModuleType, name: str) -> Lazy:
+    if not door.is_channel_major(family, name):
+        return tensor
+    width, inputs = tensor.shape
+    return tensor.changed(functools.partial(regrouped, first=inputs // width))
 
 
 def _joined(parts: list[Lazy]) -> Lazy:

@@ -108,7 +108,7 @@ def template_of(folder: Path, tokenizer: Tokenizer) -> str:
     """The ``data.template`` for a Hugging Face folder: "tokenizer", its own template, if that accepts text. Many
     folders have one that only accepts lists of parts; they get the template of ours that makes the same prompts."""
     keys = read_json(folder / "config.json")
-    text_template = door.TEXT_TEMPLATES.get(keys.get("model_type"))
+    text_template = door.TEXT_TEMPLATES.get(door.family_of(keys))
     if text_template is None:
         return "tokenizer"
     if not (folder / "chat_template.json").is_file():  # the processor's; the tokenizer's is then the decoder's

@@ -11,7 +11,15 @@ from typing import Any
 from avlm.config.model import ModelConfig
 from avlm.config.run import Config
 from avlm.config.values import shown
-from avlm.families.door import FAMILIES, FORMATS, has_name, hugging_face_name, is_outside, shares_tensor
+from avlm.families.door import (
+    FAMILIES,
+    FORMATS,
+    has_name,
+    hugging_face_name,
+    is_channel_major,
+    is_outside,
+    shares_tensor,
+)
 from avlm.families.keys import require_accepted
 from avlm.models.freezing import trained_names
 from avlm.models.lora import is_adapter
@@ -20,7 +28,7 @@ from avlm.storage.model_folder import read_json
 from avlm.storage.run_folder import is_run
 from avlm.storage.weight_files import ADAPTER, choose, local
 from avlm.weights.folder import is_own
-from avlm.weights.sources import Source, read_files
+from avlm.weights.sources import ChannelMajor, Source, read_files
 
 LEAVES = {"down.weight": "lora_A.weight", "up.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 CONFIG = "adapter_config.json"
@@ -180,13 +188,17 @@ def open_adapter(given: str | Path, config: ModelConfig, names: Iterable[str]) -
         if theirs != value:
             raise ValueError(f"model.lora.{field} is {value!r}, and {folder} was made with {key}={shown(repr(theirs))}")
     ours = {}
+    channel_major = set()
     for name in names:
         for family in FAMILIES:
-            ours |= _peft_names_in(family, name)
+            found = _peft_names_in(family, name)
+            ours |= found
+            if is_channel_major(family, name):
+                channel_major |= found.keys()
     files = choose(folder, ADAPTER)
     tensors = {}
     for name, tensor in read_files(folder, files).items():
-        tensors[ours.get(name, name)] = tensor
+        tensors[ours.get(name, name)] = ChannelMajor(tensor) if name in channel_major else tensor
     return Source(folder, tensors, None, True, files)
 
 

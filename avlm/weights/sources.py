@@ -80,6 +80,26 @@ class Rows:
         return self.whole[(slice(self.first + start, self.first + stop), *others)]
 
 
+class ChannelMajor:
+    """The matrix of a linear whose input is several rows side by side. Its columns stand channel by channel in a file,
+    with one for every row, and row by row here. Of its lines only those that are indexed are read."""
+
+    def __init__(self, whole: Any):
+        self.whole = whole
+
+    def get_shape(self) -> list[int]:
+        return list(self.whole.get_shape())
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        rows, *columns = index if isinstance(index, tuple) else (index,)
+        return regrouped(self.whole[rows], self.get_shape()[0])[:, *columns]
+
+
+def regrouped(matrix_OI: Tensor, first: int) -> Tensor:
+    """Columns of ``first`` groups, whose first ones then stand together, then their second ones, and so on."""
+    return matrix_OI.unflatten(1, (first, -1)).transpose(1, 2).flatten(1)
+
+
 class Stored:
     """A tensor of a DCP folder. Indexed by slices, it reads the chunks that overlap them, one chunk at a time."""
 
@@ -248,7 +268,7 @@ def _unwrapped(tensors: dict[str, Whole]) -> tuple[dict[str, Whole], bool]:
 
 
 def check_shape(name: str, shape: tuple[int, ...], source: Any, origin: str) -> None:
-    whole = source.whole if isinstance(source, Rows) else source
+    whole = source.whole if isinstance(source, Rows | ChannelMajor) else source
     if isinstance(whole, Whole):
         dtype = whole.tensor.dtype
         is_float = dtype.is_floating_point

@@ -53,7 +53,8 @@ def write_tokenizer(
     if is_rebuilt:
         config["auto_map"] = {"AutoTokenizer": [None, None]}
     has_media = any(token in template for token in ids)  # then processors use it as well, and they read this file alone
-    if has_media or template != tokenizer.chat_template:
+    is_there = (folder / "chat_template.jinja").is_file() or config.get("chat_template") is not None
+    if has_media or not is_there or template != tokenizer.chat_template:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         config.pop("chat_template", None)
     write_json(folder / "tokenizer_config.json", config)

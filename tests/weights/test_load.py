@@ -22,6 +22,7 @@ from avlm.weights.compare import check_config
 from avlm.weights.export import export
 from avlm.weights.folder import read_config, stop_ids
 from avlm.weights.load import init_weights, load_weights
+from tests.families import test_mistral3
 from tests.families.test_qwen_vl_keys import config_of, keys_of
 from tests.models.handmade import build, loaded, save
 from tests.models.sharded_load import load_and_answer, text_prompt
@@ -283,7 +284,15 @@ def test_what_no_folder_gives_is_initialised(tmp_path):
     assert not any(name.startswith("audio") for name in report.names)
 
 
-@pytest.mark.parametrize("kind", ["ours", "with fused weights"])
+WHOLE_MODELS = {
+    "with fused weights": lambda: transformers.Qwen2_5_VLForConditionalGeneration(config_of("qwen2_5_vl")),
+    "with columns in another order": lambda: transformers.Mistral3ForConditionalGeneration(
+        test_mistral3.config_of("mistral3")
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["ours", *WHOLE_MODELS])
 def test_sharded_ranks_read_their_slices_and_answer_alike(kind, tmp_path):
     """Odd sizes: 61 vocabulary rows and a class token of one row on two ranks, which have different prompts. A third of
     a fused weight is cut among the ranks."""
@@ -291,7 +300,7 @@ def test_sharded_ranks_read_their_slices_and_answer_alike(kind, tmp_path):
         model = build(WHOLE)
         export(WHOLE, model.state_dict(), tmp_path / "model")
     else:
-        save(transformers.Qwen2_5_VLForConditionalGeneration(config_of("qwen2_5_vl")), tmp_path / "model")
+        save(WHOLE_MODELS[kind](), tmp_path / "model")
         model = loaded(read_config(tmp_path / "model"), all=tmp_path / "model")
     prompts = [[1, 2, 3], [4] * 9, [7, 6]]
     (whole, first), (_, second) = run_ranks(load_and_answer, 2, model.config, str(tmp_path / "model"), prompts)

@@ -21,7 +21,7 @@ from avlm.weights.__main__ import main
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import init_weights
-from tests.families import test_audio_families
+from tests.families import test_audio_families, test_mistral3
 from tests.families.test_qwen_vl import logits_of, prompt
 from tests.families.test_qwen_vl_keys import config_of, keys_of
 from tests.models.handmade import build, make_batch, normalised, pixels_of, save
@@ -30,6 +30,7 @@ from tests.weights.test_export import VOXTRAL
 from tests.weights.test_sources import write_run
 
 QWEN_VL = ("qwen2_5_vl", "qwen3_vl")
+ANY_ROWS = ("pixtral", "mistral3")
 HEARING = ("qwen2_audio", "audioflamingo3", "qwen2_5_omni")
 QWEN = qwen2_vl.read(keys_of("qwen2_vl"), {})
 ONTO_DECODER = ["--format", "adapter", "--onto", "decoder"]
@@ -61,6 +62,8 @@ def base_folder(family, folder):
         return save(llava(), folder)
     if family in QWEN_VL:
         return save(getattr(transformers, FORMATS[family].CLASS)(config_of(family)), folder)
+    if family in ANY_ROWS:
+        return save(getattr(transformers, FORMATS[family].CLASS)(test_mistral3.config_of(family)), folder)
     if family in HEARING:
         return save(test_audio_families.fresh(family), folder)
     export(VOXTRAL, build(VOXTRAL, seed=1).state_dict(), folder, "voxtral")
@@ -72,6 +75,10 @@ def logits_of_both(family, ours, theirs):
     if family in (*QWEN_VL, *HEARING):
         ask_of = prompt if family in QWEN_VL else test_audio_families.prompt
         ask = ask_of(family, theirs.get_base_model(), ours.config)
+        with torch.no_grad():
+            return logits_of(ours, ask.batch), theirs(**ask.inputs).logits[0]
+    if family in ANY_ROWS:
+        ask = test_mistral3.prompt(ours.config)
         with torch.no_grad():
             return logits_of(ours, ask.batch), theirs(**ask.inputs).logits[0]
     if family == "llava":
@@ -99,6 +106,8 @@ def logits_of_both(family, ours, theirs):
         ("voxtral", ["decoder.*.v", "audio.blocks.0.up"], ["lora", "audio_projector"]),
         ("qwen2_5_vl", ["decoder.*", "vision.*.gate", "vision.blocks.1.attention.o"], ["lora"]),
         ("qwen3_vl", ["decoder.*.q", "vision.*.down"], ["lora", "vision_projector"]),
+        ("pixtral", ["decoder.*.v", "vision.*.gate"], ["lora"]),
+        ("mistral3", ["decoder.*.q", "vision.*.down"], ["lora", "vision_projector"]),
         ("qwen2_audio", ["decoder.*.v", "audio.blocks.0.up"], ["lora", "audio_projector"]),
         ("audioflamingo3", ["decoder.*.v", "audio.*.q"], ["lora", "audio_projector"]),
         ("qwen2_5_omni", ["decoder.*.q", "vision.*.q", "audio.*.down"], ["lora", "audio_projector"]),

@@ -2,7 +2,8 @@
 
 Names of special tokens (bos_token, eos_token, ...) come from tokenizer_config.json; special_tokens_map.json overrides
 it where the config lists no ``added_tokens_decoder``. Added tokens come from tokenizer.json, and from the
-``added_tokens_decoder`` or added_tokens.json what tokenizer.json lacks.
+``added_tokens_decoder`` or added_tokens.json what tokenizer.json lacks. A tokenizer without a chat template has that of
+the processor next to it, chat_template.json.
 """
 
 import functools
@@ -167,7 +168,7 @@ class Tokenizer:
         if file.is_file():
             with one_line(f"{file} is no text"):
                 return file.read_text(encoding="utf-8")
-        template = config.get("chat_template")
+        template = config.get("chat_template") or self._keys("chat_template.json").get("chat_template")
         if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):  # several named ones
             template = {entry.get("name"): entry.get("template") for entry in template}
         if isinstance(template, dict):
