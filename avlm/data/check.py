@@ -71,7 +71,7 @@ def _least_image(model: ModelConfig, data: DataConfig) -> int:
     """Features of the smallest image."""
     vision = model.vision
     if vision.any_grid:
-        return math.ceil(data.image_tokens[0])
+        return math.ceil(data.image_tokens[0]) if vision.resize == "area" else 1
     side = vision.patches_per_side
     return vision.num_features((side, side), model.vision_projector.downsample)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from avlm.config.media import ImageLayout
 from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
 from avlm.data.features import Group, of_frames, of_tiles
@@ -17,6 +18,29 @@ from avlm.data.positions import of_grid
 from avlm.data.runs import Run, within
 from avlm.data.text.numbers import in_words
 from avlm.models.batch import IMAGE, NEWLINE
+
+
+def check_image_layout(model: ModelConfig, data: DataConfig) -> None:
+    """ValueError for a layout that the model cannot have."""
+    vision, layout = model.vision, data.image_layout
+    if vision is None:
+        return
+    if layout.tiles != "none" and vision.any_grid:
+        raise ValueError(
+            f"data.image_layout.tiles={layout.tiles} cuts images for a tower of squares, and model.vision.resize="
+            f"{vision.resize} gives it any grid: set tiles to none"
+        )
+    if vision.resize == "longest" and layout.longest_edge is None:
+        raise ValueError("model.vision.resize=longest needs data.image_layout.longest_edge, in pixels")
+    has_newline = model.vision_projector.newline
+    if data.video.newline and not has_newline:
+        raise ValueError("data.video.newline needs model.vision_projector.newline=true")
+    plain = ImageLayout(longest_edge=layout.longest_edge)
+    if model.decoder.mrope_sections is not None and (has_newline or layout != plain):
+        raise ValueError(
+            "M-RoPE (model.decoder.mrope_sections) knows the places of features of whole images only: leave out "
+            "data.image_layout and model.vision_projector.newline"
+        )
 
 
 def runs_of_image(extent: Extent, number: int, model: ModelConfig, data: DataConfig) -> list[Run]:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
-from avlm.data.image_layout import markers_of, run_of_frames, runs_of_image, runs_of_video
+from avlm.data.image_layout import check_image_layout, markers_of, run_of_frames, runs_of_image, runs_of_video
 from avlm.data.media import area, audio, image, video
 from avlm.data.media.area import Extent
 from avlm.data.media.patches import cut_into_patches
 from avlm.data.media.tiles import views
 from avlm.data.positions import of_text
-from avlm.data.runs import Run
+from avlm.data.runs import Run, holding
 from avlm.models.batch import AUDIO
 
 SECONDS_PER_ROW = 0.02  # of the audio tower, before pooling
@@ -34,6 +34,7 @@ class MediaReader:
     """Reads files for the towers of a model. ValueError for a file that cannot be used, or has no room."""
 
     def __init__(self, model: ModelConfig, data: DataConfig) -> None:
+        check_image_layout(model, data)
         self.model = model
         self.data = data
 
@@ -73,7 +74,7 @@ class MediaReader:
         items = []
         for view in self._views(file.decode(), extent):
             items += self._patches([view])
-        return _holding(items, runs)
+        return holding(items, runs)
 
     def _frames(self, content: bytes, room: Room, number: int) -> tuple[Extent, list[Tensor], list[Run]]:
         """The items of a video, and the runs that hold them."""
@@ -83,7 +84,7 @@ class MediaReader:
             self._check_room(extent, runs, room)
             frames = [self._fitted(frame, extent) for frame, _ in file.shown(extent.times, self.data.video)]
         items = list(self._patches(frames))
-        return extent, items, _holding(items, runs)
+        return extent, items, holding(items, runs)
 
     def _audio(self, content: bytes, name: str, number: int, delay: float = 0.0) -> Run:
         """``delay``: seconds of silence before it."""
@@ -191,11 +192,6 @@ class MediaReader:
         if is_video and config.frame_tokens is not None:
             return "data.video.frame_tokens", config.frame_tokens
         return "data.image_tokens", self.data.image_tokens
-
-
-def _holding(items: list[Tensor], runs: list[Run]) -> list[Run]:
-    """Items come with the first of the runs of their features."""
-    return [replace(runs[0], items=items), *runs[1:]]
 
 
 def _chunk_of(time: float, seconds: float) -> int:

@@ -34,6 +34,11 @@ class Run:
     abreast: bool = False
 
 
+def holding(items: list[Tensor], runs: list[Run]) -> list[Run]:
+    """Items come with the first of the runs of their features."""
+    return [replace(runs[0], items=items), *runs[1:]]
+
+
 def within(runs: list[Run], before: str, after: str) -> list[Run]:
     """Runs with something more around all of them: text with control tokens, or text."""
     first = runs[0]

@@ -155,7 +155,7 @@ class SampleEncoder:
         ids: list[int] = []
         learned: list[bool] = []
         media: Items = {modality: [] for modality in PLACEHOLDERS}
-        groups = _groups(runs, self.model)
+        groups = groups_of(runs, self.model)
         placed: list[Placed] = []
         for piece, piece_ids in self.chat.encode(pieces):
             if piece.kind in MEDIA:
@@ -240,7 +240,7 @@ class SampleEncoder:
                 )
 
 
-def _groups(runs: list[Run], model: ModelConfig) -> list[Group]:
+def groups_of(runs: list[Run], model: ModelConfig) -> list[Group]:
     """Of the images of a sample, in the order of their placeholders."""
     if not any(run.groups for run in runs):
         return []

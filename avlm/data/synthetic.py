@@ -3,7 +3,8 @@ synthetic:documents=4,images=2,clips=1,seconds=30
 
 A row holds ``documents`` of equal length, with ``images`` and ``clips`` of audio (each of ``seconds``) dealt out to
 them in turn. Every token that is no placeholder and follows another is a target. Row n of a rank depends on
-(seed, rank, n). Images of a tower of any grid have the sizes of PHOTOS in turn, within ``data.image_tokens``.
+(seed, rank, n). Images have the sizes of PHOTOS in turn where these matter: for a tower of any grid, and for tiles. A
+sample has them one after the other, by ``data.image_tokens`` and ``data.image_layout``, without markers.
 """
 
 import zlib
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from avlm.config.model import ModelConfig
+from avlm.data.image_layout import check_image_layout, runs_of_image
 from avlm.data.media import audio
-from avlm.data.media.area import of_image
+from avlm.data.media.area import Extent, of_image
 from avlm.data.media.patches import cut_into_patches
 from avlm.data.packing import pack
-from avlm.data.positions import Placed, of_grid, position_of
-from avlm.data.sample import EncodedSample, Items, kind_of, placeholders
+from avlm.data.positions import Placed, position_of
+from avlm.data.runs import holding
+from avlm.data.sample import EncodedSample, Items, groups_of, kind_of, placeholders
 from avlm.data.stream import Stream
 from avlm.models.batch import IGNORE, Batch
 
@@ -30,6 +33,7 @@ VALIDATION_ROWS = 8
 
 class SyntheticLoader:
     def __init__(self, stream: Stream, state: dict[str, Any] | None = None) -> None:
+        check_image_layout(stream.model, stream.data)
         self.stream = stream
         self.mix = parse_mix(stream.source, stream.model)
         self._row = state["row"] if state else 0
@@ -55,56 +59,59 @@ class SyntheticLoader:
             # Media i, i + documents, i + 2 documents, ... of the row.
             images = range(i, self.mix["images"], documents)
             num_clips = len(range(i, self.mix["clips"], documents))
-            media = self._media(images, num_clips, generator)
-            sample = self._sample(f"synthetic:{row}:{i}", media, generator)
+            sample = self._sample(f"synthetic:{row}:{i}", images, num_clips, generator)
             samples.append(sample)
         return pack(samples, stream.data.seq_length, stream.model, read=documents)
 
-    def _media(self, images: range, num_clips: int, generator: torch.Generator) -> Items:
-        model = self.stream.model
-        media: Items = {"image": self._images(images, generator) if images else [], "audio": []}
-        num_samples = self.mix["seconds"] * audio.SAMPLE_RATE
-        for _ in range(num_clips):
-            noise = torch.randn(num_samples, generator=generator)
-            media["audio"] += audio.mels(noise, model.audio)
-        return media
-
-    def _images(self, numbers: range, generator: torch.Generator) -> list[Tensor]:
-        vision = self.stream.model.vision
-        if not vision.any_grid:
-            shape = (len(numbers), 3, vision.image_size, vision.image_size)
-            pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-            return [cut_into_patches(image[None], vision) for image in pixels]
-        items = []
-        for number in numbers:
-            extent = of_image(PHOTOS[number % len(PHOTOS)], self.stream.model, self.stream.data)
-            shape = (*extent.grid, vision.patch_numbers)
-            items.append(torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8))
-        return items
-
-    def _sample(self, key: str, media: Items, generator: torch.Generator) -> EncodedSample:
-        model = self.stream.model
+    def _sample(self, key: str, images: range, num_clips: int, generator: torch.Generator) -> EncodedSample:
+        model, data = self.stream.model, self.stream.data
+        runs = []
+        for number in images:
+            extent = of_image(PHOTOS[number % len(PHOTOS)], model, data, alone=len(images) == 1)
+            of_image_runs = runs_of_image(extent, 1, model, data)
+            items = self._views(extent, generator)
+            runs += holding(items, of_image_runs)
+        media: Items = {
+            "image": [item for run in runs for item in run.items],
+            "audio": self._windows(num_clips, generator),
+        }
         ids: list[int] = []
         placed = []
-        for modality, items in media.items():
-            for item in items:
-                if modality == "image":
-                    lines, columns, _ = item.shape
-                    downsample = model.vision_projector.downsample
-                    placed.append(Placed(len(ids), of_grid([0], lines // downsample, columns // downsample)))
-                ids += placeholders(modality, [item], model)
-        length = self.stream.data.seq_length // self.mix["documents"]
+        for run in runs:
+            if run.offsets is not None:
+                placed.append(Placed(len(ids), run.offsets))
+            ids += run.tokens
+        if media["audio"]:
+            ids += placeholders("audio", media["audio"], model)
+        length = data.seq_length // self.mix["documents"]
         num_text = length - len(ids)
         if num_text <= 0:
             raise ValueError(
                 f"{len(ids)} media features do not fit into a synthetic document of {length} tokens: lower the mix"
-                + (" or data.image_tokens" if model.vision and model.vision.any_grid else "")
+                + (" or data.image_tokens" if model.vision and model.vision.resize == "area" else "")
             )
         text_T = torch.randint(0, model.decoder.vocab_size, (num_text,), generator=generator)
         token_T = torch.cat([torch.tensor(ids, dtype=torch.int64), text_T])
         target_T = torch.cat([token_T[1:], token_T.new_full((1,), IGNORE)])
         target_T = torch.where(target_T >= 0, target_T, IGNORE)
-        return EncodedSample(key, kind_of(media), token_T, target_T, media, position_of(length, placed, model))
+        position_T = position_of(length, placed, model)
+        return EncodedSample(key, kind_of(media), token_T, target_T, media, position_T, groups_of(runs, model))
+
+    def _views(self, extent: Extent, generator: torch.Generator) -> list[Tensor]:
+        vision = self.stream.model.vision
+        if not vision.any_grid:
+            shape = (extent.num_items, 3, vision.image_size, vision.image_size)
+            pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+            return [cut_into_patches(view[None], vision) for view in pixels]
+        shape = (*extent.grid, vision.patch_numbers)
+        return [torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)]
+
+    def _windows(self, num_clips: int, generator: torch.Generator) -> list[Tensor]:
+        windows = []
+        for _ in range(num_clips):
+            noise = torch.randn(self.mix["seconds"] * audio.SAMPLE_RATE, generator=generator)
+            windows += audio.mels(noise, self.stream.model.audio)
+        return windows
 
 
 def parse_mix(source: str, model: ModelConfig) -> dict[str, int]:

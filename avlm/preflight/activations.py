@@ -44,7 +44,9 @@ def rms_norm_bytes(layout: Layout, trains: bool) -> int:
     return layout.dtype.itemsize if layout.on_gpu else 4 + 4 * trains
 
 
-def encoder_block_bytes(tower: VisionConfig | AudioConfig, layout: Layout, norms_train: bool) -> int:
+def encoder_block_bytes(
+    tower: VisionConfig | AudioConfig, layout: Layout, norms_train: bool, scales_train: bool = False
+) -> int:
     """What a block of a tower that trains keeps for each of its rows if nothing is recomputed."""
     is_vision = isinstance(tower, VisionConfig)
     c = layout.dtype.itemsize
@@ -56,14 +58,21 @@ def encoder_block_bytes(tower: VisionConfig | AudioConfig, layout: Layout, norms
     if is_vision and tower.gated:
         in_mlp += 2  # up, and the product
     in_attention = 6 * tower.hidden_size  # inputs of q, k, v and of the MLP; q, k, v, and the input of o
-    return 2 * of_norm * tower.hidden_size + c * (in_attention + in_mlp * tower.intermediate_size) + 4 * tower.num_heads
+    if scales_train:
+        in_attention += 2 * tower.hidden_size  # what is scaled
+    norms = 2 * of_norm
+    if is_vision and tower.qk_norm:
+        norms += 2 * rms_norm_bytes(layout, norms_train)
+    return norms * tower.hidden_size + c * (in_attention + in_mlp * tower.intermediate_size) + 4 * tower.num_heads
 
 
-def projector_numbers(projector: ProjectorConfig, width: int, decoder: DecoderConfig, num_deep: int = 0) -> int:
-    """Numbers that a projector keeps for the backward, per feature: the tower rows, ``width``, what its type adds, and
-    for each of ``num_deep`` inner layers (DeepStack) the tower rows, these side by side and normalised, both sides of a
-    GELU, and the feature itself, which waits for its layer of the decoder. ValueError for a type that is not known
-    here."""
+def projector_numbers(
+    projector: ProjectorConfig, width: int, tower_size: int, decoder: DecoderConfig, num_deep: int = 0
+) -> int:
+    """Numbers that a projector keeps for the backward, for each row that it makes: the tower rows of ``tower_size``
+    numbers, side by side ``width``; what its type adds; and for each of ``num_deep`` inner layers (DeepStack) the tower
+    rows, these side by side and normalised, both sides of a GELU, and the feature itself, which waits for its layer of
+    the decoder. ValueError for a type that is not known here."""
     F = projector.hidden_size or decoder.hidden_size
     numbers = {
         "linear": decoder.hidden_size,  # its output
@@ -74,6 +83,8 @@ def projector_numbers(projector: ProjectorConfig, width: int, decoder: DecoderCo
         raise ValueError(
             f"what a projector of type {projector.type} keeps is not written in avlm/preflight/activations.py"
         )
-    sizes = {"norm": width, "feature_norm": width, "hidden_norm": F, "output_norm": decoder.hidden_size}
+    taken = tower_size if projector.takes_mean or projector.merge else width  # by the first linear of the type
+    sizes = {"norm": width, "feature_norm": taken, "hidden_norm": F, "output_norm": decoder.hidden_size}
     normed = sum(size for norm, size in sizes.items() if getattr(projector, norm) != "none")  # the result of each
-    return width + normed + numbers[projector.type] + num_deep * (3 * width + 2 * F + decoder.hidden_size)
+    before = width * projector.merge  # rows side by side
+    return before + taken + normed + numbers[projector.type] + num_deep * (3 * width + 2 * F + decoder.hidden_size)

@@ -32,6 +32,7 @@ from avlm.parallel.recompute import keeps_product
 from avlm.parallel.tensor import tensor_share
 from avlm.preflight.activations import decoder_block_bytes, encoder_block_bytes, projector_numbers
 from avlm.preflight.layout import Layout, layout_of
+from avlm.preflight.media_rows import media_rows
 from kernels import backend
 from kernels.cross_entropy import chunk_bytes, chunk_rows
 
@@ -225,7 +226,7 @@ def _at_tower(name: str, case: Case) -> dict[str, int]:
         "gathered weights": _held(case) + gathered,
         "gradients in reduction": reduction,
         "activations": kept,
-        "at work": _media_rows(name, case) * work,
+        "at work": _media_rows(name, case)[0] * work,
     }
 
 
@@ -261,7 +262,7 @@ def _kept_by_tower(name: str, case: Case) -> tuple[int, int]:
     c = case.itemsize
     tower = getattr(case.model, name)
     projector = getattr(case.model, f"{name}_projector")
-    rows = _media_rows(name, case)
+    rows, projected = _media_rows(name, case)
     arriving, stem = _stem(tower)
     device = arriving * rows
     host = 0
@@ -270,11 +271,16 @@ def _kept_by_tower(name: str, case: Case) -> tuple[int, int]:
         blocks, host = _kept_by_blocks(name, rows * tower.num_blocks, case)
         device += blocks + c * stem * rows
     if trains or case.trained_numbers(f"{name}_projector.") > 0:
-        features = case.stage.data.seq_length // case.layout.row_ranks
         width = tower.rows_per_feature(projector) * tower.hidden_size
         num_deep = tower.width // tower.hidden_size - 1
-        device += c * features * projector_numbers(projector, width, case.model.decoder, num_deep)
+        numbers = projector_numbers(projector, width, tower.hidden_size, case.model.decoder, num_deep)
+        stretched = 4 * case.model.decoder.hidden_size * projector.stretches  # float32
+        device += projected * (c * numbers + stretched)
     return device, host
+
+
+def _media_rows(name: str, case: Case) -> tuple[int, int]:
+    return media_rows(name, case.model, case.stage.data, case.layout.row_ranks)
 
 
 def _stem(tower: VisionConfig | AudioConfig) -> tuple[int, int]:
@@ -286,7 +292,8 @@ def _stem(tower: VisionConfig | AudioConfig) -> tuple[int, int]:
         if tower.any_grid:
             places += 2 * 4  # line and column
         if tower.any_grid and tower.num_rows:
-            places += 4 * (8 + 4)  # rows of the position table and their weights
+            num_taps = 4 if tower.position_table == "bilinear" else 1
+            places += num_taps * (8 + 4)  # rows of the position table and their weights
         if tower.axial_rope:
             places += 2 * 4 * tower.head_dim  # cos and sin
         return pixels + places, pixels + 2 * tower.hidden_size  # patches, and the first norm
@@ -320,7 +327,8 @@ def block_bytes(name: str, case: Case, mode: Recompute) -> int:
         size = decoder_block_bytes(case.model.decoder, case.layout, trains, norms_train)
     else:
         norms_train = f"{name}.blocks.0.attention_norm.weight" in case.trained
-        size = encoder_block_bytes(getattr(case.model, name), case.layout, norms_train)
+        scales_train = f"{name}.blocks.0.ffn_scale" in case.trained
+        size = encoder_block_bytes(getattr(case.model, name), case.layout, norms_train, scales_train)
     return size + adapter_bytes(f"{name}.blocks.0.", case)
 
 
@@ -357,27 +365,3 @@ def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
             size += c * outputs  # a product that the ranks will sum has all of them
     lse = 4 * module.num_heads // t
     return size + c * width // t + lse
-
-
-def _media_rows(name: str, case: Case) -> int:
-    """Rows of a tower on the rank with most, for a row full of images or of whole windows of audio. Images of any grid
-    are of one size, at most the largest that the data's bounds and the row allow. A rank encodes whole images, so we
-    take the number of them that divides worst among the ranks."""
-    tower = getattr(case.model, name)
-    downsample = getattr(case.model, f"{name}_projector").downsample
-    ranks = case.layout.row_ranks
-    length = case.stage.data.seq_length
-    if isinstance(tower, VisionConfig) and tower.any_grid:
-        fewest = math.ceil(length / _largest_image(case))
-        num_features = max(math.ceil(count / ranks) * (length // count) for count in range(fewest, fewest + ranks))
-        return num_features * downsample**2
-    size = (tower.patches_per_side,) * 2 if isinstance(tower, VisionConfig) else FRAMES_PER_ROW * tower.max_positions
-    num_items = length // tower.num_features(size, downsample)
-    return math.ceil(num_items / ranks) * tower.num_rows
-
-
-def _largest_image(case: Case) -> int:
-    """Features of an image of any grid, or of a patch of frames, at most."""
-    data = case.stage.data
-    bounds = (data.image_tokens, data.video.frame_tokens, data.video.tokens)
-    return max(1, min(data.seq_length, max(int(most) for _, most in filter(None, bounds))))

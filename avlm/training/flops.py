@@ -61,7 +61,7 @@ def costs(model: ModelConfig, stage: StageConfig, recompute: RecomputeConfig) ->
         from_input = any(has_graph.values()) if module == "decoder" else has_graph.get(tower, False)
         has_graph[module] = from_input
         mode = getattr(recompute, module, "none")
-        repeated = _repeated(module, model, shapes, mode)
+        repeated = _repeated(module, model, shapes, trained, mode)
         for branch in branches(module, model):
             below = from_input
             for count, paths in branch:
@@ -81,12 +81,12 @@ def costs(model: ModelConfig, stage: StageConfig, recompute: RecomputeConfig) ->
     return {key: tuple(total) for key, total in found.items()}
 
 
-def _repeated(module: str, model: ModelConfig, shapes: Shapes, mode: Recompute) -> set[str]:
+def _repeated(module: str, model: ModelConfig, shapes: Shapes, trained: Collection[str], mode: Recompute) -> set[str]:
     """The products and attentions that a backward computes again in the blocks of a module, adapters apart
     (``avlm.parallel.recompute``).
 
-    full: all but the last product, unless its DoRA magnitude needs its result. selective: the products, without
-    attention, that are not kept.
+    full: all but the last product, unless its DoRA magnitude or a layer scale that trains needs its result. selective:
+    the products, without attention, that are not kept.
     """
     blocks: dict[str, list[str]] = defaultdict(list)
     for count, paths in steps(module, model):
@@ -99,8 +99,8 @@ def _repeated(module: str, model: ModelConfig, shapes: Shapes, mode: Recompute) 
             products = [path for path in paths if not path.endswith("core")]
             paths = [path for number, path in enumerate(products) if not keeps_product(number)]
         for path in paths:
-            is_needless = path.endswith(".down") and f"{path}.lora_magnitude" not in shapes
-            if not is_needless:
+            is_needed = f"{path}.lora_magnitude" in shapes or f"{_block(path)}.ffn_scale" in trained
+            if is_needed or not path.endswith(".down"):
                 found.add(path)
     return found
 

@@ -75,8 +75,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 LAYOUTS[2]["FSDP, towers replicated"] = {"tower_sharding": "replicate"}  # frozen, so a case of its own
 LAYOUTS[2]["FSDP, offloaded"] = {"cpu_offload": True}
 WINDOWED = ("FSDP", "TP", "all-gather", "Ulysses")  # on 2 ranks
-# Towers of any grid, with windows, or with DeepStack and a position table; M-RoPE in sections, or interleaved.
-ANY_GRID = {
+# Towers of any grid, with windows, or with DeepStack and a position table; M-RoPE in sections, or interleaved. Views of
+# an image, whose features are joined and stretched across the borders of ranks, with learned rows in between.
+OTHER_IMAGES = {
     2: ("FSDP", "FSDP, towers by block", "FSDP, towers replicated", "FSDP, media balanced", "TP", "ring", "all-gather")
     + ("Ulysses",),
     4: ("FSDP x ring, media balanced", "TP x ring", "HSDP x TP"),
@@ -281,7 +282,7 @@ def choose(world_size: int, quick: bool) -> list[Case]:
     frozen = [Case("FSDP, towers replicated", **settings, trains="projectors", tied=True)] if world_size == 2 else []
     if world_size == 2:
         frozen += [Case(layout, **settings, trains="everything", tied=False, window=3) for layout in WINDOWED]
-    frozen += of_any_grid(world_size, quick)
+    frozen += of_other_images(world_size, quick)
     if not quick:
         compiled = [replace(case, precision="fp32", compile=True) for case in in_bf16 if case.layout in COMPILED]
         compiled = [replace(case, recompute=COMPILED[case.layout]) for case in compiled]
@@ -290,13 +291,13 @@ def choose(world_size: int, quick: bool) -> list[Case]:
     return [Case(layout=layout, **setting) for layout, setting in zip(layouts, settings)] + in_bf16[::4] + frozen
 
 
-def of_any_grid(world_size: int, quick: bool) -> list[Case]:
-    """Both models in each layout; quick: in turn. What is recomputed, and what trains, differs from layout to
+def of_other_images(world_size: int, quick: bool) -> list[Case]:
+    """All models in each layout; quick: in turn. What is recomputed, and what trains, differs from layout to
     layout."""
     cases = []
-    for i, layout in enumerate(ANY_GRID.get(world_size, ())):
-        for n, model in enumerate(("windows", "deep")):
-            if quick and (i + n) % 2:
+    for i, layout in enumerate(OTHER_IMAGES.get(world_size, ())):
+        for n, model in enumerate(("windows", "deep", "tiles")):
+            if quick and (i + n) % 3:
                 continue
             setting = {key: FACTORS[key][(i + n) % len(FACTORS[key])] for key in ("accumulate", "recompute", "trains")}
             if layout == "FSDP, towers replicated":
@@ -305,7 +306,7 @@ def of_any_grid(world_size: int, quick: bool) -> list[Case]:
                 Case(layout, "different", **setting, accumulate_mode="sharded", tied=model == "windows", model=model)
             )
     if world_size == 2:
-        cases += [replace(cases[0], precision="bf16"), replace(cases[1], precision="bf16", trains="everything")]
+        cases += [replace(case, precision="bf16", trains="everything") for case in cases[: 3 - quick]]
         cases += [] if quick else [replace(cases[0], compile=True)]
     return cases
 

@@ -18,11 +18,14 @@ TRAINED = {  # how towers are sharded -> modules that train
     "replicate": [PROJECTORS, ["decoder"]],
 }
 CASES = [("square", sharding, trained) for sharding, choices in TRAINED.items() for trained in choices]
-CASES += [(model, "block", trained) for model in ("windows", "deep") for trained in (list(MODULES), PROJECTORS)]
+CASES += [("means", "block", list(MODULES))]
+CASES += [
+    (model, "block", trained) for model in ("windows", "deep", "tiles") for trained in (list(MODULES), PROJECTORS)
+]
 
 
 def pairs_of(model: str, quick: bool) -> list[tuple[str, str]]:
-    """Media of even ranks and of odd ones; with images of any grid a third of them."""
+    """Media of even ranks and of odd ones; a third of them for models with other images than squares."""
     pairs = list(itertools.product(MEDIA, MEDIA))
     return pairs[::3] if quick or model != "square" else pairs
 

@@ -1,5 +1,7 @@
 """A small model and rows of any mix of media, for tests that run on several ranks."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -8,12 +10,15 @@ from torch.distributed.tensor import DTensor
 from avlm.config.load import resolve_config
 from avlm.config.model import MODULES, ModelConfig
 from avlm.config.run import Config
+from avlm.data.features import Group, of_frames, of_images, of_tiles
+from avlm.data.media.tiles import Tiling
 from avlm.data.packing import pack
 from avlm.data.positions import Placed, of_grid, positions
 from avlm.data.sample import EncodedSample
 from avlm.models import freezing
 from avlm.models.avlm import AVLM
-from avlm.models.batch import Batch
+from avlm.models.batch import IMAGE, NEWLINE, Batch
+from avlm.models.patches import Grid
 from avlm.parallel import mesh
 from avlm.parallel.apply import apply_parallel, warm_up
 from avlm.weights.load import init_weights
@@ -75,6 +80,22 @@ MODELS = {
             **{"feature_norm": "rms", "hidden_norm": "rms", "output_norm": "rms"},
         },
     },
+    "tiles": {
+        **TREE["model"],
+        "vision": {
+            **TREE["model"]["vision"],
+            **{"image_size": 8, "patch_size": 2, "qk_norm": True, "layer_scale": True, "bias": False},
+        },
+        "vision_projector": {
+            **{"downsample": 2, "merge": True, "norm": "rms", "feature_norm": "layer"},
+            **{"newline": True, "halve_frames": "bilinear", "max_tiles": 2.08},
+        },
+    },
+    "means": {
+        **TREE["model"],
+        "vision": {**TREE["model"]["vision"], "image_size": 8, "patch_size": 4},
+        "vision_projector": {"newline": True, "halve_frames": "mean"},
+    },
 }
 GRIDS = ((2, 6), (4, 2), (6, 4), (2, 2))  # lines and columns of patches of their images, which take turns
 # mix of media -> images and clips of a sample
@@ -102,22 +123,16 @@ def make_rows(cfg: Config, mixes: list[str], seed: int = 0) -> list[Batch]:
 def make_sample(mix: str, num_words: int, generator: torch.Generator, model: ModelConfig) -> EncodedSample:
     """A sample of one of the small models: images, a clip or none, text, of which every word but the first is
     learned."""
-    num_images, num_clips = MEDIA[mix]
+    _, num_clips = MEDIA[mix]
     vision, audio = model.vision, model.audio
-    assert vision is not None and model.vision_projector is not None
-    assert audio is not None and model.audio_projector is not None
-    grids = [GRIDS[i % len(GRIDS)] if vision.any_grid else (2, 2) for i in range(num_images)]
-    placed, num_features = [], 0
-    for lines, columns in grids:
-        side = model.vision_projector.downsample
-        placed.append(Placed(num_features, of_grid([0], lines // side, columns // side)))
-        num_features += (lines // side) * (columns // side)
+    assert vision is not None and audio is not None and model.audio_projector is not None
+    grids, groups, seen, placed = make_views(mix, model)
     num_frames = 2 * (4 + num_words) + (audio.edge == "masked")  # there a clip may have an odd number
     sizes = [len(part) for part in torch.arange(num_frames).split(2 * audio.max_positions)] * num_clips
     mels = [torch.randn(audio.item_shape(size), generator=generator) for size in sizes]
     text = torch.randint(0, 96, (num_words,), generator=generator)
     num_heard = sum(audio.num_features(size, model.audio_projector.downsample) for size in sizes)
-    media = [-200] * num_features + [-300] * num_heard
+    media = seen + [-300] * num_heard
     token_T = torch.cat([torch.tensor(media, dtype=torch.long), text])
     target_T = torch.full_like(token_T, -100)
     target_T[len(media) : -1] = token_T[len(media) + 1 :]
@@ -127,7 +142,38 @@ def make_sample(mix: str, num_words: int, generator: torch.Generator, model: Mod
         images.append(torch.randint(0, 255, shape, generator=generator, dtype=torch.uint8))
     kind = "mixed" if mix == "both" else mix
     position_T = positions(len(token_T), placed) if model.decoder.mrope_sections else None
-    return EncodedSample(mix, kind, token_T, target_T, {"image": images, "audio": mels}, position_T)
+    return EncodedSample(mix, kind, token_T, target_T, {"image": images, "audio": mels}, position_T, groups)
+
+
+def make_views(mix: str, model: ModelConfig) -> tuple[list[Grid], list[Group], list[int], list[Placed]]:
+    """The grids of the patches of a sample's images, how they share features, the placeholders of these and their
+    positions. In a model with a newline the first image is cut into tiles, and a video has frames."""
+    num_images, _ = MEDIA[mix]
+    vision, projector = model.vision, model.vision_projector
+    side = vision.patches_per_side
+    if not projector.newline:
+        grids = [GRIDS[i % len(GRIDS)] if vision.any_grid else (side, side) for i in range(num_images)]
+        placed, num_features = [], 0
+        for lines, columns in grids:
+            a_side = lines // projector.downsample, columns // projector.downsample
+            placed.append(Placed(num_features, of_grid([0], *a_side)))
+            num_features += math.prod(a_side)
+        return grids, [], [IMAGE] * num_features, placed
+    if mix == "video":
+        grids = [(side, side)] * num_images
+        groups = [Group(1, of_frames(grid, 1, model)) for grid in grids]
+        return grids, groups, [*[IMAGE] * sum(len(group.features) for group in groups), NEWLINE], []
+    groups, tokens = [], []
+    tiling = Tiling(3 if projector.stretches else 2, 1, whole_first=True)
+    for number in range(num_images):
+        if number:
+            features, tail = of_images([(side, side)], model), [NEWLINE]
+        else:
+            features, (lines, columns) = of_tiles((30 * tiling.lines, 30), tiling, (side, side), model)
+            tail = [*[IMAGE] * columns, NEWLINE] * lines
+        groups.append(Group(1 if number else tiling.num_views, features))
+        tokens += [IMAGE] * (len(features) - tail.count(IMAGE)) + tail
+    return [(side, side)] * sum(group.num_items for group in groups), groups, tokens, []
 
 
 def build(cfg: Config, worlds: dict[tuple, mesh.World] | None = None) -> tuple[mesh.World, AVLM]:

@@ -68,6 +68,7 @@ AREA = {
     "num_heads": 3,
 }
 GATED = {**AREA, "gated": True, "norm": "rms", "activation": "silu", "window": 4, "full_layers": [1]}
+SCALED = {**AREA, "qk_norm": True, "layer_scale": True, "bias": False}
 DEEP = {**AREA, "image_size": 32, "patch_bias": True, "activation": "gelu_tanh", "deepstack_layers": [0, 1]}
 TEXT_ONLY = {
     "model": {"decoder": TREE["model"]["decoder"]},
@@ -206,20 +207,11 @@ def test_activations_of_a_block_are_as_estimated(mode, error, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("mode", "error"), [("none", 0.10), ("selective", 0.25), ("full", 0.10)])
-@pytest.mark.parametrize("vision", [GATED, DEEP], ids=["gated", "deep"])
+@pytest.mark.parametrize("vision", [GATED, DEEP, SCALED], ids=["gated", "deep", "scaled"])
 def test_activations_of_a_block_of_any_grid_are_as_estimated(vision, mode, error, dtype):
     cfg = of_any_grid(vision, ("train.recompute.vision", mode))
     said = memory.block_bytes("vision", make_case(cfg, dtype, cfg.stages[0]), mode)
     assert said == pytest.approx(kept_by_a_block("vision", dtype, True, cfg), rel=error)
-
-
-def test_a_row_full_of_images_of_any_grid_has_as_many_patches_as_its_features_take():
-    """64 features of 2 x 2 patches; on two ranks two of three images of 21, or the only one of 64."""
-    rows = lambda cfg, world: memory._media_rows("vision", memory.Case(cfg, cfg.stages[0], layout_of(cfg, world), {}))
-    two, one = (of_any_grid(GATED, image_tokens=[4, most]) for most in (32, 10_000))
-    assert rows(two, 1) == rows(one, 1) == 4 * 64
-    in_context = [replace(cfg, parallel=replace(cfg.parallel, context=2)) for cfg in (two, one)]
-    assert [rows(cfg, 2) for cfg in in_context] == [4 * 42, 4 * 64]
 
 
 @pytest.mark.parametrize("lora", [{}, {"dropout": 0.1}, {"dora": True}])
@@ -232,15 +224,18 @@ def test_what_adapters_keep_is_as_estimated(mode, lora):
         assert said == pytest.approx(kept_by_a_block(tower, torch.bfloat16, False, cfg), rel=0.1), tower
 
 
-@pytest.mark.parametrize(("norm", "num_deep"), [("none", 0), ("layer", 0), ("layer", 2), ("all", 0)])
+@pytest.mark.parametrize(
+    ("norm", "num_deep", "how"),
+    [("none", 0, ""), ("layer", 0, ""), ("layer", 2, ""), ("all", 0, ""), ("all", 0, "mean"), ("none", 0, "merge")],
+)
 @pytest.mark.parametrize("kind", typing.get_args(typing.get_type_hints(ProjectorConfig)["type"]))
-def test_what_a_projector_of_any_type_keeps_is_as_estimated(kind, norm, num_deep):
+def test_what_a_projector_of_any_type_keeps_is_as_estimated(kind, norm, num_deep, how):
     decoder = make_config().model.decoder
     names = ["norm"]
     if norm == "all":
         names += ["feature_norm", "output_norm", *(["hidden_norm"] if kind != "linear" else [])]
     kinds = dict.fromkeys(names, "none" if norm == "none" else "layer")
-    config = ProjectorConfig(type=kind, hidden_size=40, **kinds)
+    config = ProjectorConfig(type=kind, hidden_size=40, mean=how == "mean", merge=how == "merge", **kinds)
     features = 50
     projector = Projector(config, tower_size=7, gathered=4, decoder_size=decoder.hidden_size, num_deep=num_deep)
     rows, source = torch.arange(features), torch.arange(4 * features).view(-1, 4)
@@ -261,8 +256,8 @@ def test_what_a_projector_of_any_type_keeps_is_as_estimated(kind, norm, num_deep
         "swiglu": 0,
     }  # what the plain path keeps besides: GELU's result, too
     of_norms = 2 * (4 * (norm != "none") + num_deep)  # mean and deviation of each row, and of each four together
-    of_norms += 2 * (len(kinds) - 1)
-    said = activations.projector_numbers(config, 4 * 7, decoder, num_deep)
+    of_norms += 2 * (len(kinds) - 1) + (how == "mean")  # by how many rows it is divided
+    said = activations.projector_numbers(config, 4 * 7, 7, decoder, num_deep)
     waiting = num_deep * decoder.hidden_size  # for the decoder, not for the backward
     assert sum(kept.values()) == features * (said - waiting + more[kind] + of_norms)
 
@@ -275,7 +270,7 @@ def test_the_memory_of_an_unknown_projector_or_activation_is_not_guessed(monkeyp
     unknown = ProjectorConfig()
     object.__setattr__(unknown, "type", "resampler")
     with pytest.raises(ValueError, match="projector of type resampler keeps is not written"):
-        activations.projector_numbers(unknown, 28, config.model.decoder)
+        activations.projector_numbers(unknown, 28, 7, config.model.decoder)
 
 
 def test_activations_shrink_with_recomputation_and_with_the_ranks_of_a_row():

@@ -25,7 +25,7 @@ from avlm.parallel import recompute
 from avlm.storage.run_folder import Progress, read_records
 from avlm.training import flops
 from avlm.training.log import Log, tally, time
-from tests.parallel.small import MODELS, TREE, make_config
+from tests.parallel.small import MODELS, TREE, make_config, make_views
 
 PROJECTORS = ["vision_projector", "audio_projector"]
 MODEL = TREE["model"]
@@ -37,6 +37,7 @@ def staged(**changes):
     return [{"name": "all", "steps": 20, **changes}]
 
 
+TILED = {**MODELS["tiles"], "vision": {**MODELS["tiles"]["vision"], "class_token": False}}
 CASES = {
     "everything": make_config(),
     "decoder alone": make_config(stages=staged(train=["decoder"])),
@@ -94,6 +95,8 @@ CASES = {
     "DeepStack": make_config(model=MODELS["deep"]),
     "DeepStack, projectors": make_config(model=MODELS["deep"], stages=staged(train=PROJECTORS)),
     "DeepStack, recompute": make_config(model=MODELS["deep"], train={"recompute": {"vision": "selective"}}),
+    "tiles that are joined and stretched": make_config(model=TILED, train={"recompute": {"vision": "selective"}}),
+    "tiles, projectors": make_config(model=TILED, stages=staged(train=PROJECTORS)),
     "text": make_config(model={"decoder": MODEL["decoder"]}, stages=staged(train=["decoder"])),
 }
 
@@ -103,6 +106,8 @@ def make_batch(cfg, documents=4):
     of images of any grid, and those that are smaller there."""
     if cfg.model.vision and cfg.model.vision.any_grid:
         return of_any_grid(cfg)
+    if cfg.model.vision and cfg.model.vision_projector.newline:
+        return of_views(cfg)
     media = ",images=3,clips=1,seconds=1" if cfg.model.vision else ""
     source, data = f"synthetic:documents={documents}{media}", replace(cfg.stages[0].data, seq_length=128)
     return next(iter(SyntheticLoader(Stream(source, data, cfg.model, rank=0, world=1, seed=0, train=True))))
@@ -117,6 +122,16 @@ def of_any_grid(cfg):
         target_T = token_T.where(token_T >= 0, IGNORE)
         samples.append(EncodedSample("", "image", token_T, target_T, {"image": [patches]}))
     return pack(samples, 128, cfg.model)
+
+
+def of_views(cfg):
+    """Images that are cut into tiles, and whole ones."""
+    grids, groups, tokens, _ = make_views("image", cfg.model)
+    token_T = torch.cat([torch.tensor(tokens), torch.arange(32 - len(tokens))])
+    target_T = token_T.where(token_T >= 0, IGNORE)
+    patches = [torch.randint(0, 255, (*grid, cfg.model.vision.patch_numbers), dtype=torch.uint8) for grid in grids]
+    sample = EncodedSample("", "image", token_T, target_T, {"image": patches}, None, groups)
+    return pack([sample, sample], 128, cfg.model)
 
 
 def plain_loss(hidden_RD, weight_VD, target_R):
