@@ -32,6 +32,7 @@ def may_change(default: Any = MISSING, *, default_factory: Any = MISSING) -> Any
     return field(default=default, default_factory=default_factory, metadata={"may_change": True})
 
 
+HF = "hf://"  # what sources of Hugging Face's datasets library begin with
 Ranks = Annotated[int, Field(gt=0, le=2**20)]
 RanksOrRest = Annotated[int, Field(ge=-1, le=2**20)]
 Part = Literal[Module, "lora"]  # lora: the adapters of all towers
@@ -78,12 +79,17 @@ def _is_weighted(item: tuple[Any, Any]) -> bool:
 @config
 class DataConfig:
     train: Annotated[str | dict[str, Positive], BeforeValidator(_checked_sources)]
-    # Energon folder or metadataset YAML, .json or .jsonl file, or "synthetic"; or several of the first two with their
+    # Energon folder or metadataset YAML (or its msc:// path), .json or .jsonl file, a data set of Hugging Face's
+    # datasets library, hf://NAME?split=train (avlm.data.hf), or "synthetic"; or several of all but the last with their
     # weights: {a.jsonl: 3, shards: 1} draws three samples of a.jsonl for each of shards
     validation: dict[str, str] = may_change(default_factory=dict)  # name -> source
     metrics: dict[str, list[str]] = may_change(default_factory=dict)
     # validation set -> metrics of its answers: exact_match (the default), wer, cer, rouge_l, vqa_accuracy, cider;
     # wer_basic, wer_english, cer_basic and cer_english fix how text is normalised (avlm.evaluation.scores)
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)
+    # NAME of hf://NAME -> the record that a row becomes: its keys, and texts in which {column} stands for what the row
+    # has there: {cord: {image: "{image}", question: Read it., answer: "{ground_truth.gt_parse}"}}. Other columns are
+    # not read; without an entry the columns are the record's keys
     tokenizer: str = ""  # folder with tokenizer.json, or the file
     template: Literal["plain", "llava", "mistral", "llama3", "chatml", "tokenizer"] = "llama3"
     # tokenizer: its own Jinja template
@@ -120,7 +126,23 @@ def shares(train: str | dict[str, float]) -> dict[str, float]:
 
 def is_json(source: str) -> bool:
     """Whether a data source is a file of JSON records."""
-    return Path(source).suffix in (".json", ".jsonl")
+    return "://" not in source and Path(source).suffix in (".json", ".jsonl")
+
+
+def is_hf(source: str) -> bool:
+    """Whether a data source is one of Hugging Face's datasets library."""
+    return source.startswith(HF)
+
+
+def hf_name(source: str) -> str:
+    """NAME of hf://NAME?split=train."""
+    name, _, _ = source.removeprefix(HF).partition("?")
+    return name
+
+
+def may_be_there(source: str) -> bool:
+    """Whether a data source exists, as far as that is known before it is opened."""
+    return source.startswith("synthetic") or "://" in source or Path(source).exists()
 
 
 @config
@@ -291,6 +313,7 @@ class Config:
         names = [stage.name for stage in self.stages]
         require(bool(names), "stages is empty: give at least one")
         require(len(set(names)) == len(names), f"stages have the same name twice: {names}")
+        _check_columns(self.stages)
         for stage in self.stages:
             known = [*self.model.modules]
             if self.model.lora:
@@ -304,3 +327,12 @@ class Config:
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+
+def _check_columns(stages: list[StageConfig]) -> None:
+    """data.columns names no set that no stage reads."""
+    sources = {source for stage in stages for source in [*shares(stage.data.train), *stage.data.validation.values()]}
+    read = sorted({hf_name(source) for source in sources if is_hf(source)})
+    for name in {name for stage in stages for name in stage.data.columns}:
+        fix = f"give one of {', '.join(read)}" if read else "no source begins with hf://"
+        require(name in read, f"data.columns names {shown(name)}, which is the NAME of no hf://NAME: {fix}")

@@ -29,13 +29,15 @@ class Look:
     source: str
     bad: Bad
     looked_at: int
-    num_samples: int  # of the whole source
+    num_samples: int | None  # of the whole source; None: unknown, as it streams
     lengths: Sequence[int] = ()  # tokens of each sample that is not bad
 
     def lines(self) -> list[str]:
         """One for each reason."""
         whole = counted(self.looked_at, "sample")
-        if self.looked_at < self.num_samples:
+        if self.num_samples is None:
+            whole += " looked at"
+        elif self.looked_at < self.num_samples:
             whole += f" looked at (of {self.num_samples:,})"
         groups = by_reason(self.bad)
         return [f"{self.source}: {len(keys)} of {whole}: {reason} ({_some(keys)})" for reason, keys in groups]
@@ -55,13 +57,14 @@ def _look(source: str, stream: Stream, encoder: SampleEncoder, seconds: float) -
     samples.start(0, {"drawn": 0})
     bad, lengths = [], []
     ends = time.monotonic() + seconds
-    while samples.drawn < min(LOOKED_AT, len(samples)) and time.monotonic() < ends:
+    most = min(LOOKED_AT, samples.num_samples or LOOKED_AT)
+    while samples.drawn < most and time.monotonic() < ends:
         drawn = samples.draw()
         try:
             lengths.append(len(encoded(drawn, encoder)))
         except ValueError as error:
             bad.append((drawn.key, str(error)))
-    return Look(source, bad, samples.drawn, len(samples), lengths)
+    return Look(source, bad, samples.drawn, samples.num_samples, lengths)
 
 
 def by_reason(bad: Bad) -> list[tuple[str, list[str]]]:

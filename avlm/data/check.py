@@ -2,10 +2,9 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 from avlm.config.model import ModelConfig
-from avlm.config.run import Config, DataConfig, StageConfig, is_json, shares
+from avlm.config.run import Config, DataConfig, StageConfig, is_hf, is_json, may_be_there, shares
 from avlm.data.bad_samples import Look, look
 from avlm.data.loader import open_loader
 from avlm.data.stream import Stream
@@ -22,7 +21,7 @@ def check_data(config: Config) -> list[list[Look]]:
     """
     for stage in config.stages:
         for source in [*shares(stage.data.train), *stage.data.validation.values()]:
-            if not source.startswith("synthetic") and not Path(source).exists():
+            if not may_be_there(source):
                 raise FileNotFoundError(f"stage {stage.name}: no data at {source}")
         if not all(source.startswith("synthetic") for source in shares(stage.data.train)):
             check_vocabulary(Tokenizer(stage.data.tokenizer), config.model.decoder.vocab_size)
@@ -81,7 +80,7 @@ def _check_training(config: Config, stage: StageConfig) -> list[Look]:
     data = stage.data
     stream = Stream(data.train, data, config.model, rank=0, world=1, seed=config.seed, train=True)
     try:
-        if isinstance(data.train, str) and not is_json(data.train):
+        if isinstance(data.train, str) and not (is_json(data.train) or is_hf(data.train)):
             open_loader(stream)
         looks = look(stream) if stream.has_samples else []
         for found in looks:

@@ -49,8 +49,9 @@ def show(stream: Stream, count: int, out: Path | None = None, html: Path | None 
     # One of several workers reads only its share, and from a shuffle buffer some samples come twice before others come.
     rows = RowStream(replace(stream, data=replace(stream.data, num_workers=0, shuffle_buffer=1)))
     rows.begin(0)
-    found.num_samples = sum(rows.num_records)
-    while found.read < min(found.num_samples, MAX_SAMPLES):
+    if None not in rows.num_records:
+        found.num_samples = sum(rows.num_records)
+    while found.read < min(found.num_samples or MAX_SAMPLES, MAX_SAMPLES):
         _, drawn = rows.draw()
         try:
             sample = encoded(drawn, rows.encoder)
@@ -68,10 +69,10 @@ def show(stream: Stream, count: int, out: Path | None = None, html: Path | None 
         raise ValueError(f"none of {counted(found.read, 'sample')} of {rows.names} can be used; {key}: {reason}")
     for name, share, size in zip(shares(stream.source), rows.shares, rows.num_records):
         blended = f", {100 * share:.0f} % of the samples drawn" if len(rows.shares) > 1 else ""
-        print(f"{name}: {counted(size, 'sample')}{blended}")
+        print(f"{name}: {_size(size)}{blended}")
     print("\n".join(found.lines(stream)))
     if html is not None:
-        title = f"{', '.join(shares(stream.source))}: {counted(found.num_samples, 'sample')}"
+        title = f"{', '.join(shares(stream.source))}: {_size(found.num_samples)}"
         html.write_text(page(shown, title, stream.data))
         print(f"wrote {html}")
     if out is not None:
@@ -164,7 +165,7 @@ def describe(shown: Shown) -> str:
 class Statistics:
     """Counted over the first samples of a set."""
 
-    num_samples: int = 0  # of the whole set
+    num_samples: int | None = None  # of the whole set; None: unknown, as it streams
     lengths: list[int] = field(default_factory=list)  # tokens of each good sample
     bad: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
     features: Counter[str] = field(default_factory=Counter)  # by modality
@@ -184,7 +185,7 @@ class Statistics:
 
     def lines(self, stream: Stream) -> list[str]:
         lines = []
-        if self.read < self.num_samples:
+        if self.num_samples is None or self.read < self.num_samples:
             lines.append(f"of the first {self.read:,}:")
         for reason, keys in by_reason(self.bad):
             lines.append(f"skipped {counted(len(keys), 'sample')}: {reason} ({', '.join(keys[:10])})")
@@ -196,7 +197,8 @@ class Statistics:
         size = stream.data.seq_length
         fill = sum(whole) / (len(whole) * size)
         lines.append(f"{counted(len(rows), 'row')} of {size:,} tokens, {100 * fill:.1f} % full")
-        if self.read < self.num_samples and isinstance(stream.source, str):  # sets of a blend have their own epochs
+        is_part = self.num_samples is not None and self.read < self.num_samples
+        if is_part and isinstance(stream.source, str):  # sets of a blend have their own epochs
             lines.append(f"an epoch has about {total / (fill * size) * self.num_samples / self.read:,.0f} rows")
         item_names = {"image": "image", "audio": "window"}
         for modality, count in self.features.items():
@@ -220,6 +222,10 @@ def histogram(lengths: list[int]) -> list[str]:
         bar = "#" * math.ceil(40 * count / most)
         lines.append(f"  {first:>6} to {last:<6} {count:>6} {bar}")
     return lines
+
+
+def _size(num_samples: int | None) -> str:
+    return "samples without a known end" if num_samples is None else counted(num_samples, "sample")
 
 
 def _coloured(text: str, colour: int) -> str:

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from avlm.config.run import DataConfig, is_json
-from avlm.data.jsonl import read_samples
+from avlm.config.run import DataConfig, is_hf, is_json
+from avlm.data.jsonl import Records
+from avlm.data.numbered import in_order
 from avlm.data.rows import RowLoader
 from avlm.data.sample import Sample
 from avlm.data.stream import Stream
@@ -23,14 +24,16 @@ def open_loader(stream: Stream, state: dict[str, Any] | None = None) -> Any:
     if state is not None:
         stream.check_state(state)
     source = stream.source
-    if isinstance(source, dict) or is_json(source):
+    if isinstance(source, dict) or is_json(source) or is_hf(source):
         Loader = RowLoader
     elif source.partition(":")[0] == "synthetic":
         Loader = SyntheticLoader
     elif Path(source).suffix == ".yaml" or Path(source).is_dir():
         from avlm.data.energon.loader import EnergonLoader as Loader  # seconds to import
     else:
-        raise ValueError(f"data source {source!r} is no Energon folder or .yaml blend, .json or .jsonl, or synthetic")
+        raise ValueError(
+            f"data source {source!r} is no Energon folder or .yaml blend, .json or .jsonl, hf://NAME or synthetic"
+        )
     try:
         return Loader(stream, state)
     except (LookupError, TypeError, AttributeError) as error:
@@ -42,12 +45,16 @@ def open_loader(stream: Stream, state: dict[str, Any] | None = None) -> Any:
 
 
 def open_samples(source: str, data: DataConfig) -> Iterator[Sample]:
-    """Every sample of a validation source (Energon or .json, .jsonl), in order, media still encoded.
+    """Every sample of a validation source (Energon, .json, .jsonl or hf://), in order, media still encoded.
 
     ValueError for the first sample that cannot be read: an evaluation leaves nothing out.
     """
     if is_json(source):
-        return read_samples(source, data)
+        return in_order(Records(source, data))
+    if is_hf(source):
+        from avlm.data.hf.samples import read_samples as read_hf  # seconds to import
+
+        return read_hf(source, data)
     from avlm.data.energon.samples import read_samples as read_energon  # seconds to import
 
     return read_energon(source)

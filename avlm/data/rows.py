@@ -1,4 +1,4 @@
-"""Packed rows of JSON files, and of blends of sources: ``data.train: {a.jsonl: 3, b.jsonl: 1, shards: 2}``.
+"""Packed rows of JSON files, of hf:// sets and of blends: ``data.train: {a.jsonl: 3, b.jsonl: 1, shards: 2}``.
 
 Slot s of S = world x workers draws samples one by one, packs them, and hands out their rows. Of a blend it draws each
 sample from the source that is furthest behind its weight, so that the samples drawn have the shares asked for at any
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from avlm.config.run import is_json, shares
-from avlm.data.jsonl import JsonSamples
+from avlm.config.run import is_hf, is_json, shares
+from avlm.data.jsonl import Records
+from avlm.data.numbered import NumberedSamples
 from avlm.data.packing import pack, select
 from avlm.data.sample import EncodedSample, SampleEncoder
 from avlm.data.stream import Drawn, Stream
@@ -21,6 +22,7 @@ from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.batch import Batch
 from avlm.process import worker
 
+GIVE_UP = 1000  # bad samples without a good one, of a set that does not say how many it has
 Place = tuple[int, Any]  # number of the source, and the sample's place in it
 Row = list[tuple[Place, EncodedSample]]  # samples that share a row
 Skipped = list[tuple[str, str]]  # (key, reason) of samples that cannot be used
@@ -84,7 +86,7 @@ class RowStream(IterableDataset):
         self.shares = list(shares(stream.source).values())
         self.names = ", ".join(shares(stream.source))
         self.samples = [open_samples_of(source, stream) for source in shares(stream.source)]
-        self.num_records = [len(samples) for samples in self.samples]
+        self.num_records = [samples.num_samples for samples in self.samples]
         self.encoder = SampleEncoder(stream.model, stream.data, Tokenizer(stream.data.tokenizer))
         self.start = {"sources": [{"drawn": 0} for _ in self.samples], "rows": []}  # the state of a new slot
         self.turn = 0
@@ -166,7 +168,7 @@ class RowStream(IterableDataset):
                 break
             read += 1
             self._take(source, drawn, buffer, skipped)
-            if self.stream.train and not buffer and len(skipped) >= sum(self.num_records):
+            if self.stream.train and not buffer and len(skipped) >= sum(n or GIVE_UP for n in self.num_records):
                 key, reason = skipped[-1]
                 raise ValueError(f"no sample of {self.names} can be used; {key}: {reason}")
         return buffer, skipped, read
@@ -182,7 +184,11 @@ def encoded(drawn: Drawn, encoder: SampleEncoder) -> EncodedSample:
 def open_samples_of(source: str, stream: Stream) -> Any:
     """The samples of a source for one slot of a stream: ``start`` it, then ``draw``."""
     if is_json(source):
-        return JsonSamples(source, stream)
+        return NumberedSamples(Records(source, stream.data), stream)
+    if is_hf(source):
+        from avlm.data.hf.samples import open_hf  # seconds to import
+
+        return open_hf(source, stream)
     if source.startswith("synthetic"):
         raise ValueError("synthetic rows are whole rows, which no blend can take samples from: leave them out")
     from avlm.data.energon.samples import EnergonSamples  # seconds to import

@@ -15,7 +15,7 @@ from avlm.data.sample import Sample
 LENGTH_IS_THE_SAME = ("bias", "output_std", "resample")
 # Settings that came later. Those that stand at their defaults are left out, so that runs from before can be resumed.
 LATER = {
-    "data": "image_tokens markers image_layout",
+    "data": "image_tokens markers image_layout columns",
     "video": "min_frames spread frame_tokens tokens text newline chunk_seconds",
     "vision": "frames_per_patch deepstack_layers gated norm axial_rope window full_layers tokens_per_second "
     "qk_norm layer_scale axial_offset position_table",
@@ -29,7 +29,8 @@ LATER = {
 class Stream:
     """The rows that one data rank reads from a source.
 
-    source  an Energon folder or .yaml blend, a .json or .jsonl file, or "synthetic"; or a blend of these by weight
+    source  an Energon folder or .yaml blend, a .json or .jsonl file, hf://NAME, or "synthetic"; or a blend of these by
+            weight
     data    how its samples are encoded and packed
     model   whose towers give the number of placeholders
     rank    of this data rank, one of ``world``; each reads a share of its own

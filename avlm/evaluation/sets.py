@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from avlm.config.run import DataConfig
+from avlm.config.run import DataConfig, may_be_there
 from avlm.data.loader import open_samples
 from avlm.data.sample import Sample
 from avlm.evaluation.public_sets import public_set
@@ -17,7 +17,7 @@ def find_sets(given: list[str]) -> dict[str, str]:
     for item in given:
         name, equals, source = item.partition("=")
         if equals:
-            if not Path(source).exists():
+            if not may_be_there(source):
                 raise FileNotFoundError(f"--data {item}: there is no {source}")
             found = {name: source}
         else:

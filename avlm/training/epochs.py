@@ -38,9 +38,10 @@ class Epoch:
 
 
 def epoch_of(data: DataConfig, looks: list[Look]) -> Epoch | None:
-    """An epoch of sources, from the lengths of their first samples; None for synthetic rows, which have no end."""
+    """An epoch of sources, from the lengths of their first samples; None for synthetic rows, which have
+    no end, and for a set that streams without saying how many samples it has."""
     lengths = [length for each in looks for length in each.lengths]
-    if not lengths:
+    if not lengths or any(each.num_samples is None for each in looks):
         return None
     num_samples = {each.source: each.num_samples for each in looks}
     weights = shares(data.train)
@@ -58,7 +59,8 @@ def epoch_of(data: DataConfig, looks: list[Look]) -> Epoch | None:
 
 def with_steps(config: Config, epochs: list[Epoch | None], data_ranks: int, resumed: Path | None = None) -> Config:
     """The config with the steps of each stage whose length is given in epochs. A run that continues from ``resumed``
-    keeps the steps that its stages had, unless their epochs changed. ValueError for epochs of synthetic rows."""
+    keeps the steps that its stages had, unless their epochs changed. ValueError for epochs of data
+    whose end is not known."""
     had = {}
     if resumed is not None:
         had = {stage.name: stage for stage in load_config(resumed.parent.parent / "config.yaml").stages}
@@ -69,7 +71,7 @@ def with_steps(config: Config, epochs: list[Epoch | None], data_ranks: int, resu
         if not steps and before is not None and before.epochs == stage.epochs:
             steps = before.steps
         if not steps and epoch is None:
-            raise ValueError(f"stage {stage.name}: epochs={stage.epochs} of data that have no end: give steps")
+            raise ValueError(f"stage {stage.name}: epochs={stage.epochs} of data whose end is not known: give steps")
         if not steps:
             steps = max(1, math.ceil(stage.epochs * epoch.num_rows / (data_ranks * config.train.accumulate)))
         stages.append(dataclasses.replace(stage, steps=steps))

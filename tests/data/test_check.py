@@ -215,7 +215,7 @@ def test_samples_of_a_training_source_are_counted_without_reading_them(tmp_path,
     found = {}
     for name in counts:
         source = str(tmp_path / name)
-        found[name] = len(open_samples_of(source, stream(source)))
+        found[name] = open_samples_of(source, stream(source)).num_samples
     assert found == counts
     assert not stream("synthetic:images=2").has_samples
 

@@ -55,7 +55,7 @@ def test_epochs_become_steps_which_a_run_keeps(tmp_path):
     assert again == made, "with other ranks too"
     longer = resolve_config({**TREE, "stages": [{**stages[0], "epochs": 6}], "train": {"accumulate": 2}}, "test")
     assert with_steps(longer, [pass_], 4, checkpoint).total_steps == 19
-    with pytest.raises(ValueError, match=r"stage all: epochs=3.0 of data that have no end: give steps"):
+    with pytest.raises(ValueError, match=r"stage all: epochs=3.0 of data whose end is not known: give steps"):
         with_steps(config, [None], 4)
 
 

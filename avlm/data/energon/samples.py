@@ -97,7 +97,8 @@ class EnergonSamples:
         self._samples = self._open()
         self._rows: Iterator[tuple[int, int, Raw]] | None = None  # until it is started
 
-    def __len__(self) -> int:
+    @property
+    def num_samples(self) -> int:
         return count_samples(Path(self.source), "train")
 
     def start(self, slot: int, state: dict[str, Any]) -> None:
