@@ -28,7 +28,7 @@ def open_loader(stream: Stream, state: dict[str, Any] | None = None) -> Any:
         Loader = RowLoader
     elif source.partition(":")[0] == "synthetic":
         Loader = SyntheticLoader
-    elif Path(source).suffix == ".yaml" or Path(source).is_dir():
+    elif Path(source).suffix == ".yaml" or Path(source).is_dir() or "://" in source:
         from avlm.data.energon.loader import EnergonLoader as Loader  # seconds to import
     else:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Sets of Hugging Face's datasets library: parquet files and Arrow folders of the forms that are on the Hub."""
 
+import dataclasses
 import json
 from itertools import islice
 from pathlib import Path
@@ -7,19 +8,25 @@ from pathlib import Path
 import datasets
 import pyarrow
 import pytest
+import yaml
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 
-from avlm.config.load import resolve_config
+from avlm.config.load import load_config, resolve_config
+from avlm.data import inspect
 from avlm.data.hf.source import Source, parse
 from avlm.data.hf.table import Table
 from avlm.data.loader import open_loader, open_samples
 from avlm.data.media import audio
 from avlm.data.redistribute import redistribute
 from avlm.data.stream import Stream
-from tests.data.small_files import data, image_file, model, photo, tone
+from avlm.preflight.check import check
+from avlm.storage.run_folder import read_records
+from tests.data.small_files import data, image_file, model, photo, tone, write_tokenizer
 from tests.data.test_jsonl import content, keys
 from tests.data.test_redistribute import read
 from tests.parallel.small import TREE
+from tests.parallel.spawn import run_ranks
+from tests.training.test_train import TEXT_STAGE, WORDS, losses, train_to_end, write_config
 
 ROWS = 30
 DESCRIBE = {"image": "{image}", "question": "Describe this image.", "answer": "{text}"}
@@ -179,6 +186,13 @@ def test_a_resumed_set_continues_with_the_very_same_rows(loader, source, world, 
         assert [content(batch) for batch in islice(resumed, 11)] == expected
 
 
+def test_a_set_that_streams_may_find_out_its_size_later(loader):
+    state = loader(STREAMED).state()
+    assert loader(STREAMED, state=state | {"records": [None]}).state()["records"] == [ROWS]
+    with pytest.raises(ValueError, match="holds 30 records, but 31 when"):
+        loader(STREAMED, state=state | {"records": [31]})
+
+
 @both
 def test_other_ranks_continue_the_same_streams(loader, source):
     make = lambda **options: loader(source, **options)
@@ -283,3 +297,41 @@ def test_the_parts_of_a_source_are_taken_as_they_stand():
         ValueError, match=r"data\.columns names owner/sets, which is the NAME of no hf://NAME: give one of owner/set"
     ):
         resolve_config(tree, "test")
+
+
+def test_a_run_trains_on_sets_validates_and_resumes_exactly(folder, tmp_path, monkeypatch):
+    """A blend of a set that is mapped and one that streams, with answers to a held-out split."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    cord(range(12)).to_parquet(tmp_path / "own.parquet")
+    sources = {f"hf://{folder}/rdr?split=train": 1, f"hf://{tmp_path}/own.parquet?streaming=true": 1}
+    held_out = {"receipts": f"hf://{folder}/cord?split=test"}
+    columns = {f"{folder}/rdr": DESCRIBE, f"{folder}/cord": RECEIPT, f"{tmp_path}/own.parquet": RECEIPT}
+    settings = {"train": sources, "validation": held_out, "columns": columns, "num_workers": 0}
+    settings |= {"tokenizer": str(write_tokenizer(tmp_path / "tokenizer")), "template": "chatml", "seq_length": 256}
+    options = {
+        **{"data": settings, "model": WORDS, "train": {"precision": "fp32", "validate_every": 3}},
+        "stages": [{**TEXT_STAGE, "steps": 6, "train": ["decoder", "vision", "vision_projector"]}],
+    }
+    path = write_config(tmp_path / "whole", **options)
+    assert check(load_config(path), world_size=1) == [None], "a file that streams does not say how many rows it has"
+    run_ranks(train_to_end, 1, path, ("train.validate_answers=2",))
+    again = write_config(tmp_path / "parts", **options)
+    run_ranks(train_to_end, 1, again, ("train.stop_after=2",))
+    run_ranks(train_to_end, 1, again)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    records = read_records(tmp_path / "whole/run/metrics.jsonl")
+    assert all("val/receipts/exact_match" in each for each in records if "val/receipts/loss" in each)
+    assert any("val/receipts/loss" in each for each in records)
+
+
+@both
+def test_a_set_is_shown_as_the_model_sees_it(folder, tokenizer_folder, tmp_path, capsys, source):
+    settings = dataclasses.asdict(data(tokenizer_folder, columns={str(folder / "rdr"): DESCRIBE}))
+    tree = {"output_dir": "x", "model": dataclasses.asdict(model()), "data": settings, "optimizer": {"lr": 1.0}}
+    stages = [{"name": "first", "steps": 1, "train": ["decoder"]}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | {"stages": stages}))
+    inspect.main([str(tmp_path / "config.yaml"), f"data.train=hf://{folder}/{source}", "--count=1"])
+    shown = capsys.readouterr().out
+    assert "Describe this image.<|im_end|>\n<|im_start|>assistant\n[one " in shown
+    assert f"hf://{folder}/{source}: 30 samples" in shown
+    assert "skipped 1 sample: answer must be a text, not None" in shown

@@ -7,7 +7,6 @@ it ends up in, so that counts survive a resume.
 import functools
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from megatron.energon import SavableDataLoader, edataclass, get_savable_loader, 
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
 from avlm.data.energon.samples import DAMAGE, Raw, RawEncoder, explained, open_dataset, options, to_sample
-from avlm.data.energon.source import check_source
+from avlm.data.energon.source import check_source, path_of
 from avlm.data.energon.state import from_json, to_json
 from avlm.data.packing import pack, select
 from avlm.data.sample import EncodedSample, SampleEncoder
@@ -100,7 +99,7 @@ class EnergonLoader:
 
     def __init__(self, stream: Stream, state: dict[str, Any] | None = None) -> None:
         self._loader: SavableDataLoader | None = None
-        check_source(Path(stream.source))
+        check_source(path_of(stream.source))
         self.stream = stream
         encoder = SampleEncoder(stream.model, stream.data, Tokenizer(stream.data.tokenizer))
         self._encoder = TaskEncoder(encoder, stream.train)

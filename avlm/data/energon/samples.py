@@ -9,7 +9,6 @@ JSON, never as pickle.
 import gc
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from megatron.energon import (
@@ -32,7 +31,7 @@ from megatron.energon.savable_loader import SimpleSavableDatasetWrapper
 from torch.utils.data import get_worker_info
 
 from avlm.config.values import shown
-from avlm.data.energon.source import check_source, count_samples
+from avlm.data.energon.source import check_source, count_samples, path_of
 from avlm.data.energon.state import from_json, to_json
 from avlm.data.sample import Sample, load_json, parse
 from avlm.data.stream import Drawn, Stream
@@ -70,7 +69,7 @@ class RawEncoder(DefaultTaskEncoder):
 
 def read_samples(source: str) -> Iterator[Sample]:
     """Every sample of a validation source, in order."""
-    check_source(Path(source))
+    check_source(path_of(source))
     one_reader = WorkerConfig(rank=0, world_size=1, num_workers=0, global_error_handler=reraise_exception)
     samples = iter(_numbered(open_dataset(source, train=False, worker_config=one_reader, task_encoder=RawEncoder())))
     while True:
@@ -90,7 +89,7 @@ class EnergonSamples:
     """The samples that one slot of a training stream reads, one by one, inside a worker process of ours."""
 
     def __init__(self, source: str, stream: Stream) -> None:
-        check_source(Path(source))
+        check_source(path_of(source))
         self.source = source
         self.stream = stream
         self.drawn = 0
@@ -99,7 +98,7 @@ class EnergonSamples:
 
     @property
     def num_samples(self) -> int:
-        return count_samples(Path(self.source), "train")
+        return count_samples(path_of(self.source), "train")
 
     def start(self, slot: int, state: dict[str, Any]) -> None:
         """Continue a slot of this rank from a state."""

@@ -1,6 +1,7 @@
 """Checks what Energon is about to open: it imports and calls whatever a file of a dataset names.
 
 Of a prepared folder that is its dataset.yaml, split.yaml and .info.json; of a blend its YAML, and all that it names.
+A folder or a blend lies here, or in a bucket under its msc:// path.
 """
 
 import json
@@ -22,10 +23,30 @@ from avlm.config.values import shown
 
 MAX_PARTS = 10_000  # datasets of a blend
 MAX_SHARDS = 1_000_000  # files that one name with braces stands for
+REMOTE = "msc://"  # what paths of Multi-Storage Client begin with
 NOT_SUPPORTED = ("joiner", "join", "aux", "dataset_config")  # keys of a blend
 
 
-def check_source(path: Path, inside: tuple[Path, ...] = (), splits: str | None = None) -> int:
+Place = Path | EPath
+
+
+def path_of(source: str) -> Place:
+    """ValueError for a remote path that Energon does not read."""
+    if "://" not in source:
+        return Path(source)
+    if not source.startswith(REMOTE):
+        raise ValueError(
+            f"{shown(source)} is no path here: Energon reads a bucket as msc://PROFILE/path, by a profile of "
+            "Multi-Storage Client's config (docs/data.md)"
+        )
+    try:
+        return EPath(source)
+    except (ValueError, LookupError, TypeError, OSError, ImportError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"Multi-Storage Client cannot open {shown(source)}: {shown(lines[0])}") from None
+
+
+def check_source(path: Place, inside: tuple[Place, ...] = (), splits: str | None = None) -> int:
     """Refuse everything but prepared crude datasets and blends of them, and whatever would make Energon run foreign
     code.
 
@@ -35,9 +56,10 @@ def check_source(path: Path, inside: tuple[Path, ...] = (), splits: str | None =
     if path.is_dir():
         _check_folder(path, splits)
         return 1
-    if path.suffix != ".yaml" or not path.is_file():
+    if not path.name.endswith(".yaml") or not path.is_file():
         raise FileNotFoundError(f"no Energon dataset {shown(str(path))}: give a prepared folder or a .yaml blend")
-    if path.resolve() in inside:
+    own = path.resolve() if isinstance(path, Path) else path
+    if own in inside:
         raise ValueError(f"{inside[-1]} names {path.name}, which it is itself a part of")
     found = _read_yaml(path)
     kind = (found.pop("__module__", None), found.pop("__class__", None))
@@ -46,23 +68,27 @@ def check_source(path: Path, inside: tuple[Path, ...] = (), splits: str | None =
     _refuse_code(found, path)
     num_opened = 1
     for (part, splits_of_part, _), times in Counter(_parts(found, path)).items():
-        num_opened += times * check_source(path.parent / part, (*inside, path.resolve()), splits_of_part)
+        num_opened += times * check_source(_part_of(path, part), (*inside, own), splits_of_part)
         if num_opened > MAX_PARTS:
             raise ValueError(f"{path} names more than {MAX_PARTS:,} datasets, those of the blends in it included")
     return num_opened
 
 
-def count_samples(path: Path, split: str, splits: str | None = None) -> int:
+def count_samples(path: Place, split: str, splits: str | None = None) -> int:
     """Samples in a split of a folder, or of the sets of a blend, each once. The source has passed ``check_source``."""
     if path.is_dir():
         meta = WebdatasetMeta.from_config(EPath(path), split_part=split, split_config=splits)
         return sum(shard.count for shard in meta.shards)
     found = _read_yaml(path)["splits"][split]
     parts = set(_parts(found, path))
-    return sum(count_samples(path.parent / part, of_part or split, file) for part, file, of_part in parts)
+    return sum(count_samples(_part_of(path, part), of_part or split, file) for part, file, of_part in parts)
 
 
-def _check_folder(folder: Path, splits: str | None) -> None:
+def _part_of(blend: Place, part: str) -> Place:
+    return path_of(part) if part.startswith(REMOTE) else blend.parent / part
+
+
+def _check_folder(folder: Place, splits: str | None) -> None:
     meta = folder / ".nv-meta"
     config = meta / "dataset.yaml"
     if not config.is_file():
@@ -81,8 +107,10 @@ def _check_folder(folder: Path, splits: str | None) -> None:
         _check_meta_file(present[0], folder)
 
 
-def _remedy(folder: Path) -> str:
+def _remedy(folder: Place) -> str:
     """What to do about a folder that is not prepared."""
+    if not isinstance(folder, Path):
+        return "prepare it before it is copied there, by python -m avlm.data.shard"
     if any(folder.glob("*.tar")):
         return f"run python -m avlm.data.shard --prepare {folder}"
     files = sorted(path for path in folder.iterdir() if is_json(path.name))
@@ -92,7 +120,7 @@ def _remedy(folder: Path) -> str:
     return "it holds neither shards (.tar) nor a .json or .jsonl file"
 
 
-def _check_meta_file(file: Path, folder: Path) -> None:
+def _check_meta_file(file: Place, folder: Place) -> None:
     found = _read_yaml(file)
     _refuse_code(found, file)
     counts = found.get("shard_counts")
@@ -105,12 +133,12 @@ def _check_meta_file(file: Path, folder: Path) -> None:
             raise ValueError(f"{file}: {shown(text)!r} stands for more than {MAX_SHARDS:,} files")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Place) -> dict[str, Any]:
     """The keys of a YAML or JSON file as Energon's own parser finds them, so that the check sees what it acts on."""
     try:
-        if path.suffix == ".yaml" and path.stat().st_size <= MAX_BYTES:
+        if isinstance(path, Path) and path.suffix == ".yaml" and path.stat().st_size <= MAX_BYTES:
             read_yaml(path, max_values=MAX_BYTES)  # its errors name the place
-        parse = json.loads if path.suffix == ".json" else load_yaml
+        parse = json.loads if path.name.endswith(".json") else load_yaml
         found = parse(path.read_bytes())
     except (RecursionError, json.JSONDecodeError, UnicodeDecodeError, AttributeError, ryml.ExceptionBasic) as error:
         lines = str(error).splitlines() or [type(error).__name__]
@@ -132,7 +160,7 @@ def _nodes(tree: Any) -> Iterator[Any]:
             left += node
 
 
-def _refuse_code(tree: Any, origin: Path) -> None:
+def _refuse_code(tree: Any, origin: Place) -> None:
     """Energon imports and calls what __module__ and __function__ or __class__ name, at any depth."""
     for node in _nodes(tree):
         for key in node if isinstance(node, dict) else ():
@@ -140,7 +168,7 @@ def _refuse_code(tree: Any, origin: Path) -> None:
                 raise ValueError(f"{origin}: {shown(str(key))!r} is not supported: it could name code to run")
 
 
-def _parts(tree: Any, origin: Path) -> Iterator[tuple[str, str | None, str | None]]:
+def _parts(tree: Any, origin: Place) -> Iterator[tuple[str, str | None, str | None]]:
     """Every dataset that a blend names, with the file of its splits and the split if the blend names those too."""
     if isinstance(tree, list):
         for value in tree:
@@ -163,12 +191,12 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and 0 < value < math.inf
 
 
-def _checked_path(entry: dict[str, Any], origin: Path) -> tuple[str, str | None, str | None]:
+def _checked_path(entry: dict[str, Any], origin: Place) -> tuple[str, str | None, str | None]:
     """(path, file of the splits, split) of a dataset in a blend."""
     path = entry["path"]
     splits = entry.get("split_config")
     for text in (path, splits or "split.yaml"):
-        if not isinstance(text, str) or "://" in text or "\0" in text:
+        if not isinstance(text, str) or "://" in text.removeprefix(REMOTE) or "\0" in text:
             raise ValueError(f"{origin} names {shown(text)}, which is no path of a file or folder here")
     if splits is not None and Path(splits).name != splits:
         raise ValueError(f"{origin}: split_config={shown(splits)!r} lies outside of the dataset's .nv-meta")
