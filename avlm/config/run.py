@@ -330,9 +330,13 @@ class Config:
 
 
 def _check_columns(stages: list[StageConfig]) -> None:
-    """data.columns names no set that no stage reads."""
+    """An entry of data.columns that is the name of no source is a slip if a source has no entry."""
     sources = {source for stage in stages for source in [*shares(stage.data.train), *stage.data.validation.values()]}
-    read = sorted({hf_name(source) for source in sources if is_hf(source)})
-    for name in {name for stage in stages for name in stage.data.columns}:
-        fix = f"give one of {', '.join(read)}" if read else "no source begins with hf://"
-        require(name in read, f"data.columns names {shown(name)}, which is the NAME of no hf://NAME: {fix}")
+    read = {hf_name(source) for source in sources if is_hf(source)}
+    named = {name for stage in stages for name in stage.data.columns}
+    unused, without = sorted(named - read), sorted(read - named)
+    if unused and without:
+        raise ValueError(
+            f"data.columns names {shown(unused[0])}, which is the NAME of no hf://NAME, and not {shown(without[0])}: "
+            "correct the name, or give both an entry"
+        )

@@ -140,6 +140,8 @@ def test_turns_with_lists_of_images_and_pairs_are_records(folder, tokenizer_fold
     columns = {"conversations": "{talk}", "images": "{pictures}"}
     [sample] = samples(folder, tokenizer_folder, "talk.parquet", columns)
     assert sample.images == [picture(n)["bytes"] for n in (1, 2)]
+    Dataset.from_dict(rows | {"talk": [json.dumps(talk)]}).to_parquet(folder / "json_talk.parquet")
+    assert samples(folder, tokenizer_folder, "json_talk.parquet", columns)[0].messages == sample.messages
     features = Features(
         {"question": Value("string"), "kind": ClassLabel(names=["cat", "dog"]), "file": Value("string")}
     )
@@ -294,7 +296,7 @@ def test_the_parts_of_a_source_are_taken_as_they_stand():
     assert parse("hf://owner/set?split=train[:10%]+test&name=en us&revision=main&streaming=true") == expected
     tree = TREE | {"data": {"train": "hf://owner/set?split=train", "columns": {"owner/sets": {"text": "{text}"}}}}
     with pytest.raises(
-        ValueError, match=r"data\.columns names owner/sets, which is the NAME of no hf://NAME: give one of owner/set"
+        ValueError, match=r"data\.columns names owner/sets, which is the NAME of no hf://NAME, and not owner/set:"
     ):
         resolve_config(tree, "test")
 

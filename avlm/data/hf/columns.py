@@ -4,7 +4,7 @@
 
 A text holds any number of {column}. What follows a point reaches into what the column holds: a key or a place of
 structs, lists and JSON texts. A text that is a single {column} stands for what the row has there; under a key of text,
-what is no text is written as JSON.
+what is no text is written as JSON, and under messages, conversations and context a text is read as JSON.
 
 A medium is bytes, {"bytes", "path"} or {"array", "sampling_rate"} in any place of a row. It is never decoded here; of a
 path without bytes the file is read from ``data.media_root``, or the folder of the set.
@@ -119,6 +119,8 @@ class Columns:
     def _filled(self, key: str, parts: Parts, row: Row) -> Any:
         if len(parts) == 1 and not parts[0][0]:
             value = self._value(parts[0][1], row)
+            if key in FORMS and isinstance(value, str):
+                value = _from_json(value, key)
             return value if key in NOT_TEXT or value is None else _as_text(value, key)
         text = ""
         for literal, field in parts:
@@ -137,10 +139,7 @@ class Columns:
         rest = field.removeprefix(column).removeprefix(".")
         for key in rest.split(".") if rest else ():
             if isinstance(value, str):
-                try:
-                    value = load_json(value)
-                except ValueError as error:
-                    raise ValueError(f"column {column} is not valid JSON: {error}") from None
+                value = _from_json(value, f"column {column}")
             if isinstance(value, dict) and key in value:
                 value = value[key]
             elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
@@ -148,6 +147,13 @@ class Columns:
             else:
                 raise ValueError(f"column {column} has nothing at {shown(field)}: {shown(value, 80)}")
         return value
+
+
+def _from_json(text: str, where: str) -> Any:
+    try:
+        return load_json(text.encode())
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from None
 
 
 def _as_text(value: Any, where: str) -> str:
