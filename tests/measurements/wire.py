@@ -37,7 +37,8 @@ from train import train_step
 
 MIXES = ("video", "text", "audio", "image")  # of the rows of the data ranks
 CHOSEN = ("FSDP", "HSDP", "TP", "ring", "all-gather", "Ulysses", "TP x ring", "FSDP x ring, media balanced")
-WITH_DEEPSTACK = ("TP x ring", "FSDP x ring, media balanced")
+OF_OTHERS = ("TP x ring", "FSDP x ring, media balanced")
+OTHER_MODELS = {"DeepStack": "deep", "tiles": "tiles"}
 SILENT = ("wait_tensor", "_wrap_tensor_autograd", "recv_")
 
 
@@ -122,13 +123,13 @@ def count_step(config: Config, world: World, model: AVLM, rows: list[Batch], num
     return wire.sent
 
 
-def count_all(with_deepstack: tuple[str, ...] = ()) -> dict[str, tuple[Bytes, Bytes]]:
+def count_all(of_others: tuple[str, ...] = ()) -> dict[str, tuple[Bytes, Bytes]]:
     """Runs on every rank: (counted, formula) of a step in each layout, and of some with DeepStack and images of any
-    grid."""
+    grid, or with tiles whose rows go to several ranks."""
     worlds: dict[tuple, World] = {}
     found = {}
     labels = {name: ("square", name) for name in CHOSEN}
-    labels |= {f"{name}, DeepStack": ("deep", name) for name in with_deepstack}
+    labels |= {f"{name}, {label}": (kind, name) for name in of_others for label, kind in OTHER_MODELS.items()}
     for label, (kind, name) in labels.items():
         case = Case(name, "both", 1, "none", "sharded", "everything", tied=False, precision="bf16", model=kind)
         config = case.config(LAYOUTS[4][name])

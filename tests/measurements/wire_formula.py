@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from avlm.config.run import Config
 from avlm.models.avlm import AVLM
-from avlm.models.batch import KINDS, Batch, Media
+from avlm.models.batch import KINDS, TAPS, Batch, Media
 from avlm.parallel import media
 from avlm.parallel.context import cut
 from avlm.parallel.mesh import World
@@ -185,17 +185,20 @@ def of_context(config: Config, L: int) -> dict[str, float]:
 def of_media(config: Config, world: World, homes: list[Batch], share: media.Share) -> int:
     """Tower rows go from the rank that encodes them to the rank that holds the token of their feature, and their
     gradients back. With balance an image (uint8) or window (float32) first goes to its encoder, and with it 8 bytes a
-    tower row that say where the row is to go."""
+    tower row that say where the row is to go, or four times as many where it may go to several ranks."""
     model = config.model
     total = 0
     for name, tower in model.modalities.items():
         sizes = [home.media[name].sizes for home in homes]
         plan = media.make_plan(name, share, sizes, model)
         width = getattr(model, tower).width
+        num_ranks = TAPS if getattr(model, f"{tower}_projector").stretches else 1
         total += ITEMSIZE * width * crossings(plan, name, homes, world)
         for size, count, sender, encoder in zip(plan.sizes, plan.outputs, plan.senders, plan.encoders):
             if len(homes) > 1 and sender == share.rank != encoder:
-                total += item_bytes(homes[0].media[name], getattr(model, tower).item_shape(size)) + 8 * count
+                total += (
+                    item_bytes(homes[0].media[name], getattr(model, tower).item_shape(size)) + 8 * num_ranks * count
+                )
     return total
 
 
@@ -228,9 +231,11 @@ def crossings(plan: media.MediaPlan, modality: str, homes: list[Batch], world: W
         outputs = torch.tensor(plan.outputs[own], dtype=torch.int64)
         encoder_P = encoders.repeat_interleave(outputs)
         first_rank = home * share.ranks_per_home
-        owner_F1 = first_rank + place_T[items.rows, None] // share.tokens_per_rank
-        encoder_FS = encoder_P[items.sources]
-        crosses_FS = (items.sources >= 0) & (encoder_FS != owner_F1)
-        is_mine_FS = (encoder_FS == share.rank) | (owner_F1 == share.rank)
-        count += int((crosses_FS & is_mine_FS).sum())
+        owner_F = first_rank + place_T[items.rows] // share.tokens_per_rank
+        sources, owner = items.sources, owner_F
+        if items.features.mix is not None:  # a row may go to several ranks
+            sources, owner = sources[items.features.mix.flatten()], owner_F.repeat_interleave(TAPS)
+        pairs = torch.stack([sources, owner[:, None].expand_as(sources)], dim=-1)[sources >= 0].unique(dim=0)
+        encoder, owner = encoder_P[pairs[:, 0]], pairs[:, 1]
+        count += int(((encoder != owner) & ((encoder == share.rank) | (owner == share.rank))).sum())
     return count

@@ -53,3 +53,33 @@ def test_features_start_about_as_large_as_told(kind, share, std):
     with torch.no_grad():
         out, _ = projector(torch.zeros(100, 512), features_at(torch.arange(100), source_RS), x_PC)
     assert out.square().mean().sqrt().item() == pytest.approx(share * std, rel=0.1)
+
+
+def test_features_are_made_of_the_mean_of_their_rows_or_of_what_a_merger_makes_of_them():
+    x, source = torch.randn(6, 4), torch.tensor([[0, 5, 1, 2], [4, -1, -1, -1]])
+    rows = torch.tensor([1, 3])
+    mean = Projector(ProjectorConfig(mean=True), tower_size=4, gathered=4, decoder_size=6)
+    out, _ = mean(torch.zeros(5, 6), features_at(rows, source), x)
+    expected = torch.stack([x[[0, 5, 1, 2]].mean(0), x[4]])
+    assert (out[rows] - mean.down(torch.nn.functional.gelu(mean.up(expected)))).abs().max() < 1e-6
+    merging = Projector(ProjectorConfig(merge=True), tower_size=4, gathered=2, decoder_size=6)
+    out, _ = merging(torch.zeros(5, 6), features_at(rows, source[:, :2]), x)
+    merged = merging.merger(torch.stack([torch.cat([x[0], x[5]]), torch.cat([x[4], torch.zeros(4)])]))
+    assert (out[rows] - merging.down(torch.nn.functional.gelu(merging.up(merged)))).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_are_weighted_sums_of_projected_rows_beside_learned_ones(kind):
+    projector = Projector(ProjectorConfig(type=kind, newline=True), tower_size=4, gathered=1, decoder_size=6)
+    torch.nn.init.normal_(projector.newline)
+    x, rows, newlines = torch.randn(5, 4), torch.tensor([0, 4, 2]), torch.tensor([1, 3])
+    source = torch.tensor([[2], [0], [4]])
+    mix = torch.tensor([[0, 1, 2, 2], [1, 1, 1, 1], [2, 0, 0, 0]])
+    weights = torch.tensor([[0.1, 0.2, 0.3, 0.4], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
+    media = features_at(rows, source, mix=mix, weights=weights, newlines=newlines)
+    out, _ = projector(torch.randn(5, 6), media, x)
+    each, _ = projector(torch.zeros(3, 6), features_at(torch.arange(3), source), x)
+    assert (out[rows] - (weights[..., None] * each[mix]).sum(1)).abs().max() < 1e-6
+    assert out[newlines].equal(projector.newline.expand(2, -1))
+    out[newlines].sum().backward()
+    assert projector.newline.grad.equal(torch.full((6,), 2.0))

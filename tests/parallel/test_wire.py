@@ -4,16 +4,16 @@ import functools
 
 import pytest
 
-from tests.measurements.wire import CHOSEN, WITH_DEEPSTACK, count_all, count_options
+from tests.measurements.wire import CHOSEN, OF_OTHERS, OTHER_MODELS, count_all, count_options
 from tests.parallel.spawn import run_ranks
 
 
 @functools.cache
 def measured():
-    return run_ranks(count_all, 4, WITH_DEEPSTACK)
+    return run_ranks(count_all, 4, OF_OTHERS)
 
 
-@pytest.mark.parametrize("layout", [*CHOSEN, *(f"{name}, DeepStack" for name in WITH_DEEPSTACK)])
+@pytest.mark.parametrize("layout", [*CHOSEN, *(f"{name}, {model}" for name in OF_OTHERS for model in OTHER_MODELS)])
 def test_every_rank_sends_as_many_bytes_as_the_formula_says(layout):
     """Exactly: the padding of shards is part of the formula. A collective without a formula fails too."""
     for rank, found in enumerate(measured()):
