@@ -20,15 +20,30 @@ class Absent(jinja2.Undefined):
 
 
 class Date(jinja2.Undefined):
-    """``strftime_now``: undefined for a template that tests whether it is defined, and an error when it is called."""
+    """``strftime_now``: undefined for a template that tests whether it is defined, and ``Dated`` when it is called."""
 
-    def _fail_with_undefined_error(self, *args: object, **kwargs: object) -> NoReturn:
+    unsafe_callable = alters_data = jinja_pass_arg = None  # what Jinja asks before it calls
+
+    def __call__(self, *args: object, **kwargs: object) -> "Dated":
+        return Dated()
+
+
+class Dated:
+    """A text with the date in it: an error where it is written, but not in a system prompt that another replaces."""
+
+    def __add__(self, other: str) -> "Dated":
+        return self
+
+    __radd__ = __add__
+
+    def _fail(self, *args: object) -> NoReturn:
         raise jinja2.TemplateError(
             "it asks for the date, which would change a run from day to day: put it into data.system, or write the "
             "date into the template"
         )
 
-    __call__ = _fail_with_undefined_error
+    __str__ = __eq__ = __getattr__ = _fail
+    __hash__ = None
 
 
 class Generation(Extension):

@@ -182,6 +182,26 @@ def test_a_template_that_asks_for_the_date_says_what_to_do(tmp_path):  # SmolLM3
     assert "[two<|im_end|>]" in spell(system, TALK) and chat.tokenizer.id_of("<|im_end|>") in system.stop_ids
 
 
+def test_a_date_in_a_system_prompt_that_gives_way_to_another_is_no_error(tmp_path):  # Mistral Small 3
+    dated = "{% set today = strftime_now('%Y-%m-%d') %}{% set default = 'It is ' + today + '.' %}"
+    dated += "{{ default if messages[0].role != 'system' }}" + CHATML
+    chat = with_template(tmp_path, dated)
+    with pytest.raises(ValueError, match=r"asks for the date"):
+        chat.pieces(TALK)
+    instead = Chat(chat.tokenizer, "tokenizer", "today")
+    plain = Chat(with_template(tmp_path, CHATML).tokenizer, "tokenizer", "today")
+    assert spell(instead, TALK) == spell(plain, TALK)
+    for use in (
+        "{{ today }}",
+        "{{ today | upper }}",
+        "{{ 1 if today == '' }}",
+        "{{ today.split() }}",
+        "{{ today[:4] }}",
+    ):
+        with pytest.raises(ValueError, match=r"chat_template"):
+            with_template(tmp_path, "{% set today = strftime_now('%Y') %}" + use + CHATML).pieces(TALK)
+
+
 def test_a_template_that_writes_the_last_turns_only_has_an_end_but_teaches_no_longer_talks(tmp_path):
     chat = with_template(tmp_path, CHATML.replace("in messages", "in messages[-2:]"))
     assert chat.tokenizer.id_of("<|im_end|>") in chat.stop_ids
