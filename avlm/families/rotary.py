@@ -12,16 +12,17 @@ from avlm.config.decoder import DecoderConfig, RopeScaling, YarnScaling
 from avlm.config.values import shown
 from avlm.families.keys import to_ours, to_theirs
 
+ORIGINAL = "original_max_position_embeddings"  # beside the others or, of more weight, at the top
 # our field -> their key
 LLAMA3 = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
-    "original_max_position": "original_max_position_embeddings",
+    "original_max_position": ORIGINAL,
 }
 YARN = {
     "factor": "factor",
-    "original_max_position": "original_max_position_embeddings",
+    "original_max_position": ORIGINAL,
     "beta_fast": "beta_fast",
     "beta_slow": "beta_slow",
     "attention_factor": "attention_factor",
@@ -41,7 +42,7 @@ def read_rope(
     rope_type = rope.pop("rope_type", old_name)
     accepted = ("default", "mrope") if mrope else ("default", "llama3", "yarn")
     if mrope:
-        fields |= {field: rope.pop(key, default) for field, (key, default) in MROPE.items()}
+        fields |= {field: rope.pop(key, absent) for field, (key, absent) in MROPE.items()}
     elif "mrope_section" in rope:
         raise ValueError(f"mrope_section is not implemented for {keys['model_type']}")
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
@@ -49,6 +50,8 @@ def read_rope(
     has_parts = any(isinstance(value, dict) for value in rope.values())  # a set of parameters for each kind of layer
     if rope_type not in accepted or has_parts:
         raise ValueError(f"rope_type {shown(repr(rope_type))} is not implemented (accepted: {', '.join(accepted)})")
+    if keys.get(ORIGINAL) is not None:
+        rope[ORIGINAL] = keys[ORIGINAL]
     if rope_type == "yarn":
         return {**fields, **_read_yarn(rope, keys, grows)}
     if rope_type == "llama3":
@@ -58,16 +61,21 @@ def read_rope(
 
 
 def _read_yarn(rope: dict[str, Any], keys: Mapping[str, Any], grows: bool) -> dict[str, Any]:
+    """A folder that got YaRN later may have its original context as its largest position still."""
     growth = rope.pop(GROWTH, None) if grows else None
     rope = {key: value for key, value in rope.items() if value is not None and key != "max_position_embeddings"}
-    rope.setdefault("original_max_position_embeddings", keys["max_position_embeddings"])
+    rope.setdefault(ORIGINAL, keys["max_position_embeddings"])
     if not rope.pop("truncate", True):
         raise ValueError("truncate=False is not implemented for rope_type 'yarn'")
     scales = rope.pop("mscale", 0.0), rope.pop("mscale_all_dim", 0.0)
-    _require_keys("yarn", rope, {"factor", "original_max_position_embeddings"}, set(YARN.values()))
+    _require_keys("yarn", rope, {"factor", ORIGINAL}, set(YARN.values()))
     rope.setdefault("attention_factor", _attention_factor(rope["factor"], *scales))
     given = {field: rope[key] for field, key in YARN.items() if key in rope}
-    return {"yarn": YarnScaling(**given), "query_growth": growth or 0.0}
+    yarn = YarnScaling(**given)
+    longest = keys["max_position_embeddings"]
+    if longest <= yarn.original_max_position:
+        longest = int(yarn.factor * yarn.original_max_position)
+    return {"yarn": yarn, "query_growth": growth or 0.0, "max_position": longest}
 
 
 def _attention_factor(factor: float, scale: float, scale_of_all: float) -> float:

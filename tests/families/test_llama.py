@@ -97,7 +97,23 @@ def test_yarn_that_we_compute_otherwise_is_refused():
             llama.read({**SIZES_OF_THEIRS, "model_type": "llama", "rope_scaling": {**YARN_KEYS, **keys}})
     without = {key: value for key, value in YARN_KEYS.items() if key != "original_max_position_embeddings"}
     keys = {**SIZES_OF_THEIRS, "model_type": "llama", "max_position_embeddings": 96, "rope_scaling": without}
-    assert llama.read(keys).yarn.original_max_position == 96
+    found = llama.read(keys)
+    assert found.yarn.original_max_position == 96 and found.max_position == 4 * 96
+
+
+def test_a_folder_that_got_yarn_later_reaches_as_far_as_yarn_does():
+    """Its largest position is that of the original context still; and the original context at the top wins."""
+    sizes = {**SIZES_OF_THEIRS, "model_type": "qwen2"}
+    for longest, expected in ((64, 256), (200, 200)):
+        assert (
+            llama.read({**sizes, "max_position_embeddings": longest, "rope_scaling": YARN_KEYS}).max_position
+            == expected
+        )
+    top = {**sizes, "max_position_embeddings": 256, "original_max_position_embeddings": 32}
+    found = llama.read({**top, "rope_scaling": YARN_KEYS})
+    theirs = CLASSES["qwen2"](**top, rope_scaling=dict(YARN_KEYS))
+    ROPE_INIT_FUNCTIONS["yarn"](theirs, None)
+    assert found.yarn.original_max_position == theirs.rope_parameters["original_max_position_embeddings"] == 32
 
 
 def test_windows_are_read_as_transformers_reads_them():

@@ -17,7 +17,6 @@ from tests.families.test_mistral3 import CLASSES, CONFIGS, FAMILIES, TOKENS, YAR
 
 EDGES = {"pixtral": 1024, "mistral3": 1540, "ministral3": 1540}
 MARKED = {"markers": {"image": ["", "[IMG_END]"]}}
-OLD_DECODER = {"rope_parameters": None, "rope_theta": 1e6}  # and the tower's: as the Hub's folders have them
 HUB_FILES = {
     "preprocessor_config.json": {
         "image_processor_type": "PixtralImageProcessor",
@@ -45,11 +44,12 @@ def test_our_config_comes_back_from_their_keys_in_both_dialects(name):
     assert family.read(json.loads(theirs.to_json_string(use_diff=False)), files) == config
 
 
-@pytest.mark.parametrize("name", ["pixtral", "mistral3"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_older_dialect_is_read_as_the_newer_one(name):
     keys = keys_of(name)
     old = json.loads(json.dumps(keys))
-    old["text_config"] |= OLD_DECODER
+    rope = old["text_config"].pop("rope_parameters")
+    old["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if name == "ministral3" else None}
     old["vision_config"] |= {"rope_parameters": None, "rope_theta": 10_000.0, "head_dim": 16}
     assert FAMILIES[name].read(old, {}) == FAMILIES[name].read(keys, {})
 
