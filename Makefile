@@ -1,5 +1,6 @@
 # make demo: train, evaluate and talk to a small model.   make test: the test suite.   make check: style and structure.
-# make equivalence [QUICK=1]: every layout of ranks against one process. What takes minutes: pytest -m slow.
+# make equivalence [QUICK=1]: every layout of ranks against one process.   make families: every family of checkpoints
+# against its class in transformers. What takes minutes: pytest -m slow.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -11,7 +12,7 @@ ifneq ($(shell uname -s),Linux)
 $(warning AVLM is tested on Linux only. Elsewhere it is untried, and Triton, which kernels/ imports, has wheels for Linux alone.)
 endif
 
-.PHONY: demo demo-pretrained test check equivalence clean
+.PHONY: demo demo-pretrained test check equivalence families clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/torchrun --nproc-per-node $(RANKS) train.py configs/demo.yaml
@@ -46,6 +47,9 @@ check: $(VENV)/.test
 
 equivalence: $(VENV)/.test
 	$(VENV)/bin/python -m tests.measurements.equivalence $(if $(QUICK),--quick)
+
+families: $(VENV)/.test
+	$(VENV)/bin/python -m tests.families.measured
 
 # The environment is made again when a requirements file is newer than its stamp.
 $(VENV)/bin/python:

@@ -29,9 +29,10 @@ from avlm.models.whisper import sinusoids
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights
+from tests.families.measured import close, gradients_close, note
 from tests.families.test_audio_families_keys import FAMILIES, IDS, config_of
-from tests.families.test_qwen_vl import SIZES, VIDEO, close, frames, logits_of, pixel_values
-from tests.models.handmade import adapted, assert_gradients_close, loaded, save
+from tests.families.test_qwen_vl import SIZES, VIDEO, frames, logits_of, pixel_values
+from tests.models.handmade import adapted, loaded, save
 
 CLASSES = {name: getattr(transformers, family.CLASS) for name, family in FAMILIES.items()}
 # Seconds of the clips of a prompt. Windows are of 1 s, those of Qwen2.5-Omni of 0.2 s; a row of a tower takes 0.02 s.
@@ -180,7 +181,7 @@ def test_gradients_of_the_loss_equal_those_of_transformers(case):
         module, _, rest = key.partition(".")
         prefix = "" if key == "decoder.head.weight" else FAMILIES[name].LOADED[module]
         found[prefix + hugging_face_name(FAMILIES[name], module, rest)] = parameter.grad
-    assert_gradients_close(found, expected)
+    gradients_close(found, expected, name)
 
 
 def test_greedy_answers_equal_those_of_transformers_token_for_token(case):
@@ -191,6 +192,7 @@ def test_greedy_answers_equal_those_of_transformers_token_for_token(case):
     [answer] = generate(ours, [ask.sample], stop_ids=[], max_new_tokens=12)
     out = theirs.generate(**ask.inputs, do_sample=False, max_new_tokens=12, eos_token_id=None)
     assert answer.token_ids == out[0, ask.inputs["input_ids"].shape[1] :].tolist()
+    note(f"{name} answers")
 
 
 @pytest.mark.parametrize("targets", [[], ["decoder.*", "audio.*"]], ids=["plain", "with adapters"])

@@ -24,6 +24,7 @@ from avlm.weights.export import export
 from avlm.weights.folder import model_and_data, stop_ids
 from tests.data.media.test_area import every_frame
 from tests.data.small_files import CORPUS, image_file, photo, video_file, write_tokenizer
+from tests.families.measured import note
 from tests.families.test_audio_families import CLASSES
 from tests.families.test_audio_families_keys import FAMILIES, keys_of
 from tests.models.handmade import build
@@ -134,6 +135,7 @@ def test_a_folder_of_ours_makes_the_prompts_and_answers_that_we_make(exported, s
     [answer] = generate(model, [prompt], stop_ids=stop_ids(folder), max_new_tokens=4)
     out = theirs.generate(**inputs, do_sample=False, max_new_tokens=4)
     assert answer.token_ids == out[0, inputs["input_ids"].shape[1] :].tolist()
+    note(f"{name} prompts")
 
 
 @pytest.mark.parametrize("exported", ["qwen2_5_omni"], indirect=True)

@@ -30,8 +30,9 @@ from avlm.weights.folder import model_and_data, read_config
 from avlm.weights.load import init_weights, load_weights
 from tests.data.media.test_area import every_frame
 from tests.data.small_files import CONTROL, image_file, photo, video_file, write_tokenizer
+from tests.families.measured import close, gradients_close, note
 from tests.families.test_llava_next_keys import FAMILIES, config_of, published
-from tests.models.handmade import adapted, assert_gradients_close, loaded, save
+from tests.models.handmade import adapted, loaded, save
 from tests.weights.test_peft import command
 from tests.weights.test_sources import write_run
 
@@ -114,12 +115,6 @@ def questions(case: Case, answer: str | None = "two") -> list[tuple]:
     return [asked(case, SIZES[:images], videos, answer) for images, videos in kinds]
 
 
-def close(ours: Tensor, theirs: Tensor, name: str) -> None:
-    error = (ours - theirs).abs().max().item()
-    print(f"parity {name}: {error:.2e} of {theirs.abs().max():.2f}")
-    assert ours.shape == theirs.shape and error <= 2e-5
-
-
 def assert_ids_equal(case: Case, sample: EncodedSample, inputs: dict) -> None:
     [ids] = inputs["input_ids"]
     pads = torch.tensor([case.encoder.tokenizer.find(token) for token in FAMILIES[case.name].MEDIA_TOKENS])
@@ -153,6 +148,7 @@ def test_several_images_and_videos_give_the_ids_and_pixels_of_the_processor(case
         views += [*inputs["pixel_values_videos"]]
     views = [view for image in views for view in image if view.abs().sum()]  # of batches that are padded with zeros
     assert_pixels_equal(case, sample.media["image"], torch.stack(views))
+    note(f"{case.name} prompts")
 
 
 def test_what_a_row_of_prompts_makes_equals_what_transformers_makes_of_each(case):
@@ -180,7 +176,7 @@ def test_what_a_row_of_prompts_makes_equals_what_transformers_makes_of_each(case
         module, _, rest = key.partition(".")
         prefix = "" if key == "decoder.head.weight" else FAMILIES[case.name].LOADED[module]
         found[door.full_name(FAMILIES[case.name], module, rest, prefix)] = parameter.grad
-    assert_gradients_close(found, expected)
+    gradients_close(found, expected, case.name)
     case.theirs.zero_grad()
 
 
@@ -190,6 +186,7 @@ def test_greedy_answers_equal_those_of_transformers_token_for_token(case):
     for answer, (_, inputs) in zip(answers, asked_of, strict=True):
         out = case.theirs.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=None)
         assert answer.token_ids == out[0, inputs["input_ids"].shape[1] :].tolist()
+    note(f"{case.name} answers")
 
 
 @pytest.mark.parametrize("targets", [[], ["decoder.*", "vision.*"]], ids=["plain", "with adapters"])

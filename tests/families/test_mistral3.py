@@ -28,7 +28,8 @@ from avlm.models.patches import tower_layout
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights
-from tests.models.handmade import adapted, assert_gradients_close, loaded, normalised, save
+from tests.families.measured import close, gradients_close, note
+from tests.models.handmade import adapted, loaded, normalised, save
 
 FAMILIES = {"pixtral": pixtral, "mistral3": mistral3, "ministral3": mistral3}
 FORMATS = {"pixtral": "pixtral", "mistral3": "mistral3", "ministral3": "mistral3"}
@@ -115,12 +116,6 @@ def logits_of(model, batch: Batch) -> Tensor:
     return model.decoder.head(model.decoder.norm(model.hidden(batch)), None)
 
 
-def close(ours: Tensor, theirs: Tensor, name: str) -> None:
-    error = (ours - theirs).abs().max().item()
-    print(f"parity {name}: {error:.2e} of {theirs.abs().max():.2f}")
-    assert ours.shape == theirs.shape and error <= 2e-5
-
-
 @torch.no_grad()
 def test_features_and_logits_equal_those_of_transformers(case):
     name, theirs, folder, config = case
@@ -132,17 +127,17 @@ def test_features_and_logits_equal_those_of_transformers(case):
     tower = theirs.model.vision_tower(**images).last_hidden_state[0]
     starts = torch.tensor([0, *media.lengths]).cumsum(0)[:-1]
     orders = [line_by_line(size, config) for size in SIZES]
-    close(torch.cat([rows[start + order] for start, order in zip(starts, orders)]), tower, f"{name} tower")
+    close(torch.cat([rows[start + order] for start, order in zip(starts, orders)]), tower, f"{FORMATS[name]} tower")
     into = torch.zeros(len(ask.batch.token_T), config.decoder.hidden_size)
     features, _ = ours.vision_projector(into, media, rows)
     close(
         features[media.rows],
         torch.cat(list(theirs.model.get_image_features(**images).pooler_output)),
-        f"{name} features",
+        f"{FORMATS[name]} features",
     )
-    close(logits_of(ours, ask.batch), theirs(**ask.inputs).logits[0], f"{name} logits")
+    close(logits_of(ours, ask.batch), theirs(**ask.inputs).logits[0], f"{FORMATS[name]} logits")
     text = prompt(config, [])
-    close(logits_of(ours, text.batch), theirs(**text.inputs).logits[0], f"{name} logits of text")
+    close(logits_of(ours, text.batch), theirs(**text.inputs).logits[0], f"{FORMATS[name]} logits of text")
 
 
 @torch.no_grad()
@@ -158,7 +153,7 @@ def test_the_features_of_an_earlier_layer_equal_those_of_transformers(case, tmp_
     media = ask.batch.image
     features, _ = ours.vision_projector(torch.zeros(len(ask.batch.token_T), 32), media, ours.vision(media))
     expected = theirs.model.get_image_features(**images, vision_feature_layer=-2).pooler_output
-    close(features[media.rows], torch.cat(list(expected)), f"{name} features of layer -2")
+    close(features[media.rows], torch.cat(list(expected)), f"{FORMATS[name]} features of layer -2")
 
 
 def line_by_line(size: tuple[int, int], config: ModelConfig) -> Tensor:
@@ -184,17 +179,18 @@ def test_gradients_of_the_loss_equal_those_of_transformers(case):
         if key in mistral3.CHANNEL_MAJOR:
             gradient = gradient.unflatten(1, (4, -1)).transpose(1, 2).flatten(1)
         found[prefix + hugging_face_name(FAMILIES[name], module, rest)] = gradient
-    assert_gradients_close(found, expected)
+    gradients_close(found, expected, FORMATS[name])
 
 
 def test_greedy_answers_equal_those_of_transformers_token_for_token(case):
-    _, theirs, folder, config = case
+    name, theirs, folder, config = case
     ours = loaded(config, all=folder)
     prompts = [prompt(config), prompt(config, [(5, 3)]), prompt(config, [])]
     answers = generate(ours, [ask.sample for ask in prompts], stop_ids=[], max_new_tokens=20)
     for answer, ask in zip(answers, prompts, strict=True):
         out = theirs.generate(**ask.inputs, do_sample=False, max_new_tokens=20, eos_token_id=None)
         assert answer.token_ids == out[0, ask.inputs["input_ids"].shape[1] :].tolist()
+    note(f"{FORMATS[name]} answers")
 
 
 @pytest.mark.parametrize("targets", [[], ["decoder.*", "vision.*"]], ids=["plain", "with adapters"])
@@ -208,7 +204,7 @@ def test_an_export_is_read_back_by_transformers_with_equal_logits(case, targets,
     ask = prompt(config, pad_id=theirs.config.image_token_index)  # without a tokenizer it is the first free id
     logits = theirs(**ask.inputs).logits[0]
     assert logits.shape[1] == config.decoder.vocab_size + 3
-    close(logits_of(ours, ask.batch), logits[:, : config.decoder.vocab_size], f"{name} export")
+    close(logits_of(ours, ask.batch), logits[:, : config.decoder.vocab_size], f"{FORMATS[name]} export")
     again = read_config(tmp_path / "out")
     assert dataclasses.replace(again, decoder=config.decoder) == config
     held = load_file(tmp_path / "out" / "model.safetensors")

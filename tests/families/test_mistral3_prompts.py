@@ -22,6 +22,7 @@ from avlm.weights.export import export
 from avlm.weights.folder import model_and_data, stop_ids
 from avlm.weights.model_from import open_config
 from tests.data.small_files import image_file, photo, write_tokenizer
+from tests.families.measured import note
 from tests.families.test_mistral3 import CLASSES, FAMILIES, FORMATS, close, keys_of
 from tests.models.handmade import build
 
@@ -72,7 +73,7 @@ def exported(request, tmp_path_factory):
 
 
 def test_ids_counts_and_pixels_of_images_equal_those_of_the_processor(exported):
-    _, template, _, folder = exported
+    name, template, _, folder = exported
     config, data = model_and_data(folder)
     encoder = SampleEncoder(config, data, Tokenizer(folder))
     processor = transformers.AutoProcessor.from_pretrained(folder)
@@ -96,6 +97,7 @@ def test_ids_counts_and_pixels_of_images_equal_those_of_the_processor(exported):
         assert pixels.shape[1:] == theirs["pixel_values"].shape[1:]
         assert (pixels - theirs["pixel_values"]).abs().max() <= 1e-6
         assert list(pixels.shape[-2:]) == theirs["image_sizes"][0].tolist()
+    note(f"{FORMATS[name]} prompts")
 
 
 def test_a_folder_of_ours_makes_the_prompts_and_answers_that_we_make(exported):
@@ -115,7 +117,7 @@ def test_a_folder_of_ours_makes_the_prompts_and_answers_that_we_make(exported):
     assert torch.equal(is_pad, prompt.token_T == IMAGE) and torch.equal(ids[~is_pad], prompt.token_T[~is_pad])
     with torch.no_grad():
         logits = model.decoder.head(model.decoder.norm(model.hidden(pack([prompt], len(prompt), config))), None)
-        close(logits, theirs(**inputs).logits[0], f"{name} logits of a prompt")
+        close(logits, theirs(**inputs).logits[0], f"{FORMATS[name]} logits of a prompt")
     [answer] = generate(model, [prompt], stop_ids=stop_ids(folder), max_new_tokens=12)
     out = theirs.generate(**inputs, do_sample=False, max_new_tokens=12)
     assert answer.token_ids == out[0, len(ids) :].tolist()

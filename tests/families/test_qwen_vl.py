@@ -27,8 +27,9 @@ from avlm.models.vit import normalise
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights
+from tests.families.measured import close, gradients_close, note
 from tests.families.test_qwen_vl_keys import FAMILIES, TOKENS, config_of, keys_of
-from tests.models.handmade import adapted, assert_gradients_close, build, loaded, save
+from tests.models.handmade import adapted, build, loaded, save
 
 START, IMAGE_PAD, VIDEO_PAD, END = TOKENS.values()
 CLASSES = {name: getattr(transformers, family.CLASS) for name, family in FAMILIES.items()}
@@ -103,12 +104,6 @@ def logits_of(model, batch: Batch) -> Tensor:
     return model.decoder.head(model.decoder.norm(model.hidden(batch)), None)
 
 
-def close(ours: Tensor, theirs: Tensor, name: str) -> None:
-    error = (ours - theirs).abs().max().item()
-    print(f"parity {name}: {error:.2e} of {theirs.abs().max():.2f}")
-    assert ours.shape == theirs.shape and error <= 2e-5
-
-
 @torch.no_grad()
 def test_features_and_logits_equal_those_of_transformers(case):
     name, theirs, folder, config = case
@@ -142,7 +137,7 @@ def test_gradients_of_the_loss_equal_those_of_transformers(case):
         module, _, rest = key.partition(".")
         prefix = "" if key == "decoder.head.weight" else FAMILIES[name].LOADED[module]
         parts.setdefault(prefix + hugging_face_name(FAMILIES[name], module, rest), []).append(parameter.grad)
-    assert_gradients_close({key: torch.cat(rows) for key, rows in parts.items()}, expected)
+    gradients_close({key: torch.cat(rows) for key, rows in parts.items()}, expected, name)
 
 
 def test_greedy_answers_equal_those_of_transformers_token_for_token(case):
@@ -155,6 +150,7 @@ def test_greedy_answers_equal_those_of_transformers_token_for_token(case):
     for answer, inputs in zip(answers, (ask.inputs, {"input_ids": text_T[None]}), strict=True):
         out = theirs.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=None)
         assert answer.token_ids == out[0, inputs["input_ids"].shape[1] :].tolist()
+    note(f"{name} answers")
 
 
 @pytest.mark.parametrize("targets", [[], ["decoder.*", "vision.*"]], ids=["plain", "with adapters"])

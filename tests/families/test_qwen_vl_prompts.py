@@ -22,6 +22,7 @@ from avlm.weights.model_from import open_config
 from tests.data.media.test_area import every_frame
 from tests.data.small_files import CORPUS, image_file, photo, video_file, write_tokenizer
 from tests.data.test_markers import PADS, TEMPLATE, VISION
+from tests.families.measured import note
 from tests.families.test_qwen_vl import CLASSES
 from tests.families.test_qwen_vl_keys import FAMILIES, keys_of
 from tests.models.handmade import build
@@ -90,6 +91,7 @@ def test_a_folder_of_ours_makes_the_prompts_and_answers_that_we_make(exported):
     [answer] = generate(model, [prompt], stop_ids=stop_ids(folder), max_new_tokens=12)
     out = theirs.generate(**inputs, do_sample=False, max_new_tokens=12)
     assert answer.token_ids == out[0, len(ids) :].tolist()
+    note(f"{name} prompts")
 
 
 def test_an_export_keeps_the_bounds_markers_and_times_of_its_run(exported):

@@ -27,9 +27,10 @@ from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights, open_model
 from avlm.weights.model_from import open_config
 from tests.data.small_files import CORPUS, write_tokenizer
+from tests.families.measured import close, gradients_close, note
 from tests.families.test_audio_families import noise
-from tests.families.test_qwen_vl import close, logits_of
-from tests.models.handmade import assert_gradients_close, build, loaded, save
+from tests.families.test_qwen_vl import logits_of
+from tests.models.handmade import build, loaded, save
 
 LLAMA = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 LLAMA |= {
@@ -155,6 +156,7 @@ def test_features_logits_and_answers_equal_those_of_the_formula(case):
     [answer] = generate(ours, [ask.sample], stop_ids=[], max_new_tokens=8)
     out = case.llama.generate(inputs_embeds=embeddings, do_sample=False, max_new_tokens=8, eos_token_id=None)
     assert answer.token_ids == out[0].tolist()
+    note("ultravox answers")
 
 
 def test_gradients_of_the_projector_equal_those_of_the_formula(case):
@@ -174,7 +176,7 @@ def test_gradients_of_the_projector_equal_those_of_the_formula(case):
         "ln_pre.weight": projector.feature_norm.weight.grad,
     }
     found[next(name for name in leaves if name not in (*found,))] = norm.weight.grad
-    assert_gradients_close(found, {name: leaf.grad for name, leaf in leaves.items()})
+    gradients_close(found, {name: leaf.grad for name, leaf in leaves.items()}, "ultravox")
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ from avlm.families import voxtral
 from avlm.models.log_mel import windows
 from avlm.models.whisper import sinusoids
 from avlm.weights.folder import read_config
+from tests.families.measured import close
 from tests.families.test_audio_families import noise
 from tests.families.test_llama import DECODERS
-from tests.families.test_qwen_vl import close
 from tests.models.handmade import loaded, save, windows_of
 
 AUDIO = AudioConfig(

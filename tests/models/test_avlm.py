@@ -10,7 +10,8 @@ from avlm.config.decoder import DecoderConfig
 from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.models.batch import AUDIO, IMAGE
 from avlm.weights.folder import read_config
-from tests.models.handmade import assert_gradients_close, build, loaded, make_batch, normalised, pixels_of, save
+from tests.families.measured import close, gradients_close
+from tests.models.handmade import build, loaded, make_batch, normalised, pixels_of, save
 
 DECODER = DecoderConfig(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, max_position=256
@@ -69,10 +70,7 @@ def test_llava_logits_of_two_images_and_gradients_equal_those_of_transformers(ti
     expected = theirs(input_ids=input_ids, pixel_values=normalised(pixels, config.vision)).logits[0]
     x_TD = ours.hidden(everything)
     logits = ours.decoder.head(ours.decoder.norm(x_TD), None)
-    error = (logits - expected).abs().max().item()
-    print(f"parity llava tie={tie}: {error:.2e} of {expected.abs().max():.2f}")
-    assert error <= 1e-4
-
+    close(logits, expected, "llava logits")
     ours(batch)[0].backward()
     rows = batch.target_rows_R
     torch.nn.functional.cross_entropy(expected[rows], batch.target_R, reduction="sum").backward()
@@ -89,7 +87,7 @@ def test_llava_logits_of_two_images_and_gradients_equal_those_of_transformers(ti
         "decoder.norm.weight": "model.language_model.norm.weight",
     }
     gradients = {theirs_name: ours.get_parameter(name).grad for name, theirs_name in pairs.items()}
-    assert_gradients_close(gradients, {name: theirs_by_name[name] for name in gradients})
+    gradients_close(gradients, {name: theirs_by_name[name] for name in gradients}, "llava")
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from avlm.families.door import hugging_face_name
 from avlm.models.batch import IGNORE, Batch
 from avlm.models.rope import rope_frequencies
 from avlm.weights.folder import read_config
+from tests.families.measured import close, gradients_close, note
 from tests.measurements.elementwise_bytes import compiled_block, eager_block
-from tests.models.handmade import assert_gradients_close, build, loaded, make_batch, save
+from tests.models.handmade import build, loaded, make_batch, save
 
 SIZES = {
     "vocab_size": 97,
@@ -90,9 +91,7 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
     with torch.no_grad():
         logits = all_logits(ours, make_batch(config, documents))
         expected = torch.cat([theirs(torch.tensor([document])).logits[0] for document in documents])
-    error = (logits - expected).abs().max().item()
-    print(f"parity {name}: {error:.2e} of {expected.abs().max():.2f}")
-    assert error <= 1e-4
+    close(logits, expected, "decoder logits")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +112,7 @@ def test_gradients_equal_those_of_transformers(name, tmp_path):
     for key, parameter in ours.named_parameters():
         rest = key.removeprefix("decoder.")
         gradients[prefix(rest) + hugging_face_name(llama, "decoder", rest)] = parameter.grad
-    assert_gradients_close(gradients, expected)
+    gradients_close(gradients, expected, "decoder")
 
 
 def test_answers_past_the_original_context_equal_those_of_transformers(tmp_path):
@@ -127,6 +126,7 @@ def test_answers_past_the_original_context_equal_those_of_transformers(tmp_path)
     for answer, token_T in zip(answers, prompts, strict=True):
         out = theirs.generate(token_T[None], do_sample=False, max_new_tokens=40, eos_token_id=None)
         assert answer.token_ids == out[0, len(token_T) :].tolist()
+    note("decoder answers")
 
 
 DECODER = DecoderConfig(

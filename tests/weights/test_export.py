@@ -24,6 +24,7 @@ from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights
 from avlm.weights.sources import open_checkpoint
+from tests.families.measured import close, note
 from tests.models.handmade import build, loaded, make_batch, normalised, pixels_of, save
 from tests.models.test_avlm import AUDIO_ONLY, DECODER, WHOLE, llava
 from tests.weights.test_sources import write_run
@@ -69,9 +70,7 @@ def test_an_exported_decoder_has_equal_logits_in_transformers(family, tmp_path):
     with torch.no_grad():
         x_TD = model.hidden(batch)
         logits = model.decoder.head(model.decoder.norm(x_TD), None)
-        error = (logits - theirs(torch.tensor([document])).logits[0]).abs().max().item()
-    print(f"export {family}: {error:.2e}")
-    assert error <= 1e-4
+        close(logits, theirs(torch.tensor([document])).logits[0], "decoder export")
     assert read_config(tmp_path / "out") == decoder
 
 
@@ -97,9 +96,7 @@ def test_an_exported_llava_has_equal_logits_in_transformers(family, tmp_path):
         x_TD = model.hidden(batch)
         logits = model.decoder.head(model.decoder.norm(x_TD), None)
         expected = theirs(input_ids=torch.tensor([ids]), pixel_values=normalised(pixels, config.vision)).logits[0]
-    error = (logits - expected[:, :61]).abs().max().item()
-    print(f"export llava {family}: {error:.2e}")
-    assert error <= 1e-4
+    close(logits, expected[:, :61], "llava export")
     assert expected.shape[1] == 62 and (expected.argmax(-1) != 61).all()  # the image token's row never wins
     back = read_config(tmp_path / "out")
     assert back.vision.num_layers == 2 and back.vision.feature_layer == -1 and back.vision.mean == vision.mean
@@ -149,9 +146,7 @@ def test_an_exported_voxtral_has_equal_logits_and_answers_in_transformers(tie, t
     ids = torch.tensor([[theirs.config.audio_token_id if token == AUDIO else token for token in document]])
     with torch.no_grad():
         expected = theirs(input_ids=ids, input_features=features).logits[0]
-    error = (logits_of(model, config, document, clips) - expected[:, :61]).abs().max().item()
-    print(f"export voxtral: {error:.2e}")
-    assert error <= 1e-4
+    close(logits_of(model, config, document, clips), expected[:, :61], "voxtral export")
     assert expected.shape[1] == 62 and (expected.argmax(-1) != 61).all()
     answers = theirs.generate(
         input_ids=ids, input_features=features, max_new_tokens=6, do_sample=False, eos_token_id=99
@@ -160,6 +155,7 @@ def test_an_exported_voxtral_has_equal_logits_and_answers_in_transformers(tie, t
     for _ in range(6):
         ours.append(logits_of(model, config, ours, clips)[-1].argmax().item())
     assert answers[0, len(document) :].tolist() == ours[len(document) :]
+    note("voxtral answers")
 
 
 def test_a_voxtral_of_transformers_loads_and_goes_out_as_it_came(tmp_path):

@@ -22,6 +22,7 @@ from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import init_weights
 from tests.families import test_audio_families, test_mistral3
+from tests.families.measured import close
 from tests.families.test_qwen_vl import logits_of, prompt
 from tests.families.test_qwen_vl_keys import config_of, keys_of
 from tests.models.handmade import build, make_batch, normalised, pixels_of, save
@@ -134,7 +135,7 @@ def test_adapters_load_onto_the_class_of_their_base_and_give_its_logits(
         theirs = eval(said.split("load it: ")[1], {"transformers": transformers, "peft": peft})
     assert type(theirs.get_base_model()).__name__ == FORMATS[family].CLASS
     ours, expected = logits_of_both(family, model, theirs.eval())
-    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    close(ours, expected, f"{family} adapters")
     theirs.save_pretrained(tmp_path / "theirs")  # the very names and numbers that PEFT itself writes
     written = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("theirs", "adapter")]
     assert written[0].keys() == written[1].keys()
