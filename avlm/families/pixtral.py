@@ -53,8 +53,8 @@ VISION_ACCEPTED = {
     "rope_parameters": (None, {"rope_type": "axial", "rope_theta": 10_000.0}),
     "quantization_config": (None,),
 }
-# "default" would drop the first patch, as if it were a class token.
-ACCEPTED = {**llava.ACCEPTED, "vision_feature_select_strategy": ("default", "full")}
+# The default of their class would drop the first patch, as if it were a class token.
+ACCEPTED = {**llava.ACCEPTED, "vision_feature_select_strategy": ("full",)}
 
 # Our module or parameter -> theirs, {i} the layer, without the prefix of the module.
 NAMES = {
@@ -113,11 +113,10 @@ def is_meant(keys: Mapping[str, Any]) -> bool:
 
 def read(keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
     """``files``: those of PROCESSOR_FILES that the folder has, by their names."""
-    require_accepted(keys, ACCEPTED)
-    if keys.get("vision_feature_select_strategy", "default") != "full":
-        raise ValueError("vision_feature_select_strategy='default' of a tower without a class token is not implemented")
+    given = {**llava.DEFAULTS, **keys}
+    require_accepted(given, ACCEPTED)
     text = llava.read_text(keys, llava.DEFAULTS["text_config"])
-    tower = read_tower(keys, files, keys.get("vision_feature_layer", -2))
+    tower = read_tower(keys, files, given["vision_feature_layer"])
     projector = ProjectorConfig(bias=keys.get("multimodal_projector_bias", True))
     return ModelConfig(decoder=llama.read(text), vision=tower, vision_projector=projector)
 

@@ -142,7 +142,7 @@ def test_a_layer_counts_from_either_end():
 @pytest.mark.parametrize(
     ("name", "part", "change", "said"),
     [
-        ("pixtral", None, {"vision_feature_select_strategy": "default"}, "strategy='default' of a tower without"),
+        ("pixtral", None, {"vision_feature_select_strategy": "default"}, "strategy='default' is not implemented"),
         ("pixtral", None, {"vision_feature_layer": [-1, -2]}, "features of several layers"),
         ("mistral3", None, {"vision_feature_layer": [-1, -2]}, "features of several layers"),
         ("mistral3", None, {"projector_hidden_act": "relu"}, "projector_hidden_act='relu'"),
