@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from avlm.config.model import ModelConfig
 from avlm.data.media.patches import frames_of
-from avlm.models.batch import PLACEHOLDERS, Batch
+from avlm.models.batch import NEWLINE, PLACEHOLDERS, Batch
 
 MAX_PANELS = 64  # images, and the same number of audio windows
 COLUMNS = 8
@@ -56,7 +56,7 @@ def _spans(batch: Batch) -> dict[str, list[tuple[int, int]]]:
     names = ["text"] * batch.num_tokens + ["padding"] * (len(batch.token_T) - batch.num_tokens)
     for position in batch.target_rows_R.tolist():
         names[position + 1] = "learned"  # a target is the token that follows
-    for modality, placeholder in PLACEHOLDERS.items():
+    for modality, placeholder in [*PLACEHOLDERS.items(), ("image", NEWLINE)]:
         for position in (batch.token_T == placeholder).nonzero().flatten().tolist():
             names[position] = modality
     found: dict[str, list[tuple[int, int]]] = {name: [] for name in COLOURS}
