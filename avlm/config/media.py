@@ -34,6 +34,7 @@ class ImageLayout:
     # nearest, then the whole image if there are several. long_edge (Idefics3): an image whose long side is given
     # longest_edge pixels is cut if it then is larger than a tile; its tiles, then the whole image
     grids: list[TileGrid] = field(default_factory=list)  # of pinpoints: lines and columns of tiles to choose from
+    join: bool = True  # false: the tiles of pinpoints follow each other, features of padding included (NeMo's AVLM)
     min_tiles: TilesOfSide = 1  # bounds of aspect
     max_tiles: TilesOfSide = 12
     longest_edge: Pixels | None = None  # of long_edge, and of a tower with resize=longest
@@ -48,12 +49,18 @@ class ImageLayout:
         require((self.tiles == "pinpoints") == bool(self.grids), "grids are given with tiles=pinpoints, and only there")
         require(self.min_tiles <= self.max_tiles, f"min_tiles={self.min_tiles} is above max_tiles={self.max_tiles}")
         require(self.tiles != "long_edge" or self.longest_edge is not None, "tiles=long_edge needs longest_edge")
-        if self.tiles not in ("aspect", "long_edge"):
+        require(self.join or self.tiles == "pinpoints", "join=false needs tiles=pinpoints")
+        if self.tiles == "none" or self.joins:
             for key in ("tile_markers", "line_end", "tiles_end"):
                 value = getattr(self, key)
-                require(not any(value), f"{key}={shown(value)} needs tiles=aspect or long_edge")
+                require(not any(value), f"{key}={shown(value)} needs tiles that are not joined to one grid")
         if self.tiles == "none":
             require(not self.only_alone, "only_alone needs tiles")
+
+    @property
+    def joins(self) -> bool:
+        """Whether the features of tiles are joined to one grid."""
+        return self.tiles == "pinpoints" and self.join
 
 
 @config

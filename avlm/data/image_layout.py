@@ -3,7 +3,6 @@ placeholders with markers and text, all of it from sizes alone, so that tokens a
 """
 
 import datetime
-from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import Tensor
@@ -47,13 +46,13 @@ def runs_of_image(extent: Extent, number: int, model: ModelConfig, data: DataCon
     """Without items. ``number``: of the image in its sample, from 1 on."""
     layout, tiling = data.image_layout, extent.tiling
     newline = [NEWLINE] * model.vision_projector.newline
-    if layout.tiles == "pinpoints" and tiling.num_tiles:
+    if layout.joins and tiling.num_tiles:
         features, (lines, columns) = of_tiles(extent.source, tiling, extent.grid, model)
         num_whole = len(features) - lines * columns
         tokens = [IMAGE] * num_whole + ([IMAGE] * columns + newline) * lines
         runs = [Run("image", tokens, groups=[Group(tiling.num_views, features)])]
     elif tiling.num_tiles:
-        runs = list(_views(extent, data))
+        runs = _views(extent, data)
     else:
         runs = _whole(extent, model, data)
         last = runs[-1]
@@ -61,20 +60,23 @@ def runs_of_image(extent: Extent, number: int, model: ModelConfig, data: DataCon
     return within(runs, *markers_of("image", number, data))
 
 
-def _views(extent: Extent, data: DataConfig) -> Iterator[Run]:
-    """The tiles of an image, line by line, and the whole image."""
+def _views(extent: Extent, data: DataConfig) -> list[Run]:
+    """The tiles of an image, line by line, and the whole image before or after them."""
     layout, tiling = data.image_layout, extent.tiling
     tokens = [IMAGE] * extent.item_features
-    text = ""
+    before, after = layout.whole_markers
+    whole = Run("image", tokens, markers=(before, after))
+    tiles = []
     for line in range(1, tiling.lines + 1):
         for column in range(1, tiling.columns + 1):
             marks = [mark.replace("{line}", str(line)) for mark in layout.tile_markers]
             before, after = (mark.replace("{column}", str(column)) for mark in marks)
-            yield Run("image", tokens, text=text, markers=(before, after))
-            text = ""
-        text = layout.line_end
-    before, after = layout.whole_markers
-    yield Run("image", tokens, text=text + layout.tiles_end, markers=(before, after))
+            text = layout.line_end if line > 1 and column == 1 else ""
+            tiles.append(Run("image", tokens, text=text, markers=(before, after)))
+    end = layout.line_end + layout.tiles_end
+    if tiling.whole_first:
+        return [whole, *within(tiles, "", end)]
+    return [*tiles, replace(whole, text=end)]
 
 
 def _whole(extent: Extent, model: ModelConfig, data: DataConfig) -> list[Run]:

@@ -93,6 +93,16 @@ def test_joined_tiles_have_a_learned_row_after_each_line(tokenizer_folder):
     assert found == [("image", 24), ("newline", 1), *(line * 3), ""]  # 16 of the whole image, and the first line
 
 
+def test_tiles_of_pinpoints_follow_each_other_as_in_nemo_if_they_are_not_joined(tokenizer_folder):
+    """Whole views after the whole image, the features of their padding included."""
+    layout = dataclasses.replace(PINPOINTS, join=False)
+    encoded = encode(tokenizer_folder, layout, images=[(50, 20)])
+    assert written(encoded, tokenizer_folder) == [("image", 3 * 16), ""] and not encoded.groups
+    marked = dataclasses.replace(layout, tile_markers=[TILE, ""], tiles_end="\n\n")
+    found = written(encode(tokenizer_folder, marked, images=[(50, 20)]), tokenizer_folder)
+    assert found == [("image", 16), TILE, ("image", 16), TILE, ("image", 16), "\n\n"]
+
+
 def test_only_an_image_that_is_alone_is_cut_if_so_told(tokenizer_folder):
     layout = dataclasses.replace(PINPOINTS, only_alone=True)
     two = encode(tokenizer_folder, layout, JOINED, images=[(50, 28), (28, 28)])
@@ -186,7 +196,8 @@ def test_a_layout_that_the_model_cannot_have_is_refused(tokenizer_folder, config
         ({"tiles": "pinpoints"}, "grids are given with tiles=pinpoints"),
         ({"tiles": "long_edge"}, "needs longest_edge"),
         ({"tiles": "aspect", "min_tiles": 5, "max_tiles": 4}, "min_tiles=5 is above max_tiles=4"),
-        ({"line_end": "\n"}, "needs tiles=aspect or long_edge"),
+        ({"line_end": "\n"}, "needs tiles that are not joined"),
+        ({"tiles": "aspect", "join": False}, "join=false needs tiles=pinpoints"),
         ({"only_alone": True}, "only_alone needs tiles"),
     ],
 )
