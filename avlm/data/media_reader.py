@@ -9,6 +9,7 @@ from torch import Tensor
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
+from avlm.config.values import shown
 from avlm.data.image_layout import check_image_layout, markers_of, run_of_frames, runs_of_image, runs_of_video
 from avlm.data.media import area, audio, image, video
 from avlm.data.media.area import Extent
@@ -167,6 +168,8 @@ class MediaReader:
         """Which settings give fewer features."""
         config, layout = self.data.video, self.data.image_layout
         settings = []
+        if layout.tiles == "pinpoints" and not is_video and len(layout.grids) > 1:
+            return f"leave out the largest grids of data.image_layout.grids={shown(layout.grids)}"
         if self.model.vision.resize == "area":
             name, (least, most) = self._bounds(is_video)
             settings.append(f"{name}=[{least:g}, {most:g}]")
@@ -174,8 +177,6 @@ class MediaReader:
             settings.append(f"data.image_layout.longest_edge={layout.longest_edge}")
         elif layout.tiles == "aspect" and not is_video:
             settings.append(f"data.image_layout.max_tiles={layout.max_tiles}")
-        elif layout.tiles == "pinpoints" and not is_video:
-            settings.append("the grids of data.image_layout.grids")
         if is_video:
             settings.append(
                 f"data.video.num_frames={config.num_frames}"

@@ -174,6 +174,14 @@ def test_an_image_with_too_many_tiles_is_refused_before_it_is_decoded(tokenizer_
     assert str(error.value) == (
         "image of 900 x 90 pixels takes 176 tokens, more than data.seq_length=100: lower data.image_layout.max_tiles=12"
     )
+    refused = "image of 100 x 90 pixels takes 80 tokens, more than data.seq_length=60: "
+    with pytest.raises(ValueError) as error:
+        encode(tokenizer_folder, PINPOINTS, images=[(100, 90)], seq_length=60)
+    fix = "leave out the largest grids of data.image_layout.grids=[[1, 2], [2, 1], [2, 2]]"
+    assert str(error.value) == refused + fix
+    with pytest.raises(ValueError) as error:  # of one grid none can be left out
+        encode(tokenizer_folder, dataclasses.replace(PINPOINTS, grids=[[2, 2]]), images=[(100, 90)], seq_length=60)
+    assert str(error.value) == refused + "raise it"
 
 
 @pytest.mark.parametrize(
