@@ -196,6 +196,7 @@ OUT_OF_RANGE = """
     optimizer.min_lr=1.0 data.num_workers=-1 data.video.num_frames=0 data.video.max_frames=0 data.shuffle_buffer=-1
     data.video.fps=0.0 data.max_media_bytes=-1 data.max_image_pixels=0 data.max_audio_seconds=-1.0
     data.max_bad_fraction=-1.0 data.max_bad_fraction=1.5 data.packing_buffer=0 train.validate_every=-1
+    data.image_layout.min_tiles=0 data.image_layout.max_tiles=65
     train.validate_answers=-1 parallel.shard=0 parallel.shard=-2 seed=-1 checkpoint.keep=-1
 """
 NEEDED = {
@@ -229,7 +230,7 @@ def test_every_number_of_the_config_has_a_range():
         hints = typing.get_type_hints(cls, include_extras=True)
         bare += [f"{cls.__name__}.{field.name}" for field in dataclasses.fields(cls) if _unbounded(hints[field.name])]
         classes += [c for f in hints.values() if (c := _dataclass_in(f)) and c not in classes]
-    assert len(classes) == 22 and not bare
+    assert len(classes) == 25 and not bare
 
 
 def test_clipping_is_switched_off_by_null_and_0_says_so(write):
