@@ -94,9 +94,10 @@ class VideoConfig:
     fps: Positive | None = None  # frames per second of video
     min_frames: Frames = 1  # bounds with fps
     max_frames: Frames = 64
-    spread: Literal["middles", "starts", "first_to_last"] = "middles"
+    spread: Literal["middles", "starts", "middle_frames", "first_to_last"] = "middles"
     # which frames. middles: those of equal parts of the video; with fps, one every 1 / fps, unless a bound forbids it.
-    # starts: those of equal parts (Qwen2-VL). first_to_last: evenly, both ends included (Qwen3-VL)
+    # starts: those of equal parts (Qwen2-VL); middle_frames: half a part later (InternVL). first_to_last: evenly, both
+    # ends included (Qwen3-VL)
     frame_tokens: Bounds | None = None
     # with model.vision.resize=area: bounds of the features of one patch of frames; null: data.image_tokens
     tokens: Bounds | None = None  # bounds of a whole video: the more frames, the smaller they become (Qwen3-VL)

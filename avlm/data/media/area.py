@@ -161,7 +161,7 @@ def frame_times(seconds: float, rate: Rate, video: VideoConfig, frames_per_patch
         return _middles(seconds, video)
     total = num_frames(seconds, rate)
     wanted = total / float(rate) * video.fps if video.fps is not None else video.num_frames
-    if video.spread == "starts":
+    if video.spread in ("starts", "middle_frames"):
         indices = _starts(total, wanted, video, frames_per_patch)
     else:
         count = int(wanted)
@@ -189,14 +189,16 @@ def _middles(seconds: float, video: VideoConfig) -> list[float]:
 
 
 def _starts(total: int, wanted: float, video: VideoConfig, multiple: int) -> list[int]:
-    """Indices among ``total`` frames. A video with fewer frames than a patch shows some twice."""
+    """Indices among ``total`` frames, those of ``middle_frames`` half a part later. A video with fewer frames than a
+    patch shows some twice."""
     count = round(wanted / multiple)
     if video.fps is not None:
         most = math.floor(min(video.max_frames, total) / multiple) * multiple
         count = math.floor(min(max(wanted, video.min_frames), most, total) / multiple)
     count = max(1, count) * multiple
     # In float32, as the processors count: a product that is short of a whole number there gives the frame before.
-    return torch.arange(0, total, total / count)[:count].int().tolist()
+    first = total / count / 2 if video.spread == "middle_frames" else 0.0
+    return torch.arange(first, total, total / count)[:count].int().tolist()
 
 
 def _square(vision: VisionConfig) -> Size:

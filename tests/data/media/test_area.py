@@ -10,7 +10,7 @@ from einops import rearrange
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
+from transformers import InternVLVideoProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as qwen2_vl_smart_resize
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as qwen3_vl_smart_resize
 from transformers.video_utils import VideoMetadata
@@ -112,11 +112,24 @@ def test_frames_are_those_that_the_processors_of_qwen_choose(least, most, fps):
 
 def test_a_number_of_frames_is_chosen_as_the_processors_do():
     metadata = VideoMetadata(total_num_frames=50, fps=25.0)
+    processors = {"first_to_last": (Qwen3VLVideoProcessor(), 2), "starts": (Qwen2VLVideoProcessor(), 2)}
+    processors["middle_frames"] = (InternVLVideoProcessor(), 1)
     for count in (2, 5, 8):
-        for spread, processor in (("first_to_last", Qwen3VLVideoProcessor()), ("starts", Qwen2VLVideoProcessor())):
-            found = area.frame_times(2.0, 25, VideoConfig(num_frames=count, spread=spread), 2)
+        for spread, (processor, frames_per_patch) in processors.items():
+            found = area.frame_times(2.0, 25, VideoConfig(num_frames=count, spread=spread), frames_per_patch)
             expected = processor.sample_frames(metadata, num_frames=count)
             assert [round(time * 25) for time in found] == expected.tolist()
+
+
+def test_frames_in_the_middle_of_equal_parts_are_those_that_the_processor_of_internvl_chooses():
+    for fps in (2, 0.7, 7.9):
+        video = VideoConfig(num_frames=None, fps=float(fps), max_frames=2**20, spread="middle_frames")
+        for total, rate in LENGTHS:
+            if total / rate * fps < 1:  # which theirs does not take
+                continue
+            expected = InternVLVideoProcessor().sample_frames(VideoMetadata(total, float(rate)), fps=fps)
+            found = area.frame_times(total / rate, rate, video, 1)
+            assert [round(time * rate) for time in found] == expected.tolist()
 
 
 def every_frame(data: bytes) -> np.ndarray:
@@ -177,7 +190,7 @@ def test_sizes_equal_those_of_qwens_processors(height, width, one, other, count)
 
 
 def test_a_video_of_one_frame_fills_a_patch_with_it():
-    for spread in ("middles", "starts", "first_to_last"):
+    for spread in ("middles", "starts", "middle_frames", "first_to_last"):
         video = VideoConfig(num_frames=None, fps=2.0, spread=spread)
         [run] = reader(ANY_GRID, video=video).read("video", video_file(1 / 8), "", ROOM)
         [item] = run.items
