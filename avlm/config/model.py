@@ -54,6 +54,7 @@ class VisionConfig:
     activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "quick_gelu"
     gated: bool = False  # down(activation(gate(x)) * up(x))
     bias: bool = True  # of the linears of the layers
+    qkv_bias: bool = True  # of queries, keys and values, where there is a bias (InternViT 6B has none)
     qk_norm: bool = False  # RMSNorm on queries and keys, over all heads together (InternViT 6B)
     layer_scale: bool = False  # learned factors on what attention and MLP add (InternViT)
     norm: Literal["layer", "rms"] = "layer"

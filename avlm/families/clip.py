@@ -124,7 +124,7 @@ def write(config: VisionConfig) -> dict[str, Any]:
 
 
 def stored_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes that the parameters of RESHAPED have in a file: a convolution (D, 3, P, P), or over frames as well
+    """Shapes that parameters of RESHAPED have in a file: a convolution (D, 3, P, P), or over frames as well
     (D, 3, frames, P, P) in the towers of Qwen-VL, and a vector (D,)."""
     side = config.patch_size
     frames = (config.frames_per_patch,) if config.resize == "area" else ()
@@ -134,7 +134,18 @@ def stored_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-RESHAPED = ("vision.patch.weight", "vision.class_token")
+RESHAPED = ("vision.patch.weight", "vision.class_token", "vision.position")  # of any family
+
+
+def image_processor(files: Mapping[str, dict]) -> tuple[str, dict[str, Any]]:
+    """The name of the file by which transformers makes images, and its keys that have a value."""
+    name, keys = "processor_config.json", files.get("processor_config.json", {}).get("image_processor")
+    if keys is None:
+        name = "preprocessor_config.json"
+        keys = files.get(name, {})
+    if not isinstance(keys, dict):
+        raise ValueError(f"the image processor in {name} is not understood: {shown(repr(keys))}")
+    return name, {key: value for key, value in keys.items() if value is not None}
 
 
 def read_processor(processor: dict[str, Any], side: int, file: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from avlm.config.values import shown
 from avlm.families import (
     audioflamingo3,
     clip,
+    internvl,
     llama,
     llava,
     llava_next,
@@ -59,6 +60,7 @@ AnyConfig = DecoderConfig | VisionConfig | AudioConfig | ModelConfig
 FAMILIES = (
     *(
         mistral3,
+        internvl,
         llava,
         llava_next,
         llava_next_video,
@@ -83,6 +85,7 @@ FORMATS: dict[str, ModuleType] = {
     "llava_onevision": llava_onevision,
     "pixtral": pixtral,
     "mistral3": mistral3,
+    "internvl": internvl,
     "voxtral": voxtral,
     "qwen2_audio": qwen2_audio,
     "audioflamingo3": audioflamingo3,
@@ -105,7 +108,10 @@ TEXT_TEMPLATES = {  # family -> our template for one of parts
     llava_onevision: llava.text_template,
 }
 WITHIN = {"qwen2_5_omni": qwen2_5_omni}  # format -> family, of parts of a larger model
-TOKEN_NAMES = {"qwen2_5_omni": qwen2_5_omni.TOKEN_NAMES}  # format -> {name that its processor asks for: token}
+TOKEN_NAMES = {  # format -> {name that its processor asks for: token}
+    "qwen2_5_omni": qwen2_5_omni.TOKEN_NAMES,
+    "internvl": internvl.TOKEN_NAMES,
+}
 WITH_PROMPTS = (
     llava_next,
     llava_next_video,
@@ -117,9 +123,10 @@ WITH_PROMPTS = (
     qwen3_vl,
     pixtral,
     mistral3,
+    internvl,
 )  # whose folders say how media stand in prompts
 WITH_PROMPT_KEYS = (llava, llava_next, llava_next_video, llava_onevision, qwen2_5_omni)  # in their config.json
-WITH_MARKERS = (pixtral, mistral3)  # whose processors put what stands around media into prompts themselves
+WITH_MARKERS = (pixtral, mistral3, internvl)  # whose processors put what stands around media into prompts themselves
 rebuilds_tokenizer = llama.rebuilds_tokenizer
 
 
@@ -276,6 +283,8 @@ def _skipped(family: ModuleType, module: str, name: str) -> str | None:
     return next((reason for pattern, reason in family.SKIPPED[module] if re.match(pattern, name)), None)
 
 
-def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Our parameter -> its shape in a file, if the two differ."""
-    return clip.stored_shapes(config.vision) if config.vision else {}
+def stored_shapes(family: ModuleType, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Our parameter -> its shape in a file of a family, if the two differ."""
+    if config.vision is None:
+        return {}
+    return internvl.stored_shapes(config.vision) if family is internvl else clip.stored_shapes(config.vision)

@@ -110,9 +110,8 @@ def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
 def write_model(config: ModelConfig, ids: Mapping[str, int], format: str) -> dict[str, Any]:
     """The keys that the formats of LLaVA share. Only the layers that we build are exported, so the features are those
     of the last layer."""
+    require_tower(config, format)
     vision, projector = config.vision, config.vision_projector
-    if vision is None or config.audio is not None:
-        raise ValueError(f"the {format} format holds a decoder with a vision tower and without an audio tower")
     if projector.type != "mlp2x_gelu" or projector.downsample != 1 or has_norms(projector) or vision.post_norm:
         raise ValueError(
             f"the {format} format holds an mlp2x_gelu projector without a norm and without downsampling, and no "
@@ -131,6 +130,11 @@ def write_model(config: ModelConfig, ids: Mapping[str, int], format: str) -> dic
         "text_config": llama.write(config.decoder),
         "vision_config": clip.write(vision),
     }
+
+
+def require_tower(config: ModelConfig, format: str) -> None:
+    if config.vision is None or config.audio is not None:
+        raise ValueError(f"the {format} format holds a decoder with a vision tower and without an audio tower")
 
 
 def processor_json(config: ModelConfig, data: DataConfig | None) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from avlm.config.model import ModelConfig
+from avlm.config.model import ModelConfig, VisionConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families import clip, llava, llava_next
@@ -43,15 +43,20 @@ def read_model(
 ) -> ModelConfig:
     """Of this family or LLaVA-OneVision. ``projector``: what sets it apart in our config."""
     config = llava_next.read_model(keys, files, defaults, **projector)
-    name, video = _of_videos(files)
-    if name:
-        fields = clip.read_processor({**video, "do_pad": None}, config.vision.image_size, name)
-        if any(getattr(config.vision, field) != value for field, value in fields.items()):
-            raise ValueError("images and videos that are resized or normalised in different ways are not implemented")
+    require_pixels_of_images(files, config.vision)
     return config
 
 
-def _of_videos(files: Mapping[str, dict]) -> tuple[str, dict[str, Any]]:
+def require_pixels_of_images(files: Mapping[str, dict], vision: VisionConfig) -> None:
+    """ValueError if the frames of a video would become other pixels than those of images do."""
+    name, video = of_videos(files)
+    if name:
+        fields = clip.read_processor({**video, "do_pad": None}, vision.image_size, name)
+        if any(getattr(vision, field) != value for field, value in fields.items()):
+            raise ValueError("images and videos that are resized or normalised in different ways are not implemented")
+
+
+def of_videos(files: Mapping[str, dict]) -> tuple[str, dict[str, Any]]:
     """The name of the file by which transformers makes videos, and its keys; "" if there is none."""
     name = next((name for name in OF_VIDEOS if name in files), "")
     keys: Any = files.get(name, {})
@@ -84,7 +89,7 @@ def prompts(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any]:
 
 def read_frames(files: Mapping[str, dict]) -> dict[str, Any]:
     """Which frames of a video are seen; published folders do not say how many."""
-    _, keys = _of_videos(files)
+    _, keys = of_videos(files)
     frames: dict[str, Any] = {"spread": "starts"}
     if keys.get("num_frames") is not None:
         return {**frames, "num_frames": keys["num_frames"], "fps": None}

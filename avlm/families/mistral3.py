@@ -9,7 +9,7 @@ from typing import Any
 
 from avlm.config.model import ModelConfig, ProjectorConfig
 from avlm.config.run import DataConfig
-from avlm.families import llama, pixtral
+from avlm.families import llama, llava, pixtral
 from avlm.families.keys import require_accepted, require_same
 
 MODEL_TYPES = ("mistral3",)
@@ -83,7 +83,7 @@ def _text(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
     """Raises ValueError for a model that the format cannot hold."""
-    pixtral.require_tower(config, "mistral3")
+    llava.require_tower(config, "mistral3")
     keys = {
         **pixtral.write_top(config, ids, CLASS, "mistral3", LONGEST_EDGE),
         "spatial_merge_size": config.vision_projector.downsample,

@@ -134,7 +134,7 @@ def read_tower(keys: Mapping[str, Any], files: Mapping[str, dict], layer: Any, m
 
 def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
     """Only the layers that we build are exported, so the features are those of the last layer."""
-    require_tower(config, "pixtral")
+    llava.require_tower(config, "pixtral")
     keys = {
         **write_top(config, ids, CLASS, "llava", LONGEST_EDGE),
         "image_seq_length": 1,  # of a tower of squares
@@ -143,11 +143,6 @@ def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
     pixels = {"preprocessor_config.json": processor_json(config, None)["preprocessor_config.json"]}
     require_same("pixtral", config, read, keys, pixels)
     return keys
-
-
-def require_tower(config: ModelConfig, format: str) -> None:
-    if config.vision is None or config.audio is not None:
-        raise ValueError(f"the {format} format holds a decoder with a vision tower and without an audio tower")
 
 
 def write_top(config: ModelConfig, ids: Mapping[str, int], name: str, model_type: str, edge: int) -> dict[str, Any]:
@@ -190,7 +185,7 @@ def prompts(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any]:
 
 def read_prompts(files: Mapping[str, dict], default: int) -> dict[str, Any]:
     """``default``: the longest edge where no file says it."""
-    name, image = _image_processor(files)
+    name, image = clip.image_processor(files)
     names = files.get("processor_config.json", {})
     layout = {
         "longest_edge": _longest_edge(image.get("size", {"longest_edge": default}), name),
@@ -242,17 +237,6 @@ def write_processors(config: ModelConfig, data: DataConfig | None, edge: int, fo
     return {"preprocessor_config.json": pixels, "processor_config.json": processor}
 
 
-def _image_processor(files: Mapping[str, dict]) -> tuple[str, dict[str, Any]]:
-    """The name of the file by which transformers makes images, and its keys that have a value."""
-    name, keys = "processor_config.json", files.get("processor_config.json", {}).get("image_processor")
-    if keys is None:
-        name = "preprocessor_config.json"
-        keys = files.get(name, {})
-    if not isinstance(keys, dict):
-        raise ValueError(f"the image processor in {name} is not understood: {shown(repr(keys))}")
-    return name, {key: value for key, value in keys.items() if value is not None}
-
-
 def _longest_edge(size: Any, name: str) -> int:
     """A height and a width bound an image as a longest edge does if they are equal."""
     edges = set(size.values()) if isinstance(size, dict) and size.keys() <= {"height", "width", "longest_edge"} else {}
@@ -263,7 +247,7 @@ def _longest_edge(size: Any, name: str) -> int:
 
 def _pixels(files: Mapping[str, dict]) -> dict[str, Any]:
     """Fields of VisionConfig. ValueError if our tower would get different pixels from theirs."""
-    name, keys = _image_processor(files)
+    name, keys = clip.image_processor(files)
     for key, values in PROCESSOR_ACCEPTED.items():
         if keys.get(key, values[0]) not in values:
             raise ValueError(f"{key}={shown(repr(keys[key]))} in {name} is not implemented")

@@ -40,7 +40,7 @@ def read_rope(
     fields: dict[str, Any] = {"rope_theta": float(rope.pop("rope_theta", keys.get("rope_theta") or 10_000.0))}
     old_name = rope.pop("type", "default")
     rope_type = rope.pop("rope_type", old_name)
-    accepted = ("default", "mrope") if mrope else ("default", "llama3", "yarn")
+    accepted = ("default", "mrope") if mrope else ("default", "dynamic", "llama3", "yarn")
     if mrope:
         fields |= {field: rope.pop(key, absent) for field, (key, absent) in MROPE.items()}
     elif "mrope_section" in rope:
@@ -50,6 +50,8 @@ def read_rope(
     has_parts = any(isinstance(value, dict) for value in rope.values())  # a set of parameters for each kind of layer
     if rope_type not in accepted or has_parts:
         raise ValueError(f"rope_type {shown(repr(rope_type))} is not implemented (accepted: {', '.join(accepted)})")
+    if rope_type == "dynamic":  # differs past max_position_embeddings alone, where we have no positions
+        _require_keys(rope_type, rope, {"factor"}, set())
     if keys.get(ORIGINAL) is not None:
         rope[ORIGINAL] = keys[ORIGINAL]
     if rope_type == "yarn":

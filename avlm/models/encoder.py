@@ -31,14 +31,23 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 class EncoderAttention(nn.Module):
     """Bidirectional attention; Whisper's keys have no bias."""
 
-    def __init__(self, hidden_size: int, num_heads: int, *, bias: bool, key_bias: bool, qk_norm_eps: float | None):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        bias: bool,
+        qkv_bias: bool,
+        key_bias: bool,
+        qk_norm_eps: float | None,
+    ):
         """``qk_norm_eps``: of RMSNorms on queries and keys, over all heads together; None: there are none."""
         super().__init__()
         D = hidden_size
         self.head_dim = D // num_heads
-        self.q = nn.Linear(D, D, bias=bias)
-        self.k = nn.Linear(D, D, bias=key_bias)
-        self.v = nn.Linear(D, D, bias=bias)
+        self.q = nn.Linear(D, D, bias=qkv_bias)
+        self.k = nn.Linear(D, D, bias=qkv_bias and key_bias)
+        self.v = nn.Linear(D, D, bias=qkv_bias)
         self.o = nn.Linear(D, D, bias=bias)
         self.q_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(D, qk_norm_eps)
         self.k_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(D, qk_norm_eps)
@@ -67,6 +76,7 @@ class EncoderBlock(nn.Module):
         norm: str = "layer",
         norm_eps: float = 1e-5,
         bias: bool = True,
+        qkv_bias: bool = True,
         key_bias: bool = True,
         qk_norm: bool = False,
         layer_scale: bool = False,
@@ -75,7 +85,12 @@ class EncoderBlock(nn.Module):
         D, F = config.hidden_size, config.intermediate_size
         self.attention_norm = NORMS[norm](D, norm_eps)
         self.attention = EncoderAttention(
-            D, config.num_heads, bias=bias, key_bias=bias and key_bias, qk_norm_eps=norm_eps if qk_norm else None
+            D,
+            config.num_heads,
+            bias=bias,
+            qkv_bias=bias and qkv_bias,
+            key_bias=key_bias,
+            qk_norm_eps=norm_eps if qk_norm else None,
         )
         self.ffn_norm = NORMS[norm](D, norm_eps)
         self.gate = nn.Linear(D, F, bias=bias) if gated else None

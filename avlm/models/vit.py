@@ -38,6 +38,7 @@ class VisionTower(nn.Module):
                 norm=config.norm,
                 norm_eps=config.norm_eps,
                 bias=config.bias,
+                qkv_bias=config.qkv_bias,
                 qk_norm=config.qk_norm,
                 layer_scale=config.layer_scale,
             )

@@ -166,7 +166,7 @@ def _merge(base_OI: Tensor, down: Lazy, up: Lazy, magnitude: Lazy | None, config
 def _hugging_face_tensors(family: ModuleType, config: ModelConfig, state: State) -> State:
     """The modules that a format holds, with its names and shapes, and the tensors that only the format has."""
     prefixes = {module: known[0] for module, known in family.PREFIXES.items()}
-    shapes = door.stored_shapes(config)
+    shapes = door.stored_shapes(family, config)
     parts: dict[str, list[tuple[int, Lazy]]] = {}
     for name, tensor in state.items():
         module, _, rest = name.partition(".")

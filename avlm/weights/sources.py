@@ -301,6 +301,6 @@ def copy_slice(parameter: Tensor, source: Any) -> None:
         value = source[region]
     elif there[0] == shape[0]:  # (D, 3, [2,] P, P) -> (D, 3 * [2 *] P * P)
         value = source[region[0]].flatten(1)[:, region[1]]
-    else:  # (D,) -> (1, D)
+    else:  # (D,) -> (1, D), or (1, R, D) -> (R, D)
         value = source[:].view(shape)[region]
     shard.copy_(value)
