@@ -26,9 +26,10 @@ from avlm.weights.folder import model_and_data, read_config, stop_ids
 from avlm.weights.load import init_weights, load_weights
 from tests.data.media.test_area import every_frame
 from tests.data.small_files import CONTROL, CORPUS, image_file, photo, write_tokenizer
+from tests.families.measured import close, gradients_close, note
 from tests.families.test_internvl_keys import DECODERS, FILES, TIED, config_of
-from tests.families.test_llava_next import RATE, VIDEO, Case, assert_pixels_equal, close, write_run_of
-from tests.models.handmade import adapted, assert_gradients_close, loaded, save
+from tests.families.test_llava_next import RATE, VIDEO, Case, assert_pixels_equal, write_run_of
+from tests.models.handmade import adapted, loaded, save
 from tests.weights.test_peft import command
 
 CLASS = transformers.InternVLForConditionalGeneration
@@ -127,6 +128,7 @@ def test_several_images_and_videos_give_the_ids_and_pixels_of_the_processor(case
     assert_ids_equal(case, sample, inputs)
     assert_pixels_equal(case, sample.media["image"], inputs["pixel_values"])
     assert "Frame8: <img>" in case.processor.decode(inputs["input_ids"][0])
+    note("internvl prompts")
 
 
 def test_what_a_row_of_prompts_makes_equals_what_transformers_makes_of_each(case):
@@ -142,9 +144,9 @@ def test_what_a_row_of_prompts_makes_equals_what_transformers_makes_of_each(case
     model = case.ours
     with torch.no_grad():
         x_TD, _ = model.embed(row)
-        close(x_TD, torch.cat([each[0] for each in seen]), f"internvl of {case.name} features")
+        close(x_TD, torch.cat([each[0] for each in seen]), f"internvl features of {case.name}")
         logits = model.decoder.head(model.decoder.norm(model.hidden(row)), None)
-        close(logits, theirs, f"internvl of {case.name} logits")
+        close(logits, theirs, f"internvl logits of {case.name}")
     model.zero_grad()
     model(row)[0].backward()
     cross_entropy(theirs[row.target_rows_R], row.target_R, reduction="sum").backward()
@@ -154,7 +156,7 @@ def test_what_a_row_of_prompts_makes_equals_what_transformers_makes_of_each(case
         module, _, rest = key.partition(".")
         prefix = "" if key == "decoder.head.weight" else internvl.LOADED[module]
         found[door.full_name(internvl, module, rest, prefix)] = parameter.grad
-    assert_gradients_close(found, expected)
+    gradients_close(found, expected, "internvl")
     case.theirs.zero_grad()
 
 
@@ -169,7 +171,7 @@ def test_the_features_of_an_earlier_layer_equal_those_of_transformers(case, tmp_
     sample, inputs = asked(case, SIZES[:1])
     with torch.no_grad():
         theirs = CLASS.from_pretrained(tmp_path)(**model_inputs(inputs)).logits[0]
-        close(logits_of(loaded(config, all=tmp_path), sample), theirs, f"internvl of {case.name} logits of layer -2")
+        close(logits_of(loaded(config, all=tmp_path), sample), theirs, f"internvl logits of layer -2 of {case.name}")
 
 
 def test_greedy_answers_equal_those_of_transformers_token_for_token(case):
@@ -178,6 +180,7 @@ def test_greedy_answers_equal_those_of_transformers_token_for_token(case):
     for answer, (_, inputs) in zip(answers, asked_of, strict=True):
         out = case.theirs.generate(**model_inputs(inputs), do_sample=False, max_new_tokens=12, eos_token_id=None)
         assert answer.token_ids == out[0, inputs["input_ids"].shape[1] :].tolist()
+    note("internvl answers")
 
 
 @pytest.mark.parametrize("targets", [[], ["decoder.*", "vision.*"]], ids=["plain", "with adapters"])
@@ -200,7 +203,7 @@ def test_an_export_is_read_back_by_transformers_and_by_us_with_equal_logits(case
         with torch.no_grad():
             expected = theirs(**model_inputs(inputs)).logits[0]
             for model in (ours, out.ours):
-                close(logits_of(model, sample), expected, f"internvl of {case.name} export")
+                close(logits_of(model, sample), expected, f"internvl export of {case.name}")
 
 
 def test_a_chat_template_of_ours_is_exported_with_the_tokens_of_the_processor(case, tmp_path):
@@ -250,7 +253,7 @@ def test_adapters_and_the_projector_load_onto_their_class(case, tmp_path, monkey
         theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     sample, inputs = asked(case, SIZES[:2], 1)
     with torch.no_grad():
-        close(logits_of(ours, sample), theirs(**model_inputs(inputs)).logits[0], f"internvl of {case.name} adapters")
+        close(logits_of(ours, sample), theirs(**model_inputs(inputs)).logits[0], f"internvl adapters of {case.name}")
     again = AVLM(ours.config)
     init_weights(again, InitFrom(all=str(case.folder), adapter=str(tmp_path / "adapter")), seed=2)
     assert all(a.equal(b) for a, b in zip(ours.parameters(), again.parameters()))
