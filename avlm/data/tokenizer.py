@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the tokenizer")
     parser.add_argument(
         "--template",
-        choices=["chatml", "llama3", "llava", "mistral", "plain"],
+        choices=["chatml", "llama3", "llava", "mistral", "plain", "smolvlm"],
         default="chatml",
         help="default: %(default)s",
     )

@@ -70,12 +70,18 @@ def assert_answers_alike(model, prompt, theirs, media_token, folder, **inputs):
 
 
 @pytest.mark.parametrize("system", [None, 'Say "é" 👋 and\nTURN.'])
-@pytest.mark.parametrize("template", ["llama3", "chatml", "llava", "mistral", "plain", "tokenizer"])
+@pytest.mark.parametrize("template", ["llama3", "chatml", "llava", "mistral", "smolvlm", "plain", "tokenizer"])
 def test_an_exported_chat_template_gives_the_ids_and_targets_of_training(template, system, tmp_path):
     out = tmp_path / "out"
-    _, encoder = exported(LLAVA, out, "decoder", template, system=system)
+    control = [*CONTROL, "<end_of_utterance>"]
+    _, encoder = exported(LLAVA, out, "decoder", template, control, system=system)
     theirs = transformers.AutoTokenizer.from_pretrained(out)
-    talk = [("user", " one <image>\n"), ("assistant", " two "), ("user", "three"), ("assistant", "four")]
+    talk = [
+        ("user", "<image> one\n" if template == "smolvlm" else " one <image>\n"),
+        ("assistant", " two "),
+        ("user", "three"),
+        ("assistant", "four"),
+    ]
     talk = [{"role": role, "content": content} for role, content in talk]
     for messages in (talk, [{"role": "system", "content": " hello "}, *talk]):
         for prompt in (False, True):

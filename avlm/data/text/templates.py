@@ -4,6 +4,7 @@ and the Jinja text of an export are made.
 llama3   <bos><|start_header_id|>ROLE<|end_header_id|>\\n\\nTEXT<|eot_id|>...       (Llama 3, text stripped)
 chatml   <|im_start|>ROLE\\nTEXT<|im_end|>\\n...                                    (Qwen, SmolLM2)
 mistral  <bos>[INST] TEXT [/INST] TEXT<eos>[INST] ...                               (LLaVA-NeXT, Mistral; text stripped)
+smolvlm  <bos>User: TEXT<end_of_utterance>\\nAssistant: TEXT...                     (SmolVLM; no blank before an image)
 llava    <bos>SYSTEM USER: TEXT ASSISTANT: TEXT<eos>USER: ...                       (LLaVA 1.5 and NeMo, text stripped)
 plain    <bos>TEXT TEXT<eos>...   no roles and nothing added between the turns      (captions for a base model)
 """
@@ -13,10 +14,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from avlm.data.text.jinja_rendering import MARKS
 from avlm.data.text.pieces import MEDIA, ROLES, TAG, Messages, Piece, is_learned
 from avlm.data.text.tokenizer import Tokenizer
 
-FIELD = re.compile(r"(\{\w+\}|<\|\w+\|>)")  # {role}, {text}, {bos}, {eos}, and control tokens
+CONTROL = r"<\|\w+\|>|<end_of_utterance>"
+# {role}, {text}, {bos}, {eos}, {gap} (a blank, but nothing before an image), and control tokens
+FIELD = re.compile(rf"(\{{\w+\}}|{CONTROL})")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Template:
     @property
     def control_tokens(self) -> list[str]:
         parts = "".join([self.opening, *(turn.header + turn.text for turn in self.turns.values())])
-        return list(dict.fromkeys(re.findall(r"<\|\w+\|>", parts)))
+        return list(dict.fromkeys(re.findall(CONTROL, parts)))
 
     @property
     def end(self) -> str:
@@ -52,6 +56,7 @@ def _same(turn: Turn) -> dict[str, Turn]:
     return dict.fromkeys(ROLES, turn)
 
 
+SMOLVLM_TURNS = {role: Turn(f"{role.capitalize()}:", "{gap}{text}<end_of_utterance>", "\n") for role in ROLES}
 LLAVA_TURNS = {
     "system": Turn("", "{text} "),
     "user": Turn("", "USER: {text} "),
@@ -71,6 +76,7 @@ TEMPLATES = {
     ),
     "chatml": Template("", _same(Turn("<|im_start|>{role}\n", "{text}<|im_end|>", "\n"))),
     "mistral": Template("{bos}", MISTRAL_TURNS, strips=True),
+    "smolvlm": Template("{bos}", SMOLVLM_TURNS),
     "llava": Template("{bos}", LLAVA_TURNS, strips=True),
     "plain": Template("{bos}", PLAIN_TURNS),
 }
@@ -96,6 +102,9 @@ def _parts(pattern: str, role: str, text: str, tokenizer: Tokenizer, learned: bo
     for part in FIELD.split(pattern):
         if part == "{text}":
             yield from _content(text, learned)
+        elif part == "{gap}":
+            if not text.startswith("<image>"):
+                yield Piece("text", " ", learned)
         elif part == "{role}":
             yield Piece("text", role, learned)
         elif FIELD.fullmatch(part):
@@ -145,14 +154,19 @@ def jinja(name: str, media: dict[str, str]) -> str:
     template = TEMPLATES[name]
     question = template.turns["assistant"].header.replace("{role}", "assistant")
     tags = {kind: f"<{kind}>" for kind in MEDIA}
+    images = [tags["image"], (tags | media)["image"], MARKS["image"]]  # the last where we render the template ourselves
     values = {
         "OPENING": _expression(template.opening, template.strips),
-        "TURN": _turn_expression(template),
+        "TURN": _turn_expression(template).replace("IMAGES", _tuple(images)),
         "QUESTION": _expression(question, template.strips),
         "MEDIA": json.dumps(media),
         "AUDIO": json.dumps((tags | media)["audio"]),
     }
     return re.sub("|".join(values), lambda found: values[found[0]], JINJA)
+
+
+def _tuple(texts: list[str]) -> str:
+    return f"({', '.join(map(json.dumps, dict.fromkeys(texts)))})"
 
 
 def _turn_expression(template: Template) -> str:
@@ -166,6 +180,7 @@ def _turn_expression(template: Template) -> str:
 def _expression(pattern: str, strips: bool) -> str:
     """A part of a template as an expression of Jinja."""
     names = {"{bos}": "bos_token", "{eos}": "eos_token", "{role}": "role", "{text}": "text"}
+    names["{gap}"] = "('' if text.startswith(IMAGES) else ' ')"
     if strips:
         names["{text}"] = "text | trim"
     terms = []

@@ -46,6 +46,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, template: str, folder
     texts have no more parts that occur twice."""
     known = TEMPLATES[template]
     control = [PAD, *(known.control_tokens or [BOS, EOS])]
+    if "{bos}" in known.opening and BOS not in control:
+        control.append(BOS)
     least = len(control) + len(ALPHABET)
     if vocab_size < least:
         raise ValueError(
