@@ -180,7 +180,11 @@ class SampleEncoder:
         unread = {kind: enumerate(of_kind, 1) for kind, of_kind in files.items()}
         laid_out: list[Piece] = []
         found: list[Run] = []
+        is_behind = False  # text of a run stands last, which is tokenised together with what follows
         for piece in pieces:
+            if is_behind and piece.kind in ("text", "markup") and not piece.learned:
+                piece = replace(piece, text=laid_out.pop().text + piece.text)
+            is_behind = False
             if piece.kind not in MEDIA:
                 laid_out.append(piece)
                 continue
@@ -195,6 +199,7 @@ class SampleEncoder:
                 lay_out(run, laid_out, self.tokenizer.control_tokens)
                 room = replace(room, taken=room.taken + len(run.tokens))
             found += runs
+            is_behind = laid_out[-1].kind == "text"
         return merged(laid_out), found
 
     def _placed(self, run: Run, start: int) -> Iterator[Placed]:
