@@ -37,7 +37,9 @@ class ImageLayout:
     join: bool = True  # false: the tiles of pinpoints follow each other, features of padding included (NeMo's AVLM)
     min_tiles: TilesOfSide = 1  # bounds of aspect
     max_tiles: TilesOfSide = 12
-    longest_edge: Pixels | None = None  # of long_edge, and of a tower with resize=longest
+    longest_edge: Pixels | None = None
+    # of long_edge, and of a tower with resize=longest. What a tower of squares sees whole, an image or a frame, gets a
+    # long side of so many pixels before it becomes a square (Idefics3)
     only_alone: bool = False  # cut an image only if it is the only one of its sample
     tile_markers: Marks = field(default_factory=no_marks)  # around the features of a tile
     line_end: str = ""  # text after each line of tiles
@@ -94,10 +96,10 @@ class VideoConfig:
     fps: Positive | None = None  # frames per second of video
     min_frames: Frames = 1  # bounds with fps
     max_frames: Frames = 64
-    spread: Literal["middles", "starts", "middle_frames", "first_to_last"] = "middles"
+    spread: Literal["middles", "starts", "middle_frames", "first_to_last", "inner"] = "middles"
     # which frames. middles: those of equal parts of the video; with fps, one every 1 / fps, unless a bound forbids it.
     # starts: those of equal parts (Qwen2-VL); middle_frames: half a part later (InternVL). first_to_last: evenly, both
-    # ends included (Qwen3-VL)
+    # ends included (Qwen3-VL); inner: likewise, without the first and the last second of a long video (SmolVLM2)
     frame_tokens: Bounds | None = None
     # with model.vision.resize=area: bounds of the features of one patch of frames; null: data.image_tokens
     tokens: Bounds | None = None  # bounds of a whole video: the more frames, the smaller they become (Qwen3-VL)
@@ -113,6 +115,7 @@ class VideoConfig:
             "text goes with audio=after or false, not with audio=interleaved",
         )
         require((self.num_frames is None) != (self.fps is None), "give num_frames or fps, and set the other to null")
+        require(self.spread != "inner" or self.fps is not None, "spread=inner needs fps")
         require(
             self.min_frames <= self.max_frames, f"min_frames={self.min_frames} is above max_frames={self.max_frames}"
         )

@@ -79,7 +79,7 @@ class VisionConfig:
     resize: Literal["crop", "stretch", "area", "longest"] = "crop"
     # to a square: its shortest side, then the centre (CLIP), or both sides (SigLIP). To whole features, keeping its
     # shape: within the bounds of data.image_tokens (area), or no side above data.image_layout.longest_edge (longest)
-    resample: Literal["bicubic", "bilinear"] = "bicubic"  # SigLIP 2 is bilinear
+    resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"  # SigLIP 2 is bilinear, Idefics3 lanczos
 
     def __post_init__(self) -> None:
         require(self.any_grid or self.image_size is not None, f"resize={self.resize} needs the image_size of squares")
@@ -99,6 +99,7 @@ class VisionConfig:
             for key, default in {"axial_rope": False, "window": None, "frames_per_patch": 1}.items():
                 value = getattr(self, key)
                 require(value == default, f"{key}={value} needs resize=area or longest")
+        require(self.resample != "lanczos" or self.resize != "crop", "resample=lanczos does not go with resize=crop")
         require(not (self.any_grid and self.class_token), f"resize={self.resize} goes with class_token=false")
         require(self.axial_rope or not self.axial_offset, "axial_offset needs axial_rope")
         require(

@@ -14,7 +14,7 @@ from avlm.data.image_layout import check_image_layout, markers_of, run_of_frames
 from avlm.data.media import area, audio, image, video
 from avlm.data.media.area import Extent
 from avlm.data.media.patches import cut_into_patches
-from avlm.data.media.tiles import views
+from avlm.data.media.tiles import views, whole_view
 from avlm.data.positions import of_text
 from avlm.data.runs import Run, holding
 from avlm.models.batch import AUDIO
@@ -144,7 +144,9 @@ class MediaReader:
 
     def _fitted(self, frame: Tensor, extent: Extent) -> Tensor:
         vision = self.model.vision
-        return image.resized(frame, extent.size, vision) if vision.any_grid else image.fit(frame, vision)
+        if vision.any_grid:
+            return image.resized(frame, extent.size, vision)
+        return whole_view(frame, vision, self.data.image_layout)
 
     def _patches(self, frames: list[Tensor]) -> Iterator[Tensor]:
         """The items of frames. The last one is repeated to fill the last item: an image counts as equal frames."""

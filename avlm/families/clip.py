@@ -53,8 +53,9 @@ PIXELS = {
 }
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the first that is there counts
 PROCESSOR_FIELDS = {"mean": "image_mean", "std": "image_std"}
-RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's codes
-OUR_RESAMPLE = {number: name for name, number in RESAMPLE.items()}
+RESAMPLE = {"lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's codes
+# For Lanczos most processors of transformers take bicubic in its place, by the version of torchvision.
+OUR_RESAMPLE = {number: name for name, number in RESAMPLE.items() if name != "lanczos"}
 
 # Our module or parameter -> theirs, {i} the layer, without the prefix of the module.
 NAMES = {

@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 
 from avlm.config.model import VisionConfig
-from avlm.models.patches import PatchPlaces, table_taps, tower_layout
+from avlm.models.patches import PatchPlaces, table_buckets, table_taps, tower_layout
 from tests.models.handmade import build_tower, images_of
 
 GRIDS = [(8, 12), (2, 2), (4, 18), (10, 6)]
@@ -45,6 +47,27 @@ def test_a_table_is_stretched_corner_on_corner_as_pytorch_does():
         found_PD = (table_RD[rows_P4] * weights_P4[..., None]).sum(1)
         stretched = F.interpolate(table_RD.T.view(1, 3, 5, 5), grid, mode="bilinear", align_corners=True)
         assert (found_PD - stretched[0].flatten(1).T).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("side", [26, 27, 32])  # those of Idefics3, SmolVLM2 2.2B and SmolVLM2 256M
+def test_patches_take_the_rows_of_a_table_that_those_of_smolvlm_take(side):
+    """Of images of any grid up to that of the table, padded to its size there; in squares each patch takes its own."""
+    config = SmolVLMVisionConfig(hidden_size=4, image_size=2 * side, patch_size=2, num_attention_heads=1)
+    theirs = SmolVLMVisionEmbeddings(config)
+    theirs.patch_embedding.requires_grad_(False).weight.zero_()
+    theirs.patch_embedding.bias.zero_()
+    own = torch.arange(side * side)
+    assert table_buckets((side, side), side)[0].flatten().equal(own)
+    grids = [(side, side), (1, 1), (side, 1), (3, side), *((count, side - count + 1) for count in range(1, side + 1))]
+    mask = torch.zeros(len(grids), side, side, dtype=torch.bool)
+    for i, (lines, columns) in enumerate(grids):
+        mask[i, :lines, :columns] = True
+    found = theirs(torch.zeros(len(grids), 3, 2 * side, 2 * side), mask).unflatten(1, (side, side))
+    for i, (lines, columns) in enumerate(grids):
+        rows, weights = table_buckets((lines, columns), side)
+        assert weights.equal(torch.ones(lines * columns, 1))
+        expected = theirs.position_embedding.weight[rows[:, 0]]
+        assert found[i, :lines, :columns].flatten(0, 1).equal(expected)
 
 
 def test_the_gradient_of_a_table_in_bf16_is_that_of_float32_whatever_the_number_of_patches():

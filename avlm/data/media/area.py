@@ -1,7 +1,7 @@
 """How large an image or a video becomes, and which frames of it are seen: arithmetic on what its header says.
 
-The numbers are those of the processors that ship with Qwen2-VL, Qwen2.5-VL and Qwen3-VL, down to how Python rounds
-halves (to even), so that a model sees what it was trained on.
+The numbers are those of the processors that ship with Qwen2-VL, Qwen2.5-VL, Qwen3-VL and SmolVLM2, down to how Python
+rounds halves (to even), so that a model sees what it was trained on.
 """
 
 import math
@@ -161,7 +161,9 @@ def frame_times(seconds: float, rate: Rate, video: VideoConfig, frames_per_patch
         return _middles(seconds, video)
     total = num_frames(seconds, rate)
     wanted = total / float(rate) * video.fps if video.fps is not None else video.num_frames
-    if video.spread in ("starts", "middle_frames"):
+    if video.spread == "inner":
+        indices = _inner(total, seconds, rate, video)
+    elif video.spread in ("starts", "middle_frames"):
         indices = _starts(total, wanted, video, frames_per_patch)
     else:
         count = int(wanted)
@@ -199,6 +201,16 @@ def _starts(total: int, wanted: float, video: VideoConfig, multiple: int) -> lis
     # In float32, as the processors count: a product that is short of a whole number there gives the frame before.
     first = total / count / 2 if video.spread == "middle_frames" else 0.0
     return torch.arange(first, total, total / count)[:count].int().tolist()
+
+
+def _inner(total: int, seconds: float, rate: Rate, video: VideoConfig) -> list[int]:
+    """Indices among ``total`` frames. As in the processor of SmolVLM2, a video is long if it has two seconds more than
+    ``max_frames * fps``, and fractions of indices are cut off."""
+    count = max(min(round(video.fps * seconds), video.max_frames), video.min_frames)
+    first, last = 0, total - 1
+    if seconds - 2 > video.max_frames * video.fps:
+        first, last = int(rate), min(int(total - rate), last)
+    return sorted(set(numpy.linspace(first, last, count).astype(int).tolist()))
 
 
 def _square(vision: VisionConfig) -> Size:

@@ -154,6 +154,10 @@ def _resize_box(image: Tensor, dim: int, start: float, end: float, vision: Visio
 
 def resized(image: Tensor, size: tuple[int, int], vision: VisionConfig) -> Tensor:
     """uint8 (3, H, W) of any size -> uint8 of (height, width) ``size``."""
+    if vision.resample == "lanczos":  # which torchvision has from 0.27 on
+        height, width = size
+        scaled = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((width, height), Image.LANCZOS)
+        return torch.from_numpy(numpy.array(scaled)).permute(2, 0, 1).contiguous()
     return resize(image, list(size), InterpolationMode(vision.resample), antialias=True)
 
 

@@ -1,7 +1,7 @@
 """How an image is cut into squares for a tower of squares, by ``data.image_layout``: arithmetic on sizes, then pixels.
 
 Sizes, grids and pixels are those of the processors that ship with LLaVA-NeXT and LLaVA-OneVision (pinpoints), InternVL
-(aspect), Idefics3 and SmolVLM (long_edge; bicubic where these ask for Lanczos, which torchvision lacks).
+(aspect), Idefics3 and SmolVLM (long_edge).
 """
 
 import functools
@@ -15,11 +15,11 @@ from torchvision.transforms.v2.functional import pad
 
 from avlm.config.media import ImageLayout
 from avlm.config.model import VisionConfig
-from avlm.data.media.image import resized
+from avlm.data.media.image import fit, resized
 
 Size = tuple[int, int]  # height and width, in pixels
 
-MOST_PIXELS = 4096  # of a side, before an image is cut by long_edge
+MOST_PIXELS = 4096  # of a side, however large the longest edge is
 MIN_STRETCH = 1.1  # joined grids that exceed max_tiles by a smaller factor, in length, stay as they are
 
 
@@ -74,6 +74,13 @@ def views(image: Tensor, tiling: Tiling, vision: VisionConfig, layout: ImageLayo
         image = resized(image, joined, vision)
     tiles = list(rearrange(image, "c (l y) (k x) -> (l k) c y x", y=side, x=side))
     return [whole, *tiles] if tiling.whole_first else [*tiles, whole]
+
+
+def whole_view(image: Tensor, vision: VisionConfig, layout: ImageLayout) -> Tensor:
+    """uint8 (3, H, W) -> uint8 (3, S, S) of a frame, or of an image for a layout without tiles."""
+    if layout.longest_edge is not None:
+        image = resized(image, _long_edge_size((image.shape[1], image.shape[2]), layout), vision)
+    return fit(image, vision)
 
 
 def shown_part(source: Size, lines: int, columns: int) -> tuple[int, int, int, int]:
@@ -160,14 +167,17 @@ def _grids_by_size(least: int, most: int) -> list[tuple[int, int]]:
 
 
 def _long_edge_sizes(source: Size, vision: VisionConfig, layout: ImageLayout) -> tuple[Size, Size]:
-    """The two sizes that long_edge gives an image, one after the other: with a long side of ``longest_edge`` pixels and
-    an even short one, and in whole tiles."""
+    """The two sizes that long_edge gives an image, one after the other: by its longest edge, and in whole tiles."""
     side = vision.image_size
-    first = _with_long_side(source, layout.longest_edge, multiple=2)
-    if max(first) > MOST_PIXELS:
-        first = _with_long_side(first, MOST_PIXELS)
+    first = _long_edge_size(source, layout)
     height, width = _with_long_side(first, math.ceil(max(first) / side) * side, multiple=side)
     return first, (height, width)
+
+
+def _long_edge_size(source: Size, layout: ImageLayout) -> Size:
+    """With a long side of ``longest_edge`` pixels and an even short one."""
+    size = _with_long_side(source, layout.longest_edge, multiple=2)
+    return _with_long_side(size, MOST_PIXELS) if max(size) > MOST_PIXELS else size
 
 
 def _with_long_side(size: Size, pixels: int, multiple: int = 1) -> Size:

@@ -10,7 +10,13 @@ from einops import rearrange
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import InternVLVideoProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
+from transformers import (
+    InternVLVideoProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLVideoProcessor,
+    SmolVLMVideoProcessor,
+)
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as qwen2_vl_smart_resize
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as qwen3_vl_smart_resize
 from transformers.video_utils import VideoMetadata
@@ -130,6 +136,25 @@ def test_frames_in_the_middle_of_equal_parts_are_those_that_the_processor_of_int
             expected = InternVLVideoProcessor().sample_frames(VideoMetadata(total, float(rate)), fps=fps)
             found = area.frame_times(total / rate, rate, video, 1)
             assert [round(time * rate) for time in found] == expected.tolist()
+
+
+@pytest.mark.parametrize("most, fps", [(64, 1), (8, 1), (5, 0.5), (3, 30), (500, 50)])
+def test_inner_frames_are_those_that_the_processor_of_smolvlm_chooses(most, fps):
+    processor = SmolVLMVideoProcessor(num_frames=most, fps=fps)
+    video = VideoConfig(num_frames=None, fps=float(fps), max_frames=most, spread="inner")
+    skipped = 0
+    for total, rate in [*LENGTHS, (1, 30), (3000, 30), (1800, Fraction(30000, 1001)), (70, Fraction(1, 2))]:
+        seconds = float(total / Fraction(rate))
+        metadata = VideoMetadata(total_num_frames=total, fps=float(rate), duration=seconds)
+        found = [round(time * rate) for time in area.frame_times(seconds, rate, video, 1)]
+        assert found == processor.sample_frames(metadata).tolist()
+        skipped += found[0] > 0
+    assert (skipped > 0) == (most * fps < 95), "no video was long enough for its first second to be left out"
+
+
+def test_inner_frames_are_some_of_each_second():
+    with pytest.raises(ValueError, match="spread=inner needs fps"):
+        VideoConfig(spread="inner")
 
 
 def every_frame(data: bytes) -> np.ndarray:

@@ -12,11 +12,13 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     SmolVLMImageProcessor,
+    SmolVLMVideoProcessor,
 )
 from transformers.models.llava_next.modeling_llava_next import unpad_image
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from avlm.config.media import ImageLayout
-from avlm.data.media.tiles import bilinear_taps, shown_part, stretched_grid, tiling_of, views
+from avlm.data.media.tiles import bilinear_taps, shown_part, stretched_grid, tiling_of, views, whole_view
 from tests.data.small_files import VISION, photo
 
 SIDE = 56
@@ -49,8 +51,10 @@ PROCESSORS = {
         LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=PINPOINTS["onevision"], **RAW),
     ),
     "InternVL": (INTERN, GotOcr2ImageProcessor(size=SQUARE, crop_to_patches=True, **RAW)),
-    "Idefics3": (IDEFICS, Idefics3ImageProcessor(size={"longest_edge": 4 * SIDE}, **LONGEST, **RAW)),
-    "SmolVLM": (SMOL, SmolVLMImageProcessor(size={"longest_edge": 200}, **LONGEST, **RAW)),
+    "Idefics3": (IDEFICS, Idefics3ImageProcessor(size={"longest_edge": 4 * SIDE}, resample=3, **LONGEST, **RAW)),
+    "SmolVLM": (SMOL, SmolVLMImageProcessor(size={"longest_edge": 200}, resample=3, **LONGEST, **RAW)),
+    # With the filter of the published folders, which torchvision has from 0.27 on.
+    "SmolVLM by Pillow": (SMOL, SmolVLMImageProcessorPil(size={"longest_edge": 200}, resample=1, **LONGEST, **RAW)),
 }
 
 
@@ -64,8 +68,9 @@ def test_views_equal_those_of_the_processor(family, size):
     layout, processor = PROCESSORS[family]
     image = pixels(*size)
     theirs = processor(image, return_tensors="pt")
-    tiling = tiling_of(size, TOWER, layout)
-    ours = torch.stack(views(image, tiling, TOWER, layout))
+    tower = dataclasses.replace(TOWER, resample="lanczos" if processor.resample == 1 else "bicubic")
+    tiling = tiling_of(size, tower, layout)
+    ours = torch.stack(views(image, tiling, tower, layout))
     assert torch.equal(ours, theirs["pixel_values"].reshape(-1, 3, SIDE, SIDE).to(torch.uint8))
     assert len(ours) == tiling.num_views
     if "rows" in theirs:
@@ -87,6 +92,26 @@ def test_an_image_that_is_not_alone_is_padded_where_only_images_alone_are_cut(si
     tiling = tiling_of(size, TOWER, layout, alone=False)
     assert tiling.num_tiles == 0
     assert torch.equal(torch.stack(views(image, tiling, TOWER, layout)), theirs.to(torch.uint8))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_what_is_seen_whole_gets_its_longest_edge_before_it_becomes_a_square(size):
+    """A frame, and an image that is not to be cut."""
+    layout = ImageLayout(longest_edge=200)
+    image = pixels(*size)
+    for resample, by_pillow in (("bicubic", False), ("lanczos", True)):
+        kind = SmolVLMImageProcessorPil if by_pillow else SmolVLMImageProcessor
+        processor = kind(size={"longest_edge": 200}, do_image_splitting=False, **LONGEST, **RAW)
+        theirs = processor(image, return_tensors="pt", resample=1 if by_pillow else 3)["pixel_values"].flatten(0, 1)
+        ours = whole_view(image, dataclasses.replace(TOWER, resample=resample), layout)
+        assert torch.equal(ours[None], theirs.to(torch.uint8))
+    processor = SmolVLMVideoProcessor(
+        size={"longest_edge": 200}, max_image_size={"longest_edge": SIDE}, resample=3, **RAW
+    )
+    frames = torch.stack([image, image.flip(1)])
+    theirs = processor([frames], return_tensors="pt")["pixel_values"][0]
+    ours = torch.stack([whole_view(frame, TOWER, SMOL) for frame in frames])
+    assert torch.equal(ours, theirs.to(torch.uint8))
 
 
 def test_an_image_of_one_tile_is_seen_once():
