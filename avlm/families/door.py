@@ -34,6 +34,7 @@ from avlm.config.values import shown
 from avlm.families import (
     audioflamingo3,
     clip,
+    idefics3,
     internvl,
     llama,
     llava,
@@ -47,6 +48,7 @@ from avlm.families import (
     qwen2_audio,
     qwen2_vl,
     qwen3_vl,
+    smolvlm,
     ultravox,
     voxtral,
     whisper,
@@ -74,6 +76,8 @@ FAMILIES = (
         qwen2_vl,
         qwen2_5_vl,
         qwen3_vl,
+        idefics3,
+        smolvlm,
     ),
     *(llama, clip, whisper),
 )
@@ -94,6 +98,8 @@ FORMATS: dict[str, ModuleType] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "idefics3": idefics3,
+    "smolvlm": smolvlm,
 }
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
 
@@ -106,6 +112,8 @@ TEXT_TEMPLATES = {  # family -> our template for one of parts
     llava_next: llava_next.text_template,
     llava_next_video: llava_next.text_template,
     llava_onevision: llava.text_template,
+    idefics3: idefics3.text_template,
+    smolvlm: idefics3.text_template,
 }
 WITHIN = {"qwen2_5_omni": qwen2_5_omni}  # format -> family, of parts of a larger model
 TOKEN_NAMES = {  # format -> {name that its processor asks for: token}
@@ -124,9 +132,12 @@ WITH_PROMPTS = (
     pixtral,
     mistral3,
     internvl,
+    idefics3,
+    smolvlm,
 )  # whose folders say how media stand in prompts
 WITH_PROMPT_KEYS = (llava, llava_next, llava_next_video, llava_onevision, qwen2_5_omni)  # in their config.json
-WITH_MARKERS = (pixtral, mistral3, internvl)  # whose processors put what stands around media into prompts themselves
+# Whose processors put what stands around media into prompts themselves.
+WITH_MARKERS = (pixtral, mistral3, internvl, idefics3, smolvlm)
 rebuilds_tokenizer = llama.rebuilds_tokenizer
 
 

@@ -24,7 +24,7 @@ KEYS_OF_TYPE = {
     int: "hidden_size intermediate_size head_dim num_hidden_layers num_attention_heads num_key_value_heads "
     "max_position_embeddings max_source_positions sliding_window max_window_layers depth embed_dim num_heads "
     "window_size spatial_merge_size temporal_patch_size num_position_embeddings n_window output_dim "
-    "stack_factor original_max_position_embeddings",
+    "stack_factor scale_factor original_max_position_embeddings",
     NUMBER: "rope_theta partial_rotary_factor factor mlp_ratio tokens_per_second position_id_per_seconds "
     "seconds_per_chunk mscale mscale_all_dim llama_4_scaling_beta downsample_ratio",
     SIDES: "image_size patch_size",

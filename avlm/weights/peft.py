@@ -14,6 +14,7 @@ from avlm.config.values import shown
 from avlm.families.door import (
     FAMILIES,
     FORMATS,
+    family_of,
     has_name,
     hugging_face_name,
     is_channel_major,
@@ -65,7 +66,7 @@ def base_of(config: Config, names: Collection[str], format: str | None, name: st
     if format != "decoder":
         instead = f"--onto decoder writes the adapters of the decoder alone, {instead}"
     if format is None:
-        format = _format_of(config.model, instead)
+        format = _format_of(config, instead)
     elif reason := _obstacle(format, config.model):
         raise ValueError(f"the base of the adapters cannot be a {format}: {reason}; {instead}")
     held = FORMATS[format].LOADED
@@ -96,16 +97,28 @@ def base_of(config: Config, names: Collection[str], format: str | None, name: st
     return Base(format, name or own, tuple(whole))
 
 
-def _format_of(model: ModelConfig, instead: str) -> str:
-    """The first format that holds exactly the modules of a model. ValueError with what keeps it out of each."""
+def _format_of(config: Config, instead: str) -> str:
+    """The format of the folder that a run began with, or the first that holds exactly the modules of its model.
+    ValueError with what keeps it out of each."""
+    model, own = config.model, _family_of_start(config)
     obstacles = {}
-    for format, family in FORMATS.items():
+    for format, family in sorted(FORMATS.items(), key=lambda each: each[1] is not own):
         if set(family.LOADED) == set(model.modules):
             obstacles[format] = _obstacle(format, model)
             if obstacles[format] is None:
                 return format
     listed = ", nor ".join(f"a {format}: {reason}" for format, reason in obstacles.items())
     raise ValueError(f"the base of the adapters cannot be {listed}; {instead}")
+
+
+def _family_of_start(config: Config) -> ModuleType | None:
+    """None if it did not begin with one model of Hugging Face that lies here."""
+    name = config.init_from.all
+    path = None if name is None else local(name) / "config.json"
+    if path is None or not path.is_file():
+        return None
+    keys = read_json(path)
+    return None if is_own(keys) else family_of(keys)
 
 
 def _obstacle(format: str, model: ModelConfig) -> str | None:
