@@ -12,7 +12,7 @@ from avlm.config.run import DataConfig
 from avlm.data.sample import Sample
 
 # Settings of a module that change no sample's length.
-LENGTH_IS_THE_SAME = ("bias", "output_std", "resample")
+LENGTH_IS_THE_SAME = ("bias", "qkv_bias", "output_std", "resample")
 # Settings that came later. Those that stand at their defaults are left out, so that runs from before can be resumed.
 LATER = {
     "data": "image_tokens markers image_layout columns",
