@@ -25,7 +25,8 @@ class ImageLayout:
     """How an image is cut into views, which the vision tower encodes one by one, and what stands between their
     features. By default there is one view, whose features follow each other line by line.
 
-    Markers are as those of ``data.markers``: text with control tokens, {line} and {column} of a tile from 1 on.
+    Markers are as those of ``data.markers``: text with control tokens, {line} and {column} of a tile from 1 on. Control
+    tokens are read in texts too.
     """
 
     tiles: Literal["none", "pinpoints", "aspect", "long_edge"] = "none"
@@ -67,8 +68,9 @@ class ImageLayout:
 
 @config
 class VideoText:
-    """Text around the frames of a video: {count} and {count_in_words} of patches of frames, {duration} as H:MM:SS; in
-    ``frame`` the number {n} of a patch of frames, and its {time} in seconds or as {clock}, MM:SS."""
+    """Text around the frames of a video, in which control tokens are read: {count} and {count_in_words} of patches of
+    frames, {duration} as H:MM:SS; in ``frame`` the number {n} of a patch of frames, and its {time} in seconds or as
+    {clock}, MM:SS."""
 
     before: str = ""
     frame: str = ""  # before each patch of frames, which then gets the markers of a video of its own

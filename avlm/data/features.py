@@ -47,37 +47,32 @@ def of_images(grids: Sequence[Grid], model: ModelConfig) -> Features:
 def of_tiles(source: Size, tiling: Tiling, grid: Grid, model: ModelConfig) -> tuple[Features, Grid]:
     """Of the whole image and then of its tiles, which are joined to one grid and freed of its padding; and the lines
     and columns of that grid. ``source``: the size of the image in pixels; ``grid``: patches of a view."""
-    projector = model.vision_projector
+    vision, projector = model.vision, model.vision_projector
     side = grid[0] // projector.downsample
-    all_views = _sources([grid] * tiling.num_views, model.vision, projector.downsample)
-    whole, tiles = all_views[: side**2], all_views[side**2 :]
+    sources = _sources([grid] * tiling.num_tiles, vision, projector.downsample)
     sides = {"l": tiling.lines, "k": tiling.columns, "y": side}
-    joined = rearrange(tiles, "(l k y x) s -> (l y) (k x) s", **sides)
+    joined = rearrange(sources, "(l k y x) s -> (l y) (k x) s", **sides)
     top, bottom, left, right = shown_part(source, *joined.shape[:2])
     shown = joined[top:bottom, left:right]
     lines, columns = shown.shape[:2]
-    features = _filled(torch.cat([whole, shown.flatten(0, 1)]), model)
+    of_joined = _filled(shown.flatten(0, 1), model)
     into = stretched_grid(lines, columns, side, projector.max_tiles)
-    if into == (lines, columns):
-        return features, into
-    mix, weights = bilinear_taps(lines, columns, into)
-    itself, alone = _unchanged(len(whole))
-    mix = torch.cat([itself, mix + len(whole)])
-    return Features(features.sources, mix, torch.cat([alone, weights])), into
+    if into != (lines, columns):
+        of_joined = Features(of_joined.sources, *bilinear_taps(lines, columns, into))
+    num_rows = vision.outputs_of(grid)
+    return Features.joined([of_images([grid], model), of_joined], [num_rows, num_rows * tiling.num_tiles]), into
 
 
-def of_frames(grid: Grid, num_items: int, model: ModelConfig) -> Features:
-    """Of the frames of a video, one after the other."""
+def of_frame(grid: Grid, model: ModelConfig) -> Features:
+    """Of a frame of a video, or of frames that share patches."""
     projector = model.vision_projector
     if projector.halve_frames == "mean":
-        return Features(_sources([grid] * num_items, model.vision, 2))
-    features = of_images([grid] * num_items, model)
+        return Features(_sources([grid], model.vision, 2))
+    features = of_images([grid], model)
     if projector.halve_frames == "none":
         return features
     lines, columns = (count // projector.downsample for count in grid)
-    mix, weights = bilinear_taps(lines, columns, halved((lines, columns), model))
-    starts = torch.arange(num_items) * lines * columns
-    return Features(features.sources, (mix + starts[:, None, None]).flatten(0, 1), weights.repeat(num_items, 1))
+    return Features(features.sources, *bilinear_taps(lines, columns, halved((lines, columns), model)))
 
 
 def _sources(grids: Sequence[Grid], vision: VisionConfig, downsample: int) -> Tensor:
@@ -94,9 +89,3 @@ def _filled(sources: Tensor, model: ModelConfig) -> Features:
     """With as many sources as the projector takes at most; of a mean, -1 does not count."""
     missing = model.vision.rows_per_feature(model.vision_projector) - sources.shape[1]
     return Features(torch.cat([sources, sources.new_full((len(sources), missing), -1)], 1) if missing else sources)
-
-
-def _unchanged(count: int) -> tuple[Tensor, Tensor]:
-    """The mix of features that are projected rows as they are."""
-    first = torch.tensor([1.0, 0.0, 0.0, 0.0])
-    return torch.arange(count)[:, None].expand(-1, 4), first.expand(count, -1)

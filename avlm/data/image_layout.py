@@ -1,5 +1,5 @@
 """How the features of an image and of a video stand in a sample, by ``data.image_layout`` and ``data.video``: runs of
-placeholders with markers and text, all of it from sizes alone, so that tokens are counted before a file is decoded.
+placeholders with markers and text around them, all of it from sizes alone, so that tokens are counted before a file is decoded.
 """
 
 import datetime
@@ -10,7 +10,7 @@ from torch import Tensor
 from avlm.config.media import ImageLayout
 from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
-from avlm.data.features import Group, of_frames, of_tiles
+from avlm.data.features import Group, of_frame, of_tiles
 from avlm.data.media import area
 from avlm.data.media.area import Extent
 from avlm.data.positions import of_grid
@@ -64,19 +64,18 @@ def _views(extent: Extent, data: DataConfig) -> list[Run]:
     """The tiles of an image, line by line, and the whole image before or after them."""
     layout, tiling = data.image_layout, extent.tiling
     tokens = [IMAGE] * extent.item_features
-    before, after = layout.whole_markers
-    whole = Run("image", tokens, markers=(before, after))
+    [whole] = within([Run("image", tokens)], *layout.whole_markers)
     tiles = []
     for line in range(1, tiling.lines + 1):
         for column in range(1, tiling.columns + 1):
             marks = [mark.replace("{line}", str(line)) for mark in layout.tile_markers]
             before, after = (mark.replace("{column}", str(column)) for mark in marks)
-            text = layout.line_end if line > 1 and column == 1 else ""
-            tiles.append(Run("image", tokens, text=text, markers=(before, after)))
+            line_end = layout.line_end if line > 1 and column == 1 else ""
+            tiles.append(Run("image", tokens, markers=(line_end + before, after)))
     end = layout.line_end + layout.tiles_end
     if tiling.whole_first:
         return [whole, *within(tiles, "", end)]
-    return [*tiles, replace(whole, text=end)]
+    return [*tiles, *within([whole], end, "")]
 
 
 def _whole(extent: Extent, model: ModelConfig, data: DataConfig) -> list[Run]:
@@ -93,16 +92,16 @@ def _whole(extent: Extent, model: ModelConfig, data: DataConfig) -> list[Run]:
 
 def runs_of_video(extent: Extent, number: int, model: ModelConfig, data: DataConfig) -> list[Run]:
     """Without items. ``number``: of the video in its sample, from 1 on."""
-    text, markers = data.video.text, markers_of("video", number, data)
+    text, (before, after) = data.video.text, markers_of("video", number, data)
     if text.of_frames:
         runs = []
         times = area.patch_times(extent.times, model.vision.frames_per_patch)
         for i, time in enumerate(times):
             frame = _written(text.frame, extent, n=i + 1, time=f"{time:.1f}", clock=_clock(time))
             between = _written(text.between, extent) if i else ""
-            runs.append(replace(run_of_frames(extent, 0, 1, model), text=between + frame, markers=markers))
+            runs += within([run_of_frames(extent, 0, 1, model)], between + frame + before, after)
     else:
-        runs = within([run_of_frames(extent, 0, extent.num_items, model)], *markers)
+        runs = within([run_of_frames(extent, 0, extent.num_items, model)], before, after)
     if data.video.newline:
         runs[-1] = replace(runs[-1], tokens=[*runs[-1].tokens, NEWLINE])
     return within(runs, _written(text.before, extent), _written(text.after, extent))
@@ -112,7 +111,7 @@ def run_of_frames(extent: Extent, first: int, count: int, model: ModelConfig) ->
     """``count`` patches of frames of a video from the number ``first`` on."""
     groups = []
     if model.vision_projector.halve_frames != "none":
-        groups = [Group(1, of_frames(extent.grid, 1, model))] * count
+        groups = [Group(1, of_frame(extent.grid, model))] * count
     tokens = [IMAGE] * (count * extent.item_features)
     return Run("image", tokens, groups=groups, offsets=_offsets(extent, first, count, model))
 

@@ -16,8 +16,7 @@ class Run:
     tokens     their ids
     items      that begin here
     groups     of these items, where features are not those of each item on its own
-    text       that stands before them
-    markers    around them, "" for none: text with control tokens
+    markers    around them, "" for none: text in which control tokens are read
     offsets    their positions, for M-RoPE; None: those of text
     continues  they begin where the run before began
     abreast    the tokens of its markers share a position, before and after
@@ -27,7 +26,6 @@ class Run:
     tokens: list[int]
     items: list[Tensor] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
-    text: str = ""
     markers: tuple[str, str] = ("", "")
     offsets: Tensor | None = None
     continues: bool = False
@@ -40,18 +38,17 @@ def holding(items: list[Tensor], runs: list[Run]) -> list[Run]:
 
 
 def within(runs: list[Run], before: str, after: str) -> list[Run]:
-    """Runs with something more around all of them: text with control tokens, or text."""
+    """Runs with more markers around all of them."""
     first = runs[0]
-    runs = [replace(first, text="", markers=(before + first.text + first.markers[0], first.markers[1])), *runs[1:]]
+    runs = [replace(first, markers=(before + first.markers[0], first.markers[1])), *runs[1:]]
     last = runs[-1]
     return [*runs[:-1], replace(last, markers=(last.markers[0], last.markers[1] + after))]
 
 
 def lay_out(run: Run, pieces: list[Piece], control_tokens: Collection[str]) -> None:
-    """Add a run after other pieces. Text before it is tokenised together with the text before that; text behind it
+    """Add a run after other pieces. Text before it is tokenised together with the text before that; text after it
     stands as a piece of its own, for text that follows."""
-    before, first_markup, last_markup, after = around(run, control_tokens)
-    text = run.text + before
+    text, first_markup, last_markup, after = around(run, control_tokens)
     last = pieces[-1] if pieces else None
     if text and last is not None and last.kind in ("text", "markup") and not last.learned:
         pieces[-1] = replace(last, text=last.text + text)

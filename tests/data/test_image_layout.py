@@ -161,6 +161,18 @@ def test_text_around_the_frames_of_a_video_tells_their_number_and_time(tokenizer
     assert written(found, tokenizer_folder) == expected
 
 
+def test_control_tokens_are_read_in_every_text_around_views_and_frames(tokenizer_folder):
+    text = VideoText(before=TILE, frame=f"one {VIEW}", between=BREAK, after=TILE)
+    found = encode(tokenizer_folder, videos=[video_file(2.0)], video=VideoConfig(num_frames=3, text=text))
+    control = {token: Tokenizer(tokenizer_folder).id_of(token) for token in (TILE, VIEW, BREAK)}
+    counts = {token: (found.token_T == number).sum().item() for token, number in control.items()}
+    assert counts == {TILE: 2, VIEW: 3, BREAK: 2}
+    layout = ImageLayout(tiles="aspect", max_tiles=3, line_end=BREAK, tiles_end=VIEW)
+    found = encode(tokenizer_folder, layout, images=[(20, 90)])
+    counts = {token: (found.token_T == number).sum().item() for token, number in control.items()}
+    assert counts == {TILE: 0, VIEW: 1, BREAK: 3}
+
+
 def test_numbers_are_spelled():
     spelled = {0: "zero", 13: "thirteen", 20: "twenty", 64: "sixty-four", 100: "one hundred", 999: "999"}
     spelled |= {999: "nine hundred and ninety-nine", 1000: "1000"}

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from avlm.config.load import resolve_config
 from avlm.config.model import MODULES, ModelConfig
 from avlm.config.run import Config
-from avlm.data.features import Group, of_frames, of_images, of_tiles
+from avlm.data.features import Group, of_frame, of_images, of_tiles
 from avlm.data.media.tiles import Tiling
 from avlm.data.packing import pack
 from avlm.data.positions import Placed, of_grid, positions
@@ -161,7 +161,7 @@ def make_views(mix: str, model: ModelConfig) -> tuple[list[Grid], list[Group], l
         return grids, [], [IMAGE] * num_features, placed
     if mix == "video":
         grids = [(side, side)] * num_images
-        groups = [Group(1, of_frames(grid, 1, model)) for grid in grids]
+        groups = [Group(1, of_frame(grid, model)) for grid in grids]
         return grids, groups, [*[IMAGE] * sum(len(group.features) for group in groups), NEWLINE], []
     groups, tokens = [], []
     tiling = Tiling(3 if projector.stretches else 2, 1, whole_first=True)
