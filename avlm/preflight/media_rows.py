@@ -25,7 +25,8 @@ def media_rows(name: str, model: ModelConfig, data: DataConfig, ranks: int) -> t
         return num_features * projector.downsample**2, math.ceil(length / ranks)
     views, tokens = 1, _features_of_item(tower, projector.downsample)
     if isinstance(tower, VisionConfig):
-        views, tokens = max(_images(model, data), key=lambda image: image[0] / image[1])
+        fitting = [(count, taken) for count, taken in _images(model, data) if taken <= length]
+        views, tokens = max(fitting, key=lambda image: image[0] / image[1], default=(views, tokens))
     num_items = views * (length // tokens)
     projected = math.ceil(length / ranks)
     if projector.stretches:

@@ -13,6 +13,7 @@ from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Image, L
 
 from avlm.config.load import load_config, resolve_config
 from avlm.data import inspect
+from avlm.data.hf.columns import Columns
 from avlm.data.hf.source import Source, parse
 from avlm.data.hf.table import Table
 from avlm.data.loader import open_loader, open_samples
@@ -121,6 +122,21 @@ def test_recordings_are_read_as_files_or_as_arrays(folder, tokenizer_folder):
         assert sample.audios == [file["bytes"]] and sample.messages[0]["content"] == "<audio>"
     [sample] = samples(folder, tokenizer_folder, "arrays.parquet")
     assert len(audio.decode(sample.audios[0], 10.0)) == 2 * len(wave), "from 8 to 16 kHz"
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ({"array": [0.5], "sampling_rate": None}, "an audio array needs its sampling_rate in Hz, not None"),
+        ({"array": [0.5], "sampling_rate": 0}, "an audio array needs its sampling_rate in Hz, not 0"),
+        ({"array": [{"left": 1}], "sampling_rate": 8000}, "an audio array must hold numbers"),
+        (2, "column audio holds 2, and its classes are 0 to 1"),
+    ],
+)
+def test_a_cell_that_is_no_medium_or_class_makes_its_sample_bad(cell, message):
+    columns = Columns(None, ["audio", "text"], {"audio": ["a.wav", "b.wav"]}, media=Path.read_bytes)
+    with pytest.raises(ValueError, match=message):
+        columns.sample({"audio": cell, "text": "one"}, "key")
 
 
 def test_turns_with_lists_of_images_and_pairs_are_records(folder, tokenizer_folder):

@@ -35,3 +35,13 @@ def test_no_image_that_is_cut_into_tiles_has_many_more_views_for_its_tokens_than
             found.append(extent.num_items / tokens)
     assert max(found) * data.seq_length * 17 == pytest.approx(rows, rel=0.1)
     assert projected == pytest.approx(rows * 16 / 17, rel=0.01)
+
+
+def test_images_that_no_row_can_hold_are_not_counted():
+    """A view has 16 features; those of an image of 2 x 1 tiles take at least 32 more."""
+    cut = {"tiles": "pinpoints", "grids": [[1, 2], [2, 1], [4, 4]]}
+    model = {**TREE["model"], "vision_projector": {"newline": True}}
+    for length, views in ((20, 1), (60, 3)):
+        cfg = make_config(model=model, data={"train": "synthetic", "seq_length": length, "image_layout": cut})
+        rows, _ = media_rows("vision", cfg.model, cfg.stages[0].data, 1)
+        assert rows == views * 17

@@ -114,7 +114,10 @@ class Columns:
         """The name of a class in place of its number; -1 stands for none."""
         if column not in self.labels or not isinstance(value, int):
             return value
-        return self.labels[column][value] if value >= 0 else None
+        names = self.labels[column]
+        if value >= len(names):
+            raise ValueError(f"column {column} holds {value}, and its classes are 0 to {len(names) - 1}")
+        return names[value] if value >= 0 else None
 
     def _filled(self, key: str, parts: Parts, row: Row) -> Any:
         if len(parts) == 1 and not parts[0][0]:
@@ -186,11 +189,17 @@ def _with_file_names(value: Any, place: str, files: dict[str, bytes]) -> Any:
     return place
 
 
-def _wav(array: list[float], sampling_rate: int) -> bytes:
+def _wav(array: Any, sampling_rate: Any) -> bytes:
     """A mono WAV file of float32 samples."""
-    samples = numpy.asarray(array, dtype="<f4")
+    if not isinstance(sampling_rate, int | float) or not 1 <= sampling_rate < 2**30:
+        raise ValueError(f"an audio array needs its sampling_rate in Hz, not {shown(repr(sampling_rate))}")
+    rate = round(sampling_rate)
+    try:
+        samples = numpy.asarray(array, dtype="<f4")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"an audio array must hold numbers: {error}") from None
     if samples.ndim != 1:
         raise ValueError(f"an audio array must have one axis, not the shape {samples.shape}: mix its channels")
-    header = struct.pack("<4sIHHIIHH", b"fmt ", 16, 3, 1, sampling_rate, 4 * sampling_rate, 4, 32)  # 3: floats
+    header = struct.pack("<4sIHHIIHH", b"fmt ", 16, 3, 1, rate, 4 * rate, 4, 32)  # 3: floats
     data = struct.pack("<4sI", b"data", samples.nbytes) + samples.tobytes()
     return struct.pack("<4sI4s", b"RIFF", 4 + len(header) + len(data), b"WAVE") + header + data
