@@ -255,7 +255,7 @@ class ProjectorConfig:
     # vision: of a video, 2 x 2 rows are averaged (LLaVA-NeXT-Video), or its features are stretched to half as many a
     # side (LLaVA-OneVision)
     max_tiles: Positive | None = None
-    # vision: tiles that are joined to a grid of more features than so many tiles have are stretched to about these
+    # vision: joined tiles with more features than this number of tiles would have are stretched to about that many
     # (LLaVA-OneVision: 9)
     norm: Norm = "none"  # of each tower row, before they are put side by side
     feature_norm: Norm = "none"  # of the rows side by side (Ultravox)

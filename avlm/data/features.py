@@ -27,7 +27,7 @@ class Group:
 
 
 def of_windows(lengths: list[int], stack: int) -> Features:
-    """Of windows of audio with so many rows each: neighbours within a window. -1 pads the last feature of a window."""
+    """Of windows of audio, by the rows of each: neighbours within a window. -1 pads the last feature of a window."""
     sources = [torch.empty(0, stack, dtype=torch.int64)]
     start = 0
     for length in lengths:
@@ -86,6 +86,6 @@ def _sources(grids: Sequence[Grid], vision: VisionConfig, downsample: int) -> Te
 
 
 def _filled(sources: Tensor, model: ModelConfig) -> Features:
-    """With as many sources as the projector takes at most; of a mean, -1 does not count."""
+    """Padded with -1, which does not count in a mean, to the number of sources that the projector takes at most."""
     missing = model.vision.rows_per_feature(model.vision_projector) - sources.shape[1]
     return Features(torch.cat([sources, sources.new_full((len(sources), missing), -1)], 1) if missing else sources)

@@ -12,7 +12,7 @@ from avlm.config.decoder import DecoderConfig, RopeScaling, YarnScaling
 from avlm.config.values import shown
 from avlm.families.keys import to_ours, to_theirs
 
-ORIGINAL = "original_max_position_embeddings"  # beside the others or, of more weight, at the top
+ORIGINAL = "original_max_position_embeddings"  # among the keys of the scaling; at the top of config.json it counts more
 # our field -> their key
 LLAMA3 = {
     "factor": "factor",

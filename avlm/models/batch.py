@@ -82,7 +82,7 @@ class Features(Movable):
 
     @staticmethod
     def joined(parts: list["Features"], output_counts: list[int]) -> "Features":
-        """Those of several parts of a row, which have so many rows of the tower's output each."""
+        """Those of several parts of a row. ``output_counts``: rows of the tower's output that each part has."""
         starts = [0, *accumulate(output_counts)]
         sources = [torch.where(part.sources < 0, -1, part.sources + start) for part, start in zip(parts, starts)]
         if all(part.mix is None for part in parts):

@@ -58,7 +58,7 @@ class Projector(nn.Module):
         """``into`` with the features of media, made of tower rows x, written at their rows, and the features of each
         inner layer, (R, D). ``into`` itself must not be used afterwards.
 
-        The rows of inner layers stand in ``x`` behind those of the last.
+        In each row of ``x`` the numbers of inner layers follow those of the last.
         """
         x_PC, *inner = x_PC.split(self.tower_size, dim=1)
         deep = [project(side_by_side(inner_PC, media.sources)) for project, inner_PC in zip(self.deep, inner)]

@@ -38,8 +38,8 @@ class Epoch:
 
 
 def epoch_of(data: DataConfig, looks: list[Look]) -> Epoch | None:
-    """An epoch of sources, from the lengths of their first samples; None for synthetic rows, which have
-    no end, and for a set that streams without saying how many samples it has."""
+    """An epoch of sources, from the lengths of their first samples; None for synthetic rows, which have no end, and for
+    a set that streams without saying how many samples it has."""
     lengths = [length for each in looks for length in each.lengths]
     if not lengths or any(each.num_samples is None for each in looks):
         return None
@@ -59,8 +59,8 @@ def epoch_of(data: DataConfig, looks: list[Look]) -> Epoch | None:
 
 def with_steps(config: Config, epochs: list[Epoch | None], data_ranks: int, resumed: Path | None = None) -> Config:
     """The config with the steps of each stage whose length is given in epochs. A run that continues from ``resumed``
-    keeps the steps that its stages had, unless their epochs changed. ValueError for epochs of data
-    whose end is not known."""
+    keeps the steps that its stages had, unless their epochs changed. ValueError for epochs of data whose end is not
+    known."""
     had = {}
     if resumed is not None:
         had = {stage.name: stage for stage in load_config(resumed.parent.parent / "config.yaml").stages}

@@ -3,8 +3,8 @@
     {image: "{image}", question: "What is it?", answer: "{ground_truth.gt_parse}"}
 
 A text holds any number of {column}. What follows a point reaches into what the column holds: a key or a place of
-structs, lists and JSON texts. A text that is a single {column} stands for what the row has there; under a key of text,
-what is no text is written as JSON, and under messages, conversations and context a text is read as JSON.
+structs, lists and JSON texts. A text that is a single {column} stands for what the row has there; under a key of text
+any other value is written as JSON, and under messages, conversations and context a text is read as JSON.
 
 A medium is bytes, {"bytes", "path"} or {"array", "sampling_rate"} in any place of a row. It is never decoded here; of a
 path without bytes the file is read from ``data.media_root``, or the folder of the set.

@@ -160,7 +160,7 @@ def _nearest_aspect(source: Size, side: int, layout: ImageLayout) -> tuple[int, 
 
 @functools.cache
 def _grids_by_size(least: int, most: int) -> list[tuple[int, int]]:
-    """Lines and columns of all grids of so many tiles, the smallest first, then the narrowest."""
+    """Lines and columns of all grids of ``least`` to ``most`` tiles, the smallest first, then the narrowest."""
     sides = range(1, most + 1)
     grids = [(lines, columns) for columns in sides for lines in sides if least <= lines * columns <= most]
     return sorted(grids, key=math.prod)
@@ -198,7 +198,7 @@ def _within(source: Size, bounds: Size) -> Size:
 
 
 def _padded(image: Tensor, size: Size, colour: list[int]) -> Tensor:
-    """With equally much on both sides; an odd pixel goes to the right or below."""
+    """In the middle of a larger size; an odd pixel goes to the right or below."""
     down, across = size[0] - image.shape[1], size[1] - image.shape[2]
     top, left = down // 2, across // 2
     return pad(image, [left, top, across - left, down - top], fill=colour)
