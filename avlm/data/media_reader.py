@@ -175,7 +175,7 @@ class MediaReader:
         if self.model.vision.resize == "area":
             name, (least, most) = self._bounds(is_video)
             settings.append(f"{name}=[{least:g}, {most:g}]")
-        elif layout.longest_edge is not None and (self.model.vision.any_grid or not is_video):
+        elif self.model.vision.any_grid or (layout.tiles == "long_edge" and not is_video):
             settings.append(f"data.image_layout.longest_edge={layout.longest_edge}")
         elif layout.tiles == "aspect" and not is_video:
             settings.append(f"data.image_layout.max_tiles={layout.max_tiles}")

@@ -299,7 +299,7 @@ def test_a_tower_is_taken_from_a_whole_model(case):
     assert model.vision.post_norm.weight.equal(case.ours.vision.post_norm.weight)
 
 
-def test_adapters_and_the_projector_load_onto_their_class(case, tmp_path, monkeypatch):
+def test_adapters_and_the_projector_load_onto_their_class(case, tmp_path, monkeypatch, capsys):
     ours = adapted(case.config, case.folder, ["decoder.*.q", "vision.*.up"])
     with torch.no_grad():
         ours.vision_projector.linear.weight.add_(0.1)
@@ -310,6 +310,9 @@ def test_adapters_and_the_projector_load_onto_their_class(case, tmp_path, monkey
     changed = dataclasses.replace(config, stages=[trains], init_from=start)
     (tmp_path / "run" / "config.yaml").write_text(dump_config(changed))
     command(monkeypatch, tmp_path / "run", tmp_path / "adapter", "--format", "adapter")
+    assert (
+        f"transformers.{CLASSES[case.name].__name__}" in capsys.readouterr().out
+    )  # not the other's, which has the same
     base = CLASSES[case.name].from_pretrained(case.folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PEFT only warns of missing keys
