@@ -8,11 +8,13 @@ import math
 import pytest
 import torch
 import transformers
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import validated
 from avlm.families import idefics3, llava, smolvlm
+from avlm.models.patches import tower_layout
 from avlm.models.shapes import parameter_shapes
 from avlm.weights.folder import media_prompts, read_config
 
@@ -108,6 +110,16 @@ def test_absent_keys_have_the_defaults_of_their_classes(name):
     large = {**keys_of(name), "vision_config": {**TOWER, "image_size": 364, "patch_size": 14}}
     config = family.read(large, {"preprocessor_config.json": {}})
     assert family.prompts(config, {"preprocessor_config.json": {}})["image_layout"]["longest_edge"] == 1456
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])  # of Idefics3, SmolVLM2 2.2B and SmolVLM2 256M
+def test_the_rows_of_a_feature_stand_side_by_side_as_in_the_connector(scale):
+    side = 12
+    config = transformers.SmolVLMConfig(**{"vision_config": TOWER, "text_config": {**TEXT}, "pad_token_id": 0})
+    connector = SmolVLMConnector(config)
+    theirs = connector.pixel_shuffle(torch.arange(side * side).view(1, -1, 1), scale)[0]
+    vision = smolvlm.read(keys_of("smolvlm"), {}).vision
+    assert tower_layout((side, side), vision, scale).sources.equal(theirs)
 
 
 def test_the_smallest_published_smolvlm2_has_the_parameters_of_its_class():
