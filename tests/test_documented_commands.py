@@ -24,7 +24,7 @@ SCRIPTS = {
     "tests/measurements/packing_against_bucketing.py": [],
     "tests/measurements/speed_against_processors.py": [],
     "tests/measurements/speed_against_transformers.py": [],
-    "tests.measurements.speed_against_qwen2_5_vl": ["--seconds", "30"],
+    "tests.measurements.speed_against_families": ["--seconds", "30"],
 }
 AFTER_MAKE_DEMO = {"tests/measurements/demo_variants.py"}  # hours
 

@@ -1,13 +1,15 @@
-"""Forward and backward of a small Qwen2.5-VL on rows of images of mixed sizes, packed, against transformers' own model.
+"""Forward and backward of a small Qwen2.5-VL or InternVL3 on rows of images of mixed sizes, packed, against
+transformers' own model.
 
-    python -m tests.measurements.speed_against_qwen2_5_vl [--seconds N]
+    python -m tests.measurements.speed_against_families [qwen2_5_vl | internvl] [--seconds N]
 
 Both sides have the same sizes, weights and samples, float32, one CPU thread. Ours takes a row as the loader packs it;
 theirs takes the samples of that row as a batch, padded on the right to the longest. To their favour: its vision tower
-takes the patches of all images without padding, as its processor gives them, and attention is PyTorch's.
+takes the patches or tiles of all images without padding, as its processor gives them, and attention is PyTorch's.
 Making a batch is timed on neither side.
 
-Images have 4 to 512 features, their logarithm spread evenly, and side ratios up to 3; each has 8 to 64 tokens of text.
+Images of Qwen have 4 to 512 features, their logarithm spread evenly, and side ratios up to 3; those of InternVL have up
+to 12 tiles and the whole image, of 16 features each. Each has 8 to 64 tokens of text.
 """
 
 import argparse
@@ -22,15 +24,24 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
+from avlm.config.media import ImageLayout
 from avlm.config.model import ModelConfig
 from avlm.config.run import InitFrom
+from avlm.data.features import of_images
+from avlm.data.media.tiles import tiling_of
 from avlm.data.packing import pack, select
 from avlm.data.positions import Placed, of_grid, positions
 from avlm.data.sample import EncodedSample
 from avlm.models.avlm import AVLM
 from avlm.models.batch import IGNORE, IMAGE, Batch
+from avlm.models.patches import Grid
 from avlm.models.vit import normalise
 from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights
@@ -39,29 +50,55 @@ ROW, NUM_SAMPLES, VOCABULARY = 2048, 80, 1000
 IMAGE_ID, START, END = 996, 998, 999
 TEXT = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 1280, "num_hidden_layers": 4}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6}
-TEXT |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}}
 VISION = {"depth": 8, "hidden_size": 64, "out_hidden_size": 256, "intermediate_size": 192, "num_heads": 2}
 VISION |= {"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7]}
 IDS = {"image_token_id": IMAGE_ID, "video_token_id": 997, "vision_start_token_id": START, "vision_end_token_id": END}
+TILE, PATCH = 112, 14
+TILES = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "num_attention_heads": 2}
+TILES |= {"image_size": [TILE, TILE], "patch_size": [PATCH, PATCH], "attention_bias": True}
+UNTIED = {"tie_word_embeddings": False}
+
+
+def build(family: str) -> nn.Module:
+    if family == "internvl":
+        text = {"model_type": "qwen2", **TEXT}
+        config = InternVLConfig(text_config=text, vision_config=TILES, image_token_id=IMAGE_ID, **UNTIED)
+        return InternVLForConditionalGeneration(config)
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config={**TEXT, **ROPE}, vision_config=VISION, **IDS)
+    )
 
 
 def make_samples(config: ModelConfig, draw: random.Random) -> list[EncodedSample]:
     samples = []
     for _ in range(NUM_SAMPLES):
-        num_features = 4 * 128 ** draw.random()
         ratio = 3 ** draw.uniform(-1, 1)
-        lines = max(1, round((num_features * ratio) ** 0.5))
-        columns = max(1, round((num_features / ratio) ** 0.5))
+        if config.vision.any_grid:
+            grids, num_features, placed = _of_any_grid(4 * 128 ** draw.random(), ratio)
+        else:
+            height = draw.uniform(0.5, 3.5) * TILE
+            tiling = tiling_of((round(height), round(height * ratio)), config.vision, ImageLayout(tiles="aspect"))
+            side = config.vision.patches_per_side
+            grids, placed = [(side, side)] * tiling.num_views, []
+            num_features = len(of_images(grids, config))
         text = [draw.randrange(IMAGE_ID) for _ in range(draw.randint(8, 64))]
-        ids = [START, *[IMAGE] * (lines * columns), END, *text]
+        ids = [START, *[IMAGE] * num_features, END, *text]
         token_T = torch.tensor(ids)
         target_T = torch.full_like(token_T, IGNORE)
         target_T[-len(text) : -1] = token_T[-len(text) + 1 :]
-        shape = (2 * lines, 2 * columns, config.vision.patch_numbers)
-        patches = torch.randint(0, 256, shape, dtype=torch.uint8)
-        position = positions(len(ids), [Placed(1, of_grid([0], lines, columns))])
-        samples.append(EncodedSample("", "image", token_T, target_T, {"image": [patches]}, position))
+        shapes = [(*grid, config.vision.patch_numbers) for grid in grids]
+        patches = [torch.randint(0, 256, shape, dtype=torch.uint8) for shape in shapes]
+        position = positions(len(ids), placed) if placed else None
+        samples.append(EncodedSample("", "image", token_T, target_T, {"image": patches}, position))
     return samples
+
+
+def _of_any_grid(num_features: float, ratio: float) -> tuple[list[Grid], int, list[Placed]]:
+    """Of an image of one view with about so many features: its patches, its features and their positions."""
+    lines = max(1, round((num_features * ratio) ** 0.5))
+    columns = max(1, round((num_features / ratio) ** 0.5))
+    return [(2 * lines, 2 * columns)], lines * columns, [Placed(1, of_grid([0], lines, columns))]
 
 
 def pad(samples: list[EncodedSample], config: ModelConfig) -> dict[str, Tensor]:
@@ -70,11 +107,19 @@ def pad(samples: list[EncodedSample], config: ModelConfig) -> dict[str, Tensor]:
     # A label stands at its token, not at the one before.
     labels = [torch.cat([sample.target_T.new_full((1,), IGNORE), sample.target_T[:-1]]) for sample in samples]
     items = [item for sample in samples for item in sample.media["image"]]
-    by_features = [rearrange(item, "(y i) (x j) n -> (y x i j) n", i=2, j=2) for item in items]
-    return {
+    batch = {
         "input_ids": pad_sequence(ids, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(each) for each in ids], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+    }
+    if not config.vision.any_grid:
+        pattern = "(y x) (c i j) -> c (y i) (x j)"
+        sides = {"y": TILE // PATCH, "i": PATCH, "j": PATCH}
+        views = [rearrange(normalise(item.flatten(0, 1), config.vision), pattern, **sides) for item in items]
+        return {**batch, "pixel_values": torch.stack(views)}
+    by_features = [rearrange(item, "(y i) (x j) n -> (y x i j) n", i=2, j=2) for item in items]
+    return {
+        **batch,
         "mm_token_type_ids": pad_sequence([(each == IMAGE_ID).long() for each in ids], batch_first=True),
         "pixel_values": normalise(torch.cat(by_features), config.vision),
         "image_grid_thw": torch.tensor([(1, *item.shape[:2]) for item in items]),
@@ -104,12 +149,12 @@ def step(loss: Callable[[], Tensor], model: nn.Module) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", nargs="?", choices=["qwen2_5_vl", "internvl"], default="qwen2_5_vl")
     parser.add_argument("--seconds", type=float, default=60, help="how long to measure")
-    seconds = parser.parse_args().seconds
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = Qwen2_5_VLConfig(text_config=TEXT, vision_config=VISION, **IDS)
-    theirs = Qwen2_5_VLForConditionalGeneration(config)
+    theirs = build(arguments.family)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         model = read_config(folder)
@@ -118,7 +163,7 @@ def main() -> None:
     samples = make_samples(model, random.Random(0))
     for packing in ("knapsack", "first_fit"):
         chosen = select([len(sample) for sample in samples], ROW, packing)[:-1]  # the last holds what is left over
-        compare(packing, [[samples[i] for i in row] for row in chosen], ours, theirs, seconds / 2)
+        compare(packing, [[samples[i] for i in row] for row in chosen], ours, theirs, arguments.seconds / 2)
 
 
 def compare(packing: str, chosen: list[list[EncodedSample]], ours: AVLM, theirs: nn.Module, seconds: float) -> None:
