@@ -254,7 +254,7 @@ class ProjectorConfig:
     halve_frames: Literal["none", "mean", "bilinear"] = "none"
     # vision: of a video, 2 x 2 rows are averaged (LLaVA-NeXT-Video), or its features are stretched to half as many a
     # side (LLaVA-OneVision)
-    max_tiles: Positive | None = None
+    stretch_above_tiles: Positive | None = None
     # vision: joined tiles with more features than this number of tiles would have are stretched to about that many
     # (LLaVA-OneVision: 9)
     norm: Norm = "none"  # of each tower row, before they are put side by side
@@ -277,7 +277,7 @@ class ProjectorConfig:
     @property
     def stretches(self) -> bool:
         """Whether features may be weighted sums of projected rows."""
-        return self.halve_frames == "bilinear" or self.max_tiles is not None
+        return self.halve_frames == "bilinear" or self.stretch_above_tiles is not None
 
     @property
     def is_fused(self) -> bool:
@@ -318,7 +318,7 @@ class ModelConfig:
             if (getattr(self, tower) is None) != (getattr(self, f"{tower}_projector") is None):
                 raise ValueError(f"{tower} and {tower}_projector come together: give both or neither")
         if self.audio_projector:
-            for key, default in {"newline": False, "halve_frames": "none", "max_tiles": None}.items():
+            for key, default in {"newline": False, "halve_frames": "none", "stretch_above_tiles": None}.items():
                 value = getattr(self.audio_projector, key)
                 require(value == default, f"audio_projector.{key}={value} is for vision")
         if self.vision and self.vision_projector:
@@ -326,7 +326,7 @@ class ModelConfig:
             require(
                 not self.vision.deepstack_layers
                 or not (projector.takes_mean or projector.merge or projector.stretches),
-                "vision.deepstack_layers go with a vision_projector without mean, merge, halve_frames and max_tiles",
+                "vision.deepstack_layers go with a vision_projector without mean, merge, halve_frames and stretch_above_tiles",
             )
             side = self.vision.window if self.vision.any_grid else self.vision.patches_per_side
             require(

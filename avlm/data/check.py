@@ -7,6 +7,7 @@ from avlm.config.model import ModelConfig
 from avlm.config.run import Config, DataConfig, StageConfig, is_hf, is_json, may_be_there, shares
 from avlm.data.bad_samples import Look, look
 from avlm.data.loader import open_loader
+from avlm.data.media.area import halved
 from avlm.data.stream import Stream
 from avlm.data.text.chat import check_vocabulary
 from avlm.data.text.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ def _check_room(model: ModelConfig, stage: StageConfig) -> None:
     trained = {name.split(".")[0] for name in trained_names(stage, model, parameter_shapes(model))}
     sizes = {}
     if {"vision", "vision_projector"} & trained:
-        sizes["vision"] = ("an image", _least_image(model, stage.data))
+        sizes["vision"] = ("the smallest image or frame", _least_image(model, stage.data))
     if {"audio", "audio_projector"} & trained and model.audio.window == "fixed":
         tokens = model.audio.num_features(2 * model.audio.max_positions, model.audio_projector.downsample)
         sizes["audio"] = ("an audio window", tokens)
@@ -67,12 +68,12 @@ def _check_room(model: ModelConfig, stage: StageConfig) -> None:
 
 
 def _least_image(model: ModelConfig, data: DataConfig) -> int:
-    """Features of the smallest image."""
+    """Features of the smallest image, or frame of a video."""
     vision = model.vision
     if vision.any_grid:
         return math.ceil(data.image_tokens[0]) if vision.resize == "area" else 1
-    side = vision.patches_per_side
-    return vision.num_features((side, side), model.vision_projector.downsample)
+    side = vision.patches_per_side // model.vision_projector.downsample
+    return math.prod(halved((side, side), model))
 
 
 def _check_training(config: Config, stage: StageConfig) -> list[Look]:

@@ -56,7 +56,7 @@ def of_tiles(source: Size, tiling: Tiling, grid: Grid, model: ModelConfig) -> tu
     shown = joined[top:bottom, left:right]
     lines, columns = shown.shape[:2]
     of_joined = _filled(shown.flatten(0, 1), model)
-    into = stretched_grid(lines, columns, side, projector.max_tiles)
+    into = stretched_grid(lines, columns, side, projector.stretch_above_tiles)
     if into != (lines, columns):
         of_joined = Features(of_joined.sources, *bilinear_taps(lines, columns, into))
     num_rows = vision.outputs_of(grid)

@@ -19,9 +19,9 @@ LATER = {
     "video": "min_frames spread frame_tokens tokens text newline chunk_seconds",
     "vision": "frames_per_patch deepstack_layers gated norm axial_rope window full_layers tokens_per_second "
     "qk_norm layer_scale axial_offset position_table",
-    "vision_projector": "norm feature_norm hidden_norm output_norm norm_eps mean merge newline halve_frames max_tiles",
+    "vision_projector": "norm feature_norm hidden_norm output_norm norm_eps mean merge newline halve_frames stretch_above_tiles",
     "audio": "log_mel edge pool key_bias",
-    "audio_projector": "norm feature_norm hidden_norm output_norm norm_eps mean merge newline halve_frames max_tiles",
+    "audio_projector": "norm feature_norm hidden_norm output_norm norm_eps mean merge newline halve_frames stretch_above_tiles",
 }
 
 

@@ -181,9 +181,9 @@ def _encoder(config: VisionConfig | AudioConfig, modality: str) -> Iterator[Step
 
 
 def _projectors(config: ProjectorConfig, rows: str, tower: VisionConfig | AudioConfig) -> Iterator[list[Step]]:
-    merger = [("", ("norm",)), (rows, ("merger",))] if config.merge else []
-    others = ("norm", "feature_norm", "hidden_norm", "output_norm", "newline")
-    yield [*merger, ("", others), *((rows, layers) for layers in LAYERS[config.type])]
+    merger = [(rows, ("merger",))] if config.merge else []
+    others = ("feature_norm", "hidden_norm", "output_norm", "newline")
+    yield [("", ("norm",)), *merger, ("", others), *((rows, layers) for layers in LAYERS[config.type])]
     if isinstance(tower, VisionConfig):
         for i in range(len(tower.deepstack_layers)):
             yield [("", (f"deep.{i}.norm",)), (rows, (f"deep.{i}.up",)), (rows, (f"deep.{i}.down",))]

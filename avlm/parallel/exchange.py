@@ -27,12 +27,14 @@ class RoutedSegments(Segments):
     send_rows_S     int64: rows of the tower's output that are sent, in the order of the ranks that they go to
     send_counts     how many go to each rank of the group; Python ints, so that no collective asks the device
     receive_counts  how many come from each
+    repeats         whether a row may be sent to several ranks
     """
 
     send_rows_S: Tensor
     send_counts: list[int]
     receive_counts: list[int]
     group: dist.ProcessGroup
+    repeats: bool
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "RoutedSegments":
         moved = replace(self, send_rows_S=self.send_rows_S.to(device, non_blocking=non_blocking))
@@ -72,7 +74,9 @@ class _Exchange(torch.autograd.Function):
         segments = ctx.segments
         dsent_SD = swap(darrived_AD.contiguous(), segments.receive_counts, segments.send_counts, segments.group)
         dfeatures_PD = dsent_SD.new_zeros(ctx.num_rows, dsent_SD.shape[1])
-        return dfeatures_PD.index_add_(0, segments.send_rows_S, dsent_SD), None  # a row may be sent to several ranks
+        if segments.repeats:  # on a GPU, where sums of more than two are not in order, only if that is asked for
+            return dfeatures_PD.index_add_(0, segments.send_rows_S, dsent_SD), None
+        return dfeatures_PD.index_copy_(0, segments.send_rows_S, dsent_SD), None
 
 
 def swap(sent: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -175,6 +175,7 @@ def _route(media: Media, place_T: Tensor, plan: MediaPlan, num_ranks: int) -> tu
         send_counts=send_counts,
         receive_counts=receive_counts,
         group=share.group,
+        repeats=num_ranks > 1,
     )
     lands_F = owner_F == share.rank
     return segments, row_F[lands_F], _landed(media.features, lands_F, arrived_P)

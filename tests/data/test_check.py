@@ -170,6 +170,10 @@ def test_metrics_do_not_change_what_samples_encode_to(make):
 
 
 TALL = TREE["model"] | {"vision": asdict(ANY_GRID)}
+HALVED = TREE["model"] | {
+    "vision": TREE["model"]["vision"] | {"patch_size": 4},
+    "vision_projector": {"halve_frames": "mean"},
+}
 FIXED = TREE["model"] | {"audio": TREE["model"]["audio"] | {"window": "fixed"}}
 
 
@@ -178,7 +182,11 @@ FIXED = TREE["model"] | {"audio": TREE["model"]["audio"] | {"window": "fixed"}}
     [
         (
             lambda: make_config(data={"train": "synthetic", "seq_length": 3}),
-            r"stage all: an image takes 4 tokens, more than data\.seq_length=3: raise it, or model\.vision_projector",
+            r"the smallest image or frame takes 4 tokens, more than data\.seq_length=3: raise it, or model\.vision_projec",
+        ),
+        (
+            lambda: make_config(model=HALVED, data={"train": "synthetic", "seq_length": 3}),
+            r"the smallest image or frame takes 4 tokens, more than data\.seq_length=3",
         ),
         (
             lambda: make_config(model=FIXED, data={"train": "synthetic", "seq_length": 15}),
@@ -186,7 +194,7 @@ FIXED = TREE["model"] | {"audio": TREE["model"]["audio"] | {"window": "fixed"}}
         ),
         (
             lambda: make_config(model=TALL, data={"train": "synthetic", "seq_length": 9, "image_tokens": [9.5, 20]}),
-            r"stage all: an image takes 10 tokens, more than data\.seq_length=9: raise it, or lower the least of data",
+            r"the smallest image or frame takes 10 tokens, more than data\.seq_length=9: raise it, or lower the least of data",
         ),
     ],
 )

@@ -110,7 +110,7 @@ def test_the_smallest_published_onevision_has_the_parameters_of_its_class():
         model = transformers.LlavaOnevisionForConditionalGeneration(theirs)
     count = sum(parameter.numel() for name, parameter in model.named_parameters() if name != "lm_head.weight")
     assert sum(math.prod(shape) for shape in parameter_shapes(config).values()) == count - 2 * 1152 == 893_673_248
-    assert config.decoder.tie_embedding and config.vision_projector.max_tiles == 9
+    assert config.decoder.tie_embedding and config.vision_projector.stretch_above_tiles == 9
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,14 @@ def test_what_is_not_implemented_is_refused_by_name(name, change, said, tmp_path
     [
         ("llava_next", {"newline": False}, "the llava_next format needs vision_projector.newline=true"),
         ("llava_next", {"halve_frames": "mean"}, "cannot hold vision_projector.halve_frames=mean, only none"),
-        ("llava_next", {"max_tiles": 9.0}, "cannot hold vision_projector.max_tiles=9.0, only None"),
+        ("llava_next", {"stretch_above_tiles": 9.0}, "cannot hold vision_projector.stretch_above_tiles=9.0, only None"),
         ("llava_next_video", {"halve_frames": "bilinear"}, "cannot hold vision_projector.halve_frames=bilinear"),
-        ("llava_onevision", {"max_tiles": None}, "cannot hold vision_projector.max_tiles=None: give a whole number"),
-        ("llava_onevision", {"max_tiles": 1.5}, "cannot hold vision_projector.max_tiles=1.5"),
+        (
+            "llava_onevision",
+            {"stretch_above_tiles": None},
+            "cannot hold vision_projector.stretch_above_tiles=None: give a whole number",
+        ),
+        ("llava_onevision", {"stretch_above_tiles": 1.5}, "cannot hold vision_projector.stretch_above_tiles=1.5"),
         ("llava_onevision", {"hidden_size": 40}, "cannot hold vision_projector.hidden_size=40"),
     ],
 )

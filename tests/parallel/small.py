@@ -88,7 +88,7 @@ MODELS = {
         },
         "vision_projector": {
             **{"downsample": 2, "merge": True, "norm": "rms", "feature_norm": "layer"},
-            **{"newline": True, "halve_frames": "bilinear", "max_tiles": 2.08},
+            **{"newline": True, "halve_frames": "bilinear", "stretch_above_tiles": 2.08},
         },
     },
     "means": {

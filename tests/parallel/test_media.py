@@ -258,7 +258,8 @@ def test_a_route_moves_to_a_device_with_its_boundaries():
     ordinary = Segments.of([3, 0, 2])
     rows_S = torch.tensor([4, 1])
     routed = RoutedSegments(
-        ordinary.cu_seqlens, 3, send_rows_S=rows_S, send_counts=[1, 1], receive_counts=[0, 2], group=None
+        *(ordinary.cu_seqlens, 3),
+        **{"send_rows_S": rows_S, "send_counts": [1, 1], "receive_counts": [0, 2], "group": None, "repeats": False},
     )
     moved = routed.to("meta")
     assert isinstance(moved, RoutedSegments)

@@ -22,7 +22,7 @@ def test_a_row_full_of_images_of_any_grid_has_as_many_patches_as_its_features_ta
 
 def test_no_image_that_is_cut_into_tiles_has_many_more_views_for_its_tokens_than_preflight_counts():
     cut = {"tiles": "pinpoints", "grids": [[lines, columns] for lines in range(1, 5) for columns in range(1, 5)]}
-    joined = {"newline": True, "max_tiles": 4}
+    joined = {"newline": True, "stretch_above_tiles": 4}
     model = {**TREE["model"], "vision_projector": joined}
     cfg = make_config(model=model, data={"train": "synthetic", "seq_length": 2**13, "image_layout": cut})
     data = cfg.stages[0].data

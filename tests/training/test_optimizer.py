@@ -43,12 +43,12 @@ def test_a_module_may_learn_slower(model):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_matrices_decay_and_norms_biases_and_positions_do_not(kind):
+def test_matrices_decay_and_norms_biases_positions_and_learned_rows_do_not(kind):
     model = AVLM(make_config(model=MODELS[kind]).model)
     adam = optimizer.build(model, config(weight_decay=0.5))
     decay = {parameter: group["weight_decay"] for group in adam.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        exempt = name.endswith(("bias", "norm.weight", "position", "class_token"))
+        exempt = name.endswith(("bias", "norm.weight", "position", "class_token", "_scale", "newline"))
         assert decay[parameter] == (0.0 if exempt else 0.5), name
 
 

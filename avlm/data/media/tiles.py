@@ -20,7 +20,7 @@ from avlm.data.media.image import fit, resized
 Size = tuple[int, int]  # height and width, in pixels
 
 MOST_PIXELS = 4096  # of a side, however large the longest edge is
-MIN_STRETCH = 1.1  # joined grids that exceed max_tiles by a smaller factor, in length, stay as they are
+MIN_STRETCH = 1.1  # joined grids that exceed stretch_above_tiles by a smaller factor, in length, stay as they are
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ def shown_part(source: Size, lines: int, columns: int) -> tuple[int, int, int, i
     return 0, lines, first, columns - first
 
 
-def stretched_grid(lines: int, columns: int, side: int, max_tiles: float | None) -> tuple[int, int]:
+def stretched_grid(lines: int, columns: int, side: int, most: float | None) -> tuple[int, int]:
     """The lines and columns that a joined grid is stretched to: its own unless it has clearly more features than
-    ``max_tiles`` tiles, of ``side`` x ``side`` features each."""
-    if max_tiles is None:
+    ``most`` tiles, of ``side`` x ``side`` features each."""
+    if most is None:
         return lines, columns
-    ratio = math.sqrt(lines * columns / (max_tiles * side**2))
+    ratio = math.sqrt(lines * columns / (most * side**2))
     if ratio <= MIN_STRETCH:
         return lines, columns
     return int(lines // ratio), int(columns // ratio)

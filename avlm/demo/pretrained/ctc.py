@@ -30,7 +30,7 @@ from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.scores import scorer, total
 from avlm.evaluation.sets import find_sets
 from avlm.models.avlm import AVLM
-from avlm.models.batch import Batch
+from avlm.models.batch import Batch, Features, media_of
 from avlm.process.exit import run_command
 from avlm.weights.load import init_weights
 from avlm.weights.model_from import open_config
@@ -52,7 +52,7 @@ class Row:
     """What the loss needs of a packed row. K encoder rows, G features, N clips."""
 
     x_KC: Tensor  # of the encoder
-    frame_rows_GS: Tensor  # encoder rows that make each feature
+    features: Features  # encoder rows that make each feature
     features_N: list[int]  # of each clip
     answers_N: list[Tensor]  # tokens, without control tokens
 
@@ -113,7 +113,7 @@ def read(model: AVLM, source: str, cfg: Config, leave_out: bool = True) -> Itera
         if 0 in features_N:
             raise ValueError(f"{source}, {batch.keys[features_N.index(0)]}: a sample without audio cannot be aligned")
         answers_N = [answer[~torch.isin(answer, control)] for answer in batch.target_R.split(targets_N)]
-        yield Row(x_KC.bfloat16(), batch.audio.sources, features_N, answers_N)
+        yield Row(x_KC.bfloat16(), batch.audio.features, features_N, answers_N)
 
 
 def by_clip(rows: Tensor, batch: Batch) -> list[int]:
@@ -124,9 +124,10 @@ def by_clip(rows: Tensor, batch: Batch) -> list[int]:
 
 def project(model: AVLM, row: Row) -> Tensor:
     """Features of a row, float32 (G, D)."""
-    G = len(row.frame_rows_GS)
+    G = len(row.features)
     empty_GD = torch.zeros(G, model.config.decoder.hidden_size)
-    features_GD, _ = model.audio_projector(empty_GD, torch.arange(G), row.x_KC.float(), row.frame_rows_GS)
+    audio = media_of("audio", [], [], model.config, row.features, torch.arange(G))
+    features_GD, _ = model.audio_projector(empty_GD, audio, row.x_KC.float())
     return features_GD
 
 
