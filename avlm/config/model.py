@@ -326,7 +326,8 @@ class ModelConfig:
             require(
                 not self.vision.deepstack_layers
                 or not (projector.takes_mean or projector.merge or projector.stretches),
-                "vision.deepstack_layers go with a vision_projector without mean, merge, halve_frames and stretch_above_tiles",
+                "vision.deepstack_layers go with a vision_projector without mean, merge, halve_frames and "
+                "stretch_above_tiles",
             )
             side = self.vision.window if self.vision.any_grid else self.vision.patches_per_side
             require(

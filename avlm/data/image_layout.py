@@ -1,5 +1,6 @@
 """How the features of an image and of a video stand in a sample, by ``data.image_layout`` and ``data.video``: runs of
-placeholders with markers and text around them, all of it from sizes alone, so that tokens are counted before a file is decoded.
+placeholders with markers and text around them. All of it follows from sizes, so that tokens are counted before a file
+is decoded.
 """
 
 import datetime

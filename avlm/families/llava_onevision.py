@@ -50,14 +50,14 @@ TIES_HEAD = True
 
 
 def read(keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
-    stretch_above_tiles = _stretch_above_tiles(keys)
-    if _stretch_above_tiles(files.get("processor_config.json", keys)) != stretch_above_tiles:
+    most = _most_tiles(keys)
+    if _most_tiles(files.get("processor_config.json", keys)) != most:
         raise ValueError("vision_aspect_ratio in processor_config.json is not that of config.json")
-    fields = {"halve_frames": "bilinear", "stretch_above_tiles": stretch_above_tiles}
+    fields = {"halve_frames": "bilinear", "stretch_above_tiles": most}
     return llava_next_video.read_model(keys, files, DEFAULTS, **fields)
 
 
-def _stretch_above_tiles(keys: Mapping[str, Any]) -> float:
+def _most_tiles(keys: Mapping[str, Any]) -> float:
     ratio = keys.get("vision_aspect_ratio") or DEFAULTS["vision_aspect_ratio"]
     found = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", str(ratio))
     if found is None:
@@ -79,12 +79,12 @@ def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _aspect_ratio(config: ModelConfig) -> str:
-    stretch_above_tiles = config.vision_projector.stretch_above_tiles
-    if stretch_above_tiles is None or stretch_above_tiles != int(stretch_above_tiles):
+    most = config.vision_projector.stretch_above_tiles
+    if most is None or most != int(most):
         raise ValueError(
-            f"the {FORMAT} format cannot hold vision_projector.stretch_above_tiles={stretch_above_tiles}: give a whole number"
+            f"the {FORMAT} format cannot hold vision_projector.stretch_above_tiles={most}: give a whole number"
         )
-    return f"anyres_max_{int(stretch_above_tiles)}"
+    return f"anyres_max_{int(most)}"
 
 
 def prompts(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any]:

@@ -182,7 +182,7 @@ FIXED = TREE["model"] | {"audio": TREE["model"]["audio"] | {"window": "fixed"}}
     [
         (
             lambda: make_config(data={"train": "synthetic", "seq_length": 3}),
-            r"the smallest image or frame takes 4 tokens, more than data\.seq_length=3: raise it, or model\.vision_projec",
+            r"the smallest image or frame takes 4 tokens, more than data\.seq_length=3: raise it, or model\.vision",
         ),
         (
             lambda: make_config(model=HALVED, data={"train": "synthetic", "seq_length": 3}),
@@ -194,7 +194,7 @@ FIXED = TREE["model"] | {"audio": TREE["model"]["audio"] | {"window": "fixed"}}
         ),
         (
             lambda: make_config(model=TALL, data={"train": "synthetic", "seq_length": 9, "image_tokens": [9.5, 20]}),
-            r"the smallest image or frame takes 10 tokens, more than data\.seq_length=9: raise it, or lower the least of data",
+            r"the smallest image or frame takes 10 tokens, more than data\.seq_length=9: raise it, or lower the least",
         ),
     ],
 )

@@ -14,6 +14,7 @@ from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.demo.pretrained import ctc
 from avlm.demo.pretrained.ctc import Row
+from avlm.models.batch import Features
 from kernels.segments import Segments
 from tests.data.small_files import model as tiny
 from tests.data.small_files import tone, write_tokenizer
@@ -32,7 +33,8 @@ def sing(frames_VC: torch.Tensor, count: int) -> Row:
         clip = torch.cat(pieces)
         clips.append(clip[: len(clip) // 2 * 2])
     x_KC = torch.cat(clips)
-    return Row(x_KC.bfloat16(), torch.arange(len(x_KC)).view(-1, 2), [len(clip) // 2 for clip in clips], answers)
+    features = Features(torch.arange(len(x_KC)).view(-1, 2))
+    return Row(x_KC.bfloat16(), features, [len(clip) // 2 for clip in clips], answers)
 
 
 def test_the_projector_learns_to_write_embeddings_of_what_is_said(monkeypatch):
