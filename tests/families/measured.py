@@ -80,8 +80,9 @@ def main() -> None:
         notes = Path(folder) / "notes"
         tests = [str(Path(__file__).parent.parent / test) for test in TESTS]
         command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-m", "not slow", *tests]
-        subprocess.run(command, check=True, env={**os.environ, NOTES: str(notes), "OMP_NUM_THREADS": "1"})
+        ended = subprocess.run(command, env={**os.environ, NOTES: str(notes), "OMP_NUM_THREADS": "1"})
         print("\n".join(table(notes.read_text().splitlines())))
+    sys.exit(ended.returncode)
 
 
 if __name__ == "__main__":
