@@ -11,9 +11,11 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from avlm.families.door import FORMATS
+from avlm.families.door import FORMATS, full_name, is_channel_major
+from avlm.models.avlm import AVLM
 from tests.models.handmade import assert_gradients_close
 
 TESTS = ("families", "models/test_avlm.py", "models/test_decoder.py", "weights/test_export.py", "weights/test_peft.py")
@@ -43,6 +45,22 @@ def close(ours: Tensor, theirs: Tensor, name: str) -> None:
 def gradients_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], format: str) -> None:
     """By the rule of docs/contracts.md."""
     note(f"{format} gradients", assert_gradients_close(ours, theirs))
+
+
+def all_gradients_close(ours: AVLM, theirs: nn.Module, format: str) -> None:
+    """Of every parameter, by the names of ``theirs``; sinusoids and embeddings that nobody reads have none there."""
+    family = FORMATS[format]
+    parts = defaultdict(list)
+    for name, parameter in ours.named_parameters():
+        module, _, rest = name.partition(".")
+        prefix = "" if name == "decoder.head.weight" else family.LOADED[module]
+        gradient = parameter.grad
+        if is_channel_major(family, name):
+            width, inputs = gradient.shape
+            gradient = gradient.unflatten(1, (inputs // width, width)).mT.flatten(1)
+        parts[full_name(family, module, rest, prefix)].append(gradient)
+    found = {name: torch.cat(rows) for name, rows in parts.items()}
+    gradients_close(found, {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}, format)
 
 
 def note(name: str, error: float | None = None) -> None:

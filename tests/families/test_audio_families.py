@@ -21,7 +21,6 @@ from avlm.config.run import DataConfig, InitFrom
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.evaluation.generation import generate
-from avlm.families.door import hugging_face_name
 from avlm.models.avlm import AVLM
 from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch
 from avlm.models.log_mel import windows
@@ -29,7 +28,7 @@ from avlm.models.whisper import sinusoids
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights
-from tests.families.measured import close, gradients_close, note
+from tests.families.measured import all_gradients_close, close, note
 from tests.families.test_audio_families_keys import FAMILIES, IDS, config_of
 from tests.families.test_qwen_vl import SIZES, VIDEO, frames, logits_of, pixel_values
 from tests.models.handmade import adapted, loaded, save
@@ -171,17 +170,8 @@ def test_gradients_of_the_loss_equal_those_of_transformers(case):
     ours(ask.batch)[0].backward()
     logits = theirs(**ask.inputs).logits[0]
     cross_entropy(logits[ask.batch.target_rows_R], ask.batch.target_R, reduction="sum").backward()
-    expected = {}
-    for key, parameter in theirs.named_parameters():
-        if parameter.grad is not None:  # embeddings that nobody reads, and sinusoids
-            expected[key] = parameter.grad
+    all_gradients_close(ours, theirs, name)
     theirs.zero_grad()
-    found = {}
-    for key, parameter in ours.named_parameters():
-        module, _, rest = key.partition(".")
-        prefix = "" if key == "decoder.head.weight" else FAMILIES[name].LOADED[module]
-        found[prefix + hugging_face_name(FAMILIES[name], module, rest)] = parameter.grad
-    gradients_close(found, expected, name)
 
 
 def test_greedy_answers_equal_those_of_transformers_token_for_token(case):

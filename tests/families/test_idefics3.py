@@ -23,7 +23,6 @@ from avlm.data.text.chat import Chat
 from avlm.data.text.pieces import MEDIA
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.generation import generate
-from avlm.families import door
 from avlm.models.avlm import AVLM
 from avlm.models.batch import IMAGE
 from avlm.models.vit import normalise
@@ -32,7 +31,7 @@ from avlm.weights.folder import model_and_data, read_config
 from avlm.weights.load import init_weights, load_weights
 from tests.data.media.test_area import every_frame
 from tests.data.small_files import CORPUS, image_file, photo, video_file, write_tokenizer
-from tests.families.measured import close, gradients_close, note
+from tests.families.measured import all_gradients_close, close, note
 from tests.families.test_idefics3_keys import FAMILIES, config_of, published
 from tests.models.handmade import adapted, loaded, save
 from tests.weights.test_peft import command
@@ -226,13 +225,7 @@ def test_what_a_row_of_prompts_makes_equals_what_transformers_makes_of_each(case
     model.zero_grad()
     model(row)[0].backward()
     cross_entropy(theirs[row.target_rows_R], row.target_R, reduction="sum").backward()
-    expected = {key: p.grad for key, p in case.theirs.named_parameters() if p.grad is not None}
-    found = {}
-    for key, parameter in model.named_parameters():
-        module, _, rest = key.partition(".")
-        prefix = "" if key == "decoder.head.weight" else FAMILIES[case.name].LOADED[module]
-        found[door.full_name(FAMILIES[case.name], module, rest, prefix)] = parameter.grad
-    gradients_close(found, expected, case.name)
+    all_gradients_close(model, case.theirs, case.name)
     case.theirs.zero_grad()
 
 

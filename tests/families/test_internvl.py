@@ -18,7 +18,7 @@ from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample, Sample
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.generation import generate
-from avlm.families import door, internvl
+from avlm.families import internvl
 from avlm.models.avlm import AVLM
 from avlm.models.batch import IMAGE
 from avlm.weights.export import export
@@ -26,7 +26,7 @@ from avlm.weights.folder import model_and_data, read_config, stop_ids
 from avlm.weights.load import init_weights, load_weights
 from tests.data.media.test_area import every_frame
 from tests.data.small_files import CONTROL, CORPUS, image_file, photo, write_tokenizer
-from tests.families.measured import close, gradients_close, note
+from tests.families.measured import all_gradients_close, close, note
 from tests.families.test_internvl_keys import DECODERS, FILES, TIED, config_of
 from tests.families.test_llava_next import RATE, VIDEO, Case, assert_pixels_equal, write_run_of
 from tests.models.handmade import adapted, loaded, save
@@ -150,13 +150,7 @@ def test_what_a_row_of_prompts_makes_equals_what_transformers_makes_of_each(case
     model.zero_grad()
     model(row)[0].backward()
     cross_entropy(theirs[row.target_rows_R], row.target_R, reduction="sum").backward()
-    expected = {key: p.grad for key, p in case.theirs.named_parameters() if p.grad is not None}
-    found = {}
-    for key, parameter in model.named_parameters():
-        module, _, rest = key.partition(".")
-        prefix = "" if key == "decoder.head.weight" else internvl.LOADED[module]
-        found[door.full_name(internvl, module, rest, prefix)] = parameter.grad
-    gradients_close(found, expected, "internvl")
+    all_gradients_close(model, case.theirs, "internvl")
     case.theirs.zero_grad()
 
 

@@ -21,14 +21,13 @@ from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.evaluation.generation import generate
 from avlm.families import mistral3, pixtral
-from avlm.families.door import hugging_face_name
 from avlm.models.avlm import AVLM
 from avlm.models.batch import IGNORE, IMAGE, Batch
 from avlm.models.patches import tower_layout
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights
-from tests.families.measured import close, gradients_close, note
+from tests.families.measured import all_gradients_close, close, note
 from tests.models.handmade import adapted, loaded, normalised, save
 
 FAMILIES = {"pixtral": pixtral, "mistral3": mistral3, "ministral3": mistral3}
@@ -169,17 +168,8 @@ def test_gradients_of_the_loss_equal_those_of_transformers(case):
     ours(ask.batch)[0].backward()
     logits = theirs(**ask.inputs).logits[0]
     cross_entropy(logits[ask.batch.target_rows_R], ask.batch.target_R, reduction="sum").backward()
-    expected = {key: parameter.grad for key, parameter in theirs.named_parameters()}
+    all_gradients_close(ours, theirs, FORMATS[name])
     theirs.zero_grad()
-    found = {}
-    for key, parameter in ours.named_parameters():
-        module, _, rest = key.partition(".")
-        prefix = "" if key == "decoder.head.weight" else FAMILIES[name].LOADED[module]
-        gradient = parameter.grad
-        if key in mistral3.CHANNEL_MAJOR:
-            gradient = gradient.unflatten(1, (4, -1)).transpose(1, 2).flatten(1)
-        found[prefix + hugging_face_name(FAMILIES[name], module, rest)] = gradient
-    gradients_close(found, expected, FORMATS[name])
 
 
 def test_greedy_answers_equal_those_of_transformers_token_for_token(case):

@@ -20,14 +20,13 @@ from avlm.data.media.patches import cut_into_patches
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.evaluation.generation import generate
-from avlm.families.door import hugging_face_name
 from avlm.models.avlm import AVLM
 from avlm.models.batch import IGNORE, IMAGE, Batch
 from avlm.models.vit import normalise
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights
-from tests.families.measured import close, gradients_close, note
+from tests.families.measured import all_gradients_close, close, note
 from tests.families.test_qwen_vl_keys import FAMILIES, TOKENS, config_of, keys_of
 from tests.models.handmade import adapted, build, loaded, save
 
@@ -130,14 +129,8 @@ def test_gradients_of_the_loss_equal_those_of_transformers(case):
     ours(ask.batch)[0].backward()
     logits = theirs(**ask.inputs).logits[0]
     cross_entropy(logits[ask.batch.target_rows_R], ask.batch.target_R, reduction="sum").backward()
-    expected = {key: parameter.grad for key, parameter in theirs.named_parameters()}
+    all_gradients_close(ours, theirs, name)
     theirs.zero_grad()
-    parts: dict[str, list[Tensor]] = {}
-    for key, parameter in ours.named_parameters():
-        module, _, rest = key.partition(".")
-        prefix = "" if key == "decoder.head.weight" else FAMILIES[name].LOADED[module]
-        parts.setdefault(prefix + hugging_face_name(FAMILIES[name], module, rest), []).append(parameter.grad)
-    gradients_close({key: torch.cat(rows) for key, rows in parts.items()}, expected, name)
 
 
 def test_greedy_answers_equal_those_of_transformers_token_for_token(case):
