@@ -34,7 +34,7 @@ import yaml
 from safetensors.torch import save_file
 
 from avlm.config.load import resolve_config
-from avlm.config.media import VideoConfig
+from avlm.config.media import ImageLayout, VideoConfig
 from avlm.data.media import audio, image, video
 from avlm.data.sample import SampleEncoder, load_json, parse
 from avlm.data.text.chat import Chat
@@ -90,7 +90,11 @@ def record_cases(folder: Path, rng: random.Random) -> Iterator[Case]:
     files = {"a.png": images()[0], "a.wav": tone(0.3), "a.mkv": video_file(0.5)}
     seeds = records()
     tokenizer = Tokenizer(write_tokenizer(folder / "tokenizer"))
-    encoder = SampleEncoder(media.model(), media.data(folder / "tokenizer", seq_length=2048), tokenizer)
+    joined = {"tiles": "pinpoints", "grids": [[1, 2], [2, 1], [2, 2]]}
+    layouts = [ImageLayout(), ImageLayout(**joined), ImageLayout(tiles="aspect", only_alone=True)]
+    layouts.append(ImageLayout(tiles="long_edge", longest_edge=64, line_end="\n"))
+    of_data = [media.data(folder / "tokenizer", seq_length=2048, image_layout=layout) for layout in layouts]
+    encoders = [SampleEncoder(media.model(), data, tokenizer) for data in of_data]
 
     def open_file(name: str) -> bytes:
         if name not in files:
@@ -100,7 +104,8 @@ def record_cases(folder: Path, rng: random.Random) -> Iterator[Case]:
     while True:
         text = json.dumps(mutated(rng.choice(seeds), rng)).encode()
         text = damaged(text, rng) if rng.random() < 0.3 else text
-        yield lambda text=text: encoder.encode(parse(load_json(text), open_file, "record"))
+        encoder = rng.choice(encoders)
+        yield lambda text=text, encoder=encoder: encoder.encode(parse(load_json(text), open_file, "record"))
 
 
 def config_cases(folder: Path, rng: random.Random) -> Iterator[Case]:
