@@ -138,17 +138,6 @@ def stored_shapes(config: VisionConfig) -> dict[str, tuple[int, ...]]:
 RESHAPED = ("vision.patch.weight", "vision.class_token", "vision.position")  # of any family
 
 
-def image_processor(files: Mapping[str, dict]) -> tuple[str, dict[str, Any]]:
-    """The name of the file by which transformers makes images, and its keys that have a value."""
-    name, keys = "processor_config.json", files.get("processor_config.json", {}).get("image_processor")
-    if keys is None:
-        name = "preprocessor_config.json"
-        keys = files.get(name, {})
-    if not isinstance(keys, dict):
-        raise ValueError(f"the image processor in {name} is not understood: {shown(repr(keys))}")
-    return name, {key: value for key, value in keys.items() if value is not None}
-
-
 def read_processor(processor: dict[str, Any], side: int, file: str) -> dict[str, Any]:
     """Fields of VisionConfig. ValueError if our tower would get different pixels from theirs."""
     processor = processor.get("image_processor", processor)

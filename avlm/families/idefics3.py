@@ -15,7 +15,7 @@ from avlm.config.model import ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families import clip, llama, llava
-from avlm.families.keys import require_accepted, require_same, to_ours, to_theirs
+from avlm.families.keys import processor, require_accepted, require_same, to_ours, to_theirs
 
 MODEL_TYPES = ("idefics3",)
 FORMAT = "idefics3"
@@ -59,11 +59,6 @@ PROJECTORS = {"vision_projector": ("connector",)}
 constants = llama.constants
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-# Where the keys of a kind of media are looked for, as transformers does, unless processor_config.json has some.
-PROCESSORS = {
-    "image": ("preprocessor_config.json",),
-    "video": ("video_preprocessor_config.json", "preprocessor_config.json"),
-}
 IMAGE, FAKE = "<image>", "<fake_token_around_image>"
 MEDIA = {"image": IMAGE}
 MEDIA_TOKENS = (IMAGE, FAKE)
@@ -176,19 +171,6 @@ def read_layout(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any
 def layout_of(edge: int, cuts: bool) -> dict[str, Any]:
     """Of images whose long side is given ``edge`` pixels, cut into tiles or not."""
     return {"longest_edge": edge, "whole_markers": WHOLE_MARKERS, **(OF_TILES if cuts else {})}
-
-
-def processor(files: Mapping[str, dict], kind: str) -> tuple[str, dict[str, Any]]:
-    """The name of the file by which transformers makes images or videos, "" if there is none, and its keys that have a
-    value."""
-    name = next((name for name in PROCESSORS[kind] if name in files), "")
-    keys: Any = files.get(name, {})
-    nested = files.get("processor_config.json", {}).get(f"{kind}_processor")
-    if nested is not None:
-        name, keys = "processor_config.json", nested
-    if not isinstance(keys, dict):
-        raise ValueError(f"the {kind} processor in {name} is not understood: {shown(repr(keys))}")
-    return name, {key: value for key, value in keys.items() if value is not None}
 
 
 def longest_edge(name: str, keys: Mapping[str, Any], key: str = "size", default: int = 4 * SIDE) -> int:

@@ -12,7 +12,7 @@ from avlm.config.model import ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families import clip, llama, llava, llava_next_video
-from avlm.families.keys import require_accepted, require_same, to_ours, to_theirs
+from avlm.families.keys import processor, require_accepted, require_same, to_ours, to_theirs
 
 MODEL_TYPES = ("internvl",)
 FORMAT = "internvl"
@@ -239,7 +239,7 @@ def _features(config: ModelConfig) -> int:
 
 def _pixels(files: Mapping[str, dict], side: int) -> dict[str, Any]:
     """Fields of VisionConfig. ValueError if our tower would get different pixels from theirs."""
-    name, keys = clip.image_processor(files)
+    name, keys = processor(files, "image")
     if not keys:
         return {}
     given = {"size": {"height": CLASS_SIDE, "width": CLASS_SIDE}, **keys, "do_pad": None}
@@ -252,7 +252,7 @@ def _pixels(files: Mapping[str, dict], side: int) -> dict[str, Any]:
 def prompts(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any]:
     """The keys of ``data`` with which we make the prompts that a folder's processor makes. It cuts images whatever
     crop_to_patches says."""
-    _, image = clip.image_processor(files)
+    _, image = processor(files, "image")
     limits = {field: image.get(key, default) for field, (key, default) in LIMITS.items()}
     text = {"frame": FRAMES.frame, "between": FRAMES.between}
     return {
@@ -263,7 +263,7 @@ def prompts(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any]:
 
 
 def _spread(files: Mapping[str, dict]) -> str:
-    name, video = llava_next_video.of_videos(files)
+    name, video = processor(files, "video")
     shift = video.get("initial_shift")
     if shift is not None and type(shift) is not bool:
         raise ValueError(f"initial_shift={shown(repr(shift))} in {name} is not implemented (accepted: true, false)")

@@ -30,6 +30,10 @@ KEYS_OF_TYPE = {
     SIDES: "image_size patch_size",
 }
 TYPES: dict[str, Any] = {key: kind for kind, keys in KEYS_OF_TYPE.items() for key in keys.split()}
+PROCESSORS = {  # of images and videos: the first file that is there, unless processor_config.json has one for them
+    "image": ("preprocessor_config.json",),
+    "video": ("video_preprocessor_config.json", "preprocessor_config.json"),
+}
 TYPE_NAMES = {
     str: "a string",
     list: "a list",
@@ -104,3 +108,16 @@ def _as_exported(part: Any, model: ModelConfig, other: Any) -> Any:
 def has_norms(projector: ProjectorConfig) -> bool:
     kinds = (projector.norm, projector.feature_norm, projector.hidden_norm, projector.output_norm)
     return any(kind != "none" for kind in kinds)
+
+
+def processor(files: Mapping[str, dict], kind: str) -> tuple[str, dict[str, Any]]:
+    """The name of the file by which transformers makes images or videos, "" if there is none, and its keys that have a
+    value."""
+    name = next((name for name in PROCESSORS[kind] if name in files), "")
+    keys: Any = files.get(name, {})
+    nested = files.get("processor_config.json", {}).get(f"{kind}_processor")
+    if nested is not None:
+        name, keys = "processor_config.json", nested
+    if not isinstance(keys, dict):
+        raise ValueError(f"the {kind} processor in {name} is not understood: {shown(repr(keys))}")
+    return name, {key: value for key, value in keys.items() if value is not None}

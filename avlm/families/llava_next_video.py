@@ -5,9 +5,8 @@ from typing import Any
 
 from avlm.config.model import ModelConfig, VisionConfig
 from avlm.config.run import DataConfig
-from avlm.config.values import shown
 from avlm.families import clip, llava, llava_next
-from avlm.families.keys import require_accepted, require_same, to_theirs
+from avlm.families.keys import processor, require_accepted, require_same, to_theirs
 
 MODEL_TYPES = ("llava_next_video",)
 FORMAT = "llava_next_video"
@@ -24,9 +23,7 @@ SINUSOIDS = llava.SINUSOIDS
 PROJECTORS = llava.PROJECTORS
 constants = llava.constants
 
-# Where keys of a video are looked for, as transformers does, unless processor_config.json has some.
-OF_VIDEOS = ("video_preprocessor_config.json", "preprocessor_config.json")
-PROCESSOR_FILES = (*llava_next.PROCESSOR_FILES, OF_VIDEOS[0])
+PROCESSOR_FILES = (*llava_next.PROCESSOR_FILES, "video_preprocessor_config.json")
 VIDEO = "<video>"
 MEDIA = {**llava.MEDIA, "video": VIDEO}
 MEDIA_TOKENS = (*llava.MEDIA_TOKENS, VIDEO)
@@ -49,23 +46,11 @@ def read_model(
 
 def require_pixels_of_images(files: Mapping[str, dict], vision: VisionConfig) -> None:
     """ValueError if the frames of a video would become other pixels than those of images do."""
-    name, video = of_videos(files)
+    name, video = processor(files, "video")
     if name:
         fields = clip.read_processor({**video, "do_pad": None}, vision.image_size, name)
         if any(getattr(vision, field) != value for field, value in fields.items()):
             raise ValueError("images and videos that are resized or normalised in different ways are not implemented")
-
-
-def of_videos(files: Mapping[str, dict]) -> tuple[str, dict[str, Any]]:
-    """The name of the file by which transformers makes videos, and its keys; "" if there is none."""
-    name = next((name for name in OF_VIDEOS if name in files), "")
-    keys: Any = files.get(name, {})
-    nested = files.get("processor_config.json", {}).get("video_processor")
-    if nested is not None:
-        name, keys = "processor_config.json", nested
-    if not isinstance(keys, dict):
-        raise ValueError(f"the video processor in {name} is not understood: {shown(repr(keys))}")
-    return name, keys
 
 
 def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
@@ -89,7 +74,7 @@ def prompts(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any]:
 
 def read_frames(files: Mapping[str, dict]) -> dict[str, Any]:
     """Which frames of a video are seen; published folders do not say how many."""
-    _, keys = of_videos(files)
+    _, keys = processor(files, "video")
     frames: dict[str, Any] = {"spread": "starts"}
     if keys.get("num_frames") is not None:
         return {**frames, "num_frames": keys["num_frames"], "fps": None}

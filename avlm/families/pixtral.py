@@ -12,7 +12,7 @@ from avlm.config.model import ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families import clip, llama, llava
-from avlm.families.keys import require_accepted, require_same, to_ours, to_theirs
+from avlm.families.keys import processor, require_accepted, require_same, to_ours, to_theirs
 
 MODEL_TYPES = ()  # llava's, with a tower of TOWER_TYPE
 TOWER_TYPE = "pixtral"
@@ -185,7 +185,7 @@ def prompts(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any]:
 
 def read_prompts(files: Mapping[str, dict], default: int) -> dict[str, Any]:
     """``default``: the longest edge where no file says it."""
-    name, image = clip.image_processor(files)
+    name, image = processor(files, "image")
     names = files.get("processor_config.json", {})
     layout = {
         "longest_edge": _longest_edge(image.get("size", {"longest_edge": default}), name),
@@ -247,7 +247,7 @@ def _longest_edge(size: Any, name: str) -> int:
 
 def _pixels(files: Mapping[str, dict]) -> dict[str, Any]:
     """Fields of VisionConfig. ValueError if our tower would get different pixels from theirs."""
-    name, keys = clip.image_processor(files)
+    name, keys = processor(files, "image")
     for key, values in PROCESSOR_ACCEPTED.items():
         if keys.get(key, values[0]) not in values:
             raise ValueError(f"{key}={shown(repr(keys[key]))} in {name} is not implemented")

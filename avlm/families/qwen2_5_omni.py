@@ -180,7 +180,7 @@ def prompts(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any]:
     """The keys of ``data`` with which we make the prompts that a folder's processor makes. Its bounds of a video are
     those of the class, whatever files say."""
     thinker = _thinker(files["config.json"])
-    image, video = (qwen2_vl.processor(files, kind)[1] for kind in ("image", "video"))
+    image, video = (qwen2_vl.pixels_processor(files, kind)[1] for kind in ("image", "video"))
     frames = {
         "spread": "starts",
         "frame_tokens": qwen2_vl.read_size({}, qwen2_vl.FRAME_AREA, config),

@@ -14,7 +14,7 @@ from avlm.config.model import ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families import clip, llama
-from avlm.families.keys import require_accepted, require_same, to_ours, to_theirs
+from avlm.families.keys import processor, require_accepted, require_same, to_ours, to_theirs
 
 Bounds = tuple[int, int]
 
@@ -108,10 +108,6 @@ SKIPPED = {
 constants = llama.constants
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-PROCESSORS = {  # of images and videos: the first file that is there, unless processor_config.json has one for them
-    "image": ("preprocessor_config.json",),
-    "video": ("video_preprocessor_config.json", "preprocessor_config.json"),
-}
 START, IMAGE, VIDEO, END = "<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"
 MEDIA = {"image": IMAGE, "video": VIDEO}
 MEDIA_TOKENS = (START, IMAGE, VIDEO, END)
@@ -249,7 +245,7 @@ def write_tower(config: ModelConfig, fields: Mapping[str, str]) -> dict[str, Any
 
 def prompts(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any]:
     """The keys of ``data`` with which we make the prompts that a folder's processor makes."""
-    image, video = (processor(files, kind)[1] for kind in ("image", "video"))
+    image, video = (pixels_processor(files, kind)[1] for kind in ("image", "video"))
     frames = {"spread": "starts", "frame_tokens": read_size(video, FRAME_AREA, config)}
     return {**read_images(image, config), "video": {**read_frames(video), **frames}}
 
@@ -320,16 +316,11 @@ def _pixels_of_a_feature(config: ModelConfig) -> int:
     return (config.vision.patch_size * config.vision_projector.downsample) ** 2
 
 
-def processor(files: Mapping[str, dict], kind: str) -> tuple[str, dict[str, Any]]:
+def pixels_processor(files: Mapping[str, dict], kind: str) -> tuple[str, dict[str, Any]]:
     """The name of the file by which transformers makes images or videos, and its keys that have a value."""
-    name = next((name for name in PROCESSORS[kind] if name in files), "")
-    keys: Any = files.get(name, {})
-    nested = files.get("processor_config.json", {}).get(f"{kind}_processor")
-    if nested is not None:
-        name, keys = "processor_config.json", nested
-    if not isinstance(keys, dict) or not isinstance(keys.get("size") or {}, dict):
+    name, keys = processor(files, kind)
+    if not isinstance(keys.get("size") or {}, dict):
         raise ValueError(f"the {kind} processor in {name} is not understood: {shown(repr(keys))}")
-    keys = {key: value for key, value in keys.items() if value is not None}
     size = keys.get("size")
     for edge, pixels in EDGES.items():
         if size and size.get(edge) is None and pixels not in keys:
@@ -347,7 +338,7 @@ def _pixels(vision: Mapping[str, Any], files: Mapping[str, dict]) -> dict[str, A
     }
     found = []
     for kind in ("image", "video"):
-        name, keys = processor(files, kind)
+        name, keys = pixels_processor(files, kind)
         for key, values in accepted.items():
             if keys.get(key, values[0]) not in values:
                 raise ValueError(f"{key}={shown(repr(keys[key]))} in {name} is not implemented")

@@ -122,7 +122,7 @@ def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
 
 def prompts(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any]:
     """The keys of ``data`` with which we make the prompts that a folder's processor makes."""
-    image, video = (qwen2_vl.processor(files, kind)[1] for kind in ("image", "video"))
+    image, video = (qwen2_vl.pixels_processor(files, kind)[1] for kind in ("image", "video"))
     video = {key: value for key, value in video.items() if key not in qwen2_vl.EDGES.values()}  # it reads size alone
     together = qwen2_vl.read_size(video, VIDEO_AREA, config, config.vision.frames_per_patch)
     frames = {"spread": "first_to_last", "text": {"frame": TIMESTAMP}, "tokens": together}

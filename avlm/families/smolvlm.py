@@ -10,7 +10,7 @@ from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families import idefics3
-from avlm.families.keys import require_same
+from avlm.families.keys import processor, require_same
 
 MODEL_TYPES = ("smolvlm",)
 FORMAT = "smolvlm"
@@ -61,7 +61,7 @@ def prompts(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any]:
 
 def _read_frames(files: Mapping[str, dict], edge: int) -> dict[str, Any]:
     """``edge``: the longest one of images."""
-    name, keys = idefics3.processor(files, "video")
+    name, keys = processor(files, "video")
     sampling = keys.get("video_sampling", {"max_frames": keys.get("num_frames"), "fps": keys.get("fps")})
     if not isinstance(sampling, dict):
         raise ValueError(f"video_sampling={shown(repr(sampling))} in {name} is not understood")
