@@ -200,7 +200,8 @@ class Statistics:
         is_part = self.num_samples is not None and self.read < self.num_samples
         if is_part and isinstance(stream.source, str):  # sets of a blend have their own epochs
             lines.append(f"an epoch has about {total / (fill * size) * self.num_samples / self.read:,.0f} rows")
-        item_names = {"image": "image", "audio": "window"}
+        is_cut = stream.data.image_layout.tiles != "none"
+        item_names = {"image": "view" if is_cut else "image", "audio": "window"}
         for modality, count in self.features.items():
             if count:
                 items = counted(self.items[modality], item_names[modality])
