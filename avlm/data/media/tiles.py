@@ -105,7 +105,7 @@ def stretched_grid(lines: int, columns: int, side: int, most: float | None) -> t
     ratio = math.sqrt(lines * columns / (most * side**2))
     if ratio <= MIN_STRETCH:
         return lines, columns
-    return int(lines // ratio), int(columns // ratio)
+    return max(1, int(lines // ratio)), max(1, int(columns // ratio))
 
 
 def bilinear_taps(lines: int, columns: int, into: tuple[int, int]) -> tuple[Tensor, Tensor]:

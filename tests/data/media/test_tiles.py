@@ -146,6 +146,11 @@ def test_features_are_counted_as_by_the_processors(size):
         assert 8 * 8 + lines * columns + lines == counting._get_number_of_features(*size, SIDE, SIDE)
 
 
+def test_a_thin_grid_that_is_stretched_keeps_a_line():
+    assert stretched_grid(1, 64, 4, most=1) == (1, 32)
+    assert stretched_grid(64, 1, 4, most=1) == (32, 1)
+
+
 def _counting(kind: type, layout: ImageLayout):
     """A processor that counts, without a tokenizer."""
     processor = object.__new__(kind)
