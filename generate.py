@@ -4,8 +4,8 @@
     python generate.py RUN_OR_EXPORT_OR_HF_FOLDER
 
 The model is a run of train.py (its newest complete checkpoint), a checkpoint of one, an exported AVLM, or a Hugging
-Face folder (or Hub name) of a supported decoder or of LLaVA. Media and prompts may be repeated. A prompt gets the media
-that its tags <image>, <audio> and <video> name; one without tags gets all of them in front. Without --prompt, questions
+Face folder (or Hub name) of a family that we read. Media and prompts may be repeated. A prompt gets the media that its
+tags <image>, <audio> and <video> name; one without tags gets all of them in front. Without --prompt, questions
 are read from the terminal or from a pipe, a turn of one conversation in each line; /help lists its commands.
 """
 
