@@ -1,5 +1,7 @@
 """How images and videos become features: views, tiles, frames, and the text around them."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -59,6 +61,11 @@ class ImageLayout:
                 require(not any(value), f"{key}={shown(value)} needs tiles that are not joined to one grid")
         if self.tiles == "none":
             require(not self.only_alone, "only_alone needs tiles")
+        check_places("tile_markers", self.tile_markers, ["line", "column"])
+        others = {"line_end": self.line_end, "tiles_end": self.tiles_end, "line_break": self.line_break}
+        for key, text in others.items():
+            check_places(key, [text], [])
+        check_places("whole_markers", self.whole_markers, [])
 
     @property
     def joins(self) -> bool:
@@ -136,6 +143,15 @@ def with_new_names(video: Any) -> Any:
     if type(video.get("timestamps")) is bool and "text" not in video:
         found["text"] = {"frame": TIMESTAMP} if found.pop("timestamps") else {}
     return found
+
+
+def check_places(name: str, texts: Sequence[str], known: Sequence[str]) -> None:
+    """A word in braces that stands for nothing would be read as text."""
+    for text in texts:
+        for word in re.findall(r"\{(\w+)\}", text):
+            allowed = " and ".join(f"{{{each}}}" for each in known)
+            found = f"{name}={shown(repr(text))}: {{{word}}} stands for nothing here"
+            require(word in known, found + (f", only {allowed}" if known else ""))
 
 
 def check_bounds(name: str, bounds: list[float] | None) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from avlm.config.media import Bounds, ImageLayout, Marks, VideoConfig, check_bounds, with_new_names
+from avlm.config.media import Bounds, ImageLayout, Marks, VideoConfig, check_bounds, check_places, with_new_names
 from avlm.config.model import ModelConfig, Module
 from avlm.config.values import (
     Count,
@@ -115,6 +115,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_bounds("image_tokens", self.image_tokens)
+        for kind, markers in self.markers.items():
+            check_places(f"markers.{kind}", markers, ["n"])
 
 
 def shares(train: str | dict[str, float]) -> dict[str, float]:

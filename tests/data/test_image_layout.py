@@ -6,6 +6,7 @@ import pytest
 
 from avlm.config.media import ImageLayout, VideoConfig, VideoText
 from avlm.config.model import ProjectorConfig
+from avlm.config.run import DataConfig
 from avlm.data.inspect_samples import grids_of
 from avlm.data.media_reader import MediaReader
 from avlm.data.packing import pack
@@ -219,6 +220,11 @@ def test_a_layout_that_the_model_cannot_have_is_refused(tokenizer_folder, config
         ({"line_end": "\n"}, "needs tiles that are not joined"),
         ({"tiles": "aspect", "join": False}, "join=false needs tiles=pinpoints"),
         ({"only_alone": True}, "only_alone needs tiles"),
+        (
+            {"tiles": "aspect", "tile_markers": ["<row_{row}>", ""]},
+            r"tile_markers='<row_\{row\}>': \{row\} stands for nothing here, only \{line\} and \{column\}",
+        ),
+        ({"tiles": "aspect", "line_end": "{line}"}, r"line_end='\{line\}': \{line\} stands for nothing here"),
     ],
 )
 def test_keys_of_a_layout_that_do_not_go_together_are_refused(keys, message):
@@ -226,9 +232,11 @@ def test_keys_of_a_layout_that_do_not_go_together_are_refused(keys, message):
         ImageLayout(**keys)
 
 
-def test_a_text_of_a_video_with_an_unknown_word_in_braces_names_those_that_there_are():
+def test_a_text_around_media_with_an_unknown_word_in_braces_names_those_that_there_are():
     with pytest.raises(ValueError, match=r"between='\{n\}': in braces stand only count, count_in_words, duration"):
         VideoText(between="{n}")
+    with pytest.raises(ValueError, match=r"markers.image='<\{i\}>': \{i\} stands for nothing here, only \{n\}"):
+        DataConfig(train="x", markers={"image": ["<{i}>", ""]})
 
 
 def test_inspect_tells_tiles(tokenizer_folder):
