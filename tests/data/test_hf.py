@@ -268,11 +268,19 @@ def test_opening_a_set_reads_no_media(folder, loader):
         ("gone?split=train", "no folder or file .*gone"),
         ("text.txt", "must be of parquet or Arrow, not text.txt"),
         ("broken.parquet", r"cannot be opened: .*[Pp]arquet"),
+        ("empty.parquet", r"empty\.parquet cannot be opened: it holds no rows"),
+        ("empty.parquet?streaming=true", r"empty\.parquet cannot be opened: it holds no rows"),
+        ("empty", r"empty cannot be opened: it holds no rows"),
     ],
 )
 def test_what_cannot_be_opened_is_one_line(loader, folder, source, message):
     (folder / "text.txt").write_text("one")
     (folder / "broken.parquet").write_bytes(b"one")
+    empty = Dataset.from_dict(
+        {"question": [], "answer": []}, Features(dict.fromkeys(("question", "answer"), Value("string")))
+    )
+    empty.to_parquet(folder / "empty.parquet")
+    empty.save_to_disk(folder / "empty")
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         loader(source)
     assert "\n" not in str(error.value)

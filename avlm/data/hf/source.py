@@ -5,6 +5,7 @@ converts it to Arrow once, in its cache, under a lock that the processes of a ma
 memory-mapped. A set that streams is read from where it lies. No code of a data set is run, and no medium is decoded.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import datasets
 from datasets import ClassLabel, Dataset, IterableDataset, ReadInstruction
 from huggingface_hub.errors import HfHubHTTPError
+from pyarrow import ArrowException, parquet
 
 from avlm.config.run import hf_name
 from avlm.config.values import shown
@@ -66,6 +68,8 @@ def open_set(source: Source) -> Dataset | IterableDataset:
             f"no folder or file {shown(source.name)} (a data set of the Hub has a name of the form owner/set)"
         )
     try:
+        if _is_empty(source.path):
+            raise ValueError("it holds no rows")
         if (source.path / "state.json").is_file() or (source.path / "dataset_dict.json").is_file():
             found = _saved(source)
         else:
@@ -114,6 +118,20 @@ def _saved(source: Source) -> Any:
     sizes = {name: len(split) for name, split in splits.items()}
     parts = ReadInstruction.from_spec(source.split).to_absolute(sizes)
     return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a folder or file here is a set without rows, which the library does not open."""
+    state = path / "state.json"
+    if state.is_file():
+        return not json.loads(state.read_text()).get("_data_files", True)
+    files = [*path.rglob("*.parquet")]
+    if path.suffix == ".parquet" and path.is_file():
+        files = [path]
+    try:
+        return bool(files) and not any(parquet.read_metadata(file).num_rows for file in files)
+    except (ArrowException, OSError):  # which the library then tells
+        return False
 
 
 def labels_of(found: Dataset | IterableDataset) -> dict[str, list[str]]:
