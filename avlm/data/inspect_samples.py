@@ -138,7 +138,8 @@ def grids_of(sample: Sample, reader: MediaReader) -> dict[str, str]:
         parts = [f"{width} x {height} pixels"]
         items = ""
         if kind == "video":
-            parts.append(f"{counted(len(extent.times), 'frame')} at {extent.times[0]:.1f} to {extent.times[-1]:.1f} s")
+            first, last = extent.times[0], extent.times[-1]
+            parts.append(f"{counted(len(extent.times), 'frame')} at {first:.1f} to {last:.1f} s")
             items = f"{extent.num_items:,} x "
         if extent.tiling.num_tiles:
             parts.append(f"{extent.tiling.columns} x {extent.tiling.lines} tiles and the whole image")

@@ -70,7 +70,7 @@ class Projector(nn.Module):
             into_TD = into_TD.index_copy(0, media.rows, y_RD.to(into_TD.dtype))
         if self.newline is not None:
             newline_LD = self.newline.to(into_TD.dtype).expand(len(media.newlines), -1)
-            into_TD = into_TD.index_copy(0, media.newlines, newline_LD)
+            into_TD = into_TD.index_copy_(0, media.newlines, newline_LD)  # nothing keeps what it was
         return into_TD, deep
 
     def _rows(self, x_PC: Tensor, source_US: Tensor) -> tuple[Tensor, Tensor]:

@@ -186,18 +186,15 @@ def _destinations(features: Features, owner_F: Tensor, num_rows: int, num_ranks:
     sources, owner = features.sources, owner_F
     if features.mix is not None:
         sources, owner = sources[features.mix.flatten()], owner_F.repeat_interleave(features.mix.shape[1])
-    pairs = torch.stack([sources, owner[:, None].expand_as(sources)], dim=-1)[sources >= 0]  # of rows and ranks
-    if features.mix is not None:
-        pairs = pairs.unique(dim=0)  # sorted
-    row, rank = pairs.unbind(1)
+    is_row = sources >= 0
+    row, rank = sources[is_row], owner[:, None].expand_as(sources)[is_row]
     destination_PN = torch.full((num_rows, num_ranks), -1)
     if num_ranks == 1:
         destination_PN[row, 0] = rank
         return destination_PN
-    row, order = row.sort(stable=True)
-    firsts = torch.searchsorted(row, row)  # of the pairs of the same row
-    place = torch.arange(len(row)) - firsts
-    destination_PN[row, place] = rank[order]
+    row, rank = torch.stack([row, rank]).unique(dim=1).contiguous()  # in the order of the rows
+    first = torch.searchsorted(row, row)  # of the ranks of the same row
+    destination_PN[row, torch.arange(len(row)) - first] = rank
     return destination_PN
 
 
