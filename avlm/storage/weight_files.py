@@ -1,4 +1,5 @@
-"""Which files of a model folder hold its weights: those that transformers and PEFT would read, in their order.
+"""Which files of a model folder hold its weights: those that transformers and PEFT would read, in their order, then
+those of llama.cpp.
 
 A single file is preferred to shards, and safetensors to pickles, whatever else lies next to them: a fine-tune is often
 saved over a folder of older shards. The report names what is left unread.
@@ -13,7 +14,8 @@ from avlm.config.values import shown
 from avlm.storage.model_folder import read_json
 
 INDEX = ".index.json"
-MODEL = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
+GGUF = ("model.gguf", "mmproj.gguf")  # of our own export: the decoder; towers and projectors, if it has any
+MODEL = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}", GGUF[0])
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 LIKE_WEIGHTS = ("*.safetensors", "*.gguf", "pytorch_model*.bin", "adapter_model*.bin", f"*{INDEX}")
 
@@ -59,6 +61,8 @@ def choose(folder: Path, kind: tuple[str, ...] = MODEL) -> WeightFiles:
         raise FileNotFoundError(f"no {' or '.join(order)} in {folder}{there}")
     places = read_index(folder / first) if first.endswith(INDEX) else {}
     files = sorted(set(places.values())) or [first]
+    if first == GGUF[0]:
+        files = [name for name in GGUF if (folder / name).is_file()]
     for name in files:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing: {first} names it")
@@ -104,7 +108,7 @@ def to_fetch(folder: Path) -> Iterator[list[str]]:
             continue
         for name in _order(folder, kind):
             if not name.endswith(INDEX):
-                yield [name]
+                yield list(GGUF) if name == GGUF[0] else [name]
             elif (folder / name).is_file():
                 yield sorted(set(read_index(folder / name).values()))
             if (folder / name).is_file():

@@ -3,6 +3,7 @@
 import argparse
 
 from avlm.families import door
+from avlm.families.gguf import TYPES
 from avlm.process.exit import run_command
 
 
@@ -12,13 +13,14 @@ def main() -> None:
     command = commands.add_parser("export", help="write a checkpoint of a run as a model folder")
     command.add_argument("run", help="run folder, or a checkpoint folder of one")
     command.add_argument("folder", help="folder to write, new or empty")
-    command.add_argument("--format", choices=["avlm", *door.FORMATS, "adapter"], default="avlm")
+    command.add_argument("--format", choices=["avlm", *door.FORMATS, "gguf", "adapter"], default="avlm")
     command.add_argument("--step", type=int, help="which checkpoint of the run (default: the newest)")
     command.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
         help="of the tensors (default: bfloat16; for adapters, as they are stored)",
     )
+    command.add_argument("--type", choices=TYPES, help="of the matrices of --format gguf (default: f16)")
     command.add_argument(
         "--onto", choices=list(door.FORMATS), help="what adapters are put on (default: the whole model)"
     )
@@ -36,6 +38,10 @@ def main() -> None:
         value = getattr(arguments, option)
         if value and arguments.format != "adapter":
             raise ValueError(f"--{option} {value} is for --format adapter, and the format is {arguments.format}")
+    if arguments.type and arguments.format != "gguf":
+        raise ValueError(f"--type {arguments.type} is for --format gguf: --dtype is that of the other formats")
+    if arguments.dtype and arguments.format == "gguf":
+        raise ValueError(f"--dtype {arguments.dtype} is for the other formats: --format gguf takes --type")
     run(arguments)
 
 

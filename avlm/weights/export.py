@@ -21,6 +21,7 @@ from avlm.models.lora import is_adapter, merge
 from avlm.models.whisper import sinusoids
 from avlm.parallel.mesh import World
 from avlm.storage.model_folder import Lazy, publish, write_json, write_tensors
+from avlm.weights.gguf import export_gguf
 from avlm.weights.peft import Base, adapter_keys, peft_names
 from avlm.weights.sources import Stored, regrouped
 from avlm.weights.tokenizer import media_token_ids, write_tokenizer
@@ -44,11 +45,13 @@ def export(
     whole: str | None = None,
     overwrite: bool = False,
     world: World | None = None,
+    type: str | None = None,
 ) -> State:
     """Write a model folder: safetensors, config.json, generation_config.json and the tokenizer of ``data``.
 
     avlm     every module under our names; ``config.json`` also holds what encoding a prompt needs
     adapter  the adapters for PEFT, on ``base``, and its projectors if they changed; elsewhere adapters are merged
+    gguf     llama.cpp's files, with config.json under our names; ``type`` is that of matrices (default: f16)
     decoder (which leaves the towers out), llava, voxtral, ... are Hugging Face's (``avlm.families``)
 
     ``state`` holds tensors under our parameter names, on the CPU or stored; stored ones are read only when they are
@@ -66,6 +69,9 @@ def export(
         lazy.pop("decoder.head.weight", None)
     tokenizer = Tokenizer(data.tokenizer) if data is not None and data.tokenizer else None
     larger = Whole(format, whole) if whole is not None else None
+    if format == "gguf":
+        keys = _own_keys(config, data)
+        return export_gguf(config, lazy, folder, keys, data, type=type, overwrite=overwrite, world=world)
     content = _content(format, config, lazy, tokenizer, data, base)
     tensors = content.tensors
     if dtype is not None:

@@ -12,6 +12,7 @@ from avlm.process.launch import ranks
 from avlm.storage.model_folder import Lazy
 from avlm.storage.run_folder import read_run
 from avlm.weights.export import export
+from avlm.weights.gguf import gguf_summary
 from avlm.weights.peft import Base, base_of, left_behind
 from avlm.weights.sources import open_checkpoint
 
@@ -22,7 +23,7 @@ def export_run(arguments: argparse.Namespace) -> None:
     config, path = read_run(arguments.run, arguments.step)
     to_peft = arguments.format == "adapter"
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    if dtype is None and not to_peft:
+    if dtype is None and arguments.format not in ("adapter", "gguf"):
         dtype = torch.bfloat16
     rank, size = ranks()
     world = None
@@ -42,8 +43,12 @@ def export_run(arguments: argparse.Namespace) -> None:
         whole=arguments.whole,
         overwrite=arguments.overwrite,
         world=world,
+        type=arguments.type,
     )
     if rank == 0:
+        if arguments.format == "gguf":
+            print(gguf_summary(arguments.folder))
+            return
         print(summary(arguments.folder, arguments.format, tensors, base, arguments.whole))
         left = left_behind(state, base) if base else []
         if left:

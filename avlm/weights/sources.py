@@ -1,7 +1,7 @@
 """Where weights come from. Every kind of source becomes names and lazy tensors, which read only what is indexed.
 
 Hugging Face folder or Hub name   safetensors or pickles, one file or shards; config.json
-exported AVLM                     the same under our names
+exported AVLM                     the same under our names, or GGUF files
 run, or checkpoint of a run       DCP files of any layout of ranks; the run's config.yaml
 .ckpt, .pt, .pth file             {"state_dict": {...}} or the bare dict, under our names or Hugging Face's
 """
@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 # What DCP itself uses to place shards; the public API has no equivalent that knows strided shards (FSDP over TP).
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from avlm.config.model import ModelConfig
 from avlm.config.values import shown
 from avlm.families.door import RESHAPED, AnyConfig, elsewhere, family_of, find
 from avlm.storage.checkpoint_files import Reader, cause_of
@@ -35,6 +36,7 @@ from avlm.storage.model_folder import read_json
 from avlm.storage.run_folder import is_run, read_run
 from avlm.storage.weight_files import WeightFiles, choose, local
 from avlm.weights.folder import is_own, read_config
+from avlm.weights.gguf_files import read_gguf
 
 FILES = (".ckpt", ".pt", ".pth")
 # Names by which we recognise our own files, and prefixes that wrappers (Lightning, DDP) may have added.
@@ -170,6 +172,10 @@ def open_source(given: str | Path) -> Source:
     path = resolve(given)
     config, files = read_config(path), choose(path)
     keys = read_json(path / "config.json")
+    if files.read[0].endswith(".gguf"):
+        if not is_own(keys) or not isinstance(config, ModelConfig):
+            raise ValueError(f"{path} holds only GGUF files that we did not write: give the folder of safetensors")
+        return Source(path, dict(read_gguf(path, files.read, config)), config, True, files)
     tensors = read_files(path, files)
     if is_own(keys):
         return Source(path, tensors, config, True, files)
