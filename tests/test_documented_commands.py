@@ -27,6 +27,7 @@ SCRIPTS = {
     "tests.measurements.speed_against_families": ["--seconds", "30"],
 }
 AFTER_MAKE_DEMO = {"tests/measurements/demo_variants.py"}  # hours
+WITH_LLAMA_CPP = {"tests.measurements.served_by_llama_cpp"}  # which is built from source
 
 
 def test_every_command_of_the_pages_names_a_file_that_is_there():
@@ -69,7 +70,7 @@ def test_every_test_that_the_pages_name_is_there():
 
 
 def test_every_script_of_the_pages_is_run_to_its_end_by_a_test():
-    assert {name for name in NAMED if name.startswith("tests")} <= SCRIPTS.keys() | AFTER_MAKE_DEMO
+    assert {name for name in NAMED if name.startswith("tests")} <= SCRIPTS.keys() | AFTER_MAKE_DEMO | WITH_LLAMA_CPP
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ class Engine:
 
     def _answer(self, parts: list[Part], max_new_tokens: int) -> list[int]:
         if self.projectors is None:
-            tokens = [token for text, control in parts for token in self._tokens(text, control)]
+            tokens = [token for text, control in parts for token in self.tokens(text, control)]
             context = self._open_context(len(tokens) + max_new_tokens)
             try:
                 for start in range(0, len(tokens), BATCH):
@@ -113,7 +113,7 @@ class Engine:
                 self.llama.llama_free(context)
         chunks = self.mtmd.mtmd_input_chunks_init()
         try:
-            self._cut(parts, chunks)
+            self.cut(parts, chunks)
             context = self._open_context(self.mtmd.mtmd_helper_get_n_tokens(chunks) + max_new_tokens)
             try:
                 end = self.llama.llama_pos(0)
@@ -128,15 +128,16 @@ class Engine:
         finally:
             self.mtmd.mtmd_input_chunks_free(chunks)
 
-    def _tokens(self, text: str, control: bool) -> list[int]:
+    def tokens(self, text: str, control: bool) -> list[int]:
+        """llama.cpp's ids of a text. ``control``: control tokens are read."""
         encoded = text.encode()
         room = len(encoded) + 8
         ids = (self.llama.llama_token * room)()
         count = self.llama.llama_tokenize(self.vocabulary, encoded, len(encoded), ids, room, False, control)
         return list(ids[:count])
 
-    def _cut(self, parts: list[Part], chunks: Any) -> None:
-        """Let llama.cpp make tokens of texts and windows and pixels of files."""
+    def cut(self, parts: list[Part], chunks: Any) -> None:
+        """Put what llama.cpp makes of texts and files into its ``chunks``: tokens, pixels and windows."""
         mtmd = self.mtmd
         bitmaps, inputs = [], []
         try:

@@ -23,6 +23,7 @@ from avlm.weights.gguf_tokenizer import tokenizer_keys
 from avlm.weights.tokenizer import chat_template, write_tokenizer
 
 State = dict[str, Lazy]
+NO_BOS = "{%- set bos_token = '' -%}"  # llama.cpp takes token 11 for it where a file names none
 
 
 def export_gguf(
@@ -47,11 +48,10 @@ def export_gguf(
     tokenizer = Tokenizer(data.tokenizer)
     files = tensors(config, state, tokenizer, data)
     media = {kind: f"<{kind}>" for kind in MEDIA}
+    template = (NO_BOS if tokenizer.bos is None else "") + chat_template(tokenizer, data, media)
+    of_tokenizer = tokenizer_keys(tokenizer, data, config.decoder.vocab_size, template)
     metadata = {
-        MODEL: {
-            **family.decoder_keys(config.decoder),
-            **tokenizer_keys(tokenizer, data, config.decoder.vocab_size, chat_template(tokenizer, data, media)),
-        },
+        MODEL: {**family.decoder_keys(config.decoder), **of_tokenizer},
         PROJECTORS: family.projector_keys(config),
     }
     architectures = {MODEL: family.architecture(config.decoder), PROJECTORS: "clip"}

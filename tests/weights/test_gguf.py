@@ -227,6 +227,11 @@ def test_the_tokenizer_is_written_with_its_types_ends_and_template(tmp_path, dat
     assert keys["tokenizer.ggml.eos_token_id"] == tokenizer.id_of("</s>")
     assert keys["tokenizer.ggml.eot_token_id"] == tokenizer.id_of("<|im_end|>")  # of chatml's turns
     assert keys["tokenizer.ggml.add_bos_token"] is False and keys["tokenizer.chat_template"] == "TEMPLATE"
+    without = dataclasses.replace(data, tokenizer=str(write_tokenizer(tmp_path / "without", bos_token=None)))
+    config = ModelConfig(decoder=DECODER)
+    export(config, build(config).state_dict(), tmp_path / "out", "gguf", data=without)
+    template = keys_of(tmp_path / "out" / "model.gguf")["tokenizer.chat_template"]
+    assert template.startswith("{%- set bos_token = '' -%}")  # llama.cpp would write the text of token 11
 
 
 def split(words):
