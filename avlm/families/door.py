@@ -161,9 +161,11 @@ def prompts(family: ModuleType, config: AnyConfig, files: Mapping[str, dict]) ->
 
 def media_in_prompts(family: ModuleType, markers: Mapping[str, list[str]]) -> dict[str, str]:
     """Kind -> what stands for a medium in the prompts that a format's processor takes. ``markers``: ``data``'s."""
-    if family in WITH_MARKERS:
-        return dict(family.MEDIA)
-    return {kind: token.join(markers.get(kind, ["", ""])) for kind, token in family.MEDIA.items()}
+    found = {}
+    for kind, token in family.MEDIA.items():
+        marks_itself = family in WITH_MARKERS or (family is qwen3_vl and kind == "video")  # of each patch of frames
+        found[kind] = token if marks_itself else token.join(markers.get(kind, ["", ""]))
+    return found
 
 
 def prompt_keys(family: ModuleType, config: ModelConfig, data: DataConfig | None) -> dict[str, Any]:

@@ -137,6 +137,10 @@ def write_model(config: ModelConfig, ids: Mapping[str, int], format: str, name: 
     vision = config.vision
     if vision is None or config.audio is not None:
         raise ValueError(f"the {format} format holds a decoder with a vision tower and without an audio tower")
+    if vision.any_grid:
+        raise ValueError(
+            f"the {format} format holds a tower of squares, and vision.resize={vision.resize} keeps shapes"
+        )
     return {
         "architectures": [name],
         "model_type": format,

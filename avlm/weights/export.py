@@ -21,8 +21,10 @@ from avlm.models.lora import is_adapter, merge
 from avlm.models.whisper import sinusoids
 from avlm.parallel.mesh import World
 from avlm.storage.model_folder import Lazy, publish, write_json, write_tensors
+from avlm.weights import served
 from avlm.weights.gguf import export_gguf
 from avlm.weights.peft import Base, adapter_keys, peft_names
+from avlm.weights.served import Places
 from avlm.weights.sources import Stored, regrouped
 from avlm.weights.tokenizer import media_token_ids, write_tokenizer
 from avlm.weights.whole import Whole
@@ -51,6 +53,7 @@ def export(
 
     avlm     every module under our names; ``config.json`` also holds what encoding a prompt needs
     adapter  the adapters for PEFT, on ``base``, and its projectors if they changed; elsewhere adapters are merged
+    transformers  every module in a class of transformers, with the code that this class lacks (``avlm.weights.served``)
     gguf     llama.cpp's files, with config.json under our names; ``type`` is that of matrices (default: f16)
     decoder (which leaves the towers out), llava, voxtral, ... are Hugging Face's (``avlm.families``)
 
@@ -89,12 +92,14 @@ def export(
             if name == "config.json":
                 keys["torch_dtype"] = str(stored_as).removeprefix("torch.")
             write_json(partial / name, keys)
+        for name, text in content.texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
         if larger is not None:
             larger.copy_files(partial)
         if tokenizer is not None and format != "adapter":
             model_type = content.files["config.json"].get("model_type")
-            names = door.TOKEN_NAMES.get(format, {})
-            write_tokenizer(tokenizer, data, partial, content.media, content.ids, model_type, names)
+            names = door.TOKEN_NAMES.get(content.format, {})
+            write_tokenizer(tokenizer, data, partial, content.media, content.ids, model_type, names, content.added)
 
     publish(folder, write, overwrite, world)
     return tensors
@@ -109,6 +114,9 @@ class Content:
     name: str = "model"  # of the files of tensors
     media: dict[str, str] = dataclasses.field(default_factory=dict)  # kind -> what stands for it in a prompt
     ids: dict[str, int] = dataclasses.field(default_factory=dict)  # of the tokens that a format needs
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)  # other files -> what stands in them
+    added: tuple[str, ...] = ()  # kinds of media that the tokenizer's own template does not know
+    format: str = "avlm"  # whose processor reads the tokenizer
 
 
 def _content(
@@ -130,18 +138,45 @@ def _content(
         family = door.FORMATS[base.format]
         tensors = {theirs: _in_their_order(state[name], family, name) for name, theirs in names.items()}
         return Content({"adapter_config.json": adapter_keys(config, state, base)}, tensors, "adapter_model")
+    if format == served.FORMAT:
+        return _served(config, state, tokenizer, data)
     if format not in door.FORMATS:
-        raise ValueError(f"format {format!r} is not one of avlm, adapter, {', '.join(door.FORMATS)}")
+        raise ValueError(f"format {format!r} is not one of avlm, adapter, {served.FORMAT}, {', '.join(door.FORMATS)}")
     family = door.FORMATS[format]
     ids = media_token_ids(tokenizer, family.MEDIA_TOKENS, config.decoder.vocab_size)
-    rows = max([config.decoder.vocab_size, *(number + 1 for number in ids.values())])
-    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, vocab_size=rows))
+    config = _with_rows(config, ids)
     keys = {**family.config_json(config, ids), **door.prompt_keys(family, config, data)}
     files = {"config.json": keys, **family.processor_json(config, data)}
-    tensors = _hugging_face_tensors(family, config, state)
-    _make_room(tensors, family, rows)
+    places = {module: (family, known[0]) for module, known in family.PREFIXES.items()}
+    tensors = _hugging_face_tensors(family, places, family.HEAD, config, state)
     markers = data.markers if data is not None else {}
-    return Content(files, tensors, media=door.media_in_prompts(family, markers), ids=ids)
+    return Content(files, tensors, media=door.media_in_prompts(family, markers), ids=ids, format=format)
+
+
+def _with_rows(config: ModelConfig, ids: Mapping[str, int]) -> ModelConfig:
+    """With an embedding that has a row for each of the ids."""
+    rows = max([config.decoder.vocab_size, *(number + 1 for number in ids.values())])
+    return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, vocab_size=rows))
+
+
+def _served(config: ModelConfig, state: State, tokenizer: Tokenizer | None, data: DataConfig | None) -> Content:
+    chosen = served.choose(config, data)
+    media = served.tokens(chosen, config, data)
+    family = chosen.family
+    wanted = dict.fromkeys([*(family.MEDIA_TOKENS if config.vision else ()), *media.values()])
+    ids = media_token_ids(tokenizer, wanted, config.decoder.vocab_size)
+    config = _with_rows(config, ids)
+    keys = {**_own_keys(config, data), **served.config_json(chosen, config, data, ids)}
+    files = {"config.json": keys, **served.processor_json(chosen, config, data, ids)}
+    places = chosen.places(config)
+    tensors = _hugging_face_tensors(family, places, served.HEAD, config, state)
+    markers = data.markers if data is not None else {}
+    marked = {kind: token.join(markers.get(kind, ["", ""])) for kind, token in media.items()}
+    if config.vision is not None:
+        marked |= door.media_in_prompts(family, markers)
+    added = tuple(kind for kind in media if kind not in family.MEDIA)
+    code = served.code(chosen.base, keys["base_processor"])
+    return Content(files, tensors, media=marked, ids=ids, texts=code, added=added, format=chosen.base)
 
 
 def _own_keys(config: ModelConfig, data: DataConfig | None) -> dict[str, Any]:
@@ -169,36 +204,47 @@ def _merge(base_OI: Tensor, down: Lazy, up: Lazy, magnitude: Lazy | None, config
     return merge(base_OI, down.read(), up.read(), magnitude.read() if magnitude else None, config)
 
 
-def _hugging_face_tensors(family: ModuleType, config: ModelConfig, state: State) -> State:
-    """The modules that a format holds, with its names and shapes, and the tensors that only the format has."""
-    prefixes = {module: known[0] for module, known in family.PREFIXES.items()}
-    shapes = door.stored_shapes(family, config)
+def _hugging_face_tensors(family: ModuleType, places: Places, head: str, config: ModelConfig, state: State) -> State:
+    """The modules that have places, with the names and shapes of a family, and the tensors that only files have."""
     parts: dict[str, list[tuple[int, Lazy]]] = {}
     for name, tensor in state.items():
         module, _, rest = name.partition(".")
-        if module not in prefixes:
+        if module not in places:
             continue
+        naming, prefix = places[module]
+        shapes = door.stored_shapes(naming, config)
         if name in shapes:
             tensor = tensor.changed(functools.partial(torch.Tensor.reshape, shape=shapes[name]), shape=shapes[name])
-        tensor = _in_their_order(tensor, family, name)
-        theirs = family.HEAD
-        if name != "decoder.head.weight":
-            theirs = door.full_name(family, module, rest, prefixes[module])
-        parts.setdefault(theirs, []).append((door.row_order(family, module, rest), tensor))
+        tensor = _in_their_order(tensor, naming, name)
+        theirs = head if name == "decoder.head.weight" else door.full_name(naming, module, rest, prefix)
+        parts.setdefault(theirs, []).append((door.row_order(naming, module, rest), tensor))
     tensors = {}
     for theirs, ordered in parts.items():
         ordered.sort(key=itemgetter(0))
         tensors[theirs] = _joined([tensor for _, tensor in ordered])
     dtype = state["decoder.norm.weight"].dtype
-    for name, (shape, value) in family.constants(config).items():
+    for name, (shape, value) in _constants(family, places, config).items():
         tensors[name] = Lazy(shape, dtype, functools.partial(torch.full, shape, value, dtype=dtype))
     for module, name in family.SINUSOIDS.items():
-        like = state[f"{module}.conv1.weight"]
-        tensors[prefixes[module] + name] = _sinusoids(getattr(config, module)).to(like.dtype)
+        if places[module][0] is family:
+            like = state[f"{module}.conv1.weight"]
+            tensors[places[module][1] + name] = _sinusoids(getattr(config, module)).to(like.dtype)
+    embedding = door.full_name(places["decoder"][0], "decoder", "embedding.weight", places["decoder"][1])
     if not family.TIES_HEAD:
         tied = state["decoder.embedding.weight"].changed(torch.clone)  # safetensors refuses tensors that share memory
-        tensors.setdefault(family.HEAD, tied)
+        tensors.setdefault(head, tied)
+    for name in (embedding, head):
+        if name in tensors:
+            tensors[name] = _with_room(tensors[name], config.decoder.vocab_size)
     return tensors
+
+
+def _constants(family: ModuleType, places: Places, config: ModelConfig) -> dict[str, Any]:
+    """Those of a family, where its modules have their places."""
+    if "vision" not in places:
+        return {} if family.PREFIXES.get("vision") else family.constants(config)
+    usual, prefix = family.PREFIXES["vision"][0], places["vision"][1]
+    return {name.replace(usual, prefix): value for name, value in family.constants(config).items()}
 
 
 def _in_their_order(tensor: Lazy, family: ModuleType, name: str) -> Lazy:
@@ -222,16 +268,12 @@ def _sinusoids(audio: AudioConfig) -> Lazy:
     return Lazy((rows, width), torch.float32, lambda: sinusoids(torch.arange(rows), width))
 
 
-def _make_room(tensors: State, family: ModuleType, rows: int) -> None:
-    """Pad the embedding and the head to ``rows`` for new tokens.
-
-    A new row is the mean row, so its logit is the mean of the others and never the largest.
-    """
-    embedding = f"{family.PREFIXES['decoder'][0]}{door.hugging_face_name(family, 'decoder', 'embedding.weight')}"
-    for name in (embedding, family.HEAD):
-        if name in tensors and tensors[name].shape[0] < rows:
-            padded = functools.partial(_padded, rows=rows)
-            tensors[name] = tensors[name].changed(padded, shape=(rows, tensors[name].shape[1]))
+def _with_room(table_VD: Lazy, rows: int) -> Lazy:
+    """Padded to ``rows`` for new tokens. A new row is the mean row, so its logit is the mean of the others and never
+    the largest."""
+    if table_VD.shape[0] >= rows:
+        return table_VD
+    return table_VD.changed(functools.partial(_padded, rows=rows), shape=(rows, table_VD.shape[1]))
 
 
 def _padded(table_VD: Tensor, rows: int) -> Tensor:

@@ -210,7 +210,9 @@ def _load_plan(
 
 def _places(entry: str, source: Source, held: Mapping, config: ModelConfig) -> dict[str, Place]:
     """Module -> where a source has it."""
-    places = {}
+    places = {module: Place(*found) for module, found in source.places.items()}
+    if places:
+        return places
     if source.config is None:  # a file of tensors
         for module in MODULES:
             found = find(module, held, None)

@@ -35,8 +35,10 @@ from avlm.storage.hub import resolve
 from avlm.storage.model_folder import read_json
 from avlm.storage.run_folder import is_run, read_run
 from avlm.storage.weight_files import WeightFiles, choose, local
+from avlm.weights import served
 from avlm.weights.folder import is_own, read_config
 from avlm.weights.gguf_files import read_gguf
+from avlm.weights.served import Places
 
 FILES = (".ckpt", ".pt", ".pth")
 # Names by which we recognise our own files, and prefixes that wrappers (Lightning, DDP) may have added.
@@ -156,6 +158,7 @@ class Source:
     files: WeightFiles | None = None  # of a model folder
     family: ModuleType | None = None  # of a model folder with Hugging Face's names
     elsewhere: dict[str, str] = field(default_factory=dict)  # module that a folder leaves to another -> that one
+    places: Places = field(default_factory=dict)  # where modules lie, in an export whose classes are several families'
 
 
 def open_source(given: str | Path) -> Source:
@@ -178,7 +181,8 @@ def open_source(given: str | Path) -> Source:
         return Source(path, dict(read_gguf(path, files.read, config)), config, True, files)
     tensors = read_files(path, files)
     if is_own(keys):
-        return Source(path, tensors, config, True, files)
+        places = served.places(keys, config)
+        return Source(path, tensors, config, not places, files, places=places)
     family = family_of(keys)
     others = elsewhere(family, keys)
     for module, (key, name) in others.items():

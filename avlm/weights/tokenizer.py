@@ -1,6 +1,7 @@
 """The tokenizer of an exported folder, as transformers reads it: media tokens, chat template, stop tokens."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,24 @@ LEFT_OUT = ("added_tokens_decoder", "auto_map", "tokenizer_file", "split_special
 SYSTEM_PROMPT = (
     "{% if 'system' not in messages | map(attribute='role') %}{% set messages = SYSTEM + messages %}{% endif %}"
 )
+# Before a template that does not know some media: parts of these become texts.
+ADDED_MEDIA = """\
+{%- set read = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- if message.content is string -%}
+    {%- set content = message.content REPLACED -%}
+  {%- else -%}
+    {%- set turn = namespace(parts=[]) -%}
+    {%- for part in message.content -%}
+      {%- set text = {'type': 'text', 'text': ADDED[part.type]} if part.type in ADDED else part -%}
+      {%- set turn.parts = turn.parts + [text] -%}
+    {%- endfor -%}
+    {%- set content = turn.parts -%}
+  {%- endif -%}
+  {%- set read.messages = read.messages + [dict(message, content=content)] -%}
+{%- endfor -%}
+{%- set messages = read.messages -%}
+"""
 
 
 def write_tokenizer(
@@ -32,12 +51,14 @@ def write_tokenizer(
     ids: dict[str, int],
     model_type: str | None = None,
     names: Mapping[str, str] = {},
+    added: Iterable[str] = (),
 ) -> None:
     """The files of ``data.tokenizer`` with the chat template of ``data``, and generation_config.json with the ids that
     end an answer.
 
     ``media``: kind -> what stands for it in prompts. ``ids``: those of the tokens that the format needs, which the
-    tokenizer may lack. ``names``: by which its processor asks for some of them. transformers has to encode with
+    tokenizer may lack. ``names``: by which its processor asks for some of them. ``added``: the kinds of media that the
+    tokenizer's own template does not know. transformers has to encode with
     tokenizer.json alone, as we do, whatever class it prefers for ``model_type``. So tokenizer_config.json names the
     class that reads that file unchanged, and lists no tokens of its own.
     """
@@ -46,9 +67,8 @@ def write_tokenizer(
             shutil.copyfile(tokenizer.file.with_name(name), folder / name)
     tree = read_json(tokenizer.file, MAX_BYTES)
     is_rebuilt = rebuilds_tokenizer(model_type, tree)
-    added = _with_tokens(tokenizer.added_entries(), ids)
-    write_json(folder / "tokenizer.json", {**tree, "added_tokens": added})
-    template = chat_template(tokenizer, data, media)
+    write_json(folder / "tokenizer.json", {**tree, "added_tokens": _with_tokens(tokenizer.added_entries(), ids)})
+    template = chat_template(tokenizer, data, media, added)
     config = {**names, **_tokenizer_config(tokenizer)}
     if is_rebuilt:
         config["auto_map"] = {"AutoTokenizer": [None, None]}
@@ -72,7 +92,7 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     return config
 
 
-def chat_template(tokenizer: Tokenizer, data: DataConfig, media: dict[str, str]) -> str:
+def chat_template(tokenizer: Tokenizer, data: DataConfig, media: dict[str, str], added: Iterable[str] = ()) -> str:
     """``data.template`` with ``data.system`` in Jinja."""
     template = tokenizer.chat_template
     if data.template != "tokenizer":
@@ -80,6 +100,12 @@ def chat_template(tokenizer: Tokenizer, data: DataConfig, media: dict[str, str])
     elif block := JinjaTemplate(tokenizer).block:  # the text between prompt and answer in training
         asks = f"{{%+ if add_generation_prompt %}}{{{{ {json.dumps(block, ensure_ascii=False)} }}}}{{% endif %}}"
         template = template.removesuffix("\n") + asks  # Jinja drops a newline at the end of a template
+    if data.template == "tokenizer" and added:
+        values = {
+            " REPLACED": templates.replaced_tags(media),
+            "ADDED": json.dumps({kind: media[kind] for kind in added}),
+        }
+        template = re.sub("|".join(values), lambda found: values[found[0]], ADDED_MEDIA) + template
     if not data.system:
         return template
     system = json.dumps([{"role": "system", "content": data.system}], ensure_ascii=False)

@@ -128,7 +128,7 @@ JINJA = """\
   {%- set role = message.role -%}
   {%- set text -%}
     {%- if message.content is string -%}
-      {{- message.content | replace('<audio>', AUDIO) -}}
+      {{- message.content REPLACED -}}
     {%- else -%}
       {%- for part in message.content -%}
         {%- if part.type == 'text' -%}
@@ -160,9 +160,15 @@ def jinja(name: str, media: dict[str, str]) -> str:
         "TURN": _turn_expression(template).replace("IMAGES", _tuple(images)),
         "QUESTION": _expression(question, template.strips),
         "MEDIA": json.dumps(media),
-        "AUDIO": json.dumps((tags | media)["audio"]),
+        " REPLACED": replaced_tags(media),
     }
     return re.sub("|".join(values), lambda found: values[found[0]], JINJA)
+
+
+def replaced_tags(media: dict[str, str]) -> str:
+    """Filters of Jinja that put what stands for each medium in place of its tag."""
+    other = {f"<{kind}>": token for kind, token in media.items() if token != f"<{kind}>"}
+    return "".join(f" | replace({json.dumps(tag)}, {json.dumps(token)})" for tag, token in other.items())
 
 
 def _tuple(texts: list[str]) -> str:

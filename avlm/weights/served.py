@@ -1,0 +1,155 @@
+"""The folder for transformers with code of its own (``avlm.families.served``): which base holds a model, and what goes
+into the folder."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from avlm.config.model import ModelConfig
+from avlm.config.run import DataConfig
+from avlm.families import door, llama, served
+from avlm.storage.model_folder import read_json
+
+FORMAT = "transformers"
+HEAD = served.HEAD
+SIGHT = ("vision", "vision_projector")
+CODE = ("modeling_avlm.py", "processing_avlm.py")
+Places = dict[str, tuple[ModuleType, str]]  # module -> the family that names its tensors, what stands before the names
+
+
+class Served(NamedTuple):
+    base: str  # a format of ``door.FORMATS``
+    own_projector: bool  # in place of its own
+
+    @property
+    def family(self) -> ModuleType:
+        return door.FORMATS[self.base]
+
+    def places(self, config: ModelConfig) -> Places:
+        found: Places = {}
+        for module in config.modules:
+            is_ours = module.startswith("audio") or (self.own_projector and module.startswith("vision"))
+            family = served if is_ours else self.family
+            found[module] = (family, family.LOADED[module])
+        return found
+
+
+def choose(config: ModelConfig, data: DataConfig | None) -> Served:
+    """The base of a model. ValueError with what keeps it out of each."""
+    if not config.modalities:
+        raise ValueError("the model neither sees nor hears: --format decoder holds it without code of its own")
+    if config.vision is None:
+        return Served("voxtral", False)
+    obstacles = {}
+    for chosen in _candidates():
+        obstacle = _obstacle(chosen, config, data)
+        if obstacle is None:
+            return chosen
+        if not chosen.own_projector:
+            obstacles[chosen.base] = obstacle
+    listed = "; ".join(dict.fromkeys(obstacles.values()))
+    raise ValueError(f"no class of transformers that sees holds this model: {listed}")
+
+
+def places(keys: Mapping[str, Any], config: ModelConfig) -> Places:
+    """Where the modules of an export lie, by its config.json; nowhere special if it is not of this format."""
+    if "base" not in keys:
+        return {}
+    return Served(keys["base"], "vision_projector" in keys).places(config)
+
+
+def _candidates() -> Iterator[Served]:
+    """Those with videos first: SmolVLM holds what Idefics3 does."""
+    bases = [name for name, family in door.FORMATS.items() if set(family.LOADED) == {"decoder", *SIGHT}]
+    for name in sorted(bases, key=lambda name: "video" not in door.FORMATS[name].MEDIA):
+        yield Served(name, False)
+    for name in bases:
+        if door.FORMATS[name] in served.LLAVAS:
+            yield Served(name, True)
+
+
+def _obstacle(chosen: Served, config: ModelConfig, data: DataConfig | None) -> str | None:
+    if chosen.own_projector and chosen.base != "llava" and config.vision_projector.downsample != 1:
+        return "tiles with a projector that downsamples"
+    seen = served.sight(config, chosen.own_projector)
+    try:
+        chosen.family.config_json(seen, dict.fromkeys(chosen.family.MEDIA_TOKENS, 0))
+        chosen.family.processor_json(seen, data)
+        door.prompt_keys(chosen.family, seen, data)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def tokens(chosen: Served, config: ModelConfig, data: DataConfig | None) -> dict[str, str]:
+    """Kind -> the token of a medium in a prompt."""
+    media = {} if config.vision is None else dict(chosen.family.MEDIA)
+    if chosen.base == "llava" and data is not None and served.video_obstacle(data) is None:
+        media["video"] = served.VIDEO
+    return media | ({"audio": served.AUDIO} if config.audio else {})
+
+
+def config_json(chosen: Served, config: ModelConfig, data: DataConfig | None, ids: Mapping[str, int]) -> dict[str, Any]:
+    if config.vision is None:
+        keys: dict[str, Any] = {"text_config": llama.write(config.decoder)}
+    else:
+        seen = served.sight(config, chosen.own_projector)
+        keys = {**chosen.family.config_json(seen, ids), **door.prompt_keys(chosen.family, seen, data)}
+    keys |= served.audio_keys(config, ids)
+    if chosen.own_projector:
+        keys |= served.projector_keys(config)
+    if served.VIDEO in ids and chosen.base == "llava":
+        keys["frames_token_id"] = ids[served.VIDEO]
+    own = {"architectures": [served.CLASS], "model_type": served.MODEL_TYPE, "auto_map": served.AUTO_MAP}
+    return {**keys, **own, "base": chosen.base, "base_processor": _base_processor(chosen, config, data)}
+
+
+def _base_processor(chosen: Served, config: ModelConfig, data: DataConfig | None) -> str:
+    """The name of a class."""
+    if config.vision is None:
+        return "ProcessorMixin"
+    files = chosen.family.processor_json(served.sight(config, chosen.own_projector), data)
+    return files["preprocessor_config.json"]["processor_class"]
+
+
+def processor_json(
+    chosen: Served, config: ModelConfig, data: DataConfig | None, ids: Mapping[str, int]
+) -> dict[str, dict[str, Any]]:
+    files: dict[str, dict[str, Any]] = {}
+    if config.vision is not None:
+        files = chosen.family.processor_json(served.sight(config, chosen.own_projector), data)
+    keys = files.get("processor_config.json", {})
+    if chosen.own_projector and chosen.base == "llava":
+        keys["patch_size"] = config.vision.patch_size * config.vision_projector.downsample
+    keys |= {"processor_class": "AVLMProcessor", "auto_map": {"AutoProcessor": served.AUTO_MAP["AutoProcessor"]}}
+    keys |= served.hearing(config, ids)
+    if "video" in tokens(chosen, config, data) and chosen.base == "llava":
+        keys |= served.watching(config, data, ids)
+    named = {name: {**of_file, "processor_class": "AVLMProcessor"} for name, of_file in files.items()}
+    return {**named, "processor_config.json": keys}
+
+
+def code(base: str, processor: str) -> dict[str, str]:
+    """The files of CODE, with the classes of a base and of its ``processor``."""
+    stem = door.FORMATS[base].CLASS.removesuffix("ForConditionalGeneration")
+    folder = Path(__file__).parent / "serving"
+    found = {}
+    for name in CODE:
+        text = (folder / name).read_text(encoding="utf-8")
+        text = text.replace("import LlavaProcessor as", f"import {processor} as")
+        found[name] = re.sub(r"import Llava(Config|ForConditionalGeneration|Model) as", rf"import {stem}\1 as", text)
+    return found
+
+
+def check_code(folder: Path) -> bool:
+    """Whether a folder brings code along. ValueError if that is not the code which an export writes."""
+    keys = read_json(folder / "config.json")
+    if "auto_map" not in keys:
+        return False
+    known = code(str(keys.get("base")), str(keys.get("base_processor"))) if keys.get("base") in door.FORMATS else {}
+    for path in sorted(folder.glob("*.py")):
+        if path.read_text(encoding="utf-8") != known.get(path.name):
+            raise ValueError(f"{path} is not the code that an export writes, and is not run: export the model again")
+    return True
