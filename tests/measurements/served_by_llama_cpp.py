@@ -27,12 +27,14 @@ from avlm.config.decoder import DecoderConfig, RopeScaling, YarnScaling
 from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig, InitFrom
 from avlm.data.packing import pack
-from avlm.data.sample import SampleEncoder
+from avlm.data.sample import EncodedSample, Sample, SampleEncoder
 from avlm.data.text.tokenizer import Tokenizer
+from avlm.evaluation.answering import Model
 from avlm.evaluation.llama_cpp_engine import Engine, library
 from avlm.evaluation.sets import read_set, references
 from avlm.families.gguf import TYPES
 from avlm.models.avlm import AVLM
+from avlm.models.batch import IGNORE
 from avlm.storage.run_folder import read_run
 from avlm.weights.export import export
 from avlm.weights.gguf_tokenizer import WORDS
@@ -72,14 +74,15 @@ VARIANT = {  # of configs/demo.yaml: what llama.cpp computes
     "model.audio": {"hidden_size": 96, "num_heads": 3, "num_layers": 2, "max_positions": 1500, "window": "fixed"},
     "model.audio_projector": {"downsample": 12},
 }
-STAGES = {"language": 120, "vision_alignment": 150, "audio_alignment": 300, "finetune": 700}
+STAGES = {"language": 120, "vision_alignment": 150, "audio_alignment": 200, "finetune": 250}
+NEW_TOKENS = 24
 SETS = {"caption/test": "images", "transcribe/test_synthetic": "audio"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.measurements.served_by_llama_cpp")
     parser.add_argument("run", nargs="?", help="a run (default: train a variant of the demo in runs/served)")
-    parser.add_argument("--answers", type=int, default=50, help="samples of each set that all types answer")
+    parser.add_argument("--answers", type=int, default=20, help="samples of each set that all types answer")
     arguments = parser.parse_args()
     library()
     torch.set_num_threads(2)
@@ -317,40 +320,65 @@ def trained() -> Path:
 
 
 def answers(run: Path, folder: Path, count: int) -> None:
-    """Answers to held-out samples, ours and llama.cpp's, and how many of them are equal in each type."""
+    """Answers to held-out samples: llama.cpp's, and ours of the weights in the same files. ``apart``: where answers
+    part, the difference of our log probabilities of the two tokens, at most."""
     config, checkpoint = read_run(run, None)
     data = config.stages[-1].data
     state = open_checkpoint(checkpoint)
-    model = avlm.load(str(run), device="cpu", dtype="float32")
     samples = {name: read_set(f"{DEMO}/{name}", data, [], count) for name in SETS}
-    ours = {name: [answered(model, sample) for sample in found] for name, found in samples.items()}
-    print("\n| type | size of both files | equal answers | right answers, ours | right, llama.cpp's |")
-    print("|---|---|---|---|---|")
+    print("\n| type | size of both files | equal answers | apart, nats | right answers, ours | right, llama.cpp's |")
+    print("|---|---|---|---|---|---|")
     shown = []
     for kind in TYPES:
         out = folder / kind
         export(config.model, state, out, "gguf", data=data, type=kind)
-        engine = Engine(out, data, config.model)
-        cells: dict[str, list[str]] = {"equal": [], "ours": [], "theirs": []}
+        model, engine = avlm.load(str(out), device="cpu", dtype="float32"), Engine(out, data, config.model)
+        equal, right, right_theirs, apart = [], [], [], [0.0]
         for name, found in samples.items():
-            theirs = [model.text(ids) for ids in engine.answer(found, 24)]
-            cells["equal"].append(f"{sum(map(str.__eq__, ours[name], theirs))} of {len(found)} {SETS[name]}")
-            for side, given in (("ours", ours[name]), ("theirs", theirs)):
-                right = sum(answer.strip() in references(sample) for answer, sample in zip(given, found))
-                cells[side].append(f"{right} {SETS[name]}")
+            of_media = SETS[name]
+            ours, theirs = [answered(model, sample) for sample in found], engine.answer(found, NEW_TOKENS)
+            apart += [gap(model, sample, *pair) for sample, *pair in zip(found, ours, theirs)]
+            texts = [[model.text(ids) for ids in given] for given in (ours, theirs)]
+            equal.append(f"{sum(map(list.__eq__, ours, theirs))} of {len(found)} {of_media}")
+            for cells, given in zip((right, right_theirs), texts):
+                hits = sum(text.strip() in references(sample) for text, sample in zip(given, found))
+                cells.append(f"{hits} {of_media}")
             if kind == "f16":
-                shown += zip([SETS[name]] * 5, map(str, map(references, found)), ours[name], theirs)
+                truths = [references(sample)[0] for sample in found]
+                shown += list(zip([of_media] * 5, truths, *texts))
         size = sum(path.stat().st_size for path in out.glob("*.gguf")) / 1e6
-        print(f"| {kind} | {size:.1f} MB | {' | '.join(', '.join(texts) for texts in cells.values())} |")
-    print("\n| medium | reference | ours | llama.cpp, f16 |\n|---|---|---|---|")
+        cells = [f"{size:.1f} MB", ", ".join(equal), f"{max(apart):.2f}", ", ".join(right), ", ".join(right_theirs)]
+        print(f"| {kind} | {' | '.join(cells)} |")
+    print("\n| medium | reference | ours, f16 | llama.cpp, f16 |\n|---|---|---|---|")
     for row in shown:
         print(f"| {' | '.join(row)} |")
 
 
-def answered(model, sample) -> str:
-    encoded = model.encoder.prompt(sample.messages[:-1], sample.images, sample.audios, sample.videos)
-    [completion] = model.complete([encoded], max_new_tokens=24)
-    return model.text(completion.token_ids)
+def asked(model: Model, sample: Sample) -> EncodedSample:
+    return model.encoder.prompt(sample.messages[:-1], sample.images, sample.audios, sample.videos)
+
+
+def answered(model: Model, sample: Sample) -> list[int]:
+    """Ids without the one that ends the answer."""
+    [completion] = model.complete([asked(model, sample)], max_new_tokens=NEW_TOKENS)
+    return [token for token in completion.token_ids if token not in model.stop_ids]
+
+
+def gap(model: Model, sample: Sample, ours: list[int], theirs: list[int]) -> float:
+    """Our log probability of the first token of ours that is not theirs, less that of theirs; 0 for equal answers. An
+    answer ends in its stop token."""
+    ends = [[*answer, model.stop_ids[0]] for answer in (ours, theirs)]
+    pair = next(((i, a, b) for i, (a, b) in enumerate(zip(*ends)) if a != b), None)
+    if pair is None:
+        return 0.0
+    place, mine, other = pair
+    prompt = asked(model, sample)
+    token_T = torch.cat([prompt.token_T, torch.tensor(ours[:place], dtype=torch.int64)])
+    longer = dataclasses.replace(prompt, token_T=token_T, target_T=torch.full_like(token_T, IGNORE))
+    with torch.no_grad():
+        x_TD = model.network.hidden(pack([longer], len(longer), model.network.config))
+        logits_V = model.network.decoder.head(model.network.decoder.norm(x_TD[-1:]), None)[0]
+    return float(logits_V[mine] - logits_V[other])
 
 
 if __name__ == "__main__":
