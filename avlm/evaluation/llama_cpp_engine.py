@@ -6,6 +6,7 @@ the markers have them, and in no text of a sample.
 """
 
 import ctypes
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,14 @@ def library() -> tuple[Any, Any]:
         raise ValueError(
             f"the engine llama_cpp needs llama-cpp-python: pip install llama-cpp-python==0.3.36 ({error})"
         ) from None
-    global _quiet  # a callback that Python collects would be called all the same
-    _quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
     for set_log in (llama_cpp.llama_log_set, mtmd_cpp.mtmd_log_set, mtmd_cpp.mtmd_helper_log_set):
-        set_log(_quiet, ctypes.c_void_p(0))
+        set_log(_quiet(llama_cpp), ctypes.c_void_p(0))
     return llama_cpp, mtmd_cpp
+
+
+@functools.cache  # llama.cpp calls it as long as the process lives
+def _quiet(llama_cpp: Any) -> Any:
+    return llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 class Engine:
@@ -57,7 +61,7 @@ class Engine:
         self.llama, self.mtmd = library()
         if not (folder / MODEL).is_file():
             raise FileNotFoundError(f"no {MODEL} in {folder}: export with --format gguf")
-        self.chat = Chat(Tokenizer(folder), data.template, data.system)
+        self.chat = Chat(Tokenizer(folder), data.template, data.system, published=True)
         self.markers = spelled_markers(model, data)
         self.model = self.llama.llama_model_load_from_file(
             str(folder / MODEL).encode(), self.llama.llama_model_default_params()

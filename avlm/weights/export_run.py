@@ -47,7 +47,7 @@ def export_run(arguments: argparse.Namespace) -> None:
     )
     if rank == 0:
         if arguments.format == "gguf":
-            print(gguf_summary(arguments.folder))
+            print(gguf_summary(arguments.folder, arguments.type))
             return
         print(summary(arguments.folder, arguments.format, tensors, base, arguments.whole))
         left = left_behind(state, base) if base else []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -134,14 +135,23 @@ def spelled_markers(config: ModelConfig, data: DataConfig) -> dict[str, list[str
     return {kind: markers for kind, markers in data.markers.items() if kind != "audio" or not by_itself}
 
 
-def gguf_summary(folder: str | Path) -> str:
-    """What the files of an export hold, by type, and what loads them."""
+def gguf_summary(folder: str | Path, type: str | None) -> str:
+    """What the files of an export hold, by type, which matrices are not in the ``type`` that was asked for, and what
+    loads them."""
     lines = []
-    for path in sorted(Path(folder).glob("*.gguf")):
+    for path in sorted(Path(folder).glob("*.gguf"), key=lambda path: path.name != MODEL):
         held = library().GGUFReader(path).tensors
         counts = Counter(tensor.tensor_type.name for tensor in held)
         of_types = ", ".join(f"{count} {name}" for name, count in counts.most_common())
         lines.append(f"wrote {path}: {len(held)} tensors ({of_types}), {path.stat().st_size / 1e6:,.1f} MB")
-    projectors = f" --mmproj {folder}/{PROJECTORS}" if len(lines) > 1 else ""
+        if path.name == MODEL and (type or "").startswith("q"):
+            kept = {_of_all_layers(tensor.name) for tensor in held if tensor.tensor_type.name == "F16"}
+            if kept:
+                lines.append(f"in F16, as their rows are no multiple of {type}'s blocks: {', '.join(sorted(kept))}")
+    projectors = f" --mmproj {folder}/{PROJECTORS}" if (Path(folder) / PROJECTORS).is_file() else ""
     command = "llama-mtmd-cli" if projectors else "llama-cli"
     return "\n".join([*lines, f"load it: {command} -m {folder}/{MODEL}{projectors}"])
+
+
+def _of_all_layers(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)

@@ -46,6 +46,7 @@ def write_gguf(path: Path, architecture: str, keys: dict[str, Any], tensors: dic
     """``keys``: the file's metadata; ``type``: of matrices, one of ``avlm.families.gguf.TYPES``."""
     gguf = library()
     writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(gguf.GGUFType.MODEL if path.name == MODEL else gguf.GGUFType.MMPROJ)
     writer.add_file_type(_file_type(type if path.name == MODEL else _of_towers(type)))
     writer.add_quantization_version(BLOCKS_VERSION)
     for key, value in keys.items():

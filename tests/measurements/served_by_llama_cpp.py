@@ -347,7 +347,7 @@ def answers(run: Path, folder: Path, count: int) -> None:
                 truths = [references(sample)[0] for sample in found]
                 shown += list(zip([of_media] * 5, truths, *texts))
         size = sum(path.stat().st_size for path in out.glob("*.gguf")) / 1e6
-        cells = [f"{size:.1f} MB", ", ".join(equal), f"{max(apart):.2f}", ", ".join(right), ", ".join(right_theirs)]
+        cells = [f"{size:.1f} MB", ", ".join(equal), f"{max(apart):.3f}", ", ".join(right), ", ".join(right_theirs)]
         print(f"| {kind} | {' | '.join(cells)} |")
     print("\n| medium | reference | ours, f16 | llama.cpp, f16 |\n|---|---|---|---|")
     for row in shown:

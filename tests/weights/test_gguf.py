@@ -96,6 +96,7 @@ def test_names_shapes_and_values_are_those_that_llama_cpp_reads(tmp_path, data):
         assert towers[name][1].equal(ours["decoder.embedding.weight"][tokenizer.find(marker)])
     keys, of_towers = keys_of(tmp_path / "out" / "model.gguf"), keys_of(tmp_path / "out" / "mmproj.gguf")
     assert keys["general.architecture"] == "llama" and keys["llama.attention.head_count_kv"] == 2
+    assert [held["general.type"] for held in (keys, of_towers)] == ["model", "mmproj"]
     assert of_towers["clip.vision.projector_type"] == "mlp" and of_towers["clip.audio.projector_type"] == "glma"
     assert of_towers["clip.vision.feature_layer"] == [2] and of_towers["clip.vision.block_count"] == 2
     assert of_towers["clip.use_gelu"] and of_towers["clip.audio.projector.stack_factor"] == 4
@@ -292,14 +293,16 @@ def test_a_sentencepiece_vocabulary_gets_scores_that_merge_in_its_order(tmp_path
 
 
 def test_the_command_writes_a_run_and_names_its_types(tmp_path, data, monkeypatch, capsys):
-    config = dataclasses.replace(WHOLE, lora=LoraConfig(rank=2, targets=["decoder.*.q"]))
+    lora, decoder = LoraConfig(rank=2, targets=["decoder.*.q"]), dataclasses.replace(DECODER, intermediate_size=80)
+    config = dataclasses.replace(WHOLE, lora=lora, decoder=decoder)
     write_run(tmp_path / "run", build(config), data=data)
     monkeypatch.setattr("avlm.weights.__main__.run", export_run)
     arguments = ["avlm.weights", "export", str(tmp_path / "run"), str(tmp_path / "out"), "--format", "gguf"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--type", "q8_0"])
     main()
     said = capsys.readouterr().out
-    assert "Q8_0" in said and f"-m {tmp_path / 'out'}/model.gguf --mmproj {tmp_path / 'out'}/mmproj.gguf" in said
+    assert "Q8_0" in said and "no multiple of q8_0's blocks: blk.*.ffn_down.weight\n" in said
+    assert f"-m {tmp_path / 'out'}/model.gguf --mmproj {tmp_path / 'out'}/mmproj.gguf" in said
     for wrong in (["--dtype", "float16"], ["--format", "avlm", "--type", "q8_0"]):
         monkeypatch.setattr(sys, "argv", [*arguments, *wrong])
         with pytest.raises(ValueError, match="--type"):
