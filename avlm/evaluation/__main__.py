@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 -m avlm.evaluation runs/demo --data data/demo
     python -m avlm.evaluation runs/asr --data clean=test.jsonl --metrics wer,cer --step best
     python -m avlm.evaluation llava-hf/llava-1.5-7b-hf runs/tuned --data vqav2=/data/vqav2 --limit 500
+    python -m avlm.evaluation served --engine transformers --data data/demo --out scores
 
 A model is a run of train.py, a checkpoint, an export, or a Hugging Face folder or Hub name, prompted as generate.py
 does it. Several are put side by side in one table. A set is a .json or .jsonl file or an Energon folder under any name,
@@ -11,6 +12,9 @@ and metrics: vqav2, librispeech, valor32k.
 
 Writes report.json, report.md, report.html and every answer into the folder of a run; those of another model into a
 folder of its own there, or into --out. comparison.md has the table of several models.
+
+With --engine an export is also answered by transformers or llama.cpp, side by side with ours: answers that differ by
+more than rounding are an error (docs/serving.md).
 """
 
 import argparse
@@ -18,6 +22,8 @@ from pathlib import Path
 
 from avlm.evaluation.scores import NAMES, check_names
 from avlm.process.exit import run_command
+
+ENGINES = ("transformers", "llama_cpp")
 
 
 def main() -> None:
@@ -31,6 +37,7 @@ def main() -> None:
     parser.add_argument("--step", default="latest", help="which checkpoint of runs: a step, best or latest")
     parser.add_argument("--limit", type=int, help="samples of each set")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="upper bound of an answer's tokens")
+    parser.add_argument("--engine", choices=ENGINES, help="that answers as well, from the folder of an export")
     parser.add_argument("--no-ablations", action="store_true", help="leave out the answers without a modality")
     arguments = parser.parse_args()
     if arguments.metrics is not None:
@@ -47,9 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
     from avlm.evaluation.side_by_side import evaluate_all, find_candidates
 
     sets = find_sets(arguments.data)
-    candidates = find_candidates(arguments.models, arguments.step, arguments.out)
+    candidates = find_candidates(arguments.models, arguments.step, arguments.out, arguments.engine)
     asked = Asked(arguments.metrics, arguments.limit, arguments.max_new_tokens, not arguments.no_ablations)
-    evaluate_all(candidates, sets, asked, arguments.out)
+    evaluate_all(candidates, sets, asked, arguments.out, arguments.engine)
 
 
 if __name__ == "__main__":

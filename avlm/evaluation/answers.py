@@ -31,8 +31,27 @@ def answers(
     max_new_tokens: int = 64,
     stop_ids: list[int] | None = None,
 ) -> list[str]:
-    """The model's greedy answer to each sample's conversation up to its last turn; on every rank, in order.
-    ``stop_ids`` end it, by default those of the encoder's chat.
+    """The texts of ``answered_ids``."""
+    ids = answered_ids(model, samples, encoder, world, ablation, max_new_tokens, stop_ids)
+    return [text_of(each, encoder) for each in ids]
+
+
+def text_of(token_ids: list[int], encoder: SampleEncoder) -> str:
+    """An answer as it is scored."""
+    return encoder.tokenizer.decode(token_ids, control=False).strip()
+
+
+def answered_ids(
+    model: AVLM,
+    samples: list[Sample],
+    encoder: SampleEncoder,
+    world: World,
+    ablation: str = "",
+    max_new_tokens: int = 64,
+    stop_ids: list[int] | None = None,
+) -> list[list[int]]:
+    """The model's greedy answer to each sample's conversation up to its last turn, with the id that ends it; on every
+    rank, in order. Ids of ``stop_ids`` end it, by default those of the encoder's chat.
 
     The samples are split over the ranks, which all run the same number of forwards. The ranks of a tensor axis are
     neighbours and answer together. A sample that cannot be encoded is a ValueError on the rank that has it.
@@ -46,11 +65,12 @@ def answers(
         own_part=lambda batch: prompt_part(batch, model.config, world),
         multiple=tensor,
     )
-    texts: dict[int, str] = {}
+    found: dict[int, list[int]] = {}
     for first in range(0, most, PROMPTS):
         chosen = own[first : first + PROMPTS]
         prompts = [
-            ablate(_prompt(encoder, samples[i], max_new_tokens), ablation, i, model.config.audio) for i in chosen or [0]
+            ablate(prompt_of(encoder, samples[i], max_new_tokens), ablation, i, model.config.audio)
+            for i in chosen or [0]
         ]
         completions = generate(
             model,
@@ -60,9 +80,9 @@ def answers(
             ranks=ranks,
         )
         for i, completion in zip(chosen, completions):
-            texts[i] = encoder.tokenizer.decode(completion.token_ids, control=False).strip()
-    gathered: dict[int, str] = {}
-    for part in world.gather(texts):
+            found[i] = completion.token_ids
+    gathered: dict[int, list[int]] = {}
+    for part in world.gather(found):
         gathered |= part
     reshard(model)
     return [gathered[i] for i in range(len(samples))]
@@ -130,7 +150,7 @@ def predictions_path(folder: Path | str, step: int | None, name: str) -> Path:
     return Path(folder) / "predictions" / of_step / f"{name}.jsonl"
 
 
-def _prompt(encoder: SampleEncoder, sample: Sample, max_new_tokens: int) -> EncodedSample:
+def prompt_of(encoder: SampleEncoder, sample: Sample, max_new_tokens: int) -> EncodedSample:
     """The conversation up to its last turn, encoded. ValueError with the sample's key if that is impossible."""
     try:
         prompt = encoder.prompt(sample.messages[:-1], sample.images, sample.audios, sample.videos)

@@ -52,6 +52,7 @@ def write_page(run: Path) -> Path:
         raise ValueError(f"{run / 'report.json'} is of an earlier version: evaluate the run again")
     data = _data(run, report)
     made = report["model"] if report["step"] is None else f"step {report['step']:,}"
+    made += f", {report['engine']}" if "engine" in report else ""
     cards = []
     for result in results:
         cards += _cards(run, result, data, MEDIA_BYTES // len(results))

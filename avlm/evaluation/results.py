@@ -7,19 +7,19 @@ Chance is the best exact match that can be reached with what the ablation leaves
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from avlm.config.run import DataConfig
 from avlm.data.media import video
-from avlm.data.sample import Sample, SampleEncoder, kind_of
-from avlm.evaluation.answers import answers, predictions_path, write_predictions
+from avlm.data.sample import Sample, kind_of
+from avlm.evaluation.answers import predictions_path, write_predictions
 from avlm.evaluation.public_sets import public_set
 from avlm.evaluation.report import ABLATIONS
 from avlm.evaluation.scores import Score, score_samples, total
 from avlm.evaluation.sets import read_set, references
-from avlm.models.avlm import AVLM
 from avlm.models.batch import KINDS
 from avlm.parallel.mesh import World
 
@@ -35,10 +35,12 @@ class Asked:
     ablations: bool = True
 
 
+Answered = Callable[[list[Sample], str], list[str]]  # samples and an ablation, "" for none -> answers
+
+
 def evaluate(
-    model: AVLM,
-    encoder: SampleEncoder,
-    stop_ids: list[int],
+    answered: Answered,
+    data: DataConfig,
     name: str,
     source: str,
     world: World,
@@ -52,13 +54,9 @@ def evaluate(
     public = public_set(name, source)
     if metrics is None and public is not None:
         metrics = public.metrics
-    samples = read_set(source, encoder.data, metrics or [], asked.limit, name)
-
-    def answered(chosen: list[Sample], ablation: str) -> list[str]:
-        return answers(model, chosen, encoder, world, ablation, asked.max_new_tokens, stop_ids)
-
+    samples = read_set(source, data, metrics or [], asked.limit, name)
     given = answered(samples, "")  # refuses what cannot be encoded
-    possible = possible_ablations(samples, encoder.data)
+    possible = possible_ablations(samples, data)
     if metrics is None:
         is_speech = "no_audio" in possible and "no_image" not in possible
         metrics = ["exact_match", "wer"] if is_speech else ["exact_match"]

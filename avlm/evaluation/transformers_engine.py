@@ -1,4 +1,4 @@
-"""A model folder as transformers runs it: its chat template, its processor and its ``generate``, in float32 on the CPU.
+"""A model folder as transformers runs it: its chat template, its processor and its ``generate``, in float32.
 
 Files are opened as users of transformers open them: images by Pillow, videos by PyAV. Of audio it takes samples at
 16 kHz, for which there is no way of its own; a video's audio is audio that follows the video.
@@ -30,7 +30,7 @@ PROMPTS = 16  # answered together
 class Engine:
     tolerance = 1e-3  # nats
 
-    def __init__(self, folder: Path, data: DataConfig, model: ModelConfig) -> None:
+    def __init__(self, folder: Path, data: DataConfig, model: ModelConfig, device: torch.device | None = None) -> None:
         try:
             import transformers
         except ImportError:
@@ -40,7 +40,9 @@ class Engine:
         trust = check_code(folder)
         network = transformers.AutoModelForMultimodalLM if model.modalities else transformers.AutoModelForCausalLM
         prompts = transformers.AutoProcessor if model.modalities else transformers.AutoTokenizer
-        self.network = network.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust).eval()
+        self.network = (
+            network.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust).eval().to(device or "cpu")
+        )
         self.processor = prompts.from_pretrained(folder, trust_remote_code=trust)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         self.tokenizer.padding_side = "left"
@@ -86,7 +88,8 @@ class Engine:
             media |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": True}
         if clips:
             media |= {"audio": clips, "sampling_rate": audio.SAMPLE_RATE}
-        return self.processor(text=texts, **media, add_special_tokens=False, padding=True, return_tensors="pt")
+        made = self.processor(text=texts, **media, add_special_tokens=False, padding=True, return_tensors="pt")
+        return made.to(self.network.device)
 
     def _with_audio_of_videos(self, sample: Sample) -> tuple[Messages, list[bytes]]:
         """The turns up to the last, and the files of all audio: that of a video follows it."""

@@ -178,7 +178,8 @@ def evaluate_each(cfg, sets):
         try:
             with torch.no_grad():
                 asked = Asked([MESSAGES[name][0]], max_new_tokens=4)
-                evaluate(model, encoder, encoder.chat.stop_ids, name, source, world, asked)
+                answered = lambda samples, ablation: evaluation.answers(model, samples, encoder, world, ablation, 4)
+                evaluate(answered, data, name, source, world, asked)
         except ValueError as error:
             said[name] = str(error)
     return said
@@ -196,7 +197,8 @@ def evaluate_two(cfg, output):
     data = cfg.stages[0].data
     encoder = SampleEncoder(model.config, data, Tokenizer(data.tokenizer))
     with torch.no_grad():
-        ask = functools.partial(evaluate, model, encoder, encoder.chat.stop_ids)
+        answered = lambda samples, ablation: evaluation.answers(model, samples, encoder, world, ablation, 4)
+        ask = functools.partial(evaluate, answered, data)
         default = ask("a/b", data.train, world, Asked(max_new_tokens=4))
         chosen = ask("c", data.train, world, Asked(["cer", "wer"], 1, 4), Path(output), 7)
     return default, chosen
