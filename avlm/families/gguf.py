@@ -1,8 +1,8 @@
 """GGUF: what llama.cpp calls things, in model.gguf (the decoder) and mmproj.gguf (towers and projectors).
 
 The names, the keys and what is computed are those of its sources: tools/mtmd (clip-impl.h, clip.cpp, models/llava.cpp,
-models/whisper-enc.cpp) and src/models, as of September 2026 (llama-cpp-python 0.3.36). What they compute differently
-from us is refused by name. What is let through although it is only near stands in docs/serving.md.
+models/whisper-enc.cpp) and src/models, as llama-cpp-python 0.3.36 has them. What they compute differently from us is
+refused by name. What is let through although it is only near stands in docs/serving.md.
 
     vision   "mlp": squares, a tower without class token, and two linears with GELU (LLaVA's; it takes the tanh form)
     audio    "glma": windows of 30 s, rows stacked, two linears with GELU; the rows of two marker tokens around them

@@ -150,7 +150,7 @@ def gguf_summary(folder: str | Path, type: str | None) -> str:
                 lines.append(f"in F16, as their rows are no multiple of {type}'s blocks: {', '.join(sorted(kept))}")
     projectors = f" --mmproj {folder}/{PROJECTORS}" if (Path(folder) / PROJECTORS).is_file() else ""
     command = "llama-mtmd-cli" if projectors else "llama-cli"
-    return "\n".join([*lines, f"load it: {command} -m {folder}/{MODEL}{projectors}"])
+    return "\n".join([*lines, f"load it: {command} --jinja -m {folder}/{MODEL}{projectors}"])
 
 
 def _of_all_layers(name: str) -> str:
