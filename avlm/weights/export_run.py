@@ -14,6 +14,7 @@ from avlm.storage.run_folder import read_run
 from avlm.weights.export import export
 from avlm.weights.gguf import gguf_summary
 from avlm.weights.peft import Base, base_of, left_behind
+from avlm.weights.served import FORMAT, notes
 from avlm.weights.sources import open_checkpoint
 
 
@@ -50,6 +51,8 @@ def export_run(arguments: argparse.Namespace) -> None:
             print(gguf_summary(arguments.folder, arguments.type))
             return
         print(summary(arguments.folder, arguments.format, tensors, base, arguments.whole))
+        for note in notes(config.model, config.stages[-1].data) if arguments.format == FORMAT else ():
+            print(note)
         left = left_behind(state, base) if base else []
         if left:
             print(f"it lacks {', '.join(left)}: --format avlm keeps them, with all adapters merged")
@@ -66,6 +69,8 @@ def summary(folder: str, format: str, tensors: Mapping[str, Lazy], base: Base | 
         load = f"peft.PeftModel.from_pretrained({model}, {folder!r})"
     elif whole is not None:
         load = f"transformers.{door.WITHIN[format].WHOLE_CLASS}.from_pretrained({folder!r})"
+    elif format == FORMAT:
+        load = f"transformers.AutoModelForMultimodalLM.from_pretrained({folder!r}, trust_remote_code=True)"
     elif format in door.FORMATS and door.FORMATS[format].CLASS:
         load = f"transformers.{door.FORMATS[format].CLASS}.from_pretrained({folder!r})"
     else:

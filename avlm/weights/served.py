@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
+from avlm.config.values import shown
 from avlm.families import door, llama, served
 from avlm.storage.model_folder import read_json
 
@@ -37,26 +38,44 @@ class Served(NamedTuple):
 
 
 def choose(config: ModelConfig, data: DataConfig | None) -> Served:
-    """The base of a model. ValueError with what keeps it out of each."""
+    """The base of a model. ValueError with what keeps it out of the nearest."""
     if not config.modalities:
         raise ValueError("the model neither sees nor hears: --format decoder holds it without code of its own")
     if config.vision is None:
         return Served("voxtral", False)
-    obstacles = {}
     for chosen in _candidates():
-        obstacle = _obstacle(chosen, config, data)
-        if obstacle is None:
+        if _obstacle(chosen, config, data) is None:
             return chosen
-        if not chosen.own_projector:
-            obstacles[chosen.base] = obstacle
-    listed = "; ".join(dict.fromkeys(obstacles.values()))
-    raise ValueError(f"no class of transformers that sees holds this model: {listed}")
+    nearest = _nearest(config, data)
+    raise ValueError(
+        f"transformers has no class that sees as this model does, the nearest being {nearest.family.CLASS}: "
+        f"{_obstacle(nearest, config, data)}"
+    )
+
+
+def _nearest(config: ModelConfig, data: DataConfig | None) -> Served:
+    """By how images become features."""
+    if config.vision.any_grid:
+        if config.decoder.mrope_interleaved:
+            return Served("qwen3_vl", False)
+        if config.decoder.mrope_sections is not None:
+            return Served("qwen2_5_vl" if config.vision.window else "qwen2_vl", False)
+        return Served("mistral3" if config.vision_projector.merge else "pixtral", False)
+    tiles = data.image_layout.tiles if data is not None else "none"
+    return {
+        "none": Served("llava", True),
+        "pinpoints": Served("llava_next", True),
+        "aspect": Served("internvl", False),
+        "long_edge": Served("smolvlm", False),
+    }[tiles]
 
 
 def places(keys: Mapping[str, Any], config: ModelConfig) -> Places:
     """Where the modules of an export lie, by its config.json; nowhere special if it is not of this format."""
     if "base" not in keys:
         return {}
+    if keys["base"] not in door.FORMATS:
+        raise ValueError(f"base {shown(repr(keys['base']))} in config.json is not one of {', '.join(door.FORMATS)}")
     return Served(keys["base"], "vision_projector" in keys).places(config)
 
 
@@ -72,7 +91,7 @@ def _candidates() -> Iterator[Served]:
 
 def _obstacle(chosen: Served, config: ModelConfig, data: DataConfig | None) -> str | None:
     if chosen.own_projector and chosen.base != "llava" and config.vision_projector.downsample != 1:
-        return "tiles with a projector that downsamples"
+        return f"a LlavaNext with tiles has no vision_projector.downsample={config.vision_projector.downsample}"
     seen = served.sight(config, chosen.own_projector)
     try:
         chosen.family.config_json(seen, dict.fromkeys(chosen.family.MEDIA_TOKENS, 0))
@@ -89,6 +108,18 @@ def tokens(chosen: Served, config: ModelConfig, data: DataConfig | None) -> dict
     if chosen.base == "llava" and data is not None and served.video_obstacle(data) is None:
         media["video"] = served.VIDEO
     return media | ({"audio": served.AUDIO} if config.audio else {})
+
+
+def notes(config: ModelConfig, data: DataConfig) -> list[str]:
+    """What its user should know about the folder of a model."""
+    chosen = choose(config, data)
+    said = ["it brings code along, modeling_avlm.py and processing_avlm.py: read them before you trust them"]
+    if config.audio is None and not chosen.own_projector:
+        said.append(f"--format {chosen.base} holds this model without code of its own")
+    obstacle = served.video_obstacle(data) if chosen.base == "llava" else None
+    if obstacle is not None:
+        said.append(f"it takes no videos, because of {obstacle}")
+    return said
 
 
 def config_json(chosen: Served, config: ModelConfig, data: DataConfig | None, ids: Mapping[str, int]) -> dict[str, Any]:

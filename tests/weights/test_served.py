@@ -19,6 +19,7 @@ from avlm.evaluation.transformers_engine import Engine
 from avlm.families import door
 from avlm.weights.export import export
 from avlm.weights.load import open_model
+from avlm.weights.served import choose
 from tests.data.small_files import CONTROL, image_file, photo, tone, video_file, write_tokenizer
 from tests.families import (
     test_idefics3_keys,
@@ -30,6 +31,8 @@ from tests.families import (
 )
 from tests.models.handmade import build
 from tests.models.test_avlm import WHOLE
+from tests.weights.test_peft import command
+from tests.weights.test_sources import write_run
 
 AUDIO = AudioConfig(hidden_size=24, intermediate_size=48, num_layers=2, num_heads=2, num_mels=16, max_positions=50)
 IMAGES = [image_file(photo(*size, seed)) for seed, size in enumerate([(30, 47), (61, 20), (16, 16)])]
@@ -124,6 +127,9 @@ MODELS = {
 }
 
 
+TILES = {"tiles": "pinpoints", "grids": [[1, 2]], "join": False}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_text_images_audio_and_videos_give_our_ids_logits_and_answers(name, tmp_path):
     config = MODELS[name]
@@ -166,6 +172,11 @@ def joint(name: str) -> tuple[ModelConfig, dict]:
     return dataclasses.replace(config, decoder=decoder, **heard), prompts
 
 
+def with_swiglu(name: str) -> ModelConfig:
+    config, _ = joint(name)
+    return dataclasses.replace(config, vision_projector=dataclasses.replace(config.vision_projector, type="swiglu"))
+
+
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "llava_next", "llava_next_video"]
 FAMILIES += ["llava_onevision", "pixtral", "mistral3"]
 
@@ -197,3 +208,42 @@ def test_a_format_refuses_a_model_that_it_cannot_hold_in_one_line(format):
                 family.config_json(dataclasses.replace(config, **left_out), dict.fromkeys(family.MEDIA_TOKENS, 0))
             except ValueError as error:
                 assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("config", "data", "message"),
+    [
+        (dataclasses.replace(MODELS["audio alone"], audio=None, audio_projector=None), {}, "--format decoder holds it"),
+        (changed("vision", gated=True), {}, "nearest being LlavaForConditionalGeneration: .* no gated=True"),
+        (changed("decoder", qkv_bias=True, qk_norm=True), {}, "no Hugging Face architecture has both qkv_bias and"),
+        (changed("vision"), {"image_layout": {"line_break": "\n"}}, "cannot hold data.image_layout.line_break="),
+        (MODELS["llava"], {"image_layout": TILES}, "being LlavaNextForConditionalGeneration: .* newline=true"),
+        (changed("vision"), {"image_layout": TILES}, "a LlavaNext with tiles has no vision_projector.downsample=2"),
+        (
+            with_swiglu("qwen2_5_vl"),
+            {},
+            "nearest being Qwen2_5_VLForConditionalGeneration: .* vision_projector.type=swiglu",
+        ),
+    ],
+)
+def test_a_model_that_no_class_sees_like_is_refused_by_what_the_nearest_lacks(config, data, message):
+    with pytest.raises(ValueError, match=message):
+        choose(config, validated(DataConfig, {"train": "x", **data}, "data"))
+
+
+def test_the_command_says_what_the_folder_does_without(tmp_path, monkeypatch, capsys):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", eos_token="</s>")
+    config = dataclasses.replace(MODELS["llava"], audio=None, audio_projector=None)
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, vocab_size=400))
+    given = {
+        "train": "x",
+        "tokenizer": str(tokenizer),
+        "template": "plain",
+        "seq_length": 64,
+        "video": {"text": {"before": "a "}},
+    }
+    write_run(tmp_path / "run", build(config), data=validated(DataConfig, given, "data"))
+    command(monkeypatch, tmp_path / "run", tmp_path / "out", "--format", "transformers")
+    said = capsys.readouterr().out
+    assert "out', trust_remote_code=True)" in said and "--format llava holds this model without code" in said
+    assert "it takes no videos, because of data.video.text=" in said
