@@ -217,7 +217,7 @@ def test_a_format_refuses_a_model_that_it_cannot_hold_in_one_line(format):
         (changed("vision", gated=True), {}, "nearest being LlavaForConditionalGeneration: .* no gated=True"),
         (changed("decoder", qkv_bias=True, qk_norm=True), {}, "no Hugging Face architecture has both qkv_bias and"),
         (changed("vision"), {"image_layout": {"line_break": "\n"}}, "cannot hold data.image_layout.line_break="),
-        (MODELS["llava"], {"image_layout": TILES}, "being LlavaNextForConditionalGeneration: .* newline=true"),
+        (MODELS["llava"], {"image_layout": TILES}, "being LlavaNextForConditionalGeneration: .*newline=true"),
         (changed("vision"), {"image_layout": TILES}, "a LlavaNext with tiles has no vision_projector.downsample=2"),
         (
             with_swiglu("qwen2_5_vl"),
