@@ -21,7 +21,9 @@ from avlm.data.media import audio
 from avlm.data.media.video import USUAL_RATE, has_audio
 from avlm.data.sample import Sample
 from avlm.data.text.pieces import TAG, Messages
-from avlm.weights.folder import stop_ids
+from avlm.families import door
+from avlm.storage.model_folder import read_json
+from avlm.weights.folder import is_own, stop_ids
 from avlm.weights.served import check_code
 
 PROMPTS = 16  # answered together
@@ -36,6 +38,9 @@ class Engine:
         except ImportError:
             raise ValueError("--engine transformers needs it: pip install transformers") from None
         self.data = data
+        # What tags become where a folder's own template takes media as parts of a list only.
+        keys = read_json(folder / "config.json")
+        self.media = {} if is_own(keys) else door.media_in_prompts(door.family_of(keys), data.markers)
         self.stop_ids = stop_ids(folder)
         trust = check_code(folder)
         network = transformers.AutoModelForMultimodalLM if model.modalities else transformers.AutoModelForCausalLM
@@ -75,7 +80,12 @@ class Engine:
         texts, images, videos, metadata, clips = [], [], [], [], []
         for sample in samples:
             messages, heard = self._with_audio_of_videos(sample)
-            texts.append(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            has_template = getattr(self.processor, "chat_template", None) is not None
+            chat = self.processor if has_template else self.tokenizer
+            text = chat.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            for kind, token in self.media.items():
+                text = text if f"<{kind}>" in token else text.replace(f"<{kind}>", token)
+            texts.append(text)
             images.append([Image.open(io.BytesIO(file)).convert("RGB") for file in sample.images])
             shown = [self._frames(file) for file in sample.videos]
             videos.append([frames for frames, _ in shown])

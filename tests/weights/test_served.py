@@ -11,12 +11,14 @@ from avlm.config.decoder import RopeScaling
 from avlm.config.model import AudioConfig, LoraConfig, ModelConfig, ProjectorConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import validated
+from avlm.data.media import audio
 from avlm.data.packing import pack
 from avlm.data.sample import Sample, SampleEncoder
 from avlm.data.text.tokenizer import Tokenizer
+from avlm.evaluation.answering import open_encoder
 from avlm.evaluation.generation import generate
 from avlm.evaluation.transformers_engine import Engine
-from avlm.families import door
+from avlm.families import door, qwen2_vl
 from avlm.weights.export import export
 from avlm.weights.load import open_model
 from avlm.weights.served import choose
@@ -28,6 +30,7 @@ from tests.families import (
     test_mistral3,
     test_mistral3_keys,
     test_qwen_vl_keys,
+    test_qwen_vl_prompts,
 )
 from tests.models.handmade import build
 from tests.models.test_avlm import WHOLE
@@ -59,10 +62,10 @@ ASKED = [
 ]
 
 
-def served(config: ModelConfig, folder, control=CONTROL, words=(), **data):
+def served(config: ModelConfig, folder, words=(), chat_template=CHATML, format="transformers", **data):
     """(our model of random weights, its prompt encoder, its folder in transformers' hands)."""
-    names = {"eos_token": "</s>", "chat_template": CHATML}
-    source = write_tokenizer(folder / "tokenizer", [*control, *words], **names)
+    names = {"eos_token": "</s>", "chat_template": chat_template}
+    source = write_tokenizer(folder / "tokenizer", [*CONTROL, *words], **names)
     tokenizer = Tokenizer(source)
     config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, vocab_size=tokenizer.size))
     given = {"train": "x", "tokenizer": str(source), "template": "llava", **data}
@@ -71,7 +74,7 @@ def served(config: ModelConfig, folder, control=CONTROL, words=(), **data):
     for name, parameter in model.named_parameters():
         if ".lora_up" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    export(config, model.state_dict(), folder / "out", "transformers", data=data)
+    export(config, model.state_dict(), folder / "out", format, data=data)
     return model, SampleEncoder(config, data, tokenizer), Engine(folder / "out", data, config)
 
 
@@ -138,6 +141,17 @@ def test_text_images_audio_and_videos_give_our_ids_logits_and_answers(name, tmp_
     parts = served(config, tmp_path, video={"num_frames": 3, "audio": "after" if hears else False})
     assert_same(*parts, asked)
     assert_comes_back(parts[0], tmp_path / "out")
+
+
+def test_beams_take_one_clip_a_prompt_and_refuse_what_would_be_mixed_up(tmp_path):
+    *_, engine = served(MODELS["llava"], tmp_path)
+    one, several = engine.prompts([ASKED[2], sample("<audio> two", audios=CLIPS[2:])]), engine.prompts([ASKED[3]])
+    settings = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 5, "do_sample": False}
+    both = engine.network.generate(**one, **settings)
+    alone = engine.network.generate(**engine.prompts([ASKED[2]]), **settings)
+    assert both[:2, -5:].tolist() == alone[:, -5:].tolist()
+    with pytest.raises(ValueError, match="take one medium of a kind"):
+        engine.network.generate(**several, **settings)
 
 
 def assert_comes_back(model, folder) -> None:
@@ -247,3 +261,39 @@ def test_the_command_says_what_the_folder_does_without(tmp_path, monkeypatch, ca
     said = capsys.readouterr().out
     assert "out', trust_remote_code=True)" in said and "--format llava holds this model without code" in said
     assert "it takes no videos, because of data.video.text=" in said
+
+
+def test_a_template_of_the_tokenizer_gets_parts_and_tags_of_audio(tmp_path):
+    config, prompts = joint("qwen2_5_vl")
+    words = [*door.FORMATS["qwen2_5_vl"].MEDIA_TOKENS, "<|im_start|>", "<|im_end|>"]
+    prompts = {**prompts, "template": "tokenizer", "markers": {**prompts["markers"], "audio": ["<|im_start|>", ""]}}
+    model, encoder, engine = served(
+        config, tmp_path, words=words, chat_template=test_qwen_vl_prompts.TEMPLATE, **prompts
+    )
+    assert_same(model, encoder, engine, ASKED[:4])
+    parts = [{"type": "image"}, {"type": "text", "text": "one"}, {"type": "audio"}, {"type": "text", "text": "two"}]
+    text = engine.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    tags = sample("<image>one<audio>two", images=IMAGES[:1], audios=CLIPS[:1])
+    [ids] = engine.prompts([tags])["input_ids"]
+    again = engine.processor(
+        text=[text], images=[[photo(30, 47)]], audio=[audio.decode(CLIPS[0], 60).numpy()], add_special_tokens=False
+    )
+    assert again["input_ids"] == [ids.tolist()]
+    opened = open_model(str(tmp_path / "out"))
+    own, _ = open_encoder(opened)
+    for each in ASKED[:4]:
+        asked = (each.messages[:-1], each.images, each.audios)
+        assert own.prompt(*asked).token_T.equal(encoder.prompt(*asked).token_T)
+
+
+@pytest.mark.parametrize("template", ["tokenizer", "chatml"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "decoder"])
+def test_a_folder_of_a_family_is_run_by_the_same_engine(name, template, tmp_path):
+    config, prompts = joint(name) if name == "qwen2_5_vl" else (MODELS["llava"], {})
+    config = dataclasses.replace(config, audio=None, audio_projector=None)
+    if name == "decoder":
+        config = dataclasses.replace(config, vision=None, vision_projector=None)
+    words = [*qwen2_vl.MEDIA_TOKENS, "<image>", "<|im_start|>", "<|im_end|>"]
+    jinja = test_qwen_vl_prompts.TEMPLATE if name == "qwen2_5_vl" else CHATML
+    parts = served(config, tmp_path, words, jinja, name, template=template, **prompts)
+    assert_same(*parts, ASKED[: 1 if name == "decoder" else 2])

@@ -18,11 +18,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 NORMS = {"none": nn.Identity, "layer": nn.LayerNorm, "rms": nn.RMSNorm}
 SEES_VIDEOS = hasattr(BaseModel, "get_video_features")  # else their frames are images
+REPEATS_MEDIA = "_expand_inputs_for_generation" in vars(BaseForConditionalGeneration)
 
 
 class AVLMConfig(BaseConfig):
-    """``audio_config``: Whisper's encoder, with ``edge``, ``pool`` and ``key_bias``. ``audio_projector`` and
-    ``vision_projector``, which the base may have itself: arguments of ``Projector``."""
+    """``audio_config``: of Whisper's encoder, with edge, pool and key_bias; projectors: the keys of ``Projector``."""
 
     model_type = "avlm"
     sub_configs = {**BaseConfig.sub_configs, "audio_config": VoxtralEncoderConfig}
@@ -97,10 +97,8 @@ class Projector(nn.Module):
             missing = -x_NRC.shape[1] % n
             there_NUS = F.pad(there_NR, (0, missing)).unflatten(1, (-1, n)).to(x_NRC.dtype)
             x_NUSC = F.pad(x_NRC, (0, 0, 0, missing)).unflatten(1, (-1, n)) * there_NUS[..., None]
-        if self.keys["mean"]:
-            x_NUC = x_NUSC.sum(2) / there_NUS.sum(2, keepdim=True).clamp(min=1)
-        else:
-            x_NUC = self.merger(x_NUSC.flatten(2))
+        mean_NUC = x_NUSC.sum(2) / there_NUS.sum(2, keepdim=True).clamp(min=1)
+        x_NUC = mean_NUC if self.keys["mean"] else self.merger(x_NUSC.flatten(2))
         x_NUC = self.feature_norm(x_NUC)
         if self.keys["type"] == "linear":
             y_NUD = self.linear(x_NUC)
@@ -168,11 +166,8 @@ class AVLMModel(BaseModel):
             return embedded
 
         # The base embeds the tokens and writes its images over them; what it does not know is written in between.
-        hook = self.get_input_embeddings().register_forward_hook(write)
-        try:
+        with self.get_input_embeddings().register_forward_hook(write):
             return super().forward(input_ids=input_ids, **kwargs)
-        finally:
-            hook.remove()
 
 
 class AVLMForConditionalGeneration(BaseForConditionalGeneration):
@@ -182,6 +177,14 @@ class AVLMForConditionalGeneration(BaseForConditionalGeneration):
         super().__init__(config)
         self.model = AVLMModel(config)
         self.post_init()
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        media = ["input_features", *([] if REPEATS_MEDIA else ["pixel_values", "pixel_values_videos"])]
+        if expand_size > 1 and any(
+            kwargs.get(name) is not None and len(kwargs[name]) != len(input_ids) for name in media
+        ):
+            raise ValueError("beams and several sequences take one medium of a kind, and one tile, in each prompt")
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
 
     def prepare_inputs_for_generation(
         self, *args, input_features=None, input_features_mask=None, pixel_values_videos=None, **kwargs

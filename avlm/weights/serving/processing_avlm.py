@@ -9,10 +9,9 @@ from transformers.audio_utils import make_list_of_audio
 
 
 class AVLMFeatureExtractor(WhisperFeatureExtractor):
-    """Clips of 16 kHz -> log-mel windows side by side (clips, M, frames); which frames make features (clips, frames). A
-    window has ``nb_max_frames``, the last of a clip only those that it needs unless ``window`` is "fixed". ``log_mel``
-    is that of each "window" or "clip"; ``edge``: what the encoder sees past a clip. It makes a row of two frames, and
-    ``downsample`` means of ``pool`` rows are a feature."""
+    """Clips of 16 kHz -> log-mel windows side by side (clips, M, frames); which frames make features (clips, frames).
+    The last window of a clip is short unless ``window`` is "fixed". ``edge``: what the encoder sees past a clip; it
+    makes a row of two frames, and ``downsample`` means of ``pool`` rows are a feature."""
 
     model_input_names = ["input_features", "input_features_mask"]
 
@@ -48,8 +47,7 @@ class AVLMFeatureExtractor(WhisperFeatureExtractor):
 
 
 class AVLMVideoProcessor(BaseVideoProcessor):
-    """For bases without videos: frames like images, from the middles of ``num_frames`` equal parts or, with ``fps``, so
-    many a second within bounds."""
+    """For bases without videos: frames at the middles of ``num_frames`` equal parts, or ``fps`` within bounds."""
 
     def sample_frames(self, metadata, num_frames=None, fps=None, **kwargs):
         total, wanted = metadata.total_num_frames, num_frames
@@ -97,8 +95,7 @@ class AVLMProcessor(BaseProcessor):
 
     def replace_audio_token(self, audio_inputs, audio_idx, **kwargs) -> str:
         windows, made_by = audio_inputs["input_features_mask"][audio_idx], self.feature_extractor
-        frames = [int(window.sum()) for window in windows.split(made_by.nb_max_frames)]
-        rows = [(of_window + 1) // 2 // made_by.pool for of_window in frames]
+        rows = [(int(window.sum()) + 1) // 2 // made_by.pool for window in windows.split(made_by.nb_max_frames)]
         return self.audio_token * sum(math.ceil(of_window / made_by.downsample) for of_window in rows)
 
     def replace_video_token(self, video_inputs, video_idx, **kwargs) -> str:
