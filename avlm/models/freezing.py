@@ -26,7 +26,12 @@ def freeze(model: AVLM, stage: StageConfig) -> list[str]:
     trained = trained_names(stage, model.config, [name for name, _ in model.named_parameters()])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    parts = {"lora" if is_adapter(name) else name.split(".")[0] for name in trained}
+    return parts_of(trained)
+
+
+def parts_of(names: Collection[str]) -> list[str]:
+    """The modules that parameters belong to, "lora" for adapters."""
+    parts = {"lora" if is_adapter(name) else name.split(".")[0] for name in names}
     return [part for part in (*MODULES, "lora") if part in parts]
 
 

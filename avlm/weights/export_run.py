@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -10,9 +11,10 @@ from avlm.families import door
 from avlm.parallel import mesh
 from avlm.process.launch import ranks
 from avlm.storage.model_folder import Lazy
-from avlm.storage.run_folder import read_run
+from avlm.storage.run_folder import read_progress, read_run
 from avlm.weights.export import export
 from avlm.weights.gguf import gguf_summary
+from avlm.weights.model_card import write_card
 from avlm.weights.peft import Base, base_of, left_behind
 from avlm.weights.served import FORMAT, notes
 from avlm.weights.sources import open_checkpoint
@@ -47,6 +49,8 @@ def export_run(arguments: argparse.Namespace) -> None:
         type=arguments.type,
     )
     if rank == 0:
+        if not to_peft:
+            write_card(config, read_progress(path), path.resolve().parents[1], Path(arguments.folder), arguments.format)
         if arguments.format == "gguf":
             print(gguf_summary(arguments.folder, arguments.type))
             return
