@@ -21,9 +21,7 @@ from avlm.data.media import audio
 from avlm.data.media.video import USUAL_RATE, has_audio
 from avlm.data.sample import Sample
 from avlm.data.text.pieces import TAG, Messages
-from avlm.families import door
-from avlm.storage.model_folder import read_json
-from avlm.weights.folder import is_own, stop_ids
+from avlm.weights.folder import media_in_texts, stop_ids
 from avlm.weights.served import check_code
 
 PROMPTS = 16  # answered together
@@ -38,9 +36,7 @@ class Engine:
         except ImportError:
             raise ValueError("--engine transformers needs it: pip install transformers") from None
         self.data = data
-        # What tags become where a folder's own template takes media as parts of a list only.
-        keys = read_json(folder / "config.json")
-        self.media = {} if is_own(keys) else door.media_in_prompts(door.family_of(keys), data.markers)
+        self.media = media_in_texts(folder, data.markers)
         self.stop_ids = stop_ids(folder)
         trust = check_code(folder)
         network = transformers.AutoModelForMultimodalLM if model.modalities else transformers.AutoModelForCausalLM

@@ -1,5 +1,6 @@
 """A model folder, local or from the Hub: the config of its model, and how its prompts are made."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,13 @@ def _elsewhere(module: str, key: str, name: str) -> AnyConfig:
 def media_prompts(folder: str | Path) -> dict[str, Any]:
     """The keys of ``data`` that say how media stand in the prompts of a folder of Hugging Face."""
     return _read(Path(folder))[1]
+
+
+def media_in_texts(folder: Path, markers: Mapping[str, list[str]]) -> dict[str, str]:
+    """Kind -> what stands for a medium in a text of a Hugging Face folder, whose own template may take media as parts
+    of a list only. Templates of ours put it in place of a tag."""
+    keys = read_json(folder / "config.json")
+    return {} if is_own(keys) else door.media_in_prompts(door.family_of(keys), markers)
 
 
 def is_own(keys: dict) -> bool:
