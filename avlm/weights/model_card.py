@@ -216,7 +216,7 @@ def _stage(config: Config, i: int, progress: Progress, records: list[Record]) ->
     least = rates.lr / 10 if rates.min_lr is None else rates.min_lr
     trained = parts_of(trained_names(stage, config.model, parameter_shapes(config.model).keys()))
     drawn = shares(stage.data.train)
-    data = [f"`{published(name)}`" + f" ({share:.0%})" * (len(drawn) > 1) for name, share in drawn.items()]
+    data = [f"`{published(name)}`" + f" ({100 * share:.3g} %)" * (len(drawn) > 1) for name, share in drawn.items()]
     return [stage.name, ", ".join(trained), f"{done:,}", *counts, f"{rates.lr:g} to {least:g}", ", ".join(data)]
 
 
@@ -241,7 +241,7 @@ def _held_out(results: list[dict[str, Any]]) -> str:
     for result in results:
         chance = result.get("chance")
         first = [result["name"], f"{result['count']:,}", *_score(result["metric"], result["value"])]
-        first.append("" if chance is None else f"{chance:.1%}")
+        first.append("" if chance is None else f"{100 * chance:.1f} %")
         for name in taken_away:
             value = result["ablations"].get(name)
             first.append("" if value is None else _score(result["metric"], value)[1])
@@ -257,7 +257,7 @@ def _held_out(results: list[dict[str, Any]]) -> str:
 
 
 def _score(metric: str, value: float) -> list[str]:
-    return [metric, f"{100 * value:.1f}" if metric == "cider" else f"{value:.1%}"]
+    return [metric, f"{100 * value:.1f}" if metric == "cider" else f"{100 * value:.1f} %"]
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

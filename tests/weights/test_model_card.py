@@ -100,13 +100,13 @@ def test_a_card_has_the_numbers_of_the_runs_files_and_no_path_of_its_machine(
     modules = "vision, audio, vision_projector, audio_projector"
     assert f"| align | {modules} | 3 | 3,006 | 300 | 0.25 | 0.00125 to 0.000125 | " in card
     assert "| tune | decoder | 2 | 2,009 | 200 | 0.25 | " in card
-    assert "| `…/d/shards` (50%), `…/secret/a.jsonl` (38%), `owner/set` (12%) |" in card
+    assert "| `…/secret/a.jsonl` (37.5 %), `owner/set` (12.5 %), `…/d/shards` (50 %) |" in card
     assert "Step 5 of 9, after 17,169 samples in packed rows of 64 tokens." in card
     assert "everything from `runs/gone`; decoder from `…/models/small`; vision from `openai/clip`" in card
     total = sum(parameter.numel() for parameter in build(with_vocabulary(model, tmp_path)).parameters())
     assert f"| together |  | {total:,} |" in card
     assert "| held out | loss | 2.625 |" in card
-    assert "| test | 1,234 | exact_match | 81.2% | 12.5% | 25.0% |" in card and "| wer | 4.2% |" in card
+    assert "| test | 1,234 | exact_match | 81.2 % | 12.5 % | 25.0 % |" in card and "| wer | 4.2 % |" in card
     assert "license" not in card.lower()
     assert run_code(card, capsys).strip()
     if format == "transformers":
