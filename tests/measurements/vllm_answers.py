@@ -16,9 +16,9 @@ import numpy
 from packaging.version import Version
 from PIL import Image
 
-IMAGE_SIZES = (336, 336), (400, 640), (900, 500)  # height, width
+IMAGE_SIZES = (96, 96), (120, 180), (240, 130)  # height, width
 AUDIO_SECONDS, SAMPLING_RATE = (1.0, 0.5, 1.7), 16000
-VIDEO_FRAMES, VIDEO_SIZE = 8, (112, 168)
+VIDEO_FRAMES, VIDEO_SIZE = 8, (80, 120)
 PROMPTS = {
     "text": {},
     "image": {"image": 1},

@@ -128,11 +128,11 @@ class AVLMModel(BaseModel):
 
     def get_audio_features(self, input_features: Tensor, input_features_mask: Tensor, **kwargs):
         """Features of all clips, one after the other, as ``pooler_output`` (K, D). A row of ``input_features``, (clips,
-        M, F), holds the windows of a clip side by side; the mask (clips, F) is 1 at frames that make features."""
+        M, F), holds a clip's windows side by side; the mask (clips, F), of vLLM a list, is 1 at frames to hear."""
         whole = min(2 * self.config.audio_config.max_source_positions, input_features.shape[2])
         missing = -input_features.shape[2] % whole
         windows = F.pad(input_features, (0, missing)).unflatten(2, (-1, whole)).transpose(1, 2).flatten(0, 1)
-        live = F.pad(input_features_mask.bool(), (0, missing)).unflatten(1, (-1, whole)).flatten(0, 1)
+        live = F.pad(torch.stack([*input_features_mask]).bool(), (0, missing)).unflatten(1, (-1, whole)).flatten(0, 1)
         rows, there = self.audio_tower(windows[live.any(1)], live[live.any(1)])
         return BaseModelOutputWithPooling(pooler_output=self.audio_projector(rows, there))
 

@@ -89,8 +89,9 @@ class AVLMProcessor(BaseProcessor):
             texts = [text] if isinstance(text, str) else list(text)
             text, said = self.get_text_with_replacements(texts, audio_replacements=replacements)
         inputs = super().__call__(images=images, text=text, videos=videos, **kwargs)
-        for of_audio, others in zip(said, inputs.get("text_replacement_offsets", [])):
-            others[:0] = of_audio
+        if said and kwargs.get("return_text_replacement_offsets"):
+            seen = inputs.get("text_replacement_offsets", [[]] * len(said))  # some bases have none for text alone
+            inputs["text_replacement_offsets"] = [[*of_audio, *others] for of_audio, others in zip(said, seen)]
         return BatchFeature({**inputs, **heard})
 
     def replace_audio_token(self, audio_inputs, audio_idx, **kwargs) -> str:
