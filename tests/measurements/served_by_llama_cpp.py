@@ -30,11 +30,11 @@ from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.answering import Model
+from avlm.evaluation.engines import next_logprobs
 from avlm.evaluation.llama_cpp_engine import Engine, library
 from avlm.evaluation.sets import read_set, references
 from avlm.families.gguf import TYPES
 from avlm.models.avlm import AVLM
-from avlm.models.batch import IGNORE
 from avlm.storage.run_folder import read_run
 from avlm.weights.export import export
 from avlm.weights.gguf_tokenizer import WORDS
@@ -371,20 +371,12 @@ def answered(model: Model, sample: Sample) -> list[int]:
 
 
 def gap(model: Model, sample: Sample, ours: list[int], theirs: list[int]) -> float:
-    """Our log probability of the first token of ours that is not theirs, less that of theirs; 0 for equal answers. An
-    answer ends in its stop token."""
+    """By how much the first token of ours that is not theirs is likelier to us, nats; 0 for equal answers. An answer
+    ends in its stop token."""
     ends = [[*answer, model.stop_ids[0]] for answer in (ours, theirs)]
-    pair = next(((i, a, b) for i, (a, b) in enumerate(zip(*ends)) if a != b), None)
-    if pair is None:
-        return 0.0
-    place, mine, other = pair
-    prompt = asked(model, sample)
-    token_T = torch.cat([prompt.token_T, torch.tensor(ours[:place], dtype=torch.int64)])
-    longer = dataclasses.replace(prompt, token_T=token_T, target_T=torch.full_like(token_T, IGNORE))
-    with torch.no_grad():
-        x_TD = model.network.hidden(pack([longer], len(longer), model.network.config))
-        logits_V = model.network.decoder.head(model.network.decoder.norm(x_TD[-1:]), None)[0]
-    return float(logits_V[mine] - logits_V[other])
+    place, mine, other = next(((i, *pair) for i, pair in enumerate(zip(*ends)) if len({*pair}) > 1), (0, 0, 0))
+    logprobs_V = next_logprobs(model.network, asked(model, sample), ours[:place])
+    return float(logprobs_V[mine] - logprobs_V[other])
 
 
 if __name__ == "__main__":
