@@ -11,6 +11,7 @@ from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families import door, llama, served
+from avlm.families.served import video_obstacle
 from avlm.storage.model_folder import read_json
 
 FORMAT = "transformers"
@@ -105,7 +106,7 @@ def _obstacle(chosen: Served, config: ModelConfig, data: DataConfig | None) -> s
 def tokens(chosen: Served, config: ModelConfig, data: DataConfig | None) -> dict[str, str]:
     """Kind -> the token of a medium in a prompt."""
     media = {} if config.vision is None else dict(chosen.family.MEDIA)
-    if chosen.base == "llava" and data is not None and served.video_obstacle(data) is None:
+    if chosen.base == "llava" and data is not None and video_obstacle(data) is None:
         media["video"] = served.VIDEO
     return media | ({"audio": served.AUDIO} if config.audio else {})
 
@@ -116,7 +117,7 @@ def notes(config: ModelConfig, data: DataConfig) -> list[str]:
     said = ["it brings code along, modeling_avlm.py and processing_avlm.py: read them before you trust them"]
     if config.audio is None and not chosen.own_projector:
         said.append(f"--format {chosen.base} holds this model without code of its own")
-    obstacle = served.video_obstacle(data) if chosen.base == "llava" else None
+    obstacle = video_obstacle(data) if chosen.base == "llava" else None
     if obstacle is not None:
         said.append(f"it takes no videos, because of {obstacle}")
     return said

@@ -18,7 +18,7 @@ from avlm.families import qwen2_vl
 from avlm.weights.export import export
 from tests.data.small_files import CONTROL, image_file, photo, tone, write_tokenizer
 from tests.models.handmade import build
-from tests.weights.test_served import ASKED, changed, joint
+from tests.weights.served_models import ASKED, changed, joint
 
 
 def folder_of(tmp_path: Path, config=None, **data) -> Path:

@@ -16,9 +16,9 @@ from avlm.storage.run_folder import Progress
 from avlm.weights.__main__ import main
 from tests.data.small_files import CONTROL, image_file, photo, tone, write_tokenizer
 from tests.models.handmade import build
+from tests.weights.served_models import changed
 from tests.weights.test_export import VOXTRAL
 from tests.weights.test_export_prompts import LLAVA
-from tests.weights.test_served import changed
 from tests.weights.test_sources import write_run
 
 CARD = "README.md"
