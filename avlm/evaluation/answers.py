@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,18 +23,9 @@ from avlm.storage.run_folder import write_durably
 PROMPTS = 64  # answered together on each rank
 
 
-def answers(
-    model: AVLM,
-    samples: list[Sample],
-    encoder: SampleEncoder,
-    world: World,
-    ablation: str = "",
-    max_new_tokens: int = 64,
-    stop_ids: list[int] | None = None,
-) -> list[str]:
-    """The texts of ``answered_ids``."""
-    ids = answered_ids(model, samples, encoder, world, ablation, max_new_tokens, stop_ids)
-    return [text_of(each, encoder) for each in ids]
+def answers(model: AVLM, samples: list[Sample], encoder: SampleEncoder, world: World, **how: Any) -> list[str]:
+    """The texts of ``answered_ids``, with its options."""
+    return [text_of(ids, encoder) for ids in answered_ids(model, samples, encoder, world, **how)]
 
 
 def text_of(token_ids: list[int], encoder: SampleEncoder) -> str:

@@ -33,6 +33,15 @@ class Lazy:
         """Of a tensor, or of anything with a shape and a dtype that is read by indexing."""
         return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor[:])
 
+    @staticmethod
+    def joined(parts: list["Lazy"]) -> "Lazy":
+        """The rows of all parts, one after the other."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+        return Lazy(shape, first.dtype, lambda: torch.cat([part.read() for part in parts]))
+
     def changed(
         self,
         change: Callable[[Tensor], Tensor],

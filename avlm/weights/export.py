@@ -221,7 +221,7 @@ def _hugging_face_tensors(family: ModuleType, places: Places, head: str, config:
     tensors = {}
     for theirs, ordered in parts.items():
         ordered.sort(key=itemgetter(0))
-        tensors[theirs] = _joined([tensor for _, tensor in ordered])
+        tensors[theirs] = Lazy.joined([tensor for _, tensor in ordered])
     dtype = state["decoder.norm.weight"].dtype
     for name, (shape, value) in _constants(family, places, config).items():
         tensors[name] = Lazy(shape, dtype, functools.partial(torch.full, shape, value, dtype=dtype))
@@ -252,15 +252,6 @@ def _in_their_order(tensor: Lazy, family: ModuleType, name: str) -> Lazy:
         return tensor
     width, inputs = tensor.shape
     return tensor.changed(functools.partial(regrouped, first=inputs // width))
-
-
-def _joined(parts: list[Lazy]) -> Lazy:
-    """The rows of all parts, one after the other."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
-    return Lazy(shape, first.dtype, lambda: torch.cat([part.read() for part in parts]))
 
 
 def _sinusoids(audio: AudioConfig) -> Lazy:

@@ -81,7 +81,7 @@ def tensors(config: ModelConfig, state: State, tokenizer: Tokenizer, data: DataC
         if shape != tensor.shape:
             tensor = tensor.changed(functools.partial(torch.Tensor.reshape, shape=shape), shape=shape)
         if ours == family.UP and family.GATE in state:
-            tensor = _joined([tensor, state[family.GATE]])
+            tensor = Lazy.joined([tensor, state[family.GATE]])
         elif ours == family.GATE:
             continue
         file = MODEL if ours.startswith("decoder.") else PROJECTORS
@@ -89,12 +89,6 @@ def tensors(config: ModelConfig, state: State, tokenizer: Tokenizer, data: DataC
     for file, computed in _computed(config, state, tokenizer, data).items():
         files[file] |= computed
     return files
-
-
-def _joined(parts: list[Lazy]) -> Lazy:
-    """The rows of all parts, one after the other."""
-    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    return Lazy(shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
 
 
 def _computed(config: ModelConfig, state: State, tokenizer: Tokenizer, data: DataConfig) -> dict[str, State]:

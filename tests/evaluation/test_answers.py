@@ -80,7 +80,7 @@ def validate_and_answer(cfg, tensor, step):
     data = cfg.stages[0].data
     encoder = SampleEncoder(cfg.model, data, Tokenizer(data.tokenizer))
     with torch.no_grad():
-        given = evaluation.answers(model, list(open_samples(data.train, data)), encoder, world, "", 16)
+        given = evaluation.answers(model, list(open_samples(data.train, data)), encoder, world, max_new_tokens=16)
     return results, given
 
 
@@ -178,7 +178,9 @@ def evaluate_each(cfg, sets):
         try:
             with torch.no_grad():
                 asked = Asked([MESSAGES[name][0]], max_new_tokens=4)
-                answered = lambda samples, ablation: evaluation.answers(model, samples, encoder, world, ablation, 4)
+                answered = lambda samples, ablation: evaluation.answers(
+                    model, samples, encoder, world, ablation=ablation, max_new_tokens=4
+                )
                 evaluate(answered, data, name, source, world, asked)
         except ValueError as error:
             said[name] = str(error)
@@ -197,7 +199,9 @@ def evaluate_two(cfg, output):
     data = cfg.stages[0].data
     encoder = SampleEncoder(model.config, data, Tokenizer(data.tokenizer))
     with torch.no_grad():
-        answered = lambda samples, ablation: evaluation.answers(model, samples, encoder, world, ablation, 4)
+        answered = lambda samples, ablation: evaluation.answers(
+            model, samples, encoder, world, ablation=ablation, max_new_tokens=4
+        )
         ask = functools.partial(evaluate, answered, data)
         default = ask("a/b", data.train, world, Asked(max_new_tokens=4))
         chosen = ask("c", data.train, world, Asked(["cer", "wer"], 1, 4), Path(output), 7)
