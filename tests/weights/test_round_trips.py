@@ -27,9 +27,9 @@ from tests.data.small_files import CONTROL, image_file, photo, tone, write_token
 from tests.families import test_audio_families_keys
 from tests.models.handmade import build
 from tests.training.test_train import ENVIRONMENT, ROOT
+from tests.weights.served_models import ASKED, CHATML, FAMILIES, MODELS, joint, of_family, served
 from tests.weights.test_gguf import MARKERS
 from tests.weights.test_gguf import WHOLE as HELD_BY_LLAMA_CPP
-from tests.weights.test_served import ASKED, CHATML, FAMILIES, MODELS, joint, served
 
 STAGE = {"name": "tune", "steps": 1, "train": ["audio_projector"], "optimizer": {"lr": 0.01}}
 PROMPTS = {
@@ -44,9 +44,7 @@ PROMPTS = {
 def test_an_export_for_transformers_starts_a_run_with_its_weights_and_prompts(name, tmp_path):
     config, options = MODELS["swiglu"], PROMPTS.get(name, {})
     if name in FAMILIES:
-        config, prompts = joint(name)
-        words = [*door.FORMATS[name].MEDIA_TOKENS, "<global-img>", "[E]", "[B]"]
-        options = {"words": dict.fromkeys(words), "template": "chatml", **prompts}
+        config, options, _ = of_family(name)
     elif name == "audio alone":
         config = MODELS[name]
     model, encoder, _ = served(config, tmp_path, **options)
