@@ -18,6 +18,8 @@ FORMAT = "transformers"
 HEAD = served.HEAD
 SIGHT = ("vision", "vision_projector")
 CODE = ("modeling_avlm.py", "processing_avlm.py")
+OF_PROCESSOR = {"AutoProcessor": served.AUTO_MAP["AutoProcessor"]}
+OF_TOKENIZER = {"AutoTokenizer": [None, None]}  # which keeps transformers from building another one
 Places = dict[str, tuple[ModuleType, str]]  # module -> the family that names its tensors, what stands before the names
 
 
@@ -155,7 +157,7 @@ def processor_json(
     keys = files.get("processor_config.json", {})
     if chosen.own_projector and chosen.base == "llava":
         keys["patch_size"] = config.vision.patch_size * config.vision_projector.downsample
-    keys |= {"processor_class": "AVLMProcessor", "auto_map": {"AutoProcessor": served.AUTO_MAP["AutoProcessor"]}}
+    keys |= {"processor_class": "AVLMProcessor", "auto_map": OF_PROCESSOR}
     keys |= served.hearing(config, ids)
     if "video" in tokens(chosen, config, data) and chosen.base == "llava":
         keys |= served.watching(config, data, ids)
@@ -176,12 +178,22 @@ def code(base: str, processor: str) -> dict[str, str]:
 
 
 def check_code(folder: Path) -> bool:
-    """Whether a folder brings code along. ValueError if that is not the code which an export writes."""
+    """Whether a folder brings code along. ValueError if transformers would run any other than what an export writes."""
     keys = read_json(folder / "config.json")
     if "auto_map" not in keys:
         return False
-    known = code(str(keys.get("base")), str(keys.get("base_processor"))) if keys.get("base") in door.FORMATS else {}
-    for path in sorted(folder.glob("*.py")):
-        if path.read_text(encoding="utf-8") != known.get(path.name):
+    maps = {
+        "config.json": served.AUTO_MAP,
+        "processor_config.json": OF_PROCESSOR,
+        "tokenizer_config.json": OF_TOKENIZER,
+    }
+    for path in sorted(folder.glob("*config.json")):
+        found = read_json(path).get("auto_map")
+        if found not in (None, maps.get(path.name)):
+            raise ValueError(f"auto_map in {path} is not that of an export, and its code is not run")
+    base, processor = str(keys.get("base")), str(keys.get("base_processor"))
+    known = code(base, processor) if base in door.FORMATS and processor.isidentifier() else {}
+    for path in sorted(folder.rglob("*.py")):
+        if path.read_text(encoding="utf-8") != known.get(str(path.relative_to(folder))):
             raise ValueError(f"{path} is not the code that an export writes, and is not run: export the model again")
     return True

@@ -14,6 +14,7 @@ from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.__main__ import main
 from avlm.evaluation.engines import Agreement, next_logprobs
 from avlm.evaluation.generation import generate
+from avlm.evaluation.transformers_engine import Engine
 from avlm.families import qwen2_vl
 from avlm.weights.export import export
 from tests.data.small_files import CONTROL, image_file, photo, tone, write_tokenizer
@@ -64,13 +65,31 @@ def test_an_export_is_answered_by_ours_and_by_transformers_side_by_side(tmp_path
     assert "3 of 3 answers equal\n" not in capsys.readouterr().out
 
 
-def test_code_that_an_export_did_not_write_is_not_run(tmp_path, monkeypatch):
+FOREIGN = "raise SystemExit('was run')"
+INJECTED = f"LlavaProcessor as Base\n{FOREIGN}\nfrom transformers import LlavaProcessor"
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("modeling_avlm.py", FOREIGN),
+        ("more/other.py", FOREIGN),
+        ("config.json", {"auto_map": {"AutoConfig": "someone/else--modeling.Config"}}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["someone/else--code.Tokenizer", None]}}),
+        ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "code.Images"}}),
+        ("config.json", {"base_processor": INJECTED}),
+    ],
+)
+def test_code_that_an_export_did_not_write_is_not_run(file, change, tmp_path, monkeypatch):
     folder = folder_of(tmp_path)
-    (folder / "modeling_avlm.py").write_text("raise SystemExit('was run')")
-    with pytest.raises(ValueError, match=r"modeling_avlm\.py is not the code that an export writes"):
-        command(
-            monkeypatch, folder, "--engine", "transformers", "--data", f"a={set_of(tmp_path)}", "--out", tmp_path / "o"
-        )
+    path = folder / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(change if isinstance(change, str) else json.dumps({**json.loads(path.read_text()), **change}))
+    if change == {"base_processor": INJECTED}:
+        code = (folder / "processing_avlm.py").read_text()
+        (folder / "processing_avlm.py").write_text(code.replace("LlavaProcessor", INJECTED, 1))
+    with pytest.raises(ValueError, match=r"is not (the code that an export writes|that of an export), and"):
+        Engine(folder, DataConfig(train="x"), changed("decoder"))
 
 
 @pytest.mark.parametrize("name", ["plain", "qwen2_5_vl"])
