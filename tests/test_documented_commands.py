@@ -25,6 +25,7 @@ SCRIPTS = {
     "tests/measurements/speed_against_processors.py": [],
     "tests/measurements/speed_against_transformers.py": [],
     "tests.measurements.speed_against_families": ["--seconds", "30"],
+    "tests.measurements.served_by_transformers": [],
 }
 AFTER_MAKE_DEMO = {"tests/measurements/demo_variants.py"}  # hours
 WITH_LLAMA_CPP = {"tests.measurements.served_by_llama_cpp"}  # which is built from source

@@ -318,8 +318,8 @@ def _limits(format: str, config: Config, media: list[str]) -> str:
     if format == "voxtral":
         found.append("VoxtralProcessor reads Mistral's own tokenizers alone: write `[AUDIO]` once for each feature.")
     if "image" in media and "video" not in media:
-        why = (served.video_obstacle(data) if format == served.FORMAT else None) or "of its format"
-        found.append(f"It takes no videos here: {why}.")
+        why = served.video_obstacle(data) if base == "llava" and format == served.FORMAT else "its class has none"
+        found.append(f"It takes no videos: {why}.")
     if "audio" in media and format not in ("avlm", "gguf"):
         found.append("Audio is samples at 16 kHz: resample other rates first.")
         if "video" in media and base != "qwen2_5_omni":

@@ -1,12 +1,14 @@
 """Exports as others run them: where answers part, rounding explains it or the first sample is named."""
 
 import dataclasses
+import doctest
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from avlm.config.media import VideoConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import validated
 from avlm.data.sample import SampleEncoder
@@ -17,8 +19,9 @@ from avlm.evaluation.generation import generate
 from avlm.evaluation.transformers_engine import Engine
 from avlm.families import qwen2_vl
 from avlm.weights.export import export
-from tests.data.small_files import CONTROL, image_file, photo, tone, write_tokenizer
+from tests.data.small_files import CONTROL, image_file, photo, tone, video_file, write_tokenizer
 from tests.models.handmade import build
+from tests.training.test_train import ROOT
 from tests.weights.served_models import ASKED, changed, joint
 
 
@@ -63,6 +66,17 @@ def test_an_export_is_answered_by_ours_and_by_transformers_side_by_side(tmp_path
     with pytest.raises(ValueError, match=r"out, transformers: some, set.jsonl:\d: .* instead of .* nats less likely"):
         command(monkeypatch, folder, "--engine", "transformers", *options)
     assert "3 of 3 answers equal\n" not in capsys.readouterr().out
+
+
+def test_the_examples_of_the_page_about_serving_are_true(tmp_path, monkeypatch):
+    folder_of(tmp_path, video=VideoConfig(num_frames=3, audio="after")).rename(tmp_path / "served")
+    for i, name in enumerate(("a.png", "b.png")):
+        (tmp_path / name).write_bytes(image_file(photo(30, 20, seed=i)))
+    (tmp_path / "a.wav").write_bytes(tone(0.4))
+    (tmp_path / "a.mp4").write_bytes(video_file(2.0, 8, sound=True))
+    monkeypatch.chdir(tmp_path)
+    failed, tried = doctest.testfile(str(ROOT / "docs" / "serving.md"), module_relative=False)
+    assert tried > 15 and failed == 0
 
 
 FOREIGN = "raise SystemExit('was run')"

@@ -136,3 +136,4 @@ def test_the_code_of_a_card_loads_the_class_of_its_format(format, run, monkeypat
     assert "1,234" not in card, "the scores of another step are not this model's"
     assert "trust_remote_code" not in card and run_code(card, capsys).strip()
     assert ("The towers were left out" in card) == (format == "decoder")
+    assert ("It takes no videos: its class has none." in card) == (format == "llava")
