@@ -1,6 +1,7 @@
 """The folder for transformers with code of its own (``avlm.families.served``): which base holds a model, and what goes
 into the folder."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -188,8 +189,9 @@ def check_code(folder: Path) -> bool:
         "tokenizer_config.json": OF_TOKENIZER,
     }
     for path in sorted(folder.glob("*config.json")):
-        found = read_json(path).get("auto_map")
-        if found not in (None, maps.get(path.name)):
+        of_file = read_json(path)
+        found = of_file.pop("auto_map", None)
+        if found not in (None, maps.get(path.name)) or '"auto_map"' in json.dumps(of_file):  # of a part, at any depth
             raise ValueError(f"auto_map in {path} is not that of an export, and its code is not run")
     base, processor = str(keys.get("base")), str(keys.get("base_processor"))
     known = code(base, processor) if base in door.FORMATS and processor.isidentifier() else {}

@@ -91,6 +91,10 @@ INJECTED = f"LlavaProcessor as Base\n{FOREIGN}\nfrom transformers import LlavaPr
         ("config.json", {"auto_map": {"AutoConfig": "someone/else--modeling.Config"}}),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["someone/else--code.Tokenizer", None]}}),
         ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "code.Images"}}),
+        (
+            "processor_config.json",
+            {"image_processor": {"auto_map": {"AutoImageProcessor": "someone/else--code.Images"}}},
+        ),
         ("config.json", {"base_processor": INJECTED}),
     ],
 )
