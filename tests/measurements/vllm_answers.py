@@ -4,7 +4,7 @@
 
 DIR is what `python -m avlm.weights export RUN DIR --format transformers` wrote. It runs where vLLM is installed, with
 nothing of avlm, in fp32; with the CPU build a head of the decoder needs a width that its attention knows (32, 64, 80,
-96, 112, 128, ...), and two ranks on one socket `VLLM_CPU_OMP_THREADS_BIND="0|1"`. Photos of noise in several sizes and
+96, 112, 128, ...), and two ranks on one socket `VLLM_CPU_OMP_THREADS_BIND="0|1"`. Images of noise in several sizes and
 noise of several lengths stand for media. Printed for each prompt: its tokens, whether both made the same ids of it, and
 how many tokens of the answers are equal; the exit code is 1 where any differ.
 """
@@ -40,8 +40,8 @@ def main() -> None:
     media = noise()
     names = {"image": "image_processor", "audio": "feature_extractor", "video": "video_processor"}
     served = {kind for kind, name in names.items() if getattr(processor, name, None) is not None}
-    if Version(transformers.__version__) < Version("5.18.0"):
-        served.discard("video")  # vLLM's backend refuses videos before
+    if Version(transformers.__version__) < Version("5.18.0") or hasattr(processor, "features_per_frame"):
+        served.discard("video")  # the backend has none with older versions, nor of bases that know none
     prompts = {name: counts for name, counts in PROMPTS.items() if served.issuperset(counts)}
     texts = {name: prompt_text(processor, counts) for name, counts in prompts.items()}
 
