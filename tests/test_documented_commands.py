@@ -29,6 +29,7 @@ SCRIPTS = {
 }
 AFTER_MAKE_DEMO = {"tests/measurements/demo_variants.py"}  # hours
 WITH_LLAMA_CPP = {"tests.measurements.served_by_llama_cpp"}  # which is built from source
+WITH_VLLM = {"tests/measurements/vllm_answers.py"}  # which has an environment of its own
 
 
 def test_every_command_of_the_pages_names_a_file_that_is_there():
@@ -71,7 +72,9 @@ def test_every_test_that_the_pages_name_is_there():
 
 
 def test_every_script_of_the_pages_is_run_to_its_end_by_a_test():
-    assert {name for name in NAMED if name.startswith("tests")} <= SCRIPTS.keys() | AFTER_MAKE_DEMO | WITH_LLAMA_CPP
+    assert {
+        name for name in NAMED if name.startswith("tests")
+    } <= SCRIPTS.keys() | AFTER_MAKE_DEMO | WITH_LLAMA_CPP | WITH_VLLM
 
 
 @pytest.mark.slow
