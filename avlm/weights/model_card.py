@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from avlm.config.model import ModelConfig
+from avlm.config.model import TOWERS, ModelConfig
 from avlm.config.run import Config, StageConfig, hf_name, is_hf, shares
 from avlm.families import door
 from avlm.models.freezing import parts_of, trained_names
@@ -27,7 +27,7 @@ SHORT = {"no_image": "without images", "no_audio": "without audio", "shuffled": 
 
 
 OF_MEDIA = {
-    "image": ("image", 'Image.new("RGB", (640, 480), "red")  # or Image.open("a.png")'),
+    "image": ("image", 'Image.new("RGB", (224, 224), "red")  # or Image.open("a.png")'),
     "audio": (
         "audio",
         'numpy.zeros(16_000, numpy.float32)  # a second at 16 kHz; or librosa.load("a.wav", sr=16_000)[0]',
@@ -111,7 +111,8 @@ def _header(config: Config, format: str, media: list[str]) -> dict[str, Any]:
     tasks = [f"{kind}-text-to-text" for kind in media] or ["text-generation"]
     header = {"library_name": "transformers" if is_theirs else "avlm", "pipeline_tag": tasks[0]}
     header["tags"] = ["avlm", *tasks[1:], *(["gguf"] if format == "gguf" else [])]
-    bases = dict.fromkeys(name for _, name in _initial(config) if _is_on_hub(name))
+    initial = [(entry, name) for entry, name in _initial(config) if format != "decoder" or entry not in TOWERS.values()]
+    bases = dict.fromkeys(name for _, name in initial if _is_on_hub(name))
     if bases:
         header["base_model"] = list(bases)
     sources = dict.fromkeys(source for stage in config.stages for source in shares(stage.data.train))

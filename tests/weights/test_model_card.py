@@ -11,12 +11,14 @@ import yaml
 from avlm.config.load import dump_config
 from avlm.config.run import Config, DataConfig, InitFrom, OptimizerConfig, StageConfig
 from avlm.data.text.tokenizer import Tokenizer
+from avlm.families import door
 from avlm.storage.checkpoint_files import MARKER
 from avlm.storage.run_folder import Progress
 from avlm.weights.__main__ import main
+from avlm.weights.model_card import write_card
 from tests.data.small_files import CONTROL, image_file, photo, tone, write_tokenizer
 from tests.models.handmade import build
-from tests.weights.served_models import changed
+from tests.weights.served_models import FAMILIES, changed, of_family, served
 from tests.weights.test_export import VOXTRAL
 from tests.weights.test_export_prompts import LLAVA
 from tests.weights.test_sources import write_run
@@ -128,12 +130,27 @@ FORMATS["decoder"] = (changed("decoder"), "text-generation")
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_code_of_a_card_loads_the_class_of_its_format(format, run, monkeypatch, capsys):
     model, task = FORMATS[format]
-    folder = run(model)
+    folder = run(model, **({"vision": "openai/clip"} if format == "decoder" else {}))
     (folder / "report.json").write_text(json.dumps({"step": 3, "results": [{**RESULT, "ablations": {}}]}))
     card = export(monkeypatch, folder, format)
     assert yaml.safe_load(card.split("---\n")[1])["pipeline_tag"] == task
-    assert "base_model" not in card and "Initial weights: random." in card
+    assert "base_model" not in card and ("Initial weights: random." in card) == (format != "decoder")
     assert "1,234" not in card, "the scores of another step are not this model's"
     assert "trust_remote_code" not in card and run_code(card, capsys).strip()
     assert ("The towers were left out" in card) == (format == "decoder")
     assert ("It takes no videos: its class has none." in card) == (format == "llava")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_code_of_a_card_runs_for_every_family(name, tmp_path, monkeypatch, capsys):
+    config, options, _ = of_family(name)
+    config = dataclasses.replace(config, audio=None, audio_projector=None)
+    model, encoder, _ = served(config, tmp_path, format=name, seq_length=512, **options)
+    stage = StageConfig(
+        name="a", steps=3, optimizer=OptimizerConfig(lr=1e-3), data=encoder.data, train=["vision_projector"]
+    )
+    run = Config(output_dir="run", model=model.config, stages=[stage])
+    write_card(run, Progress(step=3, stage_step=3), tmp_path, tmp_path / "out", name)
+    monkeypatch.chdir(tmp_path)
+    card = (tmp_path / "out" / CARD).read_text()
+    assert run_code(card, capsys) and f"import {door.FORMATS[name].CLASS}," in card
