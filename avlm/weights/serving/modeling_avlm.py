@@ -136,13 +136,13 @@ class AVLMModel(BaseModel):
         rows, there = self.audio_tower(windows[live.any(1)], live[live.any(1)])
         return BaseModelOutputWithPooling(pooler_output=self.audio_projector(rows, there))
 
-    def get_video_features(self, pixel_values_videos: Tensor, *args, **kwargs):
-        """Features of each video, ``pooler_output``; without the base of frames (videos, frames, 3, height, width)."""
-        if SEES_VIDEOS:
-            return super().get_video_features(pixel_values_videos, *args, **kwargs)
-        found = self.get_image_features(pixel_values_videos.flatten(0, 1), return_dict=True).pooler_output
-        features = torch.stack(list(found)).unflatten(0, pixel_values_videos.shape[:2]).flatten(1, 2)
-        return BaseModelOutputWithPooling(pooler_output=list(features))
+    if not SEES_VIDEOS:  # else generate reads the names of the base's arguments
+
+        def get_video_features(self, pixel_values_videos: Tensor, **kwargs):
+            """Features of each video, ``pooler_output``, of frames (videos, frames, 3, height, width)."""
+            found = self.get_image_features(pixel_values_videos.flatten(0, 1), return_dict=True).pooler_output
+            features = torch.stack([*found]).unflatten(0, pixel_values_videos.shape[:2]).flatten(1, 2)
+            return BaseModelOutputWithPooling(pooler_output=[*features])
 
     def get_rope_index(self, input_ids: Tensor, mm_token_type_ids: Tensor, **kwargs):
         """M-RoPE, of bases that have it: audio, type 3, has the positions of text."""
