@@ -141,8 +141,7 @@ class AVLMModel(BaseModel):
         def get_video_features(self, pixel_values_videos: Tensor, **kwargs):
             """Features of each video, ``pooler_output``, of frames (videos, frames, 3, height, width)."""
             found = self.get_image_features(pixel_values_videos.flatten(0, 1), return_dict=True).pooler_output
-            features = torch.stack([*found]).unflatten(0, pixel_values_videos.shape[:2]).flatten(1, 2)
-            return BaseModelOutputWithPooling(pooler_output=[*features])
+            return BaseModelOutputWithPooling(pooler_output=[*torch.cat([*found]).chunk(len(pixel_values_videos))])
 
     def get_rope_index(self, input_ids: Tensor, mm_token_type_ids: Tensor, **kwargs):
         """M-RoPE, of bases that have it: audio, type 3, has the positions of text."""
