@@ -5,6 +5,7 @@ N windows, or images   M mel bins   F frames of 10 ms   R rows of a tower, C wid
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -59,9 +60,8 @@ class AudioTower(VoxtralEncoder):
         mask = create_bidirectional_mask(self.config, x_NRC, (row_R < rows_N1).long())
         for layer in self.layers:
             x_NRC = layer(x_NRC, mask)
-        pool, whole = self.config.pool, x_NRC.shape[1] // self.config.pool * self.config.pool
-        x_NRC = x_NRC[:, :whole].unflatten(1, (-1, pool)).mean(2)
-        return self.layer_norm(x_NRC), row_R[: x_NRC.shape[1]] < rows_N1 // pool
+        x_NRC = F.avg_pool1d(x_NRC.mT, self.config.pool).mT
+        return self.layer_norm(x_NRC), row_R[: x_NRC.shape[1]] < rows_N1 // self.config.pool
 
 
 class Projector(nn.Module):
@@ -165,7 +165,7 @@ class AVLMModel(BaseModel):
             return embedded
 
         # The base embeds the tokens and writes its images over them; what it does not know is written in between.
-        with self.get_input_embeddings().register_forward_hook(write):
+        with self.get_input_embeddings().register_forward_hook(write) if features else nullcontext():
             return super().forward(input_ids=input_ids, **kwargs)
 
 
@@ -178,10 +178,8 @@ class AVLMForConditionalGeneration(BaseForConditionalGeneration):
         self.post_init()
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        media = ["input_features", *([] if REPEATS_MEDIA else ["pixel_values", "pixel_values_videos"])]
-        if expand_size > 1 and any(
-            kwargs.get(name) is not None and len(kwargs[name]) != len(input_ids) for name in media
-        ):
+        media = {"input_features", *(() if REPEATS_MEDIA else ("pixel_values", "pixel_values_videos"))}
+        if expand_size > 1 and any(len(kwargs[name]) != len(input_ids) for name in media & kwargs.keys()):
             raise ValueError("beams and several sequences take one medium of a kind, and one tile, in each prompt")
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
 
