@@ -115,7 +115,7 @@ def test_a_card_has_the_numbers_of_the_runs_files_and_no_path_of_its_machine(
         lines = sum(len(path.read_text().splitlines()) for path in (tmp_path / "out").glob("*.py"))
         assert f"{lines} lines that subclass transformers' `LlavaForConditionalGeneration`" in card
         modules = re.findall(r"^(?:from|import) (\w+)", "".join(p.read_text() for p in tmp_path.glob("out/*.py")), re.M)
-        assert {*modules} == {"math", "numpy", "torch", "transformers"}
+        assert {*modules} == {"contextlib", "math", "numpy", "torch", "transformers"}
 
 
 def with_vocabulary(model, tmp_path):
