@@ -165,6 +165,9 @@ def joint(name: str) -> tuple[ModelConfig, dict]:
     heard = {"audio": AUDIO, "audio_projector": ProjectorConfig(downsample=4)}
     decoder = dataclasses.replace(config.decoder, max_position=4096)
     prompts = door.prompts(family, config, {"config.json": keys, **files})
+    if name.startswith("qwen"):  # the published bounds are those of large photos
+        prompts["image_tokens"] = [4, 12]
+        prompts["video"]["tokens" if name == "qwen3_vl" else "frame_tokens"] = [8, 24]
     return dataclasses.replace(config, decoder=decoder, **heard), prompts
 
 
