@@ -82,8 +82,9 @@ def hearing(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
     audio = config.audio
     if audio is None:
         return {}
-    options = {key: getattr(audio, key) for key in ("window", "log_mel", "edge", "pool")}
-    windows = whisper.write_processor(audio, 2 * audio.max_positions)
+    options = {"windows": audio.window, **{key: getattr(audio, key) for key in ("log_mel", "edge", "pool")}}
+    frames = 2 * audio.max_positions
+    windows = {**whisper.write_processor(audio, frames), "window_frames": frames}
     extractor = {**windows, "feature_extractor_type": "AVLMFeatureExtractor", **options}
     extractor["downsample"] = config.audio_projector.downsample
     return {"audio_token": AUDIO, "audio_token_id": ids[AUDIO], "feature_extractor": extractor}
@@ -105,4 +106,4 @@ def watching(config: ModelConfig, data: DataConfig, ids: Mapping[str, int]) -> d
     frames = {key: getattr(video, key) for key in ("num_frames", "fps", "min_frames", "max_frames")}
     pixels = {key: value for key, value in clip.write_processor(vision).items() if key != "image_processor_type"}
     token = {"video_token": VIDEO, "video_token_id": ids[VIDEO]}
-    return {**token, "features_per_frame": features, "video_processor": {**pixels, **frames}}
+    return {**token, "features_per_frame": features, "video_processor": {**pixels, **frames, "do_sample_frames": True}}

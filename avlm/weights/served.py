@@ -1,7 +1,6 @@
 """The folder for transformers with code of its own (``avlm.families.served``): which base holds a model, and what goes
 into the folder."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,8 +18,7 @@ FORMAT = "transformers"
 HEAD = served.HEAD
 SIGHT = ("vision", "vision_projector")
 CODE = ("modeling_avlm.py", "processing_avlm.py")
-OF_PROCESSOR = {"AutoProcessor": served.AUTO_MAP["AutoProcessor"]}
-OF_TOKENIZER = {"AutoTokenizer": [None, None]}  # which keeps transformers from building another one
+NO_TOKENIZER = [None, None]  # of auto_map; keeps transformers from building another one
 Places = dict[str, tuple[ModuleType, str]]  # module -> the family that names its tensors, what stands before the names
 
 
@@ -158,7 +156,7 @@ def processor_json(
     keys = files.get("processor_config.json", {})
     if chosen.own_projector and chosen.base == "llava":
         keys["patch_size"] = config.vision.patch_size * config.vision_projector.downsample
-    keys |= {"processor_class": "AVLMProcessor", "auto_map": OF_PROCESSOR}
+    keys |= {"processor_class": "AVLMProcessor", "auto_map": {"AutoProcessor": served.AUTO_MAP["AutoProcessor"]}}
     keys |= served.hearing(config, ids)
     if "video" in tokens(chosen, config, data) and chosen.base == "llava":
         keys |= served.watching(config, data, ids)
@@ -183,19 +181,23 @@ def check_code(folder: Path) -> bool:
     keys = read_json(folder / "config.json")
     if "auto_map" not in keys:
         return False
-    maps = {
-        "config.json": served.AUTO_MAP,
-        "processor_config.json": OF_PROCESSOR,
-        "tokenizer_config.json": OF_TOKENIZER,
-    }
+    known_values = [*served.AUTO_MAP.values(), NO_TOKENIZER]
     for path in sorted(folder.glob("*config.json")):
-        of_file = read_json(path)
-        found = of_file.pop("auto_map", None)
-        if found not in (None, maps.get(path.name)) or '"auto_map"' in json.dumps(of_file):  # of a part, at any depth
-            raise ValueError(f"auto_map in {path} is not that of an export, and its code is not run")
+        for found in _maps(read_json(path)):
+            if not isinstance(found, dict) or any(value not in known_values for value in found.values()):
+                raise ValueError(f"auto_map in {path} is not that of an export, and its code is not run")
     base, processor = str(keys.get("base")), str(keys.get("base_processor"))
     known = code(base, processor) if base in door.FORMATS and processor.isidentifier() else {}
     for path in sorted(folder.rglob("*.py")):
         if path.read_text(encoding="utf-8") != known.get(str(path.relative_to(folder))):
             raise ValueError(f"{path} is not the code that an export writes, and is not run: export the model again")
     return True
+
+
+def _maps(tree: Any) -> Iterator[Any]:
+    """What stands under auto_map, at any depth: save_pretrained of transformers repeats it in parts of a file."""
+    parts = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, part in parts:
+        if key == "auto_map":
+            yield part
+        yield from _maps(part)

@@ -89,6 +89,7 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     if extra:
         config[EXTRA[0]] = list(dict.fromkeys(extra))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["padding_side"] = "left"  # or prompts of a batch are answered after their padding
     return config
 
 

@@ -3,8 +3,10 @@ and decoder that it holds, for text, images, audio and videos, alone and togethe
 
 import dataclasses
 
+import numpy
 import pytest
 import torch
+import transformers
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
@@ -13,7 +15,7 @@ from avlm.data.media import audio
 from avlm.evaluation.answering import open_encoder
 from avlm.families import door, qwen2_vl
 from avlm.weights.load import open_model
-from avlm.weights.served import choose
+from avlm.weights.served import check_code, choose
 from tests.data.small_files import photo, write_tokenizer
 from tests.families import test_qwen_vl_prompts
 from tests.models.handmade import build
@@ -35,6 +37,8 @@ from tests.weights.served_models import (
 from tests.weights.test_peft import command
 from tests.weights.test_sources import write_run
 
+TONE = numpy.sin(numpy.arange(800, dtype=numpy.float32) / 9)
+MEDIA = {"audio": CLIPS, "image": IMAGES}
 TILES = {"tiles": "pinpoints", "grids": [[1, 2]], "join": False}
 
 
@@ -48,13 +52,47 @@ def test_text_images_audio_and_videos_give_our_ids_logits_and_answers(name, tmp_
 
 def test_beams_take_one_clip_a_prompt_and_refuse_what_would_be_mixed_up(tmp_path):
     *_, engine = served(MODELS["llava"], tmp_path)
-    one, several = engine.prompts([ASKED[2], sample("<audio> two", audios=CLIPS[2:])]), engine.prompts([ASKED[3]])
+    one = engine.prompts([ASKED[2], sample("<audio> two", audios=CLIPS[2:])])
     settings = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 5, "do_sample": False}
     both = engine.network.generate(**one, **settings)
     alone = engine.network.generate(**engine.prompts([ASKED[2]]), **settings)
     assert both[:2, -5:].tolist() == alone[:, -5:].tolist()
-    with pytest.raises(ValueError, match="take one medium of a kind"):
-        engine.network.generate(**several, **settings)
+    uneven = [[sample(f"<{kind}><{kind}>", **{f"{kind}s": files[:2]}), ASKED[0]] for kind, files in MEDIA.items()]
+    for several in [[ASKED[3]], *uneven]:  # as many files as prompts do not make one of each
+        with pytest.raises(ValueError, match="take one medium of a kind"):
+            engine.network.generate(**engine.prompts(several), **settings)
+
+
+def test_a_folder_that_transformers_saved_again_encodes_the_same(tmp_path):
+    *_, engine = served(MODELS["fixed"], tmp_path, video={"num_frames": 3})
+    engine.processor.save_pretrained(tmp_path / "again")
+    engine.network.save_pretrained(tmp_path / "again")
+    assert check_code(tmp_path / "again")
+    again = transformers.AutoProcessor.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert again.tokenizer.padding_side == "left"
+    shown = numpy.zeros((8, 30, 40, 3), numpy.uint8)
+    given = {"audio": [TONE], "images": [photo(30, 20)], "videos": [shown], "text": "<audio><image><video>"}
+    first, second = engine.processor(**given, return_tensors="pt"), again(**given, return_tensors="pt")
+    assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+    assert len(first["pixel_values_videos"][0]) == 3  # of 8: the frames that training chooses
+
+
+@pytest.mark.parametrize(
+    ("audio", "text", "message"),
+    [
+        ([TONE[None]], "<audio>", r"float32 \(1, 800\): give floats"),
+        ([TONE[:0]], "<audio>", r"float32 \(0,\): give floats"),
+        ([(TONE * 32767).astype(numpy.int16)], "<audio>", "audio of int16"),
+        (None, "<audio>", "1 <audio> for 0 audio"),
+        ([TONE, TONE], ["<audio>", "two"], "1 <audio> for 2 audio"),
+    ],
+)
+def test_audio_that_would_be_heard_wrongly_is_refused(audio, text, message, tmp_path):
+    *_, engine = served(MODELS["audio alone"], tmp_path)
+    with pytest.raises(ValueError, match=message):
+        engine.processor(text=text, audio=audio)
+    with pytest.raises(ValueError, match="44100 Hz: resample"):
+        engine.processor(text="<audio>", audio=[TONE], audio_kwargs={"sampling_rate": 44_100})
 
 
 def assert_comes_back(model, folder) -> None:

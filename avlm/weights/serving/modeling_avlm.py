@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 NORMS = {"none": nn.Identity, "layer": nn.LayerNorm, "rms": nn.RMSNorm}
 SEES_VIDEOS = hasattr(BaseModel, "get_video_features")  # else their frames are images
+SEEN = {"pixel_values": "image_token_id", "pixel_values_videos": "video_token_id" if SEES_VIDEOS else "frames_token_id"}
 REPEATS_MEDIA = "_expand_inputs_for_generation" in vars(BaseForConditionalGeneration)
 
 
@@ -151,8 +152,7 @@ class AVLMModel(BaseModel):
         """As the base's, with what ``get_audio_features`` takes, and videos."""
         features, config = {}, self.config
         if input_features is not None:
-            heard = self.get_audio_features(input_features, input_features_mask)
-            features[config.audio_token_id] = heard.pooler_output
+            features[config.audio_token_id] = self.get_audio_features(input_features, input_features_mask).pooler_output
         if not SEES_VIDEOS and (frames := kwargs.pop("pixel_values_videos", None)) is not None:
             features[config.frames_token_id] = torch.cat(self.get_video_features(frames).pooler_output)
 
@@ -178,9 +178,11 @@ class AVLMForConditionalGeneration(BaseForConditionalGeneration):
         self.post_init()
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        media = {"input_features", *(() if REPEATS_MEDIA else ("pixel_values", "pixel_values_videos"))}
-        if expand_size > 1 and any(len(kwargs[name]) != len(input_ids) for name in media & kwargs.keys()):
-            raise ValueError("beams and several sequences take one medium of a kind, and one tile, in each prompt")
+        media = {"input_features": "audio_token_id", **({} if REPEATS_MEDIA else SEEN)}
+        for name in media if expand_size > 1 else ():
+            values, token = kwargs.get(name), getattr(self.config, media[name], None)
+            if values is not None and (len(values) != len(input_ids) or not (input_ids == token).any(1).all()):
+                raise ValueError("beams and several sequences take one medium of a kind, and one tile, in each prompt")
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
 
     def prepare_inputs_for_generation(

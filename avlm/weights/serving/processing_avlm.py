@@ -10,27 +10,24 @@ from transformers.audio_utils import make_list_of_audio
 
 class AVLMFeatureExtractor(WhisperFeatureExtractor):
     """Clips of 16 kHz -> log-mel windows side by side (clips, M, frames); which frames make features (clips, frames).
-    The last window of a clip is short unless ``window`` is "fixed". ``edge``: what the encoder sees past a clip; it
-    makes a row of two frames, and ``downsample`` means of ``pool`` rows are a feature."""
+    The last window of a clip is short unless ``windows`` are "fixed". ``edge``: what the encoder sees past a clip; it
+    makes a row of two frames, and ``downsample`` means of ``pool`` rows are a feature. All are set by the settings."""
 
     model_input_names = ["input_features", "input_features_mask"]
-
-    def __init__(self, nb_max_frames=3000, window="true", log_mel="window", edge="zeros", pool=1, downsample=1, **keys):
-        super().__init__(**keys)
-        self.nb_max_frames, self.window, self.log_mel, self.edge = nb_max_frames, window, log_mel, edge
-        self.pool, self.downsample = pool, downsample
 
     def __call__(self, raw_speech, sampling_rate=None, **kwargs) -> BatchFeature:
         if sampling_rate not in (None, self.sampling_rate):
             raise ValueError(f"audio of {sampling_rate} Hz: resample it to {self.sampling_rate} Hz")
-        clips = [self._windows(np.asarray(clip, np.float32)) for clip in make_list_of_audio(raw_speech)]
+        clips = [self._windows(np.asarray(clip)) for clip in make_list_of_audio(raw_speech)]
         longest = max(log_mel.shape[1] for log_mel, _ in clips)
         padded = [np.pad(log_mel, ((0, 0), (0, longest - log_mel.shape[1]))) for log_mel, _ in clips]
         masks = [(np.arange(longest) < covered).astype(np.int64) for _, covered in clips]
         return BatchFeature({"input_features": padded, "input_features_mask": masks}, tensor_type="pt")
 
     def _windows(self, clip: np.ndarray) -> tuple[np.ndarray, int]:
-        hop, whole, parts = self.hop_length, self.nb_max_frames, []
+        if clip.ndim != 1 or not len(clip) or clip.dtype.kind != "f":
+            raise ValueError(f"audio of {clip.dtype} {clip.shape}: give floats from -1 to 1, (samples,)")
+        hop, whole, parts = self.hop_length, self.window_frames, []
         size = len(clip) if self.log_mel == "clip" else whole * hop
         for part in (clip[start : start + size] for start in range(0, len(clip), size)):
             frames = math.ceil(len(part) / hop / whole) * whole
@@ -38,7 +35,7 @@ class AVLMFeatureExtractor(WhisperFeatureExtractor):
             samples = np.pad(part, (0, (frames + more) * hop - len(part)))
             parts.append(self._torch_extract_fbank_features(samples[None])[0, :, :frames])
         log_mel, covered = np.concatenate(parts, 1), math.ceil(len(clip) / hop)
-        if self.window == "fixed":
+        if self.windows == "fixed":
             return log_mel, log_mel.shape[1]
         if self.edge != "silence":
             log_mel[:, covered:] = 0
@@ -72,9 +69,8 @@ class AVLMProcessor(BaseProcessor):
         options = cls.get_processor_dict(folder, **kwargs)[0]
         processor.chat_template = options.get("chat_template")
         kinds = {"feature_extractor": AVLMFeatureExtractor, "video_processor": AVLMVideoProcessor}
-        for name in cls.OWN + cls.OWN_VIDEO * ("features_per_frame" in options):
-            if name in options:
-                setattr(processor, name, kinds[name](**options[name]) if name in kinds else options[name])
+        for name in filter(options.__contains__, cls.OWN + cls.OWN_VIDEO * ("features_per_frame" in options)):
+            setattr(processor, name, kinds[name](**options[name]) if name in kinds else options[name])
         return processor
 
     def to_dict(self):
@@ -83,10 +79,14 @@ class AVLMProcessor(BaseProcessor):
 
     def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
         heard, said = {}, []
-        if audio is not None:
-            heard = self.feature_extractor(audio, kwargs.get("sampling_rate"))
+        texts = [text] if isinstance(text, str) else list(text)
+        clips = [] if audio is None or not len(audio) else make_list_of_audio(audio)
+        token = getattr(self, "audio_token", None)
+        if len(clips) != (marked := sum(each.count(token) for each in texts) if token else 0):
+            raise ValueError(f"the texts have {marked} {token} for {len(clips)} audio: write it once for each")
+        if clips:
+            heard = self.feature_extractor(clips, {**kwargs.get("audio_kwargs", {}), **kwargs}.get("sampling_rate"))
             replacements = [self.replace_audio_token(heard, i) for i in range(len(heard["input_features"]))]
-            texts = [text] if isinstance(text, str) else list(text)
             text, said = self.get_text_with_replacements(texts, audio_replacements=replacements)
         inputs = super().__call__(images=images, text=text, videos=videos, **kwargs)
         if said and kwargs.get("return_text_replacement_offsets"):
@@ -96,7 +96,7 @@ class AVLMProcessor(BaseProcessor):
 
     def replace_audio_token(self, audio_inputs, audio_idx, **kwargs) -> str:
         windows, made_by = audio_inputs["input_features_mask"][audio_idx], self.feature_extractor
-        rows = [(int(window.sum()) + 1) // 2 // made_by.pool for window in windows.split(made_by.nb_max_frames)]
+        rows = [(int(window.sum()) + 1) // 2 // made_by.pool for window in windows.split(made_by.window_frames)]
         return self.audio_token * sum(math.ceil(of_window / made_by.downsample) for of_window in rows)
 
     def replace_video_token(self, video_inputs, video_idx, **kwargs) -> str:
