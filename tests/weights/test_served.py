@@ -95,6 +95,17 @@ def test_audio_that_would_be_heard_wrongly_is_refused(audio, text, message, tmp_
         engine.processor(text="<audio>", audio=[TONE], audio_kwargs={"sampling_rate": 44_100})
 
 
+def test_a_clip_of_no_feature_is_no_error_and_embeddings_that_no_audio_goes_into_are(tmp_path):
+    *_, engine = served(MODELS["masked"], tmp_path)
+    short = engine.processor(text="one<audio>", audio=[TONE[:100]], return_tensors="pt")  # half of a pooled row
+    assert engine.network(**short).logits.shape[1] == short["input_ids"].shape[1]
+    heard = engine.prompts([ASKED[2]])
+    embedded = engine.network.get_input_embeddings()(heard["input_ids"])
+    media = {name: heard[name] for name in ("input_features", "input_features_mask")}
+    with pytest.raises(ValueError, match="0 tokens"):
+        engine.network(inputs_embeds=embedded, **media)
+
+
 def assert_comes_back(model, folder) -> None:
     """Through ``init_from``, with every weight, adapters merged."""
     opened = open_model(str(folder))

@@ -61,7 +61,7 @@ class AudioTower(VoxtralEncoder):
         mask = create_bidirectional_mask(self.config, x_NRC, (row_R < rows_N1).long())
         for layer in self.layers:
             x_NRC = layer(x_NRC, mask)
-        x_NRC = F.avg_pool1d(x_NRC.mT, self.config.pool).mT
+        x_NRC = F.avg_pool1d(x_NRC.mT, self.config.pool, ceil_mode=True).mT
         return self.layer_norm(x_NRC), row_R[: x_NRC.shape[1]] < rows_N1 // self.config.pool
 
 
@@ -106,8 +106,7 @@ class Projector(nn.Module):
         else:
             hidden = F.gelu(self.up(x_NUC)) if self.gate is None else F.silu(self.gate(x_NUC)) * self.up(x_NUC)
             y_NUD = self.down(self.hidden_norm(hidden))
-        y_NUD = self.output_norm(y_NUD)
-        return y_NUD if there_NR is None else y_NUD[there_NUS.any(2)]
+        return self.output_norm(y_NUD if there_NR is None else y_NUD[there_NUS.any(2)])
 
 
 class AVLMModel(BaseModel):
@@ -155,13 +154,14 @@ class AVLMModel(BaseModel):
             features[config.audio_token_id] = self.get_audio_features(input_features, input_features_mask).pooler_output
         if not SEES_VIDEOS and (frames := kwargs.pop("pixel_values_videos", None)) is not None:
             features[config.frames_token_id] = torch.cat(self.get_video_features(frames).pooler_output)
+        for token, values in features.items():
+            places = 0 if input_ids is None else int((input_ids == token).sum())
+            if places != len(values):
+                raise ValueError(f"{places} tokens {token} in the prompt, but {len(values)} features")
 
         def write(module: nn.Module, arguments: tuple, embedded: Tensor) -> Tensor:
             for token, values in features.items():
-                places = input_ids == token
-                if int(places.sum()) != len(values):
-                    raise ValueError(f"{int(places.sum())} tokens {token} in the prompt, but {len(values)} features")
-                embedded = embedded.masked_scatter(places[..., None], values.to(embedded))
+                embedded = embedded.masked_scatter((input_ids == token)[..., None], values.to(embedded))
             return embedded
 
         # The base embeds the tokens and writes its images over them; what it does not know is written in between.
