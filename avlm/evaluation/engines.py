@@ -64,7 +64,7 @@ class Agreement:
         ends = logprobs[self.stop_ids].max() if self.stop_ids else logprobs.new_tensor(-torch.inf)
         of_each = [logprobs[ids[same]] if same < len(ids) else ends for ids in (whole, theirs)]
         gap = float(of_each[0] - of_each[1])
-        if gap <= self.tolerance:
+        if abs(gap) <= self.tolerance:
             self.parted += 1
         elif not self.first:
             texts = [text_of(ids, self.encoder) for ids in (theirs, ours)]
@@ -74,8 +74,8 @@ class Agreement:
             )
 
     def __str__(self) -> str:
-        found = f"{self.equal} of {counted(self.count, 'answer')} equal"
-        return found + f", {self.parted} part where two tokens are equally likely" * bool(self.parted)
+        found = f"{self.equal:,} of {counted(self.count, 'answer')} equal"
+        return found + f", {self.parted} part where two tokens are about equally likely" * bool(self.parted)
 
 
 @torch.no_grad()

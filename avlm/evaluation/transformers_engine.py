@@ -21,6 +21,7 @@ from avlm.data.media import audio
 from avlm.data.media.video import USUAL_RATE, has_audio
 from avlm.data.sample import Sample
 from avlm.data.text.pieces import TAG, Messages
+from avlm.storage.model_folder import read_json
 from avlm.weights.folder import media_in_texts, stop_ids
 from avlm.weights.served import check_code
 
@@ -38,6 +39,8 @@ class Engine:
         self.data = data
         self.media = media_in_texts(folder, data.markers)
         self.stop_ids = stop_ids(folder)
+        if "model_type" not in read_json(folder / "config.json"):
+            raise ValueError(f"transformers cannot read the export {folder}: export with --format transformers")
         trust = check_code(folder)
         network = transformers.AutoModelForMultimodalLM if model.modalities else transformers.AutoModelForCausalLM
         prompts = transformers.AutoProcessor if model.modalities else transformers.AutoTokenizer
@@ -68,7 +71,8 @@ class Engine:
         length = prompts["input_ids"].shape[1]
         stops = self.stop_ids or None
         options: dict[str, Any] = {"eos_token_id": stops, "pad_token_id": self.tokenizer.pad_token_id}
-        ids = self.network.generate(**prompts, max_new_tokens=max_new_tokens, do_sample=False, **options)
+        options |= {"do_sample": False, "repetition_penalty": 1.0}  # which some published folders have otherwise
+        ids = self.network.generate(**prompts, max_new_tokens=max_new_tokens, **options)
         return [_until(answer, self.stop_ids) for answer in ids[:, length:].tolist()]
 
     def prompts(self, samples: list[Sample]) -> dict[str, Any]:
