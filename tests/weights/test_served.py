@@ -75,6 +75,7 @@ def test_a_folder_that_transformers_saved_again_encodes_the_same(tmp_path):
     first, second = engine.processor(**given, return_tensors="pt"), again(**given, return_tensors="pt")
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
     assert len(first["pixel_values_videos"][0]) == 3  # of 8: the frames that training chooses
+    assert again(images=[photo(30, 20)], return_tensors="pt")["pixel_values"].equal(first["pixel_values"])
 
 
 @pytest.mark.parametrize(

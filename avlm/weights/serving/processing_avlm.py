@@ -79,7 +79,7 @@ class AVLMProcessor(BaseProcessor):
 
     def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
         heard, said = {}, []
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else list(text or ())
         clips = [] if audio is None or not len(audio) else make_list_of_audio(audio)
         token = getattr(self, "audio_token", None)
         if len(clips) != (marked := sum(each.count(token) for each in texts) if token else 0):
