@@ -5,6 +5,7 @@ absolute paths, and of links other than the Hub's, it has the last two parts. It
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -156,10 +157,7 @@ def _opening(model: ModelConfig, media: list[str]) -> str:
 def _parts(model: ModelConfig) -> str:
     counts = dict.fromkeys(model.modules, 0)
     for name, shape in parameter_shapes(model).items():
-        size = 1
-        for length in shape:
-            size *= length
-        counts[name.split(".")[0]] += size
+        counts[name.split(".")[0]] += math.prod(shape)
     rows = [[f"`{module}`", _sizes(model, module), f"{count:,}"] for module, count in counts.items()]
     return _table(["part", "", "parameters"], [*rows, ["together", "", f"{sum(counts.values()):,}"]])
 

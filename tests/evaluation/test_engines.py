@@ -71,7 +71,7 @@ def test_an_export_is_answered_by_ours_and_by_transformers_side_by_side(tmp_path
 
     keys = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({key: keys[key] for key in ("architecture", "model", "data")}))
-    with pytest.raises(ValueError, match="cannot read the export .*out: export with --format transformers"):
+    with pytest.raises(ValueError, match=r"cannot read the export .*out: export with --format transformers"):
         Engine(folder, DataConfig(train="x"), changed("decoder"))
 
 
