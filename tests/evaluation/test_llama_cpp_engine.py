@@ -1,4 +1,4 @@
-"""llama.cpp as an engine. What it answers is compared where it is installed (tests/measurements/served_by_llama_cpp.py)."""
+"""llama.cpp as an engine. tests/measurements/served_by_llama_cpp.py compares its answers where it is installed."""
 
 import dataclasses
 import sys
