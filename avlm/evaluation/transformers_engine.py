@@ -13,7 +13,7 @@ from typing import Any
 import av
 import numpy
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
@@ -86,10 +86,11 @@ class Engine:
             for kind, token in self.media.items():
                 text = text if f"<{kind}>" in token else text.replace(f"<{kind}>", token)
             texts.append(text)
-            images.append([Image.open(io.BytesIO(file)).convert("RGB") for file in sample.images])
-            shown = [self._frames(file) for file in sample.videos]
-            videos.append([frames for frames, _ in shown])
-            metadata.append([of_frames for _, of_frames in shown])
+            shown = [Image.open(io.BytesIO(file)) for file in sample.images]
+            images.append([ImageOps.exif_transpose(image).convert("RGB") for image in shown])  # as its load_image does
+            filmed = [self._frames(file) for file in sample.videos]
+            videos.append([frames for frames, _ in filmed])
+            metadata.append([of_frames for _, of_frames in filmed])
             clips += [audio.decode(file, self.data.max_audio_seconds).numpy() for file in heard]
         media: dict[str, Any] = {}
         if any(images):

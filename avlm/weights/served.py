@@ -76,7 +76,7 @@ def places(keys: Mapping[str, Any], config: ModelConfig) -> Places:
     """Where the modules of an export lie, by its config.json; nowhere special if it is not of this format."""
     if "base" not in keys:
         return {}
-    if keys["base"] not in door.FORMATS:
+    if str(keys["base"]) not in door.FORMATS:
         raise ValueError(f"base {shown(repr(keys['base']))} in config.json is not one of {', '.join(door.FORMATS)}")
     return Served(keys["base"], "vision_projector" in keys).places(config)
 

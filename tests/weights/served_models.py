@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 import transformers
+from PIL import Image
 
 from avlm.config.decoder import RopeScaling
 from avlm.config.model import AudioConfig, LoraConfig, ModelConfig, ProjectorConfig
@@ -30,7 +31,9 @@ from tests.models.handmade import build
 from tests.models.test_avlm import WHOLE
 
 AUDIO = AudioConfig(hidden_size=24, intermediate_size=48, num_layers=2, num_heads=2, num_mels=16, max_positions=50)
-IMAGES = [image_file(photo(*size, seed)) for seed, size in enumerate([(30, 47), (61, 20), (16, 16)])]
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # orientation: shown after a quarter turn
+IMAGES = [image_file(photo(30, 47), exif=TURNED), image_file(photo(61, 20, 1)), image_file(photo(16, 16, 2))]
 CLIPS = [tone(0.3), tone(2.57, frequency=300.0), tone(1.0)]  # of one and of three windows
 VIDEO = video_file(2.0, 8)
 CHATML = (

@@ -15,7 +15,7 @@ from avlm.data.media import audio
 from avlm.evaluation.answering import open_encoder
 from avlm.families import door, qwen2_vl
 from avlm.weights.load import open_model
-from avlm.weights.served import check_code, choose
+from avlm.weights.served import check_code, choose, places
 from tests.data.small_files import photo, write_tokenizer
 from tests.families import test_qwen_vl_prompts
 from tests.models.handmade import build
@@ -165,6 +165,12 @@ def test_a_format_refuses_a_model_that_it_cannot_hold_in_one_line(format):
 def test_a_model_that_no_class_sees_like_is_refused_by_what_the_nearest_lacks(config, data, message):
     with pytest.raises(ValueError, match=message):
         choose(config, validated(DataConfig, {"train": "x", **data}, "data"))
+
+
+@pytest.mark.parametrize("base", ["gpt", ["llava"]])
+def test_a_base_that_is_none_is_refused(base):
+    with pytest.raises(ValueError, match=r"base .* in config\.json is not one of"):
+        places({"base": base}, MODELS["llava"])
 
 
 def test_the_command_says_what_the_folder_does_without(tmp_path, monkeypatch, capsys):
