@@ -43,6 +43,9 @@ def choose(config: ModelConfig, data: DataConfig | None) -> Served:
     """The base of a model. ValueError with what keeps it out of the nearest."""
     if not config.modalities:
         raise ValueError("the model neither sees nor hears: --format decoder holds it without code of its own")
+    for kind, marked in data.markers.items() if data is not None else ():
+        if "{n}" in "".join(marked):
+            raise ValueError(f"data.markers.{kind}={marked} counts, which chat templates of transformers here do not")
     if config.vision is None:
         return Served("voxtral", False)
     for chosen in _candidates():

@@ -151,6 +151,11 @@ def test_a_format_refuses_a_model_that_it_cannot_hold_in_one_line(format):
     [
         (dataclasses.replace(MODELS["audio alone"], audio=None, audio_projector=None), {}, "--format decoder holds it"),
         (changed("vision", gated=True), {}, "nearest being LlavaForConditionalGeneration: .* no gated=True"),
+        (
+            MODELS["llava"],
+            {"markers": {"image": ["Image {n}: ", ""]}},
+            r"data.markers.image=\['Image \{n\}: ', ''\] counts",
+        ),
         (changed("decoder", qkv_bias=True, qk_norm=True), {}, "no Hugging Face architecture has both qkv_bias and"),
         (changed("vision"), {"image_layout": {"line_break": "\n"}}, "cannot hold data.image_layout.line_break="),
         (MODELS["llava"], {"image_layout": TILES}, "being LlavaNextForConditionalGeneration: .*newline=true"),
