@@ -170,7 +170,10 @@ class Engine:
     def _open_context(self, tokens: int) -> Any:
         options = self.llama.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = tokens, BATCH, BATCH
-        return self.llama.llama_init_from_model(self.model, options)
+        context = self.llama.llama_init_from_model(self.model, options)
+        if not context:
+            raise ValueError(f"llama.cpp cannot open a context of {tokens:,} tokens")
+        return context
 
     def _run(self, context: Any, tokens: list[int]) -> None:
         ids = (self.llama.llama_token * len(tokens))(*tokens)

@@ -17,16 +17,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from avlm.families import door, llava
-from tests.weights import test_served
+from tests.weights import served_models
 
 NAMES = {"image": "image_processor", "audio": "feature_extractor"}
 MODELS = {
-    "llava": (test_served.MODELS["llava"], {}),
-    "masked": (test_served.MODELS["masked"], {}),  # the longest windows that a clip leaves
-    "fixed": (test_served.MODELS["fixed"], {}),
-    "qwen2_5_vl": test_served.joint("qwen2_5_vl"),
-    "idefics3": test_served.joint("idefics3"),
-    "internvl": test_served.joint("internvl"),
+    "llava": (served_models.MODELS["llava"], {}),
+    "masked": (served_models.MODELS["masked"], {}),  # the longest windows that a clip leaves
+    "fixed": (served_models.MODELS["fixed"], {}),
+    "qwen2_5_vl": served_models.joint("qwen2_5_vl"),
+    "idefics3": served_models.joint("idefics3"),
+    "internvl": served_models.joint("internvl"),
 }
 
 
@@ -35,7 +35,7 @@ def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param.replace(" ", "_"))
     config, prompts = MODELS[request.param]
     words = [*door.FORMATS.get(request.param, llava).MEDIA_TOKENS, "<|im_start|>", "<|im_end|>", "<global-img>"]
-    test_served.served(config, path, words=dict.fromkeys(words), **prompts)
+    served_models.served(config, path, words=dict.fromkeys(words), **prompts)
     return path / "out"
 
 
