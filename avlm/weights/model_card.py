@@ -299,8 +299,8 @@ def _trust(config: Config, folder: Path) -> str:
     lines = sum(len((folder / name).read_text(encoding="utf-8").splitlines()) for name in served.CODE)
     return (
         f"`trust_remote_code=True` runs two files of this folder with your rights, `{'` and `'.join(served.CODE)}`: "
-        f"{lines} lines that subclass transformers' `{base}` and import nothing but Python, numpy, torch and "
-        "transformers. Read them first, and give `revision=` the commit that you read. vLLM (`--trust-remote-code`) "
+        f"{lines} lines that subclass transformers' `{base}` and import nothing but contextlib, math, numpy, torch "
+        "and transformers. Read them first, and give `revision=` the commit that you read. vLLM (`--trust-remote-code`) "
         "runs them too."
     )
 
