@@ -300,8 +300,8 @@ def _trust(config: Config, folder: Path) -> str:
     return (
         f"`trust_remote_code=True` runs two files of this folder with your rights, `{'` and `'.join(served.CODE)}`: "
         f"{lines} lines that subclass transformers' `{base}` and import nothing but contextlib, math, numpy, torch "
-        "and transformers. Read them first, and give `revision=` the commit that you read. vLLM (`--trust-remote-code`) "
-        "runs them too."
+        "and transformers. Read them first, and give `revision=` the commit that you read. vLLM "
+        "(`--trust-remote-code`) runs them too."
     )
 
 
