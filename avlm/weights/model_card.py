@@ -1,7 +1,7 @@
 """The model card of an export, its README.md: what was trained on what, how well it does, and how it is loaded.
 
-Numbers are those of the run's config, marker, metrics.jsonl and report.json. A card is made to be published: of
-absolute paths, and of links other than the Hub's, it has the last two parts. It claims no license.
+Numbers are those of the run's config, marker, metrics.jsonl and report.json. A card is made to be published:
+absolute paths, and links other than the Hub's, are cut to their last two parts. It claims no license.
 """
 
 import dataclasses
