@@ -8,6 +8,7 @@ series of zip files, one for each tensor; its checksum covers their CRC-32s, and
 with its own CRC-32 when it is read.
 """
 
+import enum
 import hashlib
 import io
 import json
@@ -187,6 +188,8 @@ class _Unpickler(pickle.Unpickler):
             return lambda *parts: "/".join(map(str, parts))
         if CLASSES.get(name) == module:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):  # by which Python 3.11.2 (Debian 12) pickles members of an Enum
+            return _member
         raise pickle.UnpicklingError(f"it names {shown(f'{module}.{name}')}, which does not belong in a checkpoint")
 
 
@@ -220,3 +223,11 @@ def cause_of(error: BaseException) -> str:
     if first and not isinstance(error, LookupError):
         return shown(first, 400)
     return f"{type(error).__name__} {shown(first)}".strip()
+
+
+def _member(owner: Any, name: str) -> Any:
+    if not isinstance(owner, enum.EnumMeta) or name not in owner.__members__:
+        raise pickle.UnpicklingError(
+            f"it takes {shown(name)} of {shown(repr(owner))}, which is not a member of an Enum"
+        )
+    return owner[name]
