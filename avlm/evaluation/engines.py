@@ -19,6 +19,8 @@ from avlm.evaluation.llama_cpp_engine import Engine as LlamaCppEngine
 from avlm.evaluation.transformers_engine import Engine as TransformersEngine
 from avlm.models.avlm import AVLM
 from avlm.models.batch import IGNORE
+from avlm.storage.model_folder import read_json
+from avlm.weights.gguf_files import MODEL
 from avlm.weights.load import OpenModel
 
 
@@ -31,6 +33,12 @@ class Engine(Protocol):
 
 
 def open_engine(name: str, folder: Path, opened: OpenModel, device: torch.device) -> Engine:
+    """ValueError or FileNotFoundError for a folder that is not the engine's."""
+    has_gguf = (folder / MODEL).is_file()
+    is_ours_alone = "model_type" not in read_json(folder / "config.json")
+    if has_gguf != (name == "llama_cpp") or (is_ours_alone and not has_gguf):
+        format = "gguf" if name == "llama_cpp" else "transformers"
+        raise ValueError(f"--engine {name} cannot run {folder}: give an export of --format {format}")
     if name == "llama_cpp":
         return LlamaCppEngine(folder, opened.data, opened.config)
     return TransformersEngine(folder, opened.data, opened.config, device)

@@ -120,6 +120,7 @@ def write_tensors(tensors: dict[str, Lazy], folder: Path, world: World | None = 
     for i in range(rank, len(shards), size):
         whole = {each: tensors[each].read().contiguous() for each in shards[i]}
         save_file(whole, folder / files[i], {"format": "pt"})
+        (folder / files[i]).chmod(0o644)  # it is written for its owner alone, and may be served by another
         del whole  # before the next is read
         with open(folder / files[i], "rb") as file:
             os.fsync(file.fileno())

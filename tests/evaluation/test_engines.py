@@ -148,3 +148,17 @@ def test_answers_that_part_are_judged_by_our_log_probabilities(name, tmp_path):
     ended = Agreement(model, encoder, stops, 100.0)
     ended.add("set", sample, answer.token_ids, answer.token_ids[:2], 8)
     assert str(ended) == "0 of 1 answer equal, 1 part where two tokens are about equally likely"
+
+
+@pytest.mark.parametrize("engine", ["transformers", "llama_cpp"])
+def test_a_folder_of_another_format_is_refused_before_any_answer(engine, tmp_path, monkeypatch, capsys):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", eos_token="</s>")
+    config = changed("decoder", vocab_size=Tokenizer(tokenizer).size)
+    data = DataConfig(train="x", tokenizer=str(tokenizer), template="plain")
+    export(config, build(config).state_dict(), tmp_path / "out", "avlm", data=data)
+    assert (tmp_path / "out/model.safetensors").stat().st_mode & 0o044 == 0o044
+    format = {"transformers": "transformers", "llama_cpp": "gguf"}[engine]
+    with pytest.raises(ValueError, match=f"--engine {engine} cannot run .*: give an export of --format {format}"):
+        options = ["--data", f"some={set_of(tmp_path)}", "--out", tmp_path / "scores"]
+        command(monkeypatch, tmp_path / "out", "--engine", engine, *options)
+    assert not capsys.readouterr().out
