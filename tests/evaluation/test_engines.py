@@ -47,7 +47,11 @@ def set_of(tmp_path: Path) -> Path:
 
 def command(monkeypatch, *arguments: object) -> None:
     monkeypatch.setattr("sys.argv", ["avlm.evaluation", *map(str, arguments)])
-    main()
+    try:
+        main()
+    finally:
+        if torch.distributed.is_initialized():  # a command that fails ends with its process
+            torch.distributed.destroy_process_group()
 
 
 def test_an_export_is_answered_by_ours_and_by_transformers_side_by_side(tmp_path, monkeypatch, capsys):
