@@ -50,6 +50,12 @@ def test_text_images_audio_and_videos_give_our_ids_logits_and_answers(name, tmp_
     assert_comes_back(parts[0], tmp_path / "out")
 
 
+def test_frames_by_their_rate_and_within_bounds_are_those_of_training(tmp_path):
+    for most in (8, 3):  # of the 4 that the rate asks for
+        video = {"num_frames": None, "fps": 2.0, "min_frames": 1, "max_frames": most}
+        assert_same(*served(MODELS["vision alone"], tmp_path / str(most), video=video), ASKED[4:5])
+
+
 def test_beams_take_one_clip_a_prompt_and_refuse_what_would_be_mixed_up(tmp_path):
     *_, engine = served(MODELS["llava"], tmp_path)
     one = engine.prompts([ASKED[2], sample("<audio> two", audios=CLIPS[2:])])
