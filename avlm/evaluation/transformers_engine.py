@@ -21,7 +21,6 @@ from avlm.data.media import audio
 from avlm.data.media.video import USUAL_RATE, has_audio
 from avlm.data.sample import Sample
 from avlm.data.text.pieces import TAG, Messages
-from avlm.storage.model_folder import read_json
 from avlm.weights.folder import media_in_texts, stop_ids
 from avlm.weights.served import check_code
 
@@ -39,8 +38,6 @@ class Engine:
         self.data = data
         self.media = media_in_texts(folder, data.markers)
         self.stop_ids = stop_ids(folder)
-        if "model_type" not in read_json(folder / "config.json"):
-            raise ValueError(f"transformers cannot read the export {folder}: export with --format transformers")
         trust = check_code(folder)
         network = transformers.AutoModelForMultimodalLM if model.modalities else transformers.AutoModelForCausalLM
         prompts = transformers.AutoProcessor if model.modalities else transformers.AutoTokenizer
