@@ -19,6 +19,7 @@ from avlm.data.sample import Sample
 from avlm.data.text.chat import Chat
 from avlm.data.text.pieces import MEDIA
 from avlm.data.text.tokenizer import Tokenizer
+from avlm.weights.folder import stop_ids
 from avlm.weights.gguf import spelled_markers
 from avlm.weights.gguf_files import MODEL, PROJECTORS
 
@@ -62,6 +63,7 @@ class Engine:
         if not (folder / MODEL).is_file():
             raise FileNotFoundError(f"no {MODEL} in {folder}: export with --format gguf")
         self.chat = Chat(Tokenizer(folder), data.template, data.system, published=True)
+        self.stop_ids = stop_ids(folder)
         self.markers = spelled_markers(model, data)
         self.model = self.llama.llama_model_load_from_file(
             str(folder / MODEL).encode(), self.llama.llama_model_default_params()
@@ -186,7 +188,7 @@ class Engine:
         while len(found) < max_new_tokens:
             logits = np.ctypeslib.as_array(self.llama.llama_get_logits_ith(context, -1), (size,))
             token = int(logits.argmax())
-            if self.llama.llama_vocab_is_eog(self.vocabulary, token):
+            if token in self.stop_ids:  # llama.cpp itself also ends at others that it knows by their names
                 break
             found.append(token)
             self._run(context, [token])

@@ -11,6 +11,7 @@ from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.generation import generate
 from avlm.evaluation.llama_cpp_engine import Engine
 from avlm.weights.export import export
+from avlm.weights.folder import stop_ids
 from avlm.weights.gguf import spelled_markers
 from tests.data.small_files import image_file, photo, tone, write_tokenizer
 from tests.models.handmade import build
@@ -48,7 +49,7 @@ def test_answers_to_text_images_and_audio_are_ours(tmp_path):
     ]
     prompts = [encoder.prompt(each.messages[:-1], each.images, each.audios, []) for each in samples]
     engine = Engine(tmp_path / "out", data, WHOLE)
-    ends = [encoder.tokenizer.id_of(token) for token in ("</s>", "<|im_end|>", "<|eot_id|>")]  # llama.cpp knows them
+    ends = stop_ids(tmp_path / "out")
     for sample, answer, ours in zip(samples, engine.answer(samples, 8), generate(model, prompts, stop_ids=ends)):
         expected = [token for token in ours.token_ids if token not in ends]
         assert answer[:1] == expected[:1], sample.key  # random weights: further on two may be equally likely
