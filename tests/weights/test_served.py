@@ -90,8 +90,8 @@ def test_a_folder_that_transformers_saved_again_encodes_the_same(tmp_path):
         ([TONE[None]], "<audio>", r"float32 \(1, 800\): give floats"),
         ([TONE[:0]], "<audio>", r"float32 \(0,\): give floats"),
         ([(TONE * 32767).astype(numpy.int16)], "<audio>", "audio of int16"),
-        (None, "<audio>", "1 <audio> for 0 audio"),
-        ([TONE, TONE], ["<audio>", "two"], "1 <audio> for 2 audio"),
+        (None, "<audio>", "1 audio tokens for 0"),
+        ([TONE, TONE], ["<audio>", "two"], "1 audio tokens for 2"),
     ],
 )
 def test_audio_that_would_be_heard_wrongly_is_refused(audio, text, message, tmp_path):
@@ -100,6 +100,16 @@ def test_audio_that_would_be_heard_wrongly_is_refused(audio, text, message, tmp_
         engine.processor(text=text, audio=audio)
     with pytest.raises(ValueError, match="44100 Hz: resample"):
         engine.processor(text="<audio>", audio=[TONE], audio_kwargs={"sampling_rate": 44_100})
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
+def test_a_place_for_an_image_or_a_video_that_is_not_given_is_refused(name, tmp_path):
+    config, options, _ = of_model(name) if name in MODELS else of_family(name)
+    *_, engine = served(config, tmp_path, **options)
+    for kind in ("image", "video"):
+        token = getattr(engine.processor, f"{kind}_token")
+        with pytest.raises(ValueError, match=f"1 {kind} tokens for 0: write one for each"):
+            engine.processor(text=["one", f"two {token}"])
 
 
 def test_a_clip_of_no_feature_is_no_error_and_embeddings_that_no_audio_goes_into_are(tmp_path):

@@ -78,12 +78,12 @@ class AVLMProcessor(BaseProcessor):
         return super().to_dict() | {name: x.to_dict() if hasattr(x, "to_dict") else x for name, x in own.items()}
 
     def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
-        heard, said = {}, []
-        texts = [text] if isinstance(text, str) else list(text or ())
+        heard, said, texts = {}, [], [text] if isinstance(text, str) else list(text or ())
         clips = [] if audio is None or not len(audio) else make_list_of_audio(audio)
-        token = getattr(self, "audio_token", None)
-        if len(clips) != (marked := sum(each.count(token) for each in texts) if token else 0):
-            raise ValueError(f"the texts have {marked} {token} for {len(clips)} audio: write it once for each")
+        for kind, given in {"audio": clips, "image": images, "video": videos}.items():
+            marked = sum(each.count(getattr(self, f"{kind}_token", None) or "\0") for each in texts)
+            if marked != len(given) if kind == "audio" else marked and given is None:
+                raise ValueError(f"the texts have {marked} {kind} tokens for {len(given or ())}: write one for each")
         if clips:
             heard = self.feature_extractor(clips, {**kwargs.get("audio_kwargs", {}), **kwargs}.get("sampling_rate"))
             replacements = [self.replace_audio_token(heard, i) for i in range(len(heard["input_features"]))]
