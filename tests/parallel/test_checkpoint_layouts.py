@@ -150,8 +150,9 @@ def test_ranks_share_the_files_of_an_export(saved, tmp_path, monkeypatch):
     config, path = read_run(run)
     data = config.stages[-1].data
     export(config.model, open_checkpoint(path), tmp_path / "one", data=data, dtype=torch.float32)
-    files = files_of(tmp_path / "one")
-    assert files_of(tmp_path / "two") == files
+    files, written = files_of(tmp_path / "one"), files_of(tmp_path / "two")
+    assert written.pop("README.md").startswith(b"---\nlibrary_name: avlm\n")  # the command's, which knows the run
+    assert written == files
     file_of = json.loads(files["model.safetensors.index.json"])["weight_map"]
     assert len(set(file_of.values())) > 5
     held = set()
