@@ -60,14 +60,14 @@ def python():
 def test_an_environment_without_us_gives_our_ids_logits_and_answers(name, python, tmp_path):
     config, options = (MODELS["swiglu"], {}) if name == "llava" else of_family(name)[:2]
     model, encoder, engine = served(config, tmp_path, **options)
-    (tmp_path / "a.png").write_bytes(IMAGES[0])
+    (tmp_path / "a.png").write_bytes(IMAGES[1])  # the first is turned by its EXIF
     (tmp_path / "a.wav").write_bytes(CLIPS[1])
     command = [python, "-I", "-c", SCRIPT, "out", ASKED]  # -I: no folder of ours is looked into
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     theirs = torch.load(tmp_path / "out.pt")
 
-    each = sample(ASKED, images=IMAGES[:1], audios=CLIPS[1:2])
+    each = sample(ASKED, images=IMAGES[1:2], audios=CLIPS[1:2])
     prompt = encoder.prompt(each.messages[:-1], each.images, each.audios)
     assert len(prompt) == len(theirs["ids"]) and ((theirs["ids"] == prompt.token_T) | (prompt.token_T < 0)).all()
     with torch.no_grad():
