@@ -101,15 +101,17 @@ class Engine:
 
     def _with_audio_of_videos(self, sample: Sample) -> tuple[Messages, list[bytes]]:
         """The turns up to the last, and the files of all audio: that of a video follows it."""
-        shown, given = iter(sample.videos), iter(sample.audios)
+        files = {"audio": iter(sample.audios), "video": iter(sample.videos)}
         heard = []
 
         def heard_too(tag: re.Match) -> str:
-            file = next(given) if tag[1] == "audio" else next(shown) if tag[1] == "video" else None
-            has_more = tag[1] == "video" and self.data.video.audio and has_audio(file)
-            if tag[1] == "audio" or has_more:
+            if tag[1] not in files:
+                return tag[0]
+            file = next(files[tag[1]])
+            is_silent = tag[1] == "video" and not (self.data.video.audio and has_audio(file))
+            if not is_silent:
                 heard.append(file)
-            return tag[0] + "<audio>" * bool(has_more)
+            return tag[0] if is_silent or tag[1] == "audio" else f"{tag[0]}<audio>"
 
         turns = [{**turn, "content": TAG.sub(heard_too, turn["content"])} for turn in sample.messages[:-1]]
         return [{"role": turn["role"], "content": turn["content"]} for turn in turns], heard

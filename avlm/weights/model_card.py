@@ -215,7 +215,9 @@ def _stage(config: Config, i: int, progress: Progress, records: list[Record]) ->
     least = rates.lr / 10 if rates.min_lr is None else rates.min_lr
     trained = parts_of(trained_names(stage, config.model, parameter_shapes(config.model).keys()))
     drawn = shares(stage.data.train)
-    data = [f"`{published(name)}`" + f" ({100 * share:.3g} %)" * (len(drawn) > 1) for name, share in drawn.items()]
+    data = [f"`{published(name)}`" for name in drawn]
+    if len(drawn) > 1:
+        data = [f"{source} ({100 * share:.3g} %)" for source, share in zip(data, drawn.values())]
     return [stage.name, ", ".join(trained), f"{done:,}", *counts, f"{rates.lr:g} to {least:g}", ", ".join(data)]
 
 

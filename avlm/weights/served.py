@@ -45,7 +45,7 @@ def choose(config: ModelConfig, data: DataConfig | None) -> Served:
         raise ValueError("the model neither sees nor hears: --format decoder holds it without code of its own")
     for kind, marked in data.markers.items() if data is not None else ():
         if "{n}" in "".join(marked):
-            raise ValueError(f"data.markers.{kind}={marked} counts, which chat templates of transformers here do not")
+            raise ValueError(f"data.markers.{kind}={marked} counts media, which no exported chat template does")
     if config.vision is None:
         return Served("voxtral", False)
     for chosen in _candidates():
@@ -128,6 +128,7 @@ def notes(config: ModelConfig, data: DataConfig) -> list[str]:
 
 
 def config_json(chosen: Served, config: ModelConfig, data: DataConfig | None, ids: Mapping[str, int]) -> dict[str, Any]:
+    """Keys of config.json: those of the base, and what our half adds. ``ids``: of the tokens of media."""
     if config.vision is None:
         keys: dict[str, Any] = {"text_config": llama.write(config.decoder)}
     else:
@@ -153,6 +154,7 @@ def _base_processor(chosen: Served, config: ModelConfig, data: DataConfig | None
 def processor_json(
     chosen: Served, config: ModelConfig, data: DataConfig | None, ids: Mapping[str, int]
 ) -> dict[str, dict[str, Any]]:
+    """File name -> keys: the base's processor, and what ours adds to processor_config.json."""
     files: dict[str, dict[str, Any]] = {}
     if config.vision is not None:
         files = chosen.family.processor_json(served.sight(config, chosen.own_projector), data)
