@@ -1,11 +1,10 @@
-"""Draws docs/ring.png: how context parallelism cuts a packed row, and what one step of ring attention computes.
+"""Draws docs/ring.png: how context parallelism shares a packed row, and what the steps of ring attention compute.
 
     python docs/ring.py
 
-The cut and the blocks are not drawn by hand: they are what avlm/parallel/context.py plans for this row.
+Shares and blocks are not drawn by hand: they are what avlm/parallel/shares.py and context_plan.py plan for this row.
 """
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -18,13 +17,14 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from avlm.parallel.context import share
+from avlm.parallel.context_plan import context_plan
+from avlm.parallel.shares import Shares, share
 
 WIDTH, HEIGHT = 14.0, 10.4
 INK, PALE = "#22303c", "#5d6b78"
 COLORS = ("#8fb0d6", "#eeb35c", "#86c483", "#c99bc9")  # ranks
 HIDDEN = "#f4f6f8"
-LENGTHS, CONTEXT, STEP, RANK = [26, 9, 13], 4, 1, 0
+LENGTHS, CONTEXT, STEP, RANK = [3, 33, 1, 1, 1, 9], 4, 1, 1
 
 
 def title(axes: Axes, x: float, y: float, text: str, note: str) -> None:
@@ -43,9 +43,7 @@ def cells(axes: Axes, left: float, bottom: float, size: float, owners: list[int]
 
 
 def zigzag(axes: Axes, rows_CL: torch.Tensor) -> None:
-    note = (
-        "colours are ranks, bars end documents; every rank holds 12 of 48 tokens, and almost as many pairs as another"
-    )
+    note = "colours are ranks, bars end documents; every rank holds 12 of 48 tokens, and only long documents are cut"
     title(axes, 0.4, 10.05, "The cut", note)
     owner_T = torch.empty(sum(LENGTHS), dtype=torch.int64)
     for rank, rows_L in enumerate(rows_CL):
@@ -54,8 +52,7 @@ def zigzag(axes: Axes, rows_CL: torch.Tensor) -> None:
     cells(axes, 0.45, 8.95, size, owner_T.tolist(), list(range(len(owner_T))))
     start = 0
     for length in LENGTHS:
-        text = f"document of {length}"
-        axes.text(0.45 + (start + length / 2) * size, 8.72, text, ha="center", va="center", fontsize=10.5, color=PALE)
+        axes.text(0.45 + (start + length / 2) * size, 8.72, str(length), ha="center", va="center", color=PALE)
         start += length
     keys_T = torch.cat([torch.arange(1, length + 1) for length in LENGTHS])
     for rank, rows_L in enumerate(rows_CL):
@@ -66,52 +63,61 @@ def zigzag(axes: Axes, rows_CL: torch.Tensor) -> None:
         axes.text(x + 4.25, y + 0.2, text, ha="left", va="center", fontsize=10.5, color=PALE)
 
 
-def steps(axes: Axes, rows_CL: torch.Tensor) -> None:
+def steps(axes: Axes, shares: Shares) -> None:
     """What rank RANK computes at every step: queries down, keys across, a cell filled where the query sees the key."""
-    note = (
-        f"rank {RANK}: its queries down, the keys of rank ({RANK} - i) mod {CONTEXT} across, filled where they are seen"
-    )
+    note = f"rank {RANK}: its queries down, the keys that arrive across, filled where they are seen"
     title(axes, 0.4, 6.5, "The steps of a ring", note)
+    held = shares.rows_CL.tolist()
+    plan = context_plan(shares, RANK)
+    block(axes, 0.95, f"step 0: keys of rank {RANK}", held[RANK], held[RANK], RANK)
+    for number, step in enumerate(plan.ring, start=1):
+        ((source, _, count),) = step.receives  # the first so many of what it holds
+        text = f"step {number}: {count} keys of rank {source}"
+        block(axes, 0.95 + number * 4.4, text, held[RANK][: step.num_queries], held[source][:count], source)
+
+
+def block(axes: Axes, left: float, text: str, queries: list[int], keys: list[int], source: int) -> None:
     document_T = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-    queries = rows_CL[RANK].tolist()
-    size = 0.2
-    for step in range(CONTEXT):
-        source = (RANK - step) % CONTEXT
-        left, top = 0.95 + step * 3.3, 5.55
-        axes.text(left + 1.2, top + 0.33, f"step {step}: keys of rank {source}", ha="center", fontsize=11, color=INK)
-        for i, query in enumerate(queries):
-            for j, key in enumerate(rows_CL[source].tolist()):
-                seen = bool(document_T[query] == document_T[key]) and key <= query
-                color = COLORS[source] if seen else HIDDEN
-                box = Rectangle((left + j * size, top - (i + 1) * size), size, size, fc=color, ec="white", lw=0.8)
-                axes.add_patch(box)
-        for rows, vertical in ((queries, True), (rows_CL[source].tolist(), False)):
-            for n in range(1, len(rows)):
-                if document_T[rows[n]] != document_T[rows[n - 1]]:
-                    far = size * len(rows)
-                    x = [left, left + far] if vertical else [left + n * size] * 2
-                    y = [top - n * size] * 2 if vertical else [top, top - far]
-                    axes.plot(x, y, color=INK, lw=1.2)
+    size, top = 0.2, 5.55
+    axes.text(left + 1.2, top + 0.33, text, ha="center", fontsize=11, color=INK)
+    for i, query in enumerate(queries):
+        for j, key in enumerate(keys):
+            seen = bool(document_T[query] == document_T[key]) and key <= query
+            color = COLORS[source] if seen else HIDDEN
+            box = Rectangle((left + j * size, top - (i + 1) * size), size, size, fc=color, ec="white", lw=0.8)
+            axes.add_patch(box)
+    for rows, others, vertical in ((queries, keys, True), (keys, queries, False)):
+        for n in range(1, len(rows)):
+            if document_T[rows[n]] != document_T[rows[n - 1]]:
+                far = size * len(others)
+                x = [left, left + far] if vertical else [left + n * size] * 2
+                y = [top - n * size] * 2 if vertical else [top, top - far]
+                axes.plot(x, y, color=INK, lw=1.2)
 
 
-def exchange(axes: Axes) -> None:
-    """Step STEP on all ranks: who computes with whose block, and what is under way meanwhile."""
-    note = "while a rank computes with one block, the next arrives; in the backward the gradients of a block follow it"
+def exchange(axes: Axes, shares: Shares) -> None:
+    """Step STEP on all ranks: who computes with whose keys, and what is under way meanwhile."""
+    note = "while a rank computes with one block, the next arrives; in the backward its gradients go back to its rank"
     title(axes, 0.4, 2.65, f"Step {STEP} of the ring", note)
     centres = [1.9 + 3.4 * rank for rank in range(CONTEXT)]
+    arrow = dict(arrowstyle="-|>", mutation_scale=14, color=PALE, lw=1.6, shrinkA=0, shrinkB=0)
     for rank, x in enumerate(centres):
-        block = (rank - STEP) % CONTEXT
-        for dx, owner, text in ((-0.62, rank, f"q {rank}"), (0.62, block, f"k, v of {block}")):
+        ring = context_plan(shares, rank).ring
+        boxes = [(-0.62, rank, f"q {rank}")] if ring else [(0.0, rank, "no ring")]
+        for source, _, _ in ring[STEP - 1].receives if ring else ():
+            boxes.append((0.62, source, f"k, v of {source}"))
+        for to, _, _ in ring[STEP - 1].sends if ring else ():
+            start, end = x - 0.62, centres[to] + 0.62
+            if to == rank + 1:
+                axes.add_patch(FancyArrowPatch((x + 1.27, 1.6), (centres[to] - 1.27, 1.6), **arrow))
+            else:
+                axes.plot([start, start, end], [1.0, 0.62, 0.62], color=PALE, lw=1.6)
+                axes.add_patch(FancyArrowPatch((end, 0.62), (end, 1.32), **arrow))
+        for dx, owner, text in boxes:
             axes.add_patch(Rectangle((x + dx - 0.6, 1.35), 1.2, 0.5, fc=COLORS[owner], ec="white", lw=1.5))
             axes.text(x + dx, 1.6, text, ha="center", va="center", fontsize=11, color=INK)
         axes.text(x, 1.13, f"rank {rank}", ha="center", va="center", fontsize=11, weight="bold", color=INK)
-    arrow = dict(arrowstyle="-|>", mutation_scale=14, color=PALE, lw=1.6, shrinkA=0, shrinkB=0)
-    for x, following in itertools.pairwise(centres):
-        axes.add_patch(FancyArrowPatch((x + 1.27, 1.6), (following - 1.27, 1.6), **arrow))
-    back = [(centres[-1] + 0.62, 1.32), (centres[-1] + 0.62, 0.62), (centres[0] - 0.62, 0.62)]
-    axes.plot(*zip(*back), color=PALE, lw=1.6)
-    axes.add_patch(FancyArrowPatch(back[-1], (centres[0] - 0.62, 1.32), **arrow))
-    text = "k, v: one buffer in the compute dtype, C - 1 moves.  Backward: these again, and dk, dv in float32, C moves."
+    text = "k, v of what is seen, in the compute dtype.  Backward: these again, and dk, dv of them in float32."
     axes.text(7.0, 0.3, text, ha="center", va="center", fontsize=11, color=PALE, style="italic")
 
 
@@ -120,10 +126,10 @@ def main() -> None:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
     axes.axis("off")
-    rows_CL = share(LENGTHS, CONTEXT).rows_CL
-    zigzag(axes, rows_CL)
-    steps(axes, rows_CL)
-    exchange(axes)
+    shares = share(LENGTHS, CONTEXT)
+    zigzag(axes, shares.rows_CL)
+    steps(axes, shares)
+    exchange(axes, shares)
     figure.savefig(Path(__file__).with_suffix(".png"))
 
 

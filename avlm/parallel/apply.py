@@ -14,6 +14,7 @@ from avlm.parallel.fsdp import apply_fsdp, reshard
 from avlm.parallel.media import split
 from avlm.parallel.mesh import World
 from avlm.parallel.recompute import apply_recompute
+from avlm.parallel.ring import connect
 from avlm.parallel.tensor import apply_tensor
 
 
@@ -30,7 +31,10 @@ def apply_parallel(model: AVLM, world: World, parallel: ParallelConfig, train: T
         has_window = decoder.sliding_window is not None
         mode = choose_mode(parallel.context_mode, num_kv_heads, parallel.context, has_window)
         # Gradients of keys and values travel while the next keys and values do: each has a communicator of its own.
-        apply_context(model, world.mesh.get_group("context"), world.new_group("context"), mode)
+        groups = world.mesh.get_group("context"), world.new_group("context")
+        for group in groups:
+            connect(group, world.device)
+        apply_context(model, *groups, mode)
     apply_media(model)
     apply_recompute(model, train)
     apply_fsdp(model, world, parallel, compute_dtype(train.precision, world.device))

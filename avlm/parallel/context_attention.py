@@ -1,6 +1,6 @@
 """Context parallelism, the attention: queries of this rank's tokens against the keys of all ranks that share the row.
 
-ring       keys and values travel from rank to rank, each block while the one before is used; memory O(T / C)
+ring       keys and values of documents that are cut go to the ranks that need them, see ring.py; memory O(T / C)
 allgather  keys and values of all ranks are gathered: fewer, larger kernels and messages, memory O(T) of K heads
 ulysses    tokens are exchanged for heads: each rank computes whole documents for H / C heads; needs C to divide K
 
@@ -10,8 +10,6 @@ with a sliding window get its WindowPlan. A ring has none: its steps are whole b
 T tokens of the row   C ranks   L = T / C tokens of a rank   H query heads   K key/value heads   E head dim
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,97 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from avlm.models.avlm import AVLM
-from avlm.parallel.context import ContextPlan, WindowPlan
+from avlm.parallel.context_plan import ContextPlan, WindowPlan
+from avlm.parallel.ring import RingAttention
 from kernels.attention import attention
-from kernels.attention_block import block_backward, block_forward, statistics
-
-
-class RingAttention(nn.Module):
-    """Ring attention (Liu et al., 2310.01889). ``gradient_group`` has the ranks of ``group`` and a communicator of its
-    own, so that gradients of keys and values need not wait for keys and values that are under way."""
-
-    def __init__(self, group: ProcessGroup, gradient_group: ProcessGroup):
-        super().__init__()
-        self.group = group
-        self.gradient_group = gradient_group
-
-    @torch.compiler.disable
-    def forward(self, q_LHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, segments: ContextPlan) -> Tensor:
-        assert isinstance(segments, ContextPlan), "choose_mode refuses a ring with a sliding window"
-        return _Ring.apply(q_LHE, k_LKE, v_LKE, segments, self.group, self.gradient_group)
-
-
-class _Ring(torch.autograd.Function):
-    """Blocks are added up in float32 and rounded once. Kept for the backward: this rank's q, k and v, out and lse."""
-
-    @staticmethod
-    def forward(ctx, q_LHE, k_LKE, v_LKE, plan, group, gradient_group):
-        ctx.plan = plan
-        ctx.group = group
-        ctx.gradient_group = gradient_group
-        ctx.scale = q_LHE.shape[2] ** -0.5
-        kv_2LKE = torch.stack((k_LKE, v_LKE))
-        so_far = None
-        for step, block_2LKE in _circulate(kv_2LKE, group):
-            so_far = block_forward(
-                q_LHE, *block_2LKE, *plan.ring[step], causal=step == 0, scale=ctx.scale, earlier=so_far
-            )
-        out_LHE, lse_HL = so_far
-        out_LHE = out_LHE.to(q_LHE.dtype)
-        ctx.save_for_backward(q_LHE, kv_2LKE, out_LHE, lse_HL)
-        return out_LHE
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout_LHE):
-        q_LHE, kv_2LKE, out_LHE, lse_HL = ctx.saved_tensors
-        dout_LHE = dout_LHE.contiguous()
-        of_softmax = statistics(out_LHE, dout_LHE, lse_HL)
-        dq_LHE = torch.zeros_like(q_LHE, dtype=lse_HL.dtype)
-        dkv_2LKE = torch.zeros_like(kv_2LKE, dtype=lse_HL.dtype)
-        works = []
-        # The gradient of a block follows it one step later, and after the last step goes home to the block's rank.
-        for step, block_2LKE in _circulate(kv_2LKE, ctx.group):
-            dq, dk, dv = block_backward(
-                dout_LHE, q_LHE, *block_2LKE, *of_softmax, *ctx.plan.ring[step], causal=step == 0, scale=ctx.scale
-            )
-            _wait(works)
-            dq_LHE += dq
-            dkv_2LKE[0] += dk
-            dkv_2LKE[1] += dv
-            del dq, dk, dv  # before those of the next block are made
-            sent_2LKE = dkv_2LKE  # kept until it has arrived
-            dkv_2LKE, works = _pass_on(sent_2LKE, ctx.gradient_group)
-        _wait(works)
-        return dq_LHE.to(q_LHE.dtype), *dkv_2LKE.to(kv_2LKE.dtype), None, None, None
-
-
-def _circulate(block: Tensor, group: ProcessGroup) -> Iterator[tuple[int, Tensor]]:
-    """(step, block): the own block, then those of the ranks before, one at a time. While the caller computes with one,
-    the next is under way."""
-    last = group.size() - 1
-    for step in range(last):
-        arriving, works = _pass_on(block, group)
-        yield step, block
-        _wait(works)
-        block = arriving
-    yield last, block
-
-
-def _pass_on(block: Tensor, group: ProcessGroup) -> tuple[Tensor, list[dist.Work]]:
-    """Start to send a block to the next rank and to receive the block of the rank before, here when the works are
-    done."""
-    arriving = torch.empty_like(block)
-    rank = group.rank()
-    size = group.size()
-    send = dist.P2POp(dist.isend, block, group=group, group_peer=(rank + 1) % size)
-    receive = dist.P2POp(dist.irecv, arriving, group=group, group_peer=(rank - 1) % size)
-    return arriving, dist.batch_isend_irecv([send, receive])
-
-
-def _wait(works: list[dist.Work]) -> None:
-    for work in works:
-        work.wait()
 
 
 class AllGatherAttention(nn.Module):

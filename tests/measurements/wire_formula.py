@@ -18,6 +18,7 @@ from avlm.models.batch import KINDS, TAPS, Batch, Media
 from avlm.parallel import media
 from avlm.parallel.context import cut
 from avlm.parallel.mesh import World
+from avlm.parallel.shares import share
 
 FSDP, DTENSOR, OURS = "torch/distributed/fsdp/", "torch/distributed/tensor/", "avlm/parallel/"
 # File that asks for a collective -> its axes. Where two axes have the same ranks, only this tells them apart.
@@ -25,6 +26,7 @@ ASKERS = {
     DTENSOR: ("tensor",),
     OURS + "tensor.py": ("tensor",),
     OURS + "context_attention.py": ("context",),
+    OURS + "ring.py": ("context",),
     OURS + "exchange.py": ("row", "world"),
     FSDP: ("replicate", "shard_context", "shard_context_tensor"),
     OURS + "mesh.py": ("world",),
@@ -72,7 +74,7 @@ def formula(config: Config, world: World, rows: list[Batch]) -> Bytes:
     sent["world", "all-reduce"] = ring(world.size, 2 * norm_and_losses)
     for kind, count in of_tensor(config, num_tokens, len(part.target_R)).items():
         sent["tensor", kind] = count
-    for kind, count in of_context(config, num_tokens).items():
+    for kind, count in of_context(config, num_tokens, own, world).items():
         sent["context", kind] = count
     if config.parallel.balance_media and len(rows) > 1:
         share = media.Share(dist.group.WORLD, world.data_rank, num_ranks, tokens_per_rank)
@@ -157,29 +159,42 @@ def of_tensor(config: Config, L: int, R: int) -> dict[str, float]:
     }
 
 
-def of_context(config: Config, L: int) -> dict[str, float]:
+def of_context(config: Config, L: int, row: Batch, world: World) -> dict[str, float]:
     """Every layer, with k and v, or q, k and v, of a rank's own tokens:
 
-    ring        k, v: C - 1 moves forward, C - 1 backward; dk, dv in float32: C moves, the last brings them home
+    ring        k, v to the ranks that see them, forward and backward; dk, dv of those that arrived in float32
     allgather   k, v to all; dk, dv in float32 from all
     ulysses     q, k, v to the ranks of their heads, the result back; all of it again in the backward
     """
     decoder = config.model.decoder
     mode = config.parallel.context_mode
-    C = config.parallel.context
+    rank, C = world.axis("context")
     if C == 1:
         return {}
-    of_head = decoder.num_layers * L * decoder.head_dim // config.parallel.tensor
-    q = of_head * decoder.num_heads
-    kv = of_head * 2 * decoder.num_kv_heads
+    of_token = decoder.num_layers * decoder.head_dim // config.parallel.tensor
+    q = of_token * decoder.num_heads
+    kv = of_token * 2 * decoder.num_kv_heads
     if mode == "ring":
-        blocks = 2 * ITEMSIZE * (C - 1) * kv
-        gradients = 4 * C * kv
-        return {"send": blocks + gradients}
+        sent, arriving = seen_elsewhere(row, rank, C)
+        return {"send": (2 * ITEMSIZE * sent + 4 * arriving) * kv}
     if mode == "allgather":
-        return {"all-gather": ring(C, ITEMSIZE * C * kv), "reduce-scatter": ring(C, 4 * C * kv)}
+        return {"all-gather": ring(C, ITEMSIZE * C * L * kv), "reduce-scatter": ring(C, 4 * C * L * kv)}
     forward = ITEMSIZE * (2 * q + kv)
-    return {"all-to-all": ring(C, 2 * forward)}
+    return {"all-to-all": ring(C, 2 * forward * L)}
+
+
+def seen_elsewhere(row: Batch, rank: int, C: int) -> tuple[int, int]:
+    """Keys of this rank that others see, once for each of them, and keys of others that this rank sees. Of a document
+    that several ranks hold, those after a rank in the order see its early part, those before it both of its parts."""
+    shares = share(row.segments.cu_seqlens.diff().tolist(), C)
+    sent = arriving = 0
+    for parts in shares.count_NC2.tolist():
+        members = [c for c in range(C) if sum(parts[c])]
+        if rank in members:
+            others = [c for c in members if c != rank]
+            sent += sum(parts[rank][0] if c > rank else sum(parts[rank]) for c in others)
+            arriving += sum(parts[c][0] if c < rank else sum(parts[c]) for c in others)
+    return sent, arriving
 
 
 def of_media(config: Config, world: World, homes: list[Batch], share: media.Share) -> int:
