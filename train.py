@@ -44,6 +44,7 @@ from avlm.training.console import describe, describe_length
 from avlm.training.epochs import Epoch, with_steps
 from avlm.training.log import Log, tally
 from avlm.training.resume import check_resume
+from avlm.training.steady import Between
 from avlm.weights.load import init_weights
 from avlm.weights.model_from import open_config
 from avlm.weights.plan import pinned
@@ -117,11 +118,13 @@ def run_stage(
     log.message(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(trained)}")
     for line in describe_length(stage, epoch, rows_per_step):
         log.message(line)
+    between = Between(world, progress.step)
     log.restart_clock()
 
     # 2. Steps.
     last = min(stage.steps, progress.stage_step + (cfg.train.stop_after or cfg.total_steps) - progress.step)
     while progress.stage_step < last:
+        between.step(progress.step)
         started = time.perf_counter()
         batches = [next(rows) for _ in range(cfg.train.accumulate)]
         waited = time.perf_counter() - started
@@ -175,7 +178,7 @@ def main(cfg: Config) -> None:
     # 1. Everything that can be wrong is found before any process group starts. The run folder belongs to one run.
     epochs = check(cfg, world_size=ranks()[1])
     device = mesh.choose_device(cfg.device)
-    world = mesh.start(cfg.parallel, device)
+    world = mesh.start(cfg.parallel, device, Path(cfg.output_dir))
     agreement.check_start(world, dump_config(cfg))
     lock = claim(cfg, world)
     resume_from, note = world.gather(find(cfg))[0]
@@ -221,6 +224,7 @@ def main(cfg: Config) -> None:
         resume_from = None
     log.close(progress)
     stopped_by = max(world.gather(max(stopping, default=0)))
+    world.watch.end()
     mesh.stop()
     if lock is not None:
         lock.close()

@@ -34,6 +34,7 @@ def may_change(default: Any = MISSING, *, default_factory: Any = MISSING) -> Any
 
 HF = "hf://"  # what sources of Hugging Face's datasets library begin with
 Ranks = Annotated[int, Field(gt=0, le=2**20)]
+Seconds = Annotated[float, Field(gt=0, le=1e8)]
 RanksOrRest = Annotated[int, Field(ge=-1, le=2**20)]
 Part = Literal[Module, "lora"]  # lora: the adapters of all towers
 FREEZE_FLAGS = {
@@ -246,6 +247,17 @@ class TrainConfig:
 
 
 @config
+class TimeoutsConfig:
+    """Seconds without progress after which a run of several ranks ends and names the rank that is missing
+    (``avlm.parallel.watch``)."""
+
+    start: Seconds = 1800.0  # to the end of a stage's first step: weights are read, buffers filled, blocks compiled
+    step: Seconds = 300.0  # a step, with what it waits for data
+    validate: Seconds = 3600.0  # all validation sets, with the answers
+    save: Seconds = 1800.0  # a checkpoint
+
+
+@config
 class ParallelConfig:
     """Mesh of ranks: replicate x shard x context x tensor. Rows are loaded for replicate x shard data ranks."""
 
@@ -260,6 +272,7 @@ class ParallelConfig:
     balance_media: bool = False  # spread media evenly over all ranks; else over the ranks of their own row
     reshard: bool = True  # free the gathered weights of a block between forward and backward
     cpu_offload: bool = False  # weights, gradients and optimizer state in host memory
+    timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
 
     def __post_init__(self) -> None:
         require(self.shard != 0, "shard=0 ranks cannot hold a model; -1 takes all remaining ranks")

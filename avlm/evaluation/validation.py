@@ -30,6 +30,7 @@ def validate(model: AVLM, stage: StageConfig, config: Config, world: World, log:
 
     Raises ValueError for a set without a target.
     """
+    world.watch.enter("validate", step)
     results = {}
     for name in stage.data.validation:
         scores = _validate_set(model, name, stage, config, world, log)

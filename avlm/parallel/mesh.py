@@ -5,7 +5,9 @@ import itertools
 import signal
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from avlm.config.run import ParallelConfig
-from avlm.process.launch import local_ranks, ranks, started_by_torchrun
+from avlm.parallel.watch import Watch
+from avlm.process.launch import local_ranks, raise_file_limit, ranks, started_by_torchrun
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: a signal for this process when its parent dies
 
@@ -26,6 +29,7 @@ class World:
     decoder_mesh  replicate, shard_context, tensor: for the decoder's weights
     tower_mesh    replicate, shard_context_tensor: for the weights of towers and projectors
     row_mesh      data, row: the ranks that work on the same row of tokens (context x tensor) are one "row"
+    watch         ends a run in which a rank hangs
     """
 
     rank: int
@@ -35,6 +39,7 @@ class World:
     decoder_mesh: DeviceMesh
     tower_mesh: DeviceMesh
     row_mesh: DeviceMesh
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def is_first(self) -> bool:
@@ -141,44 +146,55 @@ def choose_device(kind: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def start(parallel: ParallelConfig, device: torch.device) -> World:
-    """Join the process group (gloo for host tensors, NCCL for a GPU's) and lay out the mesh."""
+def start(parallel: ParallelConfig, device: torch.device, run: Path | None = None) -> World:
+    """Join the process group (gloo for host tensors, NCCL for a GPU's) and lay out the mesh. ``run``: the folder of a
+    training run, which is watched from here on."""
     rank, size = ranks()
     shape = sizes(parallel, size)
+    raise_file_limit()
     if started_by_torchrun():  # torchrun's workers outlive a launcher that was killed, unless told not to
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    store = store_of_this_start(rank, size) if size > 1 else dist.HashStore()
+    seconds = parallel.timeouts.start
+    store = store_of_this_start(rank, size, seconds) if size > 1 else dist.HashStore()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return lay_out(shape, device)
+    world = lay_out(shape, device)
+    if run is not None and size > 1:
+        world.watch.begin(rank, size, store, parallel.timeouts, run)
+    return world
 
 
-def store_of_this_start(rank: int, size: int) -> dist.Store:
+def store_of_this_start(rank: int, size: int, seconds: float) -> dist.Store:
     """The launcher's store, under a prefix that only the ranks of this start know.
 
     torchrun keeps one store over its restarts (pytorch/pytorch#135712). After a restart a fast rank can read an address
     that a slow rank published before the restart, and hang for 30 minutes. So rank 0 picks a fresh prefix for this
     start and hands it out on request. Each request carries a nonce, so a request from the previous start is answered
-    but not counted. Rank 0 stops when every rank has acknowledged the prefix.
+    but not counted. Rank 0 stops when every rank has acknowledged the prefix. TimeoutError, which names the others, if
+    that takes more than ``seconds``.
     """
-    store, _, _ = next(dist.rendezvous("env://", rank, size))
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=seconds)))
     if rank > 0:
         nonce = uuid.uuid4().hex
         store.queue_push("avlm/to_first", f"request {nonce}")
         prefix = store.get(f"avlm/to_{nonce}").decode()
-        store.queue_push("avlm/to_first", f"acknowledge {prefix}")
+        store.queue_push("avlm/to_first", f"acknowledge {prefix} {rank}")
         return dist.PrefixStore(prefix, store)
     prefix = uuid.uuid4().hex
-    num_waiting = size - 1
-    while num_waiting:
-        verb, word = store.queue_pop("avlm/to_first").decode().split()
+    waiting = set(range(1, size))
+    while waiting:
+        try:
+            verb, word, *of_rank = store.queue_pop("avlm/to_first").decode().split()
+        except dist.DistStoreError:
+            missing = ", ".join(map(str, sorted(waiting)))
+            raise TimeoutError(f"rank {missing} did not join within parallel.timeouts.start={seconds:g} s") from None
         if verb == "request":
             store.set(f"avlm/to_{word}", prefix)
         elif word == prefix:
-            num_waiting -= 1
+            waiting -= set(map(int, of_rank))
     return dist.PrefixStore(prefix, store)
 
 

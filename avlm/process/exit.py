@@ -62,19 +62,19 @@ def run_command(main: Callable[[], None]) -> None:
     except SystemExit as end:
         if ranks()[1] == 1:
             raise
-        _leave(end.code if isinstance(end.code, int) else int(bool(end.code)), at_once=True)
+        leave(end.code if isinstance(end.code, int) else int(bool(end.code)), at_once=True)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        _leave(128 + signal.SIGINT, at_once=_has_started())
+        leave(128 + signal.SIGINT, at_once=_has_started())
     except BrokenPipeError as error:
         if sys.stdout is None or not _is_unread(sys.stdout):
             _explain(error)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
-        _leave(128 + signal.SIGPIPE, at_once=_has_started())
+        leave(128 + signal.SIGPIPE, at_once=_has_started())
     except Exception as error:
         _explain(error)
     if ranks()[1] > 1:
-        _leave(0, at_once=True)
+        leave(0, at_once=True)
 
 
 def _has_started() -> bool:
@@ -99,15 +99,16 @@ def _explain(error: Exception) -> None:
         if not started:
             raise error
         sys.excepthook(type(error), error, error.__traceback__)  # torch's hook, which puts the rank before every line
-        _leave(1, at_once=True)
+        leave(1, at_once=True)
     if not started and rank > 0:
         time.sleep(2)  # most often the first rank prints the same, and the launcher ends this one meanwhile
     where = f" (rank {rank})" if size > 1 and (started or rank > 0) else ""
     print(f"error{where}: {lost or ' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    _leave(2, at_once=started)
+    leave(2, at_once=started)
 
 
-def _leave(code: int, at_once: bool) -> None:
+def leave(code: int, at_once: bool) -> None:
+    """End the process with an exit code. ``at_once`` waits for no other thread, and can be called by any."""
     if not at_once:
         sys.exit(code)
     for stream in filter(None, (sys.stdout, sys.stderr)):

@@ -1,17 +1,20 @@
 """Worker processes of the loaders."""
 
 import atexit
+import gc
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # they ask a run to end, and often reach its whole process tree
+THRESHOLDS = gc.get_threshold()  # Python's own, which a training loop changes
 
 
 def start(number: int, then: Callable[[int], None] | None = None) -> None:
     """Called in worker process ``number`` before its first sample. Workers ignore signals: a run that is asked to end
-    still needs them for its current step, and ends them itself by ``end``."""
+    still needs them for its current step, and ends them itself by ``end``. They collect garbage when they need to."""
+    gc.set_threshold(*THRESHOLDS)
     for stop in STOPS:
         signal.signal(stop, signal.SIG_IGN)
     if then is not None:

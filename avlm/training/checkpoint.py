@@ -77,6 +77,7 @@ class Saver:
         is_final: bool,
     ) -> bool:
         """Save; where that fails, warn once and let the run continue. OSError if there is no later attempt."""
+        self.world.watch.enter("save", progress.step)
         had_failed = self.has_failed
         failure = self.save(progress, model, optimizer, loader_state)
         if failure and is_final:

@@ -12,7 +12,15 @@ from avlm.config.decoder import DecoderConfig, RopeScaling
 from avlm.config.load import _dataclass_in, dump_config, load_config
 from avlm.config.media import VideoConfig
 from avlm.config.model import LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
-from avlm.config.run import Config, DataConfig, InitFrom, OptimizerConfig, RecomputeConfig, StageConfig
+from avlm.config.run import (
+    Config,
+    DataConfig,
+    InitFrom,
+    OptimizerConfig,
+    RecomputeConfig,
+    StageConfig,
+    TimeoutsConfig,
+)
 from tests.parallel.small import TREE
 
 TINY = {
@@ -161,6 +169,7 @@ SECTIONS = {
     "stages.all.data.video": VideoConfig,
     "stages.all.optimizer": OptimizerConfig,
     "train.recompute": RecomputeConfig,
+    "parallel.timeouts": TimeoutsConfig,
 }
 
 
@@ -197,7 +206,7 @@ OUT_OF_RANGE = """
     data.video.fps=0.0 data.max_media_bytes=-1 data.max_image_pixels=0 data.max_audio_seconds=-1.0
     data.max_bad_fraction=-1.0 data.max_bad_fraction=1.5 data.packing_buffer=0 train.validate_every=-1
     data.image_layout.min_tiles=0 data.image_layout.max_tiles=65
-    train.validate_answers=-1 parallel.shard=0 parallel.shard=-2 seed=-1 checkpoint.keep=-1
+    train.validate_answers=-1 parallel.shard=0 parallel.shard=-2 parallel.timeouts.step=0.0 seed=-1 checkpoint.keep=-1
 """
 NEEDED = {
     "model.decoder.rope_scaling": "{factor: 8, low_freq_factor: 1, high_freq_factor: 4, original_max_position: 8}",
@@ -230,7 +239,7 @@ def test_every_number_of_the_config_has_a_range():
         hints = typing.get_type_hints(cls, include_extras=True)
         bare += [f"{cls.__name__}.{field.name}" for field in dataclasses.fields(cls) if _unbounded(hints[field.name])]
         classes += [c for f in hints.values() if (c := _dataclass_in(f)) and c not in classes]
-    assert len(classes) == 25 and not bare
+    assert len(classes) == 26 and not bare
 
 
 def test_clipping_is_switched_off_by_null_and_0_says_so(write):

@@ -3,6 +3,7 @@ other after a restart."""
 
 from multiprocessing.pool import ThreadPool
 
+import pytest
 import torch.distributed as dist
 
 from avlm.parallel import agreement, mesh
@@ -60,7 +61,9 @@ def test_ranks_of_a_restart_do_not_find_what_the_start_before_left_in_the_store(
         monkeypatch.setenv(key, str(value))
     for start in ("first", "second"):
         with ThreadPool(3) as pool:
-            stores = pool.starmap(mesh.store_of_this_start, [(rank, 3) for rank in (1, 2, 0)])
+            stores = pool.starmap(mesh.store_of_this_start, [(rank, 3, 60.0) for rank in (1, 2, 0)])
         assert not stores[0].check(["address"])
         stores[2].set("address", f"of the {start} start")
         assert [store.get("address").decode() for store in stores] == [f"of the {start} start"] * 3
+    with ThreadPool(2) as pool, pytest.raises(TimeoutError, match=r"rank 1, 3 did not join within .*start=2 s"):
+        pool.starmap(mesh.store_of_this_start, [(rank, 4, 2.0) for rank in (0, 2)])
