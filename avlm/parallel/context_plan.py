@@ -54,7 +54,7 @@ class RingStep:
         return replace(self, queries=queries, keys=keys)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: torch.compile would take it apart, and compile again for rings of another length
 class ContextPlan:
     """Queries are the rank's own tokens.
 
