@@ -44,6 +44,7 @@ from avlm.training.console import describe, describe_length
 from avlm.training.epochs import Epoch, with_steps
 from avlm.training.log import Log, tally
 from avlm.training.resume import check_resume
+from avlm.training.saving import Saver
 from avlm.training.steady import Between
 from avlm.weights.load import init_weights
 from avlm.weights.model_from import open_config
@@ -89,7 +90,7 @@ def run_stage(
     cfg: Config,
     world: World,
     log: Log,
-    saver: checkpoint.Saver,
+    saver: Saver,
     progress: Progress,
     resume_from: Path | None,
     epoch: Epoch | None,
@@ -130,8 +131,8 @@ def run_stage(
         waited = time.perf_counter() - started
         parts = [own_part(batch, cfg.model, world, cfg.parallel.balance_media) for batch in batches]
         counted = batches if world.leads_row else []  # a row counts once, however many ranks share it
-        counts = world.sum_by_name(tally(counted, costs) | {"stop": float(bool(stopping))})
-        stop, read, skipped = (counts.pop(name) for name in ("stop", "read", "skipped"))
+        counts = world.sum_by_name(tally(counted, costs) | {"stop": bool(stopping), "unsaved": saver.is_unsaved()})
+        stop, unsaved, read, skipped = (counts.pop(name) for name in ("stop", "unsaved", "read", "skipped"))
         for batch in counted:
             log.skipped(batch)
         lr = optimizer.schedule(adam, stage.optimizer, progress.stage_step, stage.steps)
@@ -160,13 +161,11 @@ def run_stage(
             log.validation(progress, stage.name, results)
             log.restart_clock()
         is_best = progress.best_step == progress.step
-        if is_best or stop or saver.is_due(progress.step) or progress.stage_step == last:
+        if is_best or stop or unsaved or saver.is_due(progress.step) or progress.stage_step == last:
             log.flush()
             is_final = bool(stop) or progress.step in (cfg.total_steps, cfg.train.stop_after)
             state = loader.state() if world.leads_row else {}
-            saved = saver.save_or_warn(progress, model, adam, state, log, is_final)
-            if is_best and not saved:  # it was not saved, so a later step may be the best
-                progress = progress.with_best_of(before)
+            progress = saver.save_or_warn(progress, before, model, adam, state, log, is_final)
             log.restart_clock()
         if stop:
             log.message(f"stopped by a signal after step {progress.step}; the same command continues from there")
@@ -212,7 +211,7 @@ def main(cfg: Config) -> None:
         checkpoint.load_random_state(resume_from, world)
 
     # 3. Stages.
-    saver = checkpoint.Saver(run, cfg.checkpoint, world)
+    saver = Saver(run, cfg.checkpoint, world)
     while progress.stage < len(cfg.stages):
         steps = cfg.stages[progress.stage].steps
         if progress.stage_step < steps:

@@ -295,6 +295,7 @@ class KernelsConfig:
 class CheckpointConfig:
     every: Count = 500  # steps; the end of every stage is saved too
     keep: Count = 3  # how many of the newest checkpoints stay
+    async_save: bool = False  # training continues as soon as what a rank writes is copied into its machine's memory
     best: str | None = None
     # val/NAME/METRIC, as metrics.jsonl calls it: a step with a new best value is saved, and kept until a better one is
     # found (checkpoints/best). Lower is better for loss, wer and cer

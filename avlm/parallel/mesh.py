@@ -89,10 +89,10 @@ class World:
         totals = self.sum(list(values.values()))
         return dict(zip(values, totals))
 
-    def gather(self, value: Any) -> list[Any]:
-        """Plain data of every rank, on every rank, in rank order."""
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """Plain data of every rank, on every rank, in rank order. ``group``: another group of all ranks."""
         values = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
         return values
 
     def share_rows(self, rows: Iterable[Any] | None) -> Iterator[Any]:

@@ -118,8 +118,10 @@ def estimate(config: Config, stage: StageConfig, world_size: int, shapes: Shapes
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     device = resident(case) | moments[moment]
     host = {}
+    if config.checkpoint.async_save:  # copies of the model share it; pinned memory is allocated in powers of two
+        host["staged checkpoint"] = (device["parameters"] + device["optimizer state"]) // case.layout.replicate
     if config.parallel.cpu_offload:
-        host = {name: device.pop(name) for name in ("parameters", "gradients", "optimizer state")}
+        host |= {name: device.pop(name) for name in ("parameters", "gradients", "optimizer state")}
     if config.train.offload_activations:
         host["block inputs"] = _kept(case)[1]
     return Estimate(device, host, moment)

@@ -8,6 +8,7 @@ series of zip files, one for each tensor; its checksum covers their CRC-32s, and
 with its own CRC-32 when it is read.
 """
 
+import dataclasses
 import enum
 import hashlib
 import io
@@ -21,14 +22,19 @@ from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import _StorageInfo  # part of every .metadata
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import (
+    CURRENT_DCP_VERSION,
+    _StorageInfo,  # part of every .metadata
+    _StoragePrefix,
+)
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from avlm.config.values import shown
+from avlm.storage.checkpoint_plan import Part, Place
 
 MARKER = "complete"
 DAMAGED = "it is not what was written: remove this checkpoint folder to continue from an earlier one"
@@ -80,14 +86,33 @@ class Reader(dcp.FileSystemReader):
 
 
 class Writer(dcp.FileSystemWriter):
-    """DCP's writer; it also keeps the places of the tensors that this rank wrote."""
+    """DCP's writer of the files of one rank. They are on the disk when ``write`` returns."""
 
-    places: list[_StorageInfo]
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, per_thread_copy_ahead=0)  # its copying ahead would wait for all the GPU has to do
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        written = super().write_data(plan, planner)
-        self.places = [result.storage_data for result in written.value()]
-        return written
+    def write(self, prefix: str, parts: Iterable[Part]) -> tuple[str, list[Place]]:
+        """Write tensors into the file ``<prefix>0.distcp``. Returns its name and their places."""
+        plan = SavePlan([part.item for part in parts], storage_data=_StoragePrefix(prefix))
+        written = self.write_data(plan, _Given(parts)).value()
+        sizes = {part.item.index: part.tensor.size() for part in parts}
+        places = []
+        for result in written:
+            index, info = result.index, result.storage_data
+            offsets = tuple(index.offset or ())
+            places.append(Place(index.fqn, offsets, tuple(sizes[index]), info.relative_path, info.offset, info.length))
+        return f"{prefix}0.distcp", places
+
+
+class _Given(DefaultSavePlanner):
+    """Hands DCP's writer the tensors of parts."""
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        super().__init__()
+        self.tensors = {part.item.index: part.tensor for part in parts}
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self.tensors[write_item.index]
 
 
 class _Part(io.RawIOBase):
@@ -119,7 +144,7 @@ class _Part(io.RawIOBase):
         return len(found)
 
 
-def fingerprint(file: Path, places: Iterable[_StorageInfo]) -> str:
+def fingerprint(file: Path, places: Iterable[_StorageInfo | Place]) -> str:
     """A checksum of the CRC-32s in a file with tensors at these ``places``: it covers their contents without reading
     them."""
     entries = []
@@ -131,6 +156,11 @@ def fingerprint(file: Path, places: Iterable[_StorageInfo]) -> str:
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
         raise ValueError(f"{file} is damaged ({cause_of(error)}): {DAMAGED}") from None
     return digest(repr(entries).encode())
+
+
+def pickled(metadata: Metadata) -> bytes:
+    """The content of .metadata, as DCP writes it."""
+    return pickle.dumps(dataclasses.replace(metadata, version=CURRENT_DCP_VERSION))
 
 
 def digest(content: bytes) -> str:

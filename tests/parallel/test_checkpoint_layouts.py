@@ -17,7 +17,7 @@ from avlm.parallel import mesh
 from avlm.storage import model_folder
 from avlm.storage.run_folder import Progress, read_run
 from avlm.training import optimizer
-from avlm.training.checkpoint import Saver
+from avlm.training.saving import Saver
 from avlm.weights.__main__ import main
 from avlm.weights.export import export
 from avlm.weights.load import init_weights, load_weights

@@ -11,8 +11,8 @@ from avlm.data.check import check_skipped
 from avlm.preflight.check import check
 from avlm.preflight.report import report
 from avlm.storage import locks
+from avlm.storage.checkpoint_files import MARKER
 from avlm.storage.run_folder import find, folder_of
-from avlm.training import checkpoint
 from avlm.training.resume import check_resume
 from tests.parallel.small import TREE, make_config
 
@@ -33,7 +33,7 @@ def saved(tmp_path):
     cfg = replace(make_config(), output_dir=str(tmp_path))
     path = folder_of(tmp_path, 3)
     path.mkdir(parents=True)
-    (path / checkpoint.MARKER).write_text('{"step": 3, "stage": 0, "stage_step": 3}')
+    (path / MARKER).write_text('{"step": 3, "stage": 0, "stage_step": 3}')
     (tmp_path / "config.yaml").write_text(dump_config(cfg))
     return cfg, path
 
@@ -73,7 +73,7 @@ def test_a_resume_may_change_where_and_how_often(saved, change):
 )
 def test_a_marker_that_lies_is_noticed(saved, progress):
     cfg, path = saved
-    (path / checkpoint.MARKER).write_text('{"step": 3, ' + progress + "}")
+    (path / MARKER).write_text('{"step": 3, ' + progress + "}")
     with pytest.raises(ValueError, match=r"is at step 3, which is step .* so it is damaged"):
         check_resume(cfg, path)
 
@@ -87,7 +87,7 @@ def test_an_older_checkpoint_is_not_resumed_beside_later_ones(saved, tmp_path):
     cfg, path = saved
     later = folder_of(tmp_path, 9)
     later.mkdir()
-    (later / checkpoint.MARKER).touch()
+    (later / MARKER).touch()
     with pytest.raises(ValueError, match=r"holds later checkpoints \(step_00000009\)"):
         find(replace(cfg, resume=ResumeConfig(checkpoint=str(path))))
 

@@ -313,6 +313,9 @@ def test_what_is_offloaded_is_shown_apart():
     there, here = estimate(make_config(("parallel.cpu_offload", True))), estimate(make_config())
     assert there.host == {key: here.device[key] for key in ("parameters", "gradients", "optimizer state")}
     assert there.total == here.total - sum(there.host.values())
+    staged = estimate(make_config(("checkpoint.async_save", True)))
+    assert staged.host == {"staged checkpoint": here.device["parameters"] + here.device["optimizer state"]}
+    assert staged.device == here.device
 
 
 def test_local_accumulation_counts_whole_gradients():

@@ -14,7 +14,7 @@ from avlm.parallel import mesh
 from avlm.process.exit import run_command
 from avlm.storage.run_folder import Progress, complete_checkpoints, folder_of, read_progress, read_records
 from avlm.training import optimizer
-from avlm.training.checkpoint import Saver
+from avlm.training.saving import Saver
 from tests.parallel.small import build, make_config
 from tests.parallel.spawn import run_ranks
 from tests.training.test_train import ENVIRONMENT, ROOT, run

@@ -16,8 +16,8 @@ import train
 from avlm.config.load import load_config
 from avlm.data import check
 from avlm.process.exit import run_command
+from avlm.storage.checkpoint_files import MARKER
 from avlm.storage.run_folder import complete_checkpoints, read_progress, read_records
-from avlm.training import checkpoint
 from tests.data.small_files import image_file, photo, write_tokenizer
 from tests.parallel.small import TREE
 from tests.parallel.spawn import run_ranks
@@ -203,9 +203,11 @@ def test_a_run_whose_samples_turn_out_to_be_bad_stops(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_ends(tmp_path, number):
     """SIGTERM to the process alone; the others to its whole group, data workers and launcher too, as terminals and
-    many schedulers send them."""
+    many schedulers send them. With a checkpoint under way most of the time, but for SIGINT."""
     ranks = 2 if number == signal.SIGHUP else 1
-    path = write_config(tmp_path, data=text_data(tmp_path), model=WORDS, stages=[{**TEXT_STAGE, "steps": 100000}])
+    saves = {"every": 2, "async_save": number != signal.SIGINT}
+    stages = [{**TEXT_STAGE, "steps": 100000}]
+    path = write_config(tmp_path, data=text_data(tmp_path), model=WORDS, stages=stages, checkpoint=saves)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command(path, ranks=ranks), cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
     wait_until(lambda: len(read_records(tmp_path / "run" / "metrics.jsonl")) >= 3 or process.poll() is not None)
@@ -228,7 +230,7 @@ def test_a_half_written_checkpoint_is_passed_over_and_said(tmp_path):
     assert run(path, "train.stop_after=9").returncode == 0
     newest = complete_checkpoints(tmp_path / "run")[-1]
     assert newest.name == "step_00000009"
-    (newest / checkpoint.MARKER).unlink()
+    (newest / MARKER).unlink()
     result = run(path)
     assert result.returncode == 0, result.stderr
     assert "step_00000009 is incomplete; resuming step_00000008 at step 8 of 12" in result.stdout
@@ -246,9 +248,8 @@ def test_a_run_goes_on_while_its_disk_is_full(tmp_path):
     assert full.returncode == 2 and line.startswith("error: could not write checkpoint")
     assert line.endswith("the newest complete checkpoint is " + str(tmp_path / "run/checkpoints/step_00000004"))
 
-    process = subprocess.Popen(
-        command(path), cwd=ROOT, env=ENVIRONMENT, preexec_fn=limit, stdout=subprocess.PIPE, text=True
-    )
+    live = command(path, "checkpoint.async_save=true")
+    process = subprocess.Popen(live, cwd=ROOT, env=ENVIRONMENT, preexec_fn=limit, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("warning: could not write checkpoint"):
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (none, none))  # somebody makes room

@@ -16,6 +16,7 @@ from avlm.config.run import Config, DataConfig, InitFrom, OptimizerConfig, Stage
 from avlm.models.avlm import AVLM
 from avlm.models.lora import is_adapter
 from avlm.preflight.check import check
+from avlm.storage.checkpoint_files import MARKER
 from avlm.storage.run_folder import Progress, folder_of, is_run
 from avlm.training import checkpoint
 from avlm.weights.export import export
@@ -51,7 +52,7 @@ def write_run(folder, model, step=3, data=None):
     path = folder_of(folder, step)
     path.mkdir(parents=True)
     dcp.save({"model": checkpoint.model_tensors(model)}, checkpoint_id=path, no_dist=True)
-    (path / checkpoint.MARKER).write_text(json.dumps(dataclasses.asdict(Progress(step=step))))
+    (path / MARKER).write_text(json.dumps(dataclasses.asdict(Progress(step=step))))
     (folder / "config.yaml").write_text(dump_config(run_config(model.config, folder, data)))
     return path
 
@@ -197,10 +198,10 @@ def test_a_folder_with_a_config_json_is_a_model_folder_whatever_else_it_holds(tm
     folder = tmp_path / "checkpoints" / "step_00000010"  # a name that a trainer of others may give as well
     save(theirs, folder)
     (folder / "config.yaml").write_text("a: 1")
-    (folder / checkpoint.MARKER).write_text("{}")
+    (folder / MARKER).write_text("{}")
     inner = folder / "checkpoints" / "step_00000001"
     inner.mkdir(parents=True)
-    (inner / checkpoint.MARKER).write_text("{}")
+    (inner / MARKER).write_text("{}")
     (inner / ".metadata").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
     assert not is_run(folder) and is_run(inner)
     config = read_config(folder)
@@ -306,7 +307,7 @@ def test_a_source_of_another_shape_is_one_line_before_a_weight_is_read(tmp_path)
 
 def test_folders_that_hold_no_weights_say_what_they_lack(tmp_path):
     path = write_run(tmp_path / "run", build(WHOLE))
-    (path / checkpoint.MARKER).unlink()
+    (path / MARKER).unlink()
     (tmp_path / "empty").mkdir()
     said = {path: "is not a complete checkpoint", tmp_path / "run": "holds no complete checkpoint"}
     said |= {tmp_path / "empty": "no config.json in", tmp_path / "nowhere": "which does not exist"}
@@ -314,7 +315,7 @@ def test_folders_that_hold_no_weights_say_what_they_lack(tmp_path):
         config = dataclasses.replace(run_config(WHOLE, tmp_path / "new"), init_from=InitFrom(all=str(source)))
         with pytest.raises(FileNotFoundError, match=message):
             check(config, 1)
-    (path / checkpoint.MARKER).write_text("{}")
+    (path / MARKER).write_text("{}")
     for file in path.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read"):
