@@ -119,7 +119,7 @@ def run_stage(
     log.message(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(trained)}")
     for line in describe_length(stage, epoch, rows_per_step):
         log.message(line)
-    between = Between(world, progress.step)
+    between = Between(cfg, world, model, progress.step)
     log.restart_clock()
 
     # 2. Steps.
@@ -170,6 +170,7 @@ def run_stage(
         if stop:
             log.message(f"stopped by a signal after step {progress.step}; the same command continues from there")
             break
+    between.end()
     return progress
 
 

@@ -22,6 +22,7 @@ from avlm.config.values import (
     Tokens,
     Whole,
     config,
+    counted,
     require,
     shown,
 )
@@ -281,6 +282,9 @@ class ParallelConfig:
 @config
 class DebugConfig:
     check_collectives: bool = False  # before each step, compare what every rank is about to run
+    profile: tuple[Count, Count] | None = None
+    # [step, count]: a trace of these steps, counted from 1, in output_dir/profile (avlm.training.profile reads it)
+    profile_ranks: list[Whole] = field(default_factory=lambda: [0])  # which write one
 
 
 @config
@@ -330,6 +334,7 @@ class Config:
         require(bool(names), "stages is empty: give at least one")
         require(len(set(names)) == len(names), f"stages have the same name twice: {names}")
         _check_columns(self.stages)
+        _check_profile(self)
         for stage in self.stages:
             known = [*self.model.modules]
             if self.model.lora:
@@ -343,6 +348,15 @@ class Config:
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+
+def _check_profile(run: Config) -> None:
+    """The steps to be profiled have to be steps of the run, as far as its length is known."""
+    if run.debug.profile is None or not all(stage.steps for stage in run.stages):
+        return
+    first, _ = run.debug.profile
+    steps = run.total_steps
+    require(first <= steps, f"debug.profile begins at step {first}, and the run has {counted(steps, 'step')}")
 
 
 def _check_columns(stages: list[StageConfig]) -> None:

@@ -1,23 +1,28 @@
 """What happens between two steps, on every rank before the same one."""
 
 import gc
+from pathlib import Path
 
+from avlm.config.run import Config
+from avlm.models.avlm import AVLM
 from avlm.parallel.mesh import World
+from avlm.training.profiler import Profiler
 
 STEPS_PER_COLLECTION = 50
 
 
 class Between:
-    """The steps of one stage: tells the watch that one begins, and collects garbage.
+    """The steps of one stage: tells the watch that one begins, collects garbage, profiles.
 
     A collection of the oldest generation takes as long as some steps, and Python would begin it on each rank at another
     step, where all others wait. So it is left to ``step``, and what is there before the first step is not looked at
     again. The young generations are collected as usual.
     """
 
-    def __init__(self, world: World, first_step: int) -> None:
+    def __init__(self, config: Config, world: World, model: AVLM, first_step: int) -> None:
         self.world = world
         self.first_step = first_step
+        self.profiler = Profiler(config.debug, world, model, Path(config.output_dir))
         world.watch.enter("start", first_step + 1)
         gc.collect()
         gc.freeze()
@@ -30,3 +35,8 @@ class Between:
             self.world.watch.enter("step", done + 1)
         if done % STEPS_PER_COLLECTION == 0:
             gc.collect()
+        self.profiler.step(done + 1)
+
+    def end(self) -> None:
+        """After the last step."""
+        self.profiler.end()
