@@ -85,6 +85,14 @@ def newest(run: Path) -> int:
     return read_progress(done[-1]).step if done else 0
 
 
+def changed(folder: Path) -> int:
+    """When a folder last changed, in ns; 0 if there is none."""
+    try:
+        return folder.stat().st_ctime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def is_writing(run: Path) -> bool:
     return any(not (folder / MARKER).exists() for folder in run.glob("checkpoints/step_*") if int(folder.name[5:]) > 0)
 
@@ -93,11 +101,11 @@ def kill_once(config: Path, generator: random.Random) -> str:
     """Start the run, kill it, and return at which moment. AssertionError if a complete checkpoint was lost."""
     run = config.parent / "run"
     begun = newest(run)
+    path = run / "checkpoints" / f"step_{begun + 2 * generator.randint(1, 2):08d}"
+    remains = changed(path)  # of the kill before
     ranks = start(config)
     if generator.random() < 0.7:
-        wanted = begun + 2 * generator.randint(1, 2)
-        path = run / "checkpoints" / f"step_{wanted:08d}"
-        wait_until(path.is_dir, ranks)
+        wait_until(lambda: changed(path) not in (0, remains), ranks)
         time.sleep(generator.uniform(0, 0.03))
     else:
         wait_until(lambda: newest(run) > begun, ranks)

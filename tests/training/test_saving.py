@@ -15,6 +15,7 @@ from avlm.parallel.apply import own_part
 from avlm.storage.run_folder import Progress, complete_checkpoints, folder_of, read_progress
 from avlm.training import checkpoint, optimizer, saving
 from avlm.training.saving import Saver
+from tests.measurements.kill_in_save import try_kills
 from tests.parallel.small import build, make_config, make_rows, whole
 from tests.parallel.spawn import run_ranks
 from train import train_step
@@ -204,3 +205,8 @@ def leave_remains(cfg, folder):
 def test_half_removed_checkpoints_of_an_earlier_run_are_removed(tmp_path):
     run_ranks(leave_remains, 1, make_config(), str(tmp_path))
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == ["step_00000002", "step_00000003"]
+
+
+def test_kills_while_checkpoints_are_written_lose_nothing_that_was_complete(tmp_path):
+    """Two of those that the script tries 50 of: losses and weights at the end are those of a run without them."""
+    assert try_kills(tmp_path, 2).total() == 2
