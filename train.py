@@ -31,8 +31,9 @@ from avlm.models.avlm import AVLM
 from avlm.models.batch import KINDS, Batch
 from avlm.models.freezing import freeze
 from avlm.parallel import agreement, mesh
-from avlm.parallel.apply import apply_parallel, own_part, warm_up
+from avlm.parallel.apply import apply_parallel, warm_up
 from avlm.parallel.mesh import World
+from avlm.parallel.rows import training_rows
 from avlm.preflight.check import check
 from avlm.preflight.kernel_check import check_kernels
 from avlm.preflight.report import check_memory, report
@@ -113,7 +114,7 @@ def run_stage(
     world.barrier()
     if world.is_first:  # not before: a run that cannot continue keeps the config of its checkpoints
         write_durably(Path(cfg.output_dir) / "config.yaml", dump_config(cfg))
-    rows = world.share_rows(loader)
+    rows = training_rows(loader, cfg.model, world, ahead=cfg.train.accumulate)
     costs = flops.costs(cfg.model, stage, cfg.train.recompute)
     rows_per_step = world.data_size * cfg.train.accumulate
     log.message(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(trained)}")
@@ -127,10 +128,10 @@ def run_stage(
     while progress.stage_step < last:
         between.step(progress.step)
         started = time.perf_counter()
-        batches = [next(rows) for _ in range(cfg.train.accumulate)]
+        taken = [next(rows) for _ in range(cfg.train.accumulate)]
         waited = time.perf_counter() - started
-        parts = [own_part(batch, cfg.model, world, cfg.parallel.balance_media) for batch in batches]
-        counted = batches if world.leads_row else []  # a row counts once, however many ranks share it
+        parts = [row.part for row in taken]
+        counted = [row.batch for row in taken if world.leads_row]  # a row counts once, however many ranks share it
         counts = world.sum_by_name(tally(counted, costs) | {"stop": bool(stopping), "unsaved": saver.is_unsaved()})
         stop, unsaved, read, skipped = (counts.pop(name) for name in ("stop", "unsaved", "read", "skipped"))
         for batch in counted:
@@ -147,7 +148,7 @@ def run_stage(
         record |= {"skipped_samples": progress.skipped, **counts}
         if epoch is not None:
             record["epoch"] = epoch.of_steps(progress.stage_step, rows_per_step)
-        log.step(record, values, [key for batch in batches for key in batch.keys])
+        log.step(record, values, [key for row in taken for key in row.batch.keys])
         check_skipped(progress.read, progress.skipped, stage.data.max_bad_fraction, epoch and epoch.total)
 
         # 3. Validation and checkpoints, at their steps and at the end.
@@ -164,7 +165,7 @@ def run_stage(
         if is_best or stop or unsaved or saver.is_due(progress.step) or progress.stage_step == last:
             log.flush()
             is_final = bool(stop) or progress.step in (cfg.total_steps, cfg.train.stop_after)
-            state = loader.state() if world.leads_row else {}
+            state = taken[-1].loader_state()
             progress = saver.save_or_warn(progress, before, model, adam, state, log, is_final)
             log.restart_clock()
         if stop:

@@ -270,7 +270,8 @@ class ParallelConfig:
     tower_sharding: Literal["unit", "block", "replicate"] = "unit"
     # unit: one FSDP unit for each tower; block: one for each block; replicate: towers are frozen, not sharded, and held
     # and saved in the compute dtype
-    balance_media: bool = False  # spread media evenly over all ranks; else over the ranks of their own row
+    balance_media: bool = False
+    # spread media evenly over the ranks of several rows, up to 64 ranks; else over those of their own row
     reshard: bool = True  # free the gathered weights of a block between forward and backward
     cpu_offload: bool = False  # weights, gradients and optimizer state in host memory
     timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)

@@ -18,6 +18,7 @@ from avlm.models.batch import empty_batch
 from avlm.parallel.apply import own_part
 from avlm.parallel.fsdp import reshard
 from avlm.parallel.mesh import World
+from avlm.parallel.rows import share_rows
 from avlm.storage.run_folder import Progress
 from avlm.training.console import answer_lines
 from avlm.training.log import Log
@@ -50,7 +51,7 @@ def _validate_set(
     if world.leads_row:
         stream = Stream(source, stage.data, config.model, **world.shard_of_data, seed=config.seed, train=False)
         loader = open_loader(stream)
-    rows = world.share_rows(loader)
+    rows = share_rows(loader, world)
     loss = torch.zeros((), device=world.device)
     right = torch.zeros((), dtype=torch.int64, device=world.device)
     num_targets = 0
@@ -62,7 +63,7 @@ def _validate_set(
         if batch and world.leads_row:
             log.skipped(batch, f" of {name}")
         batch = batch or empty_batch(stage.data.seq_length, config.model)
-        batch = own_part(batch, config.model, world, config.parallel.balance_media).to(world.device)
+        batch = own_part(batch, config.model, world).to(world.device)
         batch_loss, _, token_R = model(batch, predict=True)
         loss += batch_loss
         right += (token_R == batch.target_R).sum()

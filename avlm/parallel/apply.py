@@ -11,7 +11,7 @@ from avlm.parallel.context import cut
 from avlm.parallel.context_attention import apply_context, choose_mode
 from avlm.parallel.exchange import apply_media
 from avlm.parallel.fsdp import apply_fsdp, reshard
-from avlm.parallel.media import split
+from avlm.parallel.media import Share, split
 from avlm.parallel.mesh import World
 from avlm.parallel.recompute import apply_recompute
 from avlm.parallel.ring import connect
@@ -31,7 +31,7 @@ def apply_parallel(model: AVLM, world: World, parallel: ParallelConfig, train: T
         has_window = decoder.sliding_window is not None
         mode = choose_mode(parallel.context_mode, num_kv_heads, parallel.context, has_window)
         # Gradients of keys and values travel while the next keys and values do: each has a communicator of its own.
-        groups = world.mesh.get_group("context"), world.new_group("context")
+        groups = world.new_group("context"), world.new_group("context")
         for group in groups:
             connect(group, world.device)
         apply_context(model, *groups, mode)
@@ -44,22 +44,21 @@ def apply_parallel(model: AVLM, world: World, parallel: ParallelConfig, train: T
             modality.tower.to_empty(device=world.device)  # outside all units of FSDP, so nothing else moves it there
 
 
-def own_part(batch: Batch, model: ModelConfig, world: World, balance: bool) -> Batch:
-    """This rank's part of a row that several ranks share: tokens, and media to encode. On the CPU.
-
-    With ``balance``, the media of all rows are shared evenly among all ranks.
-    """
-    batch, place_T = cut(batch, *world.axis("context"))
-    part = split(batch, place_T, model, world, balance)
+def own_part(batch: Batch, model: ModelConfig, world: World) -> Batch:
+    """This rank's part of a row that several ranks share: tokens, and media to encode. On the CPU. All ranks that share
+    media call this together."""
+    part, place_T = cut(batch, *world.axis("context"))
+    if world.media_group is not None:
+        part = split(part, place_T, model, Share.of_rows(world, len(place_T)))
     if world.device.type == "cuda":
-        return part.pin_memory()  # the loader pinned the whole row, but the part is made of new tensors
+        return part.pin_memory()  # the loader pinned the whole row, but a part is made of new tensors
     return part
 
 
 def prompt_part(batch: Batch, model: ModelConfig, world: World) -> Batch:
     """Packed prompts that the ranks of a tensor axis share. Context ranks have prompts of their own."""
     place_T = torch.arange(len(batch.token_T))
-    return split(batch, place_T, model, world, group=world.mesh.get_group("tensor"))
+    return split(batch, place_T, model, Share.of_prompts(world.decoder_mesh.get_group("tensor"), len(place_T)))
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -87,8 +86,8 @@ def warm_up(model: AVLM, world: World) -> None:
     """
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.dtype == torch.float32)
-    num_tokens = 16 * world.row_mesh["row"].size()
-    row = own_part(empty_batch(num_tokens, model.config), model.config, world, balance=False)
+    num_tokens = 16 * world.row_size
+    row = own_part(empty_batch(num_tokens, model.config), model.config, world)
     with torch.compiler.set_stance("force_eager"):  # a graph for no media and so few tokens would be useless
         model(row.to(world.device))
     reshard(model)

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from avlm.config.run import ParallelConfig
-from avlm.models.avlm import AVLM
+from avlm.models.avlm import AVLM, trains
 from avlm.parallel.mesh import World
 
 
@@ -47,6 +47,7 @@ def apply_fsdp(model: AVLM, world: World, config: ParallelConfig, dtype: torch.d
         fully_shard(decoder.embedding, mesh=decoder_mesh, reshard_after_forward=config.reshard, **shared)
         fully_shard([decoder.norm, decoder.head], mesh=decoder_mesh, reshard_after_forward=False, **shared)
     fully_shard(model, mesh=decoder_mesh, ignored_params=kept, **shared)
+    _gather_in_backward_what_is_needed(model)
     # The next block is gathered while one computes: forward, and from the last to the first in the backward.
     for before, after in itertools.pairwise(decoder.blocks):
         before.set_modules_to_forward_prefetch([after])
@@ -57,6 +58,20 @@ def apply_fsdp(model: AVLM, world: World, config: ParallelConfig, dtype: torch.d
         module.set_force_sum_reduction_for_comms(True)
 
 
+def _gather_in_backward_what_is_needed(model: AVLM) -> None:
+    """Not the embedding, nor a tower that does not train: no gradient passes through them. FSDP2 would gather them as
+    the units that were run before."""
+
+    def note(tower: nn.Module, inputs: tuple) -> None:
+        for unit in fsdp_modules(tower):
+            unit.set_unshard_in_backward(trains(tower))
+
+    for _, tower, _ in model.modalities:
+        tower.register_forward_pre_hook(note)
+    if not model.config.decoder.tie_embedding:
+        model.decoder.embedding.set_unshard_in_backward(False)
+
+
 def _sharding(mesh: DeviceMesh, axis: str) -> DeviceMesh:
     """Shards of one copy, or, with more copies than one, copies of shards (HSDP)."""
     return mesh[axis] if mesh["replicate"].size() == 1 else mesh["replicate", axis]
@@ -64,9 +79,14 @@ def _sharding(mesh: DeviceMesh, axis: str) -> DeviceMesh:
 
 def reshard(model: nn.Module) -> None:
     """Back to shards after a forward without grad, which leaves some units of FSDP2 unsharded. Until they are
-    resharded, ``model.parameters()`` are not the sharded parameters that the optimizer and the checkpoint hold."""
+    resharded, ``model.parameters()`` are not the sharded parameters that the optimizer and the checkpoint hold. The
+    order in which units ran is forgotten, or the next backward would gather by it."""
     for module in fsdp_modules(model):
         module.reshard()
+        state = module._get_fsdp_state()
+        state._comm_ctx.post_forward_order.clear()
+        if state._fsdp_param_group is not None:  # the root holds no parameters but with a tied head
+            state._fsdp_param_group._post_forward_indices.clear()
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

@@ -1,11 +1,12 @@
 """Media parallelism: which rank encodes which image or audio window, and to which ranks its rows go.
 
 Towers are not sharded along tokens. The images and windows of a row are divided among the ranks that work on it, by the
-cost of their encoding, and each is encoded once. With ``balance``, those of all rows are divided among all ranks: media
-differ far more from row to row than tokens do, and the slowest rank sets the time of a step. Each modality is divided
-on its own, as no rank can run ahead of the exchange after a tower.
+cost of their encoding, and each is encoded once. With ``parallel.balance_media``, those of several rows are divided
+among the ranks of all of these: media differ far more from row to row than tokens do, and the slowest rank sets the
+time of a step. Each modality is divided on its own, as no rank can run ahead of the exchange after a tower.
 
-All ranks of a row hold the same batch, so each computes the same plan without communication, on the host.
+All ranks of a row know its sizes, so each computes the same plan, on the host. The values of its media are on the rank
+that loaded the row, the first of its ranks, which hands each item to the rank that encodes it.
 
 T tokens of the whole row   F features   U projected rows   S tower rows of one   P tower rows of all items of the row
 N ranks at most that a tower row goes to
@@ -16,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,12 +33,30 @@ from kernels.segments import Segments
 
 @dataclass(frozen=True)
 class Share:
-    """The ranks that share the encoding: those of one row of tokens, its home, or of several rows, home after home."""
+    """The ranks that share the encoding: those of one row of tokens, its home, or of several rows, home after home.
+
+    group       their communicator for rows of the tower
+    host_group  another one, on the host, for the media; None if each rank holds those of its home
+    """
 
     group: dist.ProcessGroup
+    host_group: dist.ProcessGroup | None
     home: int  # of this rank
     ranks_per_home: int
     tokens_per_rank: int
+
+    @staticmethod
+    def of_rows(world: World, num_tokens: int) -> "Share":
+        """Those that share the media of rows of ``num_tokens``: more than one rank."""
+        assert world.media_group is not None
+        home = world.media_group.rank() // world.row_size
+        per_rank = num_tokens // world.row_size
+        return Share(world.media_group, world.media_host_group, home, world.row_size, per_rank)
+
+    @staticmethod
+    def of_prompts(group: dist.ProcessGroup, num_tokens: int) -> "Share":
+        """A group whose ranks all hold the same prompts."""
+        return Share(group, None, 0, group.size(), num_tokens // group.size())
 
     @property
     def rank(self) -> int:
@@ -45,6 +65,14 @@ class Share:
     @property
     def num_ranks(self) -> int:
         return self.group.size()
+
+    @property
+    def num_homes(self) -> int:
+        return self.num_ranks // self.ranks_per_home
+
+    def leader(self, home: int) -> int:
+        """The rank that has loaded the row of a home."""
+        return home * self.ranks_per_home
 
 
 @dataclass(frozen=True)
@@ -56,39 +84,27 @@ class MediaPlan:
     lengths: list[int]  # its rows in the tower
     outputs: list[int]  # its rows of the tower's output
     encoders: list[int]  # the rank that encodes it
-    senders: list[int]  # the rank of its home that hands it to the encoder
+    leaders: list[int]  # the rank that has loaded it, and hands it to the encoder
     own: range  # the items of this rank's home
     mine: list[int]  # the items that this rank encodes
 
 
-def split(
-    batch: Batch,
-    place_T: Tensor,
-    model: ModelConfig,
-    world: World,
-    balance: bool = False,
-    group: dist.ProcessGroup | None = None,
-) -> Batch:
+def split(batch: Batch, place_T: Tensor, model: ModelConfig, share: Share) -> Batch:
     """The batch with the media that this rank encodes and the features that land on it; the rest stays as it is.
 
     Token t of the batch is token place_T[t] of all ranks of the row, one rank after the other; all hold the same
-    number. ``rows`` become tokens of this rank, ``sources`` become rows that arrive after the tower. ``group`` is the
-    ranks that hold the row, by default context x tensor. All ranks of the group call this together, and with
-    ``balance`` all ranks of the world.
+    number. ``rows`` become tokens of this rank, ``sources`` become rows that arrive after the tower. All ranks of the
+    share call this together.
     """
-    group = group or world.row_mesh.get_group("row")
-    row_ranks = group.size()
-    balance = balance and world.data_size > 1
-    if row_ranks == 1 and not balance:
+    if share.num_ranks == 1:  # prompts of a tensor axis of one rank
         return batch
-    assert len(place_T) % row_ranks == 0, f"{row_ranks} ranks cannot hold {len(place_T)} tokens evenly"
-    tokens_per_rank = len(place_T) // row_ranks
-    sizes = {name: batch.media[name].sizes for name in model.modalities}
-    homes = [sizes]
-    share = Share(group, 0, row_ranks, tokens_per_rank)
-    if balance:
-        homes = world.gather(sizes if world.leads_row else None)[::row_ranks]
-        share = Share(dist.group.WORLD, world.data_rank, row_ranks, tokens_per_rank)
+    held = share.ranks_per_home * share.tokens_per_rank
+    assert len(place_T) == held, f"{share.ranks_per_home} ranks cannot hold {len(place_T)} tokens evenly"
+    homes = [{name: batch.media[name].sizes for name in model.modalities}]
+    if share.num_homes > 1:
+        of_ranks: list[Any] = [None] * share.num_ranks
+        dist.all_gather_object(of_ranks, homes[0], group=share.host_group)
+        homes = of_ranks[:: share.ranks_per_home]
     changes = {}
     for name in model.modalities:
         plan = make_plan(name, share, [home[name] for home in homes], model)
@@ -97,27 +113,18 @@ def split(
 
 
 def make_plan(modality: str, share: Share, sizes_of_homes: list[list[Size]], model: ModelConfig) -> MediaPlan:
-    """The same on every rank. An encoder of the item's home has the item already; to other encoders the ranks of the
-    home send in turn."""
+    """The same on every rank."""
     sizes = list(chain.from_iterable(sizes_of_homes))
     tower = getattr(model, model.modalities[modality])
     lengths = [tower.rows_of(size) for size in sizes]
     outputs = [tower.outputs_of(size) for size in sizes]
     encoders = assign(item_costs(modality, sizes, model), share.num_ranks)
-    senders = []
-    own = range(0)
-    for home, of_home in enumerate(sizes_of_homes):
-        first = len(senders)
-        items = range(first, first + len(of_home))
-        if home == share.home:
-            own = items
-        for item in items:
-            sender = encoders[item]
-            if sender // share.ranks_per_home != home:
-                sender = home * share.ranks_per_home + item % share.ranks_per_home
-            senders.append(sender)
+    counts = [len(of_home) for of_home in sizes_of_homes]
+    leaders = [share.leader(home) for home, count in enumerate(counts) for _ in range(count)]
+    first = sum(counts[: share.home])
+    own = range(first, first + counts[share.home])
     mine = [item for item, encoder in enumerate(encoders) if encoder == share.rank]
-    return MediaPlan(share, sizes, lengths, outputs, encoders, senders, own, mine)
+    return MediaPlan(share, sizes, lengths, outputs, encoders, leaders, own, mine)
 
 
 def assign(costs: list[int], num_ranks: int) -> list[int]:
@@ -139,7 +146,10 @@ def split_media(modality: str, media: Media, place_T: Tensor, plan: MediaPlan, m
     """The items that this rank encodes, and the features that land on its tokens. Windows travel without padding."""
     tower = getattr(model, model.modalities[modality])
     shapes = [tower.item_shape(size) for size in plan.sizes]
-    items = _hand_over(media.items(tower), media.values, shapes, plan)
+    if plan.share.host_group is None:
+        items = _own(media.items(tower), plan)
+    else:
+        items = _hand_over(media.items(tower) if len(media.values) else [], media.values, shapes, plan)
     num_ranks = TAPS if getattr(model, f"{model.modalities[modality]}_projector").stretches else 1
     segments, rows_F, features = _route(media, place_T, plan, num_ranks)
     sizes = [plan.sizes[item] for item in plan.mine]
@@ -211,7 +221,11 @@ def _departures(destination_PN: Tensor, outputs: list[int], plan: MediaPlan) -> 
     """Rows of the tower's output on this rank in the order in which they are sent, and how many go to each rank."""
     num_ranks = destination_PN.shape[1]
     shapes = [(count, num_ranks) for count in plan.outputs]
-    of_items = _hand_over(destination_PN.split(outputs), destination_PN, shapes, plan)
+    of_items = destination_PN.split(outputs)
+    if plan.share.num_homes == 1:
+        of_items = _own(of_items, plan)
+    else:
+        of_items = _hand_over(of_items, destination_PN, shapes, plan)
     mine = torch.cat([destination_PN[:0], *of_items]).flatten()
     counts = mine[mine >= 0].bincount(minlength=plan.share.num_ranks)
     num_staying = len(mine) - int(counts.sum())
@@ -230,25 +244,28 @@ def _arrivals(destination_PN: Tensor, outputs: list[int], plan: MediaPlan) -> tu
     return arrived_P, from_rank.bincount(minlength=plan.share.num_ranks).tolist()
 
 
+def _own(items: Sequence[Tensor], plan: MediaPlan) -> list[Tensor]:
+    """Those that this rank encodes, of items that every rank of the only home holds."""
+    return [items[item] for item in plan.mine]
+
+
 def _hand_over(
     own_items: Sequence[Tensor], like: Tensor, shapes: Sequence[tuple[int, ...]], plan: MediaPlan
 ) -> list[Tensor]:
-    """The items that this rank encodes, from the items of its home; ``shapes`` of all items of the plan."""
+    """The items that this rank encodes, from the leaders of all homes, of which this rank's has ``own_items``;
+    ``shapes`` of all items of the plan."""
     share = plan.share
-    if share.num_ranks == share.ranks_per_home:
-        return [own_items[item] for item in plan.mine]
-    outgoing = [item for item in plan.own if plan.senders[item] == share.rank]
+    outgoing = [item for item in plan.own if plan.leaders[item] == share.rank]
     outgoing.sort(key=plan.encoders.__getitem__)
-    incoming = sorted(plan.mine, key=plan.senders.__getitem__)
     numels = [math.prod(shape) for shape in shapes]
     send_counts = [0] * share.num_ranks
     receive_counts = [0] * share.num_ranks
     for item in outgoing:
         send_counts[plan.encoders[item]] += numels[item]
-    for item in incoming:
-        receive_counts[plan.senders[item]] += numels[item]
+    for item in plan.mine:  # in the order of the homes, and so of their leaders
+        receive_counts[plan.leaders[item]] += numels[item]
     flat = [own_items[item - plan.own.start].flatten() for item in outgoing]
     sent = torch.cat([like.new_empty(0), *flat])
-    arrived = swap(sent, send_counts, receive_counts, share.group)
-    pieces = dict(zip(incoming, arrived.split([numels[item] for item in incoming])))
-    return [pieces[item].view(shapes[item]) for item in plan.mine]
+    arrived = swap(sent, send_counts, receive_counts, share.host_group)
+    pieces = arrived.split([numels[item] for item in plan.mine])
+    return [piece.view(shapes[item]) for piece, item in zip(pieces, plan.mine)]

@@ -1,10 +1,9 @@
 """Processes: who this rank is, the named mesh of all ranks, and sums over them."""
 
 import ctypes
-import itertools
+import math
 import signal
 import uuid
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -12,33 +11,40 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from avlm.config.run import ParallelConfig
 from avlm.parallel.watch import Watch
 from avlm.process.launch import local_ranks, raise_file_limit, ranks, started_by_torchrun
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: a signal for this process when its parent dies
+MEDIA_RANKS = 64  # that share media with each other, at most: all of them exchange messages for each modality
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all ranks, which lie in row-major order on the axes replicate x shard x context x tensor.
+    """This process among all ranks, which lie in row-major order on the axes replicate x shard x context x tensor. The
+    ranks that work on the same row of tokens (context x tensor) are one "row".
 
-    mesh          all four axes by name
+    shape         length of each axis, by its name
     decoder_mesh  replicate, shard_context, tensor: for the decoder's weights
     tower_mesh    replicate, shard_context_tensor: for the weights of towers and projectors
-    row_mesh      data, row: the ranks that work on the same row of tokens (context x tensor) are one "row"
+    row_group     the ranks of a row, on the host; None if a row has one rank
+    media_group   the ranks that share the encoding of media: those of a row or, balanced, of up to MEDIA_RANKS ranks;
+                  None if they are one
+    media_host_group  the same ranks, on the host. Rows are under way in it and in row_group while a step runs
     watch         ends a run in which a rank hangs
     """
 
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh
+    shape: dict[str, int]
     decoder_mesh: DeviceMesh
     tower_mesh: DeviceMesh
-    row_mesh: DeviceMesh
+    row_group: dist.ProcessGroup | None
+    media_group: dist.ProcessGroup | None
+    media_host_group: dist.ProcessGroup | None
     watch: Watch = field(default_factory=Watch)
 
     @property
@@ -46,17 +52,22 @@ class World:
         return self.rank == 0
 
     @property
+    def row_size(self) -> int:
+        """How many ranks work on the same row."""
+        return self.shape["context"] * self.shape["tensor"]
+
+    @property
     def leads_row(self) -> bool:
         """Whether this rank loads the row for the others that work on it."""
-        return self.row_mesh.get_local_rank("row") == 0
+        return self.rank % self.row_size == 0
 
     @property
     def data_rank(self) -> int:
-        return self.row_mesh.get_local_rank("data")
+        return self.rank // self.row_size
 
     @property
     def data_size(self) -> int:
-        return self.row_mesh.size(0)
+        return self.size // self.row_size
 
     @property
     def shard_of_data(self) -> dict[str, int]:
@@ -64,19 +75,25 @@ class World:
         return {"rank": self.data_rank, "world": self.data_size}
 
     @property
+    def shares_rows(self) -> bool:
+        """Whether anything of this rank's rows is on its way between ranks before a step."""
+        return self.media_host_group is not None
+
+    @property
     def counts_losses(self) -> bool:
         """One rank of a tensor axis counts its losses; the others hold the same ones."""
-        return self.mesh.get_local_rank("tensor") == 0
+        return self.rank % self.shape["tensor"] == 0
 
     def axis(self, name: str) -> tuple[int, int]:
-        """(own index, length) of an axis of ``mesh``."""
-        return self.mesh.get_local_rank(name), self.mesh.size(self.mesh.mesh_dim_names.index(name))
+        """(own index, length) of an axis."""
+        names = list(self.shape)
+        ranks_per_index = math.prod(self.shape[after] for after in names[names.index(name) + 1 :])
+        return self.rank // ranks_per_index % self.shape[name], self.shape[name]
 
     def new_group(self, axis: str) -> dist.ProcessGroup:
-        """Another communicator for the ranks of an axis. All ranks of the world call this together."""
-        ranks = self.mesh.mesh.movedim(self.mesh.mesh_dim_names.index(axis), -1)
-        own, _ = dist.new_subgroups_by_enumeration(ranks.flatten(0, -2).tolist())
-        return own
+        """A communicator of its own for the ranks of an axis. All ranks of the world call this together."""
+        ranks = torch.arange(self.size).view(*self.shape.values())
+        return _group(ranks.movedim(list(self.shape).index(axis), -1).flatten(0, -2))
 
     def sum(self, values: list[float]) -> list[float]:
         """Sum over all ranks, on the host: nothing waits for a device."""
@@ -94,18 +111,6 @@ class World:
         values = [None] * self.size
         dist.all_gather_object(values, value, group=group)
         return values
-
-    def share_rows(self, rows: Iterable[Any] | None) -> Iterator[Any]:
-        """Hand the leading rank's rows to every rank that works on them; the others pass None."""
-        group = self.row_mesh.get_group("row")
-        own = iter(rows) if self.leads_row else itertools.repeat(None)
-        while True:
-            shared = [next(own, None)]
-            if group.size() > 1:
-                dist.broadcast_object_list(shared, group=group, group_src=0, device=torch.device("cpu"))
-            if shared[0] is None:
-                return
-            yield shared[0]
 
     def barrier(self) -> None:
         self.sum([0.0])
@@ -161,7 +166,7 @@ def start(parallel: ParallelConfig, device: torch.device, run: Path | None = Non
     seconds = parallel.timeouts.start
     store = store_of_this_start(rank, size, seconds) if size > 1 else dist.HashStore()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    world = lay_out(shape, device)
+    world = lay_out(shape, device, parallel.balance_media)
     if run is not None and size > 1:
         world.watch.begin(rank, size, store, parallel.timeouts, run)
     return world
@@ -198,22 +203,55 @@ def store_of_this_start(rank: int, size: int, seconds: float) -> dist.Store:
     return dist.PrefixStore(prefix, store)
 
 
-def lay_out(shape: tuple[int, int, int, int], device: torch.device) -> World:
-    """The meshes of a running process group: one order of ranks, seen as different axes."""
+def lay_out(shape: tuple[int, int, int, int], device: torch.device, balance_media: bool = False) -> World:
+    """The meshes of a running process group: one order of ranks, seen as different axes.
+
+    Communicators cost memory and sockets, so those of the two meshes are one where their ranks are the same. What may
+    be under way at the same time has one of its own: rows, media, and keys and values (``new_group``).
+    """
     replicate, shard, context, tensor = shape
+    size = math.prod(shape)
+    made: dict[tuple, dist.ProcessGroup] = {}
 
     def view(**axes: int) -> DeviceMesh:
-        return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        ranks = torch.arange(size).view(*axes.values())
+        groups = []
+        for dim in range(ranks.ndim):
+            of_groups = ranks.movedim(dim, -1).flatten(0, -2)
+            key = tuple(of_groups.flatten().tolist()), of_groups.shape
+            if key not in made:
+                made[key] = _group(of_groups)
+            groups.append(made[key])
+        return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=tuple(axes))
 
+    row_size = context * tensor
+    num_rows = rows_that_share(replicate * shard, row_size) if balance_media else 1
+    rows, homes = torch.arange(size).view(-1, row_size), torch.arange(size).view(-1, num_rows * row_size)
+    row_group = _group(rows, "gloo") if row_size > 1 else None
+    media_group = _group(homes) if homes.shape[1] > 1 else None
+    media_host_group = row_group if num_rows == 1 else _group(homes, "gloo")
     return World(
         rank=dist.get_rank(),
-        size=dist.get_world_size(),
+        size=size,
         device=device,
-        mesh=view(replicate=replicate, shard=shard, context=context, tensor=tensor),
+        shape=dict(zip(("replicate", "shard", "context", "tensor"), shape)),
         decoder_mesh=view(replicate=replicate, shard_context=shard * context, tensor=tensor),
-        tower_mesh=view(replicate=replicate, shard_context_tensor=shard * context * tensor),
-        row_mesh=view(data=replicate * shard, row=context * tensor),
+        tower_mesh=view(replicate=replicate, shard_context_tensor=shard * row_size),
+        row_group=row_group,
+        media_group=media_group,
+        media_host_group=media_host_group,
     )
+
+
+def rows_that_share(num_rows: int, ranks_per_row: int) -> int:
+    """How many rows share their media: as many as divide all rows evenly and have at most MEDIA_RANKS ranks."""
+    return max(n for n in range(1, num_rows + 1) if num_rows % n == 0 and (n == 1 or n * ranks_per_row <= MEDIA_RANKS))
+
+
+def _group(ranks: torch.Tensor, backend: str | None = None) -> dist.ProcessGroup:
+    """A communicator for each line of ``ranks``, (groups, ranks): this rank's. All ranks of the world call this."""
+    own, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), backend=backend)
+    return own
 
 
 def stop() -> None:

@@ -41,10 +41,7 @@ def curve(cfg: Config) -> list[float]:
         of_step = rows[step * ROWS_OF_STEP :][:ROWS_OF_STEP]
         num_targets = sum(len(row.target_R) for row in of_step)
         optimizer.schedule(adam, stage.optimizer, 50 + step, stage.steps)
-        parts = [
-            own_part(row, cfg.model, world, cfg.parallel.balance_media)
-            for row in of_step[world.data_rank :: world.data_size]
-        ]
+        parts = [own_part(row, cfg.model, world) for row in of_step[world.data_rank :: world.data_size]]
         values = train_step(model, parts, num_targets, adam, stage.optimizer.clip_norm, world)
         losses.append(values[:-2].sum().item() / num_targets)
     mesh.stop()

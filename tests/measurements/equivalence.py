@@ -196,9 +196,7 @@ def run_case(case: Case, layout: dict[str, Any], worlds: dict) -> tuple[float, f
     world, model = build(cfg, worlds)
     rows = make_rows(cfg, case.mixes(world.data_size))
     num_targets = sum(len(row.target_R) for row in rows)
-    parts = [
-        own_part(row, cfg.model, world, cfg.parallel.balance_media) for row in rows[world.data_rank :: world.data_size]
-    ]
+    parts = [own_part(row, cfg.model, world) for row in rows[world.data_rank :: world.data_size]]
     found: dict[str, torch.Tensor] = {}
 
     class Observed:  # stands for the optimizer: the gradients are looked at where it would use them

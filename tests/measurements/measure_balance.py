@@ -19,7 +19,7 @@ from avlm.config.model import ModelConfig, ProjectorConfig, VisionConfig
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.models.avlm import AVLM, init
-from avlm.parallel import media
+from avlm.parallel.apply import own_part
 from avlm.parallel.exchange import apply_media
 from avlm.parallel.mesh import lay_out
 from tests.parallel.spawn import run_ranks
@@ -45,12 +45,12 @@ def make_batch(num_images):
     return pack([sample], IMAGES * SIDE**2 // 4, MODEL)
 
 
-def step(model, batch, world, balance):
+def step(model, batch, world):
     """Seconds until all ranks are done, of those the split takes, this rank's CPU seconds, and images encoded here."""
     model.zero_grad()
     world.barrier()
     start, busy = time.perf_counter(), time.process_time()
-    local = media.split(batch, torch.arange(len(batch.token_T)), MODEL, world, balance)
+    local = own_part(batch, MODEL, world)
     split = time.perf_counter() - start
     model.embed(local)[0].sum().backward()
     busy = time.process_time() - busy
@@ -60,15 +60,15 @@ def step(model, batch, world, balance):
 
 def measure(repeats):
     dist.init_process_group("gloo")
-    world = lay_out((1, 2, 1, 1), torch.device("cpu"))
+    worlds = {balance: lay_out((1, 2, 1, 1), torch.device("cpu"), balance) for balance in (False, True)}
     model = AVLM(MODEL)
     init(model)
     apply_media(model)
-    batch = make_batch(IMAGES if world.is_first else 0)
+    batch = make_batch(IMAGES if worlds[False].is_first else 0)
     steps = {False: [], True: []}
     for _ in range(repeats + 1):
         for balance, taken in steps.items():
-            taken.append(step(model, batch, world, balance))
+            taken.append(step(model, batch, worlds[balance]))
     dist.destroy_process_group()
     return {balance: taken[1:] for balance, taken in steps.items()}  # without the first, which warms up
 

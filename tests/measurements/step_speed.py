@@ -84,7 +84,7 @@ def prepare(cfg: Config, number: int, num_rows: int) -> Run:
     costs = flops.costs(cfg.model, stage, cfg.train.recompute)
 
     def step(row: Batch) -> torch.Tensor:
-        part = own_part(row, cfg.model, world, cfg.parallel.balance_media)
+        part = own_part(row, cfg.model, world)
         optimizer.schedule(adam, stage.optimizer, optimizer.warmup_steps(stage.optimizer, stage.steps), stage.steps)
         return train_step(model, [part], len(row.target_R), adam, stage.optimizer.clip_norm, world)
 

@@ -6,7 +6,7 @@ ranks, whatever gloo or NCCL choose to do:
     all-gather, reduce-scatter   (n - 1) / n of the whole tensor      all-to-all   rows for other ranks
     all-reduce                   2 (n - 1) / n of the tensor          send         the tensor
 
-The formulas are those of wire_formula.py. One micro-batch, nothing recomputed, everything trains, bf16. The loader's
+The formulas are those of wire_formula.py. One micro-batch, nothing recomputed, everything trains, bf16. The tokens of
 rows and the counts of targets, which go over the host before the step, are not counted.
 """
 
@@ -112,14 +112,12 @@ def sent_by(name: str, args: tuple, n: int, rank: int) -> tuple[str, float]:
 
 
 def count_step(config: Config, world: World, model: AVLM, rows: list[Batch], num_targets: float) -> Bytes:
-    """Bytes of the second of two equal steps: after a forward without a backward, as that of the warm-up is, FSDP2
-    gathers one unit for nothing."""
+    """Bytes of a step, the first after a forward without a backward."""
     adam = optimizer.build(model, config.stages[0].optimizer)
     optimizer.schedule(adam, config.stages[0].optimizer, 0, 1)
-    for wire in (Wire(world), Wire(world)):
-        with wire:
-            parts = [own_part(row, config.model, world, config.parallel.balance_media) for row in rows]
-            train_step(model, parts, num_targets, adam, 1.0, world, config.train.accumulate_mode)
+    with Wire(world) as wire:
+        parts = [own_part(row, config.model, world) for row in rows]
+        train_step(model, parts, num_targets, adam, 1.0, world, config.train.accumulate_mode)
     return wire.sent
 
 

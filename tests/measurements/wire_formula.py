@@ -28,6 +28,7 @@ ASKERS = {
     OURS + "context_attention.py": ("context",),
     OURS + "ring.py": ("context",),
     OURS + "exchange.py": ("row", "world"),
+    OURS + "media.py": ("world",),
     FSDP: ("replicate", "shard_context", "shard_context_tensor"),
     OURS + "mesh.py": ("world",),
     "avlm/training/optimizer.py": ("world",),
@@ -39,17 +40,16 @@ ITEMSIZE = 2  # bf16
 
 def ranks_of_axes(world: World) -> dict[str, list[int]]:
     """The ranks that this one shares each axis with."""
-    meshes = {
-        "replicate": world.mesh,
-        "context": world.mesh,
-        "tensor": world.mesh,
-        "row": world.row_mesh,
-        "shard_context": world.decoder_mesh,
-        "shard_context_tensor": world.tower_mesh,
-    }
+    meshes = {"shard_context": world.decoder_mesh, "shard_context_tensor": world.tower_mesh}
     found = {"world": list(range(world.size))}
     for name, mesh in meshes.items():
         found[name] = sorted(dist.get_process_group_ranks(mesh.get_group(name)))
+    ranks = torch.arange(world.size).view(*world.shape.values())
+    own = [world.axis(name)[0] for name in world.shape]
+    for dim, name in enumerate(world.shape):
+        found[name] = ranks[tuple(slice(None) if i == dim else at for i, at in enumerate(own))].tolist()
+    first = world.rank // world.row_size * world.row_size
+    found["row"] = list(range(first, first + world.row_size))
     return found
 
 
@@ -67,8 +67,6 @@ def formula(config: Config, world: World, rows: list[Batch]) -> Bytes:
     own = rows[world.data_rank]
     part, _ = cut(own, *world.axis("context"))
     num_tokens = len(part.token_T)
-    num_ranks = world.row_mesh["row"].size()
-    tokens_per_rank = len(own.token_T) // num_ranks
     norm_and_losses = 4 * (1 + len(KINDS))  # losses by kind
     sent = of_weights(config, world)
     sent["world", "all-reduce"] = ring(world.size, 2 * norm_and_losses)
@@ -76,12 +74,13 @@ def formula(config: Config, world: World, rows: list[Batch]) -> Bytes:
         sent["tensor", kind] = count
     for kind, count in of_context(config, num_tokens, own, world).items():
         sent["context", kind] = count
-    if config.parallel.balance_media and len(rows) > 1:
-        share = media.Share(dist.group.WORLD, world.data_rank, num_ranks, tokens_per_rank)
+    if world.media_group is None:
+        return sent
+    share = media.Share.of_rows(world, len(own.token_T))
+    if share.num_homes > 1:
         sent["world", "all-to-all"] = of_media(config, world, rows, share)
-        sent["world", "objects"] = of_lengths(config, world, rows)
+        sent["world", "objects"] = of_lengths(config, share, rows)
     else:
-        share = media.Share(world.row_mesh.get_group("row"), 0, num_ranks, tokens_per_rank)
         sent["row", "all-to-all"] = of_media(config, world, [own], share)
     return sent
 
@@ -130,7 +129,8 @@ def units(config: Config) -> list[tuple[tuple[str, ...], str, bool]]:
     freed = config.parallel.reshard
     blocks = [f"decoder.blocks.{i}." for i in range(config.model.decoder.num_layers)]
     found = [(("decoder.norm.", "decoder.head."), "shard_context", False)]
-    for name in ("decoder.embedding.", *blocks):
+    found.append((("decoder.embedding.",), "shard_context", False))  # its backward needs no weights
+    for name in blocks:
         found.append(((name,), "shard_context", freed))
     for tower in ("vision", "audio"):
         found.append(((f"{tower}.",), "shard_context_tensor", freed))
@@ -199,8 +199,9 @@ def seen_elsewhere(row: Batch, rank: int, C: int) -> tuple[int, int]:
 
 def of_media(config: Config, world: World, homes: list[Batch], share: media.Share) -> int:
     """Tower rows go from the rank that encodes them to the rank that holds the token of their feature, and their
-    gradients back. With balance an image (uint8) or window (float32) first goes to its encoder, and with it 8 bytes a
-    tower row that say where the row is to go, or four times as many where it may go to several ranks."""
+    gradients back. An image (uint8) or window (float32) first goes from the leader of its row to its encoder, and with
+    balance 8 bytes a tower row that say where the row is to go, or four times as many where it may go to several
+    ranks."""
     model = config.model
     total = 0
     for name, tower in model.modalities.items():
@@ -209,11 +210,10 @@ def of_media(config: Config, world: World, homes: list[Batch], share: media.Shar
         width = getattr(model, tower).width
         num_ranks = TAPS if getattr(model, f"{tower}_projector").stretches else 1
         total += ITEMSIZE * width * crossings(plan, name, homes, world)
-        for size, count, sender, encoder in zip(plan.sizes, plan.outputs, plan.senders, plan.encoders):
-            if len(homes) > 1 and sender == share.rank != encoder:
-                total += (
-                    item_bytes(homes[0].media[name], getattr(model, tower).item_shape(size)) + 8 * num_ranks * count
-                )
+        for size, count, leader, encoder in zip(plan.sizes, plan.outputs, plan.leaders, plan.encoders):
+            if leader == share.rank != encoder:
+                total += item_bytes(homes[0].media[name], getattr(model, tower).item_shape(size))
+                total += 8 * num_ranks * count * (share.num_homes > 1)
     return total
 
 
@@ -222,14 +222,14 @@ def item_bytes(media: Media, shape: tuple[int, int]) -> int:
     return media.values.element_size() * math.prod(shape)
 
 
-def of_lengths(config: Config, world: World, rows: list[Batch]) -> int:
+def of_lengths(config: Config, share: media.Share, rows: list[Batch]) -> int:
     """With balance every rank sends the sizes of its media to all, padded to the longest message, and 8 bytes that
     say how long it is."""
     longest = 0
     for row in rows:
         sizes = {name: row.media[name].sizes for name in config.model.modalities}
         longest = max(longest, len(pickle.dumps(sizes)))
-    return (world.size - 1) * (8 + longest)
+    return (share.num_ranks - 1) * (8 + longest)
 
 
 def crossings(plan: media.MediaPlan, modality: str, homes: list[Batch], world: World) -> int:

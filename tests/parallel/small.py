@@ -183,9 +183,10 @@ def build(cfg: Config, worlds: dict[tuple, mesh.World] | None = None) -> tuple[m
         dist.init_process_group("gloo")
     worlds = {} if worlds is None else worlds
     shape = mesh.sizes(cfg.parallel, dist.get_world_size())
-    if shape not in worlds:
-        worlds[shape] = mesh.lay_out(shape, torch.device("cpu"))
-    world = worlds[shape]
+    key = *shape, cfg.parallel.balance_media
+    if key not in worlds:
+        worlds[key] = mesh.lay_out(shape, torch.device("cpu"), cfg.parallel.balance_media)
+    world = worlds[key]
     with torch.device("meta"):
         model = AVLM(cfg.model)
     apply_parallel(model, world, cfg.parallel, cfg.train)

@@ -135,7 +135,7 @@ def losses_of(cfg: Config, worlds: dict[tuple, mesh.World]) -> tuple[list[float]
     with count_graphs() as graphs:
         world, model = build(cfg, worlds)
         for row in rows_of(cfg):
-            loss, _ = model(own_part(row, cfg.model, world, balance=False))
+            loss, _ = model(own_part(row, cfg.model, world))
             loss.backward()
             losses.append(world.sum([loss.item()])[0])
             counts.append(graphs.frame_count)

@@ -79,7 +79,7 @@ def rows_of(cfg, world):
 def step(cfg, world, model):
     """(loss, gradient norm, whole gradients) of one step, of a row for each data rank."""
     rows, num_targets = rows_of(cfg, world)
-    part = own_part(rows[world.data_rank], cfg.model, world, balance=False)
+    part = own_part(rows[world.data_rank], cfg.model, world)
     observer = Observer(model)
     values = train_step(model, [part], num_targets, observer, 1e9, world, cfg.train.accumulate_mode)
     return values[:-2].sum().item() / num_targets, values[-2].item(), observer.gradients
@@ -135,7 +135,7 @@ def train_in_bf16(worlds):
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     before = {name: whole(parameter) for name, parameter in model.named_parameters()}
     [row] = make_rows(cfg, ["both"])
-    part = own_part(row, cfg.model, world, balance=False)
+    part = own_part(row, cfg.model, world)
     losses = []
     for stage in (first, second):
         freezing.freeze(model, stage)

@@ -19,6 +19,7 @@ from avlm.data.sample import EncodedSample
 from avlm.models.avlm import AVLM, init
 from avlm.models.costs import item_costs
 from avlm.parallel import media
+from avlm.parallel.apply import own_part
 from avlm.parallel.exchange import RoutedSegments, apply_media
 from avlm.parallel.mesh import lay_out
 from kernels.segments import Segments
@@ -144,21 +145,21 @@ def distance(found, expected, floor=1e-30):
     return ((found - expected).abs().max() / largest).item()
 
 
-def compare(model, world, counts, balance=False, group=None, shuffled=True):
+def compare(model, world, counts, group=None, shuffled=True):
     """(error of the features, of the gradients, images encoded here, rows of each window encoded here)."""
     batches = [make_batch(model.config, *count, seed) for seed, count in enumerate(counts)]
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(TOKENS, 24, generator=generator) for _ in batches]
     features, expected = reference(model, batches, weights)
 
-    row_group = group or world.row_mesh.get_group("row")
+    share = media.Share.of_prompts(group, TOKENS) if group else media.Share.of_rows(world, TOKENS)
     batch = batches[world.data_rank]
     place_T = torch.arange(TOKENS)
     if shuffled:
         place_T = torch.randperm(TOKENS, generator=generator)
-    num_held = TOKENS // row_group.size()
-    held = place_T.argsort()[row_group.rank() * num_held :][:num_held]  # tokens of the whole row on this rank
-    local = media.split(batch, place_T, model.config, world, balance, group)
+    first = share.rank % share.ranks_per_home * share.tokens_per_rank
+    held = place_T.argsort()[first : first + share.tokens_per_rank]  # tokens of the whole row on this rank
+    local = media.split(batch, place_T, model.config, share)
     num_images = len(local.image.sizes)
     window_lengths = local.audio.lengths
     local = replace(local, token_T=batch.token_T[held], position_T=batch.position_T[held]).to("cpu")
@@ -190,23 +191,24 @@ def all_cases(world_size):
     model = make_model(MODEL)
     found = {}
     for kind, shape, counts in cases_of(world_size):
-        found[kind, shape, str(counts)] = compare(model, lay_out(shape, device), counts, balance=kind == "pooled")
+        found[kind, shape, str(counts)] = compare(model, lay_out(shape, device, kind == "pooled"), counts)
 
     world = lay_out((1, 1, world_size // 2, 2), device)
-    group = world.mesh.get_group("tensor")
+    group = world.decoder_mesh.get_group("tensor")
     found["group of the tensor axis"] = compare(model, world, [(3, 2)], group=group, shuffled=False)
-    world = lay_out((1, world_size, 1, 1), device)
+    world = lay_out((1, world_size, 1, 1), device, balance_media=True)
     others = [(0, 0)] * (world_size - 1)
     model.vision.requires_grad_(False)
-    found["frozen tower"] = compare(model, world, [(3, 2), *others], balance=True)
+    found["frozen tower"] = compare(model, world, [(3, 2), *others])
     any_grid = make_model(ANY_GRID)
     found["images of any grid, of one row"] = compare(any_grid, lay_out((1, 1, world_size, 1), device), [(5, 1)])
-    found["images of any grid, of all rows"] = compare(any_grid, world, [(4, 1), *others[1:], (1, 0)], balance=True)
-    found["no images of any grid"] = compare(any_grid, world, [(0, 1), *others], balance=True)
+    found["images of any grid, of all rows"] = compare(any_grid, world, [(4, 1), *others[1:], (1, 0)])
+    found["no images of any grid"] = compare(any_grid, world, [(0, 1), *others])
     no_audio = make_model(replace(MODEL, audio=None, audio_projector=None))
-    found["no audio tower"] = compare(no_audio, world, [(3, 0), *others], balance=True)
+    found["no audio tower"] = compare(no_audio, world, [(3, 0), *others])
     batch = make_batch(MODEL, 1, 1, 0)
-    is_same = media.split(batch, torch.arange(TOKENS), MODEL, world) is batch
+    alone = lay_out((1, world_size, 1, 1), device)
+    is_same = own_part(batch, MODEL, alone) is batch
     dist.destroy_process_group()
     return found, is_same
 

@@ -5,6 +5,7 @@ import functools
 import pytest
 
 from tests.measurements.wire import CHOSEN, OF_OTHERS, OTHER_MODELS, count_all, count_options
+from tests.parallel.small import TREE
 from tests.parallel.spawn import run_ranks
 
 
@@ -60,3 +61,14 @@ def test_accumulation_reshard_and_blocks_of_towers_change_the_bytes_as_documente
     assert blocks[1] > plain[1]
     assert 0 < copies[0]["replicate", "all-reduce"] <= 2 * scattered / 3, "between copies once a step"
     assert all(prefetches for *_, prefetches in (plain, local, kept))
+
+
+def test_a_frozen_tower_is_gathered_for_its_forward_alone():
+    """In float32 a gradient has the bytes of its weight, so a tower that does not train saves as much of either."""
+    modules = ["decoder", "vision_projector", "audio_projector"]
+    frozen = {"stages": [{**TREE["stages"][0], "train": modules}]}
+    options = [{"train": {"precision": "fp32"}}, {"train": {"precision": "fp32"}, **frozen}]
+    (all_train, *_), (some_train, *_) = run_ranks(count_options, 2, options, 1)[0]
+    axis = "shard_context = shard_context_tensor"
+    saved = {kind: all_train[axis, kind] - some_train[axis, kind] for kind in ("all-gather", "reduce-scatter")}
+    assert saved["all-gather"] == saved["reduce-scatter"] > 0
