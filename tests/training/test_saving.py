@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from avlm.config.run import CheckpointConfig
+from avlm.models.avlm import AVLM
 from avlm.parallel import mesh
 from avlm.parallel.apply import own_part
 from avlm.storage.run_folder import Progress, complete_checkpoints, folder_of, read_progress
 from avlm.training import checkpoint, optimizer, saving
 from avlm.training.saving import Saver
 from tests.measurements.kill_in_save import try_kills
-from tests.parallel.small import build, make_config, make_rows, whole
+from tests.parallel.small import TREE, build, make_config, make_rows, whole
 from tests.parallel.spawn import run_ranks
 from train import train_step
 
@@ -67,8 +68,8 @@ def are_same(state, other):
 
 
 def save_and_go_on(cfg, folder):
-    """(what a checkpoint holds is what there was when it was asked for, training changed it meanwhile, the marker was
-    not there then), for a first and for a later save."""
+    """(failure, training changed the model meanwhile, the marker was not there then, what the checkpoint holds is what
+    there was when it was asked for), for a first and for a later save; and the weights of the later."""
     run = Training(cfg, folder)
     write, gate = saving.Writer.write, threading.Event()
     saving.Writer.write = lambda *arguments: (gate.wait(), write(*arguments))[1]
@@ -85,16 +86,22 @@ def save_and_go_on(cfg, folder):
         gate.set()
         failure = run.saver.finish()
         found.append((failure, changed, is_half, are_same(run.load(step), expected)))
+    weights = {name: whole(parameter).float().numpy() for name, parameter in run.model.named_parameters()}
     mesh.stop()
-    return found
+    return found, weights
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_checkpoint_holds_the_step_at_which_it_was_asked_for_though_training_goes_on(layout, tmp_path):
-    stages = ALIGNMENT if "tower_sharding" in layout else make_config().stages
-    cfg = make_config(parallel=layout, **({"stages": stages} if stages is ALIGNMENT else {}))
-    for found in run_ranks(save_and_go_on, 4, cfg, str(tmp_path)):
+    cfg = make_config(parallel=layout, stages=ALIGNMENT if "tower_sharding" in layout else TREE["stages"])
+    results = run_ranks(save_and_go_on, 4, cfg, str(tmp_path))
+    for found, _ in results:
         assert found == [("", True, True, True)] * 2
+    _, expected = results[0]
+    model = AVLM(cfg.model)  # in one process
+    checkpoint.load_model(folder_of(tmp_path, 2), model)
+    for name, parameter in model.named_parameters():
+        assert (parameter.detach().numpy() == expected[name]).all(), name
 
 
 def save_four_times(cfg, folder):
