@@ -1,14 +1,15 @@
 """What transformer blocks keep for the backward, and torch.compile: both replace the forward of single blocks.
 
 none        everything that autograd saves
-selective   attention and every second matrix product; the rest, cheap or the other half, is computed again
+selective   attention, every second matrix product and, over the tensor axis, the sum behind attention; the rest, cheap
+            or the other half, is computed again
 full        the input of a block; with offload_activations it waits in host memory
 """
 
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from avlm.config.run import Recompute, TrainConfig
 from avlm.models.attention import AttentionCore
 from avlm.models.avlm import AVLM
 from avlm.models.rope import Rope
+from avlm.parallel.ring import RingAttention
 from kernels.segments import Segments
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+SUM = torch.ops._c10d_functional.reduce_scatter_tensor.default  # of products that the ranks of the tensor axis share
 # Graphs of one block's code, which both towers share: with and without gradients, for each set of modules that a stage
 # trains. Past torch's own limit of 8 a block would run uncompiled for the rest of the run.
 GRAPHS = 64
@@ -51,7 +54,8 @@ def apply_recompute(model: AVLM, config: TrainConfig) -> None:
             if config.compile and mode != "selective":
                 block.forward = compiled(block.forward)
             if mode != "none":
-                block.forward = _recomputed(block.forward, mode, config.offload_activations, model.config.lora)
+                ring = next((module for module in block.modules() if isinstance(module, RingAttention)), None)
+                block.forward = _recomputed(block.forward, mode, config.offload_activations, model.config.lora, ring)
             if config.compile and mode == "selective" and in_one_graph:
                 block.forward = compiled(block.forward)
 
@@ -85,13 +89,13 @@ def _compiled_tower_block(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _recomputed(
-    forward: Callable[..., Any], mode: Recompute, offload: bool, lora: LoraConfig | None
+    forward: Callable[..., Any], mode: Recompute, offload: bool, lora: LoraConfig | None, ring: RingAttention | None
 ) -> Callable[..., Any]:
     is_random = lora is not None and lora.dropout > 0  # there is no other dropout in a block
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": is_random}
     if mode == "selective":
         rank = lora.rank if lora else 0
-        options["context_fn"] = lambda: create_selective_checkpoint_contexts(_every_second_product(rank))
+        options["context_fn"] = lambda: _keeping(rank, ring)
 
     def recomputed(*inputs: Any) -> Any:
         kept = contextlib.nullcontext()
@@ -103,16 +107,37 @@ def _recomputed(
     return functools.wraps(forward)(recomputed)
 
 
-def _every_second_product(rank: int) -> Callable[..., CheckpointPolicy]:
-    """Products of adapters, which have a side of ``rank`` or less, are cheap and not counted."""
-    counts: Counter[bool] = Counter()  # apart for the forward and its recomputation, so that both decide alike
+def _keeping(rank: int, ring: RingAttention | None) -> tuple[Any, ...]:
+    """Contexts of a forward and of its recomputation. torch keeps results of ops; a ring is none, as an op takes no
+    plan, and keeps its own."""
+    contexts = create_selective_checkpoint_contexts(_choose(rank))
+    if ring is None:
+        return contexts
+    kept: list[tuple[Tensor, Tensor]] = []
+    return tuple(_with_ring(context, ring, kept) for context in contexts)
+
+
+@contextlib.contextmanager
+def _with_ring(context: Any, ring: RingAttention, kept: list[tuple[Tensor, Tensor]]) -> Generator[None]:
+    with context, ring.keeping(kept):
+        yield
+
+
+def _choose(rank: int) -> Callable[..., CheckpointPolicy]:
+    """Products of adapters, which have a side of ``rank`` or less, are cheap and not counted. Of the two sums of a
+    block over the tensor axis the second is its result, which no backward needs."""
+    counts: Counter[tuple[Any, bool]] = Counter()  # apart for the forward and its recomputation: both decide alike
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if getattr(op, "__name__", "").startswith(ATTENTION):
             return CheckpointPolicy.MUST_SAVE
+        if op == SUM:
+            counts[op, context.is_recompute] += 1
+            if counts[op, context.is_recompute] == 1:
+                return CheckpointPolicy.MUST_SAVE
         if op in PRODUCTS and min(args[-1].shape) > rank:
-            number = counts[context.is_recompute]
-            counts[context.is_recompute] += 1
+            number = counts["product", context.is_recompute]
+            counts["product", context.is_recompute] += 1
             if keeps_product(number):
                 return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE

@@ -9,7 +9,8 @@ L tokens of this rank   M of them in documents that other ranks hold parts of   
 H query heads   K key/value heads   E head dim   2 keys and values
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Generator, Iterator
 
 import torch
 import torch.distributed as dist
@@ -29,29 +30,48 @@ def connect(group: ProcessGroup, device: torch.device) -> None:
 
 class RingAttention(nn.Module):
     """``gradient_group`` has the ranks of ``group`` and a communicator of its own, so that gradients of keys and values
-    need not wait for keys and values that are under way. Both are connected."""
+    need not wait for keys and values that are under way. Both are connected.
+
+    ``kept``: while it is a list, out and lse of a first forward are kept there, and a second one takes them instead of
+    sending and computing again (recompute.py).
+    """
 
     def __init__(self, group: ProcessGroup, gradient_group: ProcessGroup):
         super().__init__()
         self.group = group
         self.gradient_group = gradient_group
+        self.kept: list[tuple[Tensor, Tensor]] | None = None
+
+    @contextlib.contextmanager
+    def keeping(self, kept: list[tuple[Tensor, Tensor]]) -> Generator[None]:
+        self.kept = kept
+        try:
+            yield
+        finally:
+            self.kept = None
 
     @torch.compiler.disable
     def forward(self, q_LHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, segments: ContextPlan) -> Tensor:
         assert isinstance(segments, ContextPlan), "choose_mode refuses a ring with a sliding window"
-        return _Ring.apply(q_LHE, k_LKE, v_LKE, segments, self.group, self.gradient_group)
+        return _Ring.apply(q_LHE, k_LKE, v_LKE, segments, self.group, self.gradient_group, self.kept)
 
 
 class _Ring(torch.autograd.Function):
     """Blocks are added up in float32 and rounded once. Kept for the backward: this rank's q, k and v, out and lse."""
 
     @staticmethod
-    def forward(ctx, q_LHE, k_LKE, v_LKE, plan, group, gradient_group):
+    def forward(ctx, q_LHE, k_LKE, v_LKE, plan, group, gradient_group, kept):
         ctx.plan = plan
         ctx.group = group
         ctx.gradient_group = gradient_group
         ctx.scale = q_LHE.shape[2] ** -0.5
-        out_LHE, lse_HL = _attend(q_LHE, k_LKE, v_LKE, plan, group, ctx.scale)
+        if kept:
+            out_LHE, lse_HL = kept[0]
+        else:
+            out_LHE, lse_HL = _attend(q_LHE, k_LKE, v_LKE, plan, group, ctx.scale)
+        if kept == []:
+            kept.append((out_LHE, lse_HL))
+        out_LHE = out_LHE.detach()  # what is kept must not hold the graph of the result
         ctx.save_for_backward(q_LHE, k_LKE, v_LKE, out_LHE, lse_HL)
         return out_LHE
 
@@ -84,7 +104,7 @@ class _Ring(torch.autograd.Function):
             del dq, dk, dv  # before those of the next block are made
         _add(dkv_L2KE, on_its_way)
         dk_LKE, dv_LKE = dkv_L2KE.to(k_LKE.dtype).unbind(1)
-        return dq_LHE.to(q_LHE.dtype), dk_LKE, dv_LKE, None, None, None
+        return dq_LHE.to(q_LHE.dtype), dk_LKE, dv_LKE, None, None, None, None
 
 
 def _attend(

@@ -351,7 +351,8 @@ def adapter_bytes(block: str, case: Case) -> int:
 
 
 def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
-    """What a block keeps for each row: full, its input; selective, also attention and every second product."""
+    """What a block keeps for each row: full, its input; selective, also attention, every second product and the sum of
+    the output of attention over the tensor axis."""
     c = case.itemsize
     module = getattr(case.model, name)
     t, width = 1, module.hidden_size  # of attention over all heads
@@ -365,5 +366,9 @@ def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
             weight = f"{path}.weight"
             outputs, _ = tensor_share(weight, case.shapes[weight], t)
             size += c * outputs  # a product that the ranks will sum has all of them
-    lse = 4 * module.num_heads // t
-    return size + c * width // t + lse
+    num_outs = 1
+    if name == "decoder" and t > 1:
+        size += c * module.hidden_size // t
+    if name == "decoder" and case.layout.context > 1 and case.layout.context_mode == "allgather":
+        num_outs = 2
+    return size + num_outs * (c * width // t + 4 * module.num_heads // t)

@@ -72,3 +72,16 @@ def test_a_frozen_tower_is_gathered_for_its_forward_alone():
     axis = "shard_context = shard_context_tensor"
     saved = {kind: all_train[axis, kind] - some_train[axis, kind] for kind in ("all-gather", "reduce-scatter")}
     assert saved["all-gather"] == saved["reduce-scatter"] > 0
+
+
+def test_selective_recomputation_sends_no_keys_of_a_ring_again_and_sums_nothing_again():
+    """Full recomputation does."""
+    options = []
+    for layout in ({"context": 2, "context_mode": "ring"}, {"tensor": 2}):
+        for mode in ("none", "selective", "full"):
+            options.append({"parallel": layout, "train": {"recompute": {"decoder": mode}}})
+    found = [counted for counted, *_ in run_ranks(count_options, 2, options, 1)[0]]
+    none, selective, full = [counted["context", "send"] for counted in found[:3]]
+    assert 0 < none == selective < full
+    none, selective, full = [counted["tensor", "reduce-scatter"] for counted in found[3:]]
+    assert 0 < none == selective < full
