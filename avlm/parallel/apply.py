@@ -8,7 +8,7 @@ from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch, empty_batch
 from avlm.models.lora import frozen_base
 from avlm.parallel.context import cut
-from avlm.parallel.context_attention import apply_context, choose_mode
+from avlm.parallel.context_attention import apply_context, choose_mode, heads_together
 from avlm.parallel.exchange import apply_media
 from avlm.parallel.fsdp import apply_fsdp, reshard
 from avlm.parallel.media import Share, split
@@ -26,15 +26,16 @@ def apply_parallel(model: AVLM, world: World, parallel: ParallelConfig, train: T
     if parallel.tensor > 1:
         apply_tensor(model.decoder, world.decoder_mesh["tensor"])
     if parallel.context > 1:
-        decoder = model.config.decoder
-        num_kv_heads = decoder.num_kv_heads // parallel.tensor
-        has_window = decoder.sliding_window is not None
-        mode = choose_mode(parallel.context_mode, num_kv_heads, parallel.context, has_window)
-        # Gradients of keys and values travel while the next keys and values do: each has a communicator of its own.
-        groups = world.new_group("context"), world.new_group("context")
-        for group in groups:
-            connect(group, world.device)
-        apply_context(model, *groups, mode)
+        mode, together = _context_mode(model.config, world)
+        group = ring_groups = None
+        if mode != "ring":
+            group = world.new_group("context", together if together > 1 else None)
+        if mode in ("ring", "ulysses_ring"):
+            # Gradients of keys and values travel while the next keys and values do: each has a communicator of its own.
+            ring_groups = tuple(world.new_group("context", together, across=True) for _ in range(2))
+            for ring_group in ring_groups:
+                connect(ring_group, world.device)
+        apply_context(model, mode, group, ring_groups)
     apply_media(model)
     apply_recompute(model, train)
     apply_fsdp(model, world, parallel, compute_dtype(train.precision, world.device))
@@ -44,10 +45,19 @@ def apply_parallel(model: AVLM, world: World, parallel: ParallelConfig, train: T
             modality.tower.to_empty(device=world.device)  # outside all units of FSDP, so nothing else moves it there
 
 
+def _context_mode(model: ModelConfig, world: World) -> tuple[str, int]:
+    """What parallel.context_mode comes to, and how many neighbours exchange heads in it."""
+    num_kv_heads = model.decoder.num_kv_heads // world.shape["tensor"]
+    has_window = model.decoder.sliding_window is not None
+    mode = choose_mode(world.context_mode, num_kv_heads, world.shape["context"], has_window)
+    return mode, heads_together(mode, num_kv_heads, world.shape["context"])
+
+
 def own_part(batch: Batch, model: ModelConfig, world: World) -> Batch:
     """This rank's part of a row that several ranks share: tokens, and media to encode. On the CPU. All ranks that share
     media call this together."""
-    part, place_T = cut(batch, *world.axis("context"))
+    _, together = _context_mode(model, world)
+    part, place_T = cut(batch, *world.axis("context"), together)
     if world.media_group is not None:
         part = split(part, place_T, model, Share.of_rows(world, len(place_T)))
     if world.device.type == "cuda":

@@ -16,21 +16,32 @@ from avlm.parallel.context_plan import context_plan, window_plan
 from avlm.parallel.shares import share
 
 
-def cut(batch: Batch, rank: int, context: int) -> tuple[Batch, Tensor]:
+def cut(batch: Batch, rank: int, context: int, together: int = 1) -> tuple[Batch, Tensor]:
     """The tokens of one context rank, with local ``target_rows_R`` and a ContextPlan for segments; and place_T, int64:
-    where each token of the whole row lies among the tokens of all ranks, rank after rank. Media stay as they are."""
+    where each token of the whole row lies among the tokens of all ranks, rank after rank. Media stay as they are.
+
+    ``together``: so many neighbours of the axis exchange heads for tokens (``context_attention.heads_together``). The
+    row is shared among groups of them, and a plan is that of a group, whose tokens are dealt out in their order.
+
+    Raises ValueError when the ranks do not divide the row.
+    """
     T = batch.token_T.shape[0]
     if context == 1:
         return batch, torch.arange(T)
-    shares = share(batch.segments.cu_seqlens.diff().tolist(), context)
-    rows_CL = shares.rows_CL
+    if T % context:
+        raise ValueError(
+            f"parallel.context={context} does not divide a row of {T} tokens: change data.seq_length or "
+            "parallel.context"
+        )
+    shares = share(batch.segments.cu_seqlens.diff().tolist(), context // together)
+    rows_CL = shares.rows_CL.view(context, -1)
     rows_L = rows_CL[rank]
     place_T = torch.empty(T, dtype=torch.int64)
     place_T[rows_CL.flatten()] = torch.arange(T)
     place_R = place_T[batch.target_rows_R] - rank * len(rows_L)
     held_R = ((place_R >= 0) & (place_R < len(rows_L))).nonzero().flatten()
     held_R = held_R[place_R[held_R].argsort()]
-    plan = context_plan(shares, rank)
+    plan = context_plan(shares, rank // together)
     of_rank = replace(
         batch,
         token_T=batch.token_T[rows_L],
@@ -44,5 +55,5 @@ def cut(batch: Batch, rank: int, context: int) -> tuple[Batch, Tensor]:
         return of_rank, place_T
     windowed = plan  # where no document is longer than the window
     if batch.windowed.intervals is not None:
-        windowed = window_plan(plan, batch.windowed.intervals, shares, rank)
+        windowed = window_plan(plan, batch.windowed.intervals, shares, rank // together)
     return replace(of_rank, windowed=windowed), place_T

@@ -3,12 +3,17 @@
 ring       keys and values of documents that are cut go to the ranks that need them, see ring.py; memory O(T / C)
 allgather  keys and values of all ranks are gathered: fewer, larger kernels and messages, memory O(T) of K heads
 ulysses    tokens are exchanged for heads: each rank computes whole documents for H / C heads; needs C to divide K
+ulysses_ring  U neighbours exchange tokens for heads, and C / U such groups are a ring (USP, Fang and Zhao, 2405.07719).
+           A ring step has U times the tokens and 1 / U of the heads, so there are U times fewer of them between
+           machines, and a document of up to U T / C tokens stays in one group
 
-Tokens lie as ``context.cut`` says and ``segments`` is its ContextPlan. All three are causal, as the decoder is. Layers
-with a sliding window get its WindowPlan. A ring has none: its steps are whole blocks of keys, causal or not.
+Tokens lie as ``context.cut`` says and ``segments`` is its ContextPlan. All are causal, as the decoder is. Layers with a
+sliding window get its WindowPlan. A ring has none: its steps are whole blocks of keys, causal or not.
 
 T tokens of the row   C ranks   L = T / C tokens of a rank   H query heads   K key/value heads   E head dim
 """
+
+import math
 
 import torch
 import torch.distributed as dist
@@ -65,24 +70,28 @@ class _GatherRows(torch.autograd.Function):
 
 
 class UlyssesAttention(nn.Module):
-    """DeepSpeed-Ulysses (Jacobs et al., 2309.14509): all tokens of H / C heads in place of L tokens of all heads, plain
-    attention over whole documents, and back."""
+    """DeepSpeed-Ulysses (Jacobs et al., 2309.14509): all tokens of the group for H / U heads in place of L tokens for
+    all heads, attention over them, and back. With a ``ring`` there are more groups, whose tokens that brings."""
 
-    def __init__(self, group: ProcessGroup):
+    def __init__(self, group: ProcessGroup, ring: RingAttention | None = None):
         super().__init__()
         self.group = group
+        self.ring = ring
 
     @torch.compiler.disable
     def forward(self, q_LHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, segments: ContextPlan | WindowPlan) -> Tensor:
-        C = self.group.size()
-        # One message for q, k and v: (L, C, (H + 2 K) / C, E), by the rank that gets the heads.
-        by_rank = [x.unflatten(1, (C, -1)) for x in (q_LHE, k_LKE, v_LKE)]
+        U = self.group.size()
+        # One message for q, k and v: (L, U, (H + 2 K) / U, E), by the rank that gets the heads.
+        by_rank = [x.unflatten(1, (U, -1)) for x in (q_LHE, k_LKE, v_LKE)]
         counts = [x.shape[2] for x in by_rank]
         sent = torch.cat(by_rank, 2).transpose(0, 1)
         arrived = _Exchange.apply(sent, self.group).flatten(0, 1)
-        q, k, v = arrived[segments.place_T].split(counts, dim=1)
-        out = attention(q, k, v, segments.whole, causal=True)
-        sent = out[segments.rows_T].unflatten(0, (C, -1))
+        q, k, v = arrived.split(counts, dim=1)
+        if self.ring is None:
+            out = attention(q, k, v, segments.whole, causal=True)
+        else:
+            out = self.ring(q, k, v, segments)
+        sent = out.unflatten(0, (U, -1))
         return _Exchange.apply(sent, self.group).transpose(0, 1).flatten(1, 2)
 
 
@@ -104,34 +113,51 @@ class _Exchange(torch.autograd.Function):
 
 
 def choose_mode(mode: str, num_kv_heads: int, context: int, has_window: bool = False) -> str:
-    """ring, allgather or ulysses, for a rank with this many key/value heads (its share under tensor parallelism).
-    auto is ulysses where the heads can be shared, else ring, or allgather for a model with a sliding window. Raises
-    ValueError for ulysses where heads cannot be shared, and for a ring with a window."""
-    fits = num_kv_heads % context == 0
-    otherwise = "allgather" if has_window else "ring"
+    """ring, allgather, ulysses or ulysses_ring, for a rank with this many key/value heads (its share under tensor
+    parallelism). auto is ulysses where the ranks can share the heads, ulysses_ring where some of them can, else ring;
+    allgather in place of a ring for a model with a sliding window. Raises ValueError for ulysses where heads cannot be
+    shared, and for a ring with a window."""
+    num_sharers = math.gcd(num_kv_heads, context)
+    fits = num_sharers == context
+    with_ring = "ulysses_ring" if num_sharers > 1 else "ring"
+    otherwise = "allgather" if has_window else with_ring
     if mode == "auto":
         return "ulysses" if fits else otherwise
-    if mode == "ulysses" and not fits:
+    if (mode == "ulysses" and not fits) or (mode == "ulysses_ring" and num_sharers == 1 < context):
         raise ValueError(
-            f"parallel.context_mode=ulysses cannot share {num_kv_heads} key/value heads of a rank among "
+            f"parallel.context_mode={mode} cannot share {num_kv_heads} key/value heads of a rank among "
             f"parallel.context={context} ranks: set parallel.context_mode={otherwise}, or a context that divides the "
             "heads"
         )
-    if mode == "ring" and has_window and context > 1:
+    if mode == "ulysses_ring" and fits:
+        return "ulysses"  # all ranks are one group
+    if mode in ("ring", "ulysses_ring") and has_window and context > 1:
         raise ValueError(
-            "parallel.context_mode=ring has no masks for model.decoder.sliding_window: set "
+            f"parallel.context_mode={mode} has no masks for model.decoder.sliding_window: set "
             f"parallel.context_mode=allgather{' or ulysses' if fits else ''}"
         )
     return mode
 
 
-def apply_context(model: AVLM, group: ProcessGroup, gradient_group: ProcessGroup, mode: str) -> None:
+def heads_together(mode: str, num_kv_heads: int, context: int) -> int:
+    """How many neighbours of the context axis exchange heads for tokens in a mode that ``choose_mode`` returned: in
+    ulysses_ring as many as can share the key/value heads, which are rarely more than a machine has."""
+    if mode == "ulysses_ring":
+        return math.gcd(num_kv_heads, context)
+    return context if mode == "ulysses" else 1
+
+
+def apply_context(
+    model: AVLM, mode: str, group: ProcessGroup | None, ring_groups: tuple[ProcessGroup, ProcessGroup] | None
+) -> None:
     """Replace the attention core of the decoder's blocks, and of no tower's, by that of a mode that ``choose_mode``
-    returned. ``group`` holds the ranks that share a row."""
+    returned. ``group``: the ranks that exchange heads or gather keys. ``ring_groups``: those of a ring, for keys and
+    values and for their gradients."""
     for block in model.decoder.blocks:
+        ring = RingAttention(*ring_groups) if ring_groups else None
         if mode == "ring":
-            block.attention.core = RingAttention(group, gradient_group)
+            block.attention.core = ring
         elif mode == "allgather":
             block.attention.core = AllGatherAttention(group)
         else:
-            block.attention.core = UlyssesAttention(group)
+            block.attention.core = UlyssesAttention(group, ring)

@@ -27,6 +27,7 @@ class World:
     ranks that work on the same row of tokens (context x tensor) are one "row".
 
     shape         length of each axis, by its name
+    context_mode  parallel.context_mode, which says how a row is cut
     decoder_mesh  replicate, shard_context, tensor: for the decoder's weights
     tower_mesh    replicate, shard_context_tensor: for the weights of towers and projectors
     row_group     the ranks of a row, on the host; None if a row has one rank
@@ -40,6 +41,7 @@ class World:
     size: int
     device: torch.device
     shape: dict[str, int]
+    context_mode: str
     decoder_mesh: DeviceMesh
     tower_mesh: DeviceMesh
     row_group: dist.ProcessGroup | None
@@ -90,10 +92,12 @@ class World:
         ranks_per_index = math.prod(self.shape[after] for after in names[names.index(name) + 1 :])
         return self.rank // ranks_per_index % self.shape[name], self.shape[name]
 
-    def new_group(self, axis: str) -> dist.ProcessGroup:
-        """A communicator of its own for the ranks of an axis. All ranks of the world call this together."""
+    def new_group(self, axis: str, neighbours: int | None = None, across: bool = False) -> dist.ProcessGroup:
+        """A communicator of its own for the ranks of an axis, for so many ``neighbours`` along it, or ``across`` these,
+        for the ranks that have the same place among theirs. All ranks of the world call this together."""
         ranks = torch.arange(self.size).view(*self.shape.values())
-        return _group(ranks.movedim(list(self.shape).index(axis), -1).flatten(0, -2))
+        lines = ranks.movedim(list(self.shape).index(axis), -1).unflatten(-1, (-1, neighbours or self.shape[axis]))
+        return _group((lines.mT if across else lines).flatten(0, -2))
 
     def sum(self, values: list[float]) -> list[float]:
         """Sum over all ranks, on the host: nothing waits for a device."""
@@ -166,7 +170,7 @@ def start(parallel: ParallelConfig, device: torch.device, run: Path | None = Non
     seconds = parallel.timeouts.start
     store = store_of_this_start(rank, size, seconds) if size > 1 else dist.HashStore()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    world = lay_out(shape, device, parallel.balance_media)
+    world = lay_out(shape, device, parallel.balance_media, parallel.context_mode)
     if run is not None and size > 1:
         world.watch.begin(rank, size, store, parallel.timeouts, run)
     return world
@@ -203,7 +207,9 @@ def store_of_this_start(rank: int, size: int, seconds: float) -> dist.Store:
     return dist.PrefixStore(prefix, store)
 
 
-def lay_out(shape: tuple[int, int, int, int], device: torch.device, balance_media: bool = False) -> World:
+def lay_out(
+    shape: tuple[int, int, int, int], device: torch.device, balance_media: bool = False, context_mode: str = "auto"
+) -> World:
     """The meshes of a running process group: one order of ranks, seen as different axes.
 
     Communicators cost memory and sockets, so those of the two meshes are one where their ranks are the same. What may
@@ -235,6 +241,7 @@ def lay_out(shape: tuple[int, int, int, int], device: torch.device, balance_medi
         size=size,
         device=device,
         shape=dict(zip(("replicate", "shard", "context", "tensor"), shape)),
+        context_mode=context_mode,
         decoder_mesh=view(replicate=replicate, shard_context=shard * context, tensor=tensor),
         tower_mesh=view(replicate=replicate, shard_context_tensor=shard * row_size),
         row_group=row_group,

@@ -52,15 +52,9 @@ class Shares:
 
 
 def share(lengths: list[int], context: int) -> Shares:
-    """Share documents of these lengths among ``context`` ranks, each of which gets T / C tokens.
-
-    Raises ValueError when the ranks do not divide the row.
-    """
-    if sum(lengths) % context:
-        raise ValueError(
-            f"parallel.context={context} does not divide a row of {sum(lengths)} tokens: change data.seq_length or "
-            "parallel.context"
-        )
+    """Share documents of these lengths, a multiple of ``context`` in all, among so many ranks: each gets T / C tokens.
+    Where ranks exchange heads, "rank" here means a group of those that do (``context.cut``)."""
+    assert sum(lengths) % context == 0, "context.cut refuses such a row"
     length_N = numpy.array(lengths, dtype=numpy.int64)
     quota_NC = _deal(length_N, context)
     order_N = numpy.argsort(-(quota_NC > 0).sum(1), kind="stable")

@@ -26,7 +26,7 @@ def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool, no
         norms += of_norm * (Q + K)
     num_keys = num_outs = num_lse = 1
     mode = layout.context_mode if layout.context > 1 else "none"
-    if mode == "ulysses":
+    if mode in ("ulysses", "ulysses_ring"):
         num_outs += trains
     if mode == "allgather":
         num_keys = layout.context

@@ -89,7 +89,7 @@ def operations(config: Config, world_size: int) -> tuple[str, ...]:
     if config.model.decoder.sliding_window is not None:
         found.append("masked_attention")
     layout = layout_of(config, world_size)
-    if layout.context > 1 and layout.context_mode == "ring":
+    if layout.context > 1 and layout.context_mode in ("ring", "ulysses_ring"):
         found += ["block_forward", "block_backward"]
     if config.train.validate_answers:
         found.append("decode")

@@ -53,6 +53,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "ring": {"context": 4, "context_mode": "ring"},
         "all-gather": {"context": 4, "context_mode": "allgather"},
         "Ulysses": {"context": 4, "context_mode": "ulysses"},
+        "Ulysses x ring": {"context": 4, "context_mode": "ulysses_ring"},
         "FSDP x TP": {"tensor": 2},
         "FSDP x ring": {"context": 2, "context_mode": "ring"},
         "FSDP x ring, media balanced": {"context": 2, "context_mode": "ring", "balance_media": True},
@@ -70,10 +71,12 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
             **{"balance_media": True, "tower_sharding": "block"},
         },
         "HSDP x ring": {"replicate": 2, "context": 4, "context_mode": "ring"},
+        "TP x Ulysses x ring": {"context": 4, "tensor": 2, "context_mode": "ulysses_ring"},
     },
 }
 LAYOUTS[2]["FSDP, towers replicated"] = {"tower_sharding": "replicate"}  # frozen, so a case of its own
 LAYOUTS[2]["FSDP, offloaded"] = {"cpu_offload": True}
+KV_HEADS = {"Ulysses x ring": 2}  # on 4 ranks; 4 elsewhere, which need no ring
 WINDOWED = ("FSDP", "TP", "all-gather", "Ulysses")  # on 2 ranks
 # Towers of any grid, with windows, or with DeepStack and a position table; M-RoPE in sections, or interleaved. Views of
 # an image, whose features are joined and stretched across the borders of ranks, with learned rows in between.
@@ -106,10 +109,16 @@ class Case:
     compile: bool = False
     window: int | None = None  # of the second layer
     model: str = "square"
+    num_kv_heads: int = 4
 
     def config(self, layout: dict[str, Any]) -> Config:
         model = {**MODELS[self.model]}
-        model["decoder"] = {**model["decoder"], "num_heads": 8, "num_kv_heads": 4, "tie_embedding": self.tied}
+        model["decoder"] = {
+            **model["decoder"],
+            "num_heads": 8,
+            "num_kv_heads": self.num_kv_heads,
+            "tie_embedding": self.tied,
+        }
         model["decoder"] |= {"qkv_bias": self.tied, "qk_norm": not self.tied}
         if self.window:
             model["decoder"] |= {"sliding_window": self.window, "window_layers": [1]}
@@ -270,6 +279,11 @@ def compare_all(cases: list[Case], layouts: dict[str, dict[str, Any]], verbose: 
 
 
 def choose(world_size: int, quick: bool) -> list[Case]:
+    cases = _choose(world_size, quick)
+    return [replace(case, num_kv_heads=KV_HEADS.get(case.layout, case.num_kv_heads)) for case in cases]
+
+
+def _choose(world_size: int, quick: bool) -> list[Case]:
     """All pairs of settings, each layout in bf16, some compiled; quick: each layout once, every fourth in bf16."""
     layouts = [layout for layout, sizes in LAYOUTS[world_size].items() if "replicate" not in sizes.values()]
     settings = {"mix": "different", "accumulate": 1, "recompute": "none", "accumulate_mode": "sharded"}

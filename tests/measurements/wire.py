@@ -13,6 +13,7 @@ rows and the counts of targets, which go over the host before the step, are not 
 import math
 import sys
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,14 +30,15 @@ from avlm.parallel.apply import own_part
 from avlm.parallel.fsdp import fsdp_modules
 from avlm.parallel.mesh import World
 from avlm.training import optimizer
-from tests.measurements.equivalence import LAYOUTS, Case
+from tests.measurements.equivalence import KV_HEADS, LAYOUTS, Case
 from tests.measurements.wire_formula import ASKERS, Bytes, axis_of, formula, ranks_of_axes
 from tests.parallel.small import build, make_config, make_rows
 from tests.parallel.spawn import run_ranks
 from train import train_step
 
 MIXES = ("video", "text", "audio", "image")  # of the rows of the data ranks
-CHOSEN = ("FSDP", "HSDP", "TP", "ring", "all-gather", "Ulysses", "TP x ring", "FSDP x ring, media balanced")
+CHOSEN = ("FSDP", "HSDP", "TP", "ring", "all-gather", "Ulysses", "Ulysses x ring", "TP x ring")
+CHOSEN += ("FSDP x ring, media balanced",)
 OF_OTHERS = ("TP x ring", "FSDP x ring, media balanced")
 OTHER_MODELS = {"DeepStack": "deep", "tiles": "tiles"}
 SILENT = ("wait_tensor", "_wrap_tensor_autograd", "recv_")
@@ -130,6 +132,7 @@ def count_all(of_others: tuple[str, ...] = ()) -> dict[str, tuple[Bytes, Bytes]]
     labels |= {f"{name}, {label}": (kind, name) for name in of_others for label, kind in OTHER_MODELS.items()}
     for label, (kind, name) in labels.items():
         case = Case(name, "both", 1, "none", "sharded", "everything", tied=False, precision="bf16", model=kind)
+        case = replace(case, num_kv_heads=KV_HEADS.get(name, case.num_kv_heads))
         config = case.config(LAYOUTS[4][name])
         world, model = build(config, worlds)
         rows = make_rows(config, MIXES[: world.data_size])

@@ -25,8 +25,8 @@ FSDP, DTENSOR, OURS = "torch/distributed/fsdp/", "torch/distributed/tensor/", "a
 ASKERS = {
     DTENSOR: ("tensor",),
     OURS + "tensor.py": ("tensor",),
-    OURS + "context_attention.py": ("context",),
-    OURS + "ring.py": ("context",),
+    OURS + "context_attention.py": ("context", "heads"),
+    OURS + "ring.py": ("context", "ring"),
     OURS + "exchange.py": ("row", "world"),
     OURS + "media.py": ("world",),
     FSDP: ("replicate", "shard_context", "shard_context_tensor"),
@@ -48,6 +48,10 @@ def ranks_of_axes(world: World) -> dict[str, list[int]]:
     own = [world.axis(name)[0] for name in world.shape]
     for dim, name in enumerate(world.shape):
         found[name] = ranks[tuple(slice(None) if i == dim else at for i, at in enumerate(own))].tolist()
+    # Of four context ranks that share two heads: two neighbours, and the two that have the same place among theirs.
+    place = world.axis("context")[0]
+    found["heads"] = found["context"][place // 2 * 2 :][:2]
+    found["ring"] = found["context"][place % 2 :: 2]
     first = world.rank // world.row_size * world.row_size
     found["row"] = list(range(first, first + world.row_size))
     return found
@@ -65,15 +69,14 @@ def axis_of(axes: dict[str, list[int]], candidates: tuple[str, ...], ranks: list
 def formula(config: Config, world: World, rows: list[Batch]) -> Bytes:
     """What a step over ``rows``, one for each data rank, should send. Exact: padding is in it."""
     own = rows[world.data_rank]
-    part, _ = cut(own, *world.axis("context"))
+    part, _ = cut(own, *world.axis("context"), together(config))
     num_tokens = len(part.token_T)
     norm_and_losses = 4 * (1 + len(KINDS))  # losses by kind
     sent = of_weights(config, world)
     sent["world", "all-reduce"] = ring(world.size, 2 * norm_and_losses)
     for kind, count in of_tensor(config, num_tokens, len(part.target_R)).items():
         sent["tensor", kind] = count
-    for kind, count in of_context(config, num_tokens, own, world).items():
-        sent["context", kind] = count
+    sent.update(of_context(config, num_tokens, own, world))
     if world.media_group is None:
         return sent
     share = media.Share.of_rows(world, len(own.token_T))
@@ -159,28 +162,41 @@ def of_tensor(config: Config, L: int, R: int) -> dict[str, float]:
     }
 
 
-def of_context(config: Config, L: int, row: Batch, world: World) -> dict[str, float]:
+def together(config: Config) -> int:
+    """Context ranks that exchange heads with each other."""
+    parallel = config.parallel
+    if parallel.context_mode == "ulysses_ring":
+        return math.gcd(config.model.decoder.num_kv_heads // parallel.tensor, parallel.context)
+    return parallel.context if parallel.context_mode == "ulysses" else 1
+
+
+def of_context(config: Config, L: int, row: Batch, world: World) -> Bytes:
     """Every layer, with k and v, or q, k and v, of a rank's own tokens:
 
     ring        k, v to the ranks that see them, forward and backward; dk, dv of those that arrived in float32
     allgather   k, v to all; dk, dv in float32 from all
     ulysses     q, k, v to the ranks of their heads, the result back; all of it again in the backward
+    ulysses_ring  both: the ring among groups, with all tokens of a group and a share of the heads
     """
     decoder = config.model.decoder
     mode = config.parallel.context_mode
     rank, C = world.axis("context")
     if C == 1:
-        return {}
+        return Counter()
     of_token = decoder.num_layers * decoder.head_dim // config.parallel.tensor
     q = of_token * decoder.num_heads
     kv = of_token * 2 * decoder.num_kv_heads
-    if mode == "ring":
-        sent, arriving = seen_elsewhere(row, rank, C)
-        return {"send": (2 * ITEMSIZE * sent + 4 * arriving) * kv}
     if mode == "allgather":
-        return {"all-gather": ring(C, ITEMSIZE * C * L * kv), "reduce-scatter": ring(C, 4 * C * L * kv)}
-    forward = ITEMSIZE * (2 * q + kv)
-    return {"all-to-all": ring(C, 2 * forward * L)}
+        scattered = ring(C, 4 * C * L * kv)
+        return Counter({("context", "all-gather"): scattered * ITEMSIZE / 4, ("context", "reduce-scatter"): scattered})
+    U = together(config)
+    found = Counter()
+    if mode != "ring":
+        found["heads" if U < C else "context", "all-to-all"] = ring(U, 2 * ITEMSIZE * (2 * q + kv) * L)
+    if mode != "ulysses":
+        sent, arriving = seen_elsewhere(row, rank // U, C // U)
+        found["ring" if U > 1 else "context", "send"] = (2 * ITEMSIZE * sent + 4 * arriving) * kv / U
+    return found
 
 
 def seen_elsewhere(row: Batch, rank: int, C: int) -> tuple[int, int]:
@@ -209,7 +225,7 @@ def of_media(config: Config, world: World, homes: list[Batch], share: media.Shar
         plan = media.make_plan(name, share, sizes, model)
         width = getattr(model, tower).width
         num_ranks = TAPS if getattr(model, f"{tower}_projector").stretches else 1
-        total += ITEMSIZE * width * crossings(plan, name, homes, world)
+        total += ITEMSIZE * width * crossings(plan, name, homes, config, world)
         for size, count, leader, encoder in zip(plan.sizes, plan.outputs, plan.leaders, plan.encoders):
             if leader == share.rank != encoder:
                 total += item_bytes(homes[0].media[name], getattr(model, tower).item_shape(size))
@@ -232,14 +248,14 @@ def of_lengths(config: Config, share: media.Share, rows: list[Batch]) -> int:
     return (share.num_ranks - 1) * (8 + longest)
 
 
-def crossings(plan: media.MediaPlan, modality: str, homes: list[Batch], world: World) -> int:
+def crossings(plan: media.MediaPlan, modality: str, homes: list[Batch], config: Config, world: World) -> int:
     """Tower rows that this rank encodes for others, and those that others encode for it."""
     share = plan.share
     _, context = world.axis("context")
     first = count = 0
     for home, batch in enumerate(homes):
         items = batch.media[modality]
-        _, place_T = cut(batch, 0, context)
+        _, place_T = cut(batch, 0, context, together(config))
         own = slice(first, first + len(items.segments))
         first = own.stop
         encoders = torch.tensor(plan.encoders[own], dtype=torch.int64)

@@ -183,9 +183,10 @@ def build(cfg: Config, worlds: dict[tuple, mesh.World] | None = None) -> tuple[m
         dist.init_process_group("gloo")
     worlds = {} if worlds is None else worlds
     shape = mesh.sizes(cfg.parallel, dist.get_world_size())
-    key = *shape, cfg.parallel.balance_media
+    options = cfg.parallel.balance_media, cfg.parallel.context_mode
+    key = *shape, *options
     if key not in worlds:
-        worlds[key] = mesh.lay_out(shape, torch.device("cpu"), cfg.parallel.balance_media)
+        worlds[key] = mesh.lay_out(shape, torch.device("cpu"), *options)
     world = worlds[key]
     with torch.device("meta"):
         model = AVLM(cfg.model)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from avlm.config.decoder import DecoderConfig
 from avlm.config.model import ModelConfig
@@ -23,7 +22,9 @@ from avlm.parallel.context_attention import (
     UlyssesAttention,
     apply_context,
     choose_mode,
+    heads_together,
 )
+from avlm.parallel.mesh import lay_out
 from avlm.parallel.ring import RingAttention
 from avlm.parallel.shares import share
 from kernels.attention import attention
@@ -48,7 +49,7 @@ PACKINGS = {
     "a long one whose members have whole ones too": ([9, 8, 27, 7, 31, 2, 12], 8, 4),
     "a cut between two tokens": ([23, 23, 25, 25], 4, 4),
 }
-MODES = ("ring", "allgather", "ulysses")
+MODES = {"ring": 1, "allgather": 1, "ulysses": 4, "ulysses_ring": 2}  # ranks that exchange heads, of four
 WINDOW = 9
 WINDOWED = ("allgather", "ulysses")
 
@@ -152,17 +153,24 @@ def test_targets_follow_their_tokens(context):
 
 def test_a_row_that_the_ranks_do_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"parallel\.context=4 does not divide a row of 98 tokens"):
-        share([90, 8], 4)
+        cut(make_batch([90, 8]), 0, 4)
 
 
-@pytest.mark.parametrize(("context", "mode"), [(2, "ulysses"), (3, "ring"), (8, "ulysses"), (16, "ring")])
-def test_auto_is_ulysses_where_the_ranks_divide_the_heads(context, mode):
+@pytest.mark.parametrize(
+    ("context", "mode", "together"),
+    [(2, "ulysses", 2), (3, "ring", 1), (8, "ulysses", 8), (16, "ulysses_ring", 8), (12, "ulysses_ring", 4)],
+)
+def test_auto_is_ulysses_for_as_many_ranks_as_share_the_heads(context, mode, together):
     assert choose_mode("auto", 8, context) == mode
+    assert heads_together(mode, 8, context) == together
 
 
 def test_a_mode_that_is_named_is_taken_or_refused():
     assert choose_mode("ring", 8, 2) == "ring"
     assert choose_mode("allgather", 1, 2) == "allgather"
+    assert choose_mode("ulysses_ring", 8, 4) == "ulysses"  # one group has no ring
+    with pytest.raises(ValueError, match=r"ulysses_ring cannot share 3 key/value heads .* set .*context_mode=ring, "):
+        choose_mode("ulysses_ring", 3, 4)
     with pytest.raises(ValueError, match=r"cannot share 2 key/value heads .*context=4 ranks") as error:
         choose_mode("ulysses", 2, 4)
     assert "\n" not in str(error.value)
@@ -185,23 +193,26 @@ def test_a_ring_with_a_window_is_refused_with_what_to_set():
 def cores(context: int) -> tuple[dict[str, nn.Module], int]:
     """A core of each mode and this rank's index. With four processes and a context of two, the ranks that share a row
     are not neighbours."""
-    shape = context, torch.distributed.get_world_size() // context
-    group = init_device_mesh("cpu", shape, mesh_dim_names=("context", "tensor")).get_group("context")
-    gradient_group = init_device_mesh("cpu", shape, mesh_dim_names=("again", "tensor")).get_group("again")
+    shape = 1, 1, context, torch.distributed.get_world_size() // context
+    world = lay_out(shape, torch.device("cpu"))
+    group = world.new_group("context")
     found = {
-        "ring": RingAttention(group, gradient_group),
+        "ring": RingAttention(group, world.new_group("context")),
         "allgather": AllGatherAttention(group),
         "ulysses": UlyssesAttention(group),
     }
+    if context == 4:
+        ring = RingAttention(*(world.new_group("context", 2, across=True) for _ in range(2)))
+        found["ulysses_ring"] = UlyssesAttention(world.new_group("context", 2), ring)
     return found, group.rank()
 
 
-def of_rank(lengths: list[int], rank: int, context: int):
+def of_rank(lengths: list[int], rank: int, context: int, together: int):
     """The ContextPlan and the WindowPlan of a rank for documents of these lengths, and the places in the row of its
     tokens."""
     batch = make_batch([*lengths, 0])
     batch = dataclasses.replace(batch, windowed=batch.segments.within(WINDOW))
-    part, _ = cut(batch, rank, context)
+    part, _ = cut(batch, rank, context, min(together, context))
     return part.segments, part.windowed, part.token_T
 
 
@@ -225,15 +236,15 @@ def errors(contexts: list[int]) -> dict:
     for context in contexts:
         core_of_mode, rank = cores(context)
         for name, (lengths, heads, kv_heads) in PACKINGS.items():
-            plan, windowed, rows = of_rank(lengths, rank, context)
-            for dtype, modes in ((torch.float32, MODES), (torch.bfloat16, ["ring"])):
+            parts = {mode: of_rank(lengths, rank, context, MODES[mode]) for mode in core_of_mode}
+            for dtype, modes in ((torch.float32, core_of_mode), (torch.bfloat16, ["ring"])):
                 torch.manual_seed(0)
                 inputs = [torch.randn(96, n, 8).to(dtype) for n in (heads, kv_heads, kv_heads, heads)]
-                local = [x[rows] for x in inputs]
                 exact = with_gradients(one_process, inputs, Segments.of(lengths), torch.float64)
                 alone = with_gradients(one_process, inputs, Segments.of(lengths), dtype)
                 for mode in modes:
-                    ours = with_gradients(core_of_mode[mode], local, plan, dtype)
+                    plan, _, rows = parts[mode]
+                    ours = with_gradients(core_of_mode[mode], [x[rows] for x in inputs], plan, dtype)
                     found[context, name, mode, dtype] = [
                         (distance(o, e[rows]), distance(a, e), e.abs().max().item())
                         for o, a, e in zip(ours, alone, exact)
@@ -241,7 +252,8 @@ def errors(contexts: list[int]) -> dict:
             segments = Segments.of(lengths).within(WINDOW)
             exact, alone = (with_gradients(one_process, inputs, segments, x) for x in (torch.float64, torch.float32))
             for mode in WINDOWED:
-                ours = with_gradients(core_of_mode[mode], local, windowed, torch.float32)
+                _, windowed, rows = parts[mode]
+                ours = with_gradients(core_of_mode[mode], [x[rows] for x in inputs], windowed, torch.float32)
                 found[context, name, f"{mode}, window", torch.float32] = [
                     (distance(o, e[rows]), distance(a, e), e.abs().max().item()) for o, a, e in zip(ours, alone, exact)
                 ]
@@ -256,14 +268,14 @@ def gradient_errors() -> dict[str, float]:
     """How far the gradients of a small model are, summed over two ranks that share its row, from those of one."""
     core_of_mode, rank = cores(2)
     ring = core_of_mode["ring"]
-    batch = make_batch([41, 1, 25, 6, 23])
-    part, _ = cut(batch, rank, 2)
+    batch = make_batch([53, 1, 25, 6, 11])
     alone = small_model()
     alone(batch)[0].backward()
     found = {}
-    for mode in MODES:
+    for mode in core_of_mode:
+        part, _ = cut(batch, rank, 2, min(MODES[mode], 2))
         model = small_model()
-        apply_context(model, ring.group, ring.gradient_group, mode)
+        apply_context(model, mode, ring.group, (ring.group, ring.gradient_group) if mode == "ring" else None)
         assert all(type(block.attention.core) is type(core_of_mode[mode]) for block in model.decoder.blocks)
         model(part)[0].backward()
         found[mode] = 0.0
@@ -284,7 +296,7 @@ def small_model() -> AVLM:
 def peaks(num_tokens: int) -> dict[str, int]:
     """Most bytes that attention over one document and its backward hold: on one rank, and on each of a ring of four."""
     core_of_mode, rank = cores(4)
-    plan, _, _ = of_rank([num_tokens], rank, 4)
+    plan, _, _ = of_rank([num_tokens], rank, 4, 1)
     return {
         "one": peak(AttentionCore(causal=True), Segments.of([num_tokens]), num_tokens),
         "four": peak(core_of_mode["ring"], plan, num_tokens // 4),
