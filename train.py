@@ -120,7 +120,7 @@ def run_stage(
     log.message(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(trained)}")
     for line in describe_length(stage, epoch, rows_per_step):
         log.message(line)
-    between = Between(cfg, world, model, progress.step)
+    between = Between(cfg, world, model, adam, log, progress.step)
     log.restart_clock()
 
     # 2. Steps.

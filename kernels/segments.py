@@ -1,7 +1,8 @@
 """How a packed row of tokens is cut into segments that must not see each other."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -121,9 +122,14 @@ class Segments:
             return self
         return replace(self, intervals=Intervals.sliding(self, window))
 
-    def pin_memory(self) -> "Segments":
-        """The intervals in pinned memory; boundaries are too few to matter."""
-        return self if self.intervals is None else replace(self, intervals=self.intervals.pin_memory())
+    def pin_memory(self) -> Self:
+        """A copy whose tensors are in pinned memory."""
+        pinned: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if hasattr(value, "pin_memory"):
+                pinned[entry.name] = value.pin_memory()
+        return replace(self, **pinned)
 
     def __len__(self) -> int:
         return self.cu_seqlens.shape[0] - 1

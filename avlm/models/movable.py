@@ -21,7 +21,7 @@ class Movable:
         return dataclasses.replace(self, **moved)
 
     def pin_memory(self) -> Self:
-        """A copy with its tensors in pinned memory, except boundaries of segments, which are too small to matter."""
+        """A copy with its tensors in pinned memory, from which a device reads while the host goes on."""
         pinned: dict[str, Any] = {}
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)

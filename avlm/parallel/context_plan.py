@@ -53,6 +53,9 @@ class RingStep:
         queries, keys = (x.to(device, non_blocking=non_blocking) for x in (self.queries, self.keys))
         return replace(self, queries=queries, keys=keys)
 
+    def pin_memory(self) -> "RingStep":
+        return replace(self, queries=self.queries.pin_memory(), keys=self.keys.pin_memory())
+
 
 @dataclass(eq=False)  # not frozen: torch.compile would take it apart, and compile again for rings of another length
 class ContextPlan:
@@ -91,6 +94,11 @@ class ContextPlan:
                 moved[entry.name] = value.to(device, non_blocking=non_blocking)
         return ContextPlan(**moved)
 
+    def pin_memory(self) -> "ContextPlan":
+        pinned = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        ring = tuple(step.pin_memory() for step in pinned.pop("ring"))
+        return ContextPlan(**{name: value.pin_memory() for name, value in pinned.items()}, ring=ring)
+
 
 @dataclass(frozen=True, eq=False)
 class WindowPlan:
@@ -108,6 +116,9 @@ class WindowPlan:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "WindowPlan":
         return WindowPlan(*(getattr(self, entry.name).to(device, non_blocking=non_blocking) for entry in fields(self)))
+
+    def pin_memory(self) -> "WindowPlan":
+        return WindowPlan(*(getattr(self, entry.name).pin_memory() for entry in fields(self)))
 
 
 def context_plan(shares: Shares, rank: int) -> ContextPlan:

@@ -28,6 +28,7 @@ from avlm.process.exit import NonFiniteLoss
 from avlm.storage.run_folder import Progress, Record, read_records
 from avlm.training import flops
 from avlm.training.console import ending, step_line
+from avlm.training.slowest import Slowest
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -46,6 +47,7 @@ class Log:
         self.last_step = min(config.train.stop_after or config.total_steps, config.total_steps)
         self.started = self.timed_from = time.perf_counter()
         self.training_since: float | None = None  # after initialisation
+        self.slowest = Slowest(world)
         self.unwritten: list[Record] = []  # while the disk is full
         self.bad: set[str] = set()  # keys of skipped samples that have been named
         # Compute in float32 is not measured against the bf16 peak.
@@ -65,6 +67,7 @@ class Log:
         self.records.append(record)
         self.values.append(values)
         self.keys.append(keys)
+        self.slowest.waits.append(record["data_seconds"])
         if self.world.is_first:
             self.bar.update()
         if self._is_shown(record) or values.device.type == "cpu":
@@ -84,8 +87,12 @@ class Log:
                 self.write(self.records[:i])
                 own = "" if math.isfinite(own_loss) else f"; samples of this rank: {', '.join(keys)}"
                 raise NonFiniteLoss(f"loss {record['loss']}, gradient norm {norm} at step {record['step']}{own}")
+            of_ranks = ""
+            if self._is_shown(record):
+                worst, of_ranks = self.slowest.compare(record)
+                record |= worst
             if self._is_shown(record) or record["step"] == 1:
-                self.message(self._line(record))
+                self.message(f"{self._line(record)}  {of_ranks}".rstrip())
         self.write(self.records)
         self.records = []
         self.values = []

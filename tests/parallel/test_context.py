@@ -350,10 +350,10 @@ def test_each_rank_of_a_ring_of_four_holds_little_more_than_a_quarter(four_ranks
         assert found["peaks"]["four"] <= 0.3 * found["peaks"]["one"], found["peaks"]
 
 
-def test_a_plan_moves_to_a_device_with_all_that_it_holds():
+def test_a_part_moves_to_a_device_and_is_pinned_with_all_that_it_holds(monkeypatch):
     batch = make_batch([41, 1, 0, 25, 6, 23])
     part, _ = cut(dataclasses.replace(batch, windowed=batch.segments.within(WINDOW)), 1, 4)
-    moved = part.segments.to("meta")
+    moved = part.to("meta")
 
     def check(value):
         if isinstance(value, torch.Tensor):
@@ -366,5 +366,6 @@ def test_a_plan_moves_to_a_device_with_all_that_it_holds():
                 check(getattr(value, field.name))
 
     check(moved)
-    check(part.windowed.to("meta"))
-    assert moved.ring and moved.ring[0].sends == part.segments.ring[0].sends
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.to("meta"))  # pinned memory needs a GPU
+    check(part.pin_memory())
+    assert moved.segments.ring and moved.segments.ring[0].sends == part.segments.ring[0].sends

@@ -256,7 +256,7 @@ def test_a_batch_whose_row_nobody_shares_stays_as_it_is(world_size):
     assert all(is_same for _, is_same in measured(world_size))
 
 
-def test_a_route_moves_to_a_device_with_its_boundaries():
+def test_a_route_moves_to_a_device_with_its_boundaries(monkeypatch):
     ordinary = Segments.of([3, 0, 2])
     rows_S = torch.tensor([4, 1])
     routed = RoutedSegments(
@@ -269,6 +269,9 @@ def test_a_route_moves_to_a_device_with_its_boundaries():
     assert moved.send_rows_S.is_meta
     assert moved.spans == ordinary.spans, "known without asking the device"
     assert (moved.max_length, moved.send_counts, moved.receive_counts) == (3, [1, 1], [0, 2])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.to("meta"))  # pinned memory needs a GPU
+    pinned = routed.pin_memory()
+    assert isinstance(pinned, RoutedSegments) and pinned.cu_seqlens.is_meta and pinned.send_rows_S.is_meta
 
 
 def test_an_image_with_windows_costs_what_its_windows_do():

@@ -237,11 +237,12 @@ def test_mfu_is_reported_where_the_peak_is_known(name, mfu, tmp_path, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
     monkeypatch.setattr(time, "perf_counter", iter([0.0, 2.0, 2.0, 2.0, 2.0]).__next__)
-    cfg = make_config(output_dir=str(tmp_path), train={"log_every": 1})
+    cfg = make_config(output_dir=str(tmp_path))
     log = Log(cfg, SimpleNamespace(device=torch.device("cuda"), size=4, is_first=True), 0)
     row = {"step": 1, "stage": "all", "lr": 0.1} | tally([], flops.costs(cfg.model, cfg.stages[0], cfg.train.recompute))
     row |= {
         "tokens": 6,
+        "data_seconds": 0.0,
         "row_tokens": 8,
         "targets/text": 1,
         "flops/decoder": 2 * 989.4e12,
