@@ -38,7 +38,7 @@ class Training:
 
     def step(self):
         [row] = make_rows(self.cfg, ["both"])
-        row = own_part(row, self.cfg.model, self.world, self.cfg.parallel.balance_media)
+        row = own_part(row, self.cfg.model, self.world)
         train_step(self.model, [row], 50.0, self.adam, 1.0, self.world)
 
     def save(self, step, wait=True):
