@@ -2,19 +2,27 @@
 
     python generate.py RUN_OR_EXPORT_OR_HF_FOLDER --image a.jpg --prompt "What is this?"
     python generate.py RUN_OR_EXPORT_OR_HF_FOLDER
+    torchrun --standalone --nproc-per-node 8 generate.py MODEL_THAT_NEEDS_8_GPUS --prompt "Why is the sky blue?"
 
 The model is a run of train.py (its newest complete checkpoint), a checkpoint of one, an exported AVLM, or a Hugging
 Face folder (or Hub name) of a family that we read. Media and prompts may be repeated. A prompt gets the media that its
 tags <image>, <audio> and <video> name; one without tags gets all of them in front. Without --prompt, questions
 are read from the terminal or from a pipe, a turn of one conversation in each line; /help lists its commands.
+
+Several ranks share the weights of one model and answer together, as one process would.
 """
 
 import argparse
 import dataclasses
 import json
+from typing import TYPE_CHECKING
 
 from avlm.data.text.pieces import MEDIA
 from avlm.process.exit import run_command
+from avlm.process.launch import ranks
+
+if TYPE_CHECKING:
+    from avlm.evaluation.answering import Media, Model, Options  # torch takes seconds, and --help needs none
 
 
 def main() -> None:
@@ -36,6 +44,8 @@ def main() -> None:
     for name in ("raw", "json"):
         if getattr(arguments, name) and not arguments.prompt:
             raise ValueError(f"--{name} needs --prompt: a chat has turns, which are printed as they come")
+    if ranks()[1] > 1 and not arguments.prompt:
+        raise ValueError("a chat runs in one process: give --prompt, or start generate.py without a launcher")
     run(arguments)
 
 
@@ -44,23 +54,40 @@ def run(arguments: argparse.Namespace) -> None:
     from avlm.evaluation.terminal import chat
 
     media = read_media(**{kind: getattr(arguments, kind) for kind in MEDIA})
-    model = load(arguments.model, arguments.device, arguments.dtype, arguments.raw)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     options = {name: getattr(arguments, name) for name in names}
-    if not arguments.prompt:
-        chat(model, media, **options)
-    elif len(arguments.prompt) == 1 and not arguments.json:
-        for part in model.stream(arguments.prompt[0], **media, **options):
-            print(part, end="", flush=True)
-        print()
+    if ranks()[1] > 1:
+        from avlm.evaluation.sharded import load_sharded
+        from avlm.parallel import mesh
+
+        model = load_sharded(arguments.model, arguments.device, arguments.dtype, arguments.raw)
+        answer(model, arguments, media, options)
+        mesh.stop()
+        return
+    model = load(arguments.model, arguments.device, arguments.dtype, arguments.raw)
+    if arguments.prompt:
+        answer(model, arguments, media, options)
     else:
-        prompts = [model.encode(prompt, **media) for prompt in arguments.prompt]
-        for prompt, completion in zip(arguments.prompt, model.complete(prompts, **options)):
-            text = model.text(completion.token_ids)
-            if arguments.json:
-                print(json.dumps({"text": text, **dataclasses.asdict(completion)}, ensure_ascii=False))
-            else:
-                print(f"> {prompt}\n{text}\n")
+        chat(model, media, **options)
+
+
+def answer(model: "Model", arguments: argparse.Namespace, media: "Media", options: "Options") -> None:
+    """All prompts, on every rank; the first one prints."""
+    is_first = ranks()[0] == 0
+    if len(arguments.prompt) == 1 and not arguments.json:
+        for part in model.stream(arguments.prompt[0], **media, **options):
+            print(part if is_first else "", end="", flush=True)
+        print("\n" if is_first else "", end="")
+        return
+    prompts = [model.encode(prompt, **media) for prompt in arguments.prompt]
+    for prompt, completion in zip(arguments.prompt, model.complete(prompts, **options)):
+        text = model.text(completion.token_ids)
+        if not is_first:
+            continue
+        if arguments.json:
+            print(json.dumps({"text": text, **dataclasses.asdict(completion)}, ensure_ascii=False))
+        else:
+            print(f"> {prompt}\n{text}\n")
 
 
 if __name__ == "__main__":

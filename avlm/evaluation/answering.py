@@ -18,7 +18,7 @@ from avlm.data.sample import EncodedSample, SampleEncoder
 from avlm.data.text.chat import Chat
 from avlm.data.text.pieces import MEDIA, TAG, Messages, Piece
 from avlm.data.text.tokenizer import Tokenizer
-from avlm.evaluation.generation import Completion, generate, steps
+from avlm.evaluation.generation import Completion, Ranks, generate, steps
 from avlm.evaluation.kept_cache import KeptCache
 from avlm.models.avlm import AVLM
 from avlm.weights.load import OpenModel, open_model
@@ -71,15 +71,17 @@ def open_encoder(opened: OpenModel, raw: bool = False) -> tuple[SampleEncoder, l
 
 
 class Model:
-    """``network`` and what makes prompts for it. Files are names or bytes, one or a list of each kind.
+    """``network`` and what makes prompts for it. Files are names or bytes, one or a list of each kind. ``ranks``: those
+    that the network is sharded over, which are all asked the same.
 
     ValueError or FileNotFoundError, with one line, for a prompt that cannot be answered.
     """
 
-    def __init__(self, network: AVLM, encoder: SampleEncoder, stop_ids: list[int]) -> None:
+    def __init__(self, network: AVLM, encoder: SampleEncoder, stop_ids: list[int], ranks: Ranks | None = None) -> None:
         self.network = network
         self.encoder = encoder
         self.stop_ids = stop_ids
+        self.ranks = ranks
 
     def answer(
         self, prompt: str, *, image: Files = (), audio: Files = (), video: Files = (), **options: Unpack[Options]
@@ -111,13 +113,14 @@ class Model:
         return self.encoder.prompt(messages, **{f"{kind}s": files for kind, files in media.items()})
 
     def complete(self, prompts: list[EncodedSample], **options: Unpack[Options]) -> list[Completion]:
-        return generate(self.network, prompts, stop_ids=self.stop_ids, **options)
+        return generate(self.network, prompts, stop_ids=self.stop_ids, ranks=self.ranks, **options)
 
     def tokens(self, prompt: EncodedSample, kept: KeptCache | None = None, **options: Unpack[Options]) -> Iterator[int]:
         """The answer's tokens, with the one that ends it, each as soon as it is known."""
-        for [[(token, _)]] in steps(self.network, [prompt], read_every=1, kept=kept, **options):
+        for [[(token, _), *_]] in steps(self.network, [prompt], read_every=1, kept=kept, ranks=self.ranks, **options):
             yield token
-            if token in self.stop_ids:
+            has_ended = token in self.stop_ids
+            if has_ended if self.ranks is None else self.ranks.everyone_done(has_ended):
                 return
 
     def text(self, token_ids: list[int]) -> str:

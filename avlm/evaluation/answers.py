@@ -11,11 +11,11 @@ import torch
 from avlm.config.model import AudioConfig
 from avlm.data.media import audio
 from avlm.data.sample import EncodedSample, Sample, SampleEncoder
-from avlm.evaluation.generation import Ranks, generate
+from avlm.evaluation.generation import generate
 from avlm.evaluation.scores import Score, score_samples, total, value
 from avlm.evaluation.sets import references
+from avlm.evaluation.sharded import together
 from avlm.models.avlm import AVLM
-from avlm.parallel.apply import prompt_part
 from avlm.parallel.fsdp import reshard
 from avlm.parallel.mesh import World
 from avlm.storage.run_folder import write_durably
@@ -51,12 +51,6 @@ def answered_ids(
     _, tensor = world.axis("tensor")
     own = list(range(world.rank // tensor, len(samples), world.size // tensor))
     most = math.ceil(len(samples) * tensor / world.size)  # samples of any rank
-    ranks = Ranks(
-        world.device,
-        everyone_done=lambda done: world.sum([float(not done)])[0] == 0,
-        own_part=lambda batch: prompt_part(batch, model.config, world),
-        multiple=tensor,
-    )
     found: dict[int, list[int]] = {}
     for first in range(0, most, PROMPTS):
         chosen = own[first : first + PROMPTS]
@@ -69,7 +63,7 @@ def answered_ids(
             prompts,
             stop_ids=encoder.chat.stop_ids if stop_ids is None else stop_ids,
             max_new_tokens=max_new_tokens,
-            ranks=ranks,
+            ranks=together(model, world),
         )
         for i, completion in zip(chosen, completions):
             found[i] = completion.token_ids

@@ -16,14 +16,13 @@ from avlm.evaluation.engines import Agreement, Engine, open_engine
 from avlm.evaluation.report import comparison, report, shown, table, words
 from avlm.evaluation.report_page import write_page
 from avlm.evaluation.results import Answered, Asked, evaluate
-from avlm.models.avlm import AVLM
+from avlm.evaluation.sharded import lay_out
 from avlm.parallel import mesh
-from avlm.parallel.apply import apply_parallel
 from avlm.parallel.mesh import World
 from avlm.storage.hub import resolve
 from avlm.storage.run_folder import find_checkpoint, is_run, read_progress
 from avlm.storage.weight_files import local
-from avlm.weights.load import load_weights, open_model
+from avlm.weights.load import open_model
 
 
 @dataclass(frozen=True)
@@ -138,11 +137,7 @@ class Answering:
         self.max_new_tokens = max_new_tokens
         self.opened = open_model(candidate.opened)
         self.encoder, self.stop_ids = open_encoder(self.opened)
-        with torch.device("meta"):
-            self.model = AVLM(self.opened.config)
-        apply_parallel(self.model, world, ParallelConfig(), candidate.train)
-        self.model.requires_grad_(False)  # FSDP needs one dtype of trained parameters; adapters may have a bf16 base
-        load_weights(self.model, self.opened.source)
+        self.model = lay_out(self.opened, world, ParallelConfig(), candidate.train)
         self.kept: list[list[list[int]]] = []
 
     def __call__(self, samples: list[Sample], ablation: str) -> list[str]:
