@@ -3,9 +3,7 @@
 T tokens   D decoder width   R rows with a target   P rows of a tower, C wide (see ``avlm.models.batch``)
 """
 
-import zlib
-from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from avlm.config.model import ModelConfig
 from avlm.models.batch import Batch
 from avlm.models.decoder import Decoder, DeepFeatures
-from avlm.models.lora import apply_lora, init_magnitudes
+from avlm.models.lora import apply_lora
 from avlm.models.projector import Projector
 from avlm.models.vit import VisionTower
 from avlm.models.whisper import AudioTower
@@ -85,27 +83,3 @@ class AVLM(nn.Module):
 def trains(module: nn.Module) -> bool:
     """Whether any parameter of the module is trained. A frozen tower runs without a graph."""
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def initial_values(model: AVLM, seed: int, skip: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Random initial values, parameter by parameter: (name, whole float32 tensor on the CPU), except ``skip``.
-
-    Every parameter has a generator of its own, seeded by its name, so that values do not depend on the sharding.
-    """
-    modules: dict[str, Any] = dict(model.named_children())
-    stats = {name: module.init_stats() for name, module in modules.items()}
-    for name, parameter in model.named_parameters():
-        if name in skip:
-            continue
-        module, _, inner = name.partition(".")
-        mean, std = stats[module][inner]
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it uses 32 bits
-        yield name, torch.empty(parameter.shape).normal_(mean, std, generator=generator)
-
-
-@torch.no_grad()
-def init(model: AVLM, seed: int = 0) -> None:
-    """Random initial values for every part of an unsharded model."""
-    for name, value in initial_values(model, seed):
-        model.get_parameter(name).copy_(value)
-    init_magnitudes(model)

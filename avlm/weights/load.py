@@ -15,14 +15,15 @@ import torch
 from avlm.config.decoder import DecoderConfig
 from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig, InitFrom
-from avlm.models.avlm import AVLM, initial_values
+from avlm.models.avlm import AVLM
+from avlm.models.initial import initial_values
 from avlm.models.lora import init_magnitudes
 from avlm.storage.hub import resolve
 from avlm.storage.run_folder import is_run, read_run
 from avlm.storage.weight_files import local
 from avlm.weights.folder import model_and_data, read_config, stop_ids
 from avlm.weights.plan import Report, load_plans
-from avlm.weights.sources import Whole, copy_slice
+from avlm.weights.sources import copy_slice
 
 
 def load_weights(model: AVLM, init_from: InitFrom) -> list[Report]:
@@ -46,7 +47,7 @@ def init_weights(model: AVLM, init_from: InitFrom, seed: int) -> list[Report]:
     loaded = {name for report in reports for name in report.names}
     parameters = dict(model.named_parameters())
     for name, value in initial_values(model, seed, skip=loaded):
-        copy_slice(parameters[name], Whole(value))
+        copy_slice(parameters[name], value)
     init_magnitudes(model, skip=loaded)
     return reports
 

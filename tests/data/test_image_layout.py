@@ -15,8 +15,9 @@ from avlm.data.stream import Stream
 from avlm.data.synthetic import SyntheticLoader
 from avlm.data.text.numbers import in_words
 from avlm.data.text.tokenizer import Tokenizer
-from avlm.models.avlm import AVLM, init
+from avlm.models.avlm import AVLM
 from avlm.models.batch import IMAGE, NEWLINE
+from avlm.models.initial import init
 from tests.data.small_files import (
     ANY_GRID,
     CONTROL,

@@ -18,8 +18,9 @@ from avlm.data.sample import EncodedSample, SampleEncoder
 from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.generation import steps
 from avlm.evaluation.kept_cache import KeptCache, labels_of
-from avlm.models.avlm import AVLM, init
+from avlm.models.avlm import AVLM
 from avlm.models.batch import AUDIO, IGNORE, IMAGE
+from avlm.models.initial import init
 from tests.data.small_files import ANY_GRID, CORPUS, model, tone, video_file, write_tokenizer
 from tests.data.small_files import AUDIO as TOWER
 from tests.models.handmade import build

@@ -23,7 +23,8 @@ from avlm.evaluation.results import Asked, _chances, evaluate, possible_ablation
 from avlm.evaluation.scores import cer, total
 from avlm.evaluation.sets import find_sets
 from avlm.evaluation.validation import judge, validate
-from avlm.models.avlm import AVLM, init
+from avlm.models.avlm import AVLM
+from avlm.models.initial import init
 from avlm.storage.run_folder import Progress
 from avlm.training.log import Log
 from tests.data.small_files import image_file, photo, tone, video_file, write_tokenizer

@@ -9,7 +9,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from avlm.config.run import RecomputeConfig
-from avlm.models.avlm import AVLM, init
+from avlm.models.avlm import AVLM
+from avlm.models.initial import init
 from avlm.models.rope import rope_frequencies, rope_table
 from avlm.parallel.recompute import apply_recompute
 from kernels.segments import Segments

@@ -24,7 +24,8 @@ from avlm.config.load import resolve_config
 from avlm.config.model import MODULES
 from avlm.config.run import Config
 from avlm.models import freezing
-from avlm.models.avlm import AVLM, init
+from avlm.models.avlm import AVLM
+from avlm.models.initial import init
 from avlm.parallel import mesh
 from avlm.parallel.apply import own_part
 from tests.measurements import demo_curve, no_hang

@@ -18,7 +18,8 @@ from avlm.config.decoder import DecoderConfig
 from avlm.config.model import ModelConfig, ProjectorConfig, VisionConfig
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
-from avlm.models.avlm import AVLM, init
+from avlm.models.avlm import AVLM
+from avlm.models.initial import init
 from avlm.parallel.apply import own_part
 from avlm.parallel.exchange import apply_media
 from avlm.parallel.mesh import lay_out

@@ -37,8 +37,9 @@ from avlm.data.stream import Stream
 from avlm.demo.build import ensure
 from avlm.families import clip, llama, whisper
 from avlm.families.door import hugging_face_name
-from avlm.models.avlm import AVLM, init
+from avlm.models.avlm import AVLM
 from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch, media_of
+from avlm.models.initial import init
 from avlm.models.vit import normalise
 
 ROWS = 8

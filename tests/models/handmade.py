@@ -14,7 +14,7 @@ from avlm.config.run import InitFrom
 from avlm.data.media.patches import cut_into_patches
 from avlm.data.packing import pack_media
 from avlm.data.sample import EncodedSample, Items, placeholders
-from avlm.models.avlm import AVLM, init
+from avlm.models.avlm import AVLM
 from avlm.models.batch import (
     AUDIO,
     IGNORE,
@@ -27,6 +27,7 @@ from avlm.models.batch import (
     text_positions,
     windowed_segments,
 )
+from avlm.models.initial import init
 from avlm.weights.load import Report, init_weights, load_weights
 from kernels.segments import Segments
 

@@ -9,7 +9,8 @@ from avlm.config.load import dump_config, resolve_config
 from avlm.config.model import MODULES
 from avlm.data.check import check_data
 from avlm.models import freezing
-from avlm.models.avlm import AVLM, init
+from avlm.models.avlm import AVLM
+from avlm.models.initial import init
 from avlm.models.lora import is_adapter
 from avlm.models.shapes import parameter_shapes
 from avlm.parallel.check import check_layout

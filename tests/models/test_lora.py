@@ -9,7 +9,8 @@ import transformers
 from safetensors.torch import load_file
 
 from avlm.config.load import resolve_config
-from avlm.models.avlm import AVLM, init
+from avlm.models.avlm import AVLM
+from avlm.models.initial import init
 from avlm.models.lora import LowRankLinear, is_adapter
 from avlm.parallel.recompute import apply_recompute
 from avlm.storage.model_folder import Lazy

@@ -15,8 +15,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from avlm.config.load import resolve_config
 from avlm.config.run import Config
 from avlm.data.packing import pack
-from avlm.models.avlm import AVLM, init
+from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch
+from avlm.models.initial import init
 from avlm.models.lora import is_adapter
 from avlm.parallel import mesh
 from avlm.parallel.apply import own_part

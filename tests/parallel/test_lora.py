@@ -9,7 +9,8 @@ import torch
 from avlm.config.load import resolve_config
 from avlm.config.model import MODULES
 from avlm.models import freezing
-from avlm.models.avlm import AVLM, init
+from avlm.models.avlm import AVLM
+from avlm.models.initial import init
 from avlm.models.lora import LowRankLinear, is_adapter, row_lengths
 from avlm.parallel import mesh
 from avlm.parallel.apply import own_part

@@ -16,8 +16,9 @@ from avlm.config.decoder import DecoderConfig
 from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
-from avlm.models.avlm import AVLM, init
+from avlm.models.avlm import AVLM
 from avlm.models.costs import item_costs
+from avlm.models.initial import init
 from avlm.parallel import media
 from avlm.parallel.apply import own_part
 from avlm.parallel.exchange import RoutedSegments, apply_media

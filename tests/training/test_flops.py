@@ -17,9 +17,10 @@ from avlm.data.sample import EncodedSample
 from avlm.data.stream import Stream
 from avlm.data.synthetic import SyntheticLoader
 from avlm.models import decoder, freezing
-from avlm.models.avlm import AVLM, init
+from avlm.models.avlm import AVLM
 from avlm.models.batch import IGNORE, IMAGE, KINDS, empty_batch
 from avlm.models.costs import check_steps, counts
+from avlm.models.initial import init
 from avlm.models.shapes import parameter_shapes
 from avlm.parallel import recompute
 from avlm.storage.run_folder import Progress, read_records

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from avlm.models import freezing
-from avlm.models.avlm import AVLM, init
+from avlm.models.avlm import AVLM
+from avlm.models.initial import init
 from avlm.training import optimizer
 from tests.parallel.small import MODELS, make_config, make_rows
 
