@@ -101,7 +101,8 @@ class DataConfig:
     num_workers: Annotated[int, Field(ge=0, le=1024)] = may_change(2)  # worker processes of each rank; 0: none
     packing: Literal["knapsack", "first_fit"] = "knapsack"
     packing_buffer: Count = 200  # samples that are packed together
-    shuffle_buffer: Whole = 1000  # samples
+    shuffle_buffer: Whole = 1000  # samples of a set of Energon or one that streams, in each worker
+    shuffle_buffer_bytes: Count = 2**30  # and no more samples than that many bytes are, encoded as in their files
     max_bad_fraction: Share = may_change(0.01)  # bad samples among those read; above it the run stops
     max_media_bytes: Count = 256 * 2**20  # of one encoded image, audio file or video
     max_image_pixels: Count = 100_000_000

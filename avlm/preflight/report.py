@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from avlm.config.load import resolve_config, to_dict
-from avlm.config.run import Config, StageConfig
+from avlm.config.run import Config, StageConfig, is_json, shares
 from avlm.config.values import counted
 from avlm.models.freezing import trained_names
 from avlm.models.shapes import Shapes, parameter_shapes
@@ -76,6 +76,9 @@ def _stage_lines(config: Config, stage: StageConfig, world_size: int) -> list[st
     for name, size in found.host.items():
         if size:
             lines.append(_memory_line(f"{name} (host)", size, "not in the sum"))
+    if any(not is_json(source) and not source.startswith("synthetic") for source in shares(stage.data.train)):
+        most = max(stage.data.num_workers, 1) * stage.data.shuffle_buffer_bytes
+        lines.append(_memory_line("shuffling (host)", most, "at most, in the data workers of a rank, not in the sum"))
     return lines
 
 

@@ -189,6 +189,12 @@ def test_training_reads_each_row_once_an_epoch_in_an_order_of_the_seed(loader, s
     assert first != sorted(first)
 
 
+def test_blocks_of_a_set_that_streams_are_bounded_in_bytes(loader):
+    order = lambda **options: [key for batch in islice(loader(STREAMED, **options), ROWS // 2) for key in batch.keys]
+    alone = order(packing_buffer=1, shuffle_buffer_bytes=1)
+    assert alone == order(packing_buffer=1, shuffle_buffer=1) != order(packing_buffer=1, shuffle_buffer_bytes=10**6)
+
+
 @both
 @pytest.mark.parametrize("world, workers", [(1, 0), (2, 0), (4, 2)])  # 8 slots share the 6 row groups
 def test_a_resumed_set_continues_with_the_very_same_rows(loader, source, world, workers):

@@ -30,8 +30,9 @@ from megatron.energon.flavors import EmptyDatasetError
 from megatron.energon.savable_loader import SimpleSavableDatasetWrapper
 from torch.utils.data import get_worker_info
 
+from avlm.config.run import DataConfig
 from avlm.config.values import shown
-from avlm.data.energon.source import check_source, count_samples, path_of
+from avlm.data.energon.source import bytes_per_sample, check_source, count_samples, path_of
 from avlm.data.energon.state import from_json, to_json
 from avlm.data.sample import Sample, load_json, parse
 from avlm.data.stream import Drawn, Stream
@@ -155,6 +156,12 @@ def _numbered(dataset: SavableDataset) -> SimpleSavableDatasetWrapper:
     return SimpleSavableDatasetWrapper(dataset, dataset.worker_config, NoCachePool())
 
 
+def shuffled_samples(source: str, data: DataConfig) -> int:
+    """How many samples a worker shuffles: as many as ``data`` says, or those that fill its bytes."""
+    bound = data.shuffle_buffer_bytes / max(bytes_per_sample(path_of(source), "train"), 1)
+    return min(data.shuffle_buffer, max(int(bound), 1))
+
+
 def options(stream: Stream) -> dict[str, Any]:
     """How Energon reads a stream."""
     workers = WorkerConfig(
@@ -166,14 +173,17 @@ def options(stream: Stream) -> dict[str, Any]:
     )
     found: dict[str, Any] = {"train": stream.train, "worker_config": workers}
     if stream.train:
-        found["shuffle_buffer_size"] = stream.data.shuffle_buffer
+        found["shuffled"] = stream.data
         found["max_samples_per_sequence"] = SAMPLES_PER_SLICE
     return found
 
 
-def open_dataset(source: str, *, train: bool, **settings: Any) -> SavableDataset:
+def open_dataset(source: str, *, train: bool, shuffled: DataConfig | None = None, **settings: Any) -> SavableDataset:
+    """``shuffled``: whose buffers bound what training shuffles."""
     get_dataset = get_train_dataset if train else get_val_dataset
     try:
+        if shuffled is not None:
+            settings["shuffle_buffer_size"] = shuffled_samples(source, shuffled)
         dataset = get_dataset(source, batch_size=None, **settings)
     except (*DAMAGE, TypeError, AttributeError, EmptyDatasetError) as error:
         split = "train" if train else "val"

@@ -23,6 +23,7 @@ from avlm.config.values import shown
 
 MAX_PARTS = 10_000  # datasets of a blend
 MAX_SHARDS = 1_000_000  # files that one name with braces stands for
+SHARDS_THAT_ARE_WEIGHED = 16
 REMOTE = "msc://"  # what paths of Multi-Storage Client begin with
 NOT_SUPPORTED = ("joiner", "join", "aux", "dataset_config")  # keys of a blend
 
@@ -82,6 +83,18 @@ def count_samples(path: Place, split: str, splits: str | None = None) -> int:
     found = _read_yaml(path)["splits"][split]
     parts = set(_parts(found, path))
     return sum(count_samples(_part_of(path, part), of_part or split, file) for part, file, of_part in parts)
+
+
+def bytes_per_sample(path: Place, split: str, splits: str | None = None) -> float:
+    """The mean over the first shards of a folder, or of the set of a blend where it is largest. The source has passed
+    ``check_source``."""
+    if path.is_dir():
+        meta = WebdatasetMeta.from_config(EPath(path), split_part=split, split_config=splits)
+        shards = [shard for shard in meta.shards[:SHARDS_THAT_ARE_WEIGHED] if shard.count]
+        return sum(shard.path.size() for shard in shards) / max(sum(shard.count for shard in shards), 1)
+    found = _read_yaml(path)["splits"][split]
+    parts = set(_parts(found, path))
+    return max(bytes_per_sample(_part_of(path, part), of_part or split, file) for part, file, of_part in parts)
 
 
 def _part_of(blend: Place, part: str) -> Place:

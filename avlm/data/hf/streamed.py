@@ -112,7 +112,7 @@ class StreamedSamples:
         begin, number = place
         block = self._kept.get(tuple(begin))
         if block is None:
-            block = [row for _, row in islice(self._rows_from(begin), self.block_size)]
+            block = [row for _, row in self._block_of(self._rows_from(begin))]
             self._kept[tuple(begin)] = block
         return self._drawn(begin, block, number)
 
@@ -125,7 +125,7 @@ class StreamedSamples:
 
     def _read_block(self) -> bool:
         """Read the next block; False past the end of validation."""
-        rows = list(islice(self._rows, self.block_size))
+        rows = self._block_of(self._rows)
         self._begin = self._next
         self._block = [row for _, row in rows]
         self._taken, self._left_out = self._left_out, 0
@@ -145,6 +145,18 @@ class StreamedSamples:
         self._next = [epoch + 1, 0, 0]
         self._rows = self._rows_from(self._next)
         return True
+
+    def _block_of(self, rows: Iterator[tuple[Place, tuple[str, Any]]]) -> list[tuple[Place, tuple[str, Any]]]:
+        """The next rows, up to the number and the bytes of a block."""
+        block: list[tuple[Place, tuple[str, Any]]] = []
+        held = 0
+        while len(block) < self.block_size and held < self.stream.data.shuffle_buffer_bytes:
+            row = next(rows, None)
+            if row is None:
+                break
+            block.append(row)
+            held += _num_bytes(row[1])
+        return block
 
     def _order_of_block(self) -> list[int]:
         if not self.stream.train:
@@ -176,3 +188,12 @@ class StreamedSamples:
 def _generator(*numbers: int) -> torch.Generator:
     """torch seeds with 32 bits and drops the rest: a checksum mixes all numbers into them."""
     return torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, numbers)).encode()))
+
+
+def _num_bytes(value: Any) -> int:
+    """Of the texts and files in a row."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_num_bytes, value.values()))
+    return sum(map(_num_bytes, value)) if isinstance(value, list | tuple) else 0

@@ -11,6 +11,8 @@ import yaml
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors import BaseWebdatasetFactory
 
+from avlm.data.energon.samples import shuffled_samples
+from avlm.data.energon.source import bytes_per_sample
 from avlm.data.energon.state import from_json, to_json
 from avlm.data.loader import open_loader, open_samples
 from avlm.data.stream import Stream
@@ -317,3 +319,15 @@ def test_state_survives_json(loader):
     next(iter(rows))
     saved = rows._loader.save_state_rank()
     assert repr(to_json(from_json(json.loads(json.dumps(to_json(saved)))))) == repr(to_json(saved))
+
+
+def test_a_shuffle_buffer_holds_no_more_than_its_bytes(root, tokenizer_folder):
+    source = str(root / "b")
+    mean = bytes_per_sample(root / "b", "train")
+    sizes = [path.stat().st_size for path in (root / "b").glob("*.tar")]
+    assert 0 < mean <= sum(sizes) / 30
+    held = [
+        shuffled_samples(source, data(tokenizer_folder, shuffle_buffer=20, shuffle_buffer_bytes=int(n)))
+        for n in (1, 5.5 * mean, 2**30)
+    ]
+    assert held == [1, 5, 20]
