@@ -1,4 +1,4 @@
-"""What a run does when something fails: ``python -m tests.measurements.faults [CASE ...]`` (10 minutes for all on two cores).
+"""What a run does when something fails: ``python -m tests.measurements.faults [CASE ...]`` (all: 10 minutes).
 
 Each case starts train.py as users do, does the damage, and prints how long it took, how it ended and what it said.
 
