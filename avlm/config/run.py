@@ -160,6 +160,7 @@ class OptimizerConfig:
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
     eps: Epsilon = 1e-5
     weight_decay: NonNegative = 0.1  # not of biases, norms and position embeddings
+    moments: Literal["fp32", "bf16"] = "fp32"  # how both are held; bf16, rounded at random, takes half of the memory
     clip_norm: NonNegative | None = 1.0  # of all gradients; null: no clipping
     lr_scale: dict[Part, NonNegative] = field(default_factory=dict)
     # module -> factor on lr and min_lr; adapters take that of lora if it is given

@@ -37,7 +37,9 @@ class Drawn:
         first = start // self.rows_per_block
         blocks = [self._block(number) for number in range(first, -(-end // self.rows_per_block))]
         skipped = first * self.rows_per_block
-        return torch.cat([torch.empty(0, *self.shape[1:]), *blocks])[(slice(start - skipped, end - skipped), *region[1:])]
+        return torch.cat([torch.empty(0, *self.shape[1:]), *blocks])[
+            (slice(start - skipped, end - skipped), *region[1:])
+        ]
 
     def whole(self) -> Tensor:
         return self[tuple(slice(length) for length in self.shape)]

@@ -40,7 +40,7 @@ GIB, MIB = 2**30, 2**20
 NOTES = {
     "parameters": "float32 (lora.base=bf16: adapted towers in bf16), sharded; replicated towers whole",
     "gradients": "float32, sharded",
-    "optimizer state": "two moments, float32, sharded",
+    "optimizer state": "two moments, float32 (optimizer.moments=bf16: half), sharded",
     "whole gradients": "train.accumulate_mode=local: float32, not sharded",
     "gathered weights": "in the compute dtype, at the worst moment",
     "gradients in reduction": "those of the last computed unit",
@@ -157,7 +157,7 @@ def resident(case: Case) -> dict[str, int]:
     return {
         "parameters": parameters,
         "gradients": gradients,
-        "optimizer state": 2 * gradients,
+        "optimizer state": gradients if case.stage.optimizer.moments == "bf16" else 2 * gradients,
         "whole gradients": whole if is_local else 0,
     }
 

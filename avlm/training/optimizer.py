@@ -1,6 +1,7 @@
 """AdamW over what a stage trains, its schedule, and gradient clipping."""
 
 import math
+import zlib
 from collections import defaultdict
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from avlm.config.run import OptimizerConfig
 from avlm.models.avlm import AVLM
 from avlm.models.lora import is_adapter
+from avlm.training.bf16_moments import BF16MomentsAdamW
 
 
 def build(model: AVLM, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -18,16 +20,19 @@ def build(model: AVLM, config: OptimizerConfig) -> torch.optim.AdamW:
 
     Its state is allocated here, because a checkpoint can only be loaded into state that exists.
     """
-    groups = defaultdict(list)
+    groups = defaultdict(dict)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.endswith(("position", "class_token"))
             part = "lora" if is_adapter(name) and "lora" in config.lr_scale else name.split(".")[0]
-            groups[part, decays].append(parameter)
-    optimizer = torch.optim.AdamW(
+            groups[part, decays][name] = parameter
+    is_bf16 = config.moments == "bf16"
+    Optimizer = BF16MomentsAdamW if is_bf16 else torch.optim.AdamW
+    optimizer = Optimizer(
         [
             {
-                "params": parameters,
+                "params": list(parameters.values()),
+                "keys": [zlib.crc32(name.encode()) for name in parameters],
                 "weight_decay": config.weight_decay * decays,
                 "scale": config.lr_scale.get(part, 1.0),
             }
@@ -36,14 +41,15 @@ def build(model: AVLM, config: OptimizerConfig) -> torch.optim.AdamW:
         lr=config.lr,
         betas=tuple(config.betas),
         eps=config.eps,
-        fused=True,  # one call for all tensors, not hundreds of DTensor calls a step
+        fused=not is_bf16,  # one call for all tensors, not hundreds of DTensor calls a step
     )
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+                "exp_avg": torch.zeros_like(parameter, dtype=dtype),
+                "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
             }
     return optimizer
 
