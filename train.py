@@ -114,9 +114,10 @@ def run_stage(
     world.barrier()
     if world.is_first:  # not before: a run that cannot continue keeps the config of its checkpoints
         write_durably(Path(cfg.output_dir) / "config.yaml", dump_config(cfg))
-    rows = training_rows(loader, cfg.model, world, ahead=cfg.train.accumulate)
+    micro_batches = cfg.train.micro_batches(world.data_size)
+    rows = training_rows(loader, cfg.model, world, ahead=micro_batches)
     costs = flops.costs(cfg.model, stage, cfg.train.recompute)
-    rows_per_step = world.data_size * cfg.train.accumulate
+    rows_per_step = world.data_size * micro_batches
     log.message(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(trained)}")
     for line in describe_length(stage, epoch, rows_per_step):
         log.message(line)
@@ -128,7 +129,7 @@ def run_stage(
     while progress.stage_step < last:
         between.step(progress.step)
         started = time.perf_counter()
-        taken = [next(rows) for _ in range(cfg.train.accumulate)]
+        taken = [next(rows) for _ in range(micro_batches)]
         waited = time.perf_counter() - started
         parts = [row.part for row in taken]
         counted = [row.batch for row in taken if world.leads_row]  # a row counts once, however many ranks share it
@@ -143,7 +144,7 @@ def run_stage(
         values = train_step(
             model, parts, num_targets, adam, stage.optimizer.clip_norm, world, cfg.train.accumulate_mode
         )
-        progress = progress.after_step(read, skipped)
+        progress = progress.after_step(read, skipped, rows_per_step)
         record = {"step": progress.step, "stage": stage.name, "lr": lr, "data_seconds": waited}
         record |= {"skipped_samples": progress.skipped, **counts}
         if epoch is not None:
@@ -185,7 +186,7 @@ def main(cfg: Config) -> None:
     resume_from, note = world.gather(find(cfg))[0]
     epochs = world.gather(epochs)[0]
     cfg = with_steps(cfg, epochs, world.data_size, resume_from)
-    changes = check_resume(cfg, resume_from)
+    changes = check_resume(cfg, resume_from, world.data_size)
     run = Path(cfg.output_dir)
     stopping = listen()
 

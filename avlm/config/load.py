@@ -25,12 +25,13 @@ SHARED = ("optimizer", "data")  # sections of the run that are the defaults of e
 LENGTHS = {"steps": "epochs", "epochs": "steps"}  # of a stage
 # What other trainers call things -> what to write here.
 ELSEWHERE = {
-    "batch_size": "data.seq_length tokens a row, train.accumulate rows of each data rank",
+    "batch_size": "data.seq_length tokens a row, train.rows_per_step rows of all ranks",
     "epochs": "stages.NAME.epochs",
     "fp16": "train.precision=bf16",
     "bf16": "train.precision=bf16",
     "from": "model.from",
     "gradient_accumulation_steps": "train.accumulate",
+    "global_batch_size": "data.seq_length tokens a row, train.rows_per_step rows of all ranks",
     "gradient_checkpointing": "train.recompute.decoder=full",
     "learning_rate": "optimizer.lr",
     "lora": "model.lora",

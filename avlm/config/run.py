@@ -234,6 +234,8 @@ class RecomputeConfig:
 
 @config
 class TrainConfig:
+    rows_per_step: Count | None = may_change(None)
+    # packed rows that all data ranks together read in a step: the same step on any number of GPUs; null: accumulate's
     accumulate: Count = may_change(1)  # micro-batches (packed rows) of each data rank in a step
     accumulate_mode: Literal["sharded", "local"] = may_change("sharded")
     # sharded: reduce gradients after each micro-batch; local: keep them unsharded, in fp32, and reduce once
@@ -247,6 +249,26 @@ class TrainConfig:
     validate_answers: Whole = may_change(0)  # samples of each set to answer by generation, for data.metrics
     validate_new_tokens: Count = may_change(64)  # most tokens of an answer
     stop_after: Count | None = may_change(None)  # end cleanly after this many steps in all
+
+    def __post_init__(self) -> None:
+        require(
+            self.rows_per_step is None or self.accumulate == 1,
+            f"rows_per_step={self.rows_per_step} and accumulate={self.accumulate} both say how many rows a step has: "
+            "leave out accumulate",
+        )
+
+    def micro_batches(self, data_ranks: int) -> int:
+        """Packed rows that each data rank reads in a step. ValueError if ``rows_per_step`` cannot be shared evenly."""
+        if self.rows_per_step is None:
+            return self.accumulate
+        each, left = divmod(self.rows_per_step, data_ranks)
+        if left:
+            fits = " or ".join(str(rows * data_ranks) for rows in (each, each + 1) if rows)
+            raise ValueError(
+                f"train.rows_per_step={self.rows_per_step} rows cannot be shared evenly by {data_ranks} data ranks "
+                f"(parallel.replicate x parallel.shard): take {fits}, or data ranks that divide {self.rows_per_step}"
+            )
+        return each
 
 
 @config

@@ -12,7 +12,8 @@ from avlm.parallel.tensor import check_sizes
 def check_layout(config: Config, world_size: int) -> None:
     """Raise ValueError for a mesh that does not fit this number of ranks, the model or the rows."""
     parallel = config.parallel
-    mesh.sizes(parallel, world_size)
+    replicate, shard, _, _ = mesh.sizes(parallel, world_size)
+    config.train.micro_batches(replicate * shard)
     check_sizes(config.model, parallel.tensor)
     decoder = config.model.decoder
     has_window = decoder.sliding_window is not None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from avlm.config.run import Config
+from avlm.config.run import Config, TrainConfig
 from avlm.parallel import mesh
 from avlm.parallel.apply import compute_dtype
 from avlm.parallel.context_attention import choose_mode
@@ -26,6 +26,14 @@ class Layout:
     @property
     def on_gpu(self) -> bool:
         return self.architecture not in (dispatch.CPU, dispatch.INTERPRETER)
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks, or groups of them that share a row, which read rows of their own."""
+        return self.replicate * self.shard
+
+    def rows_per_step(self, train: TrainConfig) -> int:
+        return self.data_ranks * train.micro_batches(self.data_ranks)
 
     @property
     def row_ranks(self) -> int:

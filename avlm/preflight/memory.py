@@ -153,7 +153,7 @@ def resident(case: Case) -> dict[str, int]:
         if name in case.trained:
             gradients += 4 * local
             whole += 4 * rows * width
-    is_local = config.train.accumulate_mode == "local" and config.train.accumulate > 1
+    is_local = config.train.accumulate_mode == "local" and config.train.micro_batches(case.layout.data_ranks) > 1
     return {
         "parameters": parameters,
         "gradients": gradients,

@@ -28,12 +28,11 @@ def report(config: Config, world_size: int) -> str:
     """The checks, then the tokens and the estimated memory of each stage as text (``avlm.preflight.memory``)."""
     epochs = check(config, world_size)
     layout = layout_of(config, world_size)
-    data_ranks = layout.replicate * layout.shard
-    config = with_steps(config, epochs, data_ranks, find(config)[0])
+    config = with_steps(config, epochs, layout.data_ranks, find(config)[0])
     lines = []
     for stage, epoch in zip(config.stages, epochs):
         lines += _stage_lines(config, stage, world_size)
-        lines += [f"  {line}" for line in describe_length(stage, epoch, data_ranks * config.train.accumulate)]
+        lines += [f"  {line}" for line in describe_length(stage, epoch, layout.rows_per_step(config.train))]
         lines.append("")
     axes = zip(("replicate", "shard", "context", "tensor"), mesh.sizes(config.parallel, world_size))
     shape = " x ".join(f"{axis} {size}" for axis, size in axes)
@@ -59,14 +58,13 @@ def _stage_lines(config: Config, stage: StageConfig, world_size: int) -> list[st
     layout = layout_of(config, world_size)
     shapes = parameter_shapes(config.model)
     trained = _count(shapes, trained_names(stage, config.model, shapes))
-    accumulate = config.train.accumulate
-    rows = layout.replicate * layout.shard * accumulate
+    rows = layout.rows_per_step(config.train)
     length = stage.data.seq_length
     lines = [
         f"{stage.name}: {stage.steps} steps of up to {rows * length:,} tokens; "
         f"trains {trained:,} of {_count(shapes, shapes):,} parameters",
-        f"  {counted(rows, 'row')} of {length:,} tokens a step: {accumulate} in turn on a rank, which holds "
-        f"{length // layout.row_ranks:,} tokens of each",
+        f"  {counted(rows, 'row')} of {length:,} tokens a step: {rows // layout.data_ranks} in turn on a rank, which "
+        f"holds {length // layout.row_ranks:,} tokens of each",
     ]
     found = memory.estimate(config, stage, world_size, shapes)
     for name, size in found.device.items():

@@ -33,18 +33,21 @@ class Progress:
     stage_step: Whole = 0
     read: NonNegative = 0.0  # samples
     skipped: NonNegative = 0.0  # bad samples among them
+    rows_per_step: Whole = 0  # of its last step, over all ranks; 0: not known
     best_step: Whole = 0  # the step with the best validation so far; 0: none
     best_metric: str = ""  # val/NAME/METRIC that it is best in
     best_value: float = 0.0
 
-    def after_step(self, read: float, skipped: float) -> "Progress":
-        """The progress after one more step, in which ``read`` samples were read and ``skipped`` of them skipped."""
+    def after_step(self, read: float, skipped: float, rows: int) -> "Progress":
+        """The progress after one more step of so many ``rows``, in which ``read`` samples were read and ``skipped`` of
+        them skipped."""
         return dataclasses.replace(
             self,
             step=self.step + 1,
             stage_step=self.stage_step + 1,
             read=self.read + read,
             skipped=self.skipped + skipped,
+            rows_per_step=rows,
         )
 
     def with_best_of(self, other: "Progress") -> "Progress":

@@ -73,6 +73,8 @@ def with_steps(config: Config, epochs: list[Epoch | None], data_ranks: int, resu
         if not steps and epoch is None:
             raise ValueError(f"stage {stage.name}: epochs={stage.epochs} of data whose end is not known: give steps")
         if not steps:
-            steps = max(1, math.ceil(stage.epochs * epoch.num_rows / (data_ranks * config.train.accumulate)))
+            steps = max(
+                1, math.ceil(stage.epochs * epoch.num_rows / (data_ranks * config.train.micro_batches(data_ranks)))
+            )
         stages.append(dataclasses.replace(stage, steps=steps))
     return dataclasses.replace(config, stages=stages)

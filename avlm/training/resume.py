@@ -7,15 +7,16 @@ from typing import Any
 
 from avlm.config.load import load_config
 from avlm.config.run import Config
-from avlm.storage.run_folder import complete_checkpoints, read_progress
+from avlm.config.values import counted
+from avlm.storage.run_folder import Progress, complete_checkpoints, read_progress
 
 
-def check_resume(config: Config, checkpoint: Path | None) -> list[str]:
+def check_resume(config: Config, checkpoint: Path | None, data_ranks: int) -> list[str]:
     """Raise ValueError, naming the key, if a run would continue with a different model, data or stages than it began
     with; and if a new run would write over the checkpoints of an earlier one.
 
     Two things may change: the last stage may get more steps, and the optimizer's keys that ``resume.allow`` names.
-    Returns a line for each such change.
+    Returns a line for each such change, and one if a step has other rows on these ``data_ranks`` than it had.
     """
     if checkpoint is None:
         if complete_checkpoints(Path(config.output_dir)):
@@ -45,7 +46,19 @@ def check_resume(config: Config, checkpoint: Path | None) -> list[str]:
             f"{checkpoint} is at step {progress.step}, which is step {progress.stage_step} of stage {progress.stage}: "
             f"the stages have {steps} steps, so it is damaged"
         )
-    return notes
+    return notes + _other_rows(config, progress, data_ranks)
+
+
+def _other_rows(config: Config, progress: Progress, data_ranks: int) -> list[str]:
+    """A line if steps get larger or smaller. What they had is not known of checkpoints that are older than this."""
+    rows, had = data_ranks * config.train.micro_batches(data_ranks), progress.rows_per_step
+    if had in (0, rows):
+        return []
+    length = config.stages[progress.stage].data.seq_length
+    return [
+        f"warning: a step has {counted(rows, 'row')} ({rows * length:,} tokens) and had {counted(had, 'row')} "
+        f"({had * length:,} tokens), with the same learning rate: train.rows_per_step={had} keeps it as it was"
+    ]
 
 
 def _permission(key: str, last: str) -> str:

@@ -118,7 +118,7 @@ def test_it_fits_the_hardware_that_its_header_names_with_the_memory_that_it_says
         assert estimate == f"{gib:.1f}"
         assert gib < 0.8 * int(device_gib), "some room is left for what is not estimated"
         layout = layout_of(cfg, world_size)
-        assert layout.replicate * layout.shard * cfg.train.accumulate == int(rows), "the same step on any of them"
+        assert layout.rows_per_step(cfg.train) == int(rows), "the same step on any of them"
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)

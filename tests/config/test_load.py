@@ -98,6 +98,7 @@ def test_epochs_of_the_command_line_take_the_place_of_a_files_steps(write, tmp_p
     ("override", "message"),
     [
         ("model.decoder.hiden_size=32", "unknown key model.decoder.hiden_size (did you mean hidden_size?)"),
+        ("train={rows_per_step: 8, accumulate: 2}", "train: rows_per_step=8 and accumulate=2 both say how many rows"),
         ("train.accumulate=0", "train.accumulate: Input should be greater than 0, got 0"),
         ("stages.one.steps=-1", "stages.one.steps: Input should be greater than or equal to 0, got -1"),
         ("stages.one.train=[]", "stages.one.train: List should have at least 1 item"),

@@ -40,6 +40,7 @@ SYNTHETIC = [
     "data.train=synthetic:documents=4,images=4,clips=2,seconds=10",
     "data.validation={}",
     "init_from={}",
+    "train.rows_per_step=null",
     "train.accumulate=1",
 ]
 TINY = [

@@ -51,7 +51,7 @@ def test_a_resume_names_the_key_that_may_not_change(saved, key, change):
     cfg, path = saved
     changed = resolve_config({**TREE, "output_dir": cfg.output_dir, **change}, "test")
     with pytest.raises(ValueError, match=f"^{key} is "):
-        check_resume(changed, path)
+        check_resume(changed, path, 1)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_resume_names_the_key_that_may_not_change(saved, key, change):
 )
 def test_a_resume_may_change_where_and_how_often(saved, change):
     cfg, path = saved
-    check_resume(resolve_config({**TREE, "output_dir": cfg.output_dir, **change}, "test"), path)
+    check_resume(resolve_config({**TREE, "output_dir": cfg.output_dir, **change}, "test"), path, 1)
 
 
 @pytest.mark.parametrize(
@@ -75,12 +75,12 @@ def test_a_marker_that_lies_is_noticed(saved, progress):
     cfg, path = saved
     (path / MARKER).write_text('{"step": 3, ' + progress + "}")
     with pytest.raises(ValueError, match=r"is at step 3, which is step .* so it is damaged"):
-        check_resume(cfg, path)
+        check_resume(cfg, path, 1)
 
 
 def test_a_new_run_is_not_begun_over_an_old_one(saved):
     with pytest.raises(ValueError, match="holds an earlier run: set resume=auto"):
-        check_resume(saved[0], None)
+        check_resume(saved[0], None, 1)
 
 
 def test_an_older_checkpoint_is_not_resumed_beside_later_ones(saved, tmp_path):

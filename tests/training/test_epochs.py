@@ -55,6 +55,8 @@ def test_epochs_become_steps_which_a_run_keeps(tmp_path):
     assert again == made, "with other ranks too"
     longer = resolve_config({**TREE, "stages": [{**stages[0], "epochs": 6}], "train": {"accumulate": 2}}, "test")
     assert with_steps(longer, [pass_], 4, checkpoint).total_steps == 19
+    of_world = make_config(stages=stages, output_dir=str(tmp_path), train={"rows_per_step": 8})
+    assert [with_steps(of_world, [pass_], ranks).total_steps for ranks in (1, 4, 8)] == [10, 10, 10]
     with pytest.raises(ValueError, match=r"stage all: epochs=3.0 of data whose end is not known: give steps"):
         with_steps(config, [None], 4)
 
@@ -73,19 +75,29 @@ def saved(tmp_path):
 def test_the_last_stage_may_grow_and_the_optimizer_change_where_that_is_allowed(saved):
     tree, path = saved
     longer = {**tree, "stages": [{**TREE["stages"][0], "steps": 50}]}
-    [note] = check_resume(resolve_config(longer, "test"), path)
+    [note] = check_resume(resolve_config(longer, "test"), path, 1)
     assert note.startswith("stage all grows from 20 to 50 steps")
     faster = {**longer, "optimizer": {**TREE["optimizer"], "lr": 1.0}}
     with pytest.raises(
         ValueError, match=r"stages.all.optimizer.lr is 1.0.*permit it with resume=.allow: \[optimizer.lr"
     ):
-        check_resume(resolve_config(faster, "test"), path)
+        check_resume(resolve_config(faster, "test"), path, 1)
     faster["resume"] = {"allow": ["optimizer.lr"]}
-    notes = check_resume(resolve_config(faster, "test"), path)
+    notes = check_resume(resolve_config(faster, "test"), path, 1)
     assert notes[1] == "stages.all.optimizer.lr changes from 0.003 to 1.0, which resume.allow permits"
     shorter = {**tree, "stages": [{**TREE["stages"][0], "steps": 10}]}
     with pytest.raises(ValueError, match=r"stages.all.steps is 10, .* take more of them"):
-        check_resume(resolve_config(shorter, "test"), path)
+        check_resume(resolve_config(shorter, "test"), path, 1)
+
+
+def test_a_resume_says_that_steps_have_other_rows(saved):
+    tree, path = saved
+    (path / "complete").write_text('{"step": 20, "stage": 0, "stage_step": 20, "rows_per_step": 12}')
+    [note] = check_resume(resolve_config(tree, "test"), path, data_ranks=4)
+    assert note.startswith("warning: a step has 4 rows (256 tokens) and had 12 rows (768 tokens)")
+    assert note.endswith("train.rows_per_step=12 keeps it as it was")
+    same = resolve_config({**tree, "train": {"rows_per_step": 12}}, "test")
+    assert all(check_resume(same, path, data_ranks) == [] for data_ranks in (1, 4, 12))
 
 
 def test_seeing_each_sample_very_often_and_warming_up_to_the_end_are_warnings():

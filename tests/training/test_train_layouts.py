@@ -65,7 +65,7 @@ def test_tensor_times_context_ranks_have_the_rows_of_one_rank(alone, tmp_path):
 
 def test_balanced_media_recompute_and_local_accumulation_have_the_rows_of_the_plain_run(pair, tmp_path):
     options = ("parallel.balance_media=true", "train.recompute.decoder=full", "debug.check_collectives=true")
-    options += ("train.accumulate=2", "train.accumulate_mode=local")
+    options += ("train.rows_per_step=4", "train.accumulate_mode=local")
     assert_same_rows(finish(write_config(tmp_path, **SHORT), *options, ranks=2), pair)
 
 
@@ -248,6 +248,12 @@ WINDOWED = {**TREE["model"], "decoder": {**TREE["model"]["decoder"], "sliding_wi
             "stage all: data.seq_length=66 is not a multiple of .* = 4, which share its rows: take 68",
         ),
         ({"parallel": {"tower_sharding": "replicate"}}, 2, "stage all trains audio, vision: choose unit or block"),
+        (
+            {"train": {"rows_per_step": 64}},
+            56,
+            r"rows_per_step=64 rows cannot be shared evenly by 56 data ranks .*: take 56 or 112, or .* that divide 64$",
+        ),
+        ({"train": {"rows_per_step": 2}, "parallel": {"tensor": 2}}, 8, "by 4 data ranks .*: take 4, or .* divide 2$"),
         ({"parallel": {"context": 3, "shard": 2}}, 4, "context=3 x tensor=1 does not make 4 ranks"),
         (
             {"parallel": {"context": 2, "context_mode": "ring"}, "model": WINDOWED},
