@@ -74,7 +74,7 @@ class Watch:
 
     def enter(self, phase: Phase, step: int) -> None:
         """The main thread of every rank begins something whose time ``parallel.timeouts`` bound."""
-        if self.timeouts is not None and phase != self.phase:
+        if self.timeouts is not None and (phase != self.phase or phase == "start"):  # in which groups are made
             self._bound_collectives()
         self.phase = phase
         self.step = step

@@ -7,9 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.distributed_c10d import _world
 
-from avlm.parallel.watch import Beat, missing
+from avlm.config.run import ParallelConfig, TimeoutsConfig
+from avlm.parallel import mesh
+from avlm.parallel.watch import LATER, Beat, missing
 from avlm.storage.run_folder import read_records
+from tests.parallel.spawn import run_ranks
 from tests.training.test_train import ENVIRONMENT, ROOT, command, wait_until, write_config
 
 WAITS = "in step 7 at sum (avlm/parallel/mesh.py:83)"
@@ -32,6 +37,23 @@ def test_the_rank_that_the_others_wait_for_is_named(after, line):
     before = [Beat(4, host, WAITS) for host in "aabb"]
     beats = [after.get(rank, Beat(7, host, WAITS)) for rank, host in enumerate("aabb")]
     assert missing(before, beats) == line
+
+
+def bounds_at_the_start(folder: Path) -> set[float]:
+    """Seconds, of all groups."""
+    timeouts = TimeoutsConfig(start=5000.0)
+    world = mesh.start(ParallelConfig(context=2, timeouts=timeouts), torch.device("cpu"), folder)
+    group_of_a_stage = world.new_group("context")
+    world.watch.enter("start", 1)
+    groups = list(_world.pg_map)
+    assert group_of_a_stage in groups
+    world.watch.end()
+    return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+
+
+def test_torch_does_not_end_a_start_before_its_time_is_up(tmp_path):
+    """It gives gloo 30 minutes, and NCCL 10."""
+    assert run_ranks(bounds_at_the_start, 2, tmp_path) == [{5000 + LATER}] * 2
 
 
 def rank_of(pid: str) -> int:
