@@ -33,7 +33,7 @@ from avlm.models.freezing import freeze
 from avlm.parallel import agreement, mesh
 from avlm.parallel.apply import apply_parallel, warm_up
 from avlm.parallel.mesh import World
-from avlm.parallel.rows import training_rows
+from avlm.parallel.rows import TrainingRows
 from avlm.preflight.check import check
 from avlm.preflight.kernel_check import check_kernels
 from avlm.preflight.report import check_memory, report
@@ -115,7 +115,7 @@ def run_stage(
     if world.is_first:  # not before: a run that cannot continue keeps the config of its checkpoints
         write_durably(Path(cfg.output_dir) / "config.yaml", dump_config(cfg))
     micro_batches = cfg.train.micro_batches(world.data_size)
-    rows = training_rows(loader, cfg.model, world, ahead=micro_batches)
+    rows = TrainingRows(loader, cfg.model, world, ahead=micro_batches)
     costs = flops.costs(cfg.model, stage, cfg.train.recompute)
     rows_per_step = world.data_size * micro_batches
     log.message(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(trained)}")
@@ -158,6 +158,7 @@ def run_stage(
         is_due = every and (progress.step % every == 0 or progress.stage_step == stage.steps)
         if stage.data.validation and is_due:
             log.flush()
+            rows.settle()
             results = validate(model, stage, cfg, world, log, progress.step)
             progress = judge(progress, results, cfg.checkpoint.best)
             log.validation(progress, stage.name, results)
@@ -172,6 +173,7 @@ def run_stage(
         if stop:
             log.message(f"stopped by a signal after step {progress.step}; the same command continues from there")
             break
+    rows.settle()
     between.end()
     return progress
 

@@ -11,7 +11,7 @@ import itertools
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,26 +41,38 @@ class Row:
     loader_state: Callable[[], dict[str, Any]]
 
 
-def training_rows(loader: Any, model: ModelConfig, world: World, ahead: int) -> Iterator[Row]:
-    """The rows of ``loader``, which is None on ranks that lead no row. ``ahead`` rows are fetched before they are asked
-    for, where ranks share them."""
-    rows = _with_parts(loader, model, world)
-    return _fetched(rows, ahead) if world.shares_rows else rows
+class TrainingRows(Iterator[Row]):
+    """The rows of ``loader``, which is None on ranks that lead no row. Where ranks share them, ``ahead`` rows are
+    fetched in a thread before they are asked for. Every rank asks for as many, so none waits for another in vain."""
+
+    def __init__(self, loader: Any, model: ModelConfig, world: World, ahead: int) -> None:
+        self.rows = _with_parts(loader, model, world)
+        self.ahead = ahead
+        self.thread = None
+        self.coming: deque[Future[Row | None]] = deque()
+        if world.shares_rows:
+            self.rows = _noted(self.rows)
+            self.thread = ThreadPoolExecutor(1, "rows")
+
+    def __next__(self) -> Row:
+        if self.thread is None:
+            return next(self.rows)
+        while len(self.coming) <= self.ahead:
+            self.coming.append(self.thread.submit(next, self.rows, None))
+        row = self.coming.popleft().result()
+        if row is None:
+            raise StopIteration
+        return row
+
+    def settle(self) -> None:
+        """Wait for the rows that are under way, so that other rows (of validation, of the next stage) may be sent over
+        the same communicators: what two threads send would arrive mixed up."""
+        wait(self.coming)
 
 
 def _with_parts(loader: Any, model: ModelConfig, world: World) -> Iterator[Row]:
     for batch in share_rows(loader, world):
         yield Row(batch, own_part(batch, model, world), loader.state if world.leads_row else dict)
-
-
-def _fetched(rows: Iterator[Row], ahead: int) -> Iterator[Row]:
-    """The same rows, fetched in a thread. Every rank asks for as many, so none waits for another in vain at the end."""
-    noted = _noted(rows)
-    with ThreadPoolExecutor(1, "rows") as thread:
-        coming: deque[Future] = deque(thread.submit(next, noted, None) for _ in range(ahead))
-        while (row := coming.popleft().result()) is not None:
-            coming.append(thread.submit(next, noted, None))
-            yield row
 
 
 def _noted(rows: Iterator[Row]) -> Iterator[Row]:

@@ -1,6 +1,7 @@
 """Rows reach the ranks that share them whole, ahead of their step, and in few bytes."""
 
 import itertools
+import time
 from dataclasses import fields, is_dataclass
 
 import pytest
@@ -57,7 +58,7 @@ def take_all(name, balance):
     made = make_rows(cfg, ("video", "image", "text", "audio", "video", "image"))
     own = made[world.data_rank :: world.data_size][:3]
     loader = Loader(own) if world.leads_row else None
-    taken = list(rows.training_rows(loader, cfg.model, world, ahead=2))
+    taken = list(rows.TrainingRows(loader, cfg.model, world, ahead=2))
     everyone = [own_part(batch, cfg.model, world) for batch in own]
     found = [each for row, part in zip(taken, everyone, strict=True) for each in differences(row.part, part)]
     states = [row.loader_state() for row in taken]
@@ -76,6 +77,34 @@ def test_every_rank_gets_its_part_and_the_state_of_the_loader_after_each_row(nam
         assert (held > 0) == leads
 
 
+class SlowLoader(Loader):
+    def __iter__(self):
+        for batch in super().__iter__():
+            time.sleep(0.5)
+            yield batch
+
+
+def validate_between_rows():
+    """Whether the rows of both are those of their loaders, in turn."""
+    dist.init_process_group("gloo")
+    cfg = make_config()
+    world = lay_out((1, 1, 2, 1), torch.device("cpu"))
+    made = make_rows(cfg, ("text", "video", "image", "audio"))
+    training, validation = made[:2], made[2:]
+    taken = rows.TrainingRows(SlowLoader(training) if world.leads_row else None, cfg.model, world, ahead=1)
+    found = [next(taken).batch]
+    taken.settle()
+    found += rows.share_rows(validation if world.leads_row else None, world)
+    found += [row.batch for row in taken]
+    dist.destroy_process_group()
+    expected = [training[0], *validation, training[1]]
+    return [torch.equal(batch.token_T, same.token_T) for batch, same in zip(found, expected, strict=True)]
+
+
+def test_rows_of_validation_and_the_next_row_of_training_do_not_mix():
+    assert run_ranks(validate_between_rows, 2) == [[True] * 4] * 2
+
+
 def test_a_rank_receives_the_tokens_of_the_row_and_its_own_media_alone():
     for rank, (_, received, needed) in enumerate(run_ranks(rows_to_ranks.measure, 4, 8192, 0)):
         assert rank == 0 or received <= 1.1 * needed
@@ -91,7 +120,7 @@ def fail_in_the_second():
         raise ValueError("a sample is damaged")
 
     loader = Loader(batches()) if world.leads_row else None
-    taken = rows.training_rows(loader, cfg.model, world, ahead=1)
+    taken = rows.TrainingRows(loader, cfg.model, world, ahead=1)
     next(taken)
     if not world.leads_row:
         return ""  # it ends, as a process does whose peer is gone
