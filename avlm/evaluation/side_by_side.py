@@ -60,7 +60,8 @@ def find_candidates(names: list[str], step: str, out: Path | None, engine: str |
         if is_run(path):
             config, checkpoint = find_checkpoint(path, step)
             run = checkpoint.resolve().parents[1]
-            found = Candidate(name, str(checkpoint), run, read_progress(checkpoint).step, config.train, config.device)
+            train = dataclasses.replace(config.train, float8=False)  # which only training needs
+            found = Candidate(name, str(checkpoint), run, read_progress(checkpoint).step, train, config.device)
             runs[name] = found
     if step != "latest" and not runs:
         raise ValueError(f"--step {step} chooses a checkpoint of a run, and {names[0]} is none")

@@ -10,6 +10,7 @@ from avlm.models.lora import frozen_base
 from avlm.parallel.context import cut
 from avlm.parallel.context_attention import apply_context, choose_mode, heads_together
 from avlm.parallel.exchange import apply_media
+from avlm.parallel.float8 import apply_float8
 from avlm.parallel.fsdp import apply_fsdp, reshard
 from avlm.parallel.media import Share, split
 from avlm.parallel.mesh import World
@@ -23,6 +24,8 @@ def apply_parallel(model: AVLM, world: World, parallel: ParallelConfig, train: T
     lora = model.config.lora
     if lora and lora.base == "bf16":
         hold_base_in_bf16(model)
+    if train.float8:
+        apply_float8(model.decoder, world.device)
     if parallel.tensor > 1:
         apply_tensor(model.decoder, world.decoder_mesh["tensor"])
     if parallel.context > 1:

@@ -6,6 +6,7 @@ from avlm.models.freezing import trained_names
 from avlm.models.shapes import parameter_shapes
 from avlm.parallel import mesh
 from avlm.parallel.context_attention import choose_mode
+from avlm.parallel.float8 import check_float8
 from avlm.parallel.tensor import check_sizes
 
 
@@ -23,6 +24,8 @@ def check_layout(config: Config, world_size: int) -> None:
         raise ValueError(f"debug.profile_ranks={config.debug.profile_ranks} names rank {odd[0]} of {world_size}")
     _check_recompute(config)
     _check_rows(config)
+    if config.train.float8:
+        check_float8(config)
     if parallel.tower_sharding == "replicate":
         _check_replicated_towers(config)
 
