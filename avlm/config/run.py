@@ -224,7 +224,8 @@ Recompute = Literal["none", "selective", "full"]
 class RecomputeConfig:
     """Activation checkpointing: what each tower recomputes in the backward instead of keeping it.
 
-    full keeps the input of a block; selective keeps attention and every second matrix product as well.
+    full keeps the input of a block; selective keeps attention and every second matrix product but the last
+    as well.
     """
 
     decoder: Recompute = "none"

@@ -1,8 +1,8 @@
 """What transformer blocks keep for the backward, and torch.compile: both replace the forward of single blocks.
 
 none        everything that autograd saves
-selective   attention, every second matrix product and, over the tensor axis, the sum behind attention; the rest, cheap
-            or the other half, is computed again
+selective   attention, every second matrix product but the last and, over the tensor axis, the sum behind attention; the
+            rest, cheap or the other half, is computed again
 full        the input of a block; with offload_activations it waits in host memory
 """
 
@@ -20,6 +20,7 @@ from avlm.config.model import LoraConfig
 from avlm.config.run import Recompute, TrainConfig
 from avlm.models.attention import AttentionCore
 from avlm.models.avlm import AVLM
+from avlm.models.costs import block_products
 from avlm.models.rope import Rope
 from avlm.parallel.ring import RingAttention
 from kernels.segments import Segments
@@ -33,9 +34,11 @@ GRAPHS = 64
 ATTENTION = ("attention_forward", "_scaled_dot_product")  # name prefixes of our attention op and of PyTorch's
 
 
-def keeps_product(number: int) -> bool:
-    """Whether selective recomputation keeps the result of a block's product, counted from 0 in the order they run."""
-    return number % 2 == 0
+def keeps_product(number: int, num_products: int) -> bool:
+    """Whether selective recomputation keeps the result of one of a block's products, counted from 0 in the order they
+    run. That of the last is added to the residual: no backward needs it, and recomputation ends before it, but for
+    DoRA and layer scales, which make it again."""
+    return number % 2 == 0 and number < num_products - 1
 
 
 def apply_recompute(model: AVLM, config: TrainConfig) -> None:
@@ -56,7 +59,10 @@ def apply_recompute(model: AVLM, config: TrainConfig) -> None:
                 block.forward = compiled(block.forward)
             if mode != "none":
                 ring = next((module for module in block.modules() if isinstance(module, RingAttention)), None)
-                block.forward = _recomputed(block.forward, mode, config.offload_activations, model.config.lora, ring)
+                num_products = len(block_products(name, model.config))
+                block.forward = _recomputed(
+                    block.forward, mode, config.offload_activations, model.config.lora, ring, num_products
+                )
             if config.compile and mode == "selective" and in_one_graph:
                 block.forward = compiled(block.forward)
 
@@ -90,13 +96,18 @@ def _compiled_tower_block(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _recomputed(
-    forward: Callable[..., Any], mode: Recompute, offload: bool, lora: LoraConfig | None, ring: RingAttention | None
+    forward: Callable[..., Any],
+    mode: Recompute,
+    offload: bool,
+    lora: LoraConfig | None,
+    ring: RingAttention | None,
+    num_products: int,
 ) -> Callable[..., Any]:
     is_random = lora is not None and lora.dropout > 0  # there is no other dropout in a block
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": is_random}
     if mode == "selective":
         rank = lora.rank if lora else 0
-        options["context_fn"] = lambda: _keeping(rank, ring)
+        options["context_fn"] = lambda: _keeping(rank, ring, num_products)
 
     def recomputed(*inputs: Any) -> Any:
         kept = contextlib.nullcontext()
@@ -108,10 +119,10 @@ def _recomputed(
     return functools.wraps(forward)(recomputed)
 
 
-def _keeping(rank: int, ring: RingAttention | None) -> tuple[Any, ...]:
+def _keeping(rank: int, ring: RingAttention | None, num_products: int) -> tuple[Any, ...]:
     """Contexts of a forward and of its recomputation. torch keeps results of ops; a ring is none, as an op takes no
     plan, and keeps its own."""
-    contexts = create_selective_checkpoint_contexts(_choose(rank))
+    contexts = create_selective_checkpoint_contexts(_choose(rank, num_products))
     if ring is None:
         return contexts
     kept: list[tuple[Tensor, Tensor]] = []
@@ -124,7 +135,7 @@ def _with_ring(context: Any, ring: RingAttention, kept: list[tuple[Tensor, Tenso
         yield
 
 
-def _choose(rank: int) -> Callable[..., CheckpointPolicy]:
+def _choose(rank: int, num_products: int) -> Callable[..., CheckpointPolicy]:
     """Products of adapters, which have a side of ``rank`` or less, are cheap and not counted. Of the two sums of a
     block over the tensor axis the second is its result, which no backward needs."""
     counts: Counter[tuple[Any, bool]] = Counter()  # apart for the forward and its recomputation: both decide alike
@@ -139,7 +150,7 @@ def _choose(rank: int) -> Callable[..., CheckpointPolicy]:
         if op in PRODUCTS and min(args[PRODUCTS[op]].shape) > rank:
             number = counts["product", context.is_recompute]
             counts["product", context.is_recompute] += 1
-            if keeps_product(number):
+            if keeps_product(number, num_products):
                 return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

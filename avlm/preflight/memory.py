@@ -351,8 +351,8 @@ def adapter_bytes(block: str, case: Case) -> int:
 
 
 def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
-    """What a block keeps for each row: full, its input; selective, also attention, every second product and the sum of
-    the output of attention over the tensor axis."""
+    """What a block keeps for each row: full, its input; selective, also attention, every second product but the last
+    and the sum of the output of attention over the tensor axis."""
     c = case.itemsize
     module = getattr(case.model, name)
     t, width = 1, module.hidden_size  # of attention over all heads
@@ -361,8 +361,9 @@ def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
     size = c * module.hidden_size // t
     if mode == "full":
         return size
-    for number, path in enumerate(block_products(name, case.model)):
-        if keeps_product(number):
+    products = block_products(name, case.model)
+    for number, path in enumerate(products):
+        if keeps_product(number, len(products)):
             weight = f"{path}.weight"
             outputs, _ = tensor_share(weight, case.shapes[weight], t)
             size += c * outputs  # a product that the ranks will sum has all of them

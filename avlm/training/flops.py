@@ -97,7 +97,7 @@ def _repeated(module: str, model: ModelConfig, shapes: Shapes, trained: Collecti
     for paths in blocks.values():
         if mode == "selective":
             products = [path for path in paths if not path.endswith("core")]
-            paths = [path for number, path in enumerate(products) if not keeps_product(number)]
+            paths = [path for number, path in enumerate(products) if not keeps_product(number, len(products))]
         for path in paths:
             is_needed = f"{path}.lora_magnitude" in shapes or f"{_block(path)}.ffn_scale" in trained
             if is_needed or not path.endswith(".down"):

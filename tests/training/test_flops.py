@@ -72,6 +72,11 @@ CASES = {
         stages=staged(train=["lora"]),
         train={"recompute": {"decoder": "full", "audio": "selective"}},
     ),
+    "selective recompute with DoRA": make_config(
+        model={**MODEL, "lora": {**LORA, "dora": True}},
+        stages=staged(train=["lora"]),
+        train={"recompute": {"decoder": "selective"}},
+    ),
     "recompute with DoRA of queries": make_config(
         model={**MODEL, "lora": {**LORA, "dora": True, "targets": ["decoder.*.q"]}},
         stages=staged(train=["lora", "vision"]),
