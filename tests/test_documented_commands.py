@@ -18,6 +18,7 @@ SCRIPTS = {
     "tests.measurements.measure_balance": ["--repeats", "1"],
     "tests.measurements.launch_time": [],
     "tests.measurements.elementwise_bytes": [],
+    "tests.measurements.step_time": ["--table"],
     "tests.kernels.test_compiled": [],
     "tests.measurements.fuzz": ["--count", "100"],
     "tests.measurements.checkpoint_checks": ["0.05"],

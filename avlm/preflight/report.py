@@ -15,10 +15,12 @@ from avlm.models.shapes import Shapes, parameter_shapes
 from avlm.parallel import mesh
 from avlm.parallel.apply import compute_dtype
 from avlm.parallel.check import check_layout
-from avlm.preflight import memory
+from avlm.preflight import memory, step_time
 from avlm.preflight.check import check
+from avlm.preflight.described_step import typical_row
 from avlm.preflight.layout import layout_of
 from avlm.preflight.memory import GIB, MIB
+from avlm.preflight.rates import GPUS
 from avlm.storage.run_folder import find
 from avlm.training.console import describe_length
 from avlm.training.epochs import with_steps
@@ -74,10 +76,24 @@ def _stage_lines(config: Config, stage: StageConfig, world_size: int) -> list[st
     for name, size in found.host.items():
         if size:
             lines.append(_memory_line(f"{name} (host)", size, "not in the sum"))
+    lines += _time_lines(config, stage, world_size)
     if any(not is_json(source) and not source.startswith("synthetic") for source in shares(stage.data.train)):
         most = max(stage.data.num_workers, 1) * stage.data.shuffle_buffer_bytes
         lines.append(_memory_line("shuffling (host)", most, "at most, in the data workers of a rank, not in the sum"))
     return lines
+
+
+def _time_lines(config: Config, stage: StageConfig, world_size: int) -> list[str]:
+    """What bounds a step on H100s (``avlm.preflight.step_time``); nothing for a run in float32, or with weights on the
+    host, of which no time is known."""
+    if config.parallel.cpu_offload or layout_of(config, world_size).dtype != torch.bfloat16:
+        return []
+    row = typical_row(stage.data, config.model)
+    found = step_time.estimate(config, stage, world_size, GPUS["h100"], row)
+    return [
+        f"  {found.seconds:.2f} s a step on H100s, MFU {found.mfu:.0%}; its first wall: {found.wall}",
+        "  (from rates that are assumptions, avlm/preflight/rates.py; not measured)",
+    ]
 
 
 def _count(shapes: Shapes, names: Iterable[str]) -> int:

@@ -1,8 +1,8 @@
 """What a rank sends in a training step, by formula, from the config, the rows and the plan of the media. All that is
-known here of the code that communicates is which axes its collectives run over (``ASKERS``).
+known here of the code that communicates is which axes its collectives run over (``ASKERS``). What follows from
+sizes and the layout alone is in ``avlm/preflight/wire.py``; here is what a real row and its ranks add.
 
-c bytes of a number in compute   T tokens of the row   C, t ranks of context, tensor   L = T / C
-R tokens with a target   D decoder width   H, K heads of queries, of keys   E head dim
+L tokens of a rank   C ranks of context   U of them that exchange heads   t of tensor
 """
 
 import math
@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 
 from avlm.config.run import Config
-from avlm.models.avlm import AVLM
 from avlm.models.batch import KINDS, TAPS, Batch, Media
+from avlm.models.shapes import parameter_shapes
 from avlm.parallel import media
 from avlm.parallel.context import cut
 from avlm.parallel.mesh import World
 from avlm.parallel.shares import share
+from avlm.preflight import wire
+from avlm.preflight.wire import ring
 
 FSDP, DTENSOR, OURS = "torch/distributed/fsdp/", "torch/distributed/tensor/", "avlm/parallel/"
 # File that asks for a collective -> its axes. Where two axes have the same ranks, only this tells them apart.
@@ -74,7 +76,8 @@ def formula(config: Config, world: World, rows: list[Batch]) -> Bytes:
     norm_and_losses = 4 * (1 + len(KINDS))  # losses by kind
     sent = of_weights(config, world)
     sent["world", "all-reduce"] = ring(world.size, 2 * norm_and_losses)
-    for kind, count in of_tensor(config, num_tokens, len(part.target_R)).items():
+    tensor = wire.tensor_bytes(config.model.decoder, config.parallel.tensor, num_tokens, len(part.target_R), ITEMSIZE)
+    for kind, count in tensor.items():
         sent["tensor", kind] = count
     sent.update(of_context(config, num_tokens, own, world))
     if world.media_group is None:
@@ -88,78 +91,21 @@ def formula(config: Config, world: World, rows: list[Batch]) -> Bytes:
     return sent
 
 
-def ring(n: int, count: float) -> float:
-    """Bytes that a rank sends when ``count`` bytes go around a ring of n ranks."""
-    return count * (n - 1) / n
-
-
 def of_weights(config: Config, world: World) -> Bytes:
     """FSDP, unit by unit: gathered for the forward, and again for the backward where it was freed; gradients summed in
     float32. Dim 0 of every tensor is padded to a multiple of the ranks."""
-    with torch.device("meta"):
-        parameters = dict(AVLM(config.model).named_parameters())
+    shapes = parameter_shapes(config.model)
     axes = ranks_of_axes(world)
     copies = len(axes["replicate"])
     sent = Counter()
-    for prefixes, axis, is_freed in units(config):
-        n = len(axes[axis])
-        padded = 0
-        for name, parameter in parameters.items():
-            if name.startswith(prefixes):
-                first, width = share_of(name, parameter.shape, config.parallel.tensor)
-                padded += math.ceil(first / n) * n * width
-        name = axis_of(axes, ASKERS[FSDP], axes[axis])
-        num_gathers = 2 if is_freed else 1
-        sent[name, "all-gather"] += ring(n, num_gathers * ITEMSIZE * padded)
+    for unit in wire.units(config, shapes):
+        n = len(axes[unit.axis])
+        padded = wire.padded_numbers(shapes, unit.prefixes, n, config.parallel.tensor)
+        name = axis_of(axes, ASKERS[FSDP], axes[unit.axis])
+        sent[name, "all-gather"] += ring(n, unit.num_gathers * ITEMSIZE * padded)
         sent[name, "reduce-scatter"] += ring(n, 4 * padded)
         sent["replicate", "all-reduce"] += ring(copies, 2 * 4 * padded / n)
     return sent
-
-
-def share_of(name: str, shape: torch.Size, t: int) -> tuple[int, int]:
-    """(rows, numbers in a row) of a parameter that a rank of the tensor axis has."""
-    rows = shape[0]
-    width = math.prod(shape[1:])
-    if not name.startswith("decoder.") or "norm" in name:
-        return rows, width
-    if name.endswith(("attention.o.weight", "ffn.down.weight")):
-        return rows, width // t
-    return rows // t, width
-
-
-def units(config: Config) -> list[tuple[tuple[str, ...], str, bool]]:
-    """Of each unit of FSDP, with tower_sharding=unit and an untied head: names, axis, whether the forward frees it."""
-    freed = config.parallel.reshard
-    blocks = [f"decoder.blocks.{i}." for i in range(config.model.decoder.num_layers)]
-    found = [(("decoder.norm.", "decoder.head."), "shard_context", False)]
-    found.append((("decoder.embedding.",), "shard_context", False))  # its backward needs no weights
-    for name in blocks:
-        found.append(((name,), "shard_context", freed))
-    for tower in ("vision", "audio"):
-        found.append(((f"{tower}.",), "shard_context_tensor", freed))
-        found.append(((f"{tower}_projector.",), "shard_context_tensor", False))
-    return found
-
-
-def of_tensor(config: Config, L: int, R: int) -> dict[str, float]:
-    """Each block gathers tokens twice and scatters sums twice, and its backward does the reverse; the embedding
-    scatters, the end of the decoder gathers. The head sums 4 numbers for each target, and dhidden. Gradients of norms
-    are partial sums over the tokens, or over the heads, of each rank."""
-    decoder = config.model.decoder
-    t = config.parallel.tensor
-    D = decoder.hidden_size
-    blocks = 4 * decoder.num_layers
-    norms = 2 * D
-    if decoder.qk_norm:
-        norms += 2 * decoder.head_dim
-    whole = ITEMSIZE * L * D
-    head = (4 * 4 + ITEMSIZE * D) * R
-    reduced = head + ITEMSIZE * decoder.num_layers * norms
-    return {
-        "all-gather": ring(t, (blocks + 2) * whole),
-        "reduce-scatter": ring(t, (blocks + 1) * whole),
-        "all-reduce": ring(t, 2 * reduced),
-    }
 
 
 def together(config: Config) -> int:
@@ -183,19 +129,18 @@ def of_context(config: Config, L: int, row: Batch, world: World) -> Bytes:
     rank, C = world.axis("context")
     if C == 1:
         return Counter()
-    of_token = decoder.num_layers * decoder.head_dim // config.parallel.tensor
-    q = of_token * decoder.num_heads
-    kv = of_token * 2 * decoder.num_kv_heads
+    t = config.parallel.tensor
     if mode == "allgather":
-        scattered = ring(C, 4 * C * L * kv)
-        return Counter({("context", "all-gather"): scattered * ITEMSIZE / 4, ("context", "reduce-scatter"): scattered})
+        gathered = wire.gathered_bytes(decoder, t, C, L, ITEMSIZE)
+        return Counter({("context", kind): count for kind, count in gathered.items()})
     U = together(config)
     found = Counter()
     if mode != "ring":
-        found["heads" if U < C else "context", "all-to-all"] = ring(U, 2 * ITEMSIZE * (2 * q + kv) * L)
+        found["heads" if U < C else "context", "all-to-all"] = wire.exchanged_bytes(decoder, t, U, L, ITEMSIZE)
     if mode != "ulysses":
         sent, arriving = seen_elsewhere(row, rank // U, C // U)
-        found["ring" if U > 1 else "context", "send"] = (2 * ITEMSIZE * sent + 4 * arriving) * kv / U
+        forward, backward = wire.ring_bytes(wire.key_numbers(decoder, t, U), sent, arriving, ITEMSIZE)
+        found["ring" if U > 1 else "context", "send"] = decoder.num_layers * (forward + backward)
     return found
 
 
