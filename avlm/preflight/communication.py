@@ -84,9 +84,9 @@ def weights(step: Step, work: dict[str, dict[str, Both]], tensor: Both) -> tuple
     """Of a step: (seconds of copies, seconds of communication that nothing hides, bytes sent)."""
     case = step.case
     layout = case.layout
-    accumulate = case.config.train.accumulate
+    micro_batches = step.micro_batches
     is_local = case.config.train.accumulate_mode == "local"
-    num_sums = 1 if is_local else accumulate
+    num_sums = 1 if is_local else micro_batches
     sharers = layout.shard * layout.context
     axes = {"shard_context": (sharers, layout.tensor), "shard_context_tensor": (sharers * layout.tensor, 1)}
     copied = sent = 0.0
@@ -98,7 +98,7 @@ def weights(step: Step, work: dict[str, dict[str, Both]], tensor: Both) -> tuple
         )
         gathered, summed = wire.ring(n, case.itemsize * numbers), wire.ring(n, 4 * trained)
         copies = wire.ring(layout.replicate, 2 * 4 * trained / n)
-        num_gathers = accumulate * unit.num_gathers
+        num_gathers = micro_batches * unit.num_gathers
         sent += num_gathers * gathered + num_sums * summed + copies
         if n > 1:
             copied += num_gathers * rates.COPIED_IN * numbers + num_sums * rates.COPIED_OUT * trained
@@ -113,7 +113,7 @@ def weights(step: Step, work: dict[str, dict[str, Both]], tensor: Both) -> tuple
         units.append(Traffic(gather, gather * (unit.num_gathers - 1), reduction, over_copies, own))
     first = _waited(units, with_sums=not is_local, with_copies=False)
     last = _waited(units, with_sums=True, with_copies=True)
-    return copied / step.memory_rate, (accumulate - 1) * first + last, sent
+    return copied / step.memory_rate, (micro_batches - 1) * first + last, sent
 
 
 def _waited(units: list[Traffic], with_sums: bool, with_copies: bool) -> float:

@@ -143,6 +143,10 @@ class Step:
         kv_heads = self.case.model.decoder.num_kv_heads // layout.tensor
         return heads_together(layout.context_mode, kv_heads, layout.context)
 
+    @property
+    def micro_batches(self) -> int:
+        return self.case.config.train.micro_batches(self.case.layout.data_ranks)
+
     def share_of_items(self, modality: str) -> float:
         """Of the rank that encodes most of a row's."""
         number = self.row.items[modality]

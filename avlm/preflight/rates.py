@@ -60,5 +60,5 @@ SAVE_PLAN = 0.16  # seconds of the first rank, with 256 ranks, after the first s
 NORM, ROTATED, SWIGLU, RESIDUAL = (4, 10), (10.25, 10.25), (10, 18), (6, 6)
 COMPILED_D, COMPILED_QK, COMPILED_F = (12.6, 24.2), (4.2, 4.4), (6.3, 11)  # together, compiled: width, q and k, MLP
 TOWER_D, TOWER_F = (20, 40), (4, 10)  # two LayerNorms and residuals; an activation
-ADAMW = 28 + 12  # for each number that trains, float32: the step, and clipping
+ADAMW = {"fp32": 28 + 12, "bf16": 20 + 12}  # for each number that trains, by how moments are held: the step, clipping
 COPIED_IN, COPIED_OUT = 4, 6  # bytes of FSDP for each number: a gather into its weights, a gradient into the sum

@@ -78,30 +78,30 @@ def estimate(config: Config, stage: StageConfig, world_size: int, gpu: Gpu, row:
     case = Case(config, stage, layout_of(config, world_size), parameter_shapes(config.model))
     step = Step(case, gpu, row)
     layout = case.layout
-    accumulate = config.train.accumulate
+    micro_batches = step.micro_batches
     context = communication.context(step)
     work = _work(step, context.pairs)
     tensor, tensor_sent = communication.tensor(step)
     copies, waited, weights_sent = communication.weights(step, work, tensor)
     exchange, exchange_sent = communication.media(step)
     num_trained = case.trained_numbers("") / (layout.shard * layout.context)
-    parts = {kind: accumulate * sum(map(sum, of_modules.values())) for kind, of_modules in work.items()}
+    parts = {kind: micro_batches * sum(map(sum, of_modules.values())) for kind, of_modules in work.items()}
     parts |= {
         "copies": copies,
-        "tensor exchange": accumulate * sum(tensor),
-        "exposed communication": waited + accumulate * (context.exposed + exchange),
-        "optimizer": rates.ADAMW * num_trained / step.memory_rate,
+        "tensor exchange": micro_batches * sum(tensor),
+        "exposed communication": waited + micro_batches * (context.exposed + exchange),
+        "optimizer": rates.ADAMW[stage.optimizer.moments] * num_trained / step.memory_rate,
     }
-    sent = {"weights": weights_sent, "tensor": accumulate * tensor_sent}
-    sent |= {"context": accumulate * context.sent, "media": accumulate * exchange_sent}
-    num_rows = layout.replicate * layout.shard * accumulate
+    sent = {"weights": weights_sent, "tensor": micro_batches * tensor_sent}
+    sent |= {"context": micro_batches * context.sent, "media": micro_batches * exchange_sent}
+    num_rows = layout.rows_per_step(config.train)
     num_flops = sum(
         (forward + backward) * step.counts[name] for (_, name), (forward, backward, _) in step.costs.items()
     )
     return StepTime(
         parts=parts,
         host=_host(step, world_size),
-        row=accumulate * _row_on_its_way(step),
+        row=micro_batches * _row_on_its_way(step),
         save=_save(case, world_size),
         sent=sent,
         memory=memory.estimate(config, stage, world_size, case.shapes).total,
@@ -191,7 +191,7 @@ def _host(step: Step, world_size: int) -> float:
     if layout.context_mode in ("ring", "ulysses_ring") and layout.context > 1:
         longest = math.ceil(max(step.row.documents) / (step.tokens * step.num_together))
         of_batch += 3 * decoder.num_layers * longest * rates.RING_STEP
-    return case.config.train.accumulate * of_batch + 2 * (world_size - 1) * rates.HOST_HOP
+    return step.micro_batches * of_batch + 2 * (world_size - 1) * rates.HOST_HOP
 
 
 def _row_on_its_way(step: Step) -> float:
@@ -208,6 +208,7 @@ def _save(case: Case, world_size: int) -> float:
     if case.config.checkpoint.async_save:
         held = memory.resident(case)
         return (held["parameters"] + held["optimizer state"]) / rates.STAGING
-    size = 4 * sum(map(math.prod, case.shapes.values())) + 8 * sum(map(math.prod, case.trained.values()))
+    moments = 4 if case.stage.optimizer.moments == "bf16" else 8
+    size = 4 * sum(map(math.prod, case.shapes.values())) + moments * sum(map(math.prod, case.trained.values()))
     nodes = math.ceil(world_size / NODE)
     return size / min(rates.STORE, rates.STORE_OF_NODE * nodes) + rates.SAVE_PLAN

@@ -77,7 +77,12 @@ def print_table() -> None:
     for name, (world_size, overrides, (tokens, images, windows, documents, targets)) in (
         LAYOUTS | OF_A_MILLION
     ).items():
-        sizes = [f"data.seq_length={tokens}", f"model.decoder.max_position={tokens}", "device=cuda"]
+        sizes = [
+            f"data.seq_length={tokens}",
+            f"model.decoder.max_position={tokens}",
+            "device=cuda",
+            "train.rows_per_step=null",
+        ]
         config = open_config("configs/avlm_8b.yaml", [*sizes, *overrides])
         row = Row(equal_documents(tokens, documents), {"image": images, "audio": windows}, targets)
         found = estimate(config, config.stages[-1], world_size, GPUS["h100"], row)
