@@ -48,6 +48,7 @@ class TrainingRows(Iterator[Row]):
     def __init__(self, loader: Any, model: ModelConfig, world: World, ahead: int) -> None:
         self.rows = _with_parts(loader, model, world)
         self.ahead = ahead
+        self.watch = world.watch
         self.thread = None
         self.coming: deque[Future[Row | None]] = deque()
         if world.shares_rows:
@@ -59,7 +60,7 @@ class TrainingRows(Iterator[Row]):
             return next(self.rows)
         while len(self.coming) <= self.ahead:
             self.coming.append(self.thread.submit(next, self.rows, None))
-        row = self.coming.popleft().result()
+        row = self.watch.result(self.coming.popleft(), "rows")
         if row is None:
             raise StopIteration
         return row

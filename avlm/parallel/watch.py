@@ -19,9 +19,10 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
@@ -32,6 +33,7 @@ from avlm.process.exit import leave
 from avlm.process.launch import local_ranks, store_host
 
 ROOT = Path(__file__).parents[2]
+Result = TypeVar("Result")
 Phase = Literal["start", "step", "validate", "save"]  # as parallel.timeouts call them
 MOST_SECONDS = 5.0  # between two beats
 LATER = 120.0  # seconds: torch's own bound, for a rank whose main thread lets no other thread run, comes after ours
@@ -55,6 +57,7 @@ class Watch:
         self.entered = 0  # how often something began
         self.timeouts: TimeoutsConfig | None = None
         self.main_thread = threading.get_ident()
+        self.awaited: str | None = None  # name of the thread that the main thread waits for
         self.ended = threading.Event()
         self.late = threading.Event()  # the time of this rank is up
         self.called = threading.Event()  # that of some rank is
@@ -79,6 +82,15 @@ class Watch:
         self.phase = phase
         self.step = step
         self.entered += 1
+
+    def result(self, future: Future[Result], executor: str) -> Result:
+        """Wait for what the only thread of an executor does, by the name of the executor. Until then a beat says where
+        that thread is."""
+        self.awaited = f"{executor}_0"
+        try:
+            return future.result()
+        finally:
+            self.awaited = None
 
     def end(self) -> None:
         self.ended.set()
@@ -156,8 +168,9 @@ class Watch:
         return f"{before[self.phase]}step {self.step}"
 
     def _place(self) -> str:
-        """Where the main thread is in our own code."""
-        frame = sys._current_frames().get(self.main_thread)
+        """Where the main thread, or the one that it waits for, is in our own code."""
+        threads = {thread.name: thread.ident for thread in threading.enumerate()}
+        frame = sys._current_frames().get(threads.get(self.awaited, self.main_thread))
         while frame is not None:
             path = Path(frame.f_code.co_filename)
             if path.is_relative_to(ROOT) and ".venv" not in path.parts:

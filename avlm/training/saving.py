@@ -114,7 +114,7 @@ class Saver:
         if self.writing is None:
             [progress] = self._settled(progress)
         if is_final:
-            self.pruning.result()
+            self.world.watch.result(self.pruning, "prune")
             if self.failure:
                 raise OSError(self.failure)
         if self.failure and not self.is_told:
@@ -149,7 +149,7 @@ class Saver:
     def finish(self) -> str:
         """Wait for the checkpoint that is being written. Returns why the last one could not be, or ""."""
         if self.writing is not None:
-            self.failure = self.writing.result()
+            self.failure = self.world.watch.result(self.writing, "save")
             self.writing = None
         return self.failure
 
@@ -186,7 +186,7 @@ class Saver:
     def _make_folder(self, path: Path, need: int) -> None:
         if not self.world.is_first:
             return
-        self.pruning.result()  # the room that they free counts
+        self.world.watch.result(self.pruning, "prune")  # the room that they free counts
         shutil.rmtree(path, ignore_errors=True)  # remains of an interrupted run
         path.parent.mkdir(parents=True, exist_ok=True)
         disk = shutil.disk_usage(path.parent)

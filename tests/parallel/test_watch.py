@@ -3,7 +3,9 @@
 import os
 import signal
 import subprocess
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from torch.distributed.distributed_c10d import _world
 
 from avlm.config.run import ParallelConfig, TimeoutsConfig
 from avlm.parallel import mesh
-from avlm.parallel.watch import LATER, Beat, missing
+from avlm.parallel.watch import LATER, Beat, Watch, missing
 from avlm.storage.run_folder import read_records
 from tests.parallel.spawn import run_ranks
 from tests.training.test_train import ENVIRONMENT, ROOT, command, wait_until, write_config
@@ -54,6 +56,22 @@ def bounds_at_the_start(folder: Path) -> set[float]:
 def test_torch_does_not_end_a_start_before_its_time_is_up(tmp_path):
     """It gives gloo 30 minutes, and NCCL 10."""
     assert run_ranks(bounds_at_the_start, 2, tmp_path) == [{5000 + LATER}] * 2
+
+
+def test_where_a_rank_is_is_where_the_thread_is_that_it_waits_for():
+    """It loads rows, or writes a checkpoint: the others wait for them in the same line as this rank."""
+    watch, gate = Watch(), threading.Event()
+
+    def read_a_disk_that_hangs() -> str:
+        gate.wait()
+        return "a row"
+
+    places = []
+    timer = threading.Timer(0.2, lambda: (places.append(watch._place()), gate.set()))
+    timer.start()
+    assert watch.result(ThreadPoolExecutor(1, "rows").submit(read_a_disk_that_hangs), "rows") == "a row"
+    timer.join()
+    assert places[0].startswith("read_a_disk_that_hangs (tests/parallel/test_watch.py:")
 
 
 def rank_of(pid: str) -> int:
