@@ -293,7 +293,8 @@ class ParallelConfig:
     context: Ranks = 1  # ranks that share the tokens of a row
     tensor: Ranks = 1  # ranks that share the heads, widths and vocabulary of the decoder
     context_mode: Literal["auto", "ring", "allgather", "ulysses", "ulysses_ring"] = "auto"
-    # auto: ulysses where context divides the key/value heads of a rank, ulysses_ring where they have a common divisor
+    # auto: ulysses where context divides the key/value heads of a rank, within a machine of 8 ranks; ulysses_ring where
+    # they have a common divisor
     tower_sharding: Literal["unit", "block", "replicate"] = "unit"
     # unit: one FSDP unit for each tower; block: one for each block; replicate: towers are frozen, not sharded, and held
     # and saved in the compute dtype

@@ -52,8 +52,9 @@ def _context_mode(model: ModelConfig, world: World) -> tuple[str, int]:
     """What parallel.context_mode comes to, and how many neighbours exchange heads in it."""
     num_kv_heads = model.decoder.num_kv_heads // world.shape["tensor"]
     has_window = model.decoder.sliding_window is not None
-    mode = choose_mode(world.context_mode, num_kv_heads, world.shape["context"], has_window)
-    return mode, heads_together(mode, num_kv_heads, world.shape["context"])
+    context, tensor = world.shape["context"], world.shape["tensor"]
+    mode = choose_mode(world.context_mode, num_kv_heads, context, has_window, tensor)
+    return mode, heads_together(mode, num_kv_heads, context, tensor)
 
 
 def own_part(batch: Batch, model: ModelConfig, world: World) -> Batch:

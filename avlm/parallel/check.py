@@ -18,7 +18,9 @@ def check_layout(config: Config, world_size: int) -> None:
     check_sizes(config.model, parallel.tensor)
     decoder = config.model.decoder
     has_window = decoder.sliding_window is not None
-    choose_mode(parallel.context_mode, decoder.num_kv_heads // parallel.tensor, parallel.context, has_window)
+    choose_mode(
+        parallel.context_mode, decoder.num_kv_heads // parallel.tensor, parallel.context, has_window, parallel.tensor
+    )
     odd = [rank for rank in config.debug.profile_ranks if rank >= world_size]
     if config.debug.profile and odd:
         raise ValueError(f"debug.profile_ranks={config.debug.profile_ranks} names rank {odd[0]} of {world_size}")

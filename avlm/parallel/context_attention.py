@@ -26,6 +26,8 @@ from avlm.parallel.context_plan import ContextPlan, WindowPlan
 from avlm.parallel.ring import RingAttention
 from kernels.attention import attention
 
+MACHINE = 8  # ranks of a machine: neighbours, among which an exchange of heads is fast
+
 
 class AllGatherAttention(nn.Module):
     """Local queries against all keys, which are brought into the order of documents. The early and the late part of a
@@ -112,24 +114,25 @@ class _Exchange(torch.autograd.Function):
         return _Exchange.apply(dx, ctx.group), None
 
 
-def choose_mode(mode: str, num_kv_heads: int, context: int, has_window: bool = False) -> str:
+def choose_mode(mode: str, num_kv_heads: int, context: int, has_window: bool = False, tensor: int = 1) -> str:
     """ring, allgather, ulysses or ulysses_ring, for a rank with this many key/value heads (its share under tensor
-    parallelism). auto is ulysses where the ranks can share the heads, ulysses_ring where some of them can, else ring;
-    allgather in place of a ring for a model with a sliding window. Raises ValueError for ulysses where heads cannot be
-    shared, and for a ring with a window."""
-    num_sharers = math.gcd(num_kv_heads, context)
-    fits = num_sharers == context
+    parallelism over ``tensor`` ranks). auto is ulysses where the ranks can share the heads and are of one machine,
+    ulysses_ring where some of them can and are, else ring. For a model with a sliding window it is ulysses where the
+    ranks can share the heads, else allgather. Raises ValueError for ulysses where heads cannot be shared, and for a
+    ring with a window."""
+    num_sharers = heads_together("ulysses_ring", num_kv_heads, context, tensor)
+    fits = num_kv_heads % context == 0
     with_ring = "ulysses_ring" if num_sharers > 1 else "ring"
     otherwise = "allgather" if has_window else with_ring
     if mode == "auto":
-        return "ulysses" if fits else otherwise
+        return "ulysses" if fits and (has_window or num_sharers == context) else otherwise
     if (mode == "ulysses" and not fits) or (mode == "ulysses_ring" and num_sharers == 1 < context):
         raise ValueError(
             f"parallel.context_mode={mode} cannot share {num_kv_heads} key/value heads of a rank among "
             f"parallel.context={context} ranks: set parallel.context_mode={otherwise}, or a context that divides the "
             "heads"
         )
-    if mode == "ulysses_ring" and fits:
+    if mode == "ulysses_ring" and num_sharers == context:
         return "ulysses"  # all ranks are one group
     if mode in ("ring", "ulysses_ring") and has_window and context > 1:
         raise ValueError(
@@ -139,11 +142,12 @@ def choose_mode(mode: str, num_kv_heads: int, context: int, has_window: bool = F
     return mode
 
 
-def heads_together(mode: str, num_kv_heads: int, context: int) -> int:
+def heads_together(mode: str, num_kv_heads: int, context: int, tensor: int = 1) -> int:
     """How many neighbours of the context axis exchange heads for tokens in a mode that ``choose_mode`` returned: in
-    ulysses_ring as many as can share the key/value heads, which are rarely more than a machine has."""
+    ulysses_ring as many of a machine as can share the key/value heads."""
     if mode == "ulysses_ring":
-        return math.gcd(num_kv_heads, context)
+        shared = math.gcd(num_kv_heads, context)
+        return max(n for n in range(1, shared + 1) if shared % n == 0 and (n == 1 or n * tensor <= MACHINE))
     return context if mode == "ulysses" else 1
 
 

@@ -58,7 +58,9 @@ def layout_of(config: Config, world_size: int) -> Layout:
     decoder = config.model.decoder
     kv_heads = decoder.num_kv_heads // config.parallel.tensor
     has_window = decoder.sliding_window is not None
-    mode = choose_mode(config.parallel.context_mode, kv_heads, config.parallel.context, has_window)
+    mode = choose_mode(
+        config.parallel.context_mode, kv_heads, config.parallel.context, has_window, config.parallel.tensor
+    )
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
     architecture = dispatch.AMPERE_AND_LATER.start
     if device.type == "cpu":

@@ -165,6 +165,17 @@ def test_auto_is_ulysses_for_as_many_ranks_as_share_the_heads(context, mode, tog
     assert heads_together(mode, 8, context) == together
 
 
+@pytest.mark.parametrize(
+    ("context", "tensor", "mode", "together"),
+    [(16, 1, "ulysses_ring", 8), (32, 4, "ulysses_ring", 2), (4, 2, "ulysses", 4), (16, 8, "ring", 1)],
+)
+def test_auto_exchanges_heads_within_a_machine_of_eight(context, tensor, mode, together):
+    """A rank has 32 key/value heads, enough for any of these."""
+    assert choose_mode("auto", 32, context, tensor=tensor) == mode
+    assert heads_together(mode, 32, context, tensor) == together
+    assert choose_mode("ulysses", 32, context, tensor=tensor) == "ulysses"
+
+
 def test_a_mode_that_is_named_is_taken_or_refused():
     assert choose_mode("ring", 8, 2) == "ring"
     assert choose_mode("allgather", 1, 2) == "allgather"
