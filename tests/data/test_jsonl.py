@@ -6,6 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
+from avlm.data import jsonl
 from avlm.data.loader import open_loader, open_samples
 from avlm.data.stream import Stream
 from avlm.models.batch import Batch
@@ -157,6 +158,23 @@ def test_json_and_jsonl_give_the_same_rows(loader):
     assert rows("set.json") == rows("set.jsonl")
 
 
+def test_records_of_an_array_are_found_wherever_blocks_of_the_file_end(tmp_path, monkeypatch):
+    records = [{"id": 7, "text": 'ä € \\ "],[{'}, 1.5e-06, -3, [[], {}], None, "\ud800", {}]
+    for block, indent, begin in itertools.product((1, 5, 64), (None, 2), (b"", b"\xef\xbb\xbf", b" \n")):
+        monkeypatch.setattr(jsonl, "BLOCK", block)
+        text = json.dumps(records, indent=indent, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        (tmp_path / "a.json").write_bytes(begin + text + b"\n")
+        found = jsonl.Records(tmp_path / "a.json", data(tmp_path))
+        assert [found[number] for number in range(len(found))] == records
+        for wrong in (text[:-1], text + b"x", text.replace(b"1.5e-06,", b"1.5e-06")):
+            (tmp_path / "a.json").write_bytes(begin + wrong)
+            with pytest.raises(ValueError) as error:
+                jsonl.Records(tmp_path / "a.json", data(tmp_path))
+            with pytest.raises(ValueError) as expected:
+                json.loads(begin + wrong)
+            assert str(error.value) == f"{tmp_path / 'a.json'} is not valid JSON: {expected.value}"
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_without_one_good_sample_ends_the_run_with_one_line(loader, workers):
     with pytest.raises(ValueError, match=r"^no sample of .*bad\.jsonl can be used; bad\.jsonl:\d: .*$"):
@@ -234,8 +252,13 @@ def test_files_that_hold_no_records_are_refused(loader, tmp_path):
     (tmp_path / "c.json").write_text("[")
     with pytest.raises(ValueError, match="must hold a list of records"):
         loader(tmp_path / "a.json")
-    with pytest.raises(ValueError, match="holds no records"):
-        loader(tmp_path / "b.jsonl")
+    (tmp_path / "f.json").write_text(" [ ]\n")
+    (tmp_path / "g.json").write_text("[1]", encoding="utf-16")
+    for empty in ("b.jsonl", "f.json"):
+        with pytest.raises(ValueError, match="holds no records"):
+            loader(tmp_path / empty)
+    with pytest.raises(ValueError, match=r"g\.json is not in UTF-8"):
+        loader(tmp_path / "g.json")
     with pytest.raises(ValueError, match="is not valid JSON"):
         loader(tmp_path / "c.json")
     with pytest.raises(FileNotFoundError, match="no data file"):

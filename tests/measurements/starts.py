@@ -1,15 +1,25 @@
-"""How long the parts of a start take:  python -m tests.measurements.starts
+"""How long the parts of a start take:  python -m tests.measurements.starts [--records 665000]
 
 random weights   a decoder of 8B without init_from: what one of 8 ranks draws, and what it would draw if each rank drew
                  all
+json             a .json of so many records as LLaVA's are: opened as data.train is, and held whole by json.load; each
+                 in a process of its own, whose largest memory is read
 """
 
+import argparse
+import json
+import multiprocessing
+import resource
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
 from avlm.config.decoder import DecoderConfig
 from avlm.config.model import ModelConfig
+from avlm.config.run import DataConfig
+from avlm.data.jsonl import Records
 from avlm.models.avlm import AVLM
 from avlm.models.initial import initial_values
 
@@ -41,5 +51,52 @@ def random_weights() -> None:
     )
 
 
+def write_records(file: Path, count: int) -> None:
+    """Conversations of five questions, 1.6 KB each: LLaVA's 665,000 take 1.0 GB."""
+    turn = [{"from": "human", "value": "What can be seen? " * 4}, {"from": "gpt", "value": "A street with a car. " * 9}]
+    with file.open("w") as content:
+        for number in range(count):
+            record = {"id": f"{number:09d}", "image": f"coco/{number:012d}.jpg", "conversations": turn * 5}
+            content.write(f"{',' if number else '['}\n{json.dumps(record)}")
+        content.write("\n]\n")
+
+
+def opened(file: Path) -> int:
+    return len(Records(file, DataConfig(train=str(file))))
+
+
+def loaded(file: Path) -> int:
+    return len(json.loads(file.read_bytes()))
+
+
+def measured(open_file, file: Path, results: multiprocessing.Queue) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    open_file(file)
+    seconds = time.perf_counter() - started
+    results.put((seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20))
+
+
+def json_records(count: int) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "records.json")
+        write_records(file, count)
+        for open_file in (opened, loaded):
+            results = spawn.Queue()
+            process = spawn.Process(target=measured, args=(open_file, file, results))
+            process.start()
+            seconds, gib = results.get()
+            process.join()
+            print(
+                f"json: {count:,} records, {file.stat().st_size / 1e9:.2f} GB, {open_file.__name__}: {seconds:.1f} s, "
+                f"{gib:.2f} GiB"
+            )
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--records", type=int, default=665_000)
+    arguments = parser.parse_args()
     random_weights()
+    json_records(arguments.records)
