@@ -169,6 +169,8 @@ def start(parallel: ParallelConfig, device: torch.device, run: Path | None = Non
         backend = "cpu:gloo,cuda:nccl"
     seconds = parallel.timeouts.start
     store = store_of_this_start(rank, size, seconds) if size > 1 else dist.HashStore()
+    # Without device_id: with it torch 2.11 splits NCCL's communicator for every new group, on the ranks that are no
+    # members also for a group of gloo alone, whose members do not: they would wait for ever.
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     world = lay_out(shape, device, parallel.balance_media, parallel.context_mode)
     if run is not None and size > 1:
