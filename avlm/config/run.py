@@ -235,8 +235,7 @@ class RecomputeConfig:
 
 @config
 class TrainConfig:
-    rows_per_step: Count | None = may_change(None)
-    # packed rows that all data ranks together read in a step: the same step on any number of GPUs; null: accumulate's
+    rows_per_step: Count | None = may_change(None)  # packed rows of a step over all data ranks; null: by accumulate
     accumulate: Count = may_change(1)  # micro-batches (packed rows) of each data rank in a step
     accumulate_mode: Literal["sharded", "local"] = may_change("sharded")
     # sharded: reduce gradients after each micro-batch; local: keep them unsharded, in fp32, and reduce once
