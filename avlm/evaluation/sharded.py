@@ -3,7 +3,8 @@
 import torch
 
 from avlm.config.model import ModelConfig
-from avlm.config.run import ParallelConfig, TrainConfig
+from avlm.config.parallel import ParallelConfig
+from avlm.config.run import TrainConfig
 from avlm.evaluation.answering import Model, open_encoder
 from avlm.evaluation.generation import Ranks
 from avlm.models.avlm import AVLM

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from avlm.config.run import DataConfig, ParallelConfig, TrainConfig
+from avlm.config.parallel import ParallelConfig
+from avlm.config.run import DataConfig, TrainConfig
 from avlm.data.sample import Sample
 from avlm.evaluation.answering import open_encoder
 from avlm.evaluation.answers import answered_ids, text_of

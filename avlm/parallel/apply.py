@@ -3,7 +3,8 @@
 import torch
 
 from avlm.config.model import ModelConfig
-from avlm.config.run import ParallelConfig, TrainConfig
+from avlm.config.parallel import ParallelConfig
+from avlm.config.run import TrainConfig
 from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch, empty_batch
 from avlm.models.lora import frozen_base

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from avlm.config.run import ParallelConfig
+from avlm.config.parallel import ParallelConfig
 from avlm.models.avlm import AVLM, trains
 from avlm.parallel.mesh import World
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from avlm.config.run import ParallelConfig
+from avlm.config.parallel import ParallelConfig
 from avlm.parallel.watch import Watch
 from avlm.process.launch import local_ranks, raise_file_limit, ranks, started_by_torchrun
 

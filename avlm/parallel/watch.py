@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
-from avlm.config.run import TimeoutsConfig
+from avlm.config.parallel import TimeoutsConfig
 from avlm.process.exit import leave
 from avlm.process.launch import local_ranks, store_host
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from avlm.config.run import ParallelConfig
+from avlm.config.parallel import ParallelConfig
 from avlm.families import door
 from avlm.parallel import mesh
 from avlm.process.launch import ranks

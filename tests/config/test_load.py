@@ -12,6 +12,7 @@ from avlm.config.decoder import DecoderConfig, RopeScaling
 from avlm.config.load import _dataclass_in, dump_config, load_config
 from avlm.config.media import VideoConfig
 from avlm.config.model import LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.parallel import TimeoutsConfig
 from avlm.config.run import (
     Config,
     DataConfig,
@@ -19,7 +20,6 @@ from avlm.config.run import (
     OptimizerConfig,
     RecomputeConfig,
     StageConfig,
-    TimeoutsConfig,
 )
 from tests.parallel.small import TREE
 

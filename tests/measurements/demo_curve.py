@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from avlm.config.load import load_config
-from avlm.config.run import Config, ParallelConfig
+from avlm.config.parallel import ParallelConfig
+from avlm.config.run import Config
 from avlm.data.loader import open_loader
 from avlm.data.stream import Stream
 from avlm.demo.build import ensure

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed.distributed_c10d import _world
 
-from avlm.config.run import ParallelConfig, TimeoutsConfig
+from avlm.config.parallel import ParallelConfig, TimeoutsConfig
 from avlm.parallel import mesh
 from avlm.parallel.watch import LATER, Beat, Watch, missing
 from avlm.storage.run_folder import read_records
