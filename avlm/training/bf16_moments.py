@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+PIECE = 2**23  # numbers of a parameter that are updated together: their bits and sums take 44 bytes each meanwhile
 MASK = 2**32 - 1
 MULTIPLIER = 0x45D9F3B  # of a 32-bit hash by Thomas Mueller: each bit of the input flips each of the result's with 50 %
 
@@ -39,15 +40,24 @@ class BF16MomentsAdamW(torch.optim.AdamW):
         state = self.state[parameter]
         state["step"] += 1
         shards = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        weight, gradient, first, second = (local(tensor) for tensor in shards)
-        step, (beta1, beta2) = state["step"], group["betas"]
-        mean = first.float().lerp_(gradient, 1 - beta1)
-        square = second.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"]).mul_((1 - beta1**step) / -group["lr"])
-        weight.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(mean, scale)
-        bits = hashed(places(parameter), key, step)
-        first.copy_(rounded(mean, bits & 0xFFFF))
-        second.copy_(rounded(square, bits >> 16))
+        rows = max(1, PIECE // max(1, math.prod(parameter.shape[1:])))
+        first_row = 0
+        for piece in zip(*(local(tensor).split(rows) for tensor in shards), strict=True):
+            bits = hashed(places(parameter, first_row, len(piece[0])), key, state["step"])
+            _update_piece(*piece, bits, state["step"], group)
+            first_row += rows
+
+
+def _update_piece(
+    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, bits: Tensor, step: Tensor, group: dict[str, Any]
+) -> None:
+    beta1, beta2 = group["betas"]
+    mean = first.float().lerp_(gradient, 1 - beta1)
+    square = second.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"]).mul_((1 - beta1**step) / -group["lr"])
+    weight.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(mean, scale)
+    first.copy_(rounded(mean, bits & 0xFFFF))
+    second.copy_(rounded(square, bits >> 16))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -55,11 +65,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def places(parameter: Tensor) -> Tensor:
-    """int64, of the shape that this rank holds: the place of each number in the whole parameter, flattened."""
+def places(parameter: Tensor, first_row: int, num_rows: int) -> Tensor:
+    """int64, of the shape of so many rows that this rank holds: the place of each number in the whole parameter,
+    flattened."""
     shape, offset, size = parameter.shape, (0,) * parameter.ndim, parameter.shape
     if isinstance(parameter, DTensor):
         size, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
+    offset, size = (offset[0] + first_row, *offset[1:]), (num_rows, *size[1:])
     place = torch.zeros((), dtype=torch.int64, device=parameter.device)
     for dim, (first, length) in enumerate(zip(offset, size)):
         along = torch.arange(first, first + length, device=parameter.device) * math.prod(shape[dim + 1 :])

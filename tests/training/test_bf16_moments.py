@@ -12,7 +12,7 @@ from torch.distributed.tensor.placement_types import Replicate, Shard
 from avlm.models.avlm import AVLM
 from avlm.models.initial import init
 from avlm.parallel.mesh import lay_out
-from avlm.training import optimizer
+from avlm.training import bf16_moments, optimizer
 from avlm.training.bf16_moments import BF16MomentsAdamW, hashed, local, places, rounded
 from tests.parallel.small import make_config, make_rows
 from tests.parallel.spawn import run_ranks
@@ -81,8 +81,9 @@ def test_a_model_learns_as_with_moments_in_float32():
     assert rough != exact
 
 
-def steps_on(shape):
+def steps_on(shape, piece):
     """A parameter of 7 x 8 numbers after three steps, whole, laid out as weights of the decoder are."""
+    bf16_moments.PIECE = piece
     dist.init_process_group("gloo")
     world = lay_out(shape, torch.device("cpu"))
     mesh = world.decoder_mesh["shard_context", "tensor"]
@@ -90,7 +91,7 @@ def steps_on(shape):
     for placements in ([Shard(0), Shard(1)], [Shard(0), Replicate()]):
         weight = nn.Parameter(distribute_tensor(torch.linspace(-1, 1, 56).view(7, 8), mesh, placements))
         place = distribute_tensor(torch.arange(56).view(7, 8), mesh, placements)
-        assert torch.equal(places(weight), local(place))
+        assert torch.equal(places(weight, 1, len(local(weight)) - 1), local(place)[1:])
         state = {"step": torch.zeros(())} | {
             name: torch.zeros_like(weight, dtype=torch.bfloat16) for name in ("exp_avg", "exp_avg_sq")
         }
@@ -104,8 +105,8 @@ def steps_on(shape):
     return found
 
 
-def test_every_layout_of_ranks_rounds_alike():
-    [expected] = run_ranks(steps_on, 1, (1, 1, 1, 1))
+def test_every_layout_of_ranks_rounds_alike_and_so_do_pieces_of_a_parameter():
+    [expected] = run_ranks(steps_on, 1, (1, 1, 1, 1), 2**23)
     for shape in ((1, 4, 1, 1), (1, 2, 1, 2)):
-        for found in run_ranks(steps_on, 4, shape):
+        for found in run_ranks(steps_on, 4, shape, 8):
             assert found == expected
