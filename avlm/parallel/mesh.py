@@ -4,6 +4,7 @@ import ctypes
 import math
 import signal
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -115,6 +116,11 @@ class World:
         values = [None] * self.size
         dist.all_gather_object(values, value, group=group)
         return values
+
+    def thread(self, name: str) -> ThreadPoolExecutor:
+        """A thread that uses this rank's device. Any other begins with the first GPU, even for pinned memory."""
+        initializer = torch.cuda.set_device if self.device.type == "cuda" else None
+        return ThreadPoolExecutor(1, name, initializer, (self.device,) if initializer else ())
 
     def barrier(self) -> None:
         self.sum([0.0])

@@ -11,7 +11,7 @@ import itertools
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,7 +53,7 @@ class TrainingRows(Iterator[Row]):
         self.coming: deque[Future[Row | None]] = deque()
         if world.shares_rows:
             self.rows = _noted(self.rows)
-            self.thread = ThreadPoolExecutor(1, "rows")
+            self.thread = world.thread("rows")
 
     def __next__(self) -> Row:
         if self.thread is None:

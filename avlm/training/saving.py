@@ -73,7 +73,7 @@ class Saver:
         self.config = config
         self.world = world
         self.group = dist.new_group(backend="gloo")
-        self.thread = ThreadPoolExecutor(1, "save")
+        self.thread = world.thread("save")
         self.cleaner = ThreadPoolExecutor(1, "prune")
         self.pruning: Future[None] = self.cleaner.submit(_remove, [])
         self.writing: Future[str] | None = None
@@ -226,8 +226,6 @@ class Saver:
     # 2. In the thread.
 
     def _write(self, content: Content) -> str:
-        if self.world.device.type == "cuda":
-            torch.cuda.set_device(self.world.device)  # a thread begins with the first GPU
         path, layout, places = content.path, self.layout, []
         files: dict[str, str] = {}
         attempt = partial(self._attempt, path, content.need)

@@ -1,6 +1,7 @@
 """Every rank knows its place, and few communicators are made."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,3 +61,18 @@ def test_ranks_lie_in_row_major_order(layout):
 @pytest.mark.parametrize(("layout", "expected"), [((8, 1), 8), ((64, 2), 32), ((6, 24), 2), ((3, 64), 1), ((97, 1), 1)])
 def test_balanced_media_are_shared_among_at_most_64_ranks(layout, expected):
     assert rows_that_share(*layout) == expected
+
+
+def test_a_thread_uses_the_device_of_its_rank(monkeypatch):
+    """Not the first GPU, on which every rank would then hold memory."""
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for kind, expected in (("cpu", []), ("cuda", [torch.device("cuda", 3)])):
+            world = lay_out((1, 1, 1, 1), torch.device("cpu"))
+            world = replace(world, device=torch.device(kind, 3 if kind == "cuda" else None))
+            assert world.thread("rows").submit(lambda: len(used)).result() == len(expected)
+            assert used == expected
+    finally:
+        dist.destroy_process_group()
