@@ -76,11 +76,10 @@ def _stage_lines(config: Config, stage: StageConfig, world_size: int) -> list[st
     for name, size in found.host.items():
         if size:
             lines.append(_memory_line(f"{name} (host)", size, "not in the sum"))
-    lines += _time_lines(config, stage, world_size)
     if any(not is_json(source) and not source.startswith("synthetic") for source in shares(stage.data.train)):
         most = max(stage.data.num_workers, 1) * stage.data.shuffle_buffer_bytes
         lines.append(_memory_line("shuffling (host)", most, "at most, in the data workers of a rank, not in the sum"))
-    return lines
+    return lines + _time_lines(config, stage, world_size)
 
 
 def _time_lines(config: Config, stage: StageConfig, world_size: int) -> list[str]:
@@ -91,7 +90,7 @@ def _time_lines(config: Config, stage: StageConfig, world_size: int) -> list[str
     row = typical_row(stage.data, config.model)
     found = step_time.estimate(config, stage, world_size, GPUS["h100"], row)
     return [
-        f"  {found.seconds:.2f} s a step on H100s, MFU {found.mfu:.0%}; its first wall: {found.wall}",
+        f"  {found.seconds:.2g} s a step on H100s, MFU {found.mfu:.0%}; its first wall: {found.wall}",
         "  (from rates that are assumptions, avlm/preflight/rates.py; not measured)",
     ]
 

@@ -10,8 +10,8 @@ row; how fast that is, from the rates of ``avlm.preflight.rates``, which are ass
     row                   the next row on its way to the ranks that share it, beside both
 
 A step takes as long as the slowest of GPU, host and row. Validation, checkpoints and waiting for the loader are apart.
-Not counted: logits, embeddings, kernels too short to fill a GPU, ranks that lag, other jobs on the network. All rows of
-a step are alike.
+Not counted: ``train.float8``, logits, embeddings, kernels too short to fill a GPU, ranks that lag, other jobs on the
+network. All rows of a step are alike.
 
 C, t ranks of context, tensor   U of C that exchange heads   L tokens of a rank   R ranks that share a row
 """
@@ -64,9 +64,9 @@ class StepTime:
         if self.memory > self.gpu.memory:
             return f"memory, {self.memory / GIB:.0f} GiB of {self.gpu.memory / GIB:.0f}"
         if self.host == self.seconds:
-            return f"the host, {self.host:.2f} s for {self.device:.2f} s of the GPU"
+            return f"the host, {self.host:.2g} s for {self.device:.2g} s of the GPU"
         if self.row == self.seconds:
-            return f"the row on its way, {self.row:.2f} s for {self.device:.2f} s of the GPU"
+            return f"the row on its way, {self.row:.2g} s for {self.device:.2g} s of the GPU"
         part = max(self.parts, key=self.parts.__getitem__)
         return f"{part}, {self.parts[part] / self.device:.0%} of it"
 

@@ -33,6 +33,7 @@ SMOLVLM_2_256M = 256_484_928  # whole; tests/families/test_idefics3_keys.py coun
 WHISPER_LARGE, WHISPER_SMALL = 636_968_960 - 1500 * 1280, 88_154_112 - 1500 * 768  # sinusoids
 SIZES = {
     "avlm_8b": {"decoder": LLAMA_3_8B, "vision": CLIP_L_336, "audio": WHISPER_LARGE},
+    "long_context": {"decoder": LLAMA_3_8B, "vision": CLIP_L_336, "audio": WHISPER_LARGE},
     "llava_7b": {"decoder": LLAMA_2_7B, "vision": CLIP_L_336},
     "llava_13b": {"decoder": LLAMA_2_13B, "vision": CLIP_L_336},
     "salm_1b": {"decoder": TINY_LLAMA, "audio": WHISPER_LARGE},

@@ -24,35 +24,31 @@ HUB = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(Path(__file__).parents[1] / "c
 COLUMNS = ("products", "attention", "elementwise", "copies", "tensor exchange", "exposed communication", "optimizer")
 HEADS = ("products", "attention", "elementw.", "copies", "tensor", "exposed", "AdamW", "host", "row")
 MILLION = 1 << 20
-# Layouts of the table: GPUs, settings, tokens of a row, its images, windows of audio, documents and targets.
 MIX = (8192, 7, 2, 8, 1000)
+ONE = (MILLION, 1000, 300, 1, 22_000)
 EAGER = ("train.compile=false",)
-LAYOUTS = {
-    "FSDP": (8, (), MIX),
-    "FSDP, not compiled": (8, EAGER, MIX),
-    "FSDP ": (64, (), MIX),
-    "8 copies of 8 shards": (64, ("parallel.replicate=8",), MIX),
-    "FSDP  ": (512, (), MIX),
-    "64 copies of 8 shards": (512, ("parallel.replicate=64",), MIX),
-    "tensor 8": (8, ("parallel.tensor=8",), MIX),
-    "context 8 (Ulysses)": (8, ("parallel.context=8",), MIX),
-    "tensor 8, FSDP 8": (64, ("parallel.tensor=8",), MIX),
-    "context 8, FSDP 64": (512, ("parallel.context=8",), MIX),
-    "rows of 131k, context 8": (64, ("parallel.context=8", *EAGER), (131_072, 112, 32, 4, 16_000)),
-}
 CONTEXT = ("parallel.context=64", *EAGER)
-OF_A_MILLION = {
-    "1M: one document": (64, CONTEXT, (MILLION, 1000, 300, 1, 22_000)),
-    "1M: one document, full recompute": (
-        64,
-        (*CONTEXT, "train.recompute.decoder=full"),
-        (MILLION, 1000, 300, 1, 22_000),
-    ),
-    "1M: one document, ring alone": (64, (*CONTEXT, "parallel.context_mode=ring"), (MILLION, 1000, 300, 1, 22_000)),
-    "1M: 64 documents": (64, CONTEXT, (MILLION, 1000, 300, 64, 22_000)),
-    "1M: 500 documents": (64, CONTEXT, (MILLION, 1000, 300, 500, 22_000)),
-    "64 rows of 16k, FSDP": (64, EAGER, (16_384, 15, 5, 8, 350)),
-}
+SHORT, PLAIN = "1M: 500 documents", "64 rows of 16k, FSDP"
+# Of the table: name, GPUs, settings, and of a row its tokens, images, windows of audio, documents and targets.
+LAYOUTS = [
+    ("FSDP", 8, (), MIX),
+    ("FSDP, not compiled", 8, EAGER, MIX),
+    ("FSDP", 64, (), MIX),
+    ("8 copies of 8 shards", 64, ("parallel.replicate=8",), MIX),
+    ("FSDP", 512, (), MIX),
+    ("64 copies of 8 shards", 512, ("parallel.replicate=64",), MIX),
+    ("tensor 8", 8, ("parallel.tensor=8",), MIX),
+    ("context 8 (Ulysses)", 8, ("parallel.context=8",), MIX),
+    ("tensor 8, FSDP 8", 64, ("parallel.tensor=8",), MIX),
+    ("context 8, FSDP 64", 512, ("parallel.context=8",), MIX),
+    ("rows of 131k, context 8", 64, ("parallel.context=8", *EAGER), (131_072, 112, 32, 4, 16_000)),
+    ("1M: one document", 64, CONTEXT, ONE),
+    ("1M: one document, full recompute", 64, (*CONTEXT, "train.recompute.decoder=full"), ONE),
+    ("1M: one document, ring alone", 64, (*CONTEXT, "parallel.context_mode=ring"), ONE),
+    ("1M: 64 documents", 64, CONTEXT, (MILLION, 1000, 300, 64, 22_000)),
+    (SHORT, 64, CONTEXT, (MILLION, 1000, 300, 500, 22_000)),
+    (PLAIN, 64, EAGER, (16_384, 15, 5, 8, 350)),
+]
 
 
 def line(name: str, world_size: int, found: StepTime) -> str:
@@ -61,7 +57,7 @@ def line(name: str, world_size: int, found: StepTime) -> str:
     sent = sum(found.sent.values()) / 1e9
     cells += [f"{found.seconds:.2f} s", f"{found.tokens / found.seconds / 1e3:,.0f}k", f"{100 * found.mfu:.0f} %"]
     cells += [f"{found.memory / 2**30:.1f}", f"{sent:.0f}", f"{found.save:.1f}", found.wall]
-    return f"| {' | '.join([name.strip(), str(world_size), *cells])} |"
+    return f"| {' | '.join([name, str(world_size), *cells])} |"
 
 
 def header() -> str:
@@ -74,21 +70,15 @@ def print_table() -> None:
     os.environ |= HUB
     seconds = {}
     print(header())
-    for name, (world_size, overrides, (tokens, images, windows, documents, targets)) in (
-        LAYOUTS | OF_A_MILLION
-    ).items():
-        sizes = [
-            f"data.seq_length={tokens}",
-            f"model.decoder.max_position={tokens}",
-            "device=cuda",
-            "train.rows_per_step=null",
-        ]
+    for name, world_size, overrides, (tokens, images, windows, documents, targets) in LAYOUTS:
+        sizes = [f"data.seq_length={tokens}", f"model.decoder.max_position={tokens}"]
+        sizes += ["device=cuda", "train.rows_per_step=null"]
         config = open_config("configs/avlm_8b.yaml", [*sizes, *overrides])
         row = Row(equal_documents(tokens, documents), {"image": images, "audio": windows}, targets)
         found = estimate(config, config.stages[-1], world_size, GPUS["h100"], row)
         seconds[name] = found.seconds
         print(line(name, world_size, found))
-    ratio = seconds["1M: 500 documents"] / seconds["64 rows of 16k, FSDP"]
+    ratio = seconds[SHORT] / seconds[PLAIN]
     print(f"\na row of 500 documents over 64 ranks takes {ratio:.2f} x as long as 64 plain rows of 16k")
 
 
