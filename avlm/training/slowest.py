@@ -49,13 +49,13 @@ class Slowest:
         found = {}
         words = []
         for name, template in WORDS.items():
-            values = [of_rank[name] for of_rank in everyone]
-            usual = statistics.median(value for value in values if value is not None)
-            worst, rank = max((value, -rank) for rank, value in enumerate(values) if value is not None)
+            values = {rank: of_rank[name] for rank, of_rank in enumerate(everyone) if of_rank[name] is not None}
+            usual = statistics.median(values.values())
+            rank = max(values, key=values.__getitem__)
             bound = SHARE_OF_MEMORY * usual if name == "memory_gib" else SHARE_OF_STEP * record["step_seconds"]
-            if worst - usual > bound:
-                found |= {f"worst/{name}": worst, f"worst/{name}/rank": -rank}
-                words.append(f"rank {-rank} on {everyone[-rank]['host']} {template.format(value=worst)}")
+            if values[rank] - usual > bound:
+                found |= {f"worst/{name}": values[rank], f"worst/{name}/rank": rank}
+                words.append(f"rank {rank} on {everyone[rank]['host']} {template.format(value=values[rank])}")
         return found, ", ".join(words)
 
     def _now(self) -> torch.cuda.Event | float:
