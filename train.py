@@ -105,7 +105,7 @@ def run_stage(
     loader_state = None
     if resume_from:
         checkpoint.load_optimizer(resume_from, model, adam)
-        loader_state = checkpoint.read_loader_state(resume_from, world)
+        loader_state = checkpoint.read_loader_state(resume_from, world, stage.data.num_workers)
     loader = None
     if world.leads_row:
         seed = cfg.seed + progress.stage

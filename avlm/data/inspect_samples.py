@@ -48,11 +48,11 @@ def show(stream: Stream, count: int, out: Path | None = None, html: Path | None 
     shown: list[Shown] = []
     # One of several workers reads only its share, and from a shuffle buffer some samples come twice before others come.
     rows = RowStream(replace(stream, data=replace(stream.data, num_workers=0, shuffle_buffer=1)))
-    rows.begin(0)
+    slot = rows.begin(0)
     if None not in rows.num_records:
         found.num_samples = sum(rows.num_records)
     while found.read < min(found.num_samples or MAX_SAMPLES, MAX_SAMPLES):
-        _, drawn = rows.draw()
+        _, drawn = slot.draw()
         try:
             sample = encoded(drawn, rows.encoder)
         except ValueError as error:

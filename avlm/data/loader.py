@@ -1,6 +1,8 @@
 """Samples in, packed rows out."""
 
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ def open_loader(stream: Stream, state: dict[str, Any] | None = None) -> Any:
     ranks), or if the source has no usable sample.
     """
     if state is not None:
+        stream = _with_workers_of(state, stream) if "energon" in state else stream
         stream.check_state(state)
     source = stream.source
     if isinstance(source, dict) or is_json(source) or is_hf(source):
@@ -42,6 +45,16 @@ def open_loader(stream: Stream, state: dict[str, Any] | None = None) -> Any:
         raise ValueError(
             f"the loader state is not one of {source} ({error!r:.100}): start from scratch with resume=never"
         ) from error
+
+
+def _with_workers_of(state: dict[str, Any], stream: Stream) -> Stream:
+    """Energon's workers read a stream each, so there are as many as the state has streams."""
+    wanted, workers = stream.data.num_workers, state.get("workers")
+    if wanted == workers or not wanted or not workers:
+        return stream
+    if stream.rank == 0:
+        print(f"data.num_workers={workers}, not {wanted}: Energon's streams have a worker each", file=sys.stderr)
+    return replace(stream, data=replace(stream.data, num_workers=workers))
 
 
 def open_samples(source: str, data: DataConfig) -> Iterator[Sample]:

@@ -1,8 +1,9 @@
 """Samples of a source that finds each by its number: a file of records, or a table.
 
-Training reads an endless stream: epoch after epoch, each a permutation made from (seed, epoch). Slot s of S = world x
-workers takes the positions s, s + S, s + 2S, ... of that stream, so every sample is read once an epoch for any number
-of slots, and the number of samples drawn is a slot's whole state. Validation reads once, in the order of the source.
+Training reads an endless stream: epoch after epoch, each a permutation made from (seed, epoch). Slot s of S takes the
+positions s, s + S, s + 2S, ... of that stream, so every sample is read once an epoch for any number of slots, and its
+next position is a slot's whole state. A slot can be divided: the positions that are left to it are dealt out to several
+in turn. Validation reads once, in the order of the source.
 """
 
 import zlib
@@ -31,6 +32,13 @@ def in_order(records: Numbered) -> Iterator[Sample]:
             raise ValueError(f"{records.key(number)}: {error}") from None
 
 
+def divided(state: dict[str, Any], slot: int, num_slots: int, parts: int) -> list[dict[str, Any]]:
+    """The states of the slots that a slot of ``num_slots`` becomes: the same one, and those that are ``num_slots``,
+    2 ``num_slots``, ... further of ``parts`` times as many."""
+    begin = state.get("next", slot + state["drawn"] * num_slots)
+    return [{"drawn": state["drawn"], "next": begin + part * num_slots} for part in range(parts)]
+
+
 class NumberedSamples:
     """The samples that one slot of a stream reads, one by one."""
 
@@ -38,7 +46,7 @@ class NumberedSamples:
         self.records = records
         self.stream = stream
         self.drawn = 0
-        self._first = 0
+        self._next = 0
         self._epoch = -1
         self._order = torch.empty(0)
 
@@ -47,19 +55,20 @@ class NumberedSamples:
         return len(self.records)
 
     def start(self, slot: int, state: dict[str, Any]) -> None:
-        """Continue a slot of this rank from a state."""
-        self._first = self.stream.rank * self.stream.num_workers + slot
+        """Continue a slot from a state."""
         self.drawn = state["drawn"]
+        self._next = state.get("next", slot + self.drawn * self.stream.num_slots)
 
     def state(self) -> dict[str, Any]:
-        return {"drawn": self.drawn}
+        return {"drawn": self.drawn, "next": self._next}
 
     def draw(self) -> Drawn | None:
         """The next sample; None past the end of validation."""
-        number = self._number(self._first + self.drawn * self.stream.world * self.stream.num_workers)
+        number = self._number(self._next)
         if number is None:
             return None
         self.drawn += 1
+        self._next += self.stream.num_slots
         return self.again(number)
 
     def again(self, place: int) -> Drawn:

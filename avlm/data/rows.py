@@ -3,10 +3,13 @@
 Slot s of S = world x workers draws samples one by one, packs them, and hands out their rows. Of a blend it draws each
 sample from the source that is furthest behind its weight, so that the samples drawn have the shares asked for at any
 moment, and samples of all sources share one packing buffer. A slot's whole state is how far it has read each source,
-and the samples of the rows that it has planned but not yet handed out.
+and the samples of the rows that it has planned but not yet handed out. After a resume with other ranks or workers a
+worker may read several slots in turn (``avlm.data.redistribute``).
 """
 
+import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +35,9 @@ class RowLoader:
     """Each iteration continues after the last row that was handed out; validation starts from the beginning."""
 
     def __init__(self, stream: Stream, state: dict[str, Any] | None = None) -> None:
+        if state is not None and "dealt" in state:
+            first, end, count = state["dealt"]
+            stream = replace(stream, dealt=(range(first, end), count))
         self.stream = stream
         self._rows = RowStream(stream)
         if state is not None:
@@ -57,7 +63,7 @@ class RowLoader:
             self._rows,
             batch_size=None,
             collate_fn=_unchanged,
-            num_workers=self.stream.data.num_workers,  # torch runs each with one thread
+            num_workers=min(self.stream.data.num_workers, len(self._slots)),  # torch runs each with one thread
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # iter(DataLoader) would draw from the global one
             worker_init_fn=worker.start,
@@ -68,15 +74,22 @@ class RowLoader:
                 if isinstance(batch, str):
                     raise ValueError(batch)
                 self._slots[slot] = state
-                self._turn = (slot + 1) % len(self._slots)
+                self._turn += 1
                 yield batch
         finally:
             worker.end(rows)
 
     def state(self) -> dict[str, Any]:
         """Plain JSON: where the stream stands after the last row that was handed out."""
-        position = {"records": self._rows.num_records, "turn": self._turn, "slots": list(self._slots)}
-        return {**self.stream.identity(), **position}
+        slots = self.stream.slots
+        return {
+            **self.stream.identity(),
+            "records": self._rows.num_records,
+            "divisible": self._rows.is_divisible,
+            "dealt": [slots.start, slots.stop, self.stream.num_slots],
+            "turn": self._turn,  # rows that were handed out
+            "slots": list(self._slots),
+        }
 
 
 class RowStream(IterableDataset):
@@ -92,24 +105,50 @@ class RowStream(IterableDataset):
         self.encoder = SampleEncoder(stream.model, stream.data, Tokenizer(stream.data.tokenizer))
         self.start = {"sources": [{"drawn": 0} for _ in self.samples], "rows": []}  # the state of a new slot
         self.turn = 0
-        self.slots = [self.start] * stream.num_workers
+        self.slots = [self.start] * len(stream.slots)
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether what is left to a slot can be divided between several."""
+        return all(isinstance(samples, NumberedSamples) for samples in self.samples)
 
     def __iter__(self) -> Iterator[tuple[int, Batch | str, dict]]:
-        # torch asks process 0 first: after a resume that process takes the slot whose turn it is.
         info = get_worker_info()
-        process = info.id if info else 0
-        slot = (process + self.turn) % len(self.slots)
+        processes = info.num_workers if info else 1
+        # Row r is of process r % processes. torch asks process 0 first: after a resume it takes the turn of another.
+        row = self.turn + (info.id if info else 0)
+        own = range(row % processes, len(self.slots), processes)
+        slot = own[0]
         try:
-            self.begin(slot)
-            for batch, state in self._batches(self.slots[slot]["rows"]):
-                yield slot, batch, state
+            batches = {slot: self.begin(slot).batches(self.slots[slot]["rows"]) for slot in own}
+            while True:
+                slot = own[row // processes % len(own)]
+                found = next(batches[slot], None)
+                if found is None:
+                    return
+                yield slot, *found
+                row += processes
         except ValueError as error:
             yield slot, str(error), {}
 
-    def begin(self, slot: int) -> None:
+    def begin(self, slot: int) -> "SlotRows":
         """Continue a slot from its state."""
-        for samples, state in zip(self.samples, self.slots[slot]["sources"], strict=True):
-            samples.start(slot, state)
+        own = [copy.copy(samples) for samples in self.samples]
+        for samples, state in zip(own, self.slots[slot]["sources"], strict=True):
+            samples.start(self.stream.slots[slot], state)
+        return SlotRows(self, own)
+
+
+class SlotRows:
+    """The rows of one slot. ``samples``: its own, of each source."""
+
+    def __init__(self, rows: RowStream, samples: list[Any]) -> None:
+        self.stream = rows.stream
+        self.shares = rows.shares
+        self.names = rows.names
+        self.num_records = rows.num_records
+        self.encoder = rows.encoder
+        self.samples = samples
 
     def draw(self) -> tuple[int, Drawn | None]:
         """The next sample and the number of its source, the one that is furthest behind its share. None past the end of
@@ -119,7 +158,7 @@ class RowStream(IterableDataset):
         source = behind.index(max(behind))
         return source, self.samples[source].draw()
 
-    def _batches(self, planned: list[list[Place]]) -> Iterator[tuple[Batch, dict]]:
+    def batches(self, planned: list[list[Place]]) -> Iterator[tuple[Batch, dict]]:
         data = self.stream.data
         rows, skipped = self._held(planned)
         sources = [samples.state() for samples in self.samples]
@@ -184,7 +223,7 @@ def encoded(drawn: Drawn, encoder: SampleEncoder) -> EncodedSample:
 
 
 def open_samples_of(source: str, stream: Stream) -> Any:
-    """The samples of a source for one slot of a stream: ``start`` it, then ``draw``."""
+    """The samples of a source for slots of a stream: ``start`` a copy for each, then ``draw``."""
     if is_json(source):
         return NumberedSamples(Records(source, stream.data), stream)
     if is_hf(source):

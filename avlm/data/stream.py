@@ -37,6 +37,8 @@ class Stream:
     rank    of this data rank, one of ``world``; each reads a share of its own
     seed    of the order in which training reads
     train   endless and in random order; False: every sample once, in the order of the source
+    dealt   which slots of how many this rank reads, where a checkpoint of other ranks or workers says it
+            (``avlm.data.redistribute``); None: as many on each rank as there are workers
     """
 
     source: str | dict[str, float]
@@ -46,6 +48,19 @@ class Stream:
     world: int
     seed: int
     train: bool
+    dealt: tuple[range, int] | None = None
+
+    @property
+    def slots(self) -> range:
+        """The numbers of what this rank reads in turn: each slot has a share of the samples of its own."""
+        if self.dealt is not None:
+            return self.dealt[0]
+        return range(self.rank * self.num_workers, (self.rank + 1) * self.num_workers)
+
+    @property
+    def num_slots(self) -> int:
+        """Of all data ranks."""
+        return self.world * self.num_workers if self.dealt is None else self.dealt[1]
 
     @property
     def num_workers(self) -> int:

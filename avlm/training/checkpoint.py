@@ -84,13 +84,16 @@ def load_random_state(path: Path, world: World) -> None:
         raise ValueError(f"{where} holds no random state ({cause_of(error)}): remove this checkpoint folder") from None
 
 
-def read_loader_state(path: Path, world: World) -> dict[str, Any]:
-    """The loader state of this rank's data rank. With another number of data ranks the streams are redistributed."""
+def read_loader_state(path: Path, world: World, workers: int) -> dict[str, Any]:
+    """The loader state of this rank's data rank. With another number of data ranks, or ``workers`` of each, it is
+    redistributed."""
     files = _files(path, "loader_*.json")
     if len(files) == world.data_size:
-        return _read_state(files[world.data_rank])
+        state = _read_state(files[world.data_rank])
+        if state.get("workers") == workers:
+            return state
     try:
-        return redistribute([_read_state(file) for file in files], world.data_rank, world.data_size)
+        return redistribute([_read_state(file) for file in files], world.data_rank, world.data_size, workers)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no states of loaders ({cause_of(error)}): remove this folder") from None
 

@@ -222,7 +222,7 @@ def test_other_ranks_continue_the_same_streams(loader, source):
     make = lambda **options: loader(source, **options)
     _, states = read(make, world=2, workers=2)
     expected, _ = read(make, world=2, workers=2, states=states)
-    found, _ = read(make, world=1, workers=4, states=[redistribute(states, 0, world=1)], rows=8)
+    found, _ = read(make, world=1, workers=4, states=[redistribute(states, 0, world=1, workers=4)], rows=8)
     assert sorted(found, key=repr) == sorted(expected, key=repr)
 
 

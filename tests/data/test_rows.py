@@ -76,7 +76,7 @@ def test_a_resumed_blend_goes_on_with_the_very_same_rows(loader, workers):
 def test_other_ranks_continue_the_same_streams_of_a_blend(loader):
     _, states = read(loader, world=2, workers=2)
     expected, _ = read(loader, world=2, workers=2, states=states)
-    found, _ = read(loader, world=1, workers=4, states=[redistribute(states, 0, world=1)], rows=8)
+    found, _ = read(loader, world=1, workers=4, states=[redistribute(states, 0, world=1, workers=4)], rows=8)
     assert sorted(found, key=repr) == sorted(expected, key=repr)
 
 

@@ -35,7 +35,7 @@ def save_and_load(cfg, folder):
     expected = {name: whole(p) for name, p in model.named_parameters()}
     moments = [whole(state["exp_avg"]) for state in adam.state.values()]
     saver = Saver(Path(folder), CheckpointConfig(keep=1), world)
-    saver.save(Progress(step=1), model, adam, {"place": world.rank})
+    saver.save(Progress(step=1), model, adam, {"place": world.rank, "workers": 2})
     step()
     changed = any(not torch.equal(whole(p), expected[name]) for name, p in model.named_parameters())
 
@@ -45,7 +45,7 @@ def save_and_load(cfg, folder):
     same = all(torch.equal(whole(p), expected[name]) for name, p in model.named_parameters())
     same &= all(torch.equal(whole(state["exp_avg"]), m) for state, m in zip(adam.state.values(), moments))
     checkpoint.load_random_state(path, world)
-    place = checkpoint.read_loader_state(path, world)["place"] == world.rank
+    place = checkpoint.read_loader_state(path, world, 2)["place"] == world.rank
     saver.save(Progress(step=2), model, adam, {})
     kept = [p.name for p in complete_checkpoints(Path(folder))]
     mesh.stop()
@@ -103,7 +103,7 @@ def read_all(path):
     world = SimpleNamespace(rank=0, size=1, data_rank=0, data_size=1, device=torch.device("cpu"))
     read_progress(path)
     checkpoint.load_random_state(path, world)
-    checkpoint.read_loader_state(path, world)
+    checkpoint.read_loader_state(path, world, 2)
     checkpoint.load_model(path, AVLM(make_config().model))
 
 

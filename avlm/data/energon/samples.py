@@ -9,6 +9,7 @@ JSON, never as pickle.
 import gc
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.energon import (
@@ -28,7 +29,6 @@ from megatron.energon.cache import NoCachePool
 from megatron.energon.errors import FatalSampleError, reraise_exception
 from megatron.energon.flavors import EmptyDatasetError
 from megatron.energon.savable_loader import SimpleSavableDatasetWrapper
-from torch.utils.data import get_worker_info
 
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
@@ -86,29 +86,40 @@ def read_samples(source: str) -> Iterator[Sample]:
             raise ValueError(f"{source}, {raw.__key__}: {error}") from None
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class SlotConfig(WorkerConfig):
+    """Whose samples a process reads, whatever its own number is: Energon counts one rank with a worker for each slot of
+    the run."""
+
+    slot: int = 0
+
+    def rank_worker_id(self) -> int:
+        return self.slot
+
+    def assert_worker(self) -> None:
+        pass
+
+
 class EnergonSamples:
-    """The samples that one slot of a training stream reads, one by one, inside a worker process of ours."""
+    """The samples that one slot of a training stream reads, one by one, inside a worker process of ours. Copies are for
+    other slots."""
 
     def __init__(self, source: str, stream: Stream) -> None:
         check_source(path_of(source))
         self.source = source
         self.stream = stream
         self.drawn = 0
-        self._samples = self._open()
-        self._rows: Iterator[tuple[int, int, Raw]] | None = None  # until it is started
+        self._unused = [self._open()]  # by the first copy that is started
 
     @property
     def num_samples(self) -> int:
         return count_samples(path_of(self.source), "train")
 
     def start(self, slot: int, state: dict[str, Any]) -> None:
-        """Continue a slot of this rank from a state."""
-        info = get_worker_info()
-        if info is not None:  # Energon numbers a rank's workers by their process, shifted by this
-            WorkerConfig.worker_id_offset = (slot - info.id) % info.num_workers
+        """Continue a slot from a state."""
         self.drawn = state["drawn"]
-        if self._rows is not None:
-            self._samples = self._open()
+        self._samples = self._unused.pop() if self._unused else self._open()
+        self._samples.worker_config.slot = slot
         if "energon" in state:
             self._samples.restore_state(from_json(state["energon"]))
         self._rows = iter(self._samples)
@@ -140,7 +151,15 @@ class EnergonSamples:
 
     def _open(self) -> SimpleSavableDatasetWrapper:
         stream = self.stream
-        return _numbered(open_dataset(self.source, **options(stream), task_encoder=RawEncoder()))
+        slots = SlotConfig(
+            rank=0,
+            world_size=1,
+            num_workers=stream.num_slots,
+            seed_offset=stream.seed,
+            global_error_handler=reraise_exception,
+        )
+        settings = options(stream) | {"worker_config": slots}
+        return _numbered(open_dataset(self.source, **settings, task_encoder=RawEncoder()))
 
 
 def _drawn(raw: Raw) -> Drawn:
@@ -200,9 +219,8 @@ def open_dataset(source: str, *, train: bool, shuffled: DataConfig | None = None
 def explained(error: Exception, source: str, stream: Stream) -> ValueError | None:
     """One line for a fault of the data; None for a fault of the code, which Energon calls fatal."""
     if any(words in str(error) for words in EMPTY):
-        num_workers = stream.world * stream.num_workers
         return ValueError(
-            f"{source} has too few samples: one of {num_workers} workers (ranks x data.num_workers) has none"
+            f"{source} has too few samples: one of {stream.num_slots} workers (ranks x data.num_workers) has none"
         )
     if isinstance(error, FatalSampleError):
         return None

@@ -1,6 +1,6 @@
 """A set that is read where it lies, from its beginning on: ``streaming=true``.
 
-Each of S = world x workers slots has shards of its own (files, or parquet's row groups if there are fewer files than
+Each of S slots has shards of its own (files, or parquet's row groups if there are fewer files than
 slots), in an order made from (seed, epoch); where there are still fewer, slots share a shard and take every m-th row of
 it. Training reads a block of ``data.shuffle_buffer`` rows, hands them out in random order, and reads the next block. So
 a slot's state is where its block begins and how many rows of it are handed out, and a resume reads one block again.
@@ -69,7 +69,7 @@ class StreamedSamples:
 
     def __init__(self, source: Source, stream: Stream) -> None:
         self.stream = stream
-        self.slots = stream.world * stream.num_workers
+        self.slots = stream.num_slots
         self.shards = Shards(source, stream.data, self.slots)
         self.block_size = max(1, stream.data.shuffle_buffer) if stream.train else 1
         self.drawn = 0
@@ -80,8 +80,8 @@ class StreamedSamples:
         return self.shards.num_samples
 
     def start(self, slot: int, state: dict[str, Any]) -> None:
-        """Continue a slot of this rank from a state."""
-        self.slot = self.stream.rank * self.stream.num_workers + slot
+        """Continue a slot from a state."""
+        self.slot = slot
         self.drawn = state["drawn"]
         self._next: Place = state.get("at", [0, 0, 0])  # where the next block begins
         self._rows = self._rows_from(self._next)
