@@ -11,7 +11,7 @@ import itertools
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,8 +67,10 @@ class TrainingRows(Iterator[Row]):
 
     def settle(self) -> None:
         """Wait for the rows that are under way, so that other rows (of validation, of the next stage) may be sent over
-        the same communicators: what two threads send would arrive mixed up."""
-        wait(self.coming)
+        the same communicators: what two threads send would arrive mixed up. Raises what fetching them raised: other
+        ranks wait for that row in vain until this one ends."""
+        for row in self.coming:
+            self.watch.result(row, "rows")
 
 
 def _with_parts(loader: Any, model: ModelConfig, world: World) -> Iterator[Row]:

@@ -110,7 +110,7 @@ def test_a_rank_receives_the_tokens_of_the_row_and_its_own_media_alone():
         assert rank == 0 or received <= 1.1 * needed
 
 
-def fail_in_the_second():
+def fail_in_the_second(ask):
     dist.init_process_group("gloo")
     cfg = make_config()
     world = lay_out((1, 1, 2, 1), torch.device("cpu"))
@@ -125,13 +125,14 @@ def fail_in_the_second():
     if not world.leads_row:
         return ""  # it ends, as a process does whose peer is gone
     try:
-        next(taken)
+        ask(taken)
     except ValueError as error:
         return str(error)
 
 
-def test_an_error_of_the_loader_reaches_the_step_that_asks_for_the_row():
-    assert run_ranks(fail_in_the_second, 2)[0] == "a sample is damaged"
+@pytest.mark.parametrize("ask", [next, rows.TrainingRows.settle])
+def test_an_error_of_the_loader_reaches_the_step_that_asks_for_the_row_or_the_end_of_the_stage(ask):
+    assert run_ranks(fail_in_the_second, 2, ask)[0] == "a sample is damaged"
 
 
 def test_a_row_is_read_as_it_was_written():
