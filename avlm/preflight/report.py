@@ -90,7 +90,7 @@ def _time_lines(config: Config, stage: StageConfig, world_size: int) -> list[str
     row = typical_row(stage.data, config.model)
     found = step_time.estimate(config, stage, world_size, GPUS["h100"], row)
     return [
-        f"  {found.seconds:.2g} s a step on H100s, MFU {found.mfu:.0%}; its first wall: {found.wall}",
+        f"  {step_time.rounded(found.seconds)} s a step on H100s, MFU {found.mfu:.0%}; its first wall: {found.wall}",
         "  (from rates that are assumptions, avlm/preflight/rates.py; not measured)",
     ]
 

@@ -64,11 +64,15 @@ class StepTime:
         if self.memory > self.gpu.memory:
             return f"memory, {self.memory / GIB:.0f} GiB of {self.gpu.memory / GIB:.0f}"
         if self.host == self.seconds:
-            return f"the host, {self.host:.2g} s for {self.device:.2g} s of the GPU"
+            return f"the host, {rounded(self.host)} s for {rounded(self.device)} s of the GPU"
         if self.row == self.seconds:
-            return f"the row on its way, {self.row:.2g} s for {self.device:.2g} s of the GPU"
+            return f"the row on its way, {rounded(self.row)} s for {rounded(self.device)} s of the GPU"
         part = max(self.parts, key=self.parts.__getitem__)
         return f"{part}, {self.parts[part] / self.device:.0%} of it"
+
+
+def rounded(seconds: float) -> str:
+    return f"{seconds:.2g}" if seconds < 10 else f"{seconds:,.0f}"
 
 
 def estimate(config: Config, stage: StageConfig, world_size: int, gpu: Gpu, row: Row) -> StepTime:

@@ -13,6 +13,7 @@ from avlm.preflight.rates import GPUS
 from avlm.preflight.report import report
 from avlm.preflight.step_time import estimate
 from tests.measurements import elementwise_bytes
+from tests.measurements.equivalence import LAYOUTS
 from tests.parallel.small import MODELS, TREE, make_config, make_rows
 
 LARGE = {"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336, "num_layers": 4, "num_heads": 32}
@@ -66,6 +67,15 @@ def test_a_row_of_short_documents_over_many_ranks_takes_hardly_longer_than_plain
     of_many = time_of(16, documents=64, context=16)
     assert of_many.device < 1.3 * plain.device
     assert time_of(16, documents=1, context=16).parts["attention"] > 10 * of_many.parts["attention"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[4].values(), ids=LAYOUTS[4])
+def test_every_layout_has_a_time_and_counts_what_its_axes_send(layout):
+    found = time_of(4, documents=1, **layout)
+    assert 0 < found.mfu < rates.PRODUCT and all(seconds >= 0 for seconds in found.parts.values())
+    assert (found.sent["tensor"] > 0) == (layout.get("tensor", 1) > 1)
+    assert (found.sent["context"] > 0) == (layout.get("context", 1) > 1)
+    assert found.sent["weights"] > 0
 
 
 def test_a_slower_link_only_adds_to_what_is_waited_for():
