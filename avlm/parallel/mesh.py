@@ -197,7 +197,10 @@ def store_of_this_start(rank: int, size: int, seconds: float) -> dist.Store:
     if rank > 0:
         nonce = uuid.uuid4().hex
         store.queue_push("avlm/to_first", f"request {nonce}")
-        prefix = store.get(f"avlm/to_{nonce}").decode()
+        try:
+            prefix = store.get(f"avlm/to_{nonce}").decode()
+        except dist.DistStoreError:
+            raise TimeoutError(f"rank 0 did not join within parallel.timeouts.start={seconds:g} s") from None
         store.queue_push("avlm/to_first", f"acknowledge {prefix} {rank}")
         return dist.PrefixStore(prefix, store)
     prefix = uuid.uuid4().hex

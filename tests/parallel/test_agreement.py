@@ -67,3 +67,5 @@ def test_ranks_of_a_restart_do_not_find_what_the_start_before_left_in_the_store(
         assert [store.get("address").decode() for store in stores] == [f"of the {start} start"] * 3
     with ThreadPool(2) as pool, pytest.raises(TimeoutError, match=r"rank 1, 3 did not join within .*start=2 s"):
         pool.starmap(mesh.store_of_this_start, [(rank, 4, 2.0) for rank in (0, 2)])
+    with pytest.raises(TimeoutError, match=r"rank 0 did not join within .*start=1 s"):
+        mesh.store_of_this_start(1, 2, 1.0)
