@@ -18,7 +18,7 @@ ARROWS = {
     "avlm.models": ("avlm.config", "kernels"),
     "avlm.families": ("avlm.config",),
     "avlm.parallel": ("avlm.config", "avlm.process", "avlm.models", "kernels"),
-    "avlm.storage": ("avlm.config", "avlm.parallel"),
+    "avlm.storage": ("avlm.config", "avlm.process", "avlm.parallel"),
     "avlm.data": ("avlm.config", "avlm.process", "avlm.models", "avlm.storage", "kernels"),
     "avlm.weights": ("avlm.config", "avlm.process", "avlm.models", "avlm.families", "avlm.data", "avlm.parallel")
     + ("avlm.storage",),

@@ -14,6 +14,14 @@ def local_ranks() -> tuple[int, int]:
     return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def own_launch() -> str:
+    """A name that the ranks of this machine share, and no other start has; "" for a rank without others here."""
+    if local_ranks()[1] == 1:
+        return ""
+    start = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    return " ".join([os.uname().nodename, str(os.getppid()), *start])
+
+
 def started_by_torchrun() -> bool:
     """torchrun ends all ranks when one of them fails; other launchers may let them wait for it."""
     return "TORCHELASTIC_RUN_ID" in os.environ

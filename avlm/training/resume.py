@@ -55,9 +55,10 @@ def _other_rows(config: Config, progress: Progress, data_ranks: int) -> list[str
     if had in (0, rows):
         return []
     length = config.stages[progress.stage].data.seq_length
+    advice = f": train.rows_per_step={had} keeps it as it was" if had % data_ranks == 0 else ""
     return [
         f"warning: a step has {counted(rows, 'row')} ({rows * length:,} tokens) and had {counted(had, 'row')} "
-        f"({had * length:,} tokens), with the same learning rate: train.rows_per_step={had} keeps it as it was"
+        f"({had * length:,} tokens), with the same learning rate{advice}"
     ]
 
 

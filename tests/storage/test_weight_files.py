@@ -163,7 +163,7 @@ def test_of_a_hub_model_what_is_read_is_fetched_and_nothing_else(kind, states, t
         (remote / stray).write_text("x")
     here.mkdir()
 
-    def download(name, allow_patterns, ignore_patterns):
+    def download(name, allow_patterns, ignore_patterns, local_files_only):
         for file in remote.iterdir():
             fits = lambda patterns, name=file.name: any(fnmatch.fnmatch(name, each) for each in patterns)
             if fits(allow_patterns) and not fits(ignore_patterns):

@@ -96,6 +96,8 @@ def test_a_resume_says_that_steps_have_other_rows(saved):
     [note] = check_resume(resolve_config(tree, "test"), path, data_ranks=4)
     assert note.startswith("warning: a step has 4 rows (256 tokens) and had 12 rows (768 tokens)")
     assert note.endswith("train.rows_per_step=12 keeps it as it was")
+    [note] = check_resume(resolve_config(tree, "test"), path, data_ranks=5)
+    assert note.endswith("with the same learning rate"), "5 ranks cannot share 12 rows"
     same = resolve_config({**tree, "train": {"rows_per_step": 12}}, "test")
     assert all(check_resume(same, path, data_ranks) == [] for data_ranks in (1, 4, 12))
 
