@@ -73,7 +73,7 @@ hazard() {
 gpu_tests() {
     local workers=()
     "$PYTHON" -c "import xdist" 2>/dev/null && [ -z "$DRY" ] && workers=(-n 4 --dist worksteal)
-    "$PYTHON" -m pytest -m gpu --maxfail 5 --continue-on-collection-errors -v "${workers[@]}" tests/kernels
+    "$PYTHON" -m pytest -m gpu --maxfail 5 --continue-on-collection-errors -v "${workers[@]}" tests/kernels tests/training/test_on_gpu.py
 }
 
 benchmark() {
