@@ -129,11 +129,14 @@ def write_files(folder: Path, **train) -> Path:
 def test_files_go_on_with_another_number_of_data_ranks(tmp_path):
     path = write_files(tmp_path)
     finish(path, "train.stop_after=2", ranks=2)
-    more = ("train.stop_after=4", "train.accumulate=2")
+    more = ("train.stop_after=4", "train.rows_per_step=2")
+    samples = (tmp_path / "all.jsonl").read_text()
+    (tmp_path / "all.jsonl").write_text(samples * 2)
     result = run(path, *more, "stages.all.steps=99")
-    assert result.returncode == 2 and "for workers=2, this run has workers=0: set data.num_workers=2" in result.stderr
-    # The refused run has not become the longer one. Its process may have children of its own.
-    assert run(path, *more, "data.num_workers=2").returncode == 0
+    assert result.returncode == 2 and "all.jsonl holds 50 records, but 25 when the state was written" in result.stderr
+    (tmp_path / "all.jsonl").write_text(samples)
+    # The refused run has not become the longer one.
+    assert run(path, *more).returncode == 0
     before, after = (read_records(tmp_path / "run" / "metrics.jsonl")[i] for i in (1, 3))
     assert after["step"] == 4 and abs(after["tokens"] - before["tokens"]) < 16, "as many rows in a step"
 
