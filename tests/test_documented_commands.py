@@ -26,6 +26,7 @@ SCRIPTS = {
     "tests.measurements.save_plan": ["8"],
     "tests.measurements.save_wait": ["64"],
     "tests.measurements.rows_to_ranks": ["--tokens", "8192"],
+    "tests.measurements.starts": ["--records", "20000"],
     "tests.measurements.faults": ["killed", "stopped"],
     "tests/measurements/packing_against_bucketing.py": [],
     "tests/measurements/speed_against_processors.py": [],

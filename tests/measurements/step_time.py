@@ -4,7 +4,7 @@
     python -m tests.measurements.step_time --table
 
 The first prints a line for each stage of a run; --images, --windows, --documents and --targets say what a row holds.
-The second prints the table of docs/parallelism.md: AVLM-8B, its last stage, on 8, 64 and 512 H100s, and a row of
+The second prints the table of docs/clusters.md: AVLM-8B, its last stage, on 8, 64 and 512 H100s, and a row of
 1,048,576 tokens over 64 of them. It needs no model: sizes are those of tests/config/hub.
 
 Bytes and FLOPs follow from the code. Rates are assumptions (``avlm/preflight/rates.py``): nothing has run on a GPU.
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The time of a training step on paper.")
     parser.add_argument("config", nargs="?")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--table", action="store_true", help="the table of docs/parallelism.md")
+    parser.add_argument("--table", action="store_true", help="the table of docs/clusters.md")
     parser.add_argument("--world-size", type=int, default=8)
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
     for name in ("images", "windows", "documents", "targets"):
