@@ -1,5 +1,6 @@
 """A model folder by its path, or by its name on the Hugging Face Hub, from where only the files that we read come."""
 
+import os
 from pathlib import Path
 
 from avlm.config.values import shown
@@ -41,7 +42,8 @@ def _fetched_once(name: str, weights: bool) -> Path:
     if not launch:
         return _fetched(name, weights)
     kind = "weights" if weights else "files"
-    file = Path(constants.HF_HUB_CACHE, ".locks", f"avlm--{name.replace('/', '--')}.{kind}")
+    machine = os.uname().nodename  # machines that share a cache do not wait for each other
+    file = Path(constants.HF_HUB_CACHE, ".locks", f"avlm--{name.replace('/', '--')}.{kind}.{machine}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.open("a+")

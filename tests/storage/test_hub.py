@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -45,6 +46,22 @@ def test_one_rank_of_a_machine_asks_the_hub_and_each_start_asks_again(asked, mon
             rank.join(20)
             assert rank.exitcode == 0
     assert asked.read_text().split() == ["hub", "cache", "cache"] * 2
+
+
+def of_machine(name):
+    os.uname = lambda: SimpleNamespace(nodename=name)
+    resolve("owner/model", weights=False)
+
+
+def test_machines_that_share_a_cache_ask_once_each(asked):
+    ranks = [FORK.Process(target=of_machine, args=(name,)) for name in ("a", "b") * 3]
+    for rank in ranks:
+        rank.start()
+        time.sleep(0.02)  # in this order
+    for rank in ranks:
+        rank.join(20)
+        assert rank.exitcode == 0
+    assert sorted(asked.read_text().split()) == ["cache"] * 4 + ["hub"] * 2
 
 
 def test_a_rank_alone_asks_each_time_and_needs_no_lock(asked, monkeypatch):
