@@ -142,7 +142,7 @@ def choose_mode(mode: str, num_kv_heads: int, context: int, has_window: bool = F
     return mode
 
 
-def heads_together(mode: str, num_kv_heads: int, context: int, tensor: int = 1) -> int:
+def heads_together(mode: str, num_kv_heads: int, context: int, tensor: int) -> int:
     """How many neighbours of the context axis exchange heads for tokens in a mode that ``choose_mode`` returned: in
     ulysses_ring as many of a machine as can share the key/value heads."""
     if mode == "ulysses_ring":

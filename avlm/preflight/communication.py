@@ -5,6 +5,7 @@ C, t ranks of context, tensor   U of C that exchange heads
 """
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
 from avlm.config.model import TOWERS
@@ -91,7 +92,9 @@ def weights(step: Step, work: dict[str, dict[str, Both]], tensor: Both) -> tuple
     axes = {"shard_context": (sharers, layout.tensor), "shard_context_tensor": (sharers * layout.tensor, 1)}
     copied = sent = 0.0
     units = []
-    for unit in wire.units(case.config, case.trained):
+    found = wire.units(case.config, case.trained)
+    num_units = Counter(unit.module for unit in found)
+    for unit in found:
         n, stride = axes[unit.axis]
         numbers, trained = (
             wire.padded_numbers(shapes, unit.prefixes, n, layout.tensor) for shapes in (case.shapes, case.trained)
@@ -107,9 +110,8 @@ def weights(step: Step, work: dict[str, dict[str, Both]], tensor: Both) -> tuple
         if trained:
             reduction = _collective(step.gpu, summed, n, stride)
             over_copies = _collective(step.gpu, copies, layout.replicate, layout.shard * layout.row_ranks)
-        own = Both(*(sum(kind.get(unit.module, Both())[i] for kind in work.values()) for i in range(2)))
-        if unit.module == "decoder":
-            own = Both(*((own[i] + tensor[i]) / case.model.decoder.num_layers for i in range(2)))
+        kinds = [kind.get(unit.module, Both()) for kind in work.values()] + [tensor] * (unit.module == "decoder")
+        own = Both(*(sum(seconds) / num_units[unit.module] for seconds in zip(*kinds)))
         units.append(Traffic(gather, gather * (unit.num_gathers - 1), reduction, over_copies, own))
     first = _waited(units, with_sums=not is_local, with_copies=False)
     last = _waited(units, with_sums=True, with_copies=True)

@@ -141,7 +141,7 @@ class Step:
         """U."""
         layout = self.case.layout
         kv_heads = self.case.model.decoder.num_kv_heads // layout.tensor
-        return heads_together(layout.context_mode, kv_heads, layout.context)
+        return heads_together(layout.context_mode, kv_heads, layout.context, layout.tensor)
 
     @property
     def micro_batches(self) -> int:

@@ -88,7 +88,7 @@ def estimate(config: Config, stage: StageConfig, world_size: int, gpu: Gpu, row:
     tensor, tensor_sent = communication.tensor(step)
     copies, waited, weights_sent = communication.weights(step, work, tensor)
     exchange, exchange_sent = communication.media(step)
-    num_trained = case.trained_numbers("") / (layout.shard * layout.context)
+    num_trained = memory.resident(case)["gradients"] / 4
     parts = {kind: micro_batches * sum(map(sum, of_modules.values())) for kind, of_modules in work.items()}
     parts |= {
         "copies": copies,
@@ -208,11 +208,12 @@ def _row_on_its_way(step: Step) -> float:
 
 
 def _save(case: Case, world_size: int) -> float:
-    """Seconds that a checkpoint makes training wait."""
+    """Seconds that a checkpoint makes training wait, once the first of the stage has written what is frozen."""
     if case.config.checkpoint.async_save:
         held = memory.resident(case)
-        return (held["parameters"] + held["optimizer state"]) / rates.STAGING
+        trained = held["gradients"]  # as large as the parameters that have them
+        return (trained + held["optimizer state"]) / case.layout.replicate / rates.STAGING
     moments = 4 if case.stage.optimizer.moments == "bf16" else 8
-    size = 4 * sum(map(math.prod, case.shapes.values())) + moments * sum(map(math.prod, case.trained.values()))
+    size = (4 + moments) * sum(map(math.prod, case.trained.values()))
     nodes = math.ceil(world_size / NODE)
     return size / min(rates.STORE, rates.STORE_OF_NODE * nodes) + rates.SAVE_PLAN

@@ -162,7 +162,7 @@ def test_a_row_that_the_ranks_do_not_divide_is_refused():
 )
 def test_auto_is_ulysses_for_as_many_ranks_as_share_the_heads(context, mode, together):
     assert choose_mode("auto", 8, context) == mode
-    assert heads_together(mode, 8, context) == together
+    assert heads_together(mode, 8, context, tensor=1) == together
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,20 @@ import functools
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
 from avlm.config.load import resolve_config
 from avlm.models import costs
-from avlm.preflight import rates
-from avlm.preflight.described_step import Row, counts_of, equal_documents, typical_row
+from avlm.models.shapes import parameter_shapes
+from avlm.preflight import communication, rates
+from avlm.preflight.described_step import Both, Row, Step, counts_of, equal_documents, typical_row
+from avlm.preflight.layout import layout_of
+from avlm.preflight.memory import Case
 from avlm.preflight.rates import GPUS
 from avlm.preflight.report import report
 from avlm.preflight.step_time import estimate
+from avlm.training.bf16_moments import BF16MomentsAdamW
 from tests.measurements import elementwise_bytes
 from tests.measurements.equivalence import LAYOUTS
 from tests.parallel.small import MODELS, TREE, make_config, make_rows
@@ -78,6 +84,37 @@ def test_every_layout_has_a_time_and_counts_what_its_axes_send(layout):
     assert found.sent["weights"] > 0
 
 
+@pytest.mark.parametrize("sharding", ["unit", "block"])
+def test_a_computation_hides_no_more_communication_than_it_lasts(sharding):
+    cfg = config_of(tower_sharding=sharding)
+    case = Case(cfg, cfg.stages[0], layout_of(cfg, 64), parameter_shapes(cfg.model))
+    step = Step(case, replace(GPUS["h100"], nic=1e6), Row((TOKENS,), {"image": 0, "audio": 0}, 0))
+    _, alone, _ = communication.weights(step, {"products": {}}, Both())
+    _, hidden, _ = communication.weights(step, {"products": {"vision": Both(forward=0.001)}}, Both())
+    assert alone - hidden == pytest.approx(0.001)
+
+
+def test_heads_are_exchanged_by_as_many_ranks_as_exchange_them_in_a_run():
+    cfg = config_of(tensor=4, context=8)
+    decoder = replace(cfg.model.decoder, num_kv_heads=32)
+    cfg = replace(cfg, model=replace(cfg.model, decoder=decoder))
+    case = Case(cfg, cfg.stages[0], layout_of(cfg, 32), parameter_shapes(cfg.model))
+    assert case.layout.context_mode == "ulysses_ring"
+    assert Step(case, GPUS["h100"], Row((TOKENS,), {}, 0)).num_together == 2  # a machine of 8 has 2 x 4 of the ranks
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_save_waits_for_what_trains_alone_and_copies_of_the_model_share_it(is_async):
+    cfg = config_of()
+    whole = replace(cfg, checkpoint=replace(cfg.checkpoint, async_save=is_async))
+    stage = replace(cfg.stages[0], train=["vision_projector"])
+    row = Row((TOKENS,), {"image": 0, "audio": 0}, 0)
+    all_train = estimate(whole, cfg.stages[0], 8, GPUS["h100"], row).save
+    assert estimate(whole, stage, 8, GPUS["h100"], row).save - rates.SAVE_PLAN * (not is_async) < 0.05 * all_train
+    copies = replace(whole, parallel=replace(whole.parallel, replicate=8))
+    assert estimate(copies, cfg.stages[0], 8, GPUS["h100"], row).save == pytest.approx(all_train, rel=0.01)
+
+
 def test_a_slower_link_only_adds_to_what_is_waited_for():
     fast = time_of(64, context=16)
     slow = time_of(64, gpu=replace(GPUS["h100"], nic=GPUS["h100"].nic / 100), context=16)
@@ -101,6 +138,18 @@ def test_elementwise_kernels_move_as_many_bytes_as_are_counted():
     assert 2 * sum(rates.NORM) * tokens * D == pytest.approx(counted["RMSNorm"], rel=0.03)
     assert sum(rates.ROTATED) * tokens * QK == pytest.approx(counted["rotate"], rel=0.03)
     assert sum(rates.SWIGLU) * tokens * F == pytest.approx(counted["SwiGLU"], rel=0.03)
+
+
+def test_moments_in_bf16_cost_the_bytes_that_their_operators_move():
+    weight = nn.Parameter(torch.zeros(1024, 64))
+    weight.grad = torch.ones_like(weight)
+    adam = BF16MomentsAdamW([{"params": [weight], "keys": [1]}])
+    moments = {name: torch.zeros_like(weight, dtype=torch.bfloat16) for name in ("exp_avg", "exp_avg_sq")}
+    adam.state[weight] = {"step": torch.zeros(()), **moments}
+    with elementwise_bytes.Bytes() as counted:
+        adam.step()
+    clipping = rates.ADAMW["fp32"] - 28
+    assert rates.ADAMW["bf16"] - clipping == pytest.approx(counted.total / weight.numel(), rel=0.03)
 
 
 @pytest.mark.parametrize("model", MODELS)
