@@ -73,10 +73,11 @@ def test_a_resumed_blend_goes_on_with_the_very_same_rows(loader, workers):
     assert [content(batch) for batch in islice(resumed, 12)] == expected
 
 
-def test_other_ranks_continue_the_same_streams_of_a_blend(loader):
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_other_ranks_continue_the_same_streams_of_a_blend(loader, workers):
     _, states = read(loader, world=2, workers=2)
     expected, _ = read(loader, world=2, workers=2, states=states)
-    found, _ = read(loader, world=1, workers=4, states=[redistribute(states, 0, world=1, workers=4)], rows=8)
+    found, _ = read(loader, world=1, workers=workers, states=[redistribute(states, 0, 1, workers)], rows=8)
     assert sorted(found, key=repr) == sorted(expected, key=repr)
 
 
