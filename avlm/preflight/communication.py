@@ -52,8 +52,8 @@ def _all_to_all(gpu: Gpu, sent: float, ranks: int, stride: int) -> float:
 
 
 def tensor(step: Step) -> tuple[Both, float]:
-    """(seconds, bytes sent) of a micro-batch. Recomputation gathers again what the forward has gathered; full
-    recomputation also sums again."""
+    """(seconds, bytes sent) of a micro-batch. Recomputation gathers again what the forward has gathered, half of all;
+    full recomputation also sums again behind attention, a quarter of all."""
     layout = step.case.layout
     t = layout.tensor
     if t == 1:
@@ -62,8 +62,8 @@ def tensor(step: Step) -> tuple[Both, float]:
     targets = step.row.targets // layout.context
     found = wire.tensor_bytes(decoder, t, step.tokens, targets, step.case.itemsize)
     mode = step.case.recompute("decoder")
-    again = {"all-gather": mode != "none", "reduce-scatter": mode == "full", "all-reduce": False}
-    sent = sum((1 + again[kind] / 2) * count for kind, count in found.items())
+    again = {"all-gather": (mode != "none") / 2, "reduce-scatter": (mode == "full") / 4, "all-reduce": 0}
+    sent = sum((1 + again[kind]) * count for kind, count in found.items())
     hops = 8 * decoder.num_layers * t * rates.HOP_INSIDE
     forward = _collective(step.gpu, sum(found.values()) / 2, t, 1) + hops / 2
     backward = _collective(step.gpu, sent - sum(found.values()) / 2, t, 1) + hops / 2
