@@ -9,6 +9,7 @@ kernels belong to the part that launched them.
 import gzip
 import json
 import re
+import zlib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,10 +39,15 @@ class Times(NamedTuple):
 
 
 def read(path: Path) -> Times:
-    with gzip.open(path, "rt") as file:
-        events = json.load(file)["traceEvents"]
-    spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
-    steps = [span for span in spans if span["name"].startswith(STEP) and span["cat"] == "user_annotation"]
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            events = json.load(file)["traceEvents"]
+        spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
+        steps = [span for span in spans if span["name"].startswith(STEP) and span["cat"] == "user_annotation"]
+    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error!r:.100}): if the run was killed as it wrote it, remove it"
+        ) from None
     if not steps:
         raise ValueError(f"{path} has no steps: it is no trace of debug.profile")
     on_host = [

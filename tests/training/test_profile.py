@@ -62,6 +62,21 @@ def test_kernels_belong_to_the_part_that_launched_them(tmp_path):
     assert "GPU backward" in table(path)
 
 
+@pytest.mark.parametrize("damage", ["cut", "changed", "no trace", "a list", "no steps"])
+def test_a_trace_that_cannot_be_read_is_told_in_one_line(tmp_path, damage):
+    whole = gzip.compress(json.dumps({"traceEvents": []}).encode(), mtime=0)
+    contents = {
+        "cut": whole[:-12],
+        "changed": whole[:12] + b"\xff\xff" + whole[14:],
+        "no trace": b"{}",
+        "no steps": whole,
+    }
+    path = tmp_path / "step_00000001_rank_00000.json.gz"
+    path.write_bytes(contents.get(damage, gzip.compress(b"[1]")))
+    with pytest.raises(ValueError, match=path.name):
+        read(path)
+
+
 def test_steps_and_ranks_that_a_run_does_not_have_are_told_by_name(tmp_path):
     path = write_config(tmp_path, stages=STAGES)
     with pytest.raises(ValueError, match=r"debug\.profile begins at step 5, and the run has 4 steps"):
