@@ -201,13 +201,17 @@ class Watch:
 
 def missing(before: list[Beat | None], after: list[Beat | None]) -> str:
     """Whom the others wait for, by the beats of all ranks before and after a pause: those that have become silent, else
-    those that do something else than most."""
+    those that do something else than most, or all if no most do the same."""
     silent = [rank for rank, beat in enumerate(after) if beat is None or beat == before[rank]]
     if silent:
         return _listed([f"{_words(rank, after[rank], 'was last')}, and does not answer" for rank in silent])
-    usual, count = Counter(beat.doing for beat in after).most_common(1)[0]
+    counts = Counter(beat.doing for beat in after)
+    usual, count = counts.most_common(1)[0]
     if count == len(after):
         return f"all {count} ranks are {usual}: the network between them, or a kernel, does not end"
+    if count * 2 <= len(after):  # of two, either may wait for the other
+        ranks = sorted(range(len(after)), key=lambda rank: counts[after[rank].doing])
+        return f"ranks are at different places: {_listed([_words(rank, after[rank], 'is') for rank in ranks])}"
     odd = [rank for rank, beat in enumerate(after) if beat.doing != usual]
     return f"{_listed([_words(rank, after[rank], 'is') for rank in odd])}; the others are {usual}"
 

@@ -41,6 +41,14 @@ def test_the_rank_that_the_others_wait_for_is_named(after, line):
     assert missing(before, beats) == line
 
 
+def test_of_two_ranks_at_different_places_none_is_said_to_be_the_odd_one():
+    """One waits for its loader, and the other one for its row."""
+    before = [Beat(4, "a", WAITS)] * 2
+    beats = [Beat(7, "a", "in step 7 at __iter__ (avlm/data/rows.py:73)"), Beat(7, "a", WAITS)]
+    line = f"ranks are at different places: rank 0 on a is {beats[0].doing}, rank 1 on a is {WAITS}"
+    assert missing(before, beats) == line
+
+
 def bounds_at_the_start(folder: Path) -> set[float]:
     """Seconds, of all groups."""
     timeouts = TimeoutsConfig(start=5000.0)
