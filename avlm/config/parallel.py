@@ -8,7 +8,7 @@ from pydantic import Field
 from avlm.config.values import config, require
 
 Ranks = Annotated[int, Field(gt=0, le=2**20)]
-Seconds = Annotated[float, Field(gt=0, le=1e8)]
+Seconds = Annotated[float, Field(ge=1, le=1e8)]  # below, ranks that answer in time would be taken for silent ones
 RanksOrRest = Annotated[int, Field(ge=-1, le=2**20)]
 
 

@@ -208,7 +208,7 @@ OUT_OF_RANGE = """
     data.max_bad_fraction=-1.0 data.max_bad_fraction=1.5 data.packing_buffer=0 train.validate_every=-1
     data.image_layout.min_tiles=0 data.image_layout.max_tiles=65
     train.validate_answers=-1 parallel.shard=0 parallel.shard=-2 seed=-1 checkpoint.keep=-1
-    parallel.timeouts.step=0.0 debug.profile=[0,1]
+    parallel.timeouts.step=0.5 debug.profile=[0,1]
 """
 NEEDED = {
     "model.decoder.rope_scaling": "{factor: 8, low_freq_factor: 1, high_freq_factor: 4, original_max_position: 8}",
