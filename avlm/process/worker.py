@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures.thread import _threads_queues
 from typing import Any
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # they ask a run to end, and often reach its whole process tree
@@ -15,6 +16,7 @@ def start(number: int, then: Callable[[int], None] | None = None) -> None:
     """Called in worker process ``number`` before its first sample. Workers ignore signals: a run that is asked to end
     still needs them for its current step, and ends them itself by ``end``. They collect garbage when they need to."""
     gc.set_threshold(*THRESHOLDS)
+    _threads_queues.clear()  # of the process before the fork: the thread that forked would wait for itself at the end
     for stop in STOPS:
         signal.signal(stop, signal.SIG_IGN)
     if then is not None:

@@ -4,11 +4,13 @@ import itertools
 import json
 import multiprocessing
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from avlm.data.loader import open_loader
 from avlm.data.stream import Stream
+from avlm.process import worker
 from avlm.process.worker import STOPS
 from tests.data.energon.test_loader import write_set
 from tests.data.small_files import data, image_file, model, photo, write_tokenizer
@@ -55,3 +57,16 @@ def test_a_sample_that_a_resume_was_holding_and_that_is_gone_is_skipped_and_name
     (tmp_path / f"{number}.png").unlink()
     first = next(iter(open_loader(stream, state)))
     assert [key for key, _ in first.skipped] == [f"records.jsonl:{number + 1}"] and first.keys
+
+
+def exit_code_of_a_worker() -> int | None:
+    process = multiprocessing.get_context("fork").Process(target=worker.start, args=(0,))
+    process.start()
+    process.join(30)
+    return process.exitcode
+
+
+def test_a_worker_that_a_thread_started_ends_without_an_error():
+    """As those of rows that are fetched ahead are."""
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(exit_code_of_a_worker).result() == 0
