@@ -275,7 +275,7 @@ class DebugConfig:
     check_collectives: bool = False  # before each step, compare what every rank is about to run
     profile: tuple[Count, Count] | None = None
     # [step, count]: a trace of these steps, counted from 1, in output_dir/profile (avlm.training.profile reads it)
-    profile_ranks: list[Whole] = field(default_factory=lambda: [0])  # which write one
+    profile_ranks: Annotated[list[Whole], Field(min_length=1)] = field(default_factory=lambda: [0])  # which write one
 
 
 @config
