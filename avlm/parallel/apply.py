@@ -9,7 +9,7 @@ from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch, empty_batch
 from avlm.models.lora import frozen_base
 from avlm.parallel.context import cut
-from avlm.parallel.context_attention import apply_context, choose_mode, heads_together
+from avlm.parallel.context_attention import apply_context, mode_of
 from avlm.parallel.exchange import apply_media
 from avlm.parallel.float8 import apply_float8
 from avlm.parallel.fsdp import apply_fsdp, reshard
@@ -50,12 +50,7 @@ def apply_parallel(model: AVLM, world: World, parallel: ParallelConfig, train: T
 
 
 def _context_mode(model: ModelConfig, world: World) -> tuple[str, int]:
-    """What parallel.context_mode comes to, and how many neighbours exchange heads in it."""
-    num_kv_heads = model.decoder.num_kv_heads // world.shape["tensor"]
-    has_window = model.decoder.sliding_window is not None
-    context, tensor = world.shape["context"], world.shape["tensor"]
-    mode = choose_mode(world.context_mode, num_kv_heads, context, has_window, tensor)
-    return mode, heads_together(mode, num_kv_heads, context, tensor)
+    return mode_of(model.decoder, world.context_mode, world.shape["context"], world.shape["tensor"])
 
 
 def own_part(batch: Batch, model: ModelConfig, world: World) -> Batch:

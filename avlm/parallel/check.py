@@ -5,7 +5,7 @@ from avlm.config.run import Config
 from avlm.models.freezing import trained_names
 from avlm.models.shapes import parameter_shapes
 from avlm.parallel import mesh
-from avlm.parallel.context_attention import choose_mode
+from avlm.parallel.context_attention import mode_of
 from avlm.parallel.float8 import check_float8
 from avlm.parallel.tensor import check_sizes
 
@@ -16,11 +16,7 @@ def check_layout(config: Config, world_size: int) -> None:
     replicate, shard, _, _ = mesh.sizes(parallel, world_size)
     config.train.micro_batches(replicate * shard)
     check_sizes(config.model, parallel.tensor)
-    decoder = config.model.decoder
-    has_window = decoder.sliding_window is not None
-    choose_mode(
-        parallel.context_mode, decoder.num_kv_heads // parallel.tensor, parallel.context, has_window, parallel.tensor
-    )
+    mode_of(config.model.decoder, parallel.context_mode, parallel.context, parallel.tensor)
     odd = [rank for rank in config.debug.profile_ranks if rank >= world_size]
     if config.debug.profile and odd:
         raise ValueError(f"debug.profile_ranks={config.debug.profile_ranks} names rank {odd[0]} of {world_size}")

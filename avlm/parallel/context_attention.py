@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from avlm.config.decoder import DecoderConfig
 from avlm.models.avlm import AVLM
 from avlm.parallel.context_plan import ContextPlan, WindowPlan
 from avlm.parallel.ring import RingAttention
@@ -112,6 +113,14 @@ class _Exchange(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dx):
         return _Exchange.apply(dx, ctx.group), None
+
+
+def mode_of(decoder: DecoderConfig, mode: str, context: int, tensor: int) -> tuple[str, int]:
+    """What ``parallel.context_mode`` comes to for a decoder, and how many neighbours of the context axis exchange heads
+    in it."""
+    num_kv_heads = decoder.num_kv_heads // tensor
+    mode = choose_mode(mode, num_kv_heads, context, decoder.sliding_window is not None, tensor)
+    return mode, heads_together(mode, num_kv_heads, context, tensor)
 
 
 def choose_mode(mode: str, num_kv_heads: int, context: int, has_window: bool = False, tensor: int = 1) -> str:

@@ -10,7 +10,7 @@ from avlm.config.model import TOWERS, ModelConfig, VisionConfig
 from avlm.config.run import DataConfig
 from avlm.models.batch import FRAMES_PER_ROW, Size
 from avlm.models.patches import window_lengths
-from avlm.parallel.context_attention import heads_together
+from avlm.parallel.context_attention import mode_of
 from avlm.preflight import rates
 from avlm.preflight.memory import Case
 from avlm.preflight.rates import Gpu
@@ -140,8 +140,7 @@ class Step:
     def num_together(self) -> int:
         """U."""
         layout = self.case.layout
-        kv_heads = self.case.model.decoder.num_kv_heads // layout.tensor
-        return heads_together(layout.context_mode, kv_heads, layout.context, layout.tensor)
+        return mode_of(self.case.model.decoder, layout.context_mode, layout.context, layout.tensor)[1]
 
     @property
     def micro_batches(self) -> int:

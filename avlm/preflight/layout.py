@@ -7,7 +7,7 @@ import torch
 from avlm.config.run import Config, TrainConfig
 from avlm.parallel import mesh
 from avlm.parallel.apply import compute_dtype
-from avlm.parallel.context_attention import choose_mode
+from avlm.parallel.context_attention import mode_of
 from kernels import backend, dispatch
 
 
@@ -55,12 +55,8 @@ def layout_of(config: Config, world_size: int) -> Layout:
     """``device: auto`` counts as a GPU, as the machine that estimates is often not the one that trains: as this
     machine's, or as an A100 if it has none."""
     sizes = mesh.sizes(config.parallel, world_size)
-    decoder = config.model.decoder
-    kv_heads = decoder.num_kv_heads // config.parallel.tensor
-    has_window = decoder.sliding_window is not None
-    mode = choose_mode(
-        config.parallel.context_mode, kv_heads, config.parallel.context, has_window, config.parallel.tensor
-    )
+    parallel = config.parallel
+    mode, _ = mode_of(config.model.decoder, parallel.context_mode, parallel.context, parallel.tensor)
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
     architecture = dispatch.AMPERE_AND_LATER.start
     if device.type == "cpu":
