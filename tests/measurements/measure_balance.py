@@ -41,8 +41,8 @@ MODEL = ModelConfig(
 
 def make_batch(num_images):
     token_T = torch.full((num_images * SIDE**2 // 4,), -200)
-    pixels = torch.randint(0, 255, (num_images, 3, 14 * SIDE, 14 * SIDE), dtype=torch.uint8)
-    sample = EncodedSample("", "image", token_T, torch.full_like(token_T, -100), {"image": list(pixels)})
+    patches = torch.randint(0, 255, (num_images, SIDE, SIDE, MODEL.vision.patch_numbers), dtype=torch.uint8)
+    sample = EncodedSample("", "image", token_T, torch.full_like(token_T, -100), {"image": list(patches)})
     return pack([sample], IMAGES * SIDE**2 // 4, MODEL)
 
 
