@@ -4,6 +4,7 @@ The decoder is sharded over shard x context. Towers and projectors are sharded o
 those ranks encodes media of its own and holds tokens of its own, so every gradient is a plain sum over all of them.
 """
 
+import functools
 import itertools
 
 import torch
@@ -62,12 +63,13 @@ def _gather_in_backward_what_is_needed(model: AVLM) -> None:
     """Not the embedding, nor a tower that does not train: no gradient passes through them. FSDP2 would gather them as
     the units that were run before."""
 
-    def note(tower: nn.Module, inputs: tuple) -> None:
-        for unit in fsdp_modules(tower):
-            unit.set_unshard_in_backward(trains(tower))
+    def note(units: list[FSDPModule], tower: nn.Module, inputs: tuple) -> None:
+        is_needed = trains(tower)
+        for unit in units:
+            unit.set_unshard_in_backward(is_needed)
 
     for _, tower, _ in model.modalities:
-        tower.register_forward_pre_hook(note)
+        tower.register_forward_pre_hook(functools.partial(note, fsdp_modules(tower)))
     if not model.config.decoder.tie_embedding:
         model.decoder.embedding.set_unshard_in_backward(False)
 
