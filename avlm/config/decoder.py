@@ -1,6 +1,7 @@
 """What the decoder is: its sizes, positions and attention. Sizes are whole-model sizes, as in ``avlm.config.model``."""
 
-from typing import Annotated
+from dataclasses import field
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -13,6 +14,7 @@ from avlm.config.values import (
     Tokens,
     Whole,
     Width,
+    WidthOrDefault,
     config,
     require,
     shown,
@@ -53,6 +55,22 @@ class YarnScaling:
 
 
 @config
+class ExpertsConfig:
+    """A mixture of experts in place of a block's feed-forward part (``avlm.models.moe``)."""
+
+    num: Annotated[int, Field(gt=1, le=2**14)]  # experts of a layer
+    per_token: Annotated[int, Field(gt=0, le=2**10)]  # those that a token goes to
+    intermediate_size: Width  # of an expert
+    normalize: bool = True  # the weights of a token's experts add up to 1
+    shared_size: WidthOrDefault = 0
+    # intermediate size of one more expert, which takes every token, times a learned gate (Qwen2-MoE); 0: there is none
+    dense_layers: list[Whole] = field(default_factory=list)  # with one feed-forward part of decoder.intermediate_size
+
+    def __post_init__(self) -> None:
+        require(self.per_token <= self.num, f"per_token={self.per_token} is more than num={self.num} experts")
+
+
+@config
 class DecoderConfig:
     """Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
@@ -78,6 +96,19 @@ class DecoderConfig:
     mrope_sections: Annotated[list[Whole], Field(min_length=3, max_length=3)] | None = None
     # M-RoPE: how many pairs of dimensions turn with the time, line and column of a token; None: all with its position
     mrope_interleaved: bool = False  # time, line and column take turns (Qwen3-VL), or stand one after the other
+    experts: ExpertsConfig | None = None
+    activation: Literal["silu", "gelu_tanh"] = "silu"  # of the gate of the feed-forward part
+    norm_offset: bool = False  # norms multiply by 1 + weight (Gemma)
+    post_norms: bool = False  # what attention and the feed-forward part add is normalised too (Gemma 2, 3)
+    embedding_scale: bool = False  # embeddings of tokens are multiplied by sqrt(hidden_size) (Gemma)
+    score_size: Positive | None = None  # scores of attention are divided by its square root; None: head_dim
+    attention_softcap: Positive | None = None  # scores are bounded: cap * tanh(score / cap) (Gemma 2)
+    logit_softcap: Positive | None = None  # so are logits
+    rope_stretch: Annotated[float, Field(ge=1)] = 1.0  # positions are divided by it (rope_type "linear")
+    window_rope_theta: Annotated[float, Field(gt=0, le=1e15)] | None = None
+    # rotary base of layers with a window, whose positions are not scaled (Gemma 3); None: as in the others
+    bidirectional: Literal["none", "images", "prefix"] = "none"
+    # the features of an image see each other (Gemma 3), or all that precedes a document's first target (PaliGemma)
 
     def __post_init__(self) -> None:
         require(self.rope_scaling is None or self.yarn is None, "give rope_scaling or yarn, not both")
@@ -89,6 +120,13 @@ class DecoderConfig:
                 self.window_layers == sorted(set(self.window_layers)) and self.window_layers[-1] < self.num_layers,
                 f"window_layers={shown(self.window_layers)} must ascend and lie below num_layers={self.num_layers}",
             )
+        if self.experts is not None:
+            layers = self.experts.dense_layers
+            require(
+                layers == sorted(set(layers)) and all(layer < self.num_layers for layer in layers),
+                f"experts.dense_layers={shown(layers)} must ascend and lie below num_layers={self.num_layers}",
+            )
+        require(self.window_rope_theta is None or self.sliding_window is not None, "window_rope_theta needs a sliding_window")
         if not self.head_dim:
             require(
                 self.hidden_size % self.num_heads == 0,
@@ -108,6 +146,9 @@ class DecoderConfig:
                 sum(self.mrope_sections) == self.head_dim // 2,
                 f"mrope_sections={self.mrope_sections} must add up to half of head_dim={self.head_dim}",
             )
+
+    def has_experts(self, layer: int) -> bool:
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     def has_window(self, layer: int) -> bool:
         return self.sliding_window is not None and (self.window_layers is None or layer in self.window_layers)

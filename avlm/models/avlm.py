@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from avlm.config.model import ModelConfig
-from avlm.models.batch import Batch
+from avlm.models.batch import PAD, Batch
 from avlm.models.decoder import Decoder, DeepFeatures
 from avlm.models.lora import apply_lora
 from avlm.models.projector import Projector
@@ -63,7 +63,8 @@ class AVLM(nn.Module):
     def hidden(self, batch: Batch, caches: list | None = None, with_media: bool = True) -> Tensor:
         """What the decoder makes of a row, before its final norm, (T, D)."""
         x_TD, deep = self.embed(batch, with_media)
-        return self.decoder(x_TD, batch.position_T, batch.segments, caches, batch.windowed, deep)
+        real_T = batch.token_T != PAD if self.config.decoder.experts else None
+        return self.decoder(x_TD, batch.position_T, batch.segments, caches, batch.windowed, deep, real_T)
 
     def embed(self, batch: Batch, with_media: bool = True) -> tuple[Tensor, DeepFeatures | None]:
         """Token features with every media feature at its row, (T, D); and what is to be added to the decoder's first

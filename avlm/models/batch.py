@@ -22,7 +22,7 @@ IGNORE = -100  # target: nothing is learned here
 IMAGE = -200  # token: an image feature goes here
 AUDIO = -300  # token: an audio feature goes here
 NEWLINE = -201  # token: the learned row of the vision projector goes here
-PAD = 0  # token: fills the end of a row; nothing is learned from it
+PAD = -1  # token: fills the end of a row; nothing is learned from it
 
 PLACEHOLDERS = {"image": IMAGE, "audio": AUDIO}  # of each modality
 KINDS = ("text", "image", "audio", "video", "mixed")  # of samples; the loss is reported for each kind

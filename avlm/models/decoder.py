@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from avlm.config.decoder import DecoderConfig
 from avlm.models.attention import AttentionCore
+from avlm.models.encoder import ACTIVATIONS
 from avlm.models.lora import lora_init_stats
+from avlm.models.moe import MixtureOfExperts
 from avlm.models.rope import Rope, decoder_rope, rotate
 from kernels.cross_entropy import linear_argmax, linear_cross_entropy
 from kernels.segments import Segments
@@ -67,14 +69,16 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))"""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str):
         super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.activation = ACTIVATIONS[activation]
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_TD)) * self.up(x_TD))
+    def forward(self, x_TD: Tensor, real_T: Tensor | None = None) -> Tensor:
+        """``real_T`` is for experts alone."""
+        return self.down(self.activation(self.gate(x_TD)) * self.up(x_TD))
 
 
 class TokenEmbedding(nn.Embedding):
@@ -85,17 +89,25 @@ class TokenEmbedding(nn.Embedding):
         return x_TD * (token_T >= 0).unsqueeze(-1).to(x_TD.dtype)
 
 
+def feed_forward(config: DecoderConfig, layer: int) -> nn.Module:
+    if config.experts is None or not config.has_experts(layer):
+        return FeedForward(config.hidden_size, config.intermediate_size, config.activation)
+    shared_size = config.experts.shared_size
+    shared = FeedForward(config.hidden_size, shared_size, config.activation) if shared_size else None
+    return MixtureOfExperts(config.experts, config.hidden_size, config.activation, shared)
+
+
 class Block(nn.Module):
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn = FeedForward(config)
+        self.ffn = feed_forward(config, layer)
 
-    def forward(self, x_TD: Tensor, rope: Rope, segments: Segments, cache=None) -> Tensor:
+    def forward(self, x_TD: Tensor, rope: Rope, segments: Segments, cache=None, real_T: Tensor | None = None) -> Tensor:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, segments, cache)
-        return x_TD + self.ffn(self.ffn_norm(x_TD))
+        return x_TD + self.ffn(self.ffn_norm(x_TD), real_T)
 
 
 class Head(nn.Module):
@@ -132,7 +144,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config)
         self.tie()
@@ -145,16 +157,17 @@ class Decoder(nn.Module):
         caches: list | None = None,
         windowed: Segments | None = None,
         deep: DeepFeatures | None = None,
+        real_T: Tensor | None = None,
     ) -> Tensor:
         """Hidden states before the final norm, (T, D). Positions are (T,), or (3, T) for a decoder with M-RoPE.
         ``caches`` holds one key/value cache per block (generation), ``windowed`` the segments of layers with a sliding
-        window."""
+        window; ``real_T``, bool, the tokens that do not just fill the end of a row (default: all)."""
         rope = decoder_rope(self.config, position_T)
         for i, block in enumerate(self.blocks):
             cache = caches[i] if caches else None
             seen = windowed if self.config.has_window(i) else segments
             assert seen is not None, "a decoder with a sliding window needs segments for it"
-            x_TD = block(x_TD, rope, seen, cache)
+            x_TD = block(x_TD, rope, seen, cache, real_T)
             if deep is not None and i < len(deep.features):
                 x_TD = x_TD.index_add(0, deep.rows, deep.features[i].to(x_TD.dtype))
         return x_TD
@@ -182,8 +195,8 @@ class Decoder(nn.Module):
             elif name in ("embedding.weight", "head.weight"):
                 stats[name] = (0.0, 0.02)
             else:
-                std = parameter.shape[1] ** -0.5
-                if name.endswith(("attention.o.weight", "ffn.down.weight")):
+                std = parameter.shape[-1] ** -0.5
+                if name.endswith(("attention.o.weight", "down.weight")):
                     std /= math.sqrt(2 * self.config.num_layers)
                 stats[name] = (0.0, std)
         return stats

@@ -71,12 +71,12 @@ def _compiled_decoder_block(forward: Callable[..., Any]) -> Callable[..., Any]:
     """One graph for any number of documents; the number of tokens is that of every row. Generation is not compiled."""
     compiled = torch.compile(forward)
 
-    def run(x_TD: Tensor, rope: Rope, segments: Any, cache: Any = None) -> Tensor:
+    def run(x_TD: Tensor, rope: Rope, segments: Any, cache: Any = None, real_T: Tensor | None = None) -> Tensor:
         if cache is not None:
-            return forward(x_TD, rope, segments, cache)
+            return forward(x_TD, rope, segments, cache, real_T)
         if isinstance(segments, Segments):  # else a ContextPlan, which no graph reads
             torch._dynamo.maybe_mark_dynamic(segments.cu_seqlens, 0)
-        return compiled(x_TD, rope, segments, None)
+        return compiled(x_TD, rope, segments, None, real_T)
 
     return functools.wraps(forward)(run)
 
