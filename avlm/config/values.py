@@ -23,7 +23,7 @@ WidthOrDefault = Annotated[int, Field(ge=0, le=2**20)]
 Heads = Annotated[int, Field(gt=0, le=2**14)]
 Tokens = Annotated[int, Field(gt=0, le=2**31 - 1)]  # their offsets are int32
 Pixels = Annotated[int, Field(gt=0, le=2**14)]
-Norm = Literal["none", "layer", "rms"]
+Norm = Literal["none", "layer", "rms", "rms_offset"]  # rms_offset multiplies by 1 + weight (Gemma)
 
 
 def require(condition: bool, message: str) -> None:

@@ -11,7 +11,7 @@ Parameters of ours with one name in NAMES are that tensor's rows one after the o
 query, key and value, for example.
 
 Those of CHANNEL_MAJOR (mistral3 alone has any) take rows side by side, whose numbers stand channel by channel in files
-and row by row in ours.
+and row by row in ours. Those of TRANSPOSED have their last two dims the other way round in files.
 
 A family that is an export format, FORMATS, also has ``config_json`` and ``processor_json``, our config -> their files,
 HEAD (the name of the decoder's head), TIES_HEAD (whether a tied head may be left out), ``constants`` (our config -> the
@@ -138,6 +138,7 @@ WITH_PROMPTS = (
 WITH_PROMPT_KEYS = (llava, llava_next, llava_next_video, llava_onevision, qwen2_5_omni)  # in their config.json
 # Whose processors put what stands around media into prompts themselves.
 WITH_MARKERS = (pixtral, mistral3, internvl, idefics3, smolvlm)
+TRANSPOSED: dict[ModuleType, tuple[str, ...]] = {}  # family -> parameters, their names with our module
 rebuilds_tokenizer = llama.rebuilds_tokenizer
 
 
@@ -241,6 +242,11 @@ def shares_tensor(family: ModuleType, module: str, name: str) -> bool:
 def is_channel_major(family: ModuleType, name: str) -> bool:
     """Whether a parameter, its name with our module, is a matrix of CHANNEL_MAJOR in a family."""
     return family is mistral3 and name in mistral3.CHANNEL_MAJOR
+
+
+def is_transposed(family: ModuleType, name: str) -> bool:
+    """Whether a parameter, its name with our module, is one of TRANSPOSED in a family."""
+    return name in TRANSPOSED.get(family, ())
 
 
 def row_order(family: ModuleType, module: str, name: str) -> int:

@@ -25,7 +25,17 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "silu": F.silu}
-NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+
+class OffsetRMSNorm(nn.RMSNorm):
+    """y = x / sqrt(mean(x^2) + eps) * (1 + weight), in float32 and rounded once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(exact), self.normalized_shape, 1 + self.weight.to(exact), self.eps).to(x.dtype)
+
+
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "rms_offset": OffsetRMSNorm}
 
 
 class EncoderAttention(nn.Module):

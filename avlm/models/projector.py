@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from avlm.config.model import ProjectorConfig
 from avlm.config.values import Norm
 from avlm.models.batch import Features, Media
-from avlm.models.encoder import NORMS
+from avlm.models.encoder import NORMS, OffsetRMSNorm
 from kernels.projector import place_projected, projector_mlp, side_by_side
 
 # The linears of each type in the order in which they run; those that share an input together.
@@ -102,7 +102,8 @@ class Projector(nn.Module):
         return self.down(self.hidden_norm(hidden_RF))
 
     def init_stats(self) -> dict[str, tuple[float, float]]:
-        """(mean, std) of the normal from which each parameter is drawn: std 1 / sqrt(inputs), biases 0, norms 1.
+        """(mean, std) of the normal from which each parameter is drawn: std 1 / sqrt(inputs), biases 0, norms 1
+        (or 0, where 1 is added).
         ``output_std`` brings the output, and the newline, to the scale of a token embedding."""
         stats = {"newline": (0.0, self.config.output_std)}
         for name, module in self.named_modules():
@@ -112,7 +113,7 @@ class Projector(nn.Module):
                     std *= self.config.output_std
                 stats[f"{name}.weight"] = (0.0, std)
             elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-                stats[f"{name}.weight"] = (1.0, 0.0)
+                stats[f"{name}.weight"] = (0.0 if isinstance(module, OffsetRMSNorm) else 1.0, 0.0)
             else:
                 continue
             stats[f"{name}.bias"] = (0.0, 0.0)

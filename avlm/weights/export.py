@@ -248,10 +248,18 @@ def _constants(family: ModuleType, places: Places, config: ModelConfig) -> dict[
 
 
 def _in_their_order(tensor: Lazy, family: ModuleType, name: str) -> Lazy:
-    if not door.is_channel_major(family, name):
-        return tensor
-    width, inputs = tensor.shape
-    return tensor.changed(functools.partial(regrouped, first=inputs // width))
+    """The inverse of ``sources.in_our_order``."""
+    if door.is_channel_major(family, name):
+        width, inputs = tensor.shape
+        return tensor.changed(functools.partial(regrouped, first=inputs // width))
+    if door.is_transposed(family, name):
+        *others, lines, columns = tensor.shape
+        return tensor.changed(_transposed, shape=(*others, columns, lines))
+    return tensor
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.transpose(-1, -2).contiguous()
 
 
 def _sinusoids(audio: AudioConfig) -> Lazy:

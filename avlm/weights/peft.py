@@ -17,7 +17,6 @@ from avlm.families.door import (
     family_of,
     has_name,
     hugging_face_name,
-    is_channel_major,
     is_outside,
     shares_tensor,
 )
@@ -29,7 +28,7 @@ from avlm.storage.model_folder import read_json
 from avlm.storage.run_folder import is_run
 from avlm.storage.weight_files import ADAPTER, choose, local
 from avlm.weights.folder import is_own
-from avlm.weights.sources import ChannelMajor, Source, read_files
+from avlm.weights.sources import Source, in_our_order, read_files
 
 LEAVES = {"down.weight": "lora_A.weight", "up.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 CONFIG = "adapter_config.json"
@@ -201,17 +200,17 @@ def open_adapter(given: str | Path, config: ModelConfig, names: Iterable[str]) -
         if theirs != value:
             raise ValueError(f"model.lora.{field} is {value!r}, and {folder} was made with {key}={shown(repr(theirs))}")
     ours = {}
-    channel_major = set()
+    families: dict[str, ModuleType] = {}
     for name in names:
         for family in FAMILIES:
             found = _peft_names_in(family, name)
             ours |= found
-            if is_channel_major(family, name):
-                channel_major |= found.keys()
+            families |= dict.fromkeys(found, family)
     files = choose(folder, ADAPTER)
     tensors = {}
     for name, tensor in read_files(folder, files).items():
-        tensors[ours.get(name, name)] = ChannelMajor(tensor) if name in channel_major else tensor
+        own = ours.get(name, name)
+        tensors[own] = in_our_order(tensor, families[name], own) if name in ours else tensor
     return Source(folder, tensors, None, True, files)
 
 

@@ -25,7 +25,6 @@ from avlm.families.door import (
     anchor,
     find,
     full_name,
-    is_channel_major,
     is_part,
     row_order,
     skip_reason,
@@ -39,7 +38,7 @@ from avlm.storage.run_folder import is_run, read_run
 from avlm.storage.weight_files import WeightFiles, local
 from avlm.weights.compare import check_config
 from avlm.weights.peft import held_whole, open_adapter
-from avlm.weights.sources import ChannelMajor, Rows, Source, check_shape, open_source
+from avlm.weights.sources import Rows, Source, check_shape, in_our_order, open_source
 
 OWN_HEAD = "decoder.head.weight"
 TIED = "a head tied to the embedding"
@@ -281,8 +280,8 @@ def _choose(
             before = parts[theirs][: parts[theirs].index(name)]
             tensor = Rows(tensor, sum(shapes[part][0] for part in before), shapes[name][0])
         module = name.partition(".")[0]
-        if module in places and is_channel_major(places[module].family, name):
-            tensor = ChannelMajor(tensor)
+        if module in places:
+            tensor = in_our_order(tensor, places[module].family, name)
         check_shape(name, shapes[name], tensor, f"{path}: {theirs}")
         chosen[name] = Chosen(theirs, tensor)
     return chosen

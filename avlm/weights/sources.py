@@ -29,7 +29,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from avlm.config.model import ModelConfig
 from avlm.config.values import shown
-from avlm.families.door import RESHAPED, AnyConfig, elsewhere, family_of, find
+from avlm.families.door import RESHAPED, AnyConfig, elsewhere, family_of, find, is_channel_major, is_transposed
 from avlm.storage.checkpoint_files import Reader, cause_of
 from avlm.storage.hub import resolve
 from avlm.storage.model_folder import read_json
@@ -102,6 +102,31 @@ class ChannelMajor:
 def regrouped(matrix_OI: Tensor, first: int) -> Tensor:
     """Columns of ``first`` groups, whose first ones then stand together, then their second ones, and so on."""
     return matrix_OI.unflatten(1, (first, -1)).transpose(1, 2).flatten(1)
+
+
+class Turned:
+    """A tensor whose last two dims change places, with the two calls of a safetensors slice. Only what is indexed is
+    read."""
+
+    def __init__(self, whole: Any):
+        self.whole = whole
+
+    def get_shape(self) -> list[int]:
+        *others, lines, columns = self.whole.get_shape()
+        return [*others, columns, lines]
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        index = index if isinstance(index, tuple) else (index,)
+        missing = len(self.get_shape()) - len(index)
+        *others, lines, columns = (*index, *[slice(None)] * missing)
+        return self.whole[(*others, columns, lines)].transpose(-1, -2)
+
+
+def in_our_order(tensor: Any, family: ModuleType, name: str) -> Any:
+    """A tensor of a family's file as the parameter ``name`` has its numbers."""
+    if is_channel_major(family, name):
+        return ChannelMajor(tensor)
+    return Turned(tensor) if is_transposed(family, name) else tensor
 
 
 class Stored:
@@ -278,7 +303,7 @@ def _unwrapped(tensors: dict[str, Whole]) -> tuple[dict[str, Whole], bool]:
 
 
 def check_shape(name: str, shape: tuple[int, ...], source: Any, origin: str) -> None:
-    whole = source.whole if isinstance(source, Rows | ChannelMajor) else source
+    whole = source.whole if isinstance(source, Rows | ChannelMajor | Turned) else source
     if isinstance(whole, Whole):
         dtype = whole.tensor.dtype
         is_float = dtype.is_floating_point

@@ -83,3 +83,18 @@ def test_features_are_weighted_sums_of_projected_rows_beside_learned_ones(kind):
     assert out[newlines].equal(projector.newline.expand(2, -1))
     out[newlines].sum().backward()
     assert projector.newline.grad.equal(torch.full((6,), 2.0))
+
+
+def test_an_offset_norm_of_means_multiplies_by_one_more_than_its_weight():
+    """Gemma 3: the means of 2 x 2 rows are normalised and go through one linear without a bias."""
+    config = ProjectorConfig(type="linear", bias=False, mean=True, feature_norm="rms_offset", norm_eps=1e-3)
+    projector = Projector(config, tower_size=4, gathered=4, decoder_size=6).double()
+    stats = projector.init_stats()
+    assert stats["feature_norm.weight"] == (0.0, 0.0)
+    torch.nn.init.normal_(projector.feature_norm.weight)
+    x, rows = torch.randn(8, 4).double(), torch.tensor([2, 0])
+    source = torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7]])
+    out, _ = projector(torch.zeros(3, 6, dtype=torch.float64), features_at(rows, source), x)
+    mean = x[source].mean(1)
+    normed = mean / (mean.square().mean(1, keepdim=True) + 1e-3).sqrt() * (1 + projector.feature_norm.weight)
+    assert (out[rows] - normed @ projector.linear.weight.T).abs().max() < 1e-6

@@ -23,7 +23,7 @@ from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import init_weights, load_weights
 from avlm.weights.peft import Base
-from avlm.weights.sources import Stored, open_source
+from avlm.weights.sources import Stored, Turned, Whole, open_source
 from tests.models.handmade import build, loaded, save
 from tests.models.test_avlm import AUDIO_ONLY, DECODER, VISION_ONLY, WHOLE, llava
 
@@ -113,6 +113,16 @@ def test_a_single_file_loads_under_the_names_of_hugging_face(tmp_path):
 class Code:
     def __reduce__(self):
         return (print, ("this must not be printed",))
+
+
+def test_what_is_indexed_of_a_turned_tensor_is_read_the_other_way_round():
+    for shape in ((5, 3), (2, 5, 3)):
+        held = torch.randn(shape)
+        turned, expected = Turned(Whole(held)), held.transpose(-1, -2)
+        assert turned.get_shape() == list(expected.shape)
+        rows, columns = slice(1, 3), slice(0, 4)
+        for index in (slice(1, 2), (rows,), (slice(0, 1), rows), (slice(0, 2), rows, columns)[-len(shape) :]):
+            assert turned[index].equal(expected[index])
 
 
 def test_files_that_are_no_weights_are_one_line_and_run_no_code(tmp_path, capsys):
