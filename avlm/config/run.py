@@ -91,7 +91,7 @@ class DataConfig:
     # has there: {cord: {image: "{image}", question: Read it., answer: "{ground_truth.gt_parse}"}}. Other columns are
     # not read; without an entry the columns are the record's keys
     tokenizer: str = ""  # folder with tokenizer.json, or the file
-    template: Literal["plain", "llava", "mistral", "smolvlm", "llama3", "chatml", "tokenizer"] = "llama3"
+    template: Literal["plain", "paligemma", "llava", "mistral", "smolvlm", "llama3", "chatml", "tokenizer"] = "llama3"
     # tokenizer: its own Jinja template
     seq_length: Tokens = 8192  # tokens of a packed row
     system: str | None = None  # system prompt of samples that have none

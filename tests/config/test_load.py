@@ -142,7 +142,7 @@ def test_epochs_of_the_command_line_take_the_place_of_a_files_steps(write, tmp_p
         ('data.template="a\\u2028\\e[2Jb"', r"got 'a\u2028\x1b[2Jb'"),
         (
             "data.template=lama3",
-            "Input should be 'plain', 'llava', 'mistral', 'smolvlm', 'llama3', 'chatml' or 'tokenizer', got 'lama3'",
+            "be 'plain', 'paligemma', 'llava', 'mistral', 'smolvlm', 'llama3', 'chatml' or 'tokenizer', got 'lama3'",
         ),
     ],
 )

@@ -6,6 +6,7 @@ chatml   <|im_start|>ROLE\\nTEXT<|im_end|>\\n...                                
 mistral  <bos>[INST] TEXT [/INST] TEXT<eos>[INST] ...                               (LLaVA-NeXT, Mistral; text stripped)
 smolvlm  <bos>User: TEXT<end_of_utterance>\\nAssistant: TEXT...                     (SmolVLM; no blank before an image)
 llava    <bos>SYSTEM USER: TEXT ASSISTANT: TEXT<eos>USER: ...                       (LLaVA 1.5 and NeMo, text stripped)
+paligemma  <image>...<bos>TEXT\\n TEXT<eos>   (PaliGemma: one question, whose images stand first, and its answer)
 plain    <bos>TEXT TEXT<eos>...   no roles and nothing added between the turns      (captions for a base model)
 """
 
@@ -14,12 +15,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from avlm.config.values import shown
 from avlm.data.text.jinja_rendering import MARKS
 from avlm.data.text.pieces import MEDIA, ROLES, TAG, Messages, Piece, is_learned
 from avlm.data.text.tokenizer import Tokenizer
 
 CONTROL = r"<\|\w+\|>|<end_of_utterance>"
-# {role}, {text}, {bos}, {eos}, {gap} (a blank, but nothing before an image), and control tokens
+# {role}, {text}, {bos}, {eos}, {gap} (a blank, but nothing before an image), {images} (a text up to its last image) and
+# {rest} (what follows), and control tokens
 FIELD = re.compile(rf"(\{{\w+\}}|{CONTROL})")
 
 
@@ -34,12 +37,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Template:
-    """``strips``: blanks around a text are cut off. A control token is one of the tokenizer's, or its {bos} or {eos}; a
-    tokenizer without bos writes none."""
+    """``strips``: blanks around a text are cut off; ``single``: a conversation is one question and its answer. A
+    control token is one of the tokenizer's, or its {bos} or {eos}; a tokenizer without bos writes none."""
 
     opening: str
     turns: dict[str, Turn]  # by role
     strips: bool = False
+    single: bool = False
 
     @property
     def control_tokens(self) -> list[str]:
@@ -68,6 +72,7 @@ MISTRAL_TURNS = {
     "assistant": Turn("", " {text}{eos}"),
 }
 PLAIN_TURNS = {"system": Turn("", "{text}"), "user": Turn("", "{text}"), "assistant": Turn("", "{text}{eos}")}
+PALIGEMMA_TURNS = {"user": Turn("", "{images}{bos}{rest}\n"), "assistant": Turn("", "{text}{eos}")}
 TEMPLATES = {
     "llama3": Template(
         "<|begin_of_text|>",
@@ -78,11 +83,18 @@ TEMPLATES = {
     "mistral": Template("{bos}", MISTRAL_TURNS, strips=True),
     "smolvlm": Template("{bos}", SMOLVLM_TURNS),
     "llava": Template("{bos}", LLAVA_TURNS, strips=True),
+    "paligemma": Template("", PALIGEMMA_TURNS, single=True),
     "plain": Template("{bos}", PLAIN_TURNS),
 }
 
 
 def pieces(template: Template, messages: Messages, prompt: bool, tokenizer: Tokenizer) -> Iterator[Piece]:
+    roles = [message["role"] for message in messages]
+    if template.single and roles not in (["user"], ["user", "assistant"]):
+        raise ValueError(
+            f"this template takes one question and its answer, not turns of {shown(', '.join(roles))}: give each "
+            "question a sample of its own, or choose another data.template"
+        )
     yield from _parts(template.opening, "", "", tokenizer)
     for message in messages:
         role, text = message["role"], message["content"]
@@ -102,6 +114,9 @@ def _parts(pattern: str, role: str, text: str, tokenizer: Tokenizer, learned: bo
     for part in FIELD.split(pattern):
         if part == "{text}":
             yield from _content(text, learned)
+        elif part in ("{images}", "{rest}"):
+            images, tag, rest = text.rpartition("<image>")
+            yield from _content(images + tag if part == "{images}" else rest, learned)
         elif part == "{gap}":
             if not text.startswith("<image>"):
                 yield Piece("text", " ", learned)
@@ -150,8 +165,11 @@ JINJA = """\
 
 def jinja(name: str, media: dict[str, str]) -> str:
     """A template of the table in Jinja. A turn's content is a text with tags, or a list of texts and media, in which a
-    text that follows media begins a line. ``media``: kind -> the token of each that a list may hold."""
+    text that follows media begins a line. ``media``: kind -> the token of each that a list may hold. Of PaliGemma's it
+    is the text that its processor takes."""
     template = TEMPLATES[name]
+    if template.single:  # of a processor, which writes what stands around a text itself
+        template = Template("", _same(Turn("", "{text}")))
     question = template.turns["assistant"].header.replace("{role}", "assistant")
     tags = {kind: f"<{kind}>" for kind in MEDIA}
     images = [tags["image"], (tags | media)["image"], MARKS["image"]]  # the last where we render the template ourselves

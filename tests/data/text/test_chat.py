@@ -135,6 +135,21 @@ def test_tags_are_pieces_of_their_own_in_every_turn_and_never_learned(tokenizer_
     ]
 
 
+def test_paligemmas_question_follows_its_images_and_the_bos(tokenizer_folder):
+    chat = Chat(Tokenizer(tokenizer_folder), "paligemma")
+    question, answer = turn("user", "a <image>b<image> what?"), turn("assistant", "two")
+    found = [(piece.kind, piece.text, piece.learned) for piece in chat.pieces([question, answer])]
+    images = [("text", "a ", False), ("image", "<image>", False), ("text", "b", False), ("image", "<image>", False)]
+    asked = [("control", "<s>", False), ("text", " what?\n", False)]
+    assert found == [*images, *asked, ("text", answer["content"], True), ("control", "</s>", True)]
+    assert [(piece.kind, piece.text, False) for piece in chat.pieces([question], prompt=True)] == found[:-2]
+    text = turn("user", "what?")
+    assert [piece.text for piece in chat.pieces([text], prompt=True)] == ["<s>", "what?\n"]
+    for turns in ([turn("system", "a"), question, answer], [question, answer] * 2):
+        with pytest.raises(ValueError, match="takes one question and its answer, not turns of"):
+            chat.pieces(turns)
+
+
 def test_the_systems_prompt_is_added_only_where_there_is_none(tokenizer_folder):
     chat = Chat(Tokenizer(tokenizer_folder), "chatml", system="be brief")
     assert chat.tokenizer.decode(encode(chat, TALK[1:3])[0]).startswith("<|im_start|>system\nbe brief<|im_end|>")
