@@ -10,6 +10,8 @@
 Parameters of ours with one name in NAMES are that tensor's rows one after the other, in the order of the table: a fused
 query, key and value, for example.
 
+A name with EXPERT is that of an expert: files have a tensor for each, or one of all experts (``avlm.weights.experts``).
+
 Those of CHANNEL_MAJOR (mistral3 alone has any) take rows side by side, whose numbers stand channel by channel in files
 and row by row in ours. Those of TRANSPOSED have their last two dims the other way round in files.
 
@@ -104,6 +106,7 @@ FORMATS: dict[str, ModuleType] = {
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
 
 HEADS = (*dict.fromkeys(family.HEAD for family in FORMATS.values()), qwen2_5_omni.WHOLE_HEAD)
+EXPERT = "{e}"  # in the name of a tensor: the number of an expert
 OUTSIDE = "../"  # begins the name of a tensor that is not in its module
 RESHAPED = clip.RESHAPED
 SINUSOIDS = {"audio": whisper.SINUSOIDS}  # module -> its table of positions, which we compute
@@ -139,6 +142,7 @@ WITH_PROMPT_KEYS = (llava, llava_next, llava_next_video, llava_onevision, qwen2_
 # Whose processors put what stands around media into prompts themselves.
 WITH_MARKERS = (pixtral, mistral3, internvl, idefics3, smolvlm)
 TRANSPOSED: dict[ModuleType, tuple[str, ...]] = {}  # family -> parameters, their names with our module
+JOINS_EXPERTS: tuple[ModuleType, ...] = ()
 rebuilds_tokenizer = llama.rebuilds_tokenizer
 
 
@@ -239,6 +243,17 @@ def shares_tensor(family: ModuleType, module: str, name: str) -> bool:
     return list(names.values()).count(names.get(_pattern(name))) > 1
 
 
+def of_all_experts(name: str) -> str:
+    """The tensor of all experts that holds a linear which has a name with EXPERT: gate and up lie in one."""
+    stem, _, leaf = name.partition(f".{EXPERT}.")
+    return f"{stem}.{'down_proj' if leaf.startswith('down_proj') else 'gate_up_proj'}"
+
+
+def joins_experts(family: ModuleType) -> bool:
+    """Whether a family's files have one tensor of all experts of a layer, turned."""
+    return family in JOINS_EXPERTS
+
+
 def is_channel_major(family: ModuleType, name: str) -> bool:
     """Whether a parameter, its name with our module, is a matrix of CHANNEL_MAJOR in a family."""
     return family is mistral3 and name in mistral3.CHANNEL_MAJOR
@@ -279,7 +294,8 @@ def find(module: str, held: Collection[str], family: ModuleType | None) -> tuple
 def is_part(family: ModuleType, module: str, name: str, prefix: str) -> bool:
     """Whether a tensor is one of the module's, which has a prefix, or of those that we skip."""
     names = [_placed(each, prefix) for each in family.NAMES[module].values()]
-    known = "|".join(re.escape(each).replace(r"\{i\}", r"\d+") for each in names)
+    names += [of_all_experts(each) for each in names if EXPERT in each]
+    known = "|".join(re.escape(each).replace(r"\{i\}", r"\d+").replace(r"\{e\}", r"\d+") for each in names)
     if re.fullmatch(rf"({known})(\.\w+)?", name):
         return True
     return name.startswith(prefix) and _skipped(family, module, name.removeprefix(prefix)) is not None

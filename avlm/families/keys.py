@@ -17,14 +17,15 @@ SIDES = (int, list)
 # Keys that we use before the config classes check them, by type. (bool("false"), for example, is True.)
 KEYS_OF_TYPE = {
     str: "model_type hidden_act text_model_id audio_model_id projector_act norm_type",
-    list: "layer_types fullatt_block_indexes deepstack_visual_indexes",
+    list: "layer_types fullatt_block_indexes deepstack_visual_indexes mlp_only_layers",
     dict: "text_config vision_config audio_config thinker_config rope_scaling rope_parameters",
     bool: "tie_word_embeddings use_sliding_window multimodal_projector_bias projector_bias projector_ln_mid "
-    "use_audio_in_video truncate use_qk_norm use_mean_pooling",
+    "use_audio_in_video truncate use_qk_norm use_mean_pooling norm_topk_prob",
     int: "hidden_size intermediate_size head_dim num_hidden_layers num_attention_heads num_key_value_heads "
     "max_position_embeddings max_source_positions sliding_window max_window_layers depth embed_dim num_heads "
     "window_size spatial_merge_size temporal_patch_size num_position_embeddings n_window output_dim "
-    "stack_factor scale_factor original_max_position_embeddings",
+    "stack_factor scale_factor original_max_position_embeddings num_experts num_local_experts num_experts_per_tok "
+    "moe_intermediate_size decoder_sparse_step shared_expert_intermediate_size",
     NUMBER: "rope_theta partial_rotary_factor factor mlp_ratio tokens_per_second position_id_per_seconds "
     "seconds_per_chunk mscale mscale_all_dim llama_4_scaling_beta downsample_ratio",
     SIDES: "image_size patch_size",

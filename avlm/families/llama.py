@@ -1,5 +1,5 @@
-"""Llama, Mistral, Ministral 3, Qwen 2 and Qwen 3: one decoder, whose variants differ in biases, norms, windows and
-defaults, and in queries that grow."""
+"""Llama, Mistral, Ministral 3, Qwen 2 and Qwen 3, the last two with experts too: one decoder, whose variants differ in
+biases, norms, windows and defaults, and in queries that grow."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from avlm.config.decoder import DecoderConfig
 from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
+from avlm.families import qwen3_moe
 from avlm.families.keys import require_accepted, to_ours, to_theirs
 from avlm.families.rotary import read_rope, write_rope
 
@@ -21,6 +22,7 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "ministral3": {"qkv_bias": False, "qk_norm": False},
     "qwen2": {"qkv_bias": True, "qk_norm": False},
     "qwen3": {"qkv_bias": False, "qk_norm": True},
+    **qwen3_moe.VARIANTS,
 }
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -28,6 +30,7 @@ ARCHITECTURES = {
     "ministral3": "Ministral3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    **qwen3_moe.ARCHITECTURES,
 }
 MODEL_TYPES = tuple(VARIANTS)
 QWEN = ("qwen2", "qwen3")  # some layers may have a window, others not
@@ -92,6 +95,7 @@ DEFAULTS = {
     "ministral3": MINISTRAL3,
     "qwen2": QWEN2,
     "qwen3": {**QWEN2, "head_dim": 128},
+    **{model_type: {**QWEN2, **defaults} for model_type, defaults in qwen3_moe.DEFAULTS.items()},
 }
 GROWING = "ministral3"  # its queries may grow, and its class scales positions where a file does not say how
 GROWING_ROPE = {
@@ -111,10 +115,9 @@ ACCEPTED = {
     "partial_rotary_factor": (1.0,),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
     "quantization_config": (None,),
 }
+WITHOUT_EXPERTS = {"num_experts": (None, 0), "num_local_experts": (None, 0)}
 
 # Our module or parameter -> theirs, {i} the layer, without the prefix of the module.
 NAMES = {
@@ -131,6 +134,7 @@ NAMES = {
         "blocks.{i}.ffn.gate": "layers.{i}.mlp.gate_proj",
         "blocks.{i}.ffn.up": "layers.{i}.mlp.up_proj",
         "blocks.{i}.ffn.down": "layers.{i}.mlp.down_proj",
+        **qwen3_moe.NAMES,
         "norm": "norm",
         "head": "lm_head",  # outside the prefix of the others
     }
@@ -156,15 +160,20 @@ QWEN2_WORDS = (
 
 def read(given: Mapping[str, Any], files: Mapping[str, dict] | None = None, mrope: bool = False) -> DecoderConfig:
     """``mrope``: the decoder has positions of three numbers, which only some whole models have."""
-    keys = {**DEFAULTS[given["model_type"]], **given}
+    model_type = given["model_type"]
+    keys = {**DEFAULTS[model_type], **given}
     require_accepted(keys, ACCEPTED)
     fields = to_ours(FIELDS, keys)
+    if model_type in qwen3_moe.VARIANTS:
+        fields["experts"] = qwen3_moe.read(given, DEFAULTS[model_type])
+    else:
+        require_accepted(keys, WITHOUT_EXPERTS)
     fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
     fields["head_dim"] = fields["head_dim"] or 0
     fields["tie_embedding"] = bool(fields["tie_embedding"])
-    grows = given["model_type"] == GROWING
+    grows = model_type == GROWING
     fields |= read_rope(keys, GROWING_ROPE if grows else {}, mrope, grows)
-    return _with_window(DecoderConfig(**fields, **VARIANTS[given["model_type"]]), keys)
+    return _with_window(DecoderConfig(**fields, **VARIANTS[model_type]), keys)
 
 
 def require_variant(model_type: str) -> None:
@@ -186,10 +195,13 @@ def write(config: DecoderConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         **write_rope(config),
         **_write_window(config, model_type),
+        **(qwen3_moe.write(config.experts) if config.experts is not None else {}),
     }
 
 
 def _model_type(config: DecoderConfig) -> str:
+    if config.experts is not None:
+        return qwen3_moe.model_type(config)
     variant = {"qkv_bias": config.qkv_bias, "qk_norm": config.qk_norm}
     model_type = next((name for name in ARCHITECTURES if VARIANTS[name] == variant), None)
     if model_type is None:
@@ -249,6 +261,8 @@ def _with_window(config: DecoderConfig, keys: Mapping[str, Any]) -> DecoderConfi
     window = keys.get("sliding_window")
     kinds = keys.get("layer_types")
     layers = range(config.num_layers)
+    if keys["model_type"] in qwen3_moe.VARIANTS:
+        return config
     if keys["model_type"] not in QWEN:
         if kinds is not None and set(map(str, kinds)) != {"full_attention" if window is None else "sliding_attention"}:
             raise ValueError(f"layer_types {shown(kinds)} is not implemented for {keys['model_type']}")

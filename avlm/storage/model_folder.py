@@ -34,13 +34,13 @@ class Lazy:
         return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor[:])
 
     @staticmethod
-    def joined(parts: list["Lazy"]) -> "Lazy":
-        """The rows of all parts, one after the other."""
+    def joined(parts: list["Lazy"], dim: int = 0) -> "Lazy":
+        """The rows of all parts, or what they are in a dim, one after the other."""
         first = parts[0]
         if len(parts) == 1:
             return first
-        shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
-        return Lazy(shape, first.dtype, lambda: torch.cat([part.read() for part in parts]))
+        shape = (*first.shape[:dim], sum(part.shape[dim] for part in parts), *first.shape[dim + 1 :])
+        return Lazy(shape, first.dtype, lambda: torch.cat([part.read() for part in parts], dim))
 
     def changed(
         self,

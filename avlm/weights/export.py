@@ -21,7 +21,7 @@ from avlm.models.lora import is_adapter, merge
 from avlm.models.whisper import sinusoids
 from avlm.parallel.mesh import World
 from avlm.storage.model_folder import Lazy, publish, write_json, write_tensors
-from avlm.weights import served
+from avlm.weights import experts, served
 from avlm.weights.gguf import export_gguf
 from avlm.weights.peft import Base, adapter_keys, peft_names
 from avlm.weights.served import Places
@@ -207,6 +207,7 @@ def _merge(base_OI: Tensor, down: Lazy, up: Lazy, magnitude: Lazy | None, config
 def _hugging_face_tensors(family: ModuleType, places: Places, head: str, config: ModelConfig, state: State) -> State:
     """The modules that have places, with the names and shapes of a family, and the tensors that only files have."""
     parts: dict[str, list[tuple[int, Lazy]]] = {}
+    last = experts.LastRead()
     for name, tensor in state.items():
         module, _, rest = name.partition(".")
         if module not in places:
@@ -217,11 +218,17 @@ def _hugging_face_tensors(family: ModuleType, places: Places, head: str, config:
             tensor = tensor.changed(functools.partial(torch.Tensor.reshape, shape=shapes[name]), shape=shapes[name])
         tensor = _in_their_order(tensor, naming, name)
         theirs = head if name == "decoder.head.weight" else door.full_name(naming, module, rest, prefix)
+        if door.EXPERT in theirs and door.joins_experts(naming):
+            theirs, tensor = door.of_all_experts(theirs), experts.turned(tensor)
+        elif door.EXPERT in theirs:
+            parts |= {each: [(0, part)] for each, part in experts.of_each(theirs, tensor, last).items()}
+            continue
         parts.setdefault(theirs, []).append((door.row_order(naming, module, rest), tensor))
     tensors = {}
     for theirs, ordered in parts.items():
         ordered.sort(key=itemgetter(0))
-        tensors[theirs] = Lazy.joined([tensor for _, tensor in ordered])
+        is_of_experts = len(ordered[0][1].shape) == 3  # whose rows are columns of a tensor that is turned
+        tensors[theirs] = Lazy.joined([tensor for _, tensor in ordered], 2 if is_of_experts else 0)
     dtype = state["decoder.norm.weight"].dtype
     for name, (shape, value) in _constants(family, places, config).items():
         tensors[name] = Lazy(shape, dtype, functools.partial(torch.full, shape, value, dtype=dtype))

@@ -36,6 +36,7 @@ from avlm.models.whisper import sinusoids
 from avlm.storage.hub import may_be_on_hub
 from avlm.storage.run_folder import is_run, read_run
 from avlm.storage.weight_files import WeightFiles, local
+from avlm.weights import experts
 from avlm.weights.compare import check_config
 from avlm.weights.peft import held_whole, open_adapter
 from avlm.weights.sources import Rows, Source, check_shape, in_our_order, open_source
@@ -78,8 +79,8 @@ def _counted(counts: dict[str, int]) -> str:
 
 
 class Chosen(NamedTuple):
-    name: str  # of a tensor of the source
-    tensor: Any  # that tensor, or those rows of it that a parameter takes
+    names: tuple[str, ...]  # of tensors of the source
+    tensor: Any  # that tensor, those rows of it that a parameter takes, or several as one
 
 
 class Place(NamedTuple):
@@ -201,8 +202,7 @@ def _load_plan(
     skipped = _skipped(entry, source, config, places, held, chosen)
     if len(held) < len(source.tensors):
         skipped["init_from.allow_unused"] = len(source.tensors) - len(held)
-    loaded = len({each.name for each in chosen.values()})
-    counts = (loaded, len(source.tensors), dict(skipped), {})
+    counts = (len(_names_in(chosen)), len(source.tensors), dict(skipped), {})
     report = Report(entry, source.path, list(chosen), *counts, source.files, source.elsewhere)
     return LoadPlan(source, chosen, report)
 
@@ -265,6 +265,9 @@ def _choose(
     parts = _parts(names, places)
     chosen = {}
     for name, theirs in names.items():
+        if found := experts.find(name, theirs, tuple(shapes[name]), held, path):
+            chosen[name] = Chosen(*found)
+            continue
         if theirs not in held:
             if name in optional:
                 continue
@@ -283,8 +286,13 @@ def _choose(
         if module in places:
             tensor = in_our_order(tensor, places[module].family, name)
         check_shape(name, shapes[name], tensor, f"{path}: {theirs}")
-        chosen[name] = Chosen(theirs, tensor)
+        chosen[name] = Chosen((theirs,), tensor)
     return chosen
+
+
+def _names_in(chosen: Mapping[str, Chosen]) -> set[str]:
+    """Tensors of the source that parameters take."""
+    return {name for each in chosen.values() for name in each.names}
 
 
 def _brings_adapters(source: Source, held: Mapping, config: ModelConfig, modules: list[str]) -> bool:
@@ -330,7 +338,7 @@ def _skipped(
     """The number of tensors that are not loaded, by reason. ValueError if any has no accepted reason."""
     reasons: Counter[str] = Counter()
     extra = []
-    for name in sorted(held.keys() - {each.name for each in chosen.values()}):
+    for name in sorted(held.keys() - _names_in(chosen)):
         if name in (*HEADS, OWN_HEAD):
             reason = _reason_for_head(entry, config)
         elif source.own_names:

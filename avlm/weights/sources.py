@@ -68,20 +68,45 @@ class Whole:
 
 
 class Rows:
-    """The rows of another tensor from ``first`` on, with the two calls of a safetensors slice: only they are read."""
+    """The rows of another tensor from ``first`` on, or what they are in its dim ``dim``, with the two calls of a
+    safetensors slice: only they are read."""
 
-    def __init__(self, whole: Any, first: int, number: int):
+    def __init__(self, whole: Any, first: int, number: int, dim: int = 0):
         self.whole = whole
         self.first = first
         self.number = number
+        self.dim = dim
 
     def get_shape(self) -> list[int]:
-        return [self.number, *self.whole.get_shape()[1:]]
+        shape = list(self.whole.get_shape())
+        return [*shape[: self.dim], self.number, *shape[self.dim + 1 :]]
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
-        rows, *others = index if isinstance(index, tuple) else (index,)
-        start, stop, _ = rows.indices(self.number)
-        return self.whole[(slice(self.first + start, self.first + stop), *others)]
+        cuts = _cuts(index, len(self.get_shape()))
+        start, stop, _ = cuts[self.dim].indices(self.number)
+        cuts[self.dim] = slice(self.first + start, self.first + stop)
+        return self.whole[tuple(cuts)]
+
+
+class Stacked:
+    """Tensors of one shape, as one with a dim more. Of those that are indexed, only what is indexed is read."""
+
+    def __init__(self, parts: list[Any]):
+        self.parts = parts
+
+    def get_shape(self) -> list[int]:
+        return [len(self.parts), *self.parts[0].get_shape()]
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        first, *others = _cuts(index, len(self.get_shape()))
+        read = [part[tuple(others)] for part in self.parts[first]]
+        return torch.stack(read) if read else self.parts[0][tuple(others)][None][:0]
+
+
+def _cuts(index: slice | tuple[slice, ...], dims: int) -> list[slice]:
+    """A slice for each dim."""
+    given = index if isinstance(index, tuple) else (index,)
+    return [*given, *[slice(None)] * (dims - len(given))]
 
 
 class ChannelMajor:
@@ -116,9 +141,7 @@ class Turned:
         return [*others, columns, lines]
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
-        index = index if isinstance(index, tuple) else (index,)
-        missing = len(self.get_shape()) - len(index)
-        *others, lines, columns = (*index, *[slice(None)] * missing)
+        *others, lines, columns = _cuts(index, len(self.get_shape()))
         return self.whole[(*others, columns, lines)].transpose(-1, -2)
 
 
@@ -303,22 +326,29 @@ def _unwrapped(tensors: dict[str, Whole]) -> tuple[dict[str, Whole], bool]:
 
 
 def check_shape(name: str, shape: tuple[int, ...], source: Any, origin: str) -> None:
-    whole = source.whole if isinstance(source, Rows | ChannelMajor | Turned) else source
-    if isinstance(whole, Whole):
-        dtype = whole.tensor.dtype
-        is_float = dtype.is_floating_point
-    elif isinstance(whole, Stored):
-        dtype = whole.dtype
-        is_float = dtype.is_floating_point
-    else:
-        dtype = whole.get_dtype()
-        is_float = dtype.startswith(("F16", "F32", "F64", "BF16"))
-    if not is_float:
-        raise ValueError(f"{origin} has dtype {dtype}: quantised weights are not supported")
+    for stored in _stored_in(source):
+        if isinstance(stored, Whole):
+            dtype = stored.tensor.dtype
+            is_float = dtype.is_floating_point
+        elif isinstance(stored, Stored):
+            dtype = stored.dtype
+            is_float = dtype.is_floating_point
+        else:
+            dtype = stored.get_dtype()
+            is_float = dtype.startswith(("F16", "F32", "F64", "BF16"))
+        if not is_float:
+            raise ValueError(f"{origin} has dtype {dtype}: quantised weights are not supported")
     there = tuple(source.get_shape())
     is_reshaped = name in RESHAPED and len(there) != len(shape) and math.prod(there) == math.prod(shape)
     if there != tuple(shape) and not is_reshaped:
         raise ValueError(f"{origin} has shape {there}, and {name} has {tuple(shape)}")
+
+
+def _stored_in(source: Any) -> list[Any]:
+    """The tensors of a file that a source is a view of."""
+    if isinstance(source, Stacked):
+        return source.parts
+    return _stored_in(source.whole) if isinstance(source, Rows | ChannelMajor | Turned) else [source]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from avlm.families.door import FORMATS, full_name, is_channel_major, is_transposed
+from avlm.families.door import EXPERT, FORMATS, full_name, is_channel_major, is_transposed, of_all_experts
 from avlm.models.avlm import AVLM
 from tests.models.handmade import assert_gradients_close
 
@@ -60,8 +60,9 @@ def all_gradients_close(ours: AVLM, theirs: nn.Module, format: str) -> None:
             gradient = gradient.unflatten(1, (inputs // width, width)).mT.flatten(1)
         if is_transposed(family, name):
             gradient = gradient.mT
-        parts[full_name(family, module, rest, prefix)].append(gradient)
-    found = {name: torch.cat(rows) for name, rows in parts.items()}
+        theirs_name = full_name(family, module, rest, prefix)
+        parts[of_all_experts(theirs_name) if EXPERT in theirs_name else theirs_name].append(gradient)
+    found = {name: torch.cat(rows, 1 if ".experts." in name else 0) for name, rows in parts.items()}
     gradients_close(found, {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}, format)
 
 

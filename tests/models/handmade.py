@@ -146,10 +146,10 @@ def loaded(config: ModelConfig, **init_from: Path) -> AVLM:
 
 
 @torch.no_grad()
-def adapted(config: ModelConfig, folder: Path, targets: list[str]) -> AVLM:
+def adapted(config: ModelConfig, folder: Path, targets: list[str], entry: str = "all") -> AVLM:
     """A folder's model, with random adapters if there are any targets."""
     model = AVLM(dataclasses.replace(config, lora=LoraConfig(rank=2, alpha=2.0, targets=targets) if targets else None))
-    init_weights(model, InitFrom(all=str(folder)), seed=1)
+    init_weights(model, InitFrom(**{entry: str(folder)}), seed=1)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
