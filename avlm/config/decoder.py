@@ -126,7 +126,10 @@ class DecoderConfig:
                 layers == sorted(set(layers)) and all(layer < self.num_layers for layer in layers),
                 f"experts.dense_layers={shown(layers)} must ascend and lie below num_layers={self.num_layers}",
             )
-        require(self.window_rope_theta is None or self.sliding_window is not None, "window_rope_theta needs a sliding_window")
+        require(
+            self.window_rope_theta is None or self.sliding_window is not None,
+            "window_rope_theta needs a sliding_window",
+        )
         if not self.head_dim:
             require(
                 self.hidden_size % self.num_heads == 0,

@@ -25,8 +25,8 @@ from avlm.models.batch import (
     Media,
     media_of,
     no_media,
+    seen_segments,
     text_positions,
-    windowed_segments,
 )
 from avlm.models.patches import tower_layout
 from kernels.segments import Segments
@@ -125,12 +125,10 @@ def pack(
         positions.append(of_text if sample.position_T is None else sample.position_T)
     positions.append(text_positions(room, model.decoder))
     target_rows_R = (target_T != IGNORE).nonzero().flatten()
-    segments = Segments.of(lengths)
     return Batch(
         token_T=token_T,
         position_T=torch.cat(positions, dim=-1),
-        segments=segments,
-        windowed=windowed_segments(segments, model),
+        **seen_segments(Segments.of(lengths), token_T, target_rows_R, model.decoder),
         target_rows_R=target_rows_R,
         target_R=target_T[target_rows_R],
         kind_R=kind_T[target_rows_R],

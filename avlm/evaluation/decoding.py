@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from avlm.models.attention import Scores
 from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch, empty_batch
 from kernels.attention import attention
@@ -48,8 +49,9 @@ class KeyValueCache:
 
     slots: Slots  # of the forward that runs
 
-    def __init__(self, has_window: bool = False):
+    def __init__(self, has_window: bool = False, scores: Scores = Scores()):
         self.has_window = has_window
+        self.scores = scores
         self.k_BSKE = self.v_BSKE = torch.empty(0)
 
     @property
@@ -60,6 +62,7 @@ class KeyValueCache:
         """Store keys and values, then attend: within the packed prompts, from one prompt to what is held and itself, or
         from each new token to its sequence."""
         slots = self.slots
+        scores = self.scores._asdict()
         if slots.is_prompt:
             self._make_room(k_TKE)
         self.k_BSKE.flatten(0, 1).index_copy_(0, slots.index_T, k_TKE)
@@ -67,11 +70,11 @@ class KeyValueCache:
         if slots.held is not None:
             used = slice(slots.held.num_rows)
             k_SKE, v_SKE = self.k_BSKE[0, used], self.v_BSKE[0, used]
-            return attention(q_THE, k_SKE, v_SKE, segments, causal=True, segments_k=slots.held)
+            return attention(q_THE, k_SKE, v_SKE, segments, causal=True, segments_k=slots.held, **scores)
         if slots.is_prompt:
-            return attention(q_THE, k_TKE, v_TKE, segments, causal=True)
+            return attention(q_THE, k_TKE, v_TKE, segments, causal=True, **scores)
         visible_B = slots.visible_B if self.has_window else None
-        return decode_attention(q_THE, self.k_BSKE, self.v_BSKE, slots.length_B, visible_B)
+        return decode_attention(q_THE, self.k_BSKE, self.v_BSKE, slots.length_B, visible_B, **scores)
 
     def _make_room(self, k_TKE: Tensor) -> None:
         """Slots for new sequences, or more slots for the one that is held."""
@@ -90,7 +93,7 @@ class KeyValueCache:
 def caches_for(model: AVLM) -> list[KeyValueCache]:
     """An empty cache for each block of the decoder."""
     decoder = model.config.decoder
-    return [KeyValueCache(decoder.has_window(i)) for i in range(decoder.num_layers)]
+    return [KeyValueCache(decoder.has_window(i), Scores.of(decoder)) for i in range(decoder.num_layers)]
 
 
 class Decoding:

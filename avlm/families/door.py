@@ -36,6 +36,8 @@ from avlm.config.values import shown
 from avlm.families import (
     audioflamingo3,
     clip,
+    gemma,
+    gemma2,
     idefics3,
     internvl,
     llama,
@@ -81,10 +83,12 @@ FAMILIES = (
         idefics3,
         smolvlm,
     ),
-    *(llama, clip, whisper),
+    *(gemma2, llama, gemma, clip, whisper),
 )
 FORMATS: dict[str, ModuleType] = {
     "decoder": llama,
+    "gemma": gemma,
+    "gemma2": gemma2,
     "llava": llava,
     "llava_next": llava_next,
     "llava_next_video": llava_next_video,

@@ -97,6 +97,9 @@ DEFAULTS = {
     "qwen3": {**QWEN2, "head_dim": 128},
     **{model_type: {**QWEN2, **defaults} for model_type, defaults in qwen3_moe.DEFAULTS.items()},
 }
+# Options of Gemma, in formats of their own
+GEMMA = ("activation", "norm_offset", "post_norms", "embedding_scale", "score_size", "attention_softcap")
+GEMMA += ("logit_softcap", "window_rope_theta", "bidirectional")
 GROWING = "ministral3"  # its queries may grow, and its class scales positions where a file does not say how
 GROWING_ROPE = {
     "rope_type": "yarn",
@@ -185,6 +188,10 @@ def require_variant(model_type: str) -> None:
 
 def write(config: DecoderConfig) -> dict[str, Any]:
     """Raises ValueError for a decoder that no architecture of transformers computes."""
+    for field in GEMMA:
+        value = getattr(config, field)
+        if value != DecoderConfig.__dataclass_fields__[field].default:
+            raise ValueError(f"the decoder format cannot hold {field}={value}: Gemma's are gemma and gemma2")
     if config.mrope_sections is not None:
         raise ValueError("only the formats of Qwen-VL hold a decoder with mrope_sections")
     model_type = _model_type(config)

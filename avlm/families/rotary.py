@@ -40,7 +40,7 @@ def read_rope(
     fields: dict[str, Any] = {"rope_theta": float(rope.pop("rope_theta", keys.get("rope_theta") or 10_000.0))}
     old_name = rope.pop("type", "default")
     rope_type = rope.pop("rope_type", old_name)
-    accepted = ("default", "mrope") if mrope else ("default", "dynamic", "llama3", "yarn")
+    accepted = ("default", "mrope") if mrope else ("default", "dynamic", "linear", "llama3", "yarn")
     if mrope:
         fields |= {field: rope.pop(key, absent) for field, (key, absent) in MROPE.items()}
     elif "mrope_section" in rope:
@@ -54,6 +54,9 @@ def read_rope(
         _require_keys(rope_type, rope, {"factor"}, set())
     if keys.get(ORIGINAL) is not None:
         rope[ORIGINAL] = keys[ORIGINAL]
+    if rope_type == "linear":
+        _require_keys(rope_type, rope, {"factor"}, set())
+        fields["rope_stretch"] = rope["factor"]
     if rope_type == "yarn":
         return {**fields, **_read_yarn(rope, keys, grows)}
     if rope_type == "llama3":
@@ -98,6 +101,10 @@ def write_rope(config: DecoderConfig) -> dict[str, Any]:
         scaling = {"rope_type": "llama3", **to_theirs(LLAMA3, config.rope_scaling)}
     if config.yarn is not None:
         scaling = {"rope_type": "yarn", **to_theirs(YARN, config.yarn)}
+    if config.rope_stretch != 1:
+        if scaling is not None:
+            raise ValueError(f"no Hugging Face architecture has rope_stretch with rope_type {scaling['rope_type']}")
+        scaling = {"rope_type": "linear", "factor": config.rope_stretch}
     if scaling is not None and config.query_growth:
         return {"rope_parameters": {"rope_theta": config.rope_theta, **scaling, GROWTH: config.query_growth}}
     return {"rope_theta": config.rope_theta, "rope_scaling": scaling}

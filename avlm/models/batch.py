@@ -5,7 +5,7 @@ U projected rows   S tower rows that make one   P patches of all images, N numbe
 the audio tower   M mel bins   W frames of the longest window
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -16,7 +16,7 @@ from avlm.config.decoder import DecoderConfig
 from avlm.config.model import TOWERS, AudioConfig, ModelConfig, VisionConfig
 from avlm.models.movable import Movable
 from avlm.models.patches import Grid, PatchPlaces
-from kernels.segments import Segments
+from kernels.segments import Intervals, Segments
 
 IGNORE = -100  # target: nothing is learned here
 IMAGE = -200  # token: an image feature goes here
@@ -196,7 +196,7 @@ class Batch(Movable):
 
     token_T        int64: vocabulary ids, and a placeholder (IMAGE, AUDIO, NEWLINE) for every row that media write
     position_T     int64: position within the document, from 0; (3, T) for M-RoPE: time, line and column
-    segments       documents
+    segments       documents, with intervals where tokens see what follows them
     windowed       the same for layers with a sliding window; None in a model without one
     target_rows_R  int64: where in token_T there is a target, ascending
     target_R       int64: the token that follows, at those places
@@ -234,10 +234,56 @@ class Batch(Movable):
         return int(self.segments.cu_seqlens[len(self.keys)])
 
 
-def windowed_segments(segments: Segments, model: ModelConfig) -> Segments | None:
-    """``Batch.windowed`` of documents."""
-    window = model.decoder.sliding_window
-    return None if window is None else segments.within(window)
+def seen_segments(
+    documents: Segments, token_T: Tensor, target_rows_R: Tensor, decoder: DecoderConfig
+) -> dict[str, Any]:
+    """``Batch.segments`` and ``Batch.windowed``: what each token sees of its document.
+
+    In every layer a token sees those up to itself, or up to ``last_T`` where the decoder looks ahead: with
+    ``bidirectional: images`` up to the end of the image's features, which have no other token among them; with
+    ``prefix`` the tokens up to the one that a document's first target follows see each other. A sliding window hides
+    what lies before it from any token but those of a prefix.
+    """
+    window = decoder.sliding_window
+    first_T, last_T = _looking_ahead(documents, token_T, target_rows_R, decoder)
+    if last_T is None:
+        return {"segments": documents, "windowed": None if window is None else documents.within(window)}
+    segments = _seeing(documents, torch.zeros_like(last_T), last_T)
+    if window is None:
+        return {"segments": segments, "windowed": None}
+    is_reached = documents.max_length > window
+    return {"segments": segments, "windowed": _seeing(documents, first_T, last_T) if is_reached else segments}
+
+
+def _seeing(documents: Segments, first_T: Tensor, last_T: Tensor) -> Segments:
+    return replace(documents, intervals=Intervals.of(first_T, last_T, documents, documents))
+
+
+def _looking_ahead(
+    documents: Segments, token_T: Tensor, target_rows_R: Tensor, decoder: DecoderConfig
+) -> tuple[Tensor, Tensor | None]:
+    """The first and the last token of its document that each token sees in a layer with a window, int64 (T,); None
+    instead of the last if every token sees those up to itself."""
+    start_T = documents.cu_seqlens[:-1].long().repeat_interleave(documents.cu_seqlens.diff())
+    row_T = torch.arange(len(start_T)) - start_T
+    first_T = row_T - (decoder.sliding_window or 0) + 1
+    if decoder.bidirectional == "images":
+        is_image_T = (token_T == IMAGE) | (token_T == NEWLINE)
+        is_end_T = torch.ones_like(is_image_T)
+        is_end_T[:-1] = ~is_image_T[1:] | (row_T[1:] == 0)
+        end_T = torch.where(is_end_T, torch.arange(len(row_T)), len(row_T)).flip(0).cummin(0).values.flip(0)
+        last_T = torch.where(is_image_T, end_T - start_T, row_T)
+    elif decoder.bidirectional == "prefix":
+        end_N = documents.cu_seqlens[1:].long()
+        n_N = torch.searchsorted(target_rows_R, end_N - documents.cu_seqlens.diff())
+        prefix_N = torch.cat([target_rows_R, end_N.new_full((1,), len(row_T))])[n_N]
+        prefix_N = prefix_N.where(prefix_N < end_N, -1)  # nothing is learned from a document: it has no prefix
+        prefix_T = prefix_N.repeat_interleave(documents.cu_seqlens.diff()) - start_T
+        last_T = torch.maximum(row_T, prefix_T)
+        first_T = first_T.where(row_T > prefix_T, 0)
+    else:
+        return first_T, None
+    return first_T, None if last_T.equal(row_T) else last_T
 
 
 def text_positions(length: int, decoder: DecoderConfig) -> Tensor:
@@ -249,13 +295,13 @@ def text_positions(length: int, decoder: DecoderConfig) -> Tensor:
 def empty_batch(seq_length: int, model: ModelConfig) -> Batch:
     """A row without targets and media, for a rank that runs out of data before the others."""
     nothing = torch.arange(0)
+    tokens = torch.full((seq_length,), PAD)
     segments = Segments.of([seq_length] if seq_length else [])
     media: dict[str, Any] = no_media(model)
     return Batch(
-        token_T=torch.full((seq_length,), PAD),
+        token_T=tokens,
         position_T=text_positions(seq_length, model.decoder),
-        segments=segments,
-        windowed=windowed_segments(segments, model),
+        **seen_segments(segments, tokens, nothing, model.decoder),
         target_rows_R=nothing,
         target_R=nothing,
         kind_R=nothing,

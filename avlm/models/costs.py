@@ -143,9 +143,10 @@ def _decoder(config: DecoderConfig) -> Iterator[Step]:
         yield "", (f"{attention}.q_norm", f"{attention}.k_norm")
         yield "window_pairs" if config.has_window(i) else "token_pairs", (f"{attention}.core",)
         yield "tokens", (f"{attention}.o",)
-        yield "", (f"{block}.ffn_norm",)
+        yield "", (f"{block}.attention_post_norm", f"{block}.ffn_norm")
         yield "tokens", (f"{block}.ffn.gate", f"{block}.ffn.up")
         yield "tokens", (f"{block}.ffn.down",)
+        yield "", (f"{block}.ffn_post_norm",)
     yield "", ("norm",)
     yield "targets", ("head",)
 

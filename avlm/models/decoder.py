@@ -1,4 +1,5 @@
-"""Llama-family decoder (Llama 2/3, Mistral, Ministral 3, Qwen2, Qwen3, SmolLM2): token features in, hidden states out.
+"""Llama-family decoder (Llama 2/3, Mistral, Ministral 3, Qwen2, Qwen3, SmolLM2, Gemma 1 to 3): token features in,
+hidden states out.
 
 It is written for one device and one packed row. Position and segments are inputs, so that packing, caches and context
 parallelism share the same code; head counts are inferred from the tensors (a tensor-parallel rank holds a share).
@@ -15,26 +16,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avlm.config.decoder import DecoderConfig
-from avlm.models.attention import AttentionCore
+from avlm.models.attention import AttentionCore, Scores
 from avlm.models.encoder import ACTIVATIONS
 from avlm.models.lora import lora_init_stats
 from avlm.models.moe import MixtureOfExperts
-from avlm.models.rope import Rope, decoder_rope, rotate
+from avlm.models.rope import Rope, decoder_rope, rotate, window_rope
 from kernels.cross_entropy import linear_argmax, linear_cross_entropy
 from kernels.segments import Segments
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight"""
+    """y = x / sqrt(mean(x^2) + eps) * weight, or * (1 + weight) with ``offset``, where weights begin at 0"""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, offset: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.zeros(size) if offset else torch.ones(size))
         self.eps = eps
+        self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
         # Float32 inside, in one kernel on a GPU. Rounded once; transformers also rounds before the scale.
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if not self.offset:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # 1 + weight has more digits than bf16. A kernel takes one dtype, so x is float32, too.
+        exact = torch.promote_types(x.dtype, torch.float32)
+        scale = 1 + self.weight.to(exact)
+        return F.rms_norm(x.to(exact), scale.shape, scale, self.eps).to(x.dtype)
+
+
+def _norm(config: DecoderConfig, size: int) -> RMSNorm:
+    return RMSNorm(size, config.norm_eps, config.norm_offset)
 
 
 class Attention(nn.Module):
@@ -48,9 +59,9 @@ class Attention(nn.Module):
         self.k = nn.Linear(D, kv_size, bias=config.qkv_bias)
         self.v = nn.Linear(D, kv_size, bias=config.qkv_bias)
         self.o = nn.Linear(q_size, D, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.core = AttentionCore(causal=True)
+        self.q_norm = _norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = _norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.core = AttentionCore(causal=True, scores=Scores.of(config))
 
     def forward(self, x_TD: Tensor, rope: Rope, segments: Segments, cache=None) -> Tensor:
         heads = (-1, self.head_dim)
@@ -67,7 +78,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))"""
+    """SwiGLU, or another activation of the gate: down(silu(gate(x)) * up(x))"""
 
     def __init__(self, hidden_size: int, intermediate_size: int, activation: str):
         super().__init__()
@@ -84,9 +95,17 @@ class FeedForward(nn.Module):
 class TokenEmbedding(nn.Embedding):
     """Placeholders (ids below 0) embed to zero: media overwrite their rows, and the table learns nothing there."""
 
+    def __init__(self, config: DecoderConfig):
+        super().__init__(config.vocab_size, config.hidden_size)
+        self.scale = math.sqrt(config.hidden_size) if config.embedding_scale else 1
+
     def forward(self, token_T: Tensor) -> Tensor:
         x_TD = super().forward(token_T.clamp(min=0))
-        return x_TD * (token_T >= 0).unsqueeze(-1).to(x_TD.dtype)
+        return x_TD * self.factor(token_T >= 0, x_TD.dtype)
+
+    def factor(self, is_held_T: Tensor, dtype: torch.dtype) -> Tensor:
+        """(T, 1): the scale, rounded to ``dtype`` as the model was trained with it, or 0 for what is not held."""
+        return is_held_T.unsqueeze(-1).to(dtype) * self.scale
 
 
 def feed_forward(config: DecoderConfig, layer: int) -> nn.Module:
@@ -100,14 +119,17 @@ def feed_forward(config: DecoderConfig, layer: int) -> nn.Module:
 class Block(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        D = config.hidden_size
+        self.attention_norm = _norm(config, D)
         self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention_post_norm = _norm(config, D) if config.post_norms else nn.Identity()
+        self.ffn_norm = _norm(config, D)
         self.ffn = feed_forward(config, layer)
+        self.ffn_post_norm = _norm(config, D) if config.post_norms else nn.Identity()
 
     def forward(self, x_TD: Tensor, rope: Rope, segments: Segments, cache=None, real_T: Tensor | None = None) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, segments, cache)
-        return x_TD + self.ffn(self.ffn_norm(x_TD), real_T)
+        x_TD = x_TD + self.attention_post_norm(self.attention(self.attention_norm(x_TD), rope, segments, cache))
+        return x_TD + self.ffn_post_norm(self.ffn(self.ffn_norm(x_TD), real_T))
 
 
 class Head(nn.Module):
@@ -116,15 +138,19 @@ class Head(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.softcap = config.logit_softcap
 
     def forward(self, hidden_RD: Tensor, target_R: Tensor | None, predict: bool = False) -> Tensor | tuple[Tensor, ...]:
         """The summed loss and, without a graph, the loss of each row: float32 () and (R,). ``predict`` adds the
         likeliest token of each row, int64 (R,), at the cost of a second product with the weight. Without targets it
         returns the logits, float32 (R, V), for generation."""
         if target_R is None:
-            return F.linear(hidden_RD, self.weight).float()
-        losses = linear_cross_entropy(hidden_RD, self.weight, target_R)
+            return self.bounded(F.linear(hidden_RD, self.weight).float())
+        losses = linear_cross_entropy(hidden_RD, self.weight, target_R, softcap=self.softcap)
         return (*losses, linear_argmax(hidden_RD, self.weight)) if predict else losses
+
+    def bounded(self, logits_RV: Tensor) -> Tensor:
+        return logits_RV if self.softcap is None else self.softcap * torch.tanh(logits_RV / self.softcap)
 
 
 @dataclass(frozen=True)
@@ -143,9 +169,9 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
+        self.embedding = TokenEmbedding(config)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = _norm(config, config.hidden_size)
         self.head = Head(config)
         self.tie()
 
@@ -162,10 +188,11 @@ class Decoder(nn.Module):
         """Hidden states before the final norm, (T, D). Positions are (T,), or (3, T) for a decoder with M-RoPE.
         ``caches`` holds one key/value cache per block (generation), ``windowed`` the segments of layers with a sliding
         window; ``real_T``, bool, the tokens that do not just fill the end of a row (default: all)."""
-        rope = decoder_rope(self.config, position_T)
+        full = decoder_rope(self.config, position_T), segments
+        within = window_rope(self.config, position_T) or full[0], windowed
         for i, block in enumerate(self.blocks):
             cache = caches[i] if caches else None
-            seen = windowed if self.config.has_window(i) else segments
+            rope, seen = within if self.config.has_window(i) else full
             assert seen is not None, "a decoder with a sliding window needs segments for it"
             x_TD = block(x_TD, rope, seen, cache, real_T)
             if deep is not None and i < len(deep.features):
@@ -181,15 +208,15 @@ class Decoder(nn.Module):
         """(mean, std) of the normal from which each parameter is drawn, by name.
 
         Linears have std 1 / sqrt(inputs), divided by sqrt(2 * layers) if they write into the residual stream (GPT-2);
-        embedding and head 0.02; norms are 1, biases 0. (With 0.02 everywhere, which suits widths of thousands, a
-        decoder of width 128 is slow to learn to copy a word.)
+        embedding and head 0.02; norms are 1, or 0 where they are added to 1; biases 0. (With 0.02 everywhere, which
+        suits widths of thousands, a decoder of width 128 is slow to learn to copy a word.)
         """
         stats = lora_init_stats(self)
         for name, parameter in self.named_parameters():
             if name in stats:  # an adapter
                 continue
             if name.endswith("norm.weight"):
-                stats[name] = (1.0, 0.0)
+                stats[name] = (0.0 if self.config.norm_offset else 1.0, 0.0)
             elif name.endswith("bias"):
                 stats[name] = (0.0, 0.0)
             elif name in ("embedding.weight", "head.weight"):

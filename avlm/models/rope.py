@@ -35,15 +35,23 @@ def decoder_rope(config: DecoderConfig, position: Tensor) -> Rope:
     return cos_TE, sin_TE, cos_TE * growth_T1, sin_TE * growth_T1
 
 
+def window_rope(config: DecoderConfig, position: Tensor) -> Rope | None:
+    """That of layers with a sliding window, if it is another one: plain frequencies of a base of their own."""
+    if config.window_rope_theta is None:
+        return None
+    frequency = _plain_frequencies(config, config.window_rope_theta, position.device)
+    return rope_table(frequency, positions_of_pairs(config, position))
+
+
 def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) -> Tensor:
     """Angle per position of each pair of dimensions, radians, float64 (E / 2,).
 
     theta^(-2i / E); with Llama-3 scaling wavelengths longer than original / low are stretched by ``factor``, those
     shorter than original / high are kept, and those between are blended (Llama 3.1, reference implementation). YaRN
-    blends by the number of a pair instead of its wavelength (Peng et al. 2023, section 3.2).
+    blends by the number of a pair instead of its wavelength (Peng et al. 2023, section 3.2). ``rope_stretch`` divides
+    all of them.
     """
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device) / config.head_dim
-    frequency = config.rope_theta**-exponent
+    frequency = _plain_frequencies(config, config.rope_theta, device) / config.rope_stretch
     if config.yarn is not None:
         return _mixed(frequency, config.yarn.factor, _kept_by_yarn(config, config.yarn, frequency))
     scaling = config.rope_scaling
@@ -52,6 +60,11 @@ def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) 
     turns = scaling.original_max_position * frequency / (2 * math.pi)  # full turns within the original context
     width = scaling.high_freq_factor - scaling.low_freq_factor
     return _mixed(frequency, scaling.factor, ((turns - scaling.low_freq_factor) / width).clamp(0, 1))
+
+
+def _plain_frequencies(config: DecoderConfig, theta: float, device: torch.device | None) -> Tensor:
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device) / config.head_dim
+    return theta**-exponent
 
 
 def _mixed(frequency: Tensor, factor: float, kept: Tensor) -> Tensor:

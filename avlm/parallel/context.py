@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from avlm.models.batch import Batch
-from avlm.parallel.context_plan import context_plan, window_plan
+from avlm.parallel.context_plan import ContextPlan, IntervalPlan, context_plan, interval_plan
 from avlm.parallel.shares import share
+from kernels.segments import Segments
 
 
 def cut(batch: Batch, rank: int, context: int, together: int = 1) -> tuple[Batch, Tensor]:
-    """The tokens of one context rank, with local ``target_rows_R`` and a ContextPlan for segments; and place_T, int64:
-    where each token of the whole row lies among the tokens of all ranks, rank after rank. Media stay as they are.
+    """The tokens of one context rank, with local ``target_rows_R`` and plans for segments; and place_T, int64: where
+    each token of the whole row lies among the tokens of all ranks, rank after rank. Media stay as they are.
 
     ``together``: so many neighbours of the axis exchange heads for tokens (``context_attention.heads_together``). The
     row is shared among groups of them, and a plan is that of a group, whose tokens are dealt out in their order.
@@ -42,6 +43,12 @@ def cut(batch: Batch, rank: int, context: int, together: int = 1) -> tuple[Batch
     held_R = ((place_R >= 0) & (place_R < len(rows_L))).nonzero().flatten()
     held_R = held_R[place_R[held_R].argsort()]
     plan = context_plan(shares, rank // together)
+
+    def of(segments: Segments) -> ContextPlan | IntervalPlan:
+        if segments.intervals is None:
+            return plan
+        return interval_plan(plan, segments.intervals, shares, rank // together)
+
     of_rank = replace(
         batch,
         token_T=batch.token_T[rows_L],
@@ -49,11 +56,7 @@ def cut(batch: Batch, rank: int, context: int, together: int = 1) -> tuple[Batch
         target_rows_R=place_R[held_R],
         target_R=batch.target_R[held_R],
         kind_R=batch.kind_R[held_R],
-        segments=plan,
+        segments=of(batch.segments),
+        windowed=None if batch.windowed is None else of(batch.windowed),
     )
-    if batch.windowed is None:
-        return of_rank, place_T
-    windowed = plan  # where no document is longer than the window
-    if batch.windowed.intervals is not None:
-        windowed = window_plan(plan, batch.windowed.intervals, shares, rank // together)
-    return replace(of_rank, windowed=windowed), place_T
+    return of_rank, place_T

@@ -101,8 +101,8 @@ class ContextPlan:
 
 
 @dataclass(frozen=True, eq=False)
-class WindowPlan:
-    """The same for layers with a sliding window, in modes in which a rank has all keys that its queries see.
+class IntervalPlan:
+    """The same where intervals say what queries see, in modes in which a rank has all keys that its queries see.
 
     whole    documents of the whole row, with intervals
     own      the rank's tokens of each document, with the intervals of their keys in the whole row
@@ -114,11 +114,12 @@ class WindowPlan:
     place_T: Tensor
     rows_T: Tensor
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "WindowPlan":
-        return WindowPlan(*(getattr(self, entry.name).to(device, non_blocking=non_blocking) for entry in fields(self)))
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "IntervalPlan":
+        moved = (getattr(self, entry.name).to(device, non_blocking=non_blocking) for entry in fields(self))
+        return IntervalPlan(*moved)
 
-    def pin_memory(self) -> "WindowPlan":
-        return WindowPlan(*(getattr(self, entry.name).pin_memory() for entry in fields(self)))
+    def pin_memory(self) -> "IntervalPlan":
+        return IntervalPlan(*(getattr(self, entry.name).pin_memory() for entry in fields(self)))
 
 
 def context_plan(shares: Shares, rank: int) -> ContextPlan:
@@ -141,14 +142,14 @@ def context_plan(shares: Shares, rank: int) -> ContextPlan:
     )
 
 
-def window_plan(plan: ContextPlan, seen: Intervals, shares: Shares, rank: int) -> WindowPlan:
+def interval_plan(plan: ContextPlan, seen: Intervals, shares: Shares, rank: int) -> IntervalPlan:
     """``seen``: by each token of the packed row."""
     tensors = (getattr(seen, entry.name)[shares.rows_T] for entry in fields(Intervals))
     whole = replace(plan.whole, intervals=Intervals(*tensors))
     held_L = shares.held_CL[rank]
     own = Segments.of(shares.count_NC2[:, rank].sum(1).tolist())
     intervals = Intervals.of(whole.intervals.first_T[held_L], whole.intervals.last_T[held_L], own, whole)
-    return WindowPlan(whole, replace(own, intervals=intervals), plan.place_T, plan.rows_T)
+    return IntervalPlan(whole, replace(own, intervals=intervals), plan.place_T, plan.rows_T)
 
 
 def _slots(length_N2: Tensor, used_N2: Tensor | None = None) -> Segments:

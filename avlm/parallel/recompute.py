@@ -37,7 +37,7 @@ ATTENTION = ("attention_forward", "_scaled_dot_product")  # name prefixes of our
 def keeps_product(number: int, num_products: int) -> bool:
     """Whether selective recomputation keeps the result of one of a block's products, counted from 0 in the order they
     run. That of the last is added to the residual: no backward needs it, and recomputation ends before it, but for
-    DoRA and layer scales, which make it again."""
+    DoRA, layer scales and a norm behind it, which make it again."""
     return number % 2 == 0 and number < num_products - 1
 
 
@@ -137,7 +137,7 @@ def _with_ring(context: Any, ring: RingAttention, kept: list[tuple[Tensor, Tenso
 
 def _choose(rank: int, num_products: int) -> Callable[..., CheckpointPolicy]:
     """Products of adapters, which have a side of ``rank`` or less, are cheap and not counted. Of the two sums of a
-    block over the tensor axis the second is its result, which no backward needs."""
+    block over the tensor axis the second is its result, which no backward needs but that of a norm behind it."""
     counts: Counter[tuple[Any, bool]] = Counter()  # apart for the forward and its recomputation: both decide alike
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

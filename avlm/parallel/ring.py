@@ -33,11 +33,12 @@ class RingAttention(nn.Module):
     need not wait for keys and values that are under way. Both are connected.
 
     ``kept``: while it is a list, out and lse of a first forward are kept there, and a second one takes them instead of
-    sending and computing again (recompute.py).
+    sending and computing again (recompute.py). ``scale``: of the scores, None: 1 / sqrt(E).
     """
 
-    def __init__(self, group: ProcessGroup, gradient_group: ProcessGroup):
+    def __init__(self, group: ProcessGroup, gradient_group: ProcessGroup, scale: float | None = None):
         super().__init__()
+        self.scale = scale
         self.group = group
         self.gradient_group = gradient_group
         self.kept: list[tuple[Tensor, Tensor]] | None = None
@@ -52,19 +53,20 @@ class RingAttention(nn.Module):
 
     @torch.compiler.disable
     def forward(self, q_LHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, segments: ContextPlan) -> Tensor:
-        assert isinstance(segments, ContextPlan), "choose_mode refuses a ring with a sliding window"
-        return _Ring.apply(q_LHE, k_LKE, v_LKE, segments, self.group, self.gradient_group, self.kept)
+        assert isinstance(segments, ContextPlan), "choose_mode refuses a ring with masks that are not causal"
+        scale = q_LHE.shape[2] ** -0.5 if self.scale is None else self.scale
+        return _Ring.apply(q_LHE, k_LKE, v_LKE, segments, self.group, self.gradient_group, self.kept, scale)
 
 
 class _Ring(torch.autograd.Function):
     """Blocks are added up in float32 and rounded once. Kept for the backward: this rank's q, k and v, out and lse."""
 
     @staticmethod
-    def forward(ctx, q_LHE, k_LKE, v_LKE, plan, group, gradient_group, kept):
+    def forward(ctx, q_LHE, k_LKE, v_LKE, plan, group, gradient_group, kept, scale):
         ctx.plan = plan
         ctx.group = group
         ctx.gradient_group = gradient_group
-        ctx.scale = q_LHE.shape[2] ** -0.5
+        ctx.scale = scale
         if kept:
             out_LHE, lse_HL = kept[0]
         else:
@@ -104,7 +106,7 @@ class _Ring(torch.autograd.Function):
             del dq, dk, dv  # before those of the next block are made
         _add(dkv_L2KE, on_its_way)
         dk_LKE, dv_LKE = dkv_L2KE.to(k_LKE.dtype).unbind(1)
-        return dq_LHE.to(q_LHE.dtype), dk_LKE, dv_LKE, None, None, None, None
+        return dq_LHE.to(q_LHE.dtype), dk_LKE, dv_LKE, None, None, None, None, None
 
 
 def _attend(

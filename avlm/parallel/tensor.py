@@ -30,7 +30,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from avlm.config.model import ModelConfig
-from avlm.models.decoder import Decoder
+from avlm.models.decoder import Decoder, Head, TokenEmbedding
 from avlm.models.lora import LowRankLinear
 from kernels.cross_entropy import linear_argmax, linear_cross_entropy
 
@@ -54,11 +54,13 @@ def tensor_plan() -> dict[str, ParallelStyle]:
         "blocks.*.attention.q_norm": norm_of_heads,
         "blocks.*.attention.k_norm": norm_of_heads,
         "blocks.*.attention.o": SharedInputs(output_layouts=TOKENS),
+        "blocks.*.attention_post_norm": SequenceParallel(sequence_dim=0, use_local_output=True),
         "blocks.*.ffn_norm": SequenceParallel(sequence_dim=0),
         "blocks.*.ffn": gather,
         "blocks.*.ffn.gate": SharedOutputs(),
         "blocks.*.ffn.up": SharedOutputs(),
         "blocks.*.ffn.down": SharedInputs(output_layouts=TOKENS),
+        "blocks.*.ffn_post_norm": SequenceParallel(sequence_dim=0, use_local_output=True),
         "norm": OnEveryRank(),
         "head": VocabularyHead(),
     }
@@ -69,6 +71,8 @@ def apply_tensor(decoder: Decoder, mesh: DeviceMesh) -> None:
     styles = tensor_plan()
     if not decoder.config.qk_norm:
         del styles["blocks.*.attention.q_norm"], styles["blocks.*.attention.k_norm"]
+    if not decoder.config.post_norms:
+        del styles["blocks.*.attention_post_norm"], styles["blocks.*.ffn_post_norm"]
     parallelize_module(decoder, mesh, styles)
     decoder.tie()
     parallelize_module(decoder, mesh, PrepareModuleOutput(output_layouts=TOKENS, desired_output_layouts=Replicate()))
@@ -161,7 +165,7 @@ def share_adapter(
 class VocabularyEmbedding(ParallelStyle):
     """Rank i holds the embeddings of token ids i * V / n to (i + 1) * V / n."""
 
-    def _apply(self, module: nn.Embedding, mesh: DeviceMesh) -> nn.Embedding:
+    def _apply(self, module: TokenEmbedding, mesh: DeviceMesh) -> TokenEmbedding:
         distribute(module, mesh, Shard(0))
 
         def forward(token_T: Tensor) -> Tensor:
@@ -171,7 +175,7 @@ class VocabularyEmbedding(ParallelStyle):
             # Tokens of other ranks are zero here; placeholders, whose ids are negative, are so on every rank.
             held_T = (id_T >= 0) & (id_T < num_held) & (token_T >= 0)
             x_TD = F.embedding(id_T.where(held_T, 0), weight_VD)
-            x_TD = x_TD * held_T.unsqueeze(-1).to(x_TD.dtype)
+            x_TD = x_TD * module.factor(held_T, x_TD.dtype)
             summed_TD = DTensor.from_local(x_TD, mesh, [Partial()]).redistribute(placements=[TOKENS])
             return summed_TD.to_local(grad_placements=[TOKENS])
 
@@ -182,7 +186,7 @@ class VocabularyEmbedding(ParallelStyle):
 class VocabularyHead(ParallelStyle):
     """Loss over a sharded vocabulary: no rank sees all logits of a token. For generation they are gathered."""
 
-    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    def _apply(self, module: Head, mesh: DeviceMesh) -> Head:
         distribute(module, mesh, Shard(0))
         operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -194,10 +198,11 @@ class VocabularyHead(ParallelStyle):
             # Each share of the vocabulary contributes a part to the gradient of hidden.
             hidden_RD = DTensor.from_local(hidden_RD, mesh, [Replicate()]).to_local(grad_placements=[Partial()])
             if target_R is None:
-                logits_RV = DTensor.from_local(F.linear(hidden_RD, weight_VD).float(), mesh, [Shard(1)])
-                return logits_RV.full_tensor()
+                logits_RV = module.bounded(F.linear(hidden_RD, weight_VD).float())
+                return DTensor.from_local(logits_RV, mesh, [Shard(1)]).full_tensor()
             first = mesh.get_local_rank() * weight_VD.shape[0]
-            losses = linear_cross_entropy(hidden_RD, weight_VD, target_R, first=first, reduce=reduce)
+            capped = {"softcap": module.softcap, "first": first, "reduce": reduce}
+            losses = linear_cross_entropy(hidden_RD, weight_VD, target_R, **capped)
             if predict:
                 losses = *losses, linear_argmax(hidden_RD, weight_VD, first=first, reduce=reduce)
             return losses

@@ -142,7 +142,7 @@ class OpaqueCore(nn.Module):
 def compiled_block(sizes: dict[str, int] = SMALL, T: int = 256) -> tuple[list[int], list[int]]:
     """Bytes of the compiled forward and backward, and the least of both."""
     config = config_of(sizes)
-    block = Block(config).bfloat16()
+    block = Block(config, 0).bfloat16()
     block.attention.core = OpaqueCore()
     rope = rope_table(rope_frequencies(config), torch.arange(T))
     x_TD = torch.randn(T, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)

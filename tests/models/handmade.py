@@ -24,8 +24,8 @@ from avlm.models.batch import (
     Features,
     Media,
     no_media,
+    seen_segments,
     text_positions,
-    windowed_segments,
 )
 from avlm.models.initial import init
 from avlm.weights.load import Report, init_weights, load_weights
@@ -54,12 +54,11 @@ def make_batch(
         image = images_of(config.vision, images, config.vision_projector.downsample)
     if config.audio:
         audio = windows_of(config.audio, list(clips), config.audio_projector.downsample)
-    segments = Segments.of([len(document) for document in documents])
+    whole = Segments.of([len(document) for document in documents])
     return Batch(
         token_T=token_T,
         position_T=torch.cat([text_positions(len(document), config.decoder) for document in documents], dim=-1),
-        segments=segments,
-        windowed=windowed_segments(segments, config),
+        **seen_segments(whole, token_T, target_rows, config.decoder),
         target_rows_R=target_rows,
         target_R=target_T[target_rows],
         kind_R=torch.zeros_like(target_rows),

@@ -188,17 +188,17 @@ def test_a_mode_that_is_named_is_taken_or_refused():
 
 
 def test_a_ring_with_a_window_is_refused_with_what_to_set():
-    assert choose_mode("auto", 8, 2, has_window=True) == "ulysses"
-    assert choose_mode("auto", 8, 3, has_window=True) == "allgather"
-    assert choose_mode("ring", 8, 1, has_window=True) == "ring"  # one rank has no ring
+    assert choose_mode("auto", 8, 2, "no masks for model.decoder.sliding_window") == "ulysses"
+    assert choose_mode("auto", 8, 3, "no masks for model.decoder.sliding_window") == "allgather"
+    assert choose_mode("ring", 8, 1, "no masks for model.decoder.sliding_window") == "ring"  # one rank has no ring
     with pytest.raises(
         ValueError, match=r"model\.decoder\.sliding_window: set parallel.context_mode=allgather or ulysses"
     ):
-        choose_mode("ring", 8, 2, has_window=True)
+        choose_mode("ring", 8, 2, "no masks for model.decoder.sliding_window")
     with pytest.raises(ValueError, match=r"set parallel\.context_mode=allgather$"):
-        choose_mode("ring", 8, 3, has_window=True)
+        choose_mode("ring", 8, 3, "no masks for model.decoder.sliding_window")
     with pytest.raises(ValueError, match=r"cannot share .* set parallel\.context_mode=allgather, or"):
-        choose_mode("ulysses", 8, 3, has_window=True)
+        choose_mode("ulysses", 8, 3, "no masks for model.decoder.sliding_window")
 
 
 def cores(context: int) -> tuple[dict[str, nn.Module], int]:
@@ -219,7 +219,7 @@ def cores(context: int) -> tuple[dict[str, nn.Module], int]:
 
 
 def of_rank(lengths: list[int], rank: int, context: int, together: int):
-    """The ContextPlan and the WindowPlan of a rank for documents of these lengths, and the places in the row of its
+    """The ContextPlan and the IntervalPlan of a rank for documents of these lengths, and the places in the row of its
     tokens."""
     batch = make_batch([*lengths, 0])
     batch = dataclasses.replace(batch, windowed=batch.segments.within(WINDOW))
