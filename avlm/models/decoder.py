@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from avlm.config.decoder import DecoderConfig
 from avlm.models.attention import AttentionCore, Scores
-from avlm.models.encoder import ACTIVATIONS
+from avlm.models.encoder import ACTIVATIONS, OffsetRMSNorm
 from avlm.models.lora import lora_init_stats
 from avlm.models.moe import MixtureOfExperts
 from avlm.models.rope import Rope, decoder_rope, rotate, window_rope
@@ -26,26 +26,20 @@ from kernels.segments import Segments
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight, or * (1 + weight) with ``offset``, where weights begin at 0"""
+    """y = x / sqrt(mean(x^2) + eps) * weight"""
 
-    def __init__(self, size: int, eps: float, offset: bool = False):
+    def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size) if offset else torch.ones(size))
+        self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
-        self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
         # Float32 inside, in one kernel on a GPU. Rounded once; transformers also rounds before the scale.
-        if not self.offset:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # 1 + weight has more digits than bf16. A kernel takes one dtype, so x is float32, too.
-        exact = torch.promote_types(x.dtype, torch.float32)
-        scale = 1 + self.weight.to(exact)
-        return F.rms_norm(x.to(exact), scale.shape, scale, self.eps).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def _norm(config: DecoderConfig, size: int) -> RMSNorm:
-    return RMSNorm(size, config.norm_eps, config.norm_offset)
+def _norm(config: DecoderConfig, size: int) -> nn.Module:
+    return OffsetRMSNorm(size, config.norm_eps) if config.norm_offset else RMSNorm(size, config.norm_eps)
 
 
 class Attention(nn.Module):
