@@ -52,6 +52,7 @@ from avlm.families import (
     qwen2_audio,
     qwen2_vl,
     qwen3_vl,
+    qwen3_vl_moe,
     smolvlm,
     ultravox,
     voxtral,
@@ -80,6 +81,7 @@ FAMILIES = (
         qwen2_vl,
         qwen2_5_vl,
         qwen3_vl,
+        qwen3_vl_moe,
         idefics3,
         smolvlm,
     ),
@@ -104,6 +106,7 @@ FORMATS: dict[str, ModuleType] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
     "idefics3": idefics3,
     "smolvlm": smolvlm,
 }
@@ -136,6 +139,7 @@ WITH_PROMPTS = (
     qwen2_vl,
     qwen2_5_vl,
     qwen3_vl,
+    qwen3_vl_moe,
     pixtral,
     mistral3,
     internvl,
@@ -146,7 +150,7 @@ WITH_PROMPT_KEYS = (llava, llava_next, llava_next_video, llava_onevision, qwen2_
 # Whose processors put what stands around media into prompts themselves.
 WITH_MARKERS = (pixtral, mistral3, internvl, idefics3, smolvlm)
 TRANSPOSED: dict[ModuleType, tuple[str, ...]] = {}  # family -> parameters, their names with our module
-JOINS_EXPERTS: tuple[ModuleType, ...] = ()
+JOINS_EXPERTS = (qwen3_vl_moe,)
 rebuilds_tokenizer = llama.rebuilds_tokenizer
 
 
@@ -172,7 +176,9 @@ def media_in_prompts(family: ModuleType, markers: Mapping[str, list[str]]) -> di
     """Kind -> what stands for a medium in the prompts that a format's processor takes. ``markers``: ``data``'s."""
     found = {}
     for kind, token in family.MEDIA.items():
-        marks_itself = family in WITH_MARKERS or (family is qwen3_vl and kind == "video")  # of each patch of frames
+        marks_itself = family in WITH_MARKERS or (
+            family in (qwen3_vl, qwen3_vl_moe) and kind == "video"
+        )  # of each patch of frames
         found[kind] = token if marks_itself else token.join(markers.get(kind, ["", ""]))
     return found
 

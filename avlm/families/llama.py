@@ -167,16 +167,17 @@ def read(given: Mapping[str, Any], files: Mapping[str, dict] | None = None, mrop
     keys = {**DEFAULTS[model_type], **given}
     require_accepted(keys, ACCEPTED)
     fields = to_ours(FIELDS, keys)
-    if model_type in qwen3_moe.VARIANTS:
-        fields["experts"] = qwen3_moe.read(given, DEFAULTS[model_type])
-    else:
-        require_accepted(keys, WITHOUT_EXPERTS)
+    has_experts = model_type in qwen3_moe.VARIANTS
+    require_accepted(keys, {} if has_experts else WITHOUT_EXPERTS)
     fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
     fields["head_dim"] = fields["head_dim"] or 0
     fields["tie_embedding"] = bool(fields["tie_embedding"])
     grows = model_type == GROWING
     fields |= read_rope(keys, GROWING_ROPE if grows else {}, mrope, grows)
-    return _with_window(DecoderConfig(**fields, **VARIANTS[model_type]), keys)
+    config = _with_window(DecoderConfig(**fields, **VARIANTS[model_type]), keys)
+    if not has_experts:
+        return config
+    return dataclasses.replace(config, experts=qwen3_moe.read(given, DEFAULTS[model_type], config.num_layers))
 
 
 def require_variant(model_type: str) -> None:

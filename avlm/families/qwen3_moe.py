@@ -71,16 +71,15 @@ NAMES = {
 }
 
 
-def read(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> ExpertsConfig | None:
+def read(given: Mapping[str, Any], defaults: Mapping[str, Any], num_layers: int) -> ExpertsConfig | None:
     """None if ``given``, the keys of a file, makes every layer dense. ``defaults``: those of its class."""
     keys = {**defaults, **with_number(given)}
     require_accepted(keys, ACCEPTED)
     every, dense = keys["decoder_sparse_step"], keys["mlp_only_layers"] or []
     if every is None or every < 1:
         raise ValueError(f"decoder_sparse_step={shown(every)} is not a number of layers")
-    layers = range(keys["num_hidden_layers"])
-    dense_layers = [layer for layer in layers if layer in dense or (layer + 1) % every]
-    if len(dense_layers) == len(layers) or not keys["num_experts"]:
+    dense_layers = [layer for layer in range(num_layers) if layer in dense or (layer + 1) % every]
+    if len(dense_layers) == num_layers or not keys["num_experts"]:
         return None
     shared_size = keys[SHARED] if keys["model_type"] == SHARES else 0
     return ExpertsConfig(**to_ours(FIELDS, keys), shared_size=shared_size, dense_layers=dense_layers)

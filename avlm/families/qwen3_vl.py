@@ -1,16 +1,17 @@
-"""Qwen3-VL, dense: a Qwen 3 decoder with interleaved M-RoPE, whose first layers also get features of inner layers of
-the tower (DeepStack), and times in the text before the frames of a video."""
+"""Qwen3-VL, dense (``qwen3_vl_moe`` has experts): a Qwen 3 decoder with interleaved M-RoPE, whose first layers also get
+features of inner layers of the tower (DeepStack), and times in the text before the frames of a video."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from avlm.config.decoder import DecoderConfig
 from avlm.config.media import TIMESTAMP
 from avlm.config.model import ModelConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families import llama, qwen2_vl
-from avlm.families.keys import require_accepted, require_same
+from avlm.families.keys import Reader, require_accepted, require_same
 
 MODEL_TYPES = ("qwen3_vl",)
 # our field of VisionConfig -> their key
@@ -88,6 +89,11 @@ TIES_HEAD = True
 
 
 def read(keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
+    return read_around(qwen2_vl.read_decoder(keys, "qwen3", TEXT_DEFAULTS), keys, files)
+
+
+def read_around(decoder: DecoderConfig, keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
+    """The whole model of a decoder."""
     require_accepted(keys, qwen2_vl.ACCEPTED)
     vision = {**VISION_DEFAULTS, **(keys.get("vision_config") or {})}
     side = math.isqrt(vision["num_position_embeddings"])
@@ -95,19 +101,23 @@ def read(keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
         number = shown(vision["num_position_embeddings"])
         raise ValueError(f"num_position_embeddings={number} is no square: the table has as many lines as columns")
     tower = qwen2_vl.read_tower(FIELDS, vision, files, **TOWER, image_size=side * vision["patch_size"])
-    decoder = qwen2_vl.read_decoder(keys, "qwen3", TEXT_DEFAULTS)
     return qwen2_vl.whole(decoder, tower, vision["spatial_merge_size"], vision["out_hidden_size"])
 
 
 def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
     """Raises ValueError for a model that the format cannot hold."""
-    vision = qwen2_vl.require_vision(config, "qwen3_vl")
+    return write_whole(config, ids, CLASS, "qwen3_vl", read)
+
+
+def write_whole(config: ModelConfig, ids: Mapping[str, int], name: str, format: str, read: Reader) -> dict[str, Any]:
+    """``name``: of the class of transformers."""
+    vision = qwen2_vl.require_vision(config, format)
     rope = {"rope_type": "default", "mrope_section": config.decoder.mrope_sections, "mrope_interleaved": True}
     keys = {
-        **qwen2_vl.write_top(config, ids, CLASS, "qwen3_vl"),
+        **qwen2_vl.write_top(config, ids, name, format),
         "text_config": {
             **qwen2_vl.write_decoder(config.decoder),
-            "model_type": "qwen3_vl_text",
+            "model_type": f"{format}_text",
             "rope_scaling": rope,
         },
         "vision_config": {
@@ -116,7 +126,7 @@ def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
             "num_position_embeddings": vision.num_patches,
         },
     }
-    require_same("qwen3_vl", config, read, keys, processor_json(config, None))
+    require_same(format, config, read, keys, processor_json(config, None))
     return keys
 
 

@@ -52,7 +52,7 @@ def exported(request, tmp_path_factory):
     config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, vocab_size=tokenizer.size))
     prompts = FAMILIES[name].prompts(config, {})
     prompts["image_tokens"] = [4, 12]
-    prompts["video"]["tokens" if name == "qwen3_vl" else "frame_tokens"] = [8, 24]
+    prompts["video"]["tokens" if name.startswith("qwen3_vl") else "frame_tokens"] = [8, 24]
     given = {"train": "x", "tokenizer": str(here / "tokenizer"), "template": template, **prompts}
     model = build(config)
     export(config, model.state_dict(), here / "out", name, data=validated(DataConfig, given, "data"))
@@ -63,7 +63,7 @@ def inputs_of(name: str, template: str, folder) -> dict:
     processor = transformers.AutoProcessor.from_pretrained(folder)
     text = processor.apply_chat_template([{"role": "user", "content": PARTS}], add_generation_prompt=True)
     if (
-        name == "qwen3_vl" and template == "tokenizer"
+        name.startswith("qwen3_vl") and template == "tokenizer"
     ):  # 5.17 would leave the template's markers around those of each patch of frames
         text = text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
     frames = every_frame(VIDEO)
@@ -101,7 +101,8 @@ def test_an_export_keeps_the_bounds_markers_and_times_of_its_run(exported):
     _, data = model_and_data(folder)
     assert data.image_tokens == [4, 12] and data.markers == {"image": VISION, "video": VISION}
     assert (data.video.tokens or data.video.frame_tokens) == [8, 24]
-    assert bool(data.video.text.frame) == (name == "qwen3_vl") and (data.video.fps, data.video.max_frames) == (2.0, 768)
+    assert bool(data.video.text.frame) == name.startswith("qwen3_vl")
+    assert (data.video.fps, data.video.max_frames) == (2.0, 768)
     assert stop_ids(folder) == [Tokenizer(folder).find("<|im_end|>")]
 
 

@@ -27,7 +27,8 @@ FAMILIES = {
         text_config=TEXT, vision_config=transformers.CLIPVisionConfig(**VISION)
     ).to_dict(),
     "Voxtral": transformers.VoxtralConfig().to_dict(),
-    **{name: keys_of(name) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")},
+    **{name: keys_of(name) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")},
+    "Qwen 3 with experts": transformers.Qwen3MoeConfig(**SIZES, num_key_value_heads=2).to_dict(),
     **{name: test_mistral3.keys_of(name) for name in ("pixtral", "ministral3")},
 }
 PIXELS = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}, "do_center_crop": True}

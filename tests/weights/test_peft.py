@@ -30,7 +30,7 @@ from tests.models.test_avlm import TEXT_ONLY, VISION_ONLY, WHOLE, llava
 from tests.weights.test_export import VOXTRAL
 from tests.weights.test_sources import write_run
 
-QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 ANY_ROWS = ("pixtral", "mistral3")
 HEARING = ("qwen2_audio", "audioflamingo3", "qwen2_5_omni")
 QWEN = qwen2_vl.read(keys_of("qwen2_vl"), {})
@@ -108,6 +108,7 @@ def logits_of_both(family, ours, theirs):
         ("qwen2_vl", ["decoder.*.k", "vision.*.up"], ["lora", "vision_projector"]),
         ("qwen2_5_vl", ["decoder.*", "vision.*.gate", "vision.blocks.1.attention.o"], ["lora"]),
         ("qwen3_vl", ["decoder.*.q", "vision.*.down"], ["lora", "vision_projector"]),
+        ("qwen3_vl_moe", ["decoder.*.attention.*"], ["lora"]),
         ("pixtral", ["decoder.*.v", "vision.*.gate"], ["lora"]),
         ("mistral3", ["decoder.*.q", "vision.*.down"], ["lora", "vision_projector"]),
         ("qwen2_audio", ["decoder.*.v", "audio.blocks.0.up"], ["lora", "audio_projector"]),
