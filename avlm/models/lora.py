@@ -67,6 +67,12 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> None:
     for target in config.targets:
         found = fnmatch.filter(paths, target)
         if not found:
+            of_experts = [name for name, _ in model.named_modules() if ".experts." in name]
+            if grouped := fnmatch.filter(of_experts, target):
+                raise ValueError(
+                    f"model.lora.targets names {target!r}, and {collapse(grouped[0])} takes no adapters, since it is of "
+                    "all experts: name others, such as [decoder.*.q, decoder.*.k, decoder.*.v, decoder.*.o]"
+                )
             known = sorted({collapse(path) for path in paths})
             near = difflib.get_close_matches(target, known, n=4, cutoff=0.4) or known
             raise ValueError(f"model.lora.targets names {target!r}, which matches no linear: the nearest are {near}")

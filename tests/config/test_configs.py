@@ -21,6 +21,7 @@ PUBLISHED = [path for path in CONFIGS if not path.stem.startswith("demo")]
 # Parameters as the Hub counts them, less what we compute instead of storing it or never run.
 LLAMA_3_8B, LLAMA_2_7B, LLAMA_2_13B = 8_030_261_248, 6_738_415_616, 13_015_864_320
 TINY_LLAMA, QWEN_2_5_HALF = 1_100_048_384, 494_032_768
+QWEN_3_30B = 30_532_122_624
 CLIP_LAYER = 4 * (1024**2 + 1024) + 2 * 4096 * 1024 + 4096 + 1024 + 4 * 1024
 CLIP_L_336 = 303_507_456 - 2 * 1024 - CLIP_LAYER  # its last norm and layer lie above feature layer -2
 SIGLIP_POOL = 768 + 4 * (768**2 + 768) + 2 * 3072 * 768 + 3072 + 768 + 2 * 768  # its attention pooling
@@ -37,6 +38,7 @@ SIZES = {
     "llava_7b": {"decoder": LLAMA_2_7B, "vision": CLIP_L_336},
     "llava_13b": {"decoder": LLAMA_2_13B, "vision": CLIP_L_336},
     "salm_1b": {"decoder": TINY_LLAMA, "audio": WHISPER_LARGE},
+    "salm_30b": {"decoder": QWEN_3_30B, "audio": WHISPER_LARGE},
     "qwen_omni_small": {"decoder": QWEN_2_5_HALF, "vision": SIGLIP_B_16, "audio": WHISPER_SMALL},
     "qwen2_5_vl_7b": {"decoder+vision+vision_projector": QWEN_2_5_VL_7B},
     "qwen2_5_vl_3b": {"decoder+vision+vision_projector": QWEN_2_5_VL_3B, "audio": WHISPER_LARGE},

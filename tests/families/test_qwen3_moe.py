@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from avlm.config.model import ModelConfig
+from avlm.config.model import LoraConfig, ModelConfig
 from avlm.config.run import InitFrom
 from avlm.data.sample import EncodedSample
 from avlm.evaluation.generation import generate
@@ -308,6 +308,16 @@ def test_a_tensor_is_read_once_for_all_its_experts():
         for number, part in enumerate(found.values()):
             assert part.read().equal(tensor[number])
     assert reads == [0, 1]
+
+
+def test_adapters_on_experts_are_refused_with_what_to_name_instead():
+    """Those of the default, too, where every layer has experts."""
+    decoder = llama.read({**SIZES, "model_type": "qwen3_moe"})
+    said = (
+        r"names 'decoder\.\*\.gate', and decoder\.blocks\.\*\.ffn\.experts\.gate takes no adapters.*decoder\.\*\.o\]$"
+    )
+    with pytest.raises(ValueError, match=said):
+        AVLM(ModelConfig(decoder=decoder, lora=LoraConfig()))
 
 
 @torch.no_grad()
