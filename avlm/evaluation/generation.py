@@ -16,7 +16,7 @@ from avlm.data.sample import EncodedSample
 from avlm.evaluation.decoding import Decoding, Slots, choose, recorded
 from avlm.evaluation.kept_cache import KeptCache
 from avlm.models.avlm import AVLM
-from avlm.models.batch import Batch
+from avlm.models.batch import Batch, seen_segments
 from kernels.segments import Intervals, Segments
 
 NEW_TOKENS = 256  # of an answer, at most, if nobody says how many
@@ -184,7 +184,8 @@ def prompt_phase(
     batch = pack(prompts, num_tokens, model.config)
     last_B = length_B.cumsum(0) - 1
     unused_B = torch.zeros_like(last_B)
-    batch = dataclasses.replace(batch, target_rows_R=last_B, target_R=unused_B, kind_R=unused_B)
+    seen = seen_segments(Segments.of(length_B.tolist()), batch.token_T, last_B, model.config.decoder)
+    batch = dataclasses.replace(batch, **seen, target_rows_R=last_B, target_R=unused_B, kind_R=unused_B)
     slot_T = torch.cat([torch.arange(0), *(torch.arange(start, start + len(prompt)) for prompt in prompts)])
     length_B += start
     shift_B = torch.tensor([_shift(prompt, start) for prompt in prompts], dtype=torch.int64)
@@ -204,12 +205,22 @@ def _shift(prompt: EncodedSample, start: int) -> int:
 
 def _continued(batch: Batch, slot_T: Tensor, model: AVLM) -> Batch:
     """The row of an only prompt as the end of tokens that are held; it fills these slots."""
-    window = model.config.decoder.sliding_window
+    decoder = model.config.decoder
+    assert decoder.bidirectional != "prefix", "nothing is held of a prompt whose tokens see each other"
     num_held = int(slot_T[-1]) + 1
-    if window is None or num_held <= window:
-        return batch
-    intervals = Intervals.of(slot_T - window + 1, slot_T, batch.segments, Segments.of([num_held]))
-    return dataclasses.replace(batch, windowed=dataclasses.replace(batch.segments, intervals=intervals))
+    held = Segments.of([num_held])
+    seen = batch.segments.intervals
+    segments = dataclasses.replace(batch.segments, intervals=None)
+    last_T = slot_T if seen is None else seen.last_T + slot_T[0]
+
+    def after(first_T: Tensor) -> Segments:
+        return dataclasses.replace(segments, intervals=Intervals.of(first_T, last_T, segments, held))
+
+    full = segments if seen is None else after(torch.zeros_like(slot_T))
+    windowed = full
+    if decoder.sliding_window is not None and num_held > decoder.sliding_window:
+        windowed = after(slot_T - decoder.sliding_window + 1)
+    return dataclasses.replace(batch, segments=full, windowed=windowed)
 
 
 def _fill(prompts: list[EncodedSample], multiple: int) -> list[EncodedSample]:

@@ -15,7 +15,7 @@ from avlm.config.model import ModelConfig
 from avlm.data.sample import EncodedSample, placeholders
 from avlm.evaluation.decoding import caches_for
 from avlm.models.avlm import AVLM
-from avlm.models.batch import PLACEHOLDERS, text_positions
+from avlm.models.batch import NEWLINE, PLACEHOLDERS, text_positions
 
 Label = int | tuple[str, int]  # a token id; or which feature of an item with this digest
 
@@ -38,6 +38,11 @@ class KeptCache:
                 break
             start += 1
         start = _before_media(start, labels)
+        if self.config.decoder.bidirectional == "prefix":  # each token has seen all of the shorter prompt
+            start = 0
+        if self.config.decoder.bidirectional == "images":  # and each of these all features that stood together
+            while start and _is_of_image(labels[start - 1]):
+                start -= 1
         self.labels = self.labels[:start]
         return _rest(prompt, start, labels, _positions(prompt, self.config)), labels[start:]
 
@@ -58,6 +63,11 @@ def labels_of(prompt: EncodedSample, config: ModelConfig) -> list[Label]:
             for n, row in enumerate(of_group.tolist()):
                 labels[row] = digest, n
     return labels
+
+
+def _is_of_image(label: Label) -> bool:
+    """Or of a clip."""
+    return isinstance(label, tuple) or label == NEWLINE
 
 
 def _groups(prompt: EncodedSample, modality: str, config: ModelConfig) -> list[tuple[list[Tensor], int]]:

@@ -94,6 +94,19 @@ VISION: dict[str, tuple] = {
 }
 AUDIO: dict[str, tuple] = {"window": ("fixed",), "max_positions": (WINDOW_ROWS,), "pool": (1,), "key_bias": (False,)}
 DECODER: dict[str, tuple] = {"sliding_window": (None,), "mrope_sections": (None,)}
+# The same of what llama.cpp has in architectures that we do not write.
+UNWRITTEN: dict[str, tuple] = {
+    "experts": (None,),
+    "activation": ("silu",),
+    "norm_offset": (False,),
+    "post_norms": (False,),
+    "embedding_scale": (False,),
+    "score_size": (None,),
+    "attention_softcap": (None,),
+    "logit_softcap": (None,),
+    "rope_stretch": (1.0,),
+    "bidirectional": ("none",),
+}
 REASONS = {
     "vision.class_token": "llama.cpp puts the class token behind the patches and drops the first patch in its place",
     "vision.resize": "its mlp projector takes squares",
@@ -140,6 +153,10 @@ def _check_fields(module: str, config: Any, held: dict[str, tuple]) -> None:
 
 def _check_decoder(config: DecoderConfig) -> None:
     _check_fields("decoder", config, DECODER)
+    for field, values in UNWRITTEN.items():
+        if getattr(config, field) not in values:
+            value = getattr(config, field)
+            raise _refused(f"decoder.{field}", value, "the export writes Llama's, Mistral's and Qwen's decoders alone")
     is_qwen = config.qkv_bias or config.qk_norm
     if is_qwen and config.rope_scaling is not None:
         raise _refused("decoder.rope_scaling", "llama3", "its Qwen decoders have plain speeds or YaRN's")

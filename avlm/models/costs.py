@@ -26,24 +26,23 @@ def counts(batch: Batch) -> dict[str, int]:
     """The counts of a packed row. The batch is on the host, before ranks share it.
 
     A causal query sees the keys up to itself, so a document of L tokens has L (L + 1) / 2 pairs; in layers with a
-    sliding window it sees at most as many as that. An image or a window of audio has L^2, and so has each window of an
+    sliding window it sees at most as many as that, and with ``decoder.bidirectional`` some that follow it. An image or a window of audio has L^2, and so has each window of an
     image. The padding at the end of a row is computed as one more document. Convolutions work on whole windows of
     audio, the head on rows with a target.
     """
     num_windows = len(batch.audio.values)
     num_frames = batch.audio.values.shape[2] if num_windows else 0
-    documents = [length for _, length in batch.segments.spans]
     found = {
         "batches": 1,
         "tokens": len(batch.token_T),
-        "token_pairs": sum(length * (length + 1) // 2 for length in documents),
+        "token_pairs": _pairs(batch.segments),
         "targets": len(batch.target_R),
         "patches": len(batch.image.values),
         "frames": num_windows * num_frames,
         "strided_frames": num_windows * (num_frames // FRAMES_PER_ROW),  # left by the second convolution
     }
     if batch.windowed is not None:
-        found["window_pairs"] = _window_pairs(batch.windowed, found["token_pairs"])
+        found["window_pairs"] = _pairs(batch.windowed)
     for modality, media in batch.media.items():
         found[f"{modality}_rows"] = sum(media.lengths)
         found[f"{modality}_pairs"] = sum(length**2 for length in media.lengths)
@@ -53,11 +52,12 @@ def counts(batch: Batch) -> dict[str, int]:
     return found
 
 
-def _window_pairs(windowed: Segments, token_pairs: int) -> int:
-    """Pairs in a layer with a sliding window: those of full layers if it cuts nothing."""
-    if windowed.intervals is None:
-        return token_pairs
-    return int((windowed.intervals.last_T - windowed.intervals.first_T + 1).sum())
+def _pairs(documents: Segments) -> int:
+    """Of a query and a key that it sees, in one layer."""
+    seen = documents.intervals
+    if seen is None:
+        return sum(length * (length + 1) // 2 for _, length in documents.spans)
+    return int((seen.last_T - seen.first_T + 1).sum())
 
 
 def item_costs(modality: str, sizes: list[Size], model: ModelConfig) -> list[int]:

@@ -20,8 +20,9 @@ def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool, no
     F = decoder.intermediate_size
     Q = decoder.num_heads * decoder.head_dim // t
     K = decoder.num_kv_heads * decoder.head_dim // t
-    of_norm = rms_norm_bytes(layout, norms_train)
-    norms = 2 * of_norm * D // t
+    of_norm = rms_norm_bytes(layout, norms_train, decoder.norm_offset)
+    num_norms = 4 if decoder.post_norms else 2
+    norms = num_norms * of_norm * D // t
     if decoder.qk_norm:
         norms += of_norm * (Q + K)
     num_keys = num_outs = num_lse = 1
@@ -38,10 +39,11 @@ def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool, no
     return norms + attention + c * products
 
 
-def rms_norm_bytes(layout: Layout, trains: bool) -> int:
-    """What an RMSNorm keeps of each number: its input; on a CPU a float32 copy of it, and for the gradient of the scale
-    what is scaled."""
-    return layout.dtype.itemsize if layout.on_gpu else 4 + 4 * trains
+def rms_norm_bytes(layout: Layout, trains: bool, offset: bool = False) -> int:
+    """What an RMSNorm keeps of each number: its input, in float32 if 1 is added to the scale (``offset``); on a CPU a
+    float32 copy of it, and for the gradient of the scale what is scaled."""
+    kept = 4 if offset else layout.dtype.itemsize
+    return kept if layout.on_gpu else 4 + 4 * trains
 
 
 def encoder_block_bytes(

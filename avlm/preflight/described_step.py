@@ -73,15 +73,14 @@ def _features(modality: str, model: ModelConfig, data: DataConfig) -> int:
 
 def counts_of(row: Row, model: ModelConfig, data: DataConfig) -> dict[str, int]:
     """The counts of ``avlm.models.costs`` for such a row."""
-    window = model.decoder.sliding_window
     found = {
         "batches": 1,
         "tokens": row.tokens,
-        "token_pairs": sum(length * (length + 1) // 2 for length in row.documents),
+        "token_pairs": _pairs(row, row.tokens, model, data),
         "targets": row.targets,
     }
-    if window is not None:
-        found["window_pairs"] = sum(_pairs_within(length, window) for length in row.documents)
+    if model.decoder.sliding_window is not None:
+        found["window_pairs"] = _pairs(row, model.decoder.sliding_window, model, data)
     for modality, number in row.items.items():
         tower = getattr(model, TOWERS[modality])
         size = item_size(modality, model, data)
@@ -96,6 +95,19 @@ def counts_of(row: Row, model: ModelConfig, data: DataConfig) -> dict[str, int]:
         found["patches"] = number * math.prod(size)
         if tower.window is not None:
             found[f"{modality}_window_pairs"] = number * sum(n**2 for n in window_lengths(size, tower.window))
+    return found
+
+
+def _pairs(row: Row, window: int, model: ModelConfig, data: DataConfig) -> int:
+    """Of a query and a key that it sees, in one layer; the targets of a document stand in its end."""
+    found = sum(_pairs_within(length, window) for length in row.documents)
+    if model.decoder.bidirectional == "images":
+        features = _features("image", model, data)
+        found += row.items.get("image", 0) * (features * (features - 1) // 2)
+    if model.decoder.bidirectional == "prefix":
+        for length in row.documents:
+            prefix = max(0, length - row.targets // len(row.documents))
+            found += prefix**2 - _pairs_within(prefix, window)
     return found
 
 

@@ -86,7 +86,8 @@ def head_dims(config: Config) -> tuple[int, ...]:
 def operations(config: Config, world_size: int) -> tuple[str, ...]:
     """What the run calls."""
     found = ["attention_forward", "attention_backward", "cross_entropy"]
-    if config.model.decoder.sliding_window is not None:
+    decoder = config.model.decoder
+    if decoder.sliding_window or decoder.bidirectional != "none" or decoder.attention_softcap is not None:
         found.append("masked_attention")
     layout = layout_of(config, world_size)
     if layout.context > 1 and layout.context_mode in ("ring", "ulysses_ring"):

@@ -178,6 +178,9 @@ def test_an_export_answers_when_it_is_loaded_and_its_adapters_are_merged(tmp_pat
 REFUSED = [
     ("decoder", {"sliding_window": 64}, "decoder.sliding_window=64: it attends to all tokens"),
     ("decoder", {"qk_norm": True, "rope_scaling": LLAMA3}, "decoder.rope_scaling"),
+    ("decoder", {"norm_offset": True}, "decoder.norm_offset=True: the export writes Llama's"),
+    ("decoder", {"rope_stretch": 2.0}, "decoder.rope_stretch=2.0"),
+    ("decoder", {"bidirectional": "images"}, "decoder.bidirectional=images"),
     ("vision", {"class_token": True}, "vision.class_token=True: llama.cpp puts the class token behind the patches"),
     ("vision", {"resample": "bilinear"}, "vision.resample"),
     ("vision", {"layer_scale": True}, "vision.layer_scale"),

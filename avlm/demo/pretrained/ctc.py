@@ -161,7 +161,7 @@ def train(model: AVLM, rows: list[Row]) -> None:
         said = torch.cat(row.answers_N)
         drawn = known[torch.randint(len(known), (OTHERS,))]
         tokens, place = torch.cat([said, drawn]).unique(return_inverse=True)
-        log_p_GV = logits(project(model, row), model.decoder.embedding.weight[tokens]).log_softmax(1)
+        log_p_GV = logits(project(model, row), model.decoder.embedding(tokens)).log_softmax(1)
         loss = F.ctc_loss(
             pad_sequence(log_p_GV.split(row.features_N)),
             1 + place[: len(said)],
@@ -182,7 +182,8 @@ def train(model: AVLM, rows: list[Row]) -> None:
 @torch.no_grad()
 def greedy(model: AVLM, row: Row) -> list[Tensor]:
     """Tokens of each clip: the most likely one of every feature, without repetitions and blanks."""
-    likeliest_G = logits(project(model, row), model.decoder.embedding.weight).argmax(1)
+    table_VD = model.decoder.embedding(torch.arange(model.config.decoder.vocab_size))
+    likeliest_G = logits(project(model, row), table_VD).argmax(1)
     heard_N = (ids.unique_consecutive() for ids in likeliest_G.split(row.features_N))
     return [ids[ids > 0] - 1 for ids in heard_N]
 
