@@ -79,6 +79,7 @@ LAYOUTS[2]["FSDP, towers replicated"] = {"tower_sharding": "replicate"}  # froze
 LAYOUTS[2]["FSDP, offloaded"] = {"cpu_offload": True}
 KV_HEADS = {"Ulysses x ring": 2}  # on 4 ranks; 4 elsewhere, which need no ring
 WINDOWED = ("FSDP", "TP", "all-gather", "Ulysses")  # on 2 ranks
+MASKED = {"gemma": ("TP", "all-gather"), "prefix": ("FSDP", "Ulysses")}  # model -> layouts, on 2 ranks
 # Towers of any grid, with windows, or with DeepStack and a position table; M-RoPE in sections, or interleaved. Views of
 # an image, whose features are joined and stretched across the borders of ranks, with learned rows in between.
 OTHER_IMAGES = {
@@ -295,6 +296,11 @@ def _choose(world_size: int, quick: bool) -> list[Case]:
     frozen = [Case("FSDP, towers replicated", **settings, trains="projectors", tied=True)] if world_size == 2 else []
     if world_size == 2:
         frozen += [Case(layout, **settings, trains="everything", tied=False, window=3) for layout in WINDOWED]
+        for model, layouts_of_model in MASKED.items():
+            masked = {**settings, "recompute": "selective"}
+            frozen += [
+                Case(layout, **masked, trains="everything", tied=True, model=model) for layout in layouts_of_model
+            ]
     frozen += of_other_images(world_size, quick)
     if not quick:
         compiled = [replace(case, precision="fp32", compile=True) for case in in_bf16 if case.layout in COMPILED]

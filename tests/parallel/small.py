@@ -97,6 +97,14 @@ MODELS = {
         "vision_projector": {"newline": True, "halve_frames": "mean"},
     },
 }
+# All that sets Gemma's decoders apart; and the masks of PaliGemma's.
+GEMMA = {
+    **{"activation": "gelu_tanh", "norm_offset": True, "post_norms": True, "embedding_scale": True},
+    **{"score_size": 6.0, "attention_softcap": 3.0, "logit_softcap": 5.0, "rope_stretch": 2.0},
+    **{"sliding_window": 3, "window_layers": [1], "window_rope_theta": 100.0, "bidirectional": "images"},
+}
+MODELS["gemma"] = {**MODELS["tiles"], "decoder": {**TREE["model"]["decoder"], **GEMMA}}
+MODELS["prefix"] = {**TREE["model"], "decoder": {**TREE["model"]["decoder"], **GEMMA, "bidirectional": "prefix"}}
 GRIDS = ((2, 6), (4, 2), (6, 4), (2, 2))  # lines and columns of patches of their images, which take turns
 # mix of media -> images and clips of a sample
 MEDIA = {"text": (0, 0), "image": (2, 0), "audio": (0, 1), "both": (1, 1), "video": (4, 1)}

@@ -23,6 +23,7 @@ from avlm.parallel.context_attention import (
     apply_context,
     choose_mode,
     heads_together,
+    mode_of,
 )
 from avlm.parallel.mesh import lay_out
 from avlm.parallel.ring import RingAttention
@@ -34,7 +35,7 @@ from tests.parallel.spawn import run_ranks
 
 MODEL = ModelConfig(
     decoder=DecoderConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=8, num_kv_heads=4
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=8, num_kv_heads=4, score_size=9.0
     )
 )
 # name: (lengths of documents, 96 tokens in all; query heads, key/value heads)
@@ -185,6 +186,20 @@ def test_a_mode_that_is_named_is_taken_or_refused():
     with pytest.raises(ValueError, match=r"cannot share 2 key/value heads .*context=4 ranks") as error:
         choose_mode("ulysses", 2, 4)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"bidirectional": "images"}, "context_mode=ring has no masks for model.decoder.bidirectional=images"),
+        ({"attention_softcap": 50.0}, "context_mode=ring has no model.decoder.attention_softcap=50: set"),
+    ],
+)
+def test_what_a_ring_does_not_compute_is_refused_and_avoided(changes, named):
+    decoder = dataclasses.replace(MODEL.decoder, **changes)
+    with pytest.raises(ValueError, match=named):
+        mode_of(decoder, "ring", 2, 1)
+    assert mode_of(decoder, "auto", 2, 1) == ("ulysses", 2) and mode_of(decoder, "auto", 8, 1)[0] == "allgather"
 
 
 def test_a_ring_with_a_window_is_refused_with_what_to_set():
