@@ -26,9 +26,9 @@ def counts(batch: Batch) -> dict[str, int]:
     """The counts of a packed row. The batch is on the host, before ranks share it.
 
     A causal query sees the keys up to itself, so a document of L tokens has L (L + 1) / 2 pairs; in layers with a
-    sliding window it sees at most as many as that, and with ``decoder.bidirectional`` some that follow it. An image or a window of audio has L^2, and so has each window of an
-    image. The padding at the end of a row is computed as one more document. Convolutions work on whole windows of
-    audio, the head on rows with a target.
+    sliding window it sees at most as many as that, and with ``decoder.bidirectional`` some that follow it. An image or
+    a window of audio has L^2, and so has each window of an image. The padding at the end of a row is computed as one
+    more document. Convolutions work on whole windows of audio, the head on rows with a target.
     """
     num_windows = len(batch.audio.values)
     num_frames = batch.audio.values.shape[2] if num_windows else 0

@@ -39,7 +39,7 @@ TOKENS = Shard(0)  # x_TD between blocks
 
 def tensor_plan() -> dict[str, ParallelStyle]:
     """Module path -> style. A block's input and output are this rank's tokens."""
-    gather = PrepareModuleInput(input_layouts=(TOKENS,), desired_input_layouts=(Replicate(),))
+    gather = PrepareModuleInput(input_layouts=(TOKENS, None), desired_input_layouts=(Replicate(), None))  # x, real_T
     gather_first = PrepareModuleInput(
         input_layouts=(TOKENS, None, None, None), desired_input_layouts=(Replicate(), None, None, None)
     )  # of x, rope, segments, cache
