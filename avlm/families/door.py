@@ -38,6 +38,7 @@ from avlm.families import (
     clip,
     gemma,
     gemma2,
+    gemma3,
     idefics3,
     internvl,
     llama,
@@ -46,6 +47,8 @@ from avlm.families import (
     llava_next_video,
     llava_onevision,
     mistral3,
+    paligemma,
+    paligemma2,
     pixtral,
     qwen2_5_omni,
     qwen2_5_vl,
@@ -66,6 +69,8 @@ AnyConfig = DecoderConfig | VisionConfig | AudioConfig | ModelConfig
 # those whose names they share.
 FAMILIES = (
     *(
+        gemma3,
+        paligemma2,
         mistral3,
         internvl,
         llava,
@@ -84,6 +89,7 @@ FAMILIES = (
         qwen3_vl_moe,
         idefics3,
         smolvlm,
+        paligemma,
     ),
     *(gemma2, llama, gemma, clip, whisper),
 )
@@ -109,6 +115,9 @@ FORMATS: dict[str, ModuleType] = {
     "qwen3_vl_moe": qwen3_vl_moe,
     "idefics3": idefics3,
     "smolvlm": smolvlm,
+    "gemma3": gemma3,
+    "paligemma": paligemma,
+    "paligemma2": paligemma2,
 }
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
 
@@ -124,11 +133,19 @@ TEXT_TEMPLATES = {  # family -> our template for one of parts
     llava_onevision: llava.text_template,
     idefics3: idefics3.text_template,
     smolvlm: idefics3.text_template,
+    paligemma: paligemma.text_template,
+    paligemma2: paligemma.text_template,
+}
+CHAT_TEMPLATES: dict[ModuleType | None, str] = {
+    # family -> its own in Jinja, of processors that write what stands around a text themselves
+    paligemma: paligemma.CHAT_TEMPLATE,
+    paligemma2: paligemma.CHAT_TEMPLATE,
 }
 WITHIN = {"qwen2_5_omni": qwen2_5_omni}  # format -> family, of parts of a larger model
 TOKEN_NAMES = {  # format -> {name that its processor asks for: token}
     "qwen2_5_omni": qwen2_5_omni.TOKEN_NAMES,
     "internvl": internvl.TOKEN_NAMES,
+    "gemma3": gemma3.TOKEN_NAMES,
 }
 WITH_PROMPTS = (
     llava_next,
@@ -145,11 +162,20 @@ WITH_PROMPTS = (
     internvl,
     idefics3,
     smolvlm,
+    gemma3,
 )  # whose folders say how media stand in prompts
-WITH_PROMPT_KEYS = (llava, llava_next, llava_next_video, llava_onevision, qwen2_5_omni)  # in their config.json
+WITH_PROMPT_KEYS = (
+    llava,
+    llava_next,
+    llava_next_video,
+    llava_onevision,
+    qwen2_5_omni,
+    paligemma,
+    paligemma2,
+)  # in their config.json
 # Whose processors put what stands around media into prompts themselves.
-WITH_MARKERS = (pixtral, mistral3, internvl, idefics3, smolvlm)
-TRANSPOSED: dict[ModuleType, tuple[str, ...]] = {}  # family -> parameters, their names with our module
+WITH_MARKERS = (pixtral, mistral3, internvl, idefics3, smolvlm, gemma3)
+TRANSPOSED = {gemma3: gemma3.TRANSPOSED}  # family -> parameters, their names with our module
 JOINS_EXPERTS = (qwen3_vl_moe,)
 rebuilds_tokenizer = llama.rebuilds_tokenizer
 
@@ -163,6 +189,8 @@ def family_of(keys: Mapping[str, Any]) -> ModuleType:
             f"model_type {shown(repr(model_type))} is not supported (supported: {', '.join(BY_MODEL_TYPE)})"
         )
     family = BY_MODEL_TYPE[model_type]
+    if family is paligemma and paligemma.is_second(keys):
+        return paligemma2
     return pixtral if family is llava and pixtral.is_meant(keys) else family
 
 

@@ -174,11 +174,12 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     }
     if model_type == "gemma":
         return {**keys, "hidden_act": "gelu_pytorch_tanh", **write_rope(config)}
+    size = config.score_size or config.head_dim
     kinds = [KINDS[config.has_window(i)] for i in range(config.num_layers)]
     keys |= {
         "hidden_activation": "gelu_pytorch_tanh",
         **to_theirs(SCORES, config),
-        "query_pre_attn_scalar": config.score_size or config.head_dim,
+        "query_pre_attn_scalar": int(size) if size == int(size) else size,  # the classes take whole numbers alone
         "sliding_window": config.sliding_window or config.max_position,
         "layer_types": kinds,
         **write_rope(config),

@@ -99,7 +99,9 @@ def export(
         if tokenizer is not None and format != "adapter":
             model_type = content.files["config.json"].get("model_type")
             names = door.TOKEN_NAMES.get(content.format, {})
-            write_tokenizer(tokenizer, data, partial, content.media, content.ids, model_type, names, content.added)
+            chat_template = door.CHAT_TEMPLATES.get(door.FORMATS.get(content.format))
+            more = (content.ids, model_type, names, content.added, chat_template)
+            write_tokenizer(tokenizer, data, partial, content.media, *more)
 
     publish(folder, write, overwrite, world)
     return tensors

@@ -119,7 +119,8 @@ def template_of(folder: Path, tokenizer: Tokenizer) -> str:
     text_template = door.TEXT_TEMPLATES.get(door.family_of(keys))
     if text_template is None:
         return "tokenizer"
-    if not (folder / "chat_template.json").is_file():  # the processor's; the tokenizer's is then the decoder's
+    is_written = (folder / "chat_template.json").is_file() or door.family_of(keys) in door.CHAT_TEMPLATES
+    if not is_written:  # the processor's; the tokenizer's is then the decoder's
         try:
             pieces = Chat(tokenizer, "tokenizer", published=True).pieces(
                 [{"role": "user", "content": "question"}], prompt=True

@@ -52,13 +52,15 @@ def write_tokenizer(
     model_type: str | None = None,
     names: Mapping[str, str] = {},
     added: Iterable[str] = (),
+    own_template: str | None = None,
 ) -> None:
     """The files of ``data.tokenizer`` with the chat template of ``data``, and generation_config.json with the ids that
     end an answer.
 
     ``media``: kind -> what stands for it in prompts. ``ids``: those of the tokens that the format needs, which the
     tokenizer may lack. ``names``: by which its processor asks for some of them. ``added``: the kinds of media that the
-    tokenizer's own template does not know. transformers has to encode with
+    tokenizer's own template does not know. ``own_template``: what the format's processor takes, if that is not all of a
+    prompt. transformers has to encode with
     tokenizer.json alone, as we do, whatever class it prefers for ``model_type``. So tokenizer_config.json names the
     class that reads that file unchanged, and lists no tokens of its own.
     """
@@ -68,7 +70,7 @@ def write_tokenizer(
     tree = read_json(tokenizer.file, MAX_BYTES)
     is_rebuilt = rebuilds_tokenizer(model_type, tree)
     write_json(folder / "tokenizer.json", {**tree, "added_tokens": _with_tokens(tokenizer.added_entries(), ids)})
-    template = chat_template(tokenizer, data, media, added)
+    template = own_template or chat_template(tokenizer, data, media, added)
     config = {**names, **_tokenizer_config(tokenizer)}
     if is_rebuilt:
         config["auto_map"] = {"AutoTokenizer": [None, None]}

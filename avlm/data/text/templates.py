@@ -6,7 +6,7 @@ chatml   <|im_start|>ROLE\\nTEXT<|im_end|>\\n...                                
 mistral  <bos>[INST] TEXT [/INST] TEXT<eos>[INST] ...                               (LLaVA-NeXT, Mistral; text stripped)
 smolvlm  <bos>User: TEXT<end_of_utterance>\\nAssistant: TEXT...                     (SmolVLM; no blank before an image)
 llava    <bos>SYSTEM USER: TEXT ASSISTANT: TEXT<eos>USER: ...                       (LLaVA 1.5 and NeMo, text stripped)
-paligemma  <image>...<bos>TEXT\\n TEXT<eos>   (PaliGemma: one question, whose images stand first, and its answer)
+paligemma  <image>...<bos>TEXT\\n TEXT<eos>   (PaliGemma: one question, after its images, and its answer; text stripped)
 plain    <bos>TEXT TEXT<eos>...   no roles and nothing added between the turns      (captions for a base model)
 """
 
@@ -22,7 +22,7 @@ from avlm.data.text.tokenizer import Tokenizer
 
 CONTROL = r"<\|\w+\|>|<end_of_utterance>"
 # {role}, {text}, {bos}, {eos}, {gap} (a blank, but nothing before an image), {images} (a text up to its last image) and
-# {rest} (what follows), and control tokens
+# {rest} (what follows it), and control tokens
 FIELD = re.compile(rf"(\{{\w+\}}|{CONTROL})")
 
 
@@ -83,7 +83,7 @@ TEMPLATES = {
     "mistral": Template("{bos}", MISTRAL_TURNS, strips=True),
     "smolvlm": Template("{bos}", SMOLVLM_TURNS),
     "llava": Template("{bos}", LLAVA_TURNS, strips=True),
-    "paligemma": Template("", PALIGEMMA_TURNS, single=True),
+    "paligemma": Template("", PALIGEMMA_TURNS, strips=True, single=True),
     "plain": Template("{bos}", PLAIN_TURNS),
 }
 
@@ -116,7 +116,7 @@ def _parts(pattern: str, role: str, text: str, tokenizer: Tokenizer, learned: bo
             yield from _content(text, learned)
         elif part in ("{images}", "{rest}"):
             images, tag, rest = text.rpartition("<image>")
-            yield from _content(images + tag if part == "{images}" else rest, learned)
+            yield from _content(images + tag if part == "{images}" else rest.strip(), learned)
         elif part == "{gap}":
             if not text.startswith("<image>"):
                 yield Piece("text", " ", learned)
@@ -165,11 +165,8 @@ JINJA = """\
 
 def jinja(name: str, media: dict[str, str]) -> str:
     """A template of the table in Jinja. A turn's content is a text with tags, or a list of texts and media, in which a
-    text that follows media begins a line. ``media``: kind -> the token of each that a list may hold. Of PaliGemma's it
-    is the text that its processor takes."""
+    text that follows media begins a line. ``media``: kind -> the token of each that a list may hold."""
     template = TEMPLATES[name]
-    if template.single:  # of a processor, which writes what stands around a text itself
-        template = Template("", _same(Turn("", "{text}")))
     question = template.turns["assistant"].header.replace("{role}", "assistant")
     tags = {kind: f"<{kind}>" for kind in MEDIA}
     images = [tags["image"], (tags | media)["image"], MARKS["image"]]  # the last where we render the template ourselves
@@ -195,7 +192,9 @@ def _tuple(texts: list[str]) -> str:
 
 def _turn_expression(template: Template) -> str:
     patterns = {role: turn.header + turn.text + turn.end for role, turn in template.turns.items()}
-    system, user, assistant = (_expression(patterns[role], template.strips) for role in ROLES)
+    found = {role: _expression(pattern, template.strips) for role, pattern in patterns.items()}
+    no_place = "raise_exception('this template has no place for a turn of ' ~ role)"
+    system, user, assistant = (found.get(role, no_place) for role in ROLES)
     if system == user == assistant:
         return user
     return f"{assistant} if role == 'assistant' else {user} if role == 'user' else {system}"
@@ -205,6 +204,8 @@ def _expression(pattern: str, strips: bool) -> str:
     """A part of a template as an expression of Jinja."""
     names = {"{bos}": "bos_token", "{eos}": "eos_token", "{role}": "role", "{text}": "text"}
     names["{gap}"] = "('' if text.startswith(IMAGES) else ' ')"
+    names["{images}"] = "(text | trim).rpartition('<image>')[:2] | join"
+    names["{rest}"] = "text.rpartition('<image>')[2] | trim"
     if strips:
         names["{text}"] = "text | trim"
     terms = []

@@ -140,7 +140,7 @@ def test_paligemmas_question_follows_its_images_and_the_bos(tokenizer_folder):
     question, answer = turn("user", "a <image>b<image> what?"), turn("assistant", "two")
     found = [(piece.kind, piece.text, piece.learned) for piece in chat.pieces([question, answer])]
     images = [("text", "a ", False), ("image", "<image>", False), ("text", "b", False), ("image", "<image>", False)]
-    asked = [("control", "<s>", False), ("text", " what?\n", False)]
+    asked = [("control", "<s>", False), ("text", "what?\n", False)]
     assert found == [*images, *asked, ("text", answer["content"], True), ("control", "</s>", True)]
     assert [(piece.kind, piece.text, False) for piece in chat.pieces([question], prompt=True)] == found[:-2]
     text = turn("user", "what?")
