@@ -31,6 +31,7 @@ QWEN_2_AUDIO_7B = 8_397_094_912
 LLAVA_ONEVISION_HALF = 893_673_248  # whole; tests/families/test_llava_next_keys.py counts those of its class
 INTERNVL3_1B = 938_193_024  # whole, counted of its class in tests/families/test_internvl_keys.py
 SMOLVLM_2_256M = 256_484_928  # whole; tests/families/test_idefics3_keys.py counts those of its class
+GEMMA3_4B = 4_300_079_472  # whole; tests/families/test_gemma_vision_keys.py counts those of its class
 WHISPER_LARGE, WHISPER_SMALL = 636_968_960 - 1500 * 1280, 88_154_112 - 1500 * 768  # sinusoids
 SIZES = {
     "avlm_8b": {"decoder": LLAMA_3_8B, "vision": CLIP_L_336, "audio": WHISPER_LARGE},
@@ -59,6 +60,7 @@ SIZES = {
     "llava_onevision_0_5b": {"decoder+vision+vision_projector": LLAVA_ONEVISION_HALF},
     "internvl3_1b": {"decoder+vision+vision_projector": INTERNVL3_1B},
     "smolvlm2_256m": {"decoder+vision+vision_projector": SMOLVLM_2_256M},
+    "gemma3_4b": {"decoder+vision+vision_projector": GEMMA3_4B},
     "qwen3_vl_2b": {"decoder+vision+vision_projector": QWEN_3_VL_2B},
 }
 
