@@ -68,6 +68,7 @@ AnyConfig = DecoderConfig | VisionConfig | AudioConfig | ModelConfig
 # Whole models first: a file of tensors belongs to the first family that fits it, so those with more parts stand before
 # those whose names they share.
 FAMILIES = (
+    gemma2,  # the only one that names the norm by which it is found
     *(
         gemma3,
         paligemma2,
@@ -91,7 +92,7 @@ FAMILIES = (
         smolvlm,
         paligemma,
     ),
-    *(gemma2, llama, gemma, clip, whisper),
+    *(llama, gemma, clip, whisper),
 )
 FORMATS: dict[str, ModuleType] = {
     "decoder": llama,
@@ -245,6 +246,8 @@ def hugging_face_name(family: ModuleType, module: str, name: str) -> str:
     if pattern not in family.NAMES[module]:
         pattern, _, leaf = pattern.rpartition(".")
         leaf = "." + leaf
+    if pattern not in family.NAMES[module]:
+        raise ValueError(f"the tensors of {family.__name__.rpartition('.')[2]} have no name for {module}.{name}")
     theirs = family.NAMES[module][pattern]
     if number:
         theirs = theirs.replace("{i}", number[1])

@@ -179,7 +179,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     keys |= {
         "hidden_activation": "gelu_pytorch_tanh",
         **to_theirs(SCORES, config),
-        "query_pre_attn_scalar": int(size) if size == int(size) else size,  # the classes take whole numbers alone
+        "query_pre_attn_scalar": _score_size(config),
         "sliding_window": config.sliding_window or config.max_position,
         "layer_types": kinds,
         **write_rope(config),
@@ -188,6 +188,13 @@ def write(config: DecoderConfig) -> dict[str, Any]:
         local = config.window_rope_theta
         keys["rope_local_base_freq"] = config.rope_theta if local is None else local
     return keys
+
+
+def _score_size(config: DecoderConfig) -> int:
+    size = config.score_size or config.head_dim
+    if size != int(size):
+        raise ValueError(f"no text model of Gemma has score_size={size}: query_pre_attn_scalar is an integer")
+    return int(size)
 
 
 def text_config(config: DecoderConfig) -> dict[str, Any]:

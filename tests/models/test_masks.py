@@ -177,6 +177,7 @@ def test_a_conversation_whose_cache_is_kept_answers_as_one_that_is_run_at_once(b
     first = sample(config, 1, 2, "image")
     images = first.media["image"] + list(torch.randint(256, (1, 4, 4, 3 * 4 * 4), dtype=torch.uint8))
     n = len(first) - 2
+    answer: list[int] = []
     turns = [([1, 2, *[IMAGE] * n], 0), ([1, 2, *[IMAGE] * 2 * n, 7, 8], 2), ([1, 2, *[IMAGE] * n, 7], 2)]
     turns.append((None, len(turns[2][0]) + 5))
     for ids, num_held in turns:

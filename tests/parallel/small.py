@@ -103,7 +103,7 @@ GEMMA = {
     **{"score_size": 6.0, "attention_softcap": 3.0, "logit_softcap": 5.0, "rope_stretch": 2.0},
     **{"sliding_window": 3, "window_layers": [1], "window_rope_theta": 100.0, "bidirectional": "images"},
 }
-MODELS["gemma"] = {**MODELS["tiles"], "decoder": {**TREE["model"]["decoder"], **GEMMA}}
+MODELS["gemma"] = {**TREE["model"], "decoder": {**TREE["model"]["decoder"], **GEMMA}}
 MODELS["prefix"] = {**TREE["model"], "decoder": {**TREE["model"]["decoder"], **GEMMA, "bidirectional": "prefix"}}
 GRIDS = ((2, 6), (4, 2), (6, 4), (2, 2))  # lines and columns of patches of their images, which take turns
 # mix of media -> images and clips of a sample

@@ -70,6 +70,7 @@ CASES = [  # keys of train, what does not learn, model
     slow({"recompute": {"decoder": "full"}}, "vision audio", "square", id="frozen towers"),
     pytest.param({"recompute": {"vision": "selective"}}, "decoder", "windows", id="images of any grid, windows"),
     slow(FULL, "", "deep", id="images of any grid, DeepStack"),
+    pytest.param({"recompute": {"decoder": "selective"}}, "vision audio", "gemma", id="tokens that look ahead"),
 ]
 
 
