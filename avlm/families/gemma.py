@@ -174,7 +174,6 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     }
     if model_type == "gemma":
         return {**keys, "hidden_act": "gelu_pytorch_tanh", **write_rope(config)}
-    size = config.score_size or config.head_dim
     kinds = [KINDS[config.has_window(i)] for i in range(config.num_layers)]
     keys |= {
         "hidden_activation": "gelu_pytorch_tanh",
