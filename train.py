@@ -30,6 +30,7 @@ from avlm.evaluation.validation import judge, validate
 from avlm.models.avlm import AVLM
 from avlm.models.batch import KINDS, Batch
 from avlm.models.freezing import freeze
+from avlm.models.moe import set_balance, take_seen
 from avlm.parallel import agreement, mesh
 from avlm.parallel.apply import apply_parallel, warm_up
 from avlm.parallel.mesh import World
@@ -64,8 +65,8 @@ def train_step(
     """One optimizer step over this rank's part of the rows. ``num_targets`` counts over all ranks and batches, so that
     every layout takes the same step.
 
-    Returns, on the device, float32 (len(KINDS) + 2,): the global loss sum of each kind, the gradient norm, the own loss
-    sum. Nothing here waits for the device.
+    Returns, on the device, float32: the global loss sum of each kind, the gradient norm, the own loss sum; then, of all
+    ranks, what ``take_seen`` says of experts. Nothing here waits for the device.
     """
     losses = torch.zeros(len(KINDS), device=world.device)
     for i, batch in enumerate(batches):
@@ -82,8 +83,11 @@ def train_step(
     own = losses.sum()
     if not world.counts_losses:
         losses.zero_()
-    dist.all_reduce(losses)
-    return torch.cat([losses, norm.to(losses.device).reshape(1), own.reshape(1)])  # offloaded gradients are on the host
+    sums = torch.cat([losses, take_seen(model, world.device)])
+    dist.all_reduce(sums)
+    losses, seen = sums.split([len(KINDS), len(sums) - len(KINDS)])
+    norm = norm.to(losses.device)  # offloaded gradients are on the host
+    return torch.cat([losses, norm.reshape(1), own.reshape(1), seen])
 
 
 def run_stage(

@@ -31,6 +31,10 @@ class ParallelConfig:
     replicate: Ranks = 1  # copies
     context: Ranks = 1  # ranks that share the tokens of a row
     tensor: Ranks = 1  # ranks that share the heads, widths and vocabulary of the decoder
+    expert: Ranks = 1  # ranks that share out the experts of a layer: those of a row first, then of shard
+    expert_mode: Literal["auto", "gather", "exchange"] = "auto"
+    # gather: each of them sees the tokens of all; exchange: those that go to its experts. auto: gather where a token
+    # has at least as many experts as there are ranks, which sends no more and never waits for the device
     context_mode: Literal["auto", "ring", "allgather", "ulysses", "ulysses_ring"] = "auto"
     # auto: ulysses where context divides the key/value heads of a rank, within a machine of 8 ranks; ulysses_ring where
     # they have a common divisor

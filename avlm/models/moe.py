@@ -58,7 +58,7 @@ class Order(NamedTuple):
         slot_TK = slot_A.view(expert_TK.shape)
         is_here_TK = slot_TK < end_N[-1]
         num_tokens, per_token = expert_TK.shape
-        most = num_tokens * min(per_token, len(held))  # a token goes to an expert once
+        most = num_tokens * min(per_token, len(held))  # a token goes to an expert at most once
         return Order(assignment_A[:most], slot_TK.where(is_here_TK, 0), is_here_TK, end_N)
 
 
@@ -70,7 +70,11 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """p_TN, float32."""
-        return F.linear(x_TD, self.weight).softmax(-1, dtype=torch.float32)
+        return self.score(x_TD, self.weight)
+
+    @staticmethod
+    def score(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+        return F.linear(x_TD, weight_ND).softmax(-1, dtype=torch.float32)
 
     def choose(self, p_TN: Tensor, real_T: Tensor | None) -> Tensor:
         """expert_TK, int64, the likeliest first; N for tokens that go to none."""
@@ -108,19 +112,35 @@ class Experts(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted sums of the experts' outputs, (T, D), and how many assignments were computed, int32 ()."""
-        return self.compute(x_TD, weight_TK, Order.of(expert_TK, self.num, range(self.num)))
+        """The weighted sums of the experts' outputs, (T, D), and how many assignments were computed, int ()."""
+        order = Order.of(expert_TK, self.num, range(self.num))
+        return self.mix(x_TD, order, weight_TK), order.end_N[-1]
 
-    def compute(self, x_TD: Tensor, weight_TK: Tensor, order: Order) -> tuple[Tensor, Tensor]:
-        x_AD = _Spread.apply(x_TD, *order[:3])
-        hidden_AF = self.activation(self.gate(x_AD, order.end_N)) * self.up(x_AD, order.end_N)
-        y_TKD = _Collect.apply(self.down(hidden_AF, order.end_N), *order[:3])
-        return torch.bmm(weight_TK[:, None], y_TKD).squeeze(1), order.end_N[-1]
+    def mix(self, x_TD: Tensor, order: Order, weight_TK: Tensor) -> Tensor:
+        return weighted_sum(self.run(spread(x_TD, order), order.end_N), order, weight_TK)
+
+    def run(self, x_AD: Tensor, end_N: Tensor) -> Tensor:
+        """The outputs of sorted rows, see ``GroupedLinear``."""
+        return self.down(self.activation(self.gate(x_AD, end_N)) * self.up(x_AD, end_N), end_N)
+
+
+def spread(x_TD: Tensor, order: Order) -> Tensor:
+    """A copy of a token for each of its assignments, in their order."""
+    return _Spread.apply(x_TD, order.assignment_A, order.slot_TK, order.is_here_TK)
+
+
+def weighted_sum(y_AD: Tensor, order: Order, weight_TK: Tensor) -> Tensor:
+    """Of the outputs of a token's assignments, (T, D); those that are not computed here count 0."""
+    return torch.bmm(weight_TK[:, None], collect(y_AD, order)).squeeze(1)
+
+
+def collect(y_AD: Tensor, order: Order) -> Tensor:
+    """The outputs of each token's assignments, (T, K, D); 0 for those that are not computed here."""
+    return _Collect.apply(y_AD, order.assignment_A, order.slot_TK, order.is_here_TK)
 
 
 class _Spread(torch.autograd.Function):
-    """A copy of a token for each of its assignments, in their order. The gradient is summed in the order of a token's
-    experts, which that of an index would not be on a GPU."""
+    """The gradient is summed in the order of a token's experts, which that of an index would not be on a GPU."""
 
     @staticmethod
     def forward(x_TD, assignment_A, slot_TK, is_here_TK):
@@ -137,8 +157,6 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """The outputs of each token's assignments, (T, K, D); 0 for those that are not computed here."""
-
     @staticmethod
     def forward(y_AD, assignment_A, slot_TK, is_here_TK):
         return _collected(y_AD, slot_TK, is_here_TK)
@@ -159,6 +177,21 @@ def _collected(y_AD: Tensor, slot_TK: Tensor, is_here_TK: Tensor) -> Tensor:
     return y_AD[slot_TK].where(is_here_TK[..., None], 0)  # not a product: rows that were not computed may be NaN
 
 
+class TokenGate(nn.Module):
+    """sigmoid(x . w), (T, 1)"""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden_size))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.score(x_TD, self.weight)
+
+    @staticmethod
+    def score(x_TD: Tensor, weight_1D: Tensor) -> Tensor:
+        return F.linear(x_TD, weight_1D).sigmoid()
+
+
 class MixtureOfExperts(nn.Module):
     """Stands where a block has its feed-forward part. ``shared``: an expert that takes every token.
 
@@ -174,7 +207,7 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(config, hidden_size)
         self.experts = Experts(config, hidden_size, activation)
         self.shared = shared
-        self.shared_gate = nn.Linear(hidden_size, 1, bias=False) if shared is not None else None
+        self.shared_gate = TokenGate(hidden_size) if shared is not None else None
         self.balance_scale = 0.0
         self.sum_of_row: Callable[[Tensor], Tensor] = lambda x: x
         self.register_buffer("seen", torch.zeros(config.num + len(SUMS)), persistent=False)
@@ -190,7 +223,7 @@ class MixtureOfExperts(nn.Module):
         if trains:
             self.seen[self.config.num + SUMS.index("computed")] += num_computed
         if self.shared is not None and self.shared_gate is not None:
-            y_TD = y_TD + self.shared_gate(x_TD).sigmoid() * self.shared(x_TD)
+            y_TD = y_TD + self.shared_gate(x_TD) * self.shared(x_TD)
         return y_TD
 
     def _balanced(self, p_TN: Tensor, expert_TK: Tensor) -> Tensor:
@@ -244,13 +277,16 @@ def set_balance(model: nn.Module, factor: float, num_rows: int) -> None:
         each.balance_scale = factor / (num_rows * len(found))
 
 
-def take_seen(model: nn.Module) -> Tensor:
-    """What this rank has computed since the last call: ``seen`` of each layer with experts, float32 (layers, N +
-    len(SUMS)), or (0, 0). A recomputed block counts twice in all of them."""
-    found = mixtures(model)
-    if not found:
-        return torch.empty(0, 0)
-    taken = torch.stack([each.seen for each in found])
-    for each in found:
+def clear_seen(model: nn.Module, device: torch.device) -> None:
+    """Begin to look, on the device of compute."""
+    for each in mixtures(model):
+        each.seen = torch.zeros(each.seen.shape, device=device)
+
+
+def take_seen(model: nn.Module, device: torch.device) -> Tensor:
+    """What this rank has computed since the last call, layer after layer with experts: their ``seen``, float32 (layers *
+    (N + len(SUMS)),). A recomputed block counts twice in all of them."""
+    taken = torch.cat([torch.empty(0, device=device), *(each.seen for each in mixtures(model))])
+    for each in mixtures(model):
         each.seen.zero_()
     return taken

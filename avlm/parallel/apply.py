@@ -8,9 +8,11 @@ from avlm.config.run import TrainConfig
 from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch, empty_batch
 from avlm.models.lora import frozen_base
+from avlm.models.moe import clear_seen
 from avlm.parallel.context import cut
 from avlm.parallel.context_attention import apply_context, mode_of
 from avlm.parallel.exchange import apply_media
+from avlm.parallel.experts import apply_experts, expert_mode
 from avlm.parallel.float8 import apply_float8
 from avlm.parallel.fsdp import apply_fsdp, reshard
 from avlm.parallel.media import Share, split
@@ -40,10 +42,15 @@ def apply_parallel(model: AVLM, world: World, parallel: ParallelConfig, train: T
             for ring_group in ring_groups:
                 connect(ring_group, world.device)
         apply_context(model, mode, group, ring_groups)
+    decoder = model.config.decoder
+    if world.expert_mesh is not None:
+        group = world.group_of(parallel.expert)
+        apply_experts(model, world.expert_mesh["expert"], group, expert_mode(decoder, parallel))
     apply_media(model)
     apply_recompute(model, train)
     apply_fsdp(model, world, parallel, compute_dtype(train.precision, world.device))
     model.to_empty(device="cpu" if parallel.cpu_offload else world.device)
+    clear_seen(model, world.device)
     if parallel.tower_sharding == "replicate":
         for modality in model.modalities:
             modality.tower.to_empty(device=world.device)  # outside all units of FSDP, so nothing else moves it there

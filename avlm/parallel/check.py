@@ -6,6 +6,7 @@ from avlm.models.freezing import trained_names
 from avlm.models.shapes import parameter_shapes
 from avlm.parallel import mesh
 from avlm.parallel.context_attention import mode_of
+from avlm.parallel.experts import check_experts
 from avlm.parallel.float8 import check_float8
 from avlm.parallel.tensor import check_sizes
 
@@ -13,9 +14,10 @@ from avlm.parallel.tensor import check_sizes
 def check_layout(config: Config, world_size: int) -> None:
     """Raise ValueError for a mesh that does not fit this number of ranks, the model or the rows."""
     parallel = config.parallel
-    replicate, shard, _, _ = mesh.sizes(parallel, world_size)
+    replicate, shard, context, tensor = mesh.sizes(parallel, world_size)
     config.train.micro_batches(replicate * shard)
     check_sizes(config.model, parallel.tensor)
+    check_experts(config.model.decoder, parallel, shard * context * tensor)
     mode_of(config.model.decoder, parallel.context_mode, parallel.context, parallel.tensor)
     odd = [rank for rank in config.debug.profile_ranks if rank >= world_size]
     if config.debug.profile and odd:

@@ -1,7 +1,8 @@
 """FSDP2: which parts of the model are gathered together, over which ranks, and how gradients are summed.
 
-The decoder is sharded over shard x context. Towers and projectors are sharded over shard x context x tensor: each of
-those ranks encodes media of its own and holds tokens of its own, so every gradient is a plain sum over all of them.
+The decoder is sharded over shard x context. Towers, projectors and experts are sharded over shard x context x tensor:
+each of those ranks encodes media of its own and holds tokens of its own, so every gradient is a plain sum over all of
+them. Experts that ranks share out (``experts.py``) are sharded over the ranks that hold the same ones.
 """
 
 import functools
@@ -14,6 +15,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from avlm.config.parallel import ParallelConfig
 from avlm.models.avlm import AVLM, trains
+from avlm.models.moe import MixtureOfExperts
+from avlm.parallel.experts import shard_of_experts
 from avlm.parallel.mesh import World
 
 
@@ -42,7 +45,12 @@ def apply_fsdp(model: AVLM, world: World, config: ParallelConfig, dtype: torch.d
             fully_shard(tower, mesh=tower_mesh, reshard_after_forward=config.reshard, **shared)
         fully_shard(projector, mesh=tower_mesh, reshard_after_forward=False, **shared)
     decoder = model.decoder
+    expert_mesh = tower_mesh if world.expert_mesh is None else _sharding(world.expert_mesh, "shard_of_expert")
     for block in decoder.blocks:
+        if isinstance(block.ffn, MixtureOfExperts):
+            along = functools.partial(shard_of_experts, expert_mesh.size(-1))
+            options = {"reshard_after_forward": config.reshard, "shard_placement_fn": along, **shared}
+            fully_shard(block.ffn.experts, mesh=expert_mesh, **options)
         fully_shard(block, mesh=decoder_mesh, reshard_after_forward=config.reshard, **shared)
     if not decoder.config.tie_embedding:  # as units of their own a tied embedding and head would stop being tied
         fully_shard(decoder.embedding, mesh=decoder_mesh, reshard_after_forward=config.reshard, **shared)
@@ -51,8 +59,8 @@ def apply_fsdp(model: AVLM, world: World, config: ParallelConfig, dtype: torch.d
     _gather_in_backward_what_is_needed(model)
     # The next block is gathered while one computes: forward, and from the last to the first in the backward.
     for before, after in itertools.pairwise(decoder.blocks):
-        before.set_modules_to_forward_prefetch([after])
-        after.set_modules_to_backward_prefetch([before])
+        before.set_modules_to_forward_prefetch(fsdp_modules(after))
+        after.set_modules_to_backward_prefetch(fsdp_modules(before))
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         # A factor alone would ask for a premultiplied sum, which gloo does not have.

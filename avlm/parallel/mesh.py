@@ -30,7 +30,8 @@ class World:
     shape         length of each axis, by its name
     context_mode  parallel.context_mode, which says how a row is cut
     decoder_mesh  replicate, shard_context, tensor: for the decoder's weights
-    tower_mesh    replicate, shard_context_tensor: for the weights of towers and projectors
+    tower_mesh    replicate, shard_context_tensor: for the weights of towers, projectors and experts
+    expert_mesh   replicate, shard_of_expert, expert: for the weights of experts that ranks share out, else None
     row_group     the ranks of a row, on the host; None if a row has one rank
     media_group   the ranks that share the encoding of media: those of a row or, balanced, of up to MEDIA_RANKS ranks;
                   None if they are one
@@ -45,6 +46,7 @@ class World:
     context_mode: str
     decoder_mesh: DeviceMesh
     tower_mesh: DeviceMesh
+    expert_mesh: DeviceMesh | None
     row_group: dist.ProcessGroup | None
     media_group: dist.ProcessGroup | None
     media_host_group: dist.ProcessGroup | None
@@ -117,6 +119,11 @@ class World:
         dist.all_gather_object(values, value, group=group)
         return values
 
+    def group_of(self, size: int) -> dist.ProcessGroup:
+        """A communicator of its own for so many ranks that follow each other. All ranks of the world call this
+        together."""
+        return _group(torch.arange(self.size).view(-1, size))
+
     def thread(self, name: str) -> ThreadPoolExecutor:
         """A thread that uses this rank's device. Any other begins with the first GPU, even for pinned memory."""
         initializer = torch.cuda.set_device if self.device.type == "cuda" else None
@@ -178,7 +185,7 @@ def start(parallel: ParallelConfig, device: torch.device, run: Path | None = Non
     # Without device_id: with it torch 2.11 splits NCCL's communicator for every new group, on the ranks that are no
     # members also for a group of gloo alone, whose members do not: they would wait for ever.
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    world = lay_out(shape, device, parallel.balance_media, parallel.context_mode)
+    world = lay_out(shape, device, parallel.balance_media, parallel.context_mode, parallel.expert)
     if run is not None and size > 1:
         world.watch.begin(rank, size, store, parallel.timeouts, run)
     return world
@@ -219,7 +226,11 @@ def store_of_this_start(rank: int, size: int, seconds: float) -> dist.Store:
 
 
 def lay_out(
-    shape: tuple[int, int, int, int], device: torch.device, balance_media: bool = False, context_mode: str = "auto"
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+    balance_media: bool = False,
+    context_mode: str = "auto",
+    expert: int = 1,
 ) -> World:
     """The meshes of a running process group: one order of ranks, seen as different axes.
 
@@ -255,6 +266,9 @@ def lay_out(
         context_mode=context_mode,
         decoder_mesh=view(replicate=replicate, shard_context=shard * context, tensor=tensor),
         tower_mesh=view(replicate=replicate, shard_context_tensor=shard * row_size),
+        expert_mesh=view(replicate=replicate, shard_of_expert=shard * row_size // expert, expert=expert)
+        if expert > 1
+        else None,
         row_group=row_group,
         media_group=media_group,
         media_host_group=media_host_group,

@@ -29,6 +29,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from avlm.config.decoder import DecoderConfig
 from avlm.config.model import ModelConfig
 from avlm.models.decoder import Decoder, Head, TokenEmbedding
 from avlm.models.lora import LowRankLinear
@@ -37,14 +38,13 @@ from kernels.cross_entropy import linear_argmax, linear_cross_entropy
 TOKENS = Shard(0)  # x_TD between blocks
 
 
-def tensor_plan() -> dict[str, ParallelStyle]:
+def tensor_plan(config: DecoderConfig) -> dict[str, ParallelStyle]:
     """Module path -> style. A block's input and output are this rank's tokens."""
-    gather = PrepareModuleInput(input_layouts=(TOKENS, None), desired_input_layouts=(Replicate(), None))  # x, real_T
     gather_first = PrepareModuleInput(
         input_layouts=(TOKENS, None, None, None), desired_input_layouts=(Replicate(), None, None, None)
     )  # of x, rope, segments, cache
     norm_of_heads = SequenceParallel(sequence_dim=1, use_local_output=True)  # (T, H, E), sharded by heads
-    return {
+    styles = {
         "embedding": VocabularyEmbedding(),
         "blocks.*.attention_norm": SequenceParallel(sequence_dim=0),
         "blocks.*.attention": gather_first,
@@ -56,24 +56,38 @@ def tensor_plan() -> dict[str, ParallelStyle]:
         "blocks.*.attention.o": SharedInputs(output_layouts=TOKENS),
         "blocks.*.attention_post_norm": SequenceParallel(sequence_dim=0, use_local_output=True),
         "blocks.*.ffn_norm": SequenceParallel(sequence_dim=0),
-        "blocks.*.ffn": gather,
-        "blocks.*.ffn.gate": SharedOutputs(),
-        "blocks.*.ffn.up": SharedOutputs(),
-        "blocks.*.ffn.down": SharedInputs(output_layouts=TOKENS),
         "blocks.*.ffn_post_norm": SequenceParallel(sequence_dim=0, use_local_output=True),
         "norm": OnEveryRank(),
         "head": VocabularyHead(),
+    }
+    if not config.qk_norm:
+        del styles["blocks.*.attention.q_norm"], styles["blocks.*.attention.k_norm"]
+    if not config.post_norms:
+        del styles["blocks.*.attention_post_norm"], styles["blocks.*.ffn_post_norm"]
+    for i in range(config.num_layers):
+        ffn = f"blocks.{i}.ffn"
+        if not config.has_experts(i):
+            styles |= feed_forward_plan(ffn, num_inputs=2)
+            continue
+        styles |= {ffn: OwnTokens(), f"{ffn}.router": OnOwnTokens()}
+        if config.experts is not None and config.experts.shared_size:
+            styles |= {f"{ffn}.shared_gate": OnOwnTokens(), **feed_forward_plan(f"{ffn}.shared", num_inputs=1)}
+    return styles
+
+
+def feed_forward_plan(path: str, num_inputs: int) -> dict[str, ParallelStyle]:
+    others = (None,) * (num_inputs - 1)
+    return {
+        path: PrepareModuleInput(input_layouts=(TOKENS, *others), desired_input_layouts=(Replicate(), *others)),
+        f"{path}.gate": SharedOutputs(),
+        f"{path}.up": SharedOutputs(),
+        f"{path}.down": SharedInputs(output_layouts=TOKENS),
     }
 
 
 def apply_tensor(decoder: Decoder, mesh: DeviceMesh) -> None:
     """Shard the decoder over a mesh of the one axis "tensor". Its output is all tokens again, on every rank."""
-    styles = tensor_plan()
-    if not decoder.config.qk_norm:
-        del styles["blocks.*.attention.q_norm"], styles["blocks.*.attention.k_norm"]
-    if not decoder.config.post_norms:
-        del styles["blocks.*.attention_post_norm"], styles["blocks.*.ffn_post_norm"]
-    parallelize_module(decoder, mesh, styles)
+    parallelize_module(decoder, mesh, tensor_plan(decoder.config))
     decoder.tie()
     parallelize_module(decoder, mesh, PrepareModuleOutput(output_layouts=TOKENS, desired_output_layouts=Replicate()))
 
@@ -208,6 +222,30 @@ class VocabularyHead(ParallelStyle):
             return losses
 
         module.forward = forward
+        return module
+
+
+class OwnTokens(ParallelStyle):
+    """A mixture of experts, which takes this rank's tokens; its experts stay as they are."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        def before(_: nn.Module, inputs: tuple[DTensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+            x, real_T = inputs
+            x_TD = x.to_local(grad_placements=[TOKENS])
+            if real_T is not None:
+                real_T = real_T.chunk(mesh.size())[mesh.get_local_rank()]
+            return x_TD, real_T
+
+        module.register_forward_pre_hook(before)
+        return module
+
+
+class OnOwnTokens(ParallelStyle):
+    """A whole weight for this rank's tokens alone: its gradient is a part of the sum."""
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        distribute(module, mesh, Replicate())
+        module.forward = lambda x_TD: module.score(x_TD, module.weight.to_local(grad_placements=[Partial()]))
         return module
 
 

@@ -25,6 +25,7 @@ from avlm.config.model import MODULES
 from avlm.config.run import Config
 from avlm.models import freezing
 from avlm.models.avlm import AVLM
+from avlm.models.batch import KINDS
 from avlm.models.initial import init
 from avlm.parallel import mesh
 from avlm.parallel.apply import own_part
@@ -218,7 +219,8 @@ def run_case(case: Case, layout: dict[str, Any], worlds: dict) -> tuple[float, f
 
     values = train_step(model, parts, num_targets, Observed, 1e9, world, cfg.train.accumulate_mode)
     gradients = {name: whole(gradient) for name, gradient in found.items()}
-    return values[:-2].sum().item() / num_targets, values[-2].item(), gradients, len(rows)
+    *losses, norm, _ = values[: len(KINDS) + 2].tolist()
+    return sum(losses) / num_targets, norm, gradients, len(rows)
 
 
 def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:

@@ -91,6 +91,15 @@ MODELS = {
             **{"newline": True, "halve_frames": "bilinear", "stretch_above_tiles": 2.08},
         },
     },
+    "experts": {
+        **TREE["model"],
+        "decoder": {
+            **{**TREE["model"]["decoder"], "num_layers": 3},
+            "experts": {
+                **{"num": 8, "per_token": 2, "intermediate_size": 24, "shared_size": 16, "dense_layers": [1]},
+            },
+        },
+    },
     "means": {
         **TREE["model"],
         "vision": {**TREE["model"]["vision"], "image_size": 8, "patch_size": 4},
@@ -191,7 +200,7 @@ def build(cfg: Config, worlds: dict[tuple, mesh.World] | None = None) -> tuple[m
         dist.init_process_group("gloo")
     worlds = {} if worlds is None else worlds
     shape = mesh.sizes(cfg.parallel, dist.get_world_size())
-    options = cfg.parallel.balance_media, cfg.parallel.context_mode
+    options = cfg.parallel.balance_media, cfg.parallel.context_mode, cfg.parallel.expert
     key = *shape, *options
     if key not in worlds:
         worlds[key] = mesh.lay_out(shape, torch.device("cpu"), *options)

@@ -1,0 +1,190 @@
+"""Expert parallelism: ranks that follow each other share out the experts of each layer, in equal parts.
+
+gather     each rank gets the tokens of all of them, and computes those of its experts; the sums are scattered back. No
+           number is asked of the device, at the price of room for all assignments on every rank
+exchange   a rank's assignments go to the ranks of their experts, and the outputs come back. How many they are has to be
+           known on the host: it waits for the device once a layer
+
+Between blocks a rank holds tokens of its own, along tensor and context as along shard, so it does not matter here which
+axes the ranks lie on. A gradient of an expert is whole on its rank: FSDP sums it over the ranks with the same experts.
+
+T tokens of this rank   G tokens of all ranks   K experts of a token   N experts   H of them on a rank   R ranks
+A assignments of this rank   B assignments that arrive
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from avlm.config.decoder import DecoderConfig
+from avlm.config.parallel import ParallelConfig
+from avlm.models.moe import Experts, GroupedLinear, Order, collect, mixtures, spread, weighted_sum
+from avlm.parallel.exchange import swap
+
+
+def expert_mode(decoder: DecoderConfig, parallel: ParallelConfig) -> str:
+    """What ``parallel.expert_mode`` comes to: gather or exchange. A gather receives the tokens of R - 1 others, an
+    exchange K (R - 1) / R of them, on average."""
+    assert decoder.experts is not None
+    if parallel.expert_mode != "auto":
+        return parallel.expert_mode
+    return "gather" if decoder.experts.per_token >= parallel.expert else "exchange"
+
+
+def check_experts(decoder: DecoderConfig, parallel: ParallelConfig, num_ranks: int) -> None:
+    """ValueError for experts that the ranks of a copy of the model, ``num_ranks``, cannot share out."""
+    if parallel.expert == 1:
+        return
+    if decoder.experts is None:
+        raise ValueError(f"parallel.expert={parallel.expert} needs model.decoder.experts, and there are none")
+    if num_ranks % parallel.expert:
+        raise ValueError(
+            f"parallel.expert={parallel.expert} does not divide the {num_ranks} ranks of parallel.shard x context x "
+            "tensor, which share out the experts"
+        )
+    if decoder.experts.num % parallel.expert:
+        raise ValueError(
+            f"parallel.expert={parallel.expert} does not divide model.decoder.experts.num={decoder.experts.num}: every "
+            f"rank takes an equal share, so choose a divisor of {decoder.experts.num}"
+        )
+
+
+def shard_of_experts(num_ranks: int, weight: Tensor) -> Shard:
+    """Along which dim FSDP shards the weights of experts: whole experts where the ranks divide them, else outputs where
+    they divide those; some ranks hold nothing otherwise."""
+    num, outputs, _ = weight.to_local().shape if hasattr(weight, "to_local") else weight.shape
+    return Shard(1 if num % num_ranks and outputs % num_ranks == 0 else 0)
+
+
+def apply_experts(model: nn.Module, mesh: DeviceMesh, group: ProcessGroup, mode: str) -> None:
+    """Share out the experts of all layers. ``mesh``: of the axis expert; ``group``: a communicator for its ranks."""
+    for mixture in mixtures(model):
+        experts = mixture.experts
+        for linear in (experts.gate, experts.up, experts.down):
+            _share(linear, mesh)
+        held = _held(experts.num, group)
+        forms = {"gather": _Gathered(experts, held, group), "exchange": _Exchanged(experts, held, group)}
+        experts.forward = torch.compiler.disable(_form(forms[mode], forms["exchange"]))
+
+
+def _form(in_training, otherwise):
+    # Ranks that generate may have different numbers of tokens, which a gather cannot have.
+    def forward(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
+        form = in_training if torch.is_grad_enabled() else otherwise
+        return form(x_TD, expert_TK, weight_TK)
+
+    return forward
+
+
+def _held(num: int, group: ProcessGroup) -> range:
+    share = num // group.size()
+    return range(group.rank() * share, (group.rank() + 1) * share)
+
+
+def _share(linear: GroupedLinear, mesh: DeviceMesh) -> None:
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight, mesh, [Shard(0)]))
+
+    def forward(x_AD: Tensor, end_N: Tensor) -> Tensor:
+        weight = linear.weight.to_local(grad_placements=[Shard(0)])
+        return F.grouped_mm(x_AD, weight.transpose(-2, -1), offs=end_N)
+
+    linear.forward = forward
+
+
+class _Gathered:
+    def __init__(self, experts: Experts, held: range, group: ProcessGroup):
+        self.experts = experts
+        self.held = held
+        self.group = group
+
+    def __call__(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
+        x_GD = _Gather.apply(x_TD, self.group)
+        weight_GK = _Gather.apply(weight_TK, self.group)
+        order = Order.of(_gathered(expert_TK, self.group), self.experts.num, self.held)
+        y_GD = self.experts.mix(x_GD, order, weight_GK)
+        return _Scatter.apply(y_GD, self.group), order.end_N[-1]
+
+
+class _Exchanged:
+    def __init__(self, experts: Experts, held: range, group: ProcessGroup):
+        self.experts = experts
+        self.held = held
+        self.group = group
+
+    def __call__(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
+        R, H = self.group.size(), len(self.held)
+        order = Order.of(expert_TK, self.experts.num, range(self.experts.num))
+        sent_RH = order.end_N.diff(prepend=order.end_N.new_zeros(1)).view(R, H)
+        arrived_RH = torch.empty_like(sent_RH)
+        dist.all_to_all_single(arrived_RH, sent_RH, group=self.group)
+        # The one place where the model waits for the device.
+        send_counts, receive_counts = torch.stack([sent_RH.sum(1), arrived_RH.sum(1)]).tolist()
+        order = order._replace(assignment_A=order.assignment_A[: sum(send_counts)])
+        x_BD = _Swap.apply(spread(x_TD, order), send_counts, receive_counts, self.group)
+        # They arrive by rank, then expert.
+        expert_RH = torch.arange(H, device=x_BD.device).expand(R, H)
+        expert_B = expert_RH.flatten().repeat_interleave(arrived_RH.flatten(), output_size=sum(receive_counts))
+        sorted_by_expert = Order.of(expert_B[:, None], H, range(H))
+        y_BD = self.experts.run(spread(x_BD, sorted_by_expert), sorted_by_expert.end_N)
+        y_BD = collect(y_BD, sorted_by_expert).squeeze(1)
+        y_AD = _Swap.apply(y_BD, receive_counts, send_counts, self.group)
+        return weighted_sum(y_AD, order, weight_TK), sorted_by_expert.end_N[-1]
+
+
+def _gathered(x_T: Tensor, group: ProcessGroup) -> Tensor:
+    x_G = x_T.new_empty(x_T.shape[0] * group.size(), *x_T.shape[1:])
+    dist.all_gather_into_tensor(x_G, x_T.contiguous(), group=group)
+    return x_G
+
+
+def _scattered(x_G: Tensor, group: ProcessGroup) -> Tensor:
+    x_T = x_G.new_empty(x_G.shape[0] // group.size(), *x_G.shape[1:])
+    dist.reduce_scatter_tensor(x_T, x_G.contiguous(), group=group)
+    return x_T
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of all ranks, rank after rank; the gradients of this rank's rows, summed over all."""
+
+    @staticmethod
+    def forward(ctx, x_T, group):
+        ctx.group = group
+        return _gathered(x_T, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_G):
+        return _scattered(dx_G, ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    """The transpose of ``_Gather``: the sums over all ranks of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, x_G, group):
+        ctx.group = group
+        return _scattered(x_G, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_T):
+        return _gathered(dx_T, ctx.group), None
+
+
+class _Swap(torch.autograd.Function):
+    """Rows to the ranks that they go to, and those that arrive."""
+
+    @staticmethod
+    def forward(ctx, x_AD, send_counts, receive_counts, group):
+        ctx.back = receive_counts, send_counts, group
+        return swap(x_AD.contiguous(), send_counts, receive_counts, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_BD):
+        return swap(dx_BD.contiguous(), *ctx.back), None, None, None
