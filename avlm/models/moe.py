@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from avlm.config.decoder import ExpertsConfig
 from avlm.models.encoder import ACTIVATIONS
+from kernels.grouped import grouped_linear
 
 SUMS = ("tokens", "computed", "entropy", "balance", "rows")  # that ``MixtureOfExperts.seen`` has behind the assignments
 
@@ -99,7 +100,7 @@ class GroupedLinear(nn.Module):
     def forward(self, x_AD: Tensor, end_N: Tensor) -> Tensor:
         """The rows from ``end_N[e - 1]`` to ``end_N[e]`` go through expert e. Those behind the last are not computed:
         what stands there may be anything, in the output and in gradients."""
-        return F.grouped_mm(x_AD, self.weight.transpose(-2, -1), offs=end_N)
+        return grouped_linear(x_AD, self.weight, end_N)
 
 
 class Experts(nn.Module):

@@ -14,7 +14,6 @@ A assignments of this rank   B assignments that arrive
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
@@ -25,6 +24,7 @@ from avlm.config.decoder import DecoderConfig
 from avlm.config.parallel import ParallelConfig
 from avlm.models.moe import Experts, GroupedLinear, Order, collect, mixtures, spread, weighted_sum
 from avlm.parallel.exchange import swap
+from kernels.grouped import grouped_linear
 
 
 def expert_mode(decoder: DecoderConfig, parallel: ParallelConfig) -> str:
@@ -90,8 +90,7 @@ def _share(linear: GroupedLinear, mesh: DeviceMesh) -> None:
     linear.weight = nn.Parameter(distribute_tensor(linear.weight, mesh, [Shard(0)]))
 
     def forward(x_AD: Tensor, end_N: Tensor) -> Tensor:
-        weight = linear.weight.to_local(grad_placements=[Shard(0)])
-        return F.grouped_mm(x_AD, weight.transpose(-2, -1), offs=end_N)
+        return grouped_linear(x_AD, linear.weight.to_local(grad_placements=[Shard(0)]), end_N)
 
     linear.forward = forward
 

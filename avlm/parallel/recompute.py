@@ -23,10 +23,16 @@ from avlm.models.avlm import AVLM
 from avlm.models.costs import block_products
 from avlm.models.rope import Rope
 from avlm.parallel.ring import RingAttention
+from kernels import grouped
 from kernels.segments import Segments
 
 # Products of two matrices, and which of their inputs is the second one.
-PRODUCTS = {torch.ops.aten.mm.default: 1, torch.ops.aten.addmm.default: 2, torch.ops.aten._scaled_mm.default: 1}
+PRODUCTS = {
+    torch.ops.aten.mm.default: 1,
+    torch.ops.aten.addmm.default: 2,
+    torch.ops.aten._scaled_mm.default: 1,
+    grouped.PRODUCT: 1,
+}
 SUM = torch.ops._c10d_functional.reduce_scatter_tensor.default  # of products that the ranks of the tensor axis share
 # Graphs of one block's code, which both towers share: with and without gradients, for each set of modules that a stage
 # trains. Past torch's own limit of 8 a block would run uncompiled for the rest of the run.
@@ -147,7 +153,7 @@ def _choose(rank: int, num_products: int) -> Callable[..., CheckpointPolicy]:
             counts[op, context.is_recompute] += 1
             if counts[op, context.is_recompute] == 1:
                 return CheckpointPolicy.MUST_SAVE
-        if op in PRODUCTS and min(args[PRODUCTS[op]].shape) > rank:
+        if op in PRODUCTS and min(args[PRODUCTS[op]].shape[-2:]) > rank:
             number = counts["product", context.is_recompute]
             counts["product", context.is_recompute] += 1
             if keeps_product(number, num_products):
