@@ -122,6 +122,7 @@ def run_stage(
     rows = TrainingRows(loader, cfg.model, world, ahead=micro_batches)
     costs = flops.costs(cfg.model, stage, cfg.train.recompute)
     rows_per_step = world.data_size * micro_batches
+    set_balance(model, cfg.train.balance_loss, rows_per_step)
     log.message(f"stage {stage.name}: {stage.steps} steps, trains {', '.join(trained)}")
     for line in describe_length(stage, epoch, rows_per_step):
         log.message(line)

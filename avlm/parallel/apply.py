@@ -12,7 +12,7 @@ from avlm.models.moe import clear_seen
 from avlm.parallel.context import cut
 from avlm.parallel.context_attention import apply_context, mode_of
 from avlm.parallel.exchange import apply_media
-from avlm.parallel.experts import apply_experts, expert_mode
+from avlm.parallel.experts import apply_experts, expert_mode, sum_over_rows
 from avlm.parallel.float8 import apply_float8
 from avlm.parallel.fsdp import apply_fsdp, reshard
 from avlm.parallel.media import Share, split
@@ -46,6 +46,8 @@ def apply_parallel(model: AVLM, world: World, parallel: ParallelConfig, train: T
     if world.expert_mesh is not None:
         group = world.group_of(parallel.expert)
         apply_experts(model, world.expert_mesh["expert"], group, expert_mode(decoder, parallel))
+    if train.balance_loss and world.row_size > 1:
+        sum_over_rows(model, world.group_of(world.row_size))
     apply_media(model)
     apply_recompute(model, train)
     apply_fsdp(model, world, parallel, compute_dtype(train.precision, world.device))

@@ -22,6 +22,8 @@ def check_layout(config: Config, world_size: int) -> None:
     odd = [rank for rank in config.debug.profile_ranks if rank >= world_size]
     if config.debug.profile and odd:
         raise ValueError(f"debug.profile_ranks={config.debug.profile_ranks} names rank {odd[0]} of {world_size}")
+    if config.train.balance_loss and config.model.decoder.experts is None:
+        raise ValueError(f"train.balance_loss={config.train.balance_loss} needs model.decoder.experts")
     _check_recompute(config)
     _check_rows(config)
     if config.train.float8:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from avlm.config.decoder import DecoderConfig
 from avlm.config.parallel import ParallelConfig
-from avlm.models.moe import Experts, GroupedLinear, Order, collect, mixtures, spread, weighted_sum
+from avlm.models.moe import Experts, GroupedLinear, Order, alone, collect, mixtures, spread, weighted_sum
 from avlm.parallel.exchange import swap
 from kernels.grouped import grouped_linear
 
@@ -70,6 +70,23 @@ def apply_experts(model: nn.Module, mesh: DeviceMesh, group: ProcessGroup, mode:
         held = _held(experts.num, group)
         forms = {"gather": _Gathered(experts, held, group), "exchange": _Exchanged(experts, held, group)}
         experts.forward = torch.compiler.disable(_form(forms[mode], forms["exchange"]))
+
+
+def sum_over_rows(model: nn.Module, group: ProcessGroup) -> None:
+    """Let balance losses be those of whole rows, which the ranks of ``group`` share."""
+
+    @torch.compiler.disable
+    def summed(x: Tensor) -> Tensor:
+        dist.all_reduce(x, group=group)
+        return x
+
+    for mixture in mixtures(model):
+        mixture.sum_of_row = summed
+
+
+def shares_experts(block: nn.Module) -> bool:
+    """Whether a block communicates because of its experts."""
+    return any("forward" in each.experts.__dict__ or each.sum_of_row is not alone for each in mixtures(block))
 
 
 def _form(in_training, otherwise):

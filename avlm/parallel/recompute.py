@@ -22,6 +22,7 @@ from avlm.models.attention import AttentionCore
 from avlm.models.avlm import AVLM
 from avlm.models.costs import block_products
 from avlm.models.rope import Rope
+from avlm.parallel.experts import shares_experts
 from avlm.parallel.ring import RingAttention
 from kernels import grouped
 from kernels.segments import Segments
@@ -51,8 +52,8 @@ def apply_recompute(model: AVLM, config: TrainConfig) -> None:
     """Replace the forward of each block by one that recomputes and, with ``config.compile``, is compiled.
 
     Each block is compiled on its own: equal blocks share a graph, and weights are gathered between blocks, outside it.
-    ``full`` goes around the graph. ``selective`` has to be part of it, which the attention over context is not: such a
-    decoder runs uncompiled.
+    ``full`` goes around the graph. ``selective`` has to be part of it, which attention over context and experts that
+    ranks share out are not: such a block runs uncompiled.
     """
     if config.compile:
         torch._dynamo.config.recompile_limit = GRAPHS
@@ -60,7 +61,7 @@ def apply_recompute(model: AVLM, config: TrainConfig) -> None:
         mode: Recompute = getattr(config.recompute, name)
         compiled = _compiled_decoder_block if name == "decoder" else _compiled_tower_block
         for block in getattr(model, name).blocks:
-            in_one_graph = isinstance(block.attention.core, AttentionCore)
+            in_one_graph = isinstance(block.attention.core, AttentionCore) and not shares_experts(block)
             if config.compile and mode != "selective":
                 block.forward = compiled(block.forward)
             if mode != "none":

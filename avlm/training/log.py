@@ -27,6 +27,7 @@ from avlm.parallel.mesh import World
 from avlm.process.exit import NonFiniteLoss
 from avlm.storage.run_folder import Progress, Record, read_records
 from avlm.training import flops
+from avlm.training.expert_load import expert_load
 from avlm.training.console import ending, step_line
 from avlm.training.slowest import Slowest
 
@@ -63,7 +64,7 @@ class Log:
                 self.board = _tensorboard(config, first_step)
 
     def step(self, record: Record, values: Tensor, keys: list[str]) -> None:
-        """Note a step; ``values`` float32 (len(KINDS) + 2,): loss sum of each kind, gradient norm, own loss sum."""
+        """Note a step; ``values``: what ``train_step`` returned."""
         self.records.append(record)
         self.values.append(values)
         self.keys.append(keys)
@@ -81,8 +82,10 @@ class Log:
         seconds = (time.perf_counter() - self.timed_from) / len(self.records)
         self.timed_from = time.perf_counter()
         for i, (record, values, keys) in enumerate(zip(self.records, fetched, self.keys)):
-            *losses, norm, own_loss = values
+            losses, (norm, own_loss), seen = values[: len(KINDS)], values[len(KINDS) :][:2], values[len(KINDS) + 2 :]
             self._complete(record, losses, norm, seconds)
+            if seen:
+                record |= expert_load(seen, self.config.model.decoder.experts)
             if not math.isfinite(record["loss"]) or not math.isfinite(norm):
                 self.write(self.records[:i])
                 own = "" if math.isfinite(own_loss) else f"; samples of this rank: {', '.join(keys)}"
@@ -157,8 +160,9 @@ class Log:
                 self.run.log(record, step=record["step"])
         if self.board is not None:
             for record in records:
-                for name in record.keys() - {"step", "stage"}:
-                    self.board.add_scalar(name, record[name], record["step"])
+                for name, value in record.items():
+                    if name != "step" and isinstance(value, int | float):
+                        self.board.add_scalar(name, value, record["step"])
 
     def _append(self, content: bytes) -> str:
         """Returns "", or why the disk has no room; then the file is as it was."""

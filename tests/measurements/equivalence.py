@@ -27,6 +27,7 @@ from avlm.models import freezing
 from avlm.models.avlm import AVLM
 from avlm.models.batch import KINDS
 from avlm.models.initial import init
+from avlm.models.moe import set_balance
 from avlm.parallel import mesh
 from avlm.parallel.apply import own_part
 from tests.measurements import demo_curve, no_hang
@@ -131,6 +132,8 @@ class Case:
         recompute = dict.fromkeys(("decoder", "vision", "audio"), self.recompute)
         tree["train"] = {"accumulate_mode": self.accumulate_mode, "recompute": recompute}
         tree["train"] |= {"precision": self.precision, "compile": self.compile}
+        if "experts" in model["decoder"]:
+            tree["train"]["balance_loss"] = 0.5
         return resolve_config(tree, "equivalence")
 
     def line(self, errors: list[float]) -> str:
@@ -190,6 +193,7 @@ def alone(case: Case, num_rows: int) -> tuple[float, float, dict[str, torch.Tens
         name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters() if p.requires_grad
     }
     total = 0.0
+    set_balance(compute, cfg.train.balance_loss, len(rows))
     for row in rows:  # summed in float32, as the reduction of FSDP does
         compute.zero_grad()
         loss, _ = compute(row)
@@ -209,6 +213,7 @@ def run_case(case: Case, layout: dict[str, Any], worlds: dict) -> tuple[float, f
     rows = make_rows(cfg, case.mixes(world.data_size))
     num_targets = sum(len(row.target_R) for row in rows)
     parts = [own_part(row, cfg.model, world) for row in rows[world.data_rank :: world.data_size]]
+    set_balance(model, cfg.train.balance_loss, len(rows))
     found: dict[str, torch.Tensor] = {}
 
     class Observed:  # stands for the optimizer: the gradients are looked at where it would use them
