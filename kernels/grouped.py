@@ -50,7 +50,9 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        x_AI, weight_NOI, end_N = inputs
+        needs_dx, needs_dweight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x_AI if needs_dweight else None, weight_NOI if needs_dx else None, end_N)
 
     @staticmethod
     @once_differentiable

@@ -126,6 +126,9 @@ class DecoderConfig:
                 layers == sorted(set(layers)) and all(layer < self.num_layers for layer in layers),
                 f"experts.dense_layers={shown(layers)} must ascend and lie below num_layers={self.num_layers}",
             )
+            sizes = {"hidden_size": self.hidden_size, "experts.intermediate_size": self.experts.intermediate_size}
+            for name, size in sizes.items():
+                require(size % 8 == 0, f"{name}={size} must be a multiple of 8 for products of all experts")
         require(
             self.window_rope_theta is None or self.sliding_window is not None,
             "window_rope_theta needs a sliding_window",

@@ -35,6 +35,7 @@ def counts(batch: Batch) -> dict[str, int]:
     found = {
         "batches": 1,
         "tokens": len(batch.token_T),
+        "real_tokens": batch.num_tokens,
         "token_pairs": _pairs(batch.segments),
         "targets": len(batch.target_R),
         "patches": len(batch.image.values),
@@ -96,13 +97,33 @@ def attention_cost(path: str, model: ModelConfig) -> int:
     return 4 * tower.hidden_size
 
 
-def block_products(module: str, model: ModelConfig) -> list[str]:
-    """The linears of a module's first block, in the order in which they run."""
-    block = f"{module}.blocks.0."
+def product_flops(path: str, shape: tuple[int, ...], model: ModelConfig) -> int:
+    """FLOPs of a product for each of its count. Of the weights of all experts a token meets those of its own."""
+    experts = model.decoder.experts
+    if ".experts." in path and experts is not None:
+        return 2 * math.prod(shape) // experts.num * experts.per_token
+    return 2 * math.prod(shape)
+
+
+def block_products(block: str, model: ModelConfig) -> list[str]:
+    """The linears of a block, MODULE.blocks.i, in the order in which they run; without those that have no more outputs
+    than adapters, from which recomputation could not tell them."""
+    shapes = parameter_shapes(model)
+    rank = model.lora.rank if model.lora else 0
     found = []
-    for count, paths in steps(module, model):
-        found += [path for path in paths if count and path.startswith(block) and not path.endswith("core")]
+    for count, paths in steps(block.partition(".")[0], model):
+        products = [path for path in paths if count and path.startswith(f"{block}.") and not path.endswith("core")]
+        found += [path for path in products if min(shapes[f"{path}.weight"][-2:]) > rank]
     return found
+
+
+def largest_block(module: str, model: ModelConfig) -> str:
+    """The path of the block that holds and computes most."""
+    decoder = model.decoder
+    layer = 0
+    if module == "decoder" and decoder.experts is not None:
+        layer = next((i for i in range(decoder.num_layers) if decoder.has_experts(i)), 0)
+    return f"{module}.blocks.{layer}"
 
 
 def steps(module: str, model: ModelConfig) -> Iterator[Step]:
@@ -144,11 +165,25 @@ def _decoder(config: DecoderConfig) -> Iterator[Step]:
         yield "window_pairs" if config.has_window(i) else "token_pairs", (f"{attention}.core",)
         yield "tokens", (f"{attention}.o",)
         yield "", (f"{block}.attention_post_norm", f"{block}.ffn_norm")
-        yield "tokens", (f"{block}.ffn.gate", f"{block}.ffn.up")
-        yield "tokens", (f"{block}.ffn.down",)
+        yield from _feed_forward(config, i, f"{block}.ffn")
         yield "", (f"{block}.ffn_post_norm",)
     yield "", ("norm",)
     yield "targets", ("head",)
+
+
+def _feed_forward(config: DecoderConfig, layer: int, ffn: str) -> Iterator[Step]:
+    """What fills the end of a row goes to no expert."""
+    if config.experts is None or not config.has_experts(layer):
+        yield "tokens", (f"{ffn}.gate", f"{ffn}.up")
+        yield "tokens", (f"{ffn}.down",)
+        return
+    yield "tokens", (f"{ffn}.router",)
+    yield "real_tokens", (f"{ffn}.experts.gate", f"{ffn}.experts.up")
+    yield "real_tokens", (f"{ffn}.experts.down",)
+    if config.experts.shared_size:
+        yield "tokens", (f"{ffn}.shared_gate",)
+        yield "tokens", (f"{ffn}.shared.gate", f"{ffn}.shared.up")
+        yield "tokens", (f"{ffn}.shared.down",)
 
 
 def _vision(config: VisionConfig) -> Iterator[Step]:

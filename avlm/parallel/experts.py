@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from avlm.config.decoder import DecoderConfig
 from avlm.config.parallel import ParallelConfig
@@ -28,9 +28,10 @@ from kernels.grouped import grouped_linear
 
 
 def expert_mode(decoder: DecoderConfig, parallel: ParallelConfig) -> str:
-    """What ``parallel.expert_mode`` comes to: gather or exchange. A gather receives the tokens of R - 1 others, an
-    exchange K (R - 1) / R of them, on average."""
-    assert decoder.experts is not None
+    """What ``parallel.expert_mode`` comes to: gather, exchange or, where experts are not shared out, none. A gather
+    receives the tokens of R - 1 others; an exchange K (R - 1) / R assignments for each of a rank's tokens."""
+    if decoder.experts is None or parallel.expert == 1:
+        return "none"
     if parallel.expert_mode != "auto":
         return parallel.expert_mode
     return "gather" if decoder.experts.per_token >= parallel.expert else "exchange"
@@ -54,11 +55,15 @@ def check_experts(decoder: DecoderConfig, parallel: ParallelConfig, num_ranks: i
         )
 
 
+def shard_dim(num: int, outputs: int, num_ranks: int) -> int:
+    """Along which dim FSDP shards weights of ``num`` experts: whole experts where the ranks divide them, else outputs
+    where they divide those; otherwise some ranks hold nothing."""
+    return int(num % num_ranks > 0 and outputs % num_ranks == 0)
+
+
 def shard_of_experts(num_ranks: int, weight: Tensor) -> Shard:
-    """Along which dim FSDP shards the weights of experts: whole experts where the ranks divide them, else outputs where
-    they divide those; some ranks hold nothing otherwise."""
-    num, outputs, _ = weight.to_local().shape if hasattr(weight, "to_local") else weight.shape
-    return Shard(1 if num % num_ranks and outputs % num_ranks == 0 else 0)
+    num, outputs, _ = weight.to_local().shape if isinstance(weight, DTensor) else weight.shape
+    return Shard(shard_dim(num, outputs, num_ranks))
 
 
 def apply_experts(model: nn.Module, mesh: DeviceMesh, group: ProcessGroup, mode: str) -> None:
@@ -121,7 +126,8 @@ class _Gathered:
     def __call__(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
         x_GD = _Gather.apply(x_TD, self.group)
         weight_GK = _Gather.apply(weight_TK, self.group)
-        order = Order.of(_gathered(expert_TK, self.group), self.experts.num, self.held)
+        expert_GK = _gathered(expert_TK.int(), self.group)
+        order = Order.of(expert_GK, self.experts.num, self.held)
         y_GD = self.experts.mix(x_GD, order, weight_GK)
         return _Scatter.apply(y_GD, self.group), order.end_N[-1]
 

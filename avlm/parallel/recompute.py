@@ -60,13 +60,13 @@ def apply_recompute(model: AVLM, config: TrainConfig) -> None:
     for name in ("decoder", *model.config.modalities.values()):
         mode: Recompute = getattr(config.recompute, name)
         compiled = _compiled_decoder_block if name == "decoder" else _compiled_tower_block
-        for block in getattr(model, name).blocks:
+        for i, block in enumerate(getattr(model, name).blocks):
             in_one_graph = isinstance(block.attention.core, AttentionCore) and not shares_experts(block)
             if config.compile and mode != "selective":
                 block.forward = compiled(block.forward)
             if mode != "none":
                 ring = next((module for module in block.modules() if isinstance(module, RingAttention)), None)
-                num_products = len(block_products(name, model.config))
+                num_products = len(block_products(f"{name}.blocks.{i}", model.config))
                 block.forward = _recomputed(
                     block.forward, mode, config.offload_activations, model.config.lora, ring, num_products
                 )

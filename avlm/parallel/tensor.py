@@ -4,6 +4,7 @@
     norms          whole weights, on this rank's tokens
     q k v gate up  a share of the outputs, on all tokens (gathered before them)
     o down         a share of the inputs; the sum is scattered over the tokens
+    router         whole, on this rank's tokens; experts are no matter of this axis, see experts.py
     head           a share of the vocabulary, on all tokens with a target; the loss needs sums of one number a target
 
 Adapters are sharded with their linear. If it is sharded by outputs, so is ``lora_up``, and ``lora_down`` is whole; if
@@ -100,8 +101,13 @@ def check_sizes(config: ModelConfig, tensor: int) -> None:
             raise ValueError(f"{refused}dropout, which needs the same random choices on every rank")
         if config.lora.dora:
             raise ValueError(f"{refused}dora, which needs the lengths of weight rows that no rank holds whole")
-    for name in ("num_kv_heads", "num_heads", "intermediate_size", "vocab_size"):
-        size = getattr(config.decoder, name)
+    decoder = config.decoder
+    sizes = {name: getattr(decoder, name) for name in ("num_kv_heads", "num_heads", "vocab_size")}
+    if not all(decoder.has_experts(i) for i in range(decoder.num_layers)):
+        sizes["intermediate_size"] = decoder.intermediate_size
+    if decoder.experts is not None:
+        sizes["experts.shared_size"] = decoder.experts.shared_size
+    for name, size in sizes.items():
         if size % tensor:
             raise ValueError(
                 f"parallel.tensor={tensor} does not divide model.decoder.{name}={size}: "
@@ -109,12 +115,16 @@ def check_sizes(config: ModelConfig, tensor: int) -> None:
             )
 
 
-def tensor_share(name: str, shape: tuple[int, ...], tensor: int) -> tuple[int, ...]:
-    """Shape of a parameter's share on a rank of the axis, as ``tensor_plan`` shards it."""
-    if not name.startswith("decoder.") or "norm" in name:
+def tensor_share(name: str, shape: tuple[int, ...], tensor: int, expert: int = 1) -> tuple[int, ...]:
+    """Shape of a parameter's share on a rank of the axis, as ``tensor_plan`` shards it; or of the ``expert`` ranks that
+    share out experts."""
+    if ".experts." in name:
+        return shape[0] // expert, *shape[1:]
+    is_whole = "norm" in name or ".router." in name or ".shared_gate." in name
+    if not name.startswith("decoder.") or is_whole:
         return shape
     path, _, adapter = name.removesuffix(".weight").partition(".lora_")
-    by_inputs = path.endswith(("attention.o", "ffn.down"))
+    by_inputs = path.endswith(("attention.o", ".down"))
     whole_half = "up" if by_inputs else "down"
     if adapter in ("magnitude", whole_half):
         return shape

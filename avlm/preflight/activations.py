@@ -4,7 +4,7 @@ refused.
 D width   F intermediate width   Q, K width of all query heads, of all key heads   c bytes of a number in compute
 """
 
-from avlm.config.decoder import DecoderConfig
+from avlm.config.decoder import DecoderConfig, ExpertsConfig
 from avlm.config.model import AudioConfig, ProjectorConfig, VisionConfig
 from avlm.preflight.layout import Layout
 
@@ -35,8 +35,49 @@ def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool, no
         num_lse = 2
     lse = 4 * decoder.num_heads // t
     attention = c * (Q + 2 * K * num_keys + Q * num_outs) + lse * num_lse
-    products = 2 * D * trains + (3 + trains) * F // t  # inputs of q, k, v and of gate, up; gate, up, silu, product
-    return norms + attention + c * products
+    products = D * trains  # the input of q, k, v
+    if decoder.experts is None:
+        return norms + attention + c * (products + D * trains + (3 + trains) * F // t)  # gate, up, silu, product
+    return norms + attention + c * products + experts_bytes(decoder, decoder.experts, layout, trains) // t
+
+
+def experts_bytes(decoder: DecoderConfig, experts: ExpertsConfig, layout: Layout, trains: bool) -> int:
+    """What a mixture of experts keeps for each of a rank's own tokens."""
+    c = layout.dtype.itemsize
+    D, F, N, K = decoder.hidden_size, experts.intermediate_size, experts.num, experts.per_token
+    rows = assignments(decoder, layout)
+    gathered = layout.expert if layout.expert_mode == "gather" else 1  # tokens that it computes for each of its own
+    routing = 4 * N + (4 + 8) * K + 17 * gathered * K + 8 * rows  # p, w and its index, an order
+    in_experts = rows * (D * trains + (3 + trains) * F) + gathered * K * D  # input; gate, up, silu, product; outputs
+    shared = 0
+    if experts.shared_size:
+        S = experts.shared_size
+        shared = 2 * (D * trains) + (3 + trains) * S + D + 1 + D
+    return routing + c * (D * trains + in_experts + shared)
+
+
+def assignments(decoder: DecoderConfig, layout: Layout) -> int:
+    """Of tokens to experts, that a rank makes room for: for each of its own tokens. With an exchange as many as it has,
+    if experts are as busy as each other."""
+    experts = decoder.experts
+    if experts is None:
+        return 0
+    if layout.expert_mode == "gather":
+        return layout.expert * min(experts.per_token, experts.num // layout.expert)
+    return experts.per_token
+
+
+def feed_forward_numbers(decoder: DecoderConfig, layout: Layout) -> int:
+    """Gradients of activations for each token, while the backward of a feed-forward part is at work: of gate, up and
+    their product; of experts also of the copies of tokens, and of outputs."""
+    experts = decoder.experts
+    if experts is None:
+        return 3 * decoder.intermediate_size // layout.tensor
+    rows = assignments(decoder, layout)
+    gathered = layout.expert if layout.expert_mode == "gather" else 1
+    of_experts = rows * (3 * experts.intermediate_size + decoder.hidden_size)
+    of_experts += gathered * experts.per_token * decoder.hidden_size
+    return (of_experts + 3 * experts.shared_size) // layout.tensor
 
 
 def rms_norm_bytes(layout: Layout, trains: bool, offset: bool = False) -> int:

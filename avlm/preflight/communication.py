@@ -70,6 +70,26 @@ def tensor(step: Step) -> tuple[Both, float]:
     return Both(forward, backward), sent
 
 
+def experts(step: Step) -> tuple[float, float]:
+    """(seconds, bytes sent) of a micro-batch, if experts are equally busy. Nothing hides them. Recomputation repeats the
+    forward, half of all."""
+    layout = step.case.layout
+    decoder = step.case.model.decoder
+    e = layout.expert
+    own = step.tokens // layout.tensor
+    passes = 1 if step.case.recompute("decoder") == "none" else 1.5
+    if layout.expert_mode == "gather":
+        sent = passes * sum(wire.gathered_experts_bytes(decoder, e, own, step.case.itemsize).values())
+        seconds = _collective(step.gpu, sent, e, 1)
+    elif layout.expert_mode == "exchange" and decoder.experts is not None:
+        crossing = 2 * wire.num_mixtures(decoder) * wire.ring(e, own * decoder.experts.per_token)
+        sent = passes * wire.exchanged_experts_bytes(decoder, e, crossing, step.case.itemsize)
+        seconds = _all_to_all(step.gpu, sent, e, 1)
+    else:
+        return 0.0, 0.0
+    return seconds + 4 * passes * wire.num_mixtures(decoder) * rates.HOP_INSIDE, sent
+
+
 class Traffic(NamedTuple):
     """Seconds of a unit of FSDP: a gather, one for the backward, the sum of gradients over its ranks and then over
     copies of the model, and the computation of its modules."""
@@ -89,7 +109,9 @@ def weights(step: Step, work: dict[str, dict[str, Both]], tensor: Both) -> tuple
     is_local = case.config.train.accumulate_mode == "local"
     num_sums = 1 if is_local else micro_batches
     sharers = layout.shard * layout.context
-    axes = {"shard_context": (sharers, layout.tensor), "shard_context_tensor": (sharers * layout.tensor, 1)}
+    of_row = sharers * layout.tensor
+    axes = {"shard_context": (sharers, layout.tensor), "shard_context_tensor": (of_row, 1)}
+    axes["shard_of_expert"] = of_row // layout.expert, layout.expert
     copied = sent = 0.0
     units = []
     found = wire.units(case.config, case.trained)
@@ -97,7 +119,7 @@ def weights(step: Step, work: dict[str, dict[str, Both]], tensor: Both) -> tuple
     for unit in found:
         n, stride = axes[unit.axis]
         numbers, trained = (
-            wire.padded_numbers(shapes, unit.prefixes, n, layout.tensor) for shapes in (case.shapes, case.trained)
+            wire.padded_numbers(shapes, unit.prefixes, layout) for shapes in (case.shapes, case.trained)
         )
         gathered, summed = wire.ring(n, case.itemsize * numbers), wire.ring(n, 4 * trained)
         copies = wire.ring(layout.replicate, 2 * 4 * trained / n)

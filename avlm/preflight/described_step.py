@@ -76,6 +76,7 @@ def counts_of(row: Row, model: ModelConfig, data: DataConfig) -> dict[str, int]:
     found = {
         "batches": 1,
         "tokens": row.tokens,
+        "real_tokens": row.tokens,
         "token_pairs": _pairs(row, row.tokens, model, data),
         "targets": row.targets,
     }

@@ -1,5 +1,6 @@
 """How the ranks of a run are laid out, from its config alone."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,8 @@ from avlm.config.run import Config, TrainConfig
 from avlm.parallel import mesh
 from avlm.parallel.apply import compute_dtype
 from avlm.parallel.context_attention import mode_of
+from avlm.parallel.experts import expert_mode, shard_dim
+from avlm.parallel.tensor import tensor_share
 from kernels import backend, dispatch
 
 
@@ -19,7 +22,9 @@ class Layout:
     shard: int
     context: int
     tensor: int
+    expert: int
     context_mode: str
+    expert_mode: str
     dtype: torch.dtype
     architecture: int
 
@@ -40,15 +45,28 @@ class Layout:
         """Ranks that share a row and its media."""
         return self.context * self.tensor
 
-    def shards_of(self, part: str) -> int:
-        """Ranks that share the weights of a part of the model, the decoder's tensor parallelism apart."""
+    def shards_of(self, name: str) -> int:
+        """Ranks over which FSDP shards a parameter, or a module."""
         sharers = self.shard * self.context
-        return sharers if part == "decoder" else sharers * self.tensor
+        if ".experts." in name:
+            return sharers * self.tensor // self.expert
+        return sharers if name.startswith("decoder") else sharers * self.tensor
 
-    def gathered(self, part: str) -> int:
-        """Bytes per parameter of a gathered unit: the all-gather buffer and the unsharded copy."""
-        copies = 2 if self.shards_of(part) > 1 else 1
+    def gathered(self, name: str) -> int:
+        """Bytes per number of a gathered parameter, or module: the all-gather buffer and the unsharded copy."""
+        copies = 2 if self.shards_of(name) > 1 else 1
         return copies * self.dtype.itemsize
+
+    def share(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of what a rank computes with."""
+        return tensor_share(name, shape, self.tensor, self.expert)
+
+    def largest_shard(self, name: str, shape: tuple[int, ...]) -> int:
+        """Numbers that a rank holds, at most."""
+        share = self.share(name, shape)
+        ranks = self.shards_of(name)
+        dim = shard_dim(share[0], share[1], ranks) if ".experts." in name else 0
+        return math.ceil(share[dim] / ranks) * math.prod(share) // share[dim]
 
 
 def layout_of(config: Config, world_size: int) -> Layout:
@@ -63,4 +81,5 @@ def layout_of(config: Config, world_size: int) -> Layout:
         architecture = backend.architecture(None)
     elif torch.cuda.is_available():
         architecture = backend.architecture(torch.cuda.current_device())
-    return Layout(*sizes, mode, compute_dtype(config.train.precision, device), architecture)
+    experts = expert_mode(config.model.decoder, parallel)
+    return Layout(*sizes, parallel.expert, mode, experts, compute_dtype(config.train.precision, device), architecture)

@@ -24,13 +24,12 @@ from functools import cached_property
 from avlm.config.model import AudioConfig, ModelConfig, VisionConfig
 from avlm.config.run import Config, Recompute, StageConfig
 from avlm.models.batch import FRAMES_PER_ROW
-from avlm.models.costs import block_products
+from avlm.models.costs import block_products, largest_block
 from avlm.models.freezing import trained_shapes
 from avlm.models.lora import frozen_base
 from avlm.models.shapes import Shapes
 from avlm.parallel.recompute import keeps_product
-from avlm.parallel.tensor import tensor_share
-from avlm.preflight.activations import decoder_block_bytes, encoder_block_bytes, projector_numbers
+from avlm.preflight.activations import assignments, decoder_block_bytes, feed_forward_numbers, encoder_block_bytes, projector_numbers
 from avlm.preflight.layout import Layout, layout_of
 from avlm.preflight.media_rows import media_rows
 from kernels import backend
@@ -94,19 +93,26 @@ class Case:
         return getattr(self.config.train.recompute, module)
 
     def numbers(self, prefix: str) -> int:
-        """How many numbers the parameters with this prefix hold on a rank of the tensor axis."""
-        return _numbers(self.shapes, prefix, self.layout.tensor)
+        """How many numbers the parameters with this prefix hold on a rank that has gathered them."""
+        return sum(math.prod(self.layout.share(name, shape)) for name, shape in _having(self.shapes, prefix))
 
     def trained_numbers(self, prefix: str) -> int:
-        return _numbers(self.trained, prefix, self.layout.tensor)
+        return sum(math.prod(self.layout.share(name, shape)) for name, shape in _having(self.trained, prefix))
+
+    def gathered_bytes(self, prefix: str) -> int:
+        """Of units of FSDP that are gathered."""
+        total = 0
+        for name, shape in _having(self.shapes, prefix):
+            total += self.layout.gathered(name) * math.prod(self.layout.share(name, shape))
+        return total
+
+    def largest_block(self, module: str) -> str:
+        """The prefix of its parameters."""
+        return f"{largest_block(module, self.model)}."
 
 
-def _numbers(shapes: Shapes, prefix: str, tensor: int) -> int:
-    total = 0
-    for name, shape in shapes.items():
-        if name.startswith(prefix):
-            total += math.prod(tensor_share(name, shape, tensor))
-    return total
+def _having(shapes: Shapes, prefix: str) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, shape) for name, shape in shapes.items() if name.startswith(prefix)]
 
 
 def estimate(config: Config, stage: StageConfig, world_size: int, shapes: Shapes) -> Estimate:
@@ -146,13 +152,11 @@ def resident(case: Case) -> dict[str, int]:
         if module in replicated:
             parameters += case.itemsize * math.prod(shape)
             continue
-        rows, *others = tensor_share(name, shape, case.layout.tensor)
-        width = math.prod(others)
-        local = math.ceil(rows / case.layout.shards_of(module)) * width
+        local = case.layout.largest_shard(name, shape)
         parameters += 2 * local if name in halved else 4 * local
         if name in case.trained:
             gradients += 4 * local
-            whole += 4 * rows * width
+            whole += 4 * math.prod(case.layout.share(name, shape))
     is_local = config.train.accumulate_mode == "local" and config.train.micro_batches(case.layout.data_ranks) > 1
     return {
         "parameters": parameters,
@@ -169,14 +173,15 @@ def _at_block(case: Case) -> dict[str, int]:
     c = case.itemsize
     decoder = case.model.decoder
     # The head's gradient is still on its way when the last block is done; a tied one waits for the embedding's.
-    block_gradient = case.trained_numbers("decoder.blocks.0.")
+    block = case.largest_block("decoder")
+    block_gradient = case.trained_numbers(block)
     waiting = 4 * max(block_gradient, case.trained_numbers("decoder.head."))
     if decoder.tie_embedding:
         waiting += c * case.trained_numbers("decoder.embedding.")
     kept, _ = _kept(case)
-    gradients = c * (3 * decoder.intermediate_size // case.layout.tensor + 2 * decoder.hidden_size)
+    gradients = c * (feed_forward_numbers(decoder, case.layout) + 2 * decoder.hidden_size)
     return {
-        "gathered weights": _held(case) + case.layout.gathered("decoder") * case.numbers("decoder.blocks.0."),
+        "gathered weights": _held(case) + case.gathered_bytes(block),
         "gradients in reduction": c * block_gradient + waiting,
         "activations": kept,
         "at work": case.tokens * (_recomputed("decoder", case) + gradients),
@@ -203,7 +208,7 @@ def _at_head(case: Case) -> dict[str, int]:
     logits = chunk_bytes(min(rows, case.tokens), V, c, runs)
     kept, _ = _kept(case)
     return {
-        "gathered weights": _held(case) + case.layout.gathered("decoder") * case.numbers("decoder.head."),
+        "gathered weights": _held(case) + case.gathered_bytes("decoder.head."),
         "activations": kept,
         "head": hidden + gradient + max(logits, copied),
     }
@@ -214,14 +219,14 @@ def _at_tower(name: str, case: Case) -> dict[str, int]:
     tower = getattr(case.model, name)
     sharding = case.config.parallel.tower_sharding
     whole = case.numbers(f"{name}.")
-    block = case.numbers(f"{name}.blocks.0.")
+    block = case.numbers(case.largest_block(name))
     gathered = reduction = 0
     if sharding == "unit":
         gathered = case.layout.gathered(name) * whole
         reduction = max(0, (c + 4) * case.trained_numbers(f"{name}.") - gathered)  # the weights are freed before
     if sharding == "block":
         gathered = case.layout.gathered(name) * block + c * (whole - block * tower.num_blocks)
-        reduction = (c + 4) * case.trained_numbers(f"{name}.blocks.0.")
+        reduction = (c + 4) * case.trained_numbers(case.largest_block(name))
     work = _recomputed(name, case) + c * (2 * tower.hidden_size + 3 * tower.intermediate_size)
     kept, _ = _kept_by_tower(name, case)
     return {
@@ -331,7 +336,7 @@ def block_bytes(name: str, case: Case, mode: Recompute) -> int:
         norms_train = f"{name}.blocks.0.attention_norm.weight" in case.trained
         scales_train = f"{name}.blocks.0.ffn_scale" in case.trained
         size = encoder_block_bytes(getattr(case.model, name), case.layout, norms_train, scales_train)
-    return size + adapter_bytes(f"{name}.blocks.0.", case)
+    return size + adapter_bytes(case.largest_block(name), case)
 
 
 def adapter_bytes(block: str, case: Case) -> int:
@@ -361,11 +366,15 @@ def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
     size = c * module.hidden_size // t
     if mode == "full":
         return size
-    products = block_products(name, case.model)
+    products = block_products(largest_block(name, case.model), case.model)
     for number, path in enumerate(products):
         if keeps_product(number, len(products)):
             weight = f"{path}.weight"
-            outputs, _ = tensor_share(weight, case.shapes[weight], t)
+            *_, outputs, _ = case.layout.share(weight, case.shapes[weight])
+            if ".experts." in path:
+                outputs = outputs * assignments(case.model.decoder, case.layout) // t
+            if path.endswith((".router", ".shared_gate")):
+                outputs = outputs // t  # of a rank's own tokens
             size += c * outputs  # a product that the ranks will sum has all of them
     num_outs = 1
     if name == "decoder" and t > 1:

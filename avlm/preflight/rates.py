@@ -59,6 +59,7 @@ SAVE_PLAN = 0.16  # seconds of the first rank, with 256 ranks, after the first s
 
 NORM, ROTATED, SWIGLU, RESIDUAL = (4, 10), (10.25, 10.25), (10, 18), (6, 6)
 COMPILED_D, COMPILED_QK, COMPILED_F = (12.6, 24.2), (4.2, 4.4), (6.3, 11)  # together, compiled: width, q and k, MLP
+COPIED_ROW = 4  # of a row that is read by its index and written, to an expert or back
 TOWER_D, TOWER_F = (20, 40), (4, 10)  # two LayerNorms and residuals; an activation
 # For each number that trains, by how moments are held: the step, clipping. fp32 is one kernel; bf16 is operators one
 # after the other, most of them for the random bits, and fused it would be 20.

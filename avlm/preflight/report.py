@@ -121,6 +121,9 @@ SAVINGS = (
     ("parallel.tensor", 4),
     ("parallel.context", 8),
     ("parallel.tensor", 8),
+    ("parallel.expert", 2),
+    ("parallel.expert", 4),
+    ("parallel.expert", 8),
     ("parallel.cpu_offload", True),
 )
 
@@ -179,7 +182,7 @@ def _with_setting(config: Config, key: str, value: Any, world_size: int) -> Conf
     tree = to_dict(config)
     *path, last = key.split(".")
     section = functools.reduce(dict.__getitem__, path, tree)
-    is_step_back = last in ("context", "tensor") and value < section[last]
+    is_step_back = last in ("context", "tensor", "expert") and value < section[last]
     if section[last] == value or is_step_back:
         return None
     section[last] = value

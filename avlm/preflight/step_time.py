@@ -3,7 +3,7 @@ row; how fast that is, from the rates of ``avlm.preflight.rates``, which are ass
 
     products, attention   FLOPs of ``avlm.training.flops``, on the rank with most / rate
     elementwise, copies   bytes in the memory of the GPU: between products, and around FSDP's collectives
-    tensor                gathers and sums inside of blocks, which all wait for
+    tensor, experts       gathers, sums and exchanges inside of blocks, which all wait for
     exposed               FSDP, context and media: what does not hide under the computation next to it
     optimizer             AdamW and clipping
     host                  Python and dispatch, beside the GPU: it counts where it is longer
@@ -88,15 +88,17 @@ def estimate(config: Config, stage: StageConfig, world_size: int, gpu: Gpu, row:
     tensor, tensor_sent = communication.tensor(step)
     copies, waited, weights_sent = communication.weights(step, work, tensor)
     exchange, exchange_sent = communication.media(step)
+    experts, experts_sent = communication.experts(step)
     num_trained = memory.resident(case)["gradients"] / 4
     parts = {kind: micro_batches * sum(map(sum, of_modules.values())) for kind, of_modules in work.items()}
     parts |= {
         "copies": copies,
         "tensor exchange": micro_batches * sum(tensor),
+        "experts' exchange": micro_batches * experts,
         "exposed communication": waited + micro_batches * (context.exposed + exchange),
         "optimizer": rates.ADAMW[stage.optimizer.moments] * num_trained / step.memory_rate,
     }
-    sent = {"weights": weights_sent, "tensor": micro_batches * tensor_sent}
+    sent = {"weights": weights_sent, "tensor": micro_batches * tensor_sent, "experts": micro_batches * experts_sent}
     sent |= {"context": micro_batches * context.sent, "media": micro_batches * exchange_sent}
     num_rows = layout.rows_per_step(config.train)
     num_flops = sum(
@@ -151,14 +153,24 @@ def _elementwise(step: Step) -> Both:
     D, F = decoder.hidden_size, decoder.intermediate_size
     QK = (decoder.num_heads + decoder.num_kv_heads) * decoder.head_dim
     of_token = []
+    num_mixtures = wire.num_mixtures(decoder)
+    in_all = F * (decoder.num_layers - num_mixtures)  # activations of a token in all layers
+    copies = 0
+    if decoder.experts is not None:
+        K = decoder.experts.per_token
+        in_all += num_mixtures * (K * decoder.experts.intermediate_size + decoder.experts.shared_size)
+        copies = num_mixtures * (K + 1) * D  # a token for each of its experts, and their outputs summed
     for i in range(2):
+        size = 2 * rates.COPIED_ROW * copies
         if compiled:
-            size = rates.COMPILED_D[i] * D + rates.COMPILED_QK[i] * QK + rates.COMPILED_F[i] * F
+            size += (rates.COMPILED_D[i] * D + rates.COMPILED_QK[i] * QK) * decoder.num_layers
+            size += rates.COMPILED_F[i] * in_all
         else:
-            size = 2 * (rates.NORM[i] + rates.RESIDUAL[i]) * D + rates.ROTATED[i] * QK + rates.SWIGLU[i] * F
-            size += rates.NORM[i] * QK * decoder.qk_norm
+            of_layer = 2 * (rates.NORM[i] + rates.RESIDUAL[i]) * D + rates.ROTATED[i] * QK
+            of_layer += rates.NORM[i] * QK * decoder.qk_norm
+            size += of_layer * decoder.num_layers + rates.SWIGLU[i] * in_all
         of_token.append(size)
-    forward, backward = (size * decoder.num_layers * step.tokens / case.layout.tensor for size in of_token)
+    forward, backward = (size * step.tokens / case.layout.tensor for size in of_token)
     if mode != "none":
         backward += forward
     return Both(forward / step.memory_rate, backward / step.memory_rate)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from avlm.config.decoder import DecoderConfig
 from avlm.config.run import Config
 from avlm.models.shapes import Shapes
-from avlm.parallel.tensor import tensor_share
+from avlm.preflight.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,15 @@ def units(config: Config, trained: Collection[str]) -> list[Unit]:
         found.append(Unit("embedding", embedding + ends, "shard_context", 1))
     else:
         found.append(Unit("embedding", embedding, "shard_context", 1))
+    experts_axis = "shard_context_tensor" if parallel.expert == 1 else "shard_of_expert"
     for i in range(decoder.num_layers):
-        found.append(Unit("decoder", (f"decoder.blocks.{i}.",), "shard_context", twice))
+        block = f"decoder.blocks.{i}."
+        if not decoder.has_experts(i):
+            found.append(Unit("decoder", (block,), "shard_context", twice))
+            continue
+        others = ("attention", "ffn_", "ffn.router.", "ffn.shared")
+        found.append(Unit("decoder", tuple(block + name for name in others), "shard_context", twice))
+        found.append(Unit("decoder", (f"{block}ffn.experts.",), experts_axis, twice))
     if not decoder.tie_embedding:
         found.append(Unit("head", ends, "shard_context", 1))
     return found
@@ -61,20 +68,20 @@ def ring(n: int, count: float) -> float:
     return count * (n - 1) / n
 
 
-def padded_numbers(shapes: Shapes, prefixes: tuple[str, ...], n: int, tensor: int) -> int:
-    """Numbers of a unit over n ranks: FSDP pads dim 0 of every tensor to a multiple of them."""
+def padded_numbers(shapes: Shapes, prefixes: tuple[str, ...], layout: Layout) -> int:
+    """Numbers of a unit over the ranks that shard it: FSDP pads the sharded dim of every tensor to a multiple."""
     total = 0
     for name, shape in shapes.items():
         if name.startswith(prefixes):
-            rows, *others = tensor_share(name, shape, tensor)
-            total += math.ceil(rows / n) * n * math.prod(others)
+            total += layout.largest_shard(name, shape) * layout.shards_of(name)
     return total
 
 
 def tensor_bytes(decoder: DecoderConfig, t: int, L: int, R: int, c: int) -> dict[str, float]:
-    """Each block gathers tokens twice and scatters sums twice, and its backward does the reverse; the embedding
-    scatters, the end of the decoder gathers. The head sums 4 numbers for each target, and dhidden. Gradients of norms
-    are partial sums over the tokens, or over the heads, of each rank."""
+    """Each block gathers tokens twice and scatters sums twice, and its backward does the reverse, but a mixture of
+    experts takes the tokens as they lie; the embedding scatters, the end of the decoder gathers. The head sums 4 numbers
+    for each target, and dhidden. Gradients of norms and routers are partial sums over the tokens, or over the heads, of
+    each rank."""
     D = decoder.hidden_size
     blocks = 4 * decoder.num_layers
     norms = 2 * D
@@ -83,11 +90,36 @@ def tensor_bytes(decoder: DecoderConfig, t: int, L: int, R: int, c: int) -> dict
     whole = c * L * D
     head = (4 * 4 + c * D) * R
     reduced = head + c * decoder.num_layers * norms
+    experts = decoder.experts
+    if experts is not None:
+        blocks -= 2 * num_mixtures(decoder) * (experts.shared_size == 0)
+        reduced += c * num_mixtures(decoder) * D * (experts.num + (experts.shared_size > 0))
     return {
         "all-gather": ring(t, (blocks + 2) * whole),
         "reduce-scatter": ring(t, (blocks + 1) * whole),
         "all-reduce": ring(t, 2 * reduced),
     }
+
+
+def num_mixtures(decoder: DecoderConfig) -> int:
+    return sum(decoder.has_experts(i) for i in range(decoder.num_layers))
+
+
+def gathered_experts_bytes(decoder: DecoderConfig, e: int, T: int, c: int) -> dict[str, float]:
+    """Of all mixtures, for T own tokens and experts that e ranks share out: x, with the weights and numbers (int32) of
+    its experts, to all, and dy; y and dx, with the gradients of the weights, are summed from all."""
+    experts = decoder.experts
+    assert experts is not None
+    D, K = decoder.hidden_size, experts.per_token
+    own = num_mixtures(decoder) * T * (e - 1)
+    return {"all-gather": own * (2 * c * D + (c + 4) * K), "reduce-scatter": own * c * (2 * D + K)}
+
+
+def exchanged_experts_bytes(decoder: DecoderConfig, e: int, crossing: float, c: int) -> float:
+    """Of all mixtures: how many assignments each expert gets, to its rank (int32); x to the experts and y back, dy and
+    dx. ``crossing``: assignments that leave for another rank or arrive from one, in all mixtures together."""
+    assert decoder.experts is not None
+    return num_mixtures(decoder) * ring(e, 4 * decoder.experts.num) + 2 * c * decoder.hidden_size * crossing
 
 
 def key_numbers(decoder: DecoderConfig, t: int, U: int) -> int:

@@ -22,7 +22,7 @@ import torch
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import Recompute, RecomputeConfig, StageConfig
-from avlm.models.costs import attention_cost, branches, check_steps, steps
+from avlm.models.costs import attention_cost, block_products, branches, check_steps, product_flops, steps
 from avlm.models.freezing import trained_shapes
 from avlm.models.lora import is_adapter
 from avlm.models.shapes import Shapes, parameter_shapes
@@ -85,8 +85,8 @@ def _repeated(module: str, model: ModelConfig, shapes: Shapes, trained: Collecti
     """The products and attentions that a backward computes again in the blocks of a module, adapters apart
     (``avlm.parallel.recompute``).
 
-    full: all but the last product, unless its DoRA magnitude or a layer scale that trains needs its result. selective:
-    the products, without attention, that are not kept.
+    full: all but the last product, unless its DoRA magnitude, a layer scale that trains or the weights of experts need
+    its result. selective: the products, without attention, that are not kept.
     """
     blocks: dict[str, list[str]] = defaultdict(list)
     for count, paths in steps(module, model):
@@ -94,13 +94,15 @@ def _repeated(module: str, model: ModelConfig, shapes: Shapes, trained: Collecti
             if count and _block(path):
                 blocks[_block(path)].append(path)
     found: set[str] = set()
-    for paths in blocks.values():
+    for block, paths in blocks.items():
         if mode == "selective":
-            products = [path for path in paths if not path.endswith("core")]
-            paths = [path for number, path in enumerate(products) if not keeps_product(number, len(products))]
+            products = block_products(block, model)
+            kept = {path for number, path in enumerate(products) if keeps_product(number, len(products))}
+            paths = [path for path in paths if path not in kept and not path.endswith("core")]
         for path in paths:
-            is_needed = f"{path}.lora_magnitude" in shapes or f"{_block(path)}.ffn_scale" in trained
-            if is_needed or not path.endswith(".down"):
+            is_needed = f"{path}.lora_magnitude" in shapes or f"{block}.ffn_scale" in trained
+            is_last = path in (f"{block}.ffn.down", f"{block}.down")
+            if is_needed or not is_last:
                 found.add(path)
     return found
 
@@ -133,7 +135,7 @@ def _cost(
     up = f"{path}.lora_up.weight"
     for name, has_gradient in ((base, below), (down, below), (up, below or down in trained)):
         if name in shapes:
-            product = 2 * math.prod(shapes[name])
+            product = product_flops(path, shapes[name], model)
             yield name, count, product, product * ((name in trained) + has_gradient)
     if f"{path}.lora_magnitude" in shapes:
         yield down, "batches", 2 * math.prod(shapes[base]) * shapes[down][0], 0

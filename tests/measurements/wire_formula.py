@@ -20,6 +20,7 @@ from avlm.parallel.context import cut
 from avlm.parallel.mesh import World
 from avlm.parallel.shares import share
 from avlm.preflight import wire
+from avlm.preflight.layout import layout_of
 from avlm.preflight.wire import ring
 
 FSDP, DTENSOR, OURS = "torch/distributed/fsdp/", "torch/distributed/tensor/", "avlm/parallel/"
@@ -96,11 +97,12 @@ def of_weights(config: Config, world: World) -> Bytes:
     float32. Dim 0 of every tensor is padded to a multiple of the ranks."""
     shapes = parameter_shapes(config.model)
     axes = ranks_of_axes(world)
+    layout = layout_of(config, world.size)
     copies = len(axes["replicate"])
     sent = Counter()
     for unit in wire.units(config, shapes):
         n = len(axes[unit.axis])
-        padded = wire.padded_numbers(shapes, unit.prefixes, n, config.parallel.tensor)
+        padded = wire.padded_numbers(shapes, unit.prefixes, layout)
         name = axis_of(axes, ASKERS[FSDP], axes[unit.axis])
         sent[name, "all-gather"] += ring(n, unit.num_gathers * ITEMSIZE * padded)
         sent[name, "reduce-scatter"] += ring(n, 4 * padded)

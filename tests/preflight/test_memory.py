@@ -102,6 +102,12 @@ def with_adapters(*changes, **lora):
     return make_config(*changes, model={**TREE["model"], "lora": lora}, stages=stages)
 
 
+def of_experts(num, width, *changes, shared=0):
+    experts = {"num": num, "per_token": 3, "intermediate_size": width, "shared_size": shared, "dense_layers": []}
+    decoder = {**TREE["model"]["decoder"], "hidden_size": 64, "num_heads": 4, "experts": experts}
+    return make_config(*changes, model={**TREE["model"], "decoder": decoder})
+
+
 # 1. What stays, against models that are really sharded.
 
 LAYOUTS = {
@@ -120,6 +126,9 @@ LAYOUTS = {
             ("train.precision", "bf16"),
             stages=[{"name": "words", "steps": 4, "train": ["decoder", "audio_projector"]}],
         ),
+        of_experts(6, 8, ("parallel.expert", 2)),
+        of_experts(12, 8, ("parallel.expert", 4), ("parallel.tensor", 2)),
+        of_experts(6, 8, ("parallel.tensor", 2), shared=6),
         with_adapters(("parallel.tensor", 2)),
         with_adapters(rank=3, base="bf16", dora=True, targets=["decoder.*", "audio.*.up"]),
     ],
@@ -131,7 +140,8 @@ def held(configs):
     found = []
     mesh.start(configs[0].parallel, torch.device("cpu"))
     for cfg in configs:
-        world = mesh.lay_out(mesh.sizes(cfg.parallel, ranks()[1]), torch.device("cpu"))
+        shape = mesh.sizes(cfg.parallel, ranks()[1])
+        world = mesh.lay_out(shape, torch.device("cpu"), expert=cfg.parallel.expert)
         with torch.device("meta"):
             model = AVLM(cfg.model)
         apply_parallel(model, world, cfg.parallel, cfg.train)
@@ -212,6 +222,17 @@ def test_activations_of_a_block_of_any_grid_are_as_estimated(vision, mode, error
     cfg = of_any_grid(vision, ("train.recompute.vision", mode))
     said = memory.block_bytes("vision", make_case(cfg, dtype, cfg.stages[0]), mode)
     assert said == pytest.approx(kept_by_a_block("vision", dtype, True, cfg), rel=error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("mode", "error"), [("none", 0.10), ("selective", 0.25), ("full", 0.10)])
+@pytest.mark.parametrize("shared", [0, 56])
+def test_activations_of_a_block_with_experts_are_as_estimated(shared, mode, error, dtype):
+    cfg = of_experts(8, 72, ("train.recompute.decoder", mode), shared=shared)
+    for trains in (True, False):
+        stage = cfg.stages[0] if trains else replace(cfg.stages[0], train=["vision_projector"])
+        said = memory.block_bytes("decoder", make_case(cfg, dtype, stage), mode)
+        assert said == pytest.approx(kept_by_a_block("decoder", dtype, trains, cfg), rel=error), trains
 
 
 @pytest.mark.parametrize("lora", [{}, {"dropout": 0.1}, {"dora": True}])
