@@ -33,8 +33,8 @@ class ParallelConfig:
     tensor: Ranks = 1  # ranks that share the heads, widths and vocabulary of the decoder
     expert: Ranks = 1  # ranks that share out the experts of a layer: those of a row first, then of shard
     expert_mode: Literal["auto", "gather", "exchange"] = "auto"
-    # gather: each of them sees the tokens of all; exchange: those that go to its experts. auto: gather where a token
-    # has at least as many experts as there are ranks, which sends no more and never waits for the device
+    # gather: each of them gets the tokens of all, and never waits for the device; exchange: a token goes to the ranks
+    # of its experts. auto: gather where a token has at least twice as many experts as there are ranks
     context_mode: Literal["auto", "ring", "allgather", "ulysses", "ulysses_ring"] = "auto"
     # auto: ulysses where context divides the key/value heads of a rank, within a machine of 8 ranks; ulysses_ring where
     # they have a common divisor

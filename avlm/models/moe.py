@@ -13,7 +13,7 @@ for the device, and sums have a fixed order. What fills the end of a row goes to
 f_e is the share of a packed row's assignments that go to the expert, P_e the mean of p_e over the row's tokens. Rows
 are the same on every layout of ranks, and so is the loss.
 
-T tokens   D hidden   F intermediate   N experts   K experts of a token   A assignments of tokens to experts, T K or less
+T tokens   D hidden   F intermediate   N experts   K experts of a token   A assignments of tokens to experts
 """
 
 from collections.abc import Callable
@@ -290,8 +290,8 @@ def clear_seen(model: nn.Module, device: torch.device) -> None:
 
 
 def take_seen(model: nn.Module, device: torch.device) -> Tensor:
-    """What this rank has computed since the last call, layer after layer with experts: their ``seen``, float32 (layers *
-    (N + len(SUMS)),). A recomputed block counts twice in all of them."""
+    """What this rank has computed since the last call: ``seen`` of the layers with experts, one after the other, float32
+    (layers * (N + len(SUMS)),). A recomputed block counts twice in all of it."""
     taken = torch.cat([torch.empty(0, device=device), *(each.seen for each in mixtures(model))])
     for each in mixtures(model):
         each.seen.zero_()

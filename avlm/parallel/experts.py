@@ -29,12 +29,13 @@ from kernels.grouped import grouped_linear
 
 def expert_mode(decoder: DecoderConfig, parallel: ParallelConfig) -> str:
     """What ``parallel.expert_mode`` comes to: gather, exchange or, where experts are not shared out, none. A gather
-    receives the tokens of R - 1 others; an exchange K (R - 1) / R assignments for each of a rank's tokens."""
+    receives R - 1 tokens for each of a rank's own, an exchange K (R - 1) / R assignments. But a gather makes room for
+    R K assignments, and moves them all, to compute K: auto takes it while that is little."""
     if decoder.experts is None or parallel.expert == 1:
         return "none"
     if parallel.expert_mode != "auto":
         return parallel.expert_mode
-    return "gather" if decoder.experts.per_token >= parallel.expert else "exchange"
+    return "gather" if decoder.experts.per_token >= 2 * parallel.expert else "exchange"
 
 
 def check_experts(decoder: DecoderConfig, parallel: ParallelConfig, num_ranks: int) -> None:

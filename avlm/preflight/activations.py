@@ -45,10 +45,9 @@ def experts_bytes(decoder: DecoderConfig, experts: ExpertsConfig, layout: Layout
     """What a mixture of experts keeps for each of a rank's own tokens."""
     c = layout.dtype.itemsize
     D, F, N, K = decoder.hidden_size, experts.intermediate_size, experts.num, experts.per_token
-    rows = assignments(decoder, layout)
-    gathered = layout.expert if layout.expert_mode == "gather" else 1  # tokens that it computes for each of its own
-    routing = 4 * N + (4 + 8) * K + 17 * gathered * K + 8 * rows  # p, w and its index, an order
-    in_experts = rows * (D * trains + (3 + trains) * F) + gathered * K * D  # input; gate, up, silu, product; outputs
+    rows, collected = expert_rows(decoder, layout)
+    routing = 4 * N + (4 + 8) * K + 17 * collected + 8 * rows  # p, w and its index, an order
+    in_experts = rows * (D * trains + (3 + trains) * F) + collected * D  # input; gate, up, silu, product; outputs
     shared = 0
     if experts.shared_size:
         S = experts.shared_size
@@ -56,15 +55,16 @@ def experts_bytes(decoder: DecoderConfig, experts: ExpertsConfig, layout: Layout
     return routing + c * (D * trains + in_experts + shared)
 
 
-def assignments(decoder: DecoderConfig, layout: Layout) -> int:
-    """Of tokens to experts, that a rank makes room for: for each of its own tokens. With an exchange as many as it has,
-    if experts are as busy as each other."""
+def expert_rows(decoder: DecoderConfig, layout: Layout) -> tuple[int, int]:
+    """Rows that a rank has for each of its own tokens: assignments that it makes room for, and outputs that it
+    collects, computed or not. With an exchange as many as it has itself, if experts are as busy as each other."""
     experts = decoder.experts
     if experts is None:
-        return 0
+        return 0, 0
     if layout.expert_mode == "gather":
-        return layout.expert * min(experts.per_token, experts.num // layout.expert)
-    return experts.per_token
+        most = min(experts.per_token, experts.num // layout.expert)
+        return layout.expert * most, layout.expert * experts.per_token
+    return experts.per_token, experts.per_token
 
 
 def feed_forward_numbers(decoder: DecoderConfig, layout: Layout) -> int:
@@ -73,10 +73,8 @@ def feed_forward_numbers(decoder: DecoderConfig, layout: Layout) -> int:
     experts = decoder.experts
     if experts is None:
         return 3 * decoder.intermediate_size // layout.tensor
-    rows = assignments(decoder, layout)
-    gathered = layout.expert if layout.expert_mode == "gather" else 1
-    of_experts = rows * (3 * experts.intermediate_size + decoder.hidden_size)
-    of_experts += gathered * experts.per_token * decoder.hidden_size
+    rows, collected = expert_rows(decoder, layout)
+    of_experts = rows * (3 * experts.intermediate_size + decoder.hidden_size) + collected * decoder.hidden_size
     return (of_experts + 3 * experts.shared_size) // layout.tensor
 
 

@@ -71,8 +71,8 @@ def tensor(step: Step) -> tuple[Both, float]:
 
 
 def experts(step: Step) -> tuple[float, float]:
-    """(seconds, bytes sent) of a micro-batch, if experts are equally busy. Nothing hides them. Recomputation repeats the
-    forward, half of all."""
+    """(seconds, bytes sent) of a micro-batch, if experts are equally busy. Nothing hides them. Recomputation repeats
+    the forward, half of all."""
     layout = step.case.layout
     decoder = step.case.model.decoder
     e = layout.expert

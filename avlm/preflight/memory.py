@@ -29,7 +29,13 @@ from avlm.models.freezing import trained_shapes
 from avlm.models.lora import frozen_base
 from avlm.models.shapes import Shapes
 from avlm.parallel.recompute import keeps_product
-from avlm.preflight.activations import assignments, decoder_block_bytes, feed_forward_numbers, encoder_block_bytes, projector_numbers
+from avlm.preflight.activations import (
+    decoder_block_bytes,
+    encoder_block_bytes,
+    expert_rows,
+    feed_forward_numbers,
+    projector_numbers,
+)
 from avlm.preflight.layout import Layout, layout_of
 from avlm.preflight.media_rows import media_rows
 from kernels import backend
@@ -372,7 +378,7 @@ def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
             weight = f"{path}.weight"
             *_, outputs, _ = case.layout.share(weight, case.shapes[weight])
             if ".experts." in path:
-                outputs = outputs * assignments(case.model.decoder, case.layout) // t
+                outputs = outputs * expert_rows(case.model.decoder, case.layout)[0] // t
             if path.endswith((".router", ".shared_gate")):
                 outputs = outputs // t  # of a rank's own tokens
             size += c * outputs  # a product that the ranks will sum has all of them

@@ -24,6 +24,7 @@ from avlm.config.model import TOWERS
 from avlm.config.run import Config, StageConfig
 from avlm.models.shapes import parameter_shapes
 from avlm.preflight import communication, memory, rates, wire
+from avlm.preflight.activations import expert_rows
 from avlm.preflight.described_step import Both, Row, Step, media_bytes
 from avlm.preflight.layout import layout_of
 from avlm.preflight.memory import GIB, Case
@@ -157,11 +158,11 @@ def _elementwise(step: Step) -> Both:
     in_all = F * (decoder.num_layers - num_mixtures)  # activations of a token in all layers
     copies = 0
     if decoder.experts is not None:
-        K = decoder.experts.per_token
-        in_all += num_mixtures * (K * decoder.experts.intermediate_size + decoder.experts.shared_size)
-        copies = num_mixtures * (K + 1) * D  # a token for each of its experts, and their outputs summed
+        rows, collected = expert_rows(decoder, case.layout)
+        in_all += num_mixtures * (rows * decoder.experts.intermediate_size + decoder.experts.shared_size)
+        copies = num_mixtures * (rows + collected) * D  # a token for each of its experts, and their outputs
     for i in range(2):
-        size = 2 * rates.COPIED_ROW * copies
+        size = rates.COPIED_ROW * copies
         if compiled:
             size += (rates.COMPILED_D[i] * D + rates.COMPILED_QK[i] * QK) * decoder.num_layers
             size += rates.COMPILED_F[i] * in_all

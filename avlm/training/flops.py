@@ -85,8 +85,8 @@ def _repeated(module: str, model: ModelConfig, shapes: Shapes, trained: Collecti
     """The products and attentions that a backward computes again in the blocks of a module, adapters apart
     (``avlm.parallel.recompute``).
 
-    full: all but the last product, unless its DoRA magnitude, a layer scale that trains or the weights of experts need
-    its result. selective: the products, without attention, that are not kept.
+    full: all but the last product, unless its DoRA magnitude, a layer scale that trains, the weights of experts or a
+    norm behind it need its result. selective: the products, without attention, that are not kept.
     """
     blocks: dict[str, list[str]] = defaultdict(list)
     for count, paths in steps(module, model):
@@ -101,6 +101,7 @@ def _repeated(module: str, model: ModelConfig, shapes: Shapes, trained: Collecti
             paths = [path for path in paths if path not in kept and not path.endswith("core")]
         for path in paths:
             is_needed = f"{path}.lora_magnitude" in shapes or f"{block}.ffn_scale" in trained
+            is_needed |= module == "decoder" and model.decoder.post_norms
             is_last = path in (f"{block}.ffn.down", f"{block}.down")
             if is_needed or not is_last:
                 found.add(path)

@@ -79,6 +79,34 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
 }
 LAYOUTS[2]["FSDP, towers replicated"] = {"tower_sharding": "replicate"}  # frozen, so a case of its own
 LAYOUTS[2]["FSDP, offloaded"] = {"cpu_offload": True}
+# Experts: all of them gathered by every rank, or shared out.
+EXPERTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {},
+    2: {
+        "FSDP": {},
+        "TP": {"tensor": 2},
+        "experts gathered": {"expert": 2},
+        "experts exchanged": {"expert": 2, "expert_mode": "exchange"},
+        "TP, experts": {"tensor": 2, "expert": 2},
+        "ring, experts exchanged": {"context": 2, "expert": 2, "expert_mode": "exchange", "context_mode": "ring"},
+    },
+    4: {
+        "experts gathered": {"expert": 4, "expert_mode": "gather"},
+        "experts exchanged": {"expert": 4},
+        "experts of pairs": {"expert": 2},
+        "HSDP, experts": {"replicate": 2, "expert": 2},
+        "HSDP x TP": {"replicate": 2, "tensor": 2},
+        "FSDP x TP, experts": {"tensor": 2, "expert": 4},
+        "TP x ring, experts": {"context": 2, "tensor": 2, "expert": 4, "context_mode": "ring"},
+        "TP x Ulysses, experts exchanged": {
+            **{"context": 2, "tensor": 2, "context_mode": "ulysses"},
+            **{"expert": 2, "expert_mode": "exchange"},
+        },
+    },
+    8: {"FSDP x TP x ring, experts": {"context": 2, "tensor": 2, "expert": 4, "context_mode": "ring"}},
+}
+for world_size, layouts in EXPERTS.items():
+    LAYOUTS[world_size] |= {f"{name}, of experts": layout for name, layout in layouts.items()}
 KV_HEADS = {"Ulysses x ring": 2}  # on 4 ranks; 4 elsewhere, which need no ring
 WINDOWED = ("FSDP", "TP", "all-gather", "Ulysses")  # on 2 ranks
 MASKED = {"gemma": ("TP", "all-gather"), "prefix": ("FSDP", "Ulysses")}  # model -> layouts, on 2 ranks
@@ -294,7 +322,9 @@ def choose(world_size: int, quick: bool) -> list[Case]:
 
 def _choose(world_size: int, quick: bool) -> list[Case]:
     """All pairs of settings, each layout in bf16, some compiled; quick: each layout once, every fourth in bf16."""
-    layouts = [layout for layout, sizes in LAYOUTS[world_size].items() if "replicate" not in sizes.values()]
+    left_out = [f"{name}, of experts" for name in EXPERTS[world_size]]
+    layouts = [name for name, sizes in LAYOUTS[world_size].items() if "replicate" not in sizes.values()]
+    layouts = [name for name in layouts if name not in left_out]
     settings = {"mix": "different", "accumulate": 1, "recompute": "none", "accumulate_mode": "sharded"}
     in_bf16 = [
         Case(layout=layout, **settings, trains="everything", tied=bool(i % 2), precision="bf16")
@@ -308,7 +338,7 @@ def _choose(world_size: int, quick: bool) -> list[Case]:
             frozen += [
                 Case(layout, **masked, trains="everything", tied=True, model=model) for layout in layouts_of_model
             ]
-    frozen += of_other_images(world_size, quick)
+    frozen += of_other_images(world_size, quick) + of_experts(world_size, quick)
     if not quick:
         compiled = [replace(case, precision="fp32", compile=True) for case in in_bf16 if case.layout in COMPILED]
         compiled = [replace(case, recompute=COMPILED[case.layout]) for case in compiled]
@@ -334,6 +364,21 @@ def of_other_images(world_size: int, quick: bool) -> list[Case]:
     if world_size == 2:
         cases += [replace(case, precision="bf16", trains="everything") for case in cases[: 3 - quick]]
         cases += [] if quick else [replace(cases[0], compile=True)]
+    return cases
+
+
+def of_experts(world_size: int, quick: bool) -> list[Case]:
+    """Each layout; some compiled. In bf16 those without sums over the tensor axis: where these are rounded otherwise, a
+    token between two experts may take the other one, which no tolerance of rounding covers."""
+    cases = []
+    for i, name in enumerate(EXPERTS[world_size]):
+        for n in range(1 if quick else 3):
+            setting = {key: FACTORS[key][(i + n) % len(FACTORS[key])] for key in FACTORS}
+            cases.append(Case(f"{name}, of experts", **setting, model="experts"))
+    if world_size == 2:
+        of_shards = [replace(cases[0], layout=f"{name}, of experts") for name in ("FSDP", "experts exchanged")]
+        cases += [replace(case, precision="bf16", mix="different", trains="everything") for case in of_shards]
+        cases += [] if quick else [replace(case, compile=True, recompute="selective") for case in of_shards]
     return cases
 
 
