@@ -1,8 +1,8 @@
 """A linear for each group of rows: y_a = x_a @ weight_n.T for the rows a of group n.
 
 It is torch's own grouped product, which on a GPU reads the ends of the groups there. It is an op of ours because that
-of torch 2.11 cannot be compiled in float32, and so that recomputation can tell it from others. Rows behind the last group
-are not computed: what stands there may be anything, in the output and in the gradient of x.
+of torch 2.11 cannot be compiled in float32, and so that recomputation can tell it from others. Rows behind the last
+group are not computed: what stands there may be anything, in the output and in the gradient of x.
 
 A rows   N groups   I inputs   O outputs
 """

@@ -27,8 +27,8 @@ from avlm.parallel.mesh import World
 from avlm.process.exit import NonFiniteLoss
 from avlm.storage.run_folder import Progress, Record, read_records
 from avlm.training import flops
-from avlm.training.expert_load import expert_load
 from avlm.training.console import ending, step_line
+from avlm.training.expert_load import expert_load
 from avlm.training.slowest import Slowest
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
