@@ -176,6 +176,7 @@ WITH_PROMPT_KEYS = (
 )  # in their config.json
 # Whose processors put what stands around media into prompts themselves.
 WITH_MARKERS = (pixtral, mistral3, internvl, idefics3, smolvlm, gemma3)
+WITH_IMAGES_ALONE = (paligemma, paligemma2)  # whose processors take no other prompts
 TRANSPOSED = {gemma3: gemma3.TRANSPOSED}  # family -> parameters, their names with our module
 JOINS_EXPERTS = (qwen3_vl_moe,)
 rebuilds_tokenizer = llama.rebuilds_tokenizer

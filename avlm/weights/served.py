@@ -41,6 +41,7 @@ class Served(NamedTuple):
 
 def choose(config: ModelConfig, data: DataConfig | None) -> Served:
     """The base of a model. ValueError with what keeps it out of the nearest."""
+    _require_norms(config, "audio_projector")
     if not config.modalities:
         raise ValueError("the model neither sees nor hears: --format decoder holds it without code of its own")
     for kind, marked in data.markers.items() if data is not None else ():
@@ -50,6 +51,8 @@ def choose(config: ModelConfig, data: DataConfig | None) -> Served:
         return Served("voxtral", False)
     for chosen in _candidates():
         if _obstacle(chosen, config, data) is None:
+            if chosen.own_projector:
+                _require_norms(config, "vision_projector")
             return chosen
     nearest = _nearest(config, data)
     raise ValueError(
@@ -58,8 +61,19 @@ def choose(config: ModelConfig, data: DataConfig | None) -> Served:
     )
 
 
+def _require_norms(config: ModelConfig, name: str) -> None:
+    """ValueError for a projector of ours with a norm that the code of the folder lacks."""
+    projector = getattr(config, name)
+    for key in ("norm", "feature_norm", "hidden_norm", "output_norm"):
+        if projector is not None and getattr(projector, key) == "rms_offset":
+            raise ValueError(f"the {FORMAT} format cannot hold {name}.{key}=rms_offset: train it with rms")
+
+
 def _nearest(config: ModelConfig, data: DataConfig | None) -> Served:
     """By how images become features."""
+    if config.decoder.bidirectional != "none":
+        of_prefix = "paligemma2" if config.decoder.post_norms else "paligemma"
+        return Served("gemma3" if config.decoder.bidirectional == "images" else of_prefix, False)
     if config.vision.any_grid:
         if config.decoder.mrope_interleaved:
             return Served("qwen3_vl", False)
@@ -97,6 +111,8 @@ def _candidates() -> Iterator[Served]:
 def _obstacle(chosen: Served, config: ModelConfig, data: DataConfig | None) -> str | None:
     if chosen.own_projector and chosen.base != "llava" and config.vision_projector.downsample != 1:
         return f"a LlavaNext with tiles has no vision_projector.downsample={config.vision_projector.downsample}"
+    if chosen.family in door.WITH_IMAGES_ALONE:
+        return f"its processor takes no prompt without an image, but --format {chosen.base} may hold what sees"
     seen = served.sight(config, chosen.own_projector)
     try:
         chosen.family.config_json(seen, dict.fromkeys(chosen.family.MEDIA_TOKENS, 0))

@@ -7,9 +7,11 @@ import warnings
 
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 
 from avlm.config.load import dump_config, load_config
@@ -24,7 +26,7 @@ from avlm.models.batch import IMAGE
 from avlm.weights.export import export
 from avlm.weights.folder import model_and_data, read_config, stop_ids
 from avlm.weights.load import init_weights, load_weights
-from tests.data.small_files import CORPUS, image_file, photo, write_tokenizer
+from tests.data.small_files import CORPUS, image_file, photo
 from tests.families.measured import all_gradients_close, close, note
 from tests.families.test_gemma_vision_keys import FAMILIES, config_of, published
 from tests.families.test_llava_next import Case, assert_pixels_equal
@@ -71,6 +73,25 @@ QUESTIONS = {
 }
 
 
+def write_gemma_tokenizer(folder, control: list[str], **config) -> None:
+    """As Gemma's: BPE over letters with bytes for the rest, blanks as letters, and runs of line breaks that are found
+    before a text is split."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    blanks, as_bytes, fuse = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
+    tokenizer.decoder = decoders.Sequence([blanks, as_bytes, fuse])
+    alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    special = [*control, "<unk>", *alphabet]
+    trainer = trainers.BpeTrainer(vocab_size=450, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([*CORPUS, "user\nmodel\n"] * 5, trainer)
+    tokenizer.add_tokens([AddedToken("\n" * count, normalized=False, special=False) for count in range(1, 6)])
+    keys = json.loads(tokenizer.to_str())
+    keys["added_tokens"] = [each for each in keys["added_tokens"] if each["content"] not in alphabet]
+    (folder / "tokenizer.json").write_text(json.dumps(keys))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"unk_token": "<unk>", **config}))
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request, tmp_path_factory) -> Case:
     torch.manual_seed(0)
@@ -81,7 +102,7 @@ def case(request, tmp_path_factory) -> Case:
     names |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     if name == "gemma3":
         names |= {"extra_special_tokens": gemma3.TOKEN_NAMES, "chat_template": TEMPLATE}
-    write_tokenizer(folder, [*CONTROL, *family.MEDIA_TOKENS], [*CORPUS, "\n\n\n\nuser\nmodel\n\n"], **names)
+    write_gemma_tokenizer(folder, [*CONTROL, *family.MEDIA_TOKENS], **names)
     tokenizer = Tokenizer(folder)
     ids = {"image_token_index": tokenizer.find(family.MEDIA_TOKENS[0])}
     if name == "gemma3":

@@ -59,6 +59,10 @@ def keys_of(name: str) -> dict:
     return json.loads(config_of(name).to_json_string(use_diff=False))
 
 
+def model_of(name: str) -> ModelConfig:
+    return FAMILIES[name].read(keys_of(name), {})
+
+
 def published(name: str, **changes) -> dict[str, dict]:
     """The files of a folder as the Hub has them."""
     of_class = {"gemma3": ("Gemma3ImageProcessor", "Gemma3Processor", 2)}

@@ -20,6 +20,7 @@ from avlm.models.avlm import AVLM
 from avlm.weights.export import export
 from tests.data.small_files import CONTROL, image_file, photo, tone, video_file, write_tokenizer
 from tests.families import (
+    test_gemma_vision_keys,
     test_idefics3_keys,
     test_internvl_keys,
     test_llava_next_keys,
@@ -160,6 +161,8 @@ def joint(name: str) -> tuple[ModelConfig, dict]:
         keys, files = test_internvl_keys.keys_of("qwen2"), test_internvl_keys.FILES
     elif name in ("idefics3", "smolvlm"):
         keys, files = test_idefics3_keys.keys_of(name), test_idefics3_keys.published(name)
+    elif name == "gemma3":
+        keys, files = test_gemma_vision_keys.keys_of(name), test_gemma_vision_keys.published(name)
     elif name.startswith("llava"):
         keys = test_llava_next_keys.keys_of(name)
     else:
@@ -175,7 +178,7 @@ def joint(name: str) -> tuple[ModelConfig, dict]:
 
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "smolvlm", "llava_next", "llava_next_video"]
-FAMILIES += ["llava_onevision", "pixtral", "mistral3"]
+FAMILIES += ["llava_onevision", "pixtral", "mistral3", "gemma3"]
 
 
 def of_model(name: str) -> tuple[ModelConfig, dict, list[Sample]]:

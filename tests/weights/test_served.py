@@ -17,7 +17,7 @@ from avlm.families import door, qwen2_vl
 from avlm.weights.load import open_model
 from avlm.weights.served import check_code, choose, places
 from tests.data.small_files import photo, write_tokenizer
-from tests.families import test_qwen_vl_prompts
+from tests.families import test_gemma_vision_keys, test_qwen_vl_prompts
 from tests.models.handmade import build
 from tests.weights.served_models import (
     ASKED,
@@ -174,6 +174,17 @@ def test_a_format_refuses_a_model_that_it_cannot_hold_in_one_line(format):
         ),
         (changed("decoder", qkv_bias=True, qk_norm=True), {}, "no Hugging Face architecture has both qkv_bias and"),
         (changed("vision"), {"image_layout": {"line_break": "\n"}}, "cannot hold data.image_layout.line_break="),
+        (
+            changed("vision_projector", feature_norm="rms_offset"),
+            {},
+            "transformers format cannot hold vision_projector.feature_norm=rms_offset: train it with rms",
+        ),
+        (changed("audio_projector", norm="rms_offset"), {}, "cannot hold audio_projector.norm=rms_offset"),
+        (
+            test_gemma_vision_keys.model_of("paligemma2"),
+            {"template": "paligemma"},
+            "being PaliGemmaForConditionalGeneration: its processor takes no prompt without an image, but --format",
+        ),
         (MODELS["llava"], {"image_layout": TILES}, "being LlavaNextForConditionalGeneration: .*newline=true"),
         (changed("vision"), {"image_layout": TILES}, "a LlavaNext with tiles has no vision_projector.downsample=2"),
         (

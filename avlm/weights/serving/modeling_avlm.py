@@ -17,13 +17,7 @@ from transformers import VoxtralEncoder, VoxtralEncoderConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-
-class OffsetRMSNorm(nn.RMSNorm):
-    def forward(self, x):
-        return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
-
-
-NORMS = {"none": nn.Identity, "layer": nn.LayerNorm, "rms": nn.RMSNorm, "rms_offset": OffsetRMSNorm}
+NORMS = {"none": nn.Identity, "layer": nn.LayerNorm, "rms": nn.RMSNorm}
 SEES_VIDEOS = hasattr(BaseModel, "get_video_features")  # else their frames are images
 SEEN = {"pixel_values": "image_token_id", "pixel_values_videos": "video_token_id" if SEES_VIDEOS else "frames_token_id"}
 REPEATS_MEDIA = "_expand_inputs_for_generation" in vars(BaseForConditionalGeneration)
