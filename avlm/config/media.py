@@ -114,14 +114,15 @@ class VideoConfig:
     tokens: Bounds | None = None  # bounds of a whole video: the more frames, the smaller they become (Qwen3-VL)
     text: VideoText = field(default_factory=VideoText)
     newline: bool = False  # end with the learned row of model.vision_projector.newline
-    audio: Literal[False, "after", "interleaved"] = False
+    audio: Literal[False, "after", "interleaved", "merged"] = False
     # encode the video's own audio too: after its frames, or in turns of chunk_seconds, each with its frames first
+    # (Qwen2.5-Omni), or each patch of frames before the first feature of audio that is not earlier (Qwen3-Omni)
     chunk_seconds: Annotated[float, Field(ge=1e-3)] = 2.0
 
     def __post_init__(self) -> None:
         require(
-            self.text == VideoText() or self.audio != "interleaved",
-            "text goes with audio=after or false, not with audio=interleaved",
+            self.text == VideoText() or self.audio in (False, "after"),
+            f"text goes with audio=after or false, not with audio={self.audio}",
         )
         require((self.num_frames is None) != (self.fps is None), "give num_frames or fps, and set the other to null")
         require(self.spread != "inner" or self.fps is not None, "spread=inner needs fps")

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from avlm.config.audio import AudioConfig
 from avlm.config.decoder import DecoderConfig
 from avlm.config.values import (
     Epsilon,
@@ -70,6 +71,7 @@ class VisionConfig:
     window: Stack | None = None  # patches a side of the windows within which layers attend; null: whole images
     full_layers: list[Whole] = field(default_factory=list)  # that attend to whole images although there are windows
     tokens_per_second: Positive | None = None  # steps of M-RoPE's time; null: one for each patch of frames
+    fractional_time: bool = False  # those steps are not rounded down (Qwen3-Omni)
     mean: Annotated[list[Share], Field(min_length=3, max_length=3)] = field(
         default_factory=lambda: [0.48145466, 0.4578275, 0.40821073]
     )  # of RGB in 0..1
@@ -175,71 +177,6 @@ class VisionConfig:
         """Positions in the decoder of an image of so many lines and columns of patches."""
         lines, columns = grid
         return (lines // downsample) * (columns // downsample)
-
-
-@config
-class AudioConfig:
-    """Whisper encoder. Audio is cut into windows, which the convolutions and attention do not cross."""
-
-    hidden_size: Width
-    intermediate_size: Width
-    num_layers: Layers
-    num_heads: Heads
-    num_mels: Annotated[int, Field(gt=0, le=2**10)] = 80
-    max_positions: Annotated[int, Field(gt=0, le=2**20)] = 1500  # rows of a full window: 20 ms each
-    window: Literal["true", "fixed"] = "true"  # only the clip's rows, or the whole window's even if the clip is shorter
-    log_mel: Literal["window", "clip"] = "window"  # made of each window alone, or of the whole clip before it is cut
-    edge: Literal["zeros", "silence", "masked"] = "zeros"
-    # what is past a clip: zeros or frames of silence before the first convolution; masked: zeros before each of the two
-    pool: Literal[1, 2] = 1  # rows whose mean is a row of the output, before the last norm; an odd last row is dropped
-    key_bias: bool = False
-
-    def __post_init__(self) -> None:
-        require(
-            self.hidden_size % self.num_heads == 0,
-            f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}",
-        )
-        require(self.window == "true" or self.edge == "zeros", f"edge={self.edge} needs window=true")
-        require(
-            self.max_positions >= self.pool, f"max_positions={self.max_positions} is fewer than pool={self.pool} rows"
-        )
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of a full window in the tower."""
-        return self.max_positions
-
-    @property
-    def num_blocks(self) -> int:
-        return self.num_layers
-
-    @property
-    def width(self) -> int:
-        """Numbers of an output row."""
-        return self.hidden_size
-
-    def item_shape(self, num_frames: int) -> tuple[int, int]:
-        """Mel bins, and frames of a window that holds so many of a clip: with edge=silence there are some behind them,
-        which the rows of the clip see."""
-        if self.edge == "silence":
-            return self.num_mels, 2 * self.rows_of(num_frames) + 2
-        return self.num_mels, num_frames
-
-    def rows_of(self, num_frames: int) -> int:
-        """Rows in the tower of a window with so many frames of a clip."""
-        return math.ceil(num_frames / 2)
-
-    def outputs_of(self, num_frames: int) -> int:
-        """Rows of the tower's output."""
-        return self.rows_of(num_frames) // self.pool
-
-    def rows_per_feature(self, projector: "ProjectorConfig") -> int:
-        """Output rows that the projector makes one of."""
-        return projector.downsample
-
-    def num_features(self, num_frames: int, downsample: int) -> int:
-        """Positions in the decoder of a window; the last may be made of fewer rows than the others."""
-        return math.ceil(self.outputs_of(num_frames) / downsample)
 
 
 @config

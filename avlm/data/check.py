@@ -54,7 +54,7 @@ def _check_room(model: ModelConfig, stage: StageConfig) -> None:
     if {"vision", "vision_projector"} & trained:
         sizes["vision"] = ("the smallest image or frame", _least_image(model, stage.data))
     if {"audio", "audio_projector"} & trained and model.audio.window == "fixed":
-        tokens = model.audio.num_features(2 * model.audio.max_positions, model.audio_projector.downsample)
+        tokens = model.audio.num_features(model.audio.window_frames, model.audio_projector.downsample)
         sizes["audio"] = ("an audio window", tokens)
     for tower, (item, tokens) in sizes.items():
         if tokens > stage.data.seq_length:

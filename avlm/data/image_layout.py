@@ -129,7 +129,8 @@ def _offsets(extent: Extent, first: int, count: int, model: ModelConfig) -> Tens
         return None
     per_second = model.vision.tokens_per_second
     step = 1.0 if per_second is None or not extent.is_video else per_second * extent.patch_seconds
-    return of_grid(range(first, first + count), *extent.features_a_side, step)
+    is_fractional = extent.is_video and model.vision.fractional_time
+    return of_grid(range(first, first + count), *extent.features_a_side, step, is_fractional)
 
 
 def _written(text: str, extent: Extent, **of_frame: str | int) -> str:

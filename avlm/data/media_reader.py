@@ -19,8 +19,6 @@ from avlm.data.positions import of_text
 from avlm.data.runs import Run, holding
 from avlm.models.batch import AUDIO
 
-SECONDS_PER_ROW = 0.02  # of the audio tower, before pooling
-
 
 @dataclass(frozen=True)
 class Room:
@@ -54,6 +52,8 @@ class MediaReader:
         if config.audio == "after":
             return [*runs, self._audio(content, f"video of {key}", number)]
         heard = self._audio(content, f"video of {key}", number, video.seconds_to_audio(content))
+        if config.audio == "merged":
+            return self._merged(extent, items, heard, number)
         return self._interleaved(extent, items, heard, number)
 
     def laid_out(self, kind: str, content: bytes, count: int = 1) -> tuple[Extent, list[Run]]:
@@ -110,6 +110,35 @@ class MediaReader:
         seconds = self.data.video.chunk_seconds
         seen = [_chunk_of(i * extent.patch_seconds, seconds) for i in range(len(items))]
         sounds = [_chunk_of(time, seconds) for time in self._times_of(heard.items)]
+        runs = self._in_turns(extent, items, heard, seen, sounds)
+        (before, end), (before_audio, end_audio) = markers_of("video", number, self.data), heard.markers
+        runs[0] = replace(runs[0], markers=(before + before_audio, ""), abreast=True)
+        runs[-1] = replace(runs[-1], markers=(runs[-1].markers[0], end_audio + end), abreast=True)
+        return runs
+
+    def _merged(self, extent: Extent, items: list[Tensor], heard: Run, number: int) -> list[Run]:
+        """Each patch of frames before the first feature of audio that is not earlier, by their positions on the axis of
+        time, or in seconds where the decoder has one position for each token. Both begin at the same position; the
+        markers stand around all of it."""
+        vision = self.model.vision
+        step, times = extent.patch_seconds, list(self._times_of(heard.items))
+        if self.model.decoder.mrope_sections is not None:
+            step = 1.0 if vision.tokens_per_second is None else step * vision.tokens_per_second
+            times = list(range(len(times)))
+        seen = list(range(1, len(items) + 1))
+        starts = [i * step - 1e-6 for i in range(len(items))]  # the margin is for rounding
+        sounds = [bisect_left(starts, time) for time in times]
+        runs = self._in_turns(extent, items, heard, seen, sounds)
+        (before, end), (before_audio, end_audio) = markers_of("video", number, self.data), heard.markers
+        runs[0] = replace(runs[0], markers=(before + before_audio, ""))
+        runs[-1] = replace(runs[-1], markers=(runs[-1].markers[0], end_audio + end))
+        return runs
+
+    def _in_turns(
+        self, extent: Extent, items: list[Tensor], heard: Run, seen: list[int], sounds: list[int]
+    ) -> list[Run]:
+        """``seen`` and ``sounds``: the turn of each patch of frames and of each feature of audio, ascending; frames
+        come first within a turn."""
         runs: list[Run] = []
         waiting = heard.items  # all windows come with the first of their features
         for chunk in sorted({*seen, *sounds}):
@@ -124,17 +153,14 @@ class MediaReader:
                 tokens = [AUDIO] * (after - first)
                 runs.append(Run("audio", tokens, waiting, offsets=offsets, continues=bool(runs)))
                 waiting = []
-        (before, end), (before_audio, end_audio) = markers_of("video", number, self.data), heard.markers
-        runs[0] = replace(runs[0], markers=(before + before_audio, ""), abreast=True)
-        runs[-1] = replace(runs[-1], markers=(runs[-1].markers[0], end_audio + end), abreast=True)
         return runs
 
     def _times_of(self, windows: list[Tensor]) -> Iterator[float]:
         """The second of a clip at which each of its features begins."""
         config = self.model.audio
-        step = SECONDS_PER_ROW * config.pool * self.model.audio_projector.downsample
+        step = config.seconds_per_row * config.pool * self.model.audio_projector.downsample
         for number, window in enumerate(windows):
-            start = number * config.max_positions * SECONDS_PER_ROW
+            start = number * config.max_positions * config.seconds_per_row
             yield from (start + feature * step for feature in range(self._features_of(window)))
 
     def _views(self, picture: Tensor, extent: Extent) -> list[Tensor]:

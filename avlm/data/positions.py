@@ -21,7 +21,7 @@ class Placed:
     """Tokens whose positions are not those of text.
 
     start      the first one
-    offsets    int64 (3, n): what each adds to where they begin
+    offsets    int64 or float64 (3, n): what each adds to where they begin
     continues  they begin where those before them did, as the frames and the sound of a video
     """
 
@@ -30,16 +30,22 @@ class Placed:
     continues: bool = False
 
 
-def of_grid(times: Sequence[int], lines: int, columns: int, step: float = 1.0) -> Tensor:
+def of_grid(times: Sequence[int], lines: int, columns: int, step: float = 1.0, is_fractional: bool = False) -> Tensor:
     """Offsets of features in the order (time, line, column), for temporal patches with these numbers and ``step`` of
-    time between neighbours. Times are rounded down, in float32 as the published code has them."""
-    time = (torch.tensor(times) * step).long()
-    axes = torch.meshgrid(time, torch.arange(lines), torch.arange(columns), indexing="ij")
-    return torch.stack(axes).flatten(1)
+    time between neighbours. Times are rounded down, in float32 as the published code has them, or float64 as they
+    are."""
+    time = torch.tensor(times, dtype=torch.float64) * step if is_fractional else (torch.tensor(times) * step).long()
+    lines_and_columns = torch.arange(lines).to(time.dtype), torch.arange(columns).to(time.dtype)
+    return torch.stack(torch.meshgrid(time, *lines_and_columns, indexing="ij")).flatten(1)
 
 
-def of_text(first: int, count: int) -> Tensor:
-    return torch.arange(first, first + count).expand(3, -1)
+def of_text(first: int | float, count: int) -> Tensor:
+    """int64, or float64 after a position that is no whole number."""
+    position_T = torch.arange(count)
+    if not float(first).is_integer():
+        position_T = position_T.double()
+        return (position_T + first).expand(3, -1)
+    return (position_T + int(first)).expand(3, -1)
 
 
 def position_of(num_tokens: int, placed: Sequence[Placed], model: ModelConfig) -> Tensor | None:
@@ -50,16 +56,17 @@ def position_of(num_tokens: int, placed: Sequence[Placed], model: ModelConfig) -
 
 
 def positions(num_tokens: int, placed: Sequence[Placed]) -> Tensor:
-    """int64 (3, T)."""
+    """(3, T): int64, or float64 if any is no whole number."""
     parts = []
-    begin = following = 0  # position at which the last placed tokens began, and that of the next token
+    begin: int | float = 0  # position at which the last placed tokens began
+    following: int | float = 0  # that of the next token
     done = 0  # tokens
     for each in placed:
         parts.append(of_text(following, each.start - done))
         following += each.start - done
         begin = begin if each.continues else following
         parts.append(each.offsets + begin)
-        following = max(following, int(parts[-1].max()) + 1)
+        following = max(following, parts[-1].max().item() + 1)
         done = each.start + each.offsets.shape[1]
     parts.append(of_text(following, num_tokens - done))
     return torch.cat(parts, dim=1)

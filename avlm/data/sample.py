@@ -61,7 +61,7 @@ class EncodedSample:
               "audio"  log-mel windows float32 (M, frames)
     groups    of images, those that share their features; none if each has its own, line by line
     kind      one of KINDS
-    position_T  None: 0, 1, 2, ...; else int64, for M-RoPE (3, T): time, line and column
+    position_T  None: 0, 1, 2, ...; else int64 or float64, for M-RoPE (3, T): time, line and column
     """
 
     key: str

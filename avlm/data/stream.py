@@ -19,9 +19,9 @@ LATER = {
     "data": "image_tokens markers image_layout columns shuffle_buffer_bytes",
     "video": "min_frames spread frame_tokens tokens text newline chunk_seconds",
     "vision": "frames_per_patch deepstack_layers gated norm axial_rope window full_layers tokens_per_second "
-    "qk_norm layer_scale axial_offset position_table",
+    "qk_norm layer_scale axial_offset position_table fractional_time",
     "vision_projector": OF_PROJECTORS,
-    "audio": "log_mel edge pool key_bias",
+    "audio": "log_mel edge pool key_bias stem stem_width stem_frames",
     "audio_projector": OF_PROJECTORS,
 }
 

@@ -29,8 +29,8 @@ class Slots:
 
     index_T    int64: index of each token in the flattened (B, S) cache
     length_B   int64: used slots of each sequence, with this forward's tokens
-    shift_B    int64: the position of a new token of each sequence less its slot; not 0 where media take up fewer
-               positions than tokens (M-RoPE)
+    shift_B    int64 or float64: the position of a new token of each sequence less its slot; not 0 where media take up
+               fewer positions than tokens (M-RoPE)
     visible_B  int64: the first slot of each sequence in its sliding window; after the prompt, for layers with one
     held       while the prompt of an only sequence continues what the caches hold: the segment of its keys, old and new
     """

@@ -188,7 +188,7 @@ def prompt_phase(
     batch = dataclasses.replace(batch, **seen, target_rows_R=last_B, target_R=unused_B, kind_R=unused_B)
     slot_T = torch.cat([torch.arange(0), *(torch.arange(start, start + len(prompt)) for prompt in prompts)])
     length_B += start
-    shift_B = torch.tensor([_shift(prompt, start) for prompt in prompts], dtype=torch.int64)
+    shift_B = torch.tensor([_shift(prompt, start) for prompt in prompts], dtype=batch.position_T.dtype)
     index_T = torch.repeat_interleave(torch.arange(len(prompts)) * size, length_B - start) + slot_T
     slots = Slots(index_T.to(ranks.device), length_B.to(ranks.device), shift_B.to(ranks.device), size)
     if start:
@@ -197,10 +197,10 @@ def prompt_phase(
     return ranks.own_part(batch).to(ranks.device), slots
 
 
-def _shift(prompt: EncodedSample, start: int) -> int:
+def _shift(prompt: EncodedSample, start: int) -> int | float:
     """By how much the position of a new token differs from its slot: positions continue after the prompt's largest,
     which stands in its end, past the ``start`` tokens that are held."""
-    return 0 if prompt.position_T is None else int(prompt.position_T.max()) + 1 - start - len(prompt)
+    return 0 if prompt.position_T is None else prompt.position_T.max().item() + 1 - start - len(prompt)
 
 
 def _continued(batch: Batch, slot_T: Tensor, model: AVLM) -> Batch:

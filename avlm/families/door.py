@@ -54,6 +54,7 @@ from avlm.families import (
     qwen2_5_vl,
     qwen2_audio,
     qwen2_vl,
+    qwen3_omni_moe,
     qwen3_vl,
     qwen3_vl_moe,
     smolvlm,
@@ -79,6 +80,7 @@ FAMILIES = (
         llava_next_video,
         llava_onevision,
         pixtral,
+        qwen3_omni_moe,
         qwen2_5_omni,
         ultravox,
         voxtral,
@@ -110,6 +112,7 @@ FORMATS: dict[str, ModuleType] = {
     "audioflamingo3": audioflamingo3,
     "ultravox": ultravox,
     "qwen2_5_omni": qwen2_5_omni,
+    "qwen3_omni_moe": qwen3_omni_moe,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
@@ -142,9 +145,11 @@ CHAT_TEMPLATES: dict[ModuleType | None, str] = {
     paligemma: paligemma.CHAT_TEMPLATE,
     paligemma2: paligemma.CHAT_TEMPLATE,
 }
-WITHIN = {"qwen2_5_omni": qwen2_5_omni}  # format -> family, of parts of a larger model
+# Format -> family, of parts of a larger model.
+WITHIN = {"qwen2_5_omni": qwen2_5_omni, "qwen3_omni_moe": qwen3_omni_moe}
 TOKEN_NAMES = {  # format -> {name that its processor asks for: token}
     "qwen2_5_omni": qwen2_5_omni.TOKEN_NAMES,
+    "qwen3_omni_moe": qwen3_omni_moe.TOKEN_NAMES,
     "internvl": internvl.TOKEN_NAMES,
     "gemma3": gemma3.TOKEN_NAMES,
 }
@@ -154,6 +159,7 @@ WITH_PROMPTS = (
     llava_onevision,
     qwen2_audio,
     qwen2_5_omni,
+    qwen3_omni_moe,
     qwen2_vl,
     qwen2_5_vl,
     qwen3_vl,
@@ -165,15 +171,10 @@ WITH_PROMPTS = (
     smolvlm,
     gemma3,
 )  # whose folders say how media stand in prompts
+# In their config.json.
 WITH_PROMPT_KEYS = (
-    llava,
-    llava_next,
-    llava_next_video,
-    llava_onevision,
-    qwen2_5_omni,
-    paligemma,
-    paligemma2,
-)  # in their config.json
+    *(llava, llava_next, llava_next_video, llava_onevision, qwen2_5_omni, qwen3_omni_moe, paligemma, paligemma2),
+)
 # Whose processors put what stands around media into prompts themselves.
 WITH_MARKERS = (pixtral, mistral3, internvl, idefics3, smolvlm, gemma3)
 WITH_IMAGES_ALONE = (paligemma, paligemma2)  # whose processors take no other prompts

@@ -26,7 +26,7 @@ KEYS_OF_TYPE = {
     "window_size spatial_merge_size temporal_patch_size num_position_embeddings n_window output_dim "
     "stack_factor scale_factor original_max_position_embeddings num_experts num_local_experts num_experts_per_tok "
     "moe_intermediate_size decoder_sparse_step shared_expert_intermediate_size mm_tokens_per_image "
-    "projection_dim",
+    "projection_dim n_window_infer downsample_hidden_size",
     NUMBER: "rope_theta partial_rotary_factor factor mlp_ratio tokens_per_second position_id_per_seconds "
     "seconds_per_chunk mscale mscale_all_dim llama_4_scaling_beta downsample_ratio",
     SIDES: "image_size patch_size",

@@ -92,15 +92,17 @@ def read(keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
     return read_around(qwen2_vl.read_decoder(keys, "qwen3", TEXT_DEFAULTS), keys, files)
 
 
-def read_around(decoder: DecoderConfig, keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
-    """The whole model of a decoder."""
+def read_around(
+    decoder: DecoderConfig, keys: Mapping[str, Any], files: Mapping[str, dict], **others: Any
+) -> ModelConfig:
+    """The whole model of a decoder. ``others``: more fields of its tower."""
     require_accepted(keys, qwen2_vl.ACCEPTED)
     vision = {**VISION_DEFAULTS, **(keys.get("vision_config") or {})}
     side = math.isqrt(vision["num_position_embeddings"])
     if side**2 != vision["num_position_embeddings"]:
         number = shown(vision["num_position_embeddings"])
         raise ValueError(f"num_position_embeddings={number} is no square: the table has as many lines as columns")
-    tower = qwen2_vl.read_tower(FIELDS, vision, files, **TOWER, image_size=side * vision["patch_size"])
+    tower = qwen2_vl.read_tower(FIELDS, vision, files, **TOWER, image_size=side * vision["patch_size"], **others)
     return qwen2_vl.whole(decoder, tower, vision["spatial_merge_size"], vision["out_hidden_size"])
 
 
@@ -111,23 +113,30 @@ def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
 
 def write_whole(config: ModelConfig, ids: Mapping[str, int], name: str, format: str, read: Reader) -> dict[str, Any]:
     """``name``: of the class of transformers."""
-    vision = qwen2_vl.require_vision(config, format)
-    rope = {"rope_type": "default", "mrope_section": config.decoder.mrope_sections, "mrope_interleaved": True}
+    qwen2_vl.require_vision(config, format)
     keys = {
         **qwen2_vl.write_top(config, ids, name, format),
         "text_config": {
             **qwen2_vl.write_decoder(config.decoder),
             "model_type": f"{format}_text",
-            "rope_scaling": rope,
+            "rope_scaling": rope_scaling(config.decoder),
         },
-        "vision_config": {
-            **qwen2_vl.write_tower(config, FIELDS),
-            "out_hidden_size": config.decoder.hidden_size,
-            "num_position_embeddings": vision.num_patches,
-        },
+        "vision_config": write_tower(config),
     }
     require_same(format, config, read, keys, processor_json(config, None))
     return keys
+
+
+def rope_scaling(decoder: DecoderConfig) -> dict[str, Any]:
+    return {"rope_type": "default", "mrope_section": decoder.mrope_sections, "mrope_interleaved": True}
+
+
+def write_tower(config: ModelConfig) -> dict[str, Any]:
+    return {
+        **qwen2_vl.write_tower(config, FIELDS),
+        "out_hidden_size": config.decoder.hidden_size,
+        "num_position_embeddings": config.vision.num_patches,
+    }
 
 
 def prompts(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any]:

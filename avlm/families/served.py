@@ -83,7 +83,7 @@ def hearing(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
     if audio is None:
         return {}
     options = {"windows": audio.window, **{key: getattr(audio, key) for key in ("log_mel", "edge", "pool")}}
-    frames = 2 * audio.max_positions
+    frames = audio.window_frames
     windows = {**whisper.write_processor(audio, frames), "window_frames": frames}
     extractor = {**windows, "feature_extractor_type": "AVLMFeatureExtractor", **options}
     extractor["downsample"] = config.audio_projector.downsample

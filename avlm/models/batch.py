@@ -26,7 +26,6 @@ PAD = -1  # token: fills the end of a row; nothing is learned from it
 
 PLACEHOLDERS = {"image": IMAGE, "audio": AUDIO}  # of each modality
 KINDS = ("text", "image", "audio", "video", "mixed")  # of samples; the loss is reported for each kind
-FRAMES_PER_ROW = 2  # the stride of the convolutions of the audio tower
 
 TAPS = 4  # projected rows that a weighted sum is made of; and the most such sums that a row is part of
 Size = Grid | int  # of an item: lines and columns of patches of an image, frames of a clip in a window
@@ -34,33 +33,37 @@ Size = Grid | int  # of an item: lines and columns of patches of an image, frame
 
 @dataclass(frozen=True)
 class WindowRows(Movable):
-    """What the audio tower keeps of windows, of which it makes W / 2 rows each.
+    """What the audio tower keeps of windows, of which its convolutions make as many rows each: W / 2 with stem=conv1d.
 
-    kept    int64 (K,): which of the I * W / 2 rows after the convolutions belong to a clip
+    kept    int64 (K,): which of the rows of all windows belong to a clip
     live    bool (I, W): frames of a clip, for convolutions that see nothing else; None if they see all
     pooled  int64 (K',): for each row of the output, which is the mean of two kept rows, the first of them, from 0 to
             K - 1; None if the kept rows are the output
+    counts  how often the parts of the stem compute, over all windows
     """
 
     kept: Tensor
     live: Tensor | None
     pooled: Tensor | None
+    counts: dict[str, int]
 
     @staticmethod
-    def of(sizes: list[Any], rows_per_window: int, audio: AudioConfig) -> "WindowRows":
-        """``sizes``: frames of the clip in each window."""
+    def of(sizes: list[Any], num_frames: int, audio: AudioConfig) -> "WindowRows":
+        """``sizes``: frames of the clip in each window, which has ``num_frames``."""
+        rows_per_window = audio.rows_of(num_frames)
         nothing = torch.arange(0)
         counts = [audio.rows_of(size) for size in sizes]
         kept = torch.cat([nothing, *(torch.arange(count) + i * rows_per_window for i, count in enumerate(counts))])
         live = pooled = None
         if audio.edge == "masked":
             frames = torch.tensor(sizes, dtype=torch.int64)
-            live = torch.arange(FRAMES_PER_ROW * rows_per_window) < frames[:, None]
+            live = torch.arange(num_frames) < frames[:, None]
         if audio.pool > 1:
             starts = [0, *accumulate(counts)]
             whole = [torch.arange(count // audio.pool) * audio.pool + start for count, start in zip(counts, starts)]
             pooled = torch.cat([nothing, *whole])
-        return WindowRows(kept, live, pooled)
+        stem = {count: len(sizes) * number for count, number in audio.stem_counts(num_frames).items()}
+        return WindowRows(kept, live, pooled, stem)
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class Media(Movable):
     def __post_init__(self) -> None:
         assert len(self.segments) == len(self.sizes)
         assert self.features.sources.ndim == 2 and len(self.rows) == len(self.features)
-        assert self.windows is None or self.values.shape[2] % FRAMES_PER_ROW == 0
+        assert self.windows is None or self.values.shape[2] % 2 == 0
 
     @property
     def sources(self) -> Tensor:
@@ -170,8 +173,8 @@ def media_of(
         values = torch.cat([torch.empty(0, tower.patch_numbers, dtype=torch.uint8), *items])
         places = PatchPlaces.of(sizes, tower, downsample) if tower.any_grid else None
     if isinstance(tower, AudioConfig):
-        values = side_by_side(items, tower.num_mels)
-        windows = WindowRows.of(sizes, values.shape[2] // FRAMES_PER_ROW, tower)
+        values = side_by_side(items, tower)
+        windows = WindowRows.of(sizes, values.shape[2], tower)
     if segments is None:
         segments = Segments.of([tower.rows_of(size) for size in sizes])
     if features is None:
@@ -181,10 +184,11 @@ def media_of(
     return Media(values, sizes, segments, features, rows, newlines, windows, places)
 
 
-def side_by_side(windows: list[Tensor], num_mels: int) -> Tensor:
-    """Windows (M, frames), padded with zeros to the longest and to an even number of frames: float32 (I, M, W)."""
+def side_by_side(windows: list[Tensor], audio: AudioConfig) -> Tensor:
+    """Windows (M, frames), padded with zeros to the longest and to a multiple of ``audio.frames_together``: float32
+    (I, M, W)."""
     longest = max([1, *(window.shape[1] for window in windows)])  # a convolution refuses an empty window
-    values = torch.zeros(len(windows), num_mels, longest + longest % FRAMES_PER_ROW)
+    values = torch.zeros(len(windows), audio.num_mels, longest + -longest % audio.frames_together)
     for value, window in zip(values, windows):
         value[:, : window.shape[1]] = window
     return values
@@ -195,7 +199,8 @@ class Batch(Movable):
     """One packed row. Shapes are checked here, once.
 
     token_T        int64: vocabulary ids, and a placeholder (IMAGE, AUDIO, NEWLINE) for every row that media write
-    position_T     int64: position within the document, from 0; (3, T) for M-RoPE: time, line and column
+    position_T     int64: position within the document, from 0; (3, T) for M-RoPE: time, line and column; float64 where
+                   one is no whole number
     segments       documents, with intervals where tokens see what follows them
     windowed       the same for layers with a sliding window; None in a model without one
     target_rows_R  int64: where in token_T there is a target, ascending

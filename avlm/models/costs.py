@@ -10,7 +10,7 @@ from itertools import chain
 
 from avlm.config.decoder import DecoderConfig
 from avlm.config.model import TOWERS, AudioConfig, ModelConfig, ProjectorConfig, VisionConfig
-from avlm.models.batch import FRAMES_PER_ROW, Batch, Size
+from avlm.models.batch import Batch, Size
 from avlm.models.lora import is_adapter
 from avlm.models.patches import window_lengths
 from avlm.models.projector import LAYERS
@@ -18,8 +18,6 @@ from avlm.models.shapes import Shapes, parameter_shapes
 from kernels.segments import Segments
 
 Step = tuple[str, tuple[str, ...]]  # its count, "" if it has no product; modules that share an input
-# By how much the counts of a tower's stem grow with each row of an item.
-PER_ROW = {"patches": 1, "frames": FRAMES_PER_ROW, "strided_frames": 1}
 
 
 def counts(batch: Batch) -> dict[str, int]:
@@ -30,8 +28,6 @@ def counts(batch: Batch) -> dict[str, int]:
     a window of audio has L^2, and so has each window of an image. The padding at the end of a row is computed as one
     more document. Convolutions work on whole windows of audio, the head on rows with a target.
     """
-    num_windows = len(batch.audio.values)
-    num_frames = batch.audio.values.shape[2] if num_windows else 0
     found = {
         "batches": 1,
         "tokens": len(batch.token_T),
@@ -39,8 +35,7 @@ def counts(batch: Batch) -> dict[str, int]:
         "token_pairs": _pairs(batch.segments),
         "targets": len(batch.target_R),
         "patches": len(batch.image.values),
-        "frames": num_windows * num_frames,
-        "strided_frames": num_windows * (num_frames // FRAMES_PER_ROW),  # left by the second convolution
+        **(batch.audio.windows.counts if batch.audio.windows is not None else {}),
     }
     if batch.windowed is not None:
         found["window_pairs"] = _pairs(batch.windowed)
@@ -66,7 +61,10 @@ def item_costs(modality: str, sizes: list[Size], model: ModelConfig) -> list[int
     have windows, of w rows each, c times the sum of w^2."""
     name = TOWERS[modality]
     shapes = parameter_shapes(model)
+    tower = getattr(model, name)
     per_row = per_pair = per_window_pair = 0
+    of_stem: dict[str, int] = {}  # by their counts in a window of audio
+    stem_counts = tower.stem_counts(0) if isinstance(tower, AudioConfig) else {}
     for count, paths in steps(name, model):
         if not count:
             continue
@@ -77,14 +75,18 @@ def item_costs(modality: str, sizes: list[Size], model: ModelConfig) -> list[int
                 per_pair += attention_cost(path, model)
             else:
                 product = 2 * math.prod(shapes[f"{path}.weight"])
-                per_row += PER_ROW.get(count, 1) * product
-    tower = getattr(model, name)
+                if count in stem_counts:
+                    of_stem[count] = product
+                else:
+                    per_row += product
     costs = []
     for size in sizes:
         num_rows = tower.rows_of(size)
         cost = per_row * num_rows + per_pair * num_rows**2
         if per_window_pair and not isinstance(size, int):
             cost += per_window_pair * sum(length**2 for length in window_lengths(size, tower.window))
+        if isinstance(size, int):
+            cost += sum(of_stem[count] * number for count, number in tower.stem_counts(size).items())
         costs.append(cost)
     return costs
 
@@ -193,8 +195,14 @@ def _vision(config: VisionConfig) -> Iterator[Step]:
 
 
 def _audio(config: AudioConfig) -> Iterator[Step]:
-    yield "frames", ("conv1",)
-    yield "strided_frames", ("conv2",)
+    if config.stem == "conv1d":
+        yield "frames", ("conv1",)
+        yield "strided_frames", ("conv2",)
+    else:
+        yield "halved_1", ("conv1",)
+        yield "halved_2", ("conv2",)
+        yield "halved_3", ("conv3",)
+        yield "stem_rows", ("stem_out",)
     yield from _encoder(config, "audio")
 
 

@@ -139,7 +139,7 @@ def encoder_init_stats(tower: nn.Module, num_layers: int) -> dict[str, tuple[flo
             continue
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
             stats[f"{name}.weight"] = (1.0, 0.0)
-        elif isinstance(module, nn.Linear | nn.Conv1d):
+        elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             num_inputs = math.prod(module.weight.shape[1:])
             std = 1 / math.sqrt(num_inputs)
             if name.endswith((".o", ".down")):

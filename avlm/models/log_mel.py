@@ -25,7 +25,7 @@ BLOCK = 3000  # frames that are transformed at a time: spectra and powers take s
 def windows(clip: Tensor, audio: AudioConfig) -> list[Tensor]:
     """float32 (samples,) -> windows (M, frames), each ``audio.item_shape``: the frames of the clip, and what its
     convolutions see behind them. With edge=zeros a window has an even number of frames."""
-    whole = 2 * audio.max_positions
+    whole = audio.window_frames
     parts = clip.split(whole * HOP) if audio.log_mel == "window" else [clip]
     found = []
     for part in parts:
@@ -39,7 +39,7 @@ def windows(clip: Tensor, audio: AudioConfig) -> list[Tensor]:
 def _log_mel(clip: Tensor, audio: AudioConfig) -> tuple[Tensor, Tensor]:
     """Normalised log-mel of a clip and of the few frames behind it that touch it; and the value of those that do not,
     whose power is 0, the floor of the logarithm: they cannot be the maximum, and need no Fourier transform."""
-    whole = 2 * audio.max_positions
+    whole = audio.window_frames
     covered = math.ceil(clip.shape[0] / HOP)
     frames = covered + covered % 2 + math.ceil(FFT / HOP)
     if audio.edge != "masked":  # else more of the recording might follow
@@ -59,7 +59,7 @@ def _log_mel(clip: Tensor, audio: AudioConfig) -> tuple[Tensor, Tensor]:
 
 def _window(log_MW: Tensor, silence: Tensor, covered: int, audio: AudioConfig) -> Tensor:
     """The first ``covered`` frames of a clip's, or of what is left of them, as a window."""
-    whole = 2 * audio.max_positions
+    whole = audio.window_frames
     if audio.window == "fixed":
         return _followed_by_silence(log_MW, silence, whole)
     if audio.edge == "masked":

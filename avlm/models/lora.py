@@ -70,8 +70,8 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> None:
             of_experts = [name for name, _ in model.named_modules() if ".experts." in name]
             if grouped := fnmatch.filter(of_experts, target):
                 raise ValueError(
-                    f"model.lora.targets names {target!r}, and {collapse(grouped[0])} takes no adapters, since it is of "
-                    "all experts: name others, such as [decoder.*.q, decoder.*.k, decoder.*.v, decoder.*.o]"
+                    f"model.lora.targets names {target!r}, and {collapse(grouped[0])} takes no adapters: it is of all "
+                    "experts. Name others, such as [decoder.*.q, decoder.*.k, decoder.*.v, decoder.*.o]"
                 )
             known = sorted({collapse(path) for path in paths})
             near = difflib.get_close_matches(target, known, n=4, cutoff=0.4) or known

@@ -1,6 +1,10 @@
 """Audio tower: the Whisper encoder (Radford et al. 2022), all windows in one packed row, without padding.
 
+Its stem is Whisper's, two convolutions over frames; or Qwen3-Omni's, three over frames and mel bins, each of which
+halves both. The latter reads pieces of 100 frames apart from each other, and positions begin again in each.
+
 C windows   M mel bins   W frames of 10 ms   W / 2 rows after the stride-2 convolution   K rows kept   D width
+N pieces   L frames of a piece   R rows of a piece   S channels
 """
 
 import math
@@ -13,14 +17,22 @@ from avlm.config.model import AudioConfig
 from avlm.models.batch import Media
 from avlm.models.encoder import EncoderBlock, encoder_init_stats
 
+PIECES = 64  # that the convolutions of a conv2d stem read at once: their outputs are far larger than its rows
+
 
 class AudioTower(nn.Module):
     def __init__(self, config: AudioConfig):
         super().__init__()
         self.config = config
-        D = config.hidden_size
-        self.conv1 = nn.Conv1d(config.num_mels, D, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv1d(D, D, kernel_size=3, stride=2, padding=1)
+        D, S = config.hidden_size, config.stem_width
+        if config.stem == "conv1d":
+            self.conv1 = nn.Conv1d(config.num_mels, D, kernel_size=3, padding=1)
+            self.conv2 = nn.Conv1d(D, D, kernel_size=3, stride=2, padding=1)
+        else:
+            self.conv1 = nn.Conv2d(1, S, kernel_size=3, stride=2, padding=1)
+            self.conv2 = nn.Conv2d(S, S, kernel_size=3, stride=2, padding=1)
+            self.conv3 = nn.Conv2d(S, S, kernel_size=3, stride=2, padding=1)
+            self.stem_out = nn.Linear(S * config.stem_bins, D, bias=False)
         self.blocks = nn.ModuleList(EncoderBlock(config, key_bias=config.key_bias) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(D)
 
@@ -29,20 +41,35 @@ class AudioTower(nn.Module):
         dropped before any attention. Zero windows are legal."""
         rows = windows.windows
         assert rows is not None
-        x_CDW = F.gelu(self.conv1(windows.values.to(self.conv1.weight.dtype)))
-        if rows.live is not None:
-            x_CDW = x_CDW * rows.live[:, None].to(x_CDW.dtype)
-        x_CDW = F.gelu(self.conv2(x_CDW))
-        rows_per_window = max(x_CDW.shape[2], 1)
+        values_CMW = windows.values.to(self.conv1.weight.dtype)
         kept_K = rows.kept
-        x_KD = x_CDW.transpose(1, 2).flatten(0, 1)[kept_K]
-        positions_KD = sinusoids(torch.remainder(kept_K, rows_per_window), self.config.hidden_size)
-        x_KD = x_KD + positions_KD.to(x_KD.dtype)
+        if self.config.stem == "conv1d":
+            x_CDW = F.gelu(self.conv1(values_CMW))
+            if rows.live is not None:
+                x_CDW = x_CDW * rows.live[:, None].to(x_CDW.dtype)
+            x_CDW = F.gelu(self.conv2(x_CDW))
+            x_KD = x_CDW.transpose(1, 2).flatten(0, 1)[kept_K]
+            position_K = torch.remainder(kept_K, max(x_CDW.shape[2], 1))
+        else:
+            x_KD = self._rows_of_pieces(values_CMW)[kept_K]
+            position_K = torch.remainder(kept_K, self.config.rows_together)
+        x_KD = x_KD + sinusoids(position_K, self.config.hidden_size).to(x_KD.dtype)
         for block in self.blocks:
             x_KD = block(x_KD, windows.segments)
         if rows.pooled is not None:
             x_KD = (x_KD[rows.pooled] + x_KD[rows.pooled + 1]) / 2
         return self.norm(x_KD)
+
+    def _rows_of_pieces(self, values_CMW: Tensor) -> Tensor:
+        """All rows of all pieces, (N * R, D). A row's inputs to ``stem_out`` stand channel by channel."""
+        pieces_NML = values_CMW.unflatten(2, (-1, self.config.stem_frames)).transpose(1, 2).flatten(0, 1)
+        found = []
+        for some_NML in pieces_NML.split(PIECES):
+            x = some_NML[:, None]
+            for convolution in (self.conv1, self.conv2, self.conv3):
+                x = F.gelu(convolution(x))
+            found.append(self.stem_out(x.permute(0, 3, 1, 2).flatten(2)))
+        return torch.cat(found).flatten(0, 1)
 
     def init_stats(self) -> dict[str, tuple[float, float]]:
         """(mean, std) of the normal from which each parameter is drawn."""

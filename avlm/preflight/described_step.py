@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from avlm.config.model import TOWERS, ModelConfig, VisionConfig
 from avlm.config.run import DataConfig
-from avlm.models.batch import FRAMES_PER_ROW, Size
+from avlm.models.batch import Size
 from avlm.models.patches import window_lengths
 from avlm.parallel.context_attention import mode_of
 from avlm.preflight import rates
@@ -54,7 +54,7 @@ def item_size(modality: str, model: ModelConfig, data: DataConfig) -> Size:
     """A square image, of any grid as large as is allowed up to LARGEST_SIDE; a whole window of audio."""
     tower = getattr(model, TOWERS[modality])
     if not isinstance(tower, VisionConfig):
-        return FRAMES_PER_ROW * tower.max_positions
+        return tower.window_frames
     if not tower.any_grid:
         return tower.patches_per_side, tower.patches_per_side
     downsample = model.vision_projector.downsample
@@ -90,8 +90,7 @@ def counts_of(row: Row, model: ModelConfig, data: DataConfig) -> dict[str, int]:
         found[f"{modality}_pairs"] = number * rows**2
         found[f"{modality}_projected"] = number * _features(modality, model, data)
         if isinstance(size, int):
-            found["frames"] = number * size
-            found["strided_frames"] = number * rows
+            found |= {count: number * times for count, times in tower.stem_counts(size).items()}
             continue
         found["patches"] = number * math.prod(size)
         if tower.window is not None:

@@ -7,7 +7,6 @@ from avlm.config.model import AudioConfig, ModelConfig, VisionConfig
 from avlm.config.run import DataConfig
 from avlm.data.image_layout import runs_of_image
 from avlm.data.media.area import halved, of_image
-from avlm.models.batch import FRAMES_PER_ROW
 
 # Shapes of photographs and pages that are looked at, width to height, and their sizes in tiles.
 SHAPES = [2 ** (step / 4) for step in range(-8, 9)]
@@ -37,7 +36,7 @@ def media_rows(name: str, model: ModelConfig, data: DataConfig, ranks: int) -> t
 def _features_of_item(tower: VisionConfig | AudioConfig, downsample: int) -> int:
     if isinstance(tower, VisionConfig):
         return (tower.patches_per_side // downsample) ** 2
-    return tower.num_features(FRAMES_PER_ROW * tower.max_positions, downsample)
+    return tower.num_features(tower.window_frames, downsample)
 
 
 def _images(model: ModelConfig, data: DataConfig) -> list[tuple[int, int]]:

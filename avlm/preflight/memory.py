@@ -23,7 +23,6 @@ from functools import cached_property
 
 from avlm.config.model import AudioConfig, ModelConfig, VisionConfig
 from avlm.config.run import Config, Recompute, StageConfig
-from avlm.models.batch import FRAMES_PER_ROW
 from avlm.models.costs import block_products, largest_block
 from avlm.models.freezing import trained_shapes
 from avlm.models.lora import frozen_base
@@ -310,7 +309,11 @@ def _stem(tower: VisionConfig | AudioConfig) -> tuple[int, int]:
         if tower.axial_rope:
             places += 2 * 4 * tower.head_dim  # cos and sin
         return pixels + places, pixels + 2 * tower.hidden_size  # patches, and the first norm
-    mels = FRAMES_PER_ROW * tower.num_mels  # float32
+    mels = math.ceil(tower.num_mels * tower.frames_together / tower.rows_together)  # float32
+    if tower.stem == "conv2d":
+        written = tower.stem_counts(tower.frames_together)
+        per_piece = 2 * tower.stem_width * sum(written[f"halved_{n}"] for n in (1, 2, 3))  # with their GELUs
+        return 4 * mels, mels + math.ceil(per_piece / tower.rows_together) + 2 * tower.hidden_size
     return 4 * mels, mels + 6 * tower.hidden_size  # convolutions with their GELUs, and the last norm
 
 

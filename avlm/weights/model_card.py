@@ -175,7 +175,7 @@ def _sizes(model: ModelConfig, module: str) -> str:
         layers = f"{vision.num_blocks} layers of width {vision.hidden_size}"
         return f"{layers}, {side} in patches of {vision.patch_size}"
     if module == "audio":
-        window = f"windows of {audio.max_positions / 50:g} s" + " at most" * (audio.window == "true")
+        window = f"windows of {audio.window_frames / 100:g} s" + " at most" * (audio.window == "true")
         layers = f"{audio.num_layers} layers of width {audio.hidden_size}"
         return f"Whisper's encoder, {layers}, {audio.num_mels} mels, {window}"
     projector = getattr(model, module)
@@ -183,7 +183,7 @@ def _sizes(model: ModelConfig, module: str) -> str:
     if module == "vision_projector":
         made_of = f"{n} x {n} patches" if n > 1 else "a patch"
     else:
-        made_of = f"{20 * n * audio.pool} ms"
+        made_of = f"{1000 * n * audio.pool * audio.seconds_per_row:.3g} ms"
     return f"`{projector.type}`, a feature for {made_of}"
 
 
