@@ -274,7 +274,7 @@ def test_a_thinker_goes_back_into_the_whole_model_that_it_came_from(omni, tmp_pa
     other = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, intermediate_size=8))
     with pytest.raises(ValueError, match=r"one of shape \(48, 32\) for thinker.model.layers.0.mlp.gate_proj.weight"):
         export(other, AVLM(other).state_dict(), tmp_path / "b", "qwen2_5_omni", data=data, whole=str(omni))
-    with pytest.raises(ValueError, match="is for --format qwen2_5_omni or qwen3_omni_moe, and the format is qwen2_audio"):
+    with pytest.raises(ValueError, match="--format qwen2_5_omni or qwen3_omni_moe, and the format is qwen2_audio"):
         export(config, ours.state_dict(), tmp_path / "b", "qwen2_audio", whole=str(omni))
     (omni / "spk_dict.pt").unlink()
     with pytest.raises(ValueError, match=r"lacks spk_dict.pt, which transformers reads with the whole model: add it"):

@@ -34,12 +34,12 @@ from tests.models.handmade import adapted, loaded, make_batch, save
 SIZES = {
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128},
-    **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+    **{"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
 CONFIGS = {
     "qwen3_moe": (transformers.Qwen3MoeConfig, {"head_dim": 12, "norm_topk_prob": True, "mlp_only_layers": [1]}),
     "qwen3_moe of every second layer": (transformers.Qwen3MoeConfig, {"decoder_sparse_step": 2}),
-    "qwen2_moe": (transformers.Qwen2MoeConfig, {"shared_expert_intermediate_size": 24}),
+    "qwen2_moe": (transformers.Qwen2MoeConfig, {"shared_expert_intermediate_size": 40}),
 }
 TEXT = [3, 9, 12, 40, 5, 22, 8, 13]
 
@@ -255,7 +255,7 @@ def test_experts_that_are_missing_wrong_or_too_many_are_named(case, tmp_path):
 
     refused(f"has no tensor {name}, and the decoder has 6 experts", lambda state: state.pop(name))
     cut = lambda state: state.update({name: state[name][1:].clone()})
-    refused(f"{name} has shape .19, 32., and an expert of the decoder .20, 32.", cut)
+    refused(f"{name} has shape .23, 32., and an expert of the decoder .24, 32.", cut)
     refused(f"no place for: {extra}", lambda state: state.update({extra: state[name].clone()}))
     layer = name.split("experts")[0]
     whole = lambda state: [state.pop(key) for key in list(state) if key.startswith(f"{layer}experts.")]

@@ -37,7 +37,7 @@ CONFIGS = {
     "qwen3_vl": transformers.Qwen3VLConfig,
     "qwen3_vl_moe": transformers.Qwen3VLMoeConfig,
 }
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "mlp_only_layers": [1]}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]}
 
 
 def config_of(name: str, tied: bool = False) -> transformers.PretrainedConfig:
