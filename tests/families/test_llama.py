@@ -17,6 +17,7 @@ YARN = YarnScaling(factor=4.0, original_max_position=64, beta_fast=16.0, attenti
 DECODERS = {
     "llama": LLAMA,
     "llama with scaled frequencies": dataclasses.replace(LLAMA, rope_scaling=SCALING, tie_embedding=True),
+    "llama, stretched": dataclasses.replace(LLAMA, rope_stretch=4.0),
     "ministral3": dataclasses.replace(LLAMA, yarn=YARN, query_growth=0.2),
     "ministral3 with a window": dataclasses.replace(LLAMA, yarn=YARN, query_growth=0.2, sliding_window=64),
     "qwen2 with yarn": dataclasses.replace(LLAMA, qkv_bias=True, yarn=YARN),

@@ -46,6 +46,9 @@ GROWING_ROPE = {**YARN_ROPE, "llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale
 MODELS = {
     "llama2": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
     "llama3": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE)),
+    "llama2, stretched": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})
+    ),
     "smollm2": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "mistral": lambda: transformers.MistralForCausalLM(
         transformers.MistralConfig(**SIZES, sliding_window=None, head_dim=16)

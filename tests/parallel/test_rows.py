@@ -13,7 +13,7 @@ from avlm.parallel import rows
 from avlm.parallel.apply import own_part
 from avlm.parallel.mesh import lay_out
 from tests.measurements import rows_to_ranks
-from tests.parallel.small import make_config, make_rows
+from tests.parallel.small import MODELS, make_config, make_rows
 from tests.parallel.spawn import run_ranks
 
 LAYOUTS = {"context": (1, 1, 4, 1), "two rows": (1, 2, 2, 1), "context x tensor": (1, 1, 2, 2)}
@@ -53,7 +53,7 @@ def take_all(name, balance):
     """(differences of the parts from those of rows that every rank holds, states, values of whole rows that a rank
     holds) of three rows."""
     dist.init_process_group("gloo")
-    cfg = make_config()
+    cfg = make_config(model=MODELS["gemma" if name == "two rows" else "square"])  # intervals travel, too
     world = lay_out(LAYOUTS[name], torch.device("cpu"), balance)
     made = make_rows(cfg, ("video", "image", "text", "audio", "video", "image"))
     own = made[world.data_rank :: world.data_size][:3]

@@ -216,6 +216,16 @@ def test_activations_of_a_block_are_as_estimated(mode, error, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("mode", "error"), [("none", 0.10), ("selective", 0.25)])
+def test_activations_of_a_block_of_gemma_are_as_estimated(mode, error, dtype):
+    gemma = {"norm_offset": True, "post_norms": True, "activation": "gelu_tanh", "qk_norm": True, "qkv_bias": False}
+    changes = ((f"model.decoder.{key}", value) for key, value in gemma.items())
+    cfg = make_config(("train.recompute.decoder", mode), *changes)
+    said = memory.block_bytes("decoder", make_case(cfg, dtype, cfg.stages[0]), mode)
+    assert said == pytest.approx(kept_by_a_block("decoder", dtype, True, cfg), rel=error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("mode", "error"), [("none", 0.10), ("selective", 0.25), ("full", 0.10)])
 @pytest.mark.parametrize("vision", [GATED, DEEP, SCALED], ids=["gated", "deep", "scaled"])
 def test_activations_of_a_block_of_any_grid_are_as_estimated(vision, mode, error, dtype):
