@@ -1,6 +1,7 @@
 """generate.py on several ranks answers as one process does."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import sys
@@ -8,9 +9,15 @@ import sys
 import pytest
 
 import generate as command
+from avlm.config.model import ModelConfig
+from avlm.config.run import DataConfig
 from avlm.evaluation.sharded import most_tensor_ranks
+from avlm.weights.export import export
 from avlm.weights.load import open_model
 from tests.data.small_files import image_file, photo, tone
+from tests.models.handmade import build
+from tests.models.test_avlm import DECODER
+from tests.parallel.small import GEMMA
 from tests.parallel.spawn import run_ranks
 
 
@@ -47,6 +54,20 @@ def test_answers_are_those_of_one_process_and_the_first_rank_prints_them(asked, 
         assert each["logprobs"] == pytest.approx(of_one["logprobs"], abs=1e-5)
     assert others == [""] * (num_ranks - 1)
     assert run_ranks(printed, num_ranks, *streamed)[0] == printed(*streamed)
+
+
+def test_capped_logits_of_prompts_that_look_ahead_are_those_of_one_process(tokenizer_folder, tmp_path):
+    decoder = dataclasses.replace(DECODER, vocab_size=260, **{**GEMMA, "bidirectional": "prefix"})
+    config = ModelConfig(decoder=decoder)
+    data = DataConfig(train="", tokenizer=str(tokenizer_folder), template="chatml")
+    export(config, build(config).state_dict(), tmp_path / "out", data=data)
+    asked = [str(tmp_path / "out"), "--max-new-tokens", "6", "--json", "--prompt", "what", "--prompt", "and where?"]
+    expected = [json.loads(line) for line in printed(*asked).splitlines()]
+    found = [json.loads(line) for line in run_ranks(printed, 2, *asked)[0].splitlines()]
+    assert len(expected) == 2
+    for each, of_one in zip(found, expected, strict=True):
+        assert each["token_ids"] == of_one["token_ids"]
+        assert each["logprobs"] == pytest.approx(of_one["logprobs"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
