@@ -123,6 +123,7 @@ FORMATS: dict[str, ModuleType] = {
     "paligemma": paligemma,
     "paligemma2": paligemma2,
 }
+TEXT_FORMATS = tuple(name for name, family in FORMATS.items() if set(family.LOADED) == {"decoder"})  # without towers
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
 
 HEADS = (*dict.fromkeys(family.HEAD for family in FORMATS.values()), qwen2_5_omni.WHOLE_HEAD)

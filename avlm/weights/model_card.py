@@ -76,7 +76,7 @@ def write_card(config: Config, progress: Progress, run: Path, folder: Path, form
     """Into ``folder``, an export of the checkpoint of a run where ``progress`` stands."""
     media = _media(config, format)
     held = config.model
-    if format == "decoder":
+    if format in door.TEXT_FORMATS:
         held = ModelConfig(decoder=held.decoder)
     held = dataclasses.replace(held, lora=None)  # adapters are merged
     records = [record for record in read_records(run / "metrics.jsonl") if record["step"] <= progress.step]
@@ -112,7 +112,8 @@ def _header(config: Config, format: str, media: list[str]) -> dict[str, Any]:
     tasks = [f"{kind}-text-to-text" for kind in media] or ["text-generation"]
     header = {"library_name": "transformers" if is_theirs else "avlm", "pipeline_tag": tasks[0]}
     header["tags"] = ["avlm", *tasks[1:], *(["gguf"] if format == "gguf" else [])]
-    initial = [(entry, name) for entry, name in _initial(config) if format != "decoder" or entry not in TOWERS.values()]
+    has_towers = format not in door.TEXT_FORMATS
+    initial = [(entry, name) for entry, name in _initial(config) if has_towers or entry not in TOWERS.values()]
     bases = dict.fromkeys(name for _, name in initial if _is_on_hub(name))
     if bases:
         header["base_model"] = list(bases)

@@ -14,6 +14,7 @@ from avlm.config.values import shown
 from avlm.families.door import (
     FAMILIES,
     FORMATS,
+    TEXT_FORMATS,
     family_of,
     has_name,
     hugging_face_name,
@@ -62,8 +63,9 @@ def base_of(config: Config, names: Collection[str], format: str | None, name: st
     if not any(is_adapter(each) for each in names):
         raise ValueError("the adapter format holds adapters, and the model has none (model.lora is null)")
     instead = "--format avlm writes everything with adapters merged"
-    if format != "decoder":
-        instead = f"--onto decoder writes the adapters of the decoder alone, {instead}"
+    if format not in TEXT_FORMATS:
+        alone = next((each for each in TEXT_FORMATS if _obstacle(each, config.model) is None), "decoder")
+        instead = f"--onto {alone} writes the adapters of the decoder alone, {instead}"
     if format is None:
         format = _format_of(config, instead)
     elif reason := _obstacle(format, config.model):
@@ -135,7 +137,7 @@ def _published(config: Config, format: str) -> str | None:
     """What ``init_from`` names, if that is one model of this format which transformers can load."""
     init_from = config.init_from
     parts = [part for part in FORMATS[format].LOADED if getattr(init_from, part, None) is not None]
-    if format == "decoder" and (parts or config.model.modalities):
+    if format in TEXT_FORMATS and (parts or config.model.modalities):
         name = init_from.decoder
     else:
         name = None if parts else init_from.all
@@ -289,7 +291,7 @@ def _targets(config: ModelConfig, names: list[str], base: Base) -> list[str] | s
         else:
             chosen = f"({'|'.join(sorted(numbers, key=int))})"
         patterns.add(re.escape(path).replace(re.escape("{i}"), chosen))
-    if base.format == "decoder" and len(leaves) == len(patterns):
+    if base.format in TEXT_FORMATS and len(leaves) == len(patterns):
         return sorted(leaves)
     return "|".join(sorted(patterns))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import peft
 import pytest
 import torch
 import transformers
@@ -9,18 +10,22 @@ from safetensors.torch import load_file
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3TextScaledWordEmbedding
 
 from avlm.config.decoder import DecoderConfig
-from avlm.config.model import ModelConfig
+from avlm.config.model import LoraConfig, ModelConfig
+from avlm.config.run import InitFrom
 from avlm.data.sample import EncodedSample
 from avlm.evaluation.generation import generate
 from avlm.families import gemma, gemma2
+from avlm.models.avlm import AVLM
 from avlm.models.batch import IGNORE
 from avlm.models.decoder import TokenEmbedding
 from avlm.models.encoder import OffsetRMSNorm
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
+from avlm.weights.load import init_weights
 from tests.families.measured import all_gradients_close, close, note
 from tests.models.handmade import build, loaded, make_batch, save
 from tests.models.test_avlm import WHOLE
+from tests.weights.test_peft import command, write_trained
 
 SIZES = {
     "vocab_size": 97,
@@ -191,6 +196,31 @@ def test_images_that_see_each_other_do_not_matter_to_a_text_model(tmp_path):
     config = ModelConfig(decoder=dataclasses.replace(THIRD, bidirectional="images"))
     export(config, build(config).state_dict(), tmp_path / "out", "gemma2")
     assert read_config(tmp_path / "out") == THIRD
+
+
+@pytest.mark.parametrize(("decoder", "onto"), [(OURS, "gemma"), (THIRD, "gemma2")])
+def test_adapters_of_a_decoder_with_towers_load_onto_its_own_class(decoder, onto, tmp_path, monkeypatch, capsys):
+    export(ModelConfig(decoder=decoder), build(ModelConfig(decoder=decoder)).state_dict(), tmp_path / "base", onto)
+    config = dataclasses.replace(WHOLE, decoder=decoder, lora=LoraConfig(rank=4, targets=["decoder.*"]))
+    model = AVLM(config)
+    start = InitFrom(decoder=str(tmp_path / "base"))
+    init_weights(model, start, seed=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05 * ("lora_" in name))
+    write_trained(tmp_path / "run", model, ["lora"], start)
+    arguments = [tmp_path / "run", tmp_path / "adapter", "--format", "adapter"]
+    with pytest.raises(ValueError, match=f"--onto {onto} writes the adapters of the decoder alone"):
+        command(monkeypatch, *arguments)
+    command(monkeypatch, *arguments, "--onto", onto)
+    theirs = eval(
+        capsys.readouterr().out.split("load it: ")[1].splitlines()[0], {"transformers": transformers, "peft": peft}
+    )
+    theirs.get_base_model().set_attn_implementation("eager")
+    document = torch.randint(61, (40,)).tolist()
+    with torch.no_grad():
+        logits = model.decoder.head(model.decoder.norm(model.hidden(make_batch(config, [document]))), None)
+        close(logits, theirs.eval()(torch.tensor([document])).logits[0], f"{onto} adapters")
 
 
 def test_a_file_of_tensors_is_told_from_llamas_by_its_norms(tmp_path):
