@@ -74,7 +74,8 @@ def _copy(tensor: Tensor, world: World) -> tuple[int, int]:
         return world.rank, world.size
     names = tensor.device_mesh.mesh_dim_names
     sharded = {name for name, placement in zip(names, tensor.placements) if not placement.is_replicate()}
-    whole = world.decoder_mesh if sharded <= set(world.decoder_mesh.mesh_dim_names) else world.tower_mesh
+    meshes = (world.decoder_mesh, world.tower_mesh, world.expert_mesh)
+    whole = next(mesh for mesh in meshes if mesh is not None and sharded <= set(mesh.mesh_dim_names))
     own, num_copies = 0, 1
     for name in whole.mesh_dim_names:
         if name not in sharded:
