@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from avlm.config.run import Config
 from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch
+from avlm.models.moe import mixtures, set_balance
 from avlm.parallel import mesh
 from avlm.parallel.apply import own_part
 from avlm.parallel.fsdp import fsdp_modules
@@ -36,6 +38,7 @@ from tests.parallel.small import build, make_config, make_rows
 from tests.parallel.spawn import run_ranks
 from train import train_step
 
+WITH_EXPERTS = ("HSDP, experts", "experts gathered", "FSDP x TP, experts", "TP x Ulysses, experts exchanged")
 MIXES = ("video", "text", "audio", "image")  # of the rows of the data ranks
 CHOSEN = ("FSDP", "HSDP", "TP", "ring", "all-gather", "Ulysses", "Ulysses x ring", "TP x ring")
 CHOSEN += ("FSDP x ring, media balanced",)
@@ -77,11 +80,11 @@ def group_of(args: tuple) -> dist.ProcessGroup:
 
 
 def asker() -> tuple[str, ...]:
-    """The axes of the innermost of ASKERS that is being called."""
+    """The axes of the innermost of ASKERS that is being called; of a swap, of who asked for it."""
     frame = sys._getframe(1)
     while frame is not None:
         for part, axes in ASKERS.items():
-            if part in frame.f_code.co_filename:
+            if part in frame.f_code.co_filename and frame.f_code.co_name != "swap":
                 return axes
         frame = frame.f_back
     raise AssertionError("a collective that none of ASKERS asked for")
@@ -115,6 +118,7 @@ def sent_by(name: str, args: tuple, n: int, rank: int) -> tuple[str, float]:
 
 def count_step(config: Config, world: World, model: AVLM, rows: list[Batch], num_targets: float) -> Bytes:
     """Bytes of a step, the first after a forward without a backward."""
+    set_balance(model, config.train.balance_loss, world.data_size)
     adam = optimizer.build(model, config.stages[0].optimizer)
     optimizer.schedule(adam, config.stages[0].optimizer, 0, 1)
     with Wire(world) as wire:
@@ -130,6 +134,7 @@ def count_all(of_others: tuple[str, ...] = ()) -> dict[str, tuple[Bytes, Bytes]]
     found = {}
     labels = {name: ("square", name) for name in CHOSEN}
     labels |= {f"{name}, {label}": (kind, name) for name in of_others for label, kind in OTHER_MODELS.items()}
+    labels |= {name: ("experts", f"{name}, of experts") for name in WITH_EXPERTS if of_others}
     for label, (kind, name) in labels.items():
         case = Case(name, "both", 1, "none", "sharded", "everything", tied=False, precision="bf16", model=kind)
         case = replace(case, num_kv_heads=KV_HEADS.get(name, case.num_kv_heads))
@@ -137,8 +142,11 @@ def count_all(of_others: tuple[str, ...] = ()) -> dict[str, tuple[Bytes, Bytes]]
         world, model = build(config, worlds)
         rows = make_rows(config, MIXES[: world.data_size])
         num_targets = sum(len(row.target_R) for row in rows)
+        chosen: list[Tensor] = []
+        for mixture in mixtures(model):
+            mixture.experts.register_forward_pre_hook(lambda _, inputs, note=chosen.append: note(inputs[1]))
         counted = count_step(config, world, model, [rows[world.data_rank]], num_targets)
-        found[label] = counted, formula(config, world, rows)
+        found[label] = counted, formula(config, world, rows, chosen)
     mesh.stop()
     return found
 

@@ -11,12 +11,15 @@ from collections import Counter
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from avlm.config.run import Config
 from avlm.models.batch import KINDS, TAPS, Batch, Media
+from avlm.models.moe import SUMS
 from avlm.models.shapes import parameter_shapes
 from avlm.parallel import media
 from avlm.parallel.context import cut
+from avlm.parallel.experts import expert_mode
 from avlm.parallel.mesh import World
 from avlm.parallel.shares import share
 from avlm.preflight import wire
@@ -30,9 +33,10 @@ ASKERS = {
     OURS + "tensor.py": ("tensor",),
     OURS + "context_attention.py": ("context", "heads"),
     OURS + "ring.py": ("context", "ring"),
+    OURS + "experts.py": ("expert", "row"),
     OURS + "exchange.py": ("row", "world"),
-    OURS + "media.py": ("world",),
-    FSDP: ("replicate", "shard_context", "shard_context_tensor"),
+    OURS + "media.py": ("row", "world"),
+    FSDP: ("replicate", "shard_context", "shard_context_tensor", "shard_of_expert"),
     OURS + "mesh.py": ("world",),
     "avlm/training/optimizer.py": ("world",),
     "train.py": ("world",),
@@ -44,6 +48,8 @@ ITEMSIZE = 2  # bf16
 def ranks_of_axes(world: World) -> dict[str, list[int]]:
     """The ranks that this one shares each axis with."""
     meshes = {"shard_context": world.decoder_mesh, "shard_context_tensor": world.tower_mesh}
+    if world.expert_mesh is not None:
+        meshes |= {"shard_of_expert": world.expert_mesh, "expert": world.expert_mesh}
     found = {"world": list(range(world.size))}
     for name, mesh in meshes.items():
         found[name] = sorted(dist.get_process_group_ranks(mesh.get_group(name)))
@@ -62,25 +68,29 @@ def ranks_of_axes(world: World) -> dict[str, list[int]]:
 
 def axis_of(axes: dict[str, list[int]], candidates: tuple[str, ...], ranks: list[int]) -> str:
     """The axis of these ranks; both names where decoder and towers are sharded over the same ranks."""
-    same = [name for name in candidates if axes[name] == ranks]
+    same = [name for name in candidates if axes.get(name) == ranks]
     assert same, f"a collective over ranks {ranks}, none of {candidates}"
     if same[0] == "shard_context":
         return " = ".join(same)
     return same[0]
 
 
-def formula(config: Config, world: World, rows: list[Batch]) -> Bytes:
-    """What a step over ``rows``, one for each data rank, should send. Exact: padding is in it."""
+def formula(config: Config, world: World, rows: list[Batch], chosen: list[Tensor]) -> Bytes:
+    """What a step over ``rows``, one for each data rank, should send. Exact: padding is in it. ``chosen``: the experts
+    of this rank's tokens in each layer that has some, (T, K)."""
     own = rows[world.data_rank]
     part, _ = cut(own, *world.axis("context"), together(config))
     num_tokens = len(part.token_T)
-    norm_and_losses = 4 * (1 + len(KINDS))  # losses by kind
+    experts = config.model.decoder.experts
+    seen = len(chosen) * (experts.num + len(SUMS)) if experts else 0
+    norm_and_losses = 4 * (1 + len(KINDS) + seen)  # losses by kind
     sent = of_weights(config, world)
     sent["world", "all-reduce"] = ring(world.size, 2 * norm_and_losses)
     tensor = wire.tensor_bytes(config.model.decoder, config.parallel.tensor, num_tokens, len(part.target_R), ITEMSIZE)
     for kind, count in tensor.items():
         sent["tensor", kind] = count
     sent.update(of_context(config, num_tokens, own, world))
+    sent.update(of_experts(config, world, chosen))
     if world.media_group is None:
         return sent
     share = media.Share.of_rows(world, len(own.token_T))
@@ -108,6 +118,35 @@ def of_weights(config: Config, world: World) -> Bytes:
         sent[name, "reduce-scatter"] += ring(n, 4 * padded)
         sent["replicate", "all-reduce"] += ring(copies, 2 * 4 * padded / n)
     return sent
+
+
+def of_experts(config: Config, world: World, chosen: list[Tensor]) -> Bytes:
+    """Balance losses count assignments and tokens of a row. Tokens go to all ranks, or to those of their experts."""
+    decoder, e = config.model.decoder, config.parallel.expert
+    found: Bytes = Counter()
+    if decoder.experts is None:
+        return found
+    if config.train.balance_loss and world.row_size > 1:
+        counted = wire.num_mixtures(decoder) * 4 * (decoder.experts.num + 1)
+        axes = ranks_of_axes(world)
+        axis = axis_of(axes, ASKERS[OURS + "experts.py"], axes["row"])
+        found[axis, "all-reduce"] = ring(world.row_size, 2 * counted)
+    if e == 1:
+        return found
+    num_tokens = len(chosen[0])
+    if expert_mode(decoder, config.parallel) == "gather":
+        gathered = wire.gathered_experts_bytes(decoder, e, num_tokens, ITEMSIZE)
+        return found + Counter({("expert", kind): count for kind, count in gathered.items()})
+    held = decoder.experts.num // e
+    first = world.rank // e * e
+    crossing = 0
+    for expert_TK in chosen:
+        to_RR = torch.stack(world.gather(torch.bincount(expert_TK.flatten() // held, minlength=e + 1)[:e]))
+        own = world.rank - first
+        among_RR = to_RR[first : first + e]
+        crossing += int(among_RR[own].sum() + among_RR[:, own].sum() - 2 * among_RR[own, own])
+    found["expert", "all-to-all"] = wire.exchanged_experts_bytes(decoder, e, crossing, ITEMSIZE)
+    return found
 
 
 def together(config: Config) -> int:

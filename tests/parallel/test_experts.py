@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from avlm.config.decoder import ExpertsConfig
+from avlm.config.decoder import DecoderConfig, ExpertsConfig
 from avlm.config.run import CheckpointConfig
 from avlm.models.avlm import AVLM
 from avlm.models.batch import KINDS
+from avlm.models.decoder import feed_forward
 from avlm.models.initial import init
-from avlm.models.moe import Experts, set_balance
+from avlm.models.moe import set_balance
 from avlm.parallel import mesh
 from avlm.parallel.apply import own_part
 from avlm.parallel.check import check_layout
@@ -77,51 +78,82 @@ def test_twenty_steps_are_those_of_one_process_and_go_on_from_a_checkpoint_of_an
     assert alone[-1][0] < 0.9 * alone[0][0]
 
 
-def of_uneven_tokens():
-    """Outputs of experts that two ranks share out for 5 and 0 tokens, then with all tokens at one expert; and alone."""
+FOUR = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2}
+NONE = 4  # of four experts
+# Tokens of each of two ranks, and their experts (any, or two); assignments that are then computed.
+UNEVEN = [((5, 0), None, 10), ((0, 3), None, 6), ((0, 0), None, 0)]
+EVEN = [((4, 4), None, 16), ((4, 4), [3, 2], 16), ((4, 4), [NONE, NONE], 0), ((0, 0), None, 0)]
+
+
+def of_any_tokens(mode):
+    """Whether outputs, gradients of tokens and of experts are those of one process, and how much was computed: in
+    generation and in training."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     world = mesh.lay_out((1, 2, 1, 1), torch.device("cpu"), expert=2)
-    config = ExpertsConfig(num=4, per_token=2, intermediate_size=8)
-    whole, shared = Experts(config, 16, "silu"), Experts(config, 16, "silu")
+    config = DecoderConfig(**FOUR, experts=ExpertsConfig(num=4, per_token=2, intermediate_size=8))
+    whole, shared = feed_forward(config, 0), feed_forward(config, 0)
     for parameter in whole.parameters():
         nn.init.normal_(parameter)
     shared.load_state_dict(whole.state_dict())
-    holder = nn.ModuleList([Holder(shared)])
-    apply_experts(holder, world.expert_mesh["expert"], world.group_of(2), "gather")
+    whole, shared = whole.experts, nn.ModuleList([shared])
+    apply_experts(shared, world.expert_mesh["expert"], world.group_of(2), mode)
+    shared = shared[0].experts
     results = []
-    for counts, experts in (((5, 0), None), ((0, 3), None), ((4, 4), [3, 2]), ((0, 0), None)):
-        x_TD = torch.randn(counts[world.rank], 16)
-        expert_TK = torch.stack([torch.randperm(4)[:2] for _ in x_TD]) if len(x_TD) else torch.empty(0, 2).long()
-        if experts:
-            expert_TK = torch.tensor(experts).expand(len(x_TD), -1)
-        weight_TK = torch.rand(len(x_TD), 2)
-        with torch.no_grad():
-            found, num_computed = shared(x_TD, expert_TK, weight_TK)
-            expected, _ = whole(x_TD, expert_TK, weight_TK)
-        results.append((torch.allclose(found, expected, atol=1e-5), sum(world.gather(int(num_computed)))))
+    for trains, cases in ((False, UNEVEN + EVEN), (True, EVEN)):
+        for counts, chosen, _ in cases:
+            x_TD = torch.randn(counts[world.rank], 16, requires_grad=trains)
+            expert_TK = torch.stack([torch.randperm(4)[:2] for _ in x_TD]) if len(x_TD) else torch.empty(0, 2).long()
+            if chosen and world.rank:
+                expert_TK = torch.tensor(chosen).expand(len(x_TD), -1)
+            elif chosen:
+                expert_TK = torch.tensor([NONE, NONE] if chosen == [NONE, NONE] else [2, 3]).expand(len(x_TD), -1)
+            weight_TK = torch.rand(len(x_TD), 2)
+            found = []
+            for experts in (shared, whole):
+                with torch.set_grad_enabled(trains):
+                    y_TD, num_computed = experts(x_TD, expert_TK, weight_TK)
+                found.append([y_TD])
+                if trains:
+                    experts.zero_grad()
+                    x_TD.grad = None
+                    y_TD.square().sum().backward()
+                    gradients = [p.grad for p in experts.parameters()]
+                    if experts is shared:
+                        count = num_computed
+                        gradients = [gradient.full_tensor() for gradient in gradients]
+                    else:
+                        for gradient in gradients:
+                            dist.all_reduce(gradient)
+                    found[-1] += [x_TD.grad, *gradients]
+                elif experts is shared:
+                    count = num_computed
+            same = all(torch.allclose(a, b, atol=1e-4, rtol=1e-5) for a, b in zip(*found, strict=True))
+            results.append((same, sum(world.gather(int(count)))))
     mesh.stop()
     return results
 
 
-class Holder(nn.Module):
-    def __init__(self, experts):
-        super().__init__()
-        self.experts = experts
-
-
-def test_ranks_with_different_numbers_of_tokens_and_with_none_get_their_outputs(monkeypatch):
-    for results in run_ranks(of_uneven_tokens, 2):
-        assert results == [(True, 10), (True, 6), (True, 16), (True, 0)]
+@pytest.mark.parametrize("mode", ["gather", "exchange"])
+def test_ranks_with_any_number_of_tokens_and_experts_with_none_have_the_numbers_of_one_process(mode):
+    expected = [(True, computed) for *_, computed in UNEVEN + EVEN + EVEN]
+    for results in run_ranks(of_any_tokens, 2, mode):
+        assert results == expected
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"parallel": {"expert": 3}}, "parallel.expert=3 does not divide the 4 ranks of parallel.shard x context x tensor"),
+        (
+            {"parallel": {"expert": 3}},
+            "parallel.expert=3 does not divide the 4 ranks of parallel.shard x",
+        ),
         ({"parallel": {"expert": 4, "replicate": 2}}, "parallel.expert=4 does not divide the 2 ranks"),
         ({"model": MODELS["square"], "parallel": {"expert": 2}}, "parallel.expert=2 needs model.decoder.experts"),
-        ({"model": MODELS["square"], "train": {"balance_loss": 0.1}}, "train.balance_loss=0.1 needs model.decoder.experts"),
+        (
+            {"model": MODELS["square"], "train": {"balance_loss": 0.1}},
+            "train.balance_loss=0.1 needs model.decoder",
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit_is_named(changes, said):
@@ -134,7 +166,7 @@ def test_experts_that_ranks_do_not_divide_are_named():
     experts = {**MODELS["experts"]["decoder"]["experts"], "num": 6}
     decoder = {**MODELS["experts"]["decoder"], "experts": experts}
     cfg = make_config(model={**MODELS["experts"], "decoder": decoder}, parallel={"expert": 4})
-    with pytest.raises(ValueError, match="parallel.expert=4 does not divide model.decoder.experts.num=6"):
+    with pytest.raises(ValueError, match=r"parallel\.expert=4 does not divide model\.decoder\.experts\.num=6"):
         check_layout(cfg, 4)
 
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from tests.measurements.wire import CHOSEN, OF_OTHERS, OTHER_MODELS, count_all, count_options
+from tests.measurements.wire import CHOSEN, OF_OTHERS, OTHER_MODELS, WITH_EXPERTS, count_all, count_options
 from tests.parallel.small import TREE
 from tests.parallel.spawn import run_ranks
 
@@ -14,7 +14,10 @@ def measured():
     return run_ranks(count_all, 4, OF_OTHERS)
 
 
-@pytest.mark.parametrize("layout", [*CHOSEN, *(f"{name}, {model}" for name in OF_OTHERS for model in OTHER_MODELS)])
+OTHERS = [f"{name}, {model}" for name in OF_OTHERS for model in OTHER_MODELS]
+
+
+@pytest.mark.parametrize("layout", [*CHOSEN, *OTHERS, *WITH_EXPERTS])
 def test_every_rank_sends_as_many_bytes_as_the_formula_says(layout):
     """Exactly: the padding of shards is part of the formula. A collective without a formula fails too."""
     for rank, found in enumerate(measured()):
@@ -32,6 +35,9 @@ def test_every_rank_sends_as_many_bytes_as_the_formula_says(layout):
         ("Ulysses", "context", {"all-to-all"}),
         ("Ulysses", "row", {"all-to-all"}),
         ("FSDP x ring, media balanced", "world", {"all-to-all", "all-reduce", "objects"}),
+        ("experts gathered", "expert", {"all-gather", "reduce-scatter"}),
+        ("FSDP x TP, experts", "expert", {"all-to-all"}),
+        ("FSDP x TP, experts", "row", {"all-to-all", "all-reduce"}),
     ],
 )
 def test_an_axis_is_seen_with_its_collectives(layout, axis, kinds):
