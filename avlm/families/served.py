@@ -96,7 +96,7 @@ def video_obstacle(data: DataConfig) -> str | None:
     for key, only in {"spread": "middles", "text": VideoText(), "newline": False}.items():
         if getattr(video, key) != only:
             return f"data.video.{key}={getattr(video, key)}"
-    return "data.video.audio=interleaved" if video.audio == "interleaved" else None
+    return f"data.video.audio={video.audio}" if video.audio in ("interleaved", "merged") else None
 
 
 def watching(config: ModelConfig, data: DataConfig, ids: Mapping[str, int]) -> dict[str, Any]:

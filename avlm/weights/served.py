@@ -44,6 +44,11 @@ def choose(config: ModelConfig, data: DataConfig | None) -> Served:
     _require_norms(config, "audio_projector")
     if not config.modalities:
         raise ValueError("the model neither sees nor hears: --format decoder holds it without code of its own")
+    if config.audio is not None and config.audio.stem != "conv1d":
+        raise ValueError(
+            f"audio.stem={config.audio.stem} is not in the code that --format transformers brings along: give --format "
+            "avlm or qwen3_omni_moe"
+        )
     for kind, marked in data.markers.items() if data is not None else ():
         if "{n}" in "".join(marked):
             raise ValueError(f"data.markers.{kind}={marked} counts media, which no exported chat template does")
