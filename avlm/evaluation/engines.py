@@ -18,10 +18,11 @@ from avlm.evaluation.generation import Ranks, prompt_phase
 from avlm.evaluation.llama_cpp_engine import Engine as LlamaCppEngine
 from avlm.evaluation.transformers_engine import Engine as TransformersEngine
 from avlm.models.avlm import AVLM
-from avlm.models.batch import IGNORE
+from avlm.models.batch import IGNORE, seen_segments
 from avlm.storage.model_folder import read_json
 from avlm.weights.gguf_files import MODEL
 from avlm.weights.load import OpenModel
+from kernels.segments import Segments
 
 
 class Engine(Protocol):
@@ -102,6 +103,8 @@ def next_logprobs(model: AVLM, prompt: EncodedSample, token_ids: list[int]) -> t
     )
     device = model.decoder.norm.weight.device
     batch, slots = prompt_phase([longer], model, 0, Ranks(device))
+    document, last = Segments.of([len(longer)]), torch.tensor([len(prompt) - 1])  # of the prompt alone
+    batch = replace(batch, **seen_segments(document, longer.token_T, last, model.config.decoder)).to(device)
     caches = caches_for(model)
     for cache in caches:
         cache.slots = slots

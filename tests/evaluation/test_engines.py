@@ -20,6 +20,7 @@ from avlm.evaluation.transformers_engine import Engine
 from avlm.families import qwen2_vl
 from avlm.weights.export import export
 from tests.data.small_files import CONTROL, image_file, photo, tone, video_file, write_tokenizer
+from tests.families import test_gemma_vision_keys
 from tests.models.handmade import build
 from tests.training.test_train import ROOT
 from tests.weights.served_models import ASKED, changed, joint
@@ -116,13 +117,15 @@ def test_code_that_an_export_did_not_write_is_not_run(file, change, tmp_path, mo
         Engine(folder, DataConfig(train="x"), changed("decoder"))
 
 
-@pytest.mark.parametrize("name", ["plain", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["plain", "qwen2_5_vl", "paligemma2"])
 def test_answers_that_part_are_judged_by_our_log_probabilities(name, tmp_path):
-    config = changed("decoder") if name == "plain" else joint(name)[0]
+    if name == "paligemma2":  # the tokens of a prompt see each other, those of an answer do not
+        config, prompts = test_gemma_vision_keys.model_of(name), {"template": "paligemma"}
+    else:
+        config, prompts = (changed("decoder"), {}) if name == "plain" else joint(name)
     control = [*CONTROL, *qwen2_vl.MEDIA_TOKENS]
     tokenizer = Tokenizer(write_tokenizer(tmp_path / "tokenizer", control, eos_token="</s>"))
     config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, vocab_size=tokenizer.size))
-    prompts = {} if name == "plain" else joint(name)[1]
     data = validated(
         DataConfig, {"train": "x", "tokenizer": str(tmp_path / "tokenizer"), "template": "plain", **prompts}, "data"
     )
