@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from avlm.config.run import DataConfig
 from avlm.config.values import validated
 from avlm.families import door, gemma3, paligemma, paligemma2
 from avlm.models.shapes import parameter_shapes
+from avlm.storage.hub import resolve
 from avlm.weights.folder import media_prompts, read_config
 
+HUB = Path(__file__).parents[1] / "config/hub/models--google--gemma-3-4b-it/snapshots/published"
 FAMILIES = {family.FORMAT: family for family in (gemma3, paligemma, paligemma2)}
 PALIGEMMA = transformers.PaliGemmaConfig
 CONFIGS = {"gemma3": transformers.Gemma3Config, "paligemma": PALIGEMMA, "paligemma2": PALIGEMMA}
@@ -165,6 +168,24 @@ def test_published_models_have_the_parameters_of_their_classes(name):
         model = getattr(transformers, FAMILIES[name].CLASS)(CONFIGS[name](**keys))
     count = sum(parameter.numel() for parameter in model.parameters())
     assert sum(math.prod(shape) for shape in parameter_shapes(config).values()) == count == expected
+
+
+def test_the_published_gemma_3_of_4b_is_read_as_its_class_reads_it():
+    """Its files in tests/config/hub; most of its keys are defaults of the class."""
+    config = read_config(resolve("google/gemma-3-4b-it", weights=False))
+    decoder, vision, projector = config.decoder, config.vision, config.vision_projector
+    theirs = transformers.Gemma3Config(**json.loads((HUB / "config.json").read_text())).text_config
+    full = [i for i, kind in enumerate(theirs.layer_types) if kind == "full_attention"]
+    assert full == [5, 11, 17, 23, 29] == [i for i in range(34) if not decoder.has_window(i)]
+    ropes = theirs.rope_parameters
+    assert decoder.rope_theta == ropes["full_attention"]["rope_theta"] == 1e6
+    assert decoder.rope_stretch == ropes["full_attention"]["factor"] == 8
+    assert decoder.window_rope_theta == ropes["sliding_attention"]["rope_theta"] == 1e4
+    assert decoder.sliding_window == theirs.sliding_window == 1024 and decoder.score_size is None
+    assert decoder.head_dim == theirs.query_pre_attn_scalar == 256 and decoder.tie_embedding
+    assert (decoder.vocab_size, decoder.max_position) == (theirs.vocab_size, theirs.max_position_embeddings)
+    assert (projector.downsample, gemma3.num_features(config)) == (4, 256)
+    assert (vision.resize, vision.resample, vision.mean) == ("stretch", "bilinear", [0.5] * 3)
 
 
 @pytest.mark.parametrize(
