@@ -1,8 +1,8 @@
 """PaliGemma: Gemma 1 with SigLIP and one linear. A prompt is an image, <bos>, a text and a line break, whose tokens see
 each other; the answer follows. PaliGemma 2, with Gemma 2, has other names of tensors (paligemma2.py).
 
-Features are as large as the linear makes them. Until transformers 4.5x its class divided them by sqrt(D), and Gemma
-multiplied all embeddings by it; now tokens alone are multiplied.
+Features are as large as the linear makes them. Older versions of transformers divide them by sqrt(D) and multiply all
+embeddings by it, which is the same; 5.17 multiplies those of tokens alone, as we do.
 """
 
 import dataclasses
