@@ -250,45 +250,45 @@ def seen_segments(
     what lies before it from any token but those of a prefix.
     """
     window = decoder.sliding_window
-    first_T, last_T = _looking_ahead(documents, token_T, target_rows_R, decoder)
-    if last_T is None:
-        return {"segments": documents, "windowed": None if window is None else documents.within(window)}
+    causal = {"segments": documents, "windowed": None if window is None else documents.within(window)}
+    if decoder.bidirectional == "none":
+        return causal
+    start_T = documents.cu_seqlens[:-1].long().repeat_interleave(documents.cu_seqlens.diff())
+    row_T = torch.arange(len(start_T)) - start_T
+    is_prefix = decoder.bidirectional == "prefix"
+    end_T = (_prefix_ends(documents, target_rows_R) if is_prefix else _image_ends(token_T, row_T)) - start_T
+    last_T = torch.maximum(row_T, end_T)
+    if last_T.equal(row_T):
+        return causal
     segments = _seeing(documents, torch.zeros_like(last_T), last_T)
-    if window is None:
-        return {"segments": segments, "windowed": None}
-    is_reached = documents.max_length > window
-    return {"segments": segments, "windowed": _seeing(documents, first_T, last_T) if is_reached else segments}
+    if window is None or documents.max_length <= window:
+        return {"segments": segments, "windowed": None if window is None else segments}
+    first_T = row_T - window + 1
+    if is_prefix:
+        first_T = first_T.where(row_T > end_T, 0)
+    return {"segments": segments, "windowed": _seeing(documents, first_T, last_T)}
 
 
 def _seeing(documents: Segments, first_T: Tensor, last_T: Tensor) -> Segments:
     return replace(documents, intervals=Intervals.of(first_T, last_T, documents, documents))
 
 
-def _looking_ahead(
-    documents: Segments, token_T: Tensor, target_rows_R: Tensor, decoder: DecoderConfig
-) -> tuple[Tensor, Tensor | None]:
-    """The first and the last token of its document that each token sees in a layer with a window, int64 (T,); None
-    instead of the last if every token sees those up to itself."""
-    start_T = documents.cu_seqlens[:-1].long().repeat_interleave(documents.cu_seqlens.diff())
-    row_T = torch.arange(len(start_T)) - start_T
-    first_T = row_T - (decoder.sliding_window or 0) + 1
-    if decoder.bidirectional == "images":
-        is_image_T = (token_T == IMAGE) | (token_T == NEWLINE)
-        is_end_T = torch.ones_like(is_image_T)
-        is_end_T[:-1] = ~is_image_T[1:] | (row_T[1:] == 0)
-        end_T = torch.where(is_end_T, torch.arange(len(row_T)), len(row_T)).flip(0).cummin(0).values.flip(0)
-        last_T = torch.where(is_image_T, end_T - start_T, row_T)
-    elif decoder.bidirectional == "prefix":
-        end_N = documents.cu_seqlens[1:].long()
-        n_N = torch.searchsorted(target_rows_R, end_N - documents.cu_seqlens.diff())
-        prefix_N = torch.cat([target_rows_R, end_N.new_full((1,), len(row_T))])[n_N]
-        prefix_N = prefix_N.where(prefix_N < end_N, -1)  # nothing is learned from a document: it has no prefix
-        prefix_T = prefix_N.repeat_interleave(documents.cu_seqlens.diff()) - start_T
-        last_T = torch.maximum(row_T, prefix_T)
-        first_T = first_T.where(row_T > prefix_T, 0)
-    else:
-        return first_T, None
-    return first_T, None if last_T.equal(row_T) else last_T
+def _image_ends(token_T: Tensor, row_T: Tensor) -> Tensor:
+    """The last row of the features that each token stands among, int64 (T,), -1: none. ``row_T``: in its document."""
+    is_image_T = (token_T == IMAGE) | (token_T == NEWLINE)
+    is_end_T = torch.ones_like(is_image_T)
+    is_end_T[:-1] = ~is_image_T[1:] | (row_T[1:] == 0)
+    end_T = torch.where(is_end_T, torch.arange(len(row_T)), len(row_T)).flip(0).cummin(0).values.flip(0)
+    return end_T.where(is_image_T, -1)
+
+
+def _prefix_ends(documents: Segments, target_rows_R: Tensor) -> Tensor:
+    """The row of the first target of each token's document, int64 (T,), -1: it has none."""
+    length_N = documents.cu_seqlens.diff()
+    end_N = documents.cu_seqlens[1:].long()
+    first_N = torch.searchsorted(target_rows_R, end_N - length_N)
+    row_N = torch.cat([target_rows_R, end_N[-1:]])[first_N.clamp(max=len(target_rows_R))]
+    return row_N.where(row_N < end_N, -1).repeat_interleave(length_N)
 
 
 def text_positions(length: int, decoder: DecoderConfig) -> Tensor:

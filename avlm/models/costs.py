@@ -32,13 +32,13 @@ def counts(batch: Batch) -> dict[str, int]:
         "batches": 1,
         "tokens": len(batch.token_T),
         "real_tokens": batch.num_tokens,
-        "token_pairs": _pairs(batch.segments),
+        "token_pairs": pairs(batch.segments),
         "targets": len(batch.target_R),
         "patches": len(batch.image.values),
         **(batch.audio.windows.counts if batch.audio.windows is not None else {}),
     }
     if batch.windowed is not None:
-        found["window_pairs"] = _pairs(batch.windowed)
+        found["window_pairs"] = pairs(batch.windowed)
     for modality, media in batch.media.items():
         found[f"{modality}_rows"] = sum(media.lengths)
         found[f"{modality}_pairs"] = sum(length**2 for length in media.lengths)
@@ -48,7 +48,7 @@ def counts(batch: Batch) -> dict[str, int]:
     return found
 
 
-def _pairs(documents: Segments) -> int:
+def pairs(documents: Segments) -> int:
     """Of a query and a key that it sees, in one layer."""
     seen = documents.intervals
     if seen is None:

@@ -58,6 +58,7 @@ SAVE_PLAN = 0.16  # seconds of the first rank, with 256 ranks, after the first s
 # ``tests/measurements/elementwise_bytes.py`` counts: a norm, a rotated query or key, gate and up, a residual.
 
 NORM, ROTATED, SWIGLU, RESIDUAL = (4, 10), (10.25, 10.25), (10, 18), (6, 6)
+OFFSET_NORM = (20, 32)  # of 1 + weight: no kernel takes bf16 and a scale in float32, so there are casts around it
 COMPILED_D, COMPILED_QK, COMPILED_F = (12.6, 24.2), (4.2, 4.4), (6.3, 11)  # together, compiled: width, q and k, MLP
 COPIED_ROW = 4  # of a row that is read by its index and written, to an expert or back
 TOWER_D, TOWER_F = (20, 40), (4, 10)  # two LayerNorms and residuals; an activation

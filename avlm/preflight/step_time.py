@@ -167,8 +167,9 @@ def _elementwise(step: Step) -> Both:
             size += (rates.COMPILED_D[i] * D + rates.COMPILED_QK[i] * QK) * decoder.num_layers
             size += rates.COMPILED_F[i] * in_all
         else:
-            of_layer = 2 * (rates.NORM[i] + rates.RESIDUAL[i]) * D + rates.ROTATED[i] * QK
-            of_layer += rates.NORM[i] * QK * decoder.qk_norm
+            norm = (rates.OFFSET_NORM if decoder.norm_offset else rates.NORM)[i]
+            of_layer = 2 * (norm * (1 + decoder.post_norms) + rates.RESIDUAL[i]) * D + rates.ROTATED[i] * QK
+            of_layer += norm * QK * decoder.qk_norm
             size += of_layer * decoder.num_layers + rates.SWIGLU[i] * in_all
         of_token.append(size)
     forward, backward = (size * step.tokens / case.layout.tensor for size in of_token)

@@ -6,9 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from avlm.config.load import resolve_config
 from avlm.models import costs
+from avlm.models.batch import IMAGE, seen_segments
+from avlm.models.encoder import OffsetRMSNorm
 from avlm.models.shapes import parameter_shapes
 from avlm.preflight import communication, rates
 from avlm.preflight.described_step import Both, Row, Step, counts_of, equal_documents, typical_row
@@ -18,6 +21,7 @@ from avlm.preflight.rates import GPUS
 from avlm.preflight.report import report
 from avlm.preflight.step_time import estimate
 from avlm.training.bf16_moments import BF16MomentsAdamW
+from kernels.segments import Segments
 from tests.measurements import elementwise_bytes
 from tests.measurements.equivalence import LAYOUTS
 from tests.parallel.small import MODELS, TREE, make_config, make_rows
@@ -53,6 +57,19 @@ def test_the_counts_of_a_described_row_are_those_of_a_packed_row():
     found = counts_of(row, cfg.model, cfg.stages[0].data)
     expected = costs.counts(batch) | {"real_tokens": len(batch.token_T)}  # nothing fills up a described row
     assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("bidirectional", ["images", "prefix"])
+def test_tokens_that_look_ahead_are_counted_as_in_a_packed_row(bidirectional):
+    cfg = make_config(model=MODELS["gemma"])
+    model = replace(cfg.model, decoder=replace(cfg.model.decoder, bidirectional=bidirectional))
+    document = [1, *[IMAGE] * 4, 1, *[IMAGE] * 4, 1, 1, 1]
+    token_T = torch.tensor(2 * document)
+    rows_R = torch.tensor([start + i for start in (0, len(document)) for i in (10, 11)])
+    seen = seen_segments(Segments.of(2 * [len(document)]), token_T, rows_R, model.decoder)
+    found = counts_of(Row(2 * (len(document),), {"image": 4}, 4), model, cfg.stages[0].data)
+    assert found["token_pairs"] == costs.pairs(seen["segments"])
+    assert found["window_pairs"] == costs.pairs(seen["windowed"])
 
 
 def test_ranks_that_share_a_row_divide_what_is_computed():
@@ -136,6 +153,12 @@ def test_elementwise_kernels_move_as_many_bytes_as_are_counted():
     QK = (sizes["num_heads"] + sizes["num_kv_heads"]) * D // sizes["num_heads"]
     counted = {name: moved for name, (moved, _) in elementwise_bytes.eager_block(sizes, tokens).items()}
     assert 2 * sum(rates.NORM) * tokens * D == pytest.approx(counted["RMSNorm"], rel=0.03)
+    with FakeTensorMode():
+        norm = OffsetRMSNorm(D, 1e-6)
+        norm.weight = torch.nn.Parameter(torch.empty(D, dtype=torch.bfloat16, device="cuda:0"))
+        assert elementwise_bytes.eager(norm, [(tokens, D)]) == pytest.approx(
+            [size * tokens * D for size in rates.OFFSET_NORM], rel=0.03
+        )
     assert sum(rates.ROTATED) * tokens * QK == pytest.approx(counted["rotate"], rel=0.03)
     assert sum(rates.SWIGLU) * tokens * F == pytest.approx(counted["SwiGLU"], rel=0.03)
 
