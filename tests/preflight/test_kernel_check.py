@@ -66,8 +66,9 @@ def test_a_run_checks_what_it_calls():
     assert kernel_check.operations(CONFIG, 1) == (*always, "projector")
     ring = make_config(("parallel.context", 2), ("parallel.context_mode", "ring"), ("train.validate_answers", 3))
     assert kernel_check.operations(ring, 2) == (*always, "block_forward", "block_backward", "decode", "projector")
-    window = make_config(("model.decoder.sliding_window", 16))
-    assert kernel_check.operations(window, 1) == (*always, "masked_attention", "projector")
+    for key, value in (("sliding_window", 16), ("bidirectional", "prefix"), ("attention_softcap", 50.0)):
+        masked = make_config((f"model.decoder.{key}", value))
+        assert kernel_check.operations(masked, 1) == (*always, "masked_attention", "projector"), key
 
 
 def test_flash_attention_that_is_not_installed_is_one_line():
