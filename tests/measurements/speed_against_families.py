@@ -1,7 +1,7 @@
-"""Forward and backward of a small Qwen2.5-VL or InternVL3 on rows of images of mixed sizes, packed, against
-transformers' own model.
+"""Forward and backward of a small Qwen2.5-VL or InternVL3 on rows of images of mixed sizes, or of a small Qwen3-MoE on
+texts of mixed lengths, packed, against transformers' own model.
 
-    python -m tests.measurements.speed_against_families [qwen2_5_vl | internvl] [--seconds N]
+    python -m tests.measurements.speed_against_families [qwen2_5_vl | internvl | qwen3_moe] [--seconds N]
 
 Both sides have the same sizes, weights and samples, float32, one CPU thread. Ours takes a row as the loader packs it;
 theirs takes the samples of that row as a batch, padded on the right to the longest. To their favour: its vision tower
@@ -9,7 +9,8 @@ takes the patches or tiles of all images without padding, as its processor gives
 Making a batch is timed on neither side.
 
 Images of Qwen have 4 to 512 features, their logarithm spread evenly, and side ratios up to 3; those of InternVL have up
-to 12 tiles and the whole image, of 16 features each. Each has 8 to 64 tokens of text.
+to 12 tiles and the whole image, of 16 features each. Each has 8 to 64 tokens of text; texts alone have 16 to 1,024,
+their logarithm spread evenly. transformers runs experts by torch's grouped product, as we do.
 """
 
 import argparse
@@ -29,8 +30,11 @@ from transformers import (
     InternVLForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
+from avlm.config.decoder import DecoderConfig
 from avlm.config.media import ImageLayout
 from avlm.config.model import ModelConfig
 from avlm.config.run import InitFrom
@@ -57,10 +61,13 @@ IDS = {"image_token_id": IMAGE_ID, "video_token_id": 997, "vision_start_token_id
 TILE, PATCH = 112, 14
 TILES = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "num_attention_heads": 2}
 TILES |= {"image_size": [TILE, TILE], "patch_size": [PATCH, PATCH], "attention_bias": True}
+EXPERTS = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 128, "head_dim": 64}
 UNTIED = {"tie_word_embeddings": False}
 
 
 def build(family: str) -> nn.Module:
+    if family == "qwen3_moe":
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**TEXT, **EXPERTS, **UNTIED))
     if family == "internvl":
         text = {"model_type": "qwen2", **TEXT}
         config = InternVLConfig(text_config=text, vision_config=TILES, image_token_id=IMAGE_ID, **UNTIED)
@@ -74,6 +81,11 @@ def make_samples(config: ModelConfig, draw: random.Random) -> list[EncodedSample
     samples = []
     for _ in range(NUM_SAMPLES):
         ratio = 3 ** draw.uniform(-1, 1)
+        if config.vision is None:
+            token_T = torch.tensor([draw.randrange(IMAGE_ID) for _ in range(round(16 * 64 ** draw.random()))])
+            target_T = torch.cat([token_T[1:], torch.tensor([IGNORE])])
+            samples.append(EncodedSample("", "text", token_T, target_T, {}))
+            continue
         if config.vision.any_grid:
             grids, num_features, placed = _of_any_grid(4 * 128 ** draw.random(), ratio)
         else:
@@ -106,12 +118,14 @@ def pad(samples: list[EncodedSample], config: ModelConfig) -> dict[str, Tensor]:
     ids = [sample.token_T.where(sample.token_T != IMAGE, IMAGE_ID) for sample in samples]
     # A label stands at its token, not at the one before.
     labels = [torch.cat([sample.target_T.new_full((1,), IGNORE), sample.target_T[:-1]]) for sample in samples]
-    items = [item for sample in samples for item in sample.media["image"]]
+    items = [item for sample in samples for item in sample.media.get("image", [])]
     batch = {
         "input_ids": pad_sequence(ids, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(each) for each in ids], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
     }
+    if config.vision is None:
+        return batch
     if not config.vision.any_grid:
         pattern = "(y x) (c i j) -> c (y i) (x j)"
         sides = {"y": TILE // PATCH, "i": PATCH, "j": PATCH}
@@ -149,7 +163,7 @@ def step(loss: Callable[[], Tensor], model: nn.Module) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", nargs="?", choices=["qwen2_5_vl", "internvl"], default="qwen2_5_vl")
+    parser.add_argument("family", nargs="?", choices=["qwen2_5_vl", "internvl", "qwen3_moe"], default="qwen2_5_vl")
     parser.add_argument("--seconds", type=float, default=60, help="how long to measure")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -158,8 +172,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         model = read_config(folder)
+        if isinstance(model, DecoderConfig):
+            model = ModelConfig(decoder=model)
         ours = AVLM(model)
-        load_weights(ours, InitFrom(all=folder))
+        load_weights(ours, InitFrom(**{"all" if model.vision else "decoder": folder}))
     samples = make_samples(model, random.Random(0))
     for packing in ("knapsack", "first_fit"):
         chosen = select([len(sample) for sample in samples], ROW, packing)[:-1]  # the last holds what is left over
