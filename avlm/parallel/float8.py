@@ -2,8 +2,9 @@
 
 torchao replaces each linear by one that scales a row of its input and a row of its weight to the range of float8 e4m3
 where it is called, forward and backward (its recipe "rowwise"). Nothing of it is kept: parameters, gradients and
-checkpoints stay as they are. A scale belongs to one token or one output, so neither context parallelism nor a share of
-the outputs changes it. Without a GPU that has these products torchao computes them in float32 from the rounded numbers.
+checkpoints stay as they are, and so do products of experts. A scale belongs to one token or one output, so neither
+context parallelism nor a share of the outputs changes it. Without a GPU that has these products torchao computes them
+in float32 from the rounded numbers.
 """
 
 import importlib.util

@@ -38,6 +38,8 @@ def report(config: Config, world_size: int) -> str:
         lines.append("")
     axes = zip(("replicate", "shard", "context", "tensor"), mesh.sizes(config.parallel, world_size))
     shape = " x ".join(f"{axis} {size}" for axis, size in axes)
+    if config.parallel.expert > 1:
+        shape += f", experts shared out over {config.parallel.expert}"
     dtype = str(layout.dtype).removeprefix("torch.")
     lines += [
         f"{counted(world_size, 'rank')} ({shape}), compute in {dtype}. Assumed: every token has a target, rows are "

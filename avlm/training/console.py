@@ -8,6 +8,7 @@ from avlm.config.run import Config, StageConfig, shares
 from avlm.config.values import counted
 from avlm.data.sample import Sample
 from avlm.models.avlm import AVLM
+from avlm.models.moe import mixtures
 from avlm.storage.run_folder import Progress, Record, folder_of
 from avlm.training.epochs import Epoch
 from avlm.training.optimizer import warmup_steps
@@ -18,13 +19,17 @@ WIDTH = 100  # characters of a question, an answer or a truth
 
 
 def describe(model: AVLM) -> str:
-    """The number of parameters of every module."""
+    """The number of parameters of every module, and of those that a token meets if it does not meet all experts."""
 
     def count(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
     parts = ", ".join(f"{name} {count(module):,}" for name, module in model.named_children())
-    return f"{count(model):,} parameters: {parts}"
+    line = f"{count(model):,} parameters: {parts}"
+    idle = 0
+    for mixture in mixtures(model):
+        idle += count(mixture.experts) // mixture.config.num * (mixture.config.num - mixture.config.per_token)
+    return f"{line}; {count(model) - idle:,} for a token" if idle else line
 
 
 def describe_length(stage: StageConfig, epoch: Epoch | None, rows_per_step: int) -> list[str]:
