@@ -242,7 +242,7 @@ class TrainConfig:
     offload_activations: bool = may_change(False)  # keep block inputs (recompute: full) in host memory; slower
     compile: bool = may_change(False)  # torch.compile, block by block
     balance_loss: NonNegative = may_change(0.0)  # factor of the balance loss of experts (``avlm.models.moe``)
-    float8: bool = may_change(False)  # products of the decoder's linears in float8, by torchao; for stages that train it
+    float8: bool = may_change(False)  # products of the decoder's linears in float8, by torchao, where it trains
     log_every: Count = may_change(10)  # steps between console lines; metrics.jsonl has every step
     validate_every: Whole = may_change(500)  # steps; 0: never
     validate_batches: Count = may_change(20)  # packed rows of each set and rank

@@ -233,7 +233,7 @@ def test_a_file_of_tensors_is_told_from_llamas_by_its_norms(tmp_path):
     first = ModelConfig(decoder=OURS)
     export(first, build(first).state_dict(), tmp_path / "first", "gemma")
     torch.save(load_file(tmp_path / "first" / "model.safetensors"), tmp_path / "first.pt")
-    with pytest.raises(ValueError, match="have no name for decoder.blocks.0.attention_post_norm.weight"):
+    with pytest.raises(ValueError, match=r"have no name for decoder\.blocks\.0\.attention_post_norm\.weight"):
         loaded(config, decoder=tmp_path / "first.pt")
     assert set(gemma2.NAMES["decoder"]) - set(gemma.NAMES["decoder"]) == {
         "blocks.{i}.attention_post_norm",
