@@ -57,6 +57,7 @@ AUDIO_DEFAULTS = {
     "output_dim": 3584,  # that of the decoder
 }
 AUDIO_ACCEPTED = {**whisper.ACCEPTED, "scale_embedding": (False,), "n_window": (PIECE // 2,)}
+FRAME_AREA = (128 * 32 * 32, 768 * 32 * 32)  # the least and the most pixels of a frame of a video, of the class
 EXTRACTOR_SECONDS = 300  # of audio that their feature extractor takes
 
 # The first name of a module tells it apart from those of other families.
@@ -191,11 +192,15 @@ def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
 
 
 def prompts(config: ModelConfig, files: Mapping[str, dict]) -> dict[str, Any]:
-    """The keys of ``data`` with which we make the prompts that a folder's processor makes."""
+    """The keys of ``data`` with which we make the prompts that a folder's processor makes. Its bounds of a video are
+    those of the class, whatever files say."""
     image, video = (qwen2_vl.pixels_processor(files, kind)[1] for kind in ("image", "video"))
-    together = qwen2_vl.read_size({}, qwen3_vl.VIDEO_AREA, config, config.vision.frames_per_patch)  # of the class
     heard = _thinker(files["config.json"]).get("use_audio_in_video", True)
-    frames = {"spread": "starts", "tokens": together, "audio": "merged" if heard else False}
+    frames = {
+        "spread": "starts",
+        "frame_tokens": qwen2_vl.read_size({}, FRAME_AREA, config),
+        "audio": "merged" if heard else False,
+    }
     return {
         **qwen2_vl.read_images(image, config),
         "markers": {"image": [SEE, SEEN], "video": [SEE, SEEN], "audio": [HEAR, HEARD]},
@@ -210,9 +215,8 @@ def prompt_keys(config: ModelConfig, data: DataConfig) -> dict[str, Any]:
 
 def processor_json(config: ModelConfig, data: DataConfig | None) -> dict[str, dict[str, Any]]:
     """File name -> keys. The feature extractor's stand among those of images."""
-    files = qwen3_vl.processor_json(config, data)
+    files = qwen2_vl.processor_json(config, data)
     files = {name: {**keys, "processor_class": "Qwen3OmniMoeProcessor"} for name, keys in files.items()}
-    files["video_preprocessor_config.json"]["video_processor_type"] = "Qwen2VLVideoProcessor"
     frames = EXTRACTOR_SECONDS * whisper.SAMPLE_RATE // whisper.HOP
     files["preprocessor_config.json"] |= {
         **whisper.write_processor(config.audio, frames),

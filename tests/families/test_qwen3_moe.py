@@ -3,6 +3,7 @@ exports."""
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -294,6 +295,21 @@ def test_experts_that_could_lie_either_way_are_refused():
         experts.find("ours", "mlp.experts.{e}.gate_proj.weight", (2, 6, 8), held, "folder")
     with pytest.raises(ValueError, match=r"has shape \(2, 12, 8\), and the decoder needs \(2, 14, 8\) or \(2, 8, 14\)"):
         experts.find("ours", "mlp.experts.{e}.gate_proj.weight", (2, 7, 8), held, "folder")
+
+
+def test_ranks_that_share_an_export_write_what_one_would(case, tmp_path, monkeypatch):
+    """The experts of a tensor lie in files of both ranks."""
+    _, folder, config = case
+    monkeypatch.setattr(model_folder, "SHARD_BYTES", 20_000)
+    tensors = export(config, loaded(config, decoder=folder).state_dict(), tmp_path / "one", "decoder")
+    (tmp_path / "two").mkdir()
+    for rank in (1, 0):
+        model_folder.write_tensors(tensors, tmp_path / "two", SimpleNamespace(rank=rank, size=2))
+    files = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
+    assert len(files) >= 8
+    for name in files:
+        one, two = (load_file(tmp_path / each / name) for each in ("one", "two"))
+        assert one.keys() == two.keys() and all(one[key].equal(two[key]) for key in one)
 
 
 def test_a_tensor_is_read_once_for_all_its_experts():

@@ -21,7 +21,7 @@ from avlm.weights.__main__ import main
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import init_weights
-from tests.families import test_audio_families, test_mistral3
+from tests.families import test_audio_families, test_mistral3, test_qwen3_omni_moe
 from tests.families.measured import close
 from tests.families.test_qwen_vl import logits_of, prompt
 from tests.families.test_qwen_vl_keys import config_of, keys_of
@@ -67,6 +67,8 @@ def base_folder(family, folder):
         return save(getattr(transformers, FORMATS[family].CLASS)(test_mistral3.config_of(family)), folder)
     if family in HEARING:
         return save(test_audio_families.fresh(family), folder)
+    if family == test_qwen3_omni_moe.NAME:
+        return save(test_qwen3_omni_moe.CLASS(test_qwen3_omni_moe.config_of()), folder)
     export(VOXTRAL, build(VOXTRAL, seed=1).state_dict(), folder, "voxtral")
     return folder
 
@@ -76,6 +78,10 @@ def logits_of_both(family, ours, theirs):
     if family in (*QWEN_VL, *HEARING):
         ask_of = prompt if family in QWEN_VL else test_audio_families.prompt
         ask = ask_of(family, theirs.get_base_model(), ours.config)
+        with torch.no_grad():
+            return logits_of(ours, ask.batch), theirs(**ask.inputs).logits[0]
+    if family == test_qwen3_omni_moe.NAME:
+        ask = test_qwen3_omni_moe.prompt(theirs.get_base_model(), ours.config, is_merged=True)
         with torch.no_grad():
             return logits_of(ours, ask.batch), theirs(**ask.inputs).logits[0]
     if family in ANY_ROWS:
@@ -114,6 +120,7 @@ def logits_of_both(family, ours, theirs):
         ("qwen2_audio", ["decoder.*.v", "audio.blocks.0.up"], ["lora", "audio_projector"]),
         ("audioflamingo3", ["decoder.*.v", "audio.*.q"], ["lora", "audio_projector"]),
         ("qwen2_5_omni", ["decoder.*.q", "vision.*.q", "audio.*.down"], ["lora", "audio_projector"]),
+        ("qwen3_omni_moe", ["decoder.*.attention.*", "audio.blocks.*"], ["lora", "vision_projector"]),
     ],
 )
 def test_adapters_load_onto_the_class_of_their_base_and_give_its_logits(
