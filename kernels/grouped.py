@@ -1,11 +1,13 @@
 """A linear for each group of rows: y_a = x_a @ weight_n.T for the rows a of group n.
 
-It is torch's own grouped product, which on a GPU reads the ends of the groups there. It is an op of ours because that
-of torch 2.11 cannot be compiled in float32, and so that recomputation can tell it from others. Rows behind the last
-group are not computed: what stands there may be anything, in the output and in the gradient of x.
+It is torch's own grouped product, which reads the ends of the groups where they are (``waits_for_device``). It is an op
+of ours because that of torch 2.11 cannot be compiled in float32, and so that recomputation can tell it from others.
+Rows behind the last group are not computed: what stands there may be anything, in the output and in the gradient of x.
 
 A rows   N groups   I inputs   O outputs
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,18 @@ def grouped_linear(x_AI: Tensor, weight_NOI: Tensor, end_N: Tensor) -> Tensor:
     """y_AO. ``end_N``: int32, ascending, where the rows of each group end; a group may be empty. float32, bf16 or
     float16; on a GPU rows of x and weight must be multiples of 16 bytes."""
     return backend.apply(_GroupedLinear, x_AI, weight_NOI, end_N)
+
+
+def grouped_linear_reference(x_AI: Tensor, weight_NOI: Tensor, end_N: Tensor) -> Tensor:
+    """The rows of all groups, one group after the other."""
+    ends = [0, *end_N.tolist()]
+    return torch.cat([x_AI[start:end] @ weight_NOI[n].T for n, (start, end) in enumerate(itertools.pairwise(ends))])
+
+
+def waits_for_device(x: Tensor) -> bool:
+    """Whether torch reads the ends of groups on the host, and computes one group after the other: everywhere but in
+    bf16 on Hopper and on Blackwell of data centres (torch 2.11, GroupedMMUtils.h)."""
+    return not (x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10))
 
 
 class _GroupedLinear(torch.autograd.Function):

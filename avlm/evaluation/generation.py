@@ -17,6 +17,8 @@ from avlm.evaluation.decoding import Decoding, Slots, choose, recorded
 from avlm.evaluation.kept_cache import KeptCache
 from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch, seen_segments
+from avlm.models.moe import mixtures
+from kernels.grouped import waits_for_device
 from kernels.segments import Intervals, Segments
 
 NEW_TOKENS = 256  # of an answer, at most, if nobody says how many
@@ -80,7 +82,7 @@ def steps(
     ``max_new_tokens`` None is ``NEW_TOKENS``, or what the context has room for; ``temperature`` 0 is greedy;
     ``top_k`` 0 keeps every token. Prompt i draws from its own generator, seeded ``seed + i``. Looking at the tokens
     less often changes none of them; the default is every step, and on a GPU ``READ_EVERY``. On a GPU of its own the
-    steps are a CUDA graph. Ranks must all ask for the same number of steps.
+    steps are a CUDA graph, if nothing in them waits for it. Ranks must all ask for the same number of steps.
 
     ``kept`` holds the beginning of an only prompt, and afterwards all of it, with the new tokens but the last.
     """
@@ -88,7 +90,9 @@ def steps(
         room = model.config.decoder.max_position - max(map(len, prompts), default=0)
         max_new_tokens = max(1, min(NEW_TOKENS, room))
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
-    on_one_gpu = ranks is None and model.decoder.embedding.weight.is_cuda  # collectives of ranks are not recorded
+    weight = model.decoder.embedding.weight
+    # Collectives of ranks are not recorded, nor what waits for the host.
+    is_recorded = ranks is None and weight.is_cuda and not (mixtures(model) and waits_for_device(weight))
     ranks = ranks or Ranks(model.decoder.embedding.weight.device)
     if read_every is None:
         read_every = READ_EVERY if ranks.device.type == "cuda" else 1
@@ -118,7 +122,7 @@ def steps(
             yield found
         if count == max_new_tokens:
             break
-        if on_one_gpu and count == 1 + WARM_UP:
+        if is_recorded and count == 1 + WARM_UP:
             advance = recorded(decoding.step)
         advance()
 
