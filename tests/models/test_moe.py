@@ -148,3 +148,21 @@ def test_layers_without_experts_are_dense_and_a_model_without_them_sees_nothing(
 def test_sizes_that_do_not_fit_are_refused(experts, said):
     with pytest.raises(ValueError, match=said):
         make_config(experts=experts)
+
+
+@pytest.mark.compiler
+def test_a_mixture_is_one_graph_that_notes_what_it_sees_and_has_the_same_gradients():
+    mixture = make(make_config(shared=12))
+    set_balance(mixture, 0.1, 1)
+    compiled = torch.compile(mixture, backend="aot_eager", fullgraph=True)
+    x_TD, real_T = torch.randn(20, D), torch.arange(20) < 14
+    found = []
+    for function in (mixture, compiled):
+        x = x_TD.clone().requires_grad_()
+        mixture.zero_grad()
+        function(x, real_T).square().sum().backward()
+        seen = take_seen(mixture, torch.device("cpu"))
+        found.append([x.grad, seen, *(parameter.grad for parameter in mixture.parameters())])
+    assert found[0][1].sum() > 0
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
