@@ -44,6 +44,11 @@ def choose(config: ModelConfig, data: DataConfig | None) -> Served:
     _require_norms(config, "audio_projector")
     if not config.modalities:
         raise ValueError("the model neither sees nor hears: --format decoder holds it without code of its own")
+    if config.decoder.experts is not None:
+        raise ValueError(
+            "decoder.experts: transformers converts the tensors of experts for classes of its own alone, not for the one "
+            "that --format transformers brings along: give --format avlm, or that of a family which holds the model"
+        )
     if config.audio is not None and config.audio.stem != "conv1d":
         raise ValueError(
             f"audio.stem={config.audio.stem} is not in the code that --format transformers brings along: give --format "

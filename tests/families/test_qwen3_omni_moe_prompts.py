@@ -103,6 +103,16 @@ def test_images_audio_and_a_video_with_its_sound_stand_in_one_prompt(exported, h
     note(f"{NAME} prompts")
 
 
+def test_the_format_with_code_of_its_own_refuses_experts_and_their_stem(exported, tmp_path):
+    model, folder = exported
+    config, data = model_and_data(folder)
+    dense = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, experts=None))
+    for refused, said in ((config, "decoder.experts: .* give --format avlm"), (dense, r"audio\.stem=conv2d is not in")):
+        with pytest.raises(ValueError, match=said) as error:
+            export(refused, model.state_dict(), tmp_path / "out", "transformers", data=data)
+        assert "\n" not in str(error.value)
+
+
 def test_an_export_says_whether_its_run_heard_videos(exported, tmp_path):
     model, folder = exported
     config, data = model_and_data(folder)
