@@ -46,8 +46,8 @@ def choose(config: ModelConfig, data: DataConfig | None) -> Served:
         raise ValueError("the model neither sees nor hears: --format decoder holds it without code of its own")
     if config.decoder.experts is not None:
         raise ValueError(
-            "decoder.experts: transformers converts the tensors of experts for its own classes alone, and not for that of "
-            "--format transformers: give --format avlm, or that of a family which holds the model"
+            "decoder.experts: transformers converts the tensors of experts for its own classes alone, and not for "
+            "that of --format transformers: give --format avlm, or that of a family which holds the model"
         )
     if config.audio is not None and config.audio.stem != "conv1d":
         raise ValueError(
