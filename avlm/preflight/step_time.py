@@ -146,11 +146,13 @@ def _work(step: Step, pairs: float) -> dict[str, dict[str, Both]]:
 
 
 def _elementwise(step: Step) -> Both:
-    """Of the decoder's blocks. Under context a decoder that recomputes selectively runs uncompiled."""
+    """Of the decoder's blocks. One that recomputes selectively runs uncompiled under context, or with experts shared
+    out."""
     case = step.case
     decoder = case.model.decoder
     mode = case.recompute("decoder")
-    compiled = case.config.train.compile and not (case.layout.context > 1 and mode == "selective")
+    is_cut = case.layout.context > 1 or case.layout.expert > 1
+    compiled = case.config.train.compile and not (is_cut and mode == "selective")
     D, F = decoder.hidden_size, decoder.intermediate_size
     QK = (decoder.num_heads + decoder.num_kv_heads) * decoder.head_dim
     of_token = []

@@ -10,6 +10,7 @@ from avlm.config.load import resolve_config
 from avlm.config.model import MODULES
 from avlm.models import freezing
 from avlm.models.avlm import AVLM
+from avlm.models.batch import KINDS
 from avlm.models.initial import init
 from avlm.models.lora import LowRankLinear, is_adapter, row_lengths
 from avlm.parallel import mesh
@@ -29,6 +30,7 @@ FULL = {"recompute": {"decoder": "full", "vision": "selective", "audio": "full"}
 SELECTIVE = {"recompute": {"decoder": "selective"}}
 ALL = {"train": list(MODULES)}
 ADAPTERS = {"train": ["lora"]}
+OF_SHARED = {"targets": ["decoder.*.q", "decoder.*.o", "decoder.*.shared.*"]}  # of experts
 # ranks -> name -> (parallel, train, lora, keys of the stage, and of small.MODELS)
 CASES = {
     2: {
@@ -39,6 +41,8 @@ CASES = {
         "ring": ({"context": 2, "context_mode": "ring"}, SELECTIVE, {}, {"freeze_language_model": True}),
         "FSDP, windows": ({}, FULL, {"targets": ["decoder.*.q", "vision.*.gate"]}, ADAPTERS, "windows"),
         "TP, DeepStack": ({"tensor": 2}, {}, {"rslora": True}, {"train": ["lora", "vision_projector"]}, "deep"),
+        "TP, experts": ({"tensor": 2, "expert": 2}, SELECTIVE, OF_SHARED, ADAPTERS, "experts"),
+        "FSDP, experts": ({"expert": 2}, FULL, {"dora": True, **OF_SHARED}, ALL, "experts"),
         "FSDP, compiled": ({}, {"compile": True, **FULL}, {"targets": ["decoder.*"]}, ADAPTERS),
     },
     4: {
@@ -83,7 +87,8 @@ def step(cfg, world, model):
     part = own_part(rows[world.data_rank], cfg.model, world)
     observer = Observer(model)
     values = train_step(model, [part], num_targets, observer, 1e9, world, cfg.train.accumulate_mode)
-    return values[:-2].sum().item() / num_targets, values[-2].item(), observer.gradients
+    *losses, norm, _ = values[: len(KINDS) + 2].tolist()
+    return sum(losses) / num_targets, norm, observer.gradients
 
 
 @functools.cache
