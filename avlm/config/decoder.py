@@ -58,7 +58,7 @@ class YarnScaling:
 class ExpertsConfig:
     """A mixture of experts in place of a block's feed-forward part (``avlm.models.moe``)."""
 
-    num: Annotated[int, Field(gt=1, le=2**14)]  # experts of a layer
+    num: Annotated[int, Field(gt=1, le=1023)]  # experts of a layer
     per_token: Annotated[int, Field(gt=0, le=2**10)]  # those that a token goes to
     intermediate_size: Width  # of an expert
     normalize: bool = True  # the weights of a token's experts add up to 1

@@ -41,7 +41,7 @@ class KeptCache:
         if self.config.decoder.bidirectional == "prefix":  # each token has seen all of the shorter prompt
             start = 0
         if self.config.decoder.bidirectional == "images":  # and each of these all features that stood together
-            while start and _is_of_image(labels[start - 1]):
+            while start and _is_of_media(labels[start - 1]):
                 start -= 1
         self.labels = self.labels[:start]
         return _rest(prompt, start, labels, _positions(prompt, self.config)), labels[start:]
@@ -65,7 +65,7 @@ def labels_of(prompt: EncodedSample, config: ModelConfig) -> list[Label]:
     return labels
 
 
-def _is_of_image(label: Label) -> bool:
+def _is_of_media(label: Label) -> bool:
     """Or of a clip."""
     return isinstance(label, tuple) or label == NEWLINE
 

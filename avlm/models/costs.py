@@ -119,13 +119,23 @@ def block_products(block: str, model: ModelConfig) -> list[str]:
     return found
 
 
+def kinds_of_blocks(module: str, model: ModelConfig) -> dict[str, int]:
+    """The path of the first block of each kind, MODULE.blocks.i -> how many there are: the decoder's with experts and
+    those without, in any other module one kind."""
+    if module != "decoder":
+        return {f"{module}.blocks.0": getattr(model, module).num_blocks}
+    layers = [model.decoder.has_experts(i) for i in range(model.decoder.num_layers)]
+    return {f"decoder.blocks.{layers.index(kind)}": layers.count(kind) for kind in sorted(set(layers))}
+
+
 def largest_block(module: str, model: ModelConfig) -> str:
-    """The path of the block that holds and computes most."""
-    decoder = model.decoder
-    layer = 0
-    if module == "decoder" and decoder.experts is not None:
-        layer = next((i for i in range(decoder.num_layers) if decoder.has_experts(i)), 0)
-    return f"{module}.blocks.{layer}"
+    """The path of the block with the most parameters."""
+    shapes = parameter_shapes(model)
+
+    def size(block: str) -> int:
+        return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(f"{block}."))
+
+    return max(kinds_of_blocks(module, model), key=size)
 
 
 def steps(module: str, model: ModelConfig) -> Iterator[Step]:

@@ -64,15 +64,15 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> None:
     anything. Raises ValueError for a target that matches none."""
     paths = adaptable(model)
     chosen: set[str] = set()
+    of_experts = [name for name, _ in model.named_modules() if ".experts." in name]
     for target in config.targets:
+        if grouped := fnmatch.filter(of_experts, target):
+            raise ValueError(
+                f"model.lora.targets names {target!r}, which matches {collapse(grouped[0])}: a weight of all experts "
+                "takes no adapters. Name linears alone, such as [decoder.*.q, decoder.*.k, decoder.*.v, decoder.*.o]"
+            )
         found = fnmatch.filter(paths, target)
         if not found:
-            of_experts = [name for name, _ in model.named_modules() if ".experts." in name]
-            if grouped := fnmatch.filter(of_experts, target):
-                raise ValueError(
-                    f"model.lora.targets names {target!r}, and {collapse(grouped[0])} takes no adapters: it is of all "
-                    "experts. Name others, such as [decoder.*.q, decoder.*.k, decoder.*.v, decoder.*.o]"
-                )
             known = sorted({collapse(path) for path in paths})
             near = difflib.get_close_matches(target, known, n=4, cutoff=0.4) or known
             raise ValueError(f"model.lora.targets names {target!r}, which matches no linear: the nearest are {near}")

@@ -28,7 +28,7 @@ from avlm.config.decoder import ExpertsConfig
 from avlm.models.encoder import ACTIVATIONS
 from kernels.grouped import grouped_linear
 
-SUMS = ("tokens", "computed", "entropy", "balance", "rows")  # that ``MixtureOfExperts.seen`` has behind the assignments
+SUMS = ("tokens", "entropy", "balance", "rows", "computed")  # that ``MixtureOfExperts.seen`` has behind the assignments
 
 
 class Order(NamedTuple):
@@ -222,35 +222,36 @@ class MixtureOfExperts(nn.Module):
         """``real_T``: bool, the tokens that do not just fill the end of a row; None if all are."""
         p_TN = self.router(x_TD)
         expert_TK = self.router.choose(p_TN, real_T)
-        trains = torch.is_grad_enabled()
-        if trains:
-            p_TN = self._balanced(p_TN, expert_TK)
+        seen = None
+        if torch.is_grad_enabled():
+            p_TN, seen = self._balanced(p_TN, expert_TK)
         y_TD, num_computed = self.experts(x_TD, expert_TK, self.router.weigh(p_TN, expert_TK, x_TD.dtype))
-        if trains:
-            self.seen[self.config.num + SUMS.index("computed")] += num_computed
+        if seen is not None:  # all at once: a recomputation may end before this line
+            self.seen += torch.cat([seen, num_computed[None]])
         if self.shared is not None and self.shared_gate is not None:
             y_TD = y_TD + self.shared_gate(x_TD) * self.shared(x_TD)
         return y_TD
 
-    def _balanced(self, p_TN: Tensor, expert_TK: Tensor) -> Tensor:
-        """p, whose gradient gets that of the balance loss. Notes what is seen."""
+    def _balanced(self, p_TN: Tensor, expert_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """p, whose gradient gets that of the balance loss; and what is seen, without what was computed."""
         num = self.config.num
         with torch.no_grad():
             real_T = (expert_TK[:, 0] < num).to(p_TN.dtype)
             ones_A = torch.ones_like(expert_TK.flatten(), dtype=p_TN.dtype)  # sums of ones are exact in any order
             count_N = p_TN.new_zeros(num + 1).index_add_(0, expert_TK.flatten(), ones_A)[:num]
             entropy_T = torch.special.entr(p_TN).sum(1)
-            sums = [real_T.sum(), torch.zeros_like(real_T.sum()), (entropy_T * real_T).sum()]
+            balance = share = torch.zeros_like(real_T.sum())
             slope_N = torch.zeros_like(count_N)
             if self.balance_scale:
                 of_row = self.sum_of_row(torch.cat([count_N, real_T.sum()[None]]))
                 num_tokens = of_row[-1].clamp(min=1)
                 slope_N = num / self.config.per_token * of_row[:-1] / num_tokens**2  # of the balance loss in each p_e
-                sums += [(real_T @ p_TN) @ slope_N, real_T.sum() / num_tokens]
-            self.seen[: num + len(sums)] += torch.cat([count_N, torch.stack(sums)])
+                balance, share = (real_T @ p_TN) @ slope_N, real_T.sum() / num_tokens
+            sums = torch.stack([real_T.sum(), (entropy_T * real_T).sum(), balance, share])
+            seen = torch.cat([count_N, sums])
         if not self.balance_scale:
-            return p_TN
-        return _AddGradient.apply(p_TN, real_T, slope_N * self.balance_scale)
+            return p_TN, seen
+        return _AddGradient.apply(p_TN, real_T, slope_N * self.balance_scale), seen
 
 
 class _AddGradient(torch.autograd.Function):
@@ -291,7 +292,7 @@ def clear_seen(model: nn.Module, device: torch.device) -> None:
 
 def take_seen(model: nn.Module, device: torch.device) -> Tensor:
     """What this rank has computed since the last call: ``seen`` of the layers with experts, one after the other,
-    float32 (layers * (N + len(SUMS)),). A recomputed block counts twice in all of it."""
+    float32 (layers * (N + len(SUMS)),). A recomputed block may count twice, in all of its own."""
     taken = torch.cat([torch.empty(0, device=device), *(each.seen for each in mixtures(model))])
     for each in mixtures(model):
         each.seen.zero_()

@@ -26,6 +26,7 @@ from avlm.config.decoder import DecoderConfig
 from avlm.models.attention import Scores
 from avlm.models.avlm import AVLM
 from avlm.parallel.context_plan import ContextPlan, IntervalPlan
+from avlm.parallel.exchange import gathered, scattered
 from avlm.parallel.ring import RingAttention
 from kernels.attention import attention
 
@@ -63,17 +64,13 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx, x_L2KE, plan, group):
         ctx.plan = plan
         ctx.group = group
-        gathered = x_L2KE.new_empty(x_L2KE.shape[0] * group.size(), *x_L2KE.shape[1:])
-        dist.all_gather_into_tensor(gathered, x_L2KE.contiguous(), group=group)
-        return gathered[plan.place_T]
+        return gathered(x_L2KE, group)[plan.place_T]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_T2KE):
         of_ranks = dx_T2KE[ctx.plan.rows_T].to(torch.promote_types(dx_T2KE.dtype, torch.float32))
-        summed = of_ranks.new_empty(of_ranks.shape[0] // ctx.group.size(), *of_ranks.shape[1:])
-        dist.reduce_scatter_tensor(summed, of_ranks, group=ctx.group)
-        return summed.to(dx_T2KE.dtype), None, None
+        return scattered(of_ranks, ctx.group).to(dx_T2KE.dtype), None, None
 
 
 class UlyssesAttention(nn.Module):

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from avlm.config.decoder import DecoderConfig
 from avlm.config.parallel import ParallelConfig
 from avlm.models.moe import Experts, GroupedLinear, Order, alone, collect, mixtures, spread, weighted_sum
-from avlm.parallel.exchange import swap
+from avlm.parallel.exchange import gathered, scattered, swap
 from kernels.grouped import grouped_linear
 
 
@@ -127,7 +127,7 @@ class _Gathered:
     def __call__(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
         x_GD = _Gather.apply(x_TD, self.group)
         weight_GK = _Gather.apply(weight_TK, self.group)
-        expert_GK = _gathered(expert_TK.int(), self.group)
+        expert_GK = gathered(expert_TK.int(), self.group)
         order = Order.of(expert_GK, self.experts.num, self.held)
         y_GD = self.experts.mix(x_GD, order, weight_GK)
         return _Scatter.apply(y_GD, self.group), order.end_N[-1]
@@ -159,30 +159,18 @@ class _Exchanged:
         return weighted_sum(y_AD, order, weight_TK), sorted_by_expert.end_N[-1]
 
 
-def _gathered(x_T: Tensor, group: ProcessGroup) -> Tensor:
-    x_G = x_T.new_empty(x_T.shape[0] * group.size(), *x_T.shape[1:])
-    dist.all_gather_into_tensor(x_G, x_T.contiguous(), group=group)
-    return x_G
-
-
-def _scattered(x_G: Tensor, group: ProcessGroup) -> Tensor:
-    x_T = x_G.new_empty(x_G.shape[0] // group.size(), *x_G.shape[1:])
-    dist.reduce_scatter_tensor(x_T, x_G.contiguous(), group=group)
-    return x_T
-
-
 class _Gather(torch.autograd.Function):
     """The rows of all ranks, rank after rank; the gradients of this rank's rows, summed over all."""
 
     @staticmethod
     def forward(ctx, x_T, group):
         ctx.group = group
-        return _gathered(x_T, group)
+        return gathered(x_T, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_G):
-        return _scattered(dx_G, ctx.group), None
+        return scattered(dx_G, ctx.group), None
 
 
 class _Scatter(torch.autograd.Function):
@@ -191,12 +179,12 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_G, group):
         ctx.group = group
-        return _scattered(x_G, group)
+        return scattered(x_G, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_T):
-        return _gathered(dx_T, ctx.group), None
+        return gathered(dx_T, ctx.group), None
 
 
 class _Swap(torch.autograd.Function):

@@ -14,6 +14,7 @@ import torch
 
 from avlm.config.run import Config
 from avlm.models.decoder import Decoder
+from avlm.parallel.tensor import feed_forward_sizes
 
 MULTIPLE = 16  # of every side of a product
 CAPABILITY = 9, 0  # of the GPUs that have products with a scale for each row: Hopper, and newer
@@ -39,7 +40,7 @@ def check_float8(config: Config) -> None:
     if config.model.lora:
         raise ValueError("train.float8=true does not go with model.lora: torchao knows no adapters")
     decoder, ranks = config.model.decoder, config.parallel.tensor
-    sides = {name: getattr(decoder, name) for name in ("hidden_size", "intermediate_size")}
+    sides = {"hidden_size": decoder.hidden_size, **feed_forward_sizes(decoder)}
     sides |= {name: getattr(decoder, name) * decoder.head_dim for name in ("num_heads", "num_kv_heads")}
     for name, side in sides.items():
         side = side if name == "hidden_size" else side // ranks

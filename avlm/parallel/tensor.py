@@ -103,16 +103,22 @@ def check_sizes(config: ModelConfig, tensor: int) -> None:
             raise ValueError(f"{refused}dora, which needs the lengths of weight rows that no rank holds whole")
     decoder = config.decoder
     sizes = {name: getattr(decoder, name) for name in ("num_kv_heads", "num_heads", "vocab_size")}
-    if not all(decoder.has_experts(i) for i in range(decoder.num_layers)):
-        sizes["intermediate_size"] = decoder.intermediate_size
-    if decoder.experts is not None:
-        sizes["experts.shared_size"] = decoder.experts.shared_size
-    for name, size in sizes.items():
+    for name, size in {**sizes, **feed_forward_sizes(decoder)}.items():
         if size % tensor:
             raise ValueError(
                 f"parallel.tensor={tensor} does not divide model.decoder.{name}={size}: "
                 f"every rank takes an equal share, so choose a divisor of {size}"
             )
+
+
+def feed_forward_sizes(decoder: DecoderConfig) -> dict[str, int]:
+    """Widths of the feed-forward parts that every token goes through, by their keys."""
+    sizes = {}
+    if not all(decoder.has_experts(i) for i in range(decoder.num_layers)):
+        sizes["intermediate_size"] = decoder.intermediate_size
+    if decoder.experts is not None and decoder.experts.shared_size:
+        sizes["experts.shared_size"] = decoder.experts.shared_size
+    return sizes
 
 
 def tensor_share(name: str, shape: tuple[int, ...], tensor: int, expert: int = 1) -> tuple[int, ...]:

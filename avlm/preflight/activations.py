@@ -12,8 +12,11 @@ from avlm.preflight.layout import Layout
 KEPT_BY_ACTIVATION = {"quick_gelu": 3, "gelu": 2, "gelu_tanh": 2, "silu": 2}
 
 
-def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool, norms_train: bool) -> int:
-    """What a block keeps for each token if nothing is recomputed. Frozen weights need no inputs of products."""
+def decoder_block_bytes(
+    decoder: DecoderConfig, experts: ExpertsConfig | None, layout: Layout, trains: bool, norms_train: bool
+) -> int:
+    """What a block, with experts or without, keeps for each token if nothing is recomputed. Frozen weights need no
+    inputs of products."""
     c = layout.dtype.itemsize
     t = layout.tensor
     D = decoder.hidden_size
@@ -36,16 +39,16 @@ def decoder_block_bytes(decoder: DecoderConfig, layout: Layout, trains: bool, no
     lse = 4 * decoder.num_heads // t
     attention = c * (Q + 2 * K * num_keys + Q * num_outs) + lse * num_lse
     products = D * trains  # the input of q, k, v
-    if decoder.experts is None:
+    if experts is None:
         return norms + attention + c * (products + D * trains + (3 + trains) * F // t)  # gate, up, silu, product
-    return norms + attention + c * products + experts_bytes(decoder, decoder.experts, layout, trains) // t
+    return norms + attention + c * products + experts_bytes(decoder, experts, layout, trains) // t
 
 
 def experts_bytes(decoder: DecoderConfig, experts: ExpertsConfig, layout: Layout, trains: bool) -> int:
     """What a mixture of experts keeps for each of a rank's own tokens."""
     c = layout.dtype.itemsize
     D, F, N, K = decoder.hidden_size, experts.intermediate_size, experts.num, experts.per_token
-    rows, collected = expert_rows(decoder, layout)
+    rows, collected = expert_rows(experts, layout)
     routing = 4 * N + (4 + 8) * K + 17 * collected + 8 * rows  # p, w and its index, an order
     in_experts = rows * (D * trains + (3 + trains) * F) + collected * D  # input; gate, up, silu, product; outputs
     shared = 0
@@ -55,10 +58,9 @@ def experts_bytes(decoder: DecoderConfig, experts: ExpertsConfig, layout: Layout
     return routing + c * (D * trains + in_experts + shared)
 
 
-def expert_rows(decoder: DecoderConfig, layout: Layout) -> tuple[int, int]:
+def expert_rows(experts: ExpertsConfig | None, layout: Layout) -> tuple[int, int]:
     """Rows that a rank has for each of its own tokens: assignments that it makes room for, and outputs that it
     collects, computed or not. With an exchange as many as it has itself, if experts are as busy as each other."""
-    experts = decoder.experts
     if experts is None:
         return 0, 0
     if layout.expert_mode == "gather":
@@ -67,13 +69,12 @@ def expert_rows(decoder: DecoderConfig, layout: Layout) -> tuple[int, int]:
     return experts.per_token, experts.per_token
 
 
-def feed_forward_numbers(decoder: DecoderConfig, layout: Layout) -> int:
+def feed_forward_numbers(decoder: DecoderConfig, experts: ExpertsConfig | None, layout: Layout) -> int:
     """Gradients of activations for each token, while the backward of a feed-forward part is at work: of gate, up and
     their product; of experts also of the copies of tokens, and of outputs."""
-    experts = decoder.experts
     if experts is None:
         return 3 * decoder.intermediate_size // layout.tensor
-    rows, collected = expert_rows(decoder, layout)
+    rows, collected = expert_rows(experts, layout)
     of_experts = rows * (3 * experts.intermediate_size + decoder.hidden_size) + collected * decoder.hidden_size
     return (of_experts + 3 * experts.shared_size) // layout.tensor
 

@@ -12,7 +12,7 @@ from avlm.models.batch import Size
 from avlm.models.patches import window_lengths
 from avlm.parallel.context_attention import mode_of
 from avlm.preflight import rates
-from avlm.preflight.memory import Case
+from avlm.preflight.case import Case
 from avlm.preflight.rates import Gpu
 from avlm.training import flops
 

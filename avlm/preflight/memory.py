@@ -19,12 +19,10 @@ c bytes of a number in compute
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
-from avlm.config.model import AudioConfig, ModelConfig, VisionConfig
+from avlm.config.model import AudioConfig, VisionConfig
 from avlm.config.run import Config, Recompute, StageConfig
-from avlm.models.costs import block_products, largest_block
-from avlm.models.freezing import trained_shapes
+from avlm.models.costs import block_products, kinds_of_blocks, largest_block
 from avlm.models.lora import frozen_base
 from avlm.models.shapes import Shapes
 from avlm.parallel.recompute import keeps_product
@@ -35,7 +33,8 @@ from avlm.preflight.activations import (
     feed_forward_numbers,
     projector_numbers,
 )
-from avlm.preflight.layout import Layout, layout_of
+from avlm.preflight.case import Case
+from avlm.preflight.layout import layout_of
 from avlm.preflight.media_rows import media_rows
 from kernels import backend
 from kernels.cross_entropy import chunk_bytes, chunk_rows
@@ -66,58 +65,6 @@ class Estimate:
     @property
     def total(self) -> int:
         return sum(self.device.values())
-
-
-@dataclass(frozen=True)
-class Case:
-    """A stage of a run on a layout of ranks."""
-
-    config: Config
-    stage: StageConfig
-    layout: Layout
-    shapes: Shapes
-
-    @property
-    def model(self) -> ModelConfig:
-        return self.config.model
-
-    @property
-    def itemsize(self) -> int:
-        return self.layout.dtype.itemsize
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a row on a rank."""
-        return self.stage.data.seq_length // self.layout.context
-
-    @cached_property
-    def trained(self) -> Shapes:
-        return trained_shapes(self.stage, self.model, self.shapes)
-
-    def recompute(self, module: str) -> Recompute:
-        return getattr(self.config.train.recompute, module)
-
-    def numbers(self, prefix: str) -> int:
-        """How many numbers the parameters with this prefix hold on a rank that has gathered them."""
-        return sum(math.prod(self.layout.share(name, shape)) for name, shape in _having(self.shapes, prefix))
-
-    def trained_numbers(self, prefix: str) -> int:
-        return sum(math.prod(self.layout.share(name, shape)) for name, shape in _having(self.trained, prefix))
-
-    def gathered_bytes(self, prefix: str) -> int:
-        """Of units of FSDP that are gathered."""
-        total = 0
-        for name, shape in _having(self.shapes, prefix):
-            total += self.layout.gathered(name) * math.prod(self.layout.share(name, shape))
-        return total
-
-    def largest_block(self, module: str) -> str:
-        """The prefix of its parameters."""
-        return f"{largest_block(module, self.model)}."
-
-
-def _having(shapes: Shapes, prefix: str) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, shape) for name, shape in shapes.items() if name.startswith(prefix)]
 
 
 def estimate(config: Config, stage: StageConfig, world_size: int, shapes: Shapes) -> Estimate:
@@ -184,12 +131,15 @@ def _at_block(case: Case) -> dict[str, int]:
     if decoder.tie_embedding:
         waiting += c * case.trained_numbers("decoder.embedding.")
     kept, _ = _kept(case)
-    gradients = c * (feed_forward_numbers(decoder, case.layout) + 2 * decoder.hidden_size)
+    work = []
+    for each in kinds_of_blocks("decoder", case.model):
+        gradients = c * (feed_forward_numbers(decoder, case.experts_of(each), case.layout) + 2 * decoder.hidden_size)
+        work.append(_recomputed(each, case) + gradients)
     return {
         "gathered weights": _held(case) + case.gathered_bytes(block),
         "gradients in reduction": c * block_gradient + waiting,
         "activations": kept,
-        "at work": case.tokens * (_recomputed("decoder", case) + gradients),
+        "at work": case.tokens * max(work),
     }
 
 
@@ -232,7 +182,9 @@ def _at_tower(name: str, case: Case) -> dict[str, int]:
     if sharding == "block":
         gathered = case.layout.gathered(name) * block + c * (whole - block * tower.num_blocks)
         reduction = (c + 4) * case.trained_numbers(case.largest_block(name))
-    work = _recomputed(name, case) + c * (2 * tower.hidden_size + 3 * tower.intermediate_size)
+    work = _recomputed(largest_block(name, case.model), case) + c * (
+        2 * tower.hidden_size + 3 * tower.intermediate_size
+    )
     kept, _ = _kept_by_tower(name, case)
     return {
         "gathered weights": _held(case) + gathered,
@@ -262,7 +214,7 @@ def _held(case: Case) -> int:
 def _kept(case: Case) -> tuple[int, int]:
     """(device, host) bytes of all that autograd keeps between forward and backward."""
     decoder = case.model.decoder
-    device, host = _kept_by_blocks("decoder", case.tokens * decoder.num_layers, case)
+    device, host = _kept_by_blocks("decoder", case.tokens, case)
     rope = (16 if decoder.query_growth else 8) * case.tokens * decoder.head_dim  # cos and sin of the positions
     by_towers = [_kept_by_tower(tower, case) for tower in case.model.modalities.values()]
     tower_device, tower_host = max(by_towers, key=sum, default=(0, 0))  # a row is full of one modality
@@ -280,7 +232,7 @@ def _kept_by_tower(name: str, case: Case) -> tuple[int, int]:
     host = 0
     trains = case.trained_numbers(f"{name}.") > 0
     if trains:
-        blocks, host = _kept_by_blocks(name, rows * tower.num_blocks, case)
+        blocks, host = _kept_by_blocks(name, rows, case)
         device += blocks + c * stem * rows
     if trains or case.trained_numbers(f"{name}_projector.") > 0:
         width = tower.rows_per_feature(projector) * tower.hidden_size
@@ -318,34 +270,37 @@ def _stem(tower: VisionConfig | AudioConfig) -> tuple[int, int]:
 
 
 def _kept_by_blocks(name: str, rows: int, case: Case) -> tuple[int, int]:
-    """(device, host) bytes of the blocks of a module, for the rows of all blocks together."""
+    """(device, host) bytes of all blocks of a module, for its rows."""
     mode = case.recompute(name)
-    kept = rows * block_bytes(name, case, mode)
+    kept = rows * sum(
+        count * block_bytes(block, case, mode) for block, count in kinds_of_blocks(name, case.model).items()
+    )
     if mode == "full" and case.config.train.offload_activations:
         return 0, kept
     return kept, 0
 
 
-def _recomputed(name: str, case: Case) -> int:
+def _recomputed(block: str, case: Case) -> int:
     """Bytes for each row that come back when the backward recomputes a block."""
-    return block_bytes(name, case, "none") - block_bytes(name, case, case.recompute(name))
+    return block_bytes(block, case, "none") - block_bytes(block, case, case.recompute(block.partition(".")[0]))
 
 
-def block_bytes(name: str, case: Case, mode: Recompute) -> int:
-    """What a block of a module keeps for each row, its adapters included."""
+def block_bytes(block: str, case: Case, mode: Recompute) -> int:
+    """What a block, MODULE.blocks.i, keeps for each row, its adapters included."""
+    name = block.partition(".")[0]
     trains = case.trained_numbers(f"{name}.") > 0
     if name != "decoder" and not trains:  # no graph is built
         return 0
     if mode != "none":
-        return recomputing_block_bytes(name, case, mode)
+        return recomputing_block_bytes(block, case, mode)
+    norms_train = f"{block}.attention_norm.weight" in case.trained
     if name == "decoder":
-        norms_train = "decoder.blocks.0.attention_norm.weight" in case.trained
-        size = decoder_block_bytes(case.model.decoder, case.layout, trains, norms_train)
+        experts = case.experts_of(block)
+        size = decoder_block_bytes(case.model.decoder, experts, case.layout, trains, norms_train)
     else:
-        norms_train = f"{name}.blocks.0.attention_norm.weight" in case.trained
-        scales_train = f"{name}.blocks.0.ffn_scale" in case.trained
+        scales_train = f"{block}.ffn_scale" in case.trained
         size = encoder_block_bytes(getattr(case.model, name), case.layout, norms_train, scales_train)
-    return size + adapter_bytes(case.largest_block(name), case)
+    return size + adapter_bytes(f"{block}.", case)
 
 
 def adapter_bytes(block: str, case: Case) -> int:
@@ -364,10 +319,11 @@ def adapter_bytes(block: str, case: Case) -> int:
     return size
 
 
-def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
+def recomputing_block_bytes(block: str, case: Case, mode: Recompute) -> int:
     """What a block keeps for each row: full, its input; selective, also attention, every second product but the last
     and the sum of the output of attention over the tensor axis."""
     c = case.itemsize
+    name = block.partition(".")[0]
     module = getattr(case.model, name)
     t, width = 1, module.hidden_size  # of attention over all heads
     if name == "decoder":
@@ -375,13 +331,13 @@ def recomputing_block_bytes(name: str, case: Case, mode: Recompute) -> int:
     size = c * module.hidden_size // t
     if mode == "full":
         return size
-    products = block_products(largest_block(name, case.model), case.model)
+    products = block_products(block, case.model)
     for number, path in enumerate(products):
         if keeps_product(number, len(products)):
             weight = f"{path}.weight"
             *_, outputs, _ = case.layout.share(weight, case.shapes[weight])
             if ".experts." in path:
-                outputs = outputs * expert_rows(case.model.decoder, case.layout)[0] // t
+                outputs = outputs * expert_rows(case.experts_of(block), case.layout)[0] // t
             if path.endswith((".router", ".shared_gate")):
                 outputs = outputs // t  # of a rank's own tokens
             size += c * outputs  # a product that the ranks will sum has all of them

@@ -25,9 +25,10 @@ from avlm.config.run import Config, StageConfig
 from avlm.models.shapes import parameter_shapes
 from avlm.preflight import communication, memory, rates, wire
 from avlm.preflight.activations import expert_rows
+from avlm.preflight.case import Case
 from avlm.preflight.described_step import Both, Row, Step, media_bytes
 from avlm.preflight.layout import layout_of
-from avlm.preflight.memory import GIB, Case
+from avlm.preflight.memory import GIB
 from avlm.preflight.rates import NODE, Gpu
 
 TOKEN_BYTES = 16  # of a row on the host: token, position, row and source of a feature, each int32
@@ -160,7 +161,7 @@ def _elementwise(step: Step) -> Both:
     in_all = F * (decoder.num_layers - num_mixtures)  # activations of a token in all layers
     copies = 0
     if decoder.experts is not None:
-        rows, collected = expert_rows(decoder, case.layout)
+        rows, collected = expert_rows(decoder.experts, case.layout)
         in_all += num_mixtures * (rows * decoder.experts.intermediate_size + decoder.experts.shared_size)
         copies = num_mixtures * (rows + collected) * D  # a token for each of its experts, and their outputs
     for i in range(2):

@@ -19,21 +19,24 @@ def expert_load(seen: list[float], experts: ExpertsConfig) -> dict[str, Any]:
     """
     width = experts.num + len(SUMS)
     layers = [seen[start : start + width] for start in range(0, len(seen), width)]
-    of_layers = [dict(zip(SUMS, layer[experts.num :])) for layer in layers]
-    sums = {name: sum(layer[name] for layer in of_layers) for name in SUMS}
-    if not sums["tokens"]:
+    sums = [dict(zip(SUMS, layer[experts.num :])) for layer in layers]
+    if not all(layer["tokens"] for layer in sums):
         return {}
-    assigned = experts.per_token * sums["tokens"]
-    loads = [
-        [count * experts.num / (experts.per_token * of_layer["tokens"]) for count in layer[: experts.num]]
-        for layer, of_layer in zip(layers, of_layers)
-    ]
+
+    def mean(of: str, per: str) -> float:
+        """Of a layer first: one that is recomputed may have counted twice."""
+        return sum(layer[of] / layer[per] for layer in sums) / len(sums)
+
+    loads = []
+    for layer, of_layer in zip(layers, sums):
+        even = experts.per_token * of_layer["tokens"] / experts.num
+        loads.append([count / even for count in layer[: experts.num]])
     found = {
         "experts/load": [round(sum(of_expert) / len(loads), 4) for of_expert in zip(*loads)],
         "experts/busiest": max(map(max, loads)),
-        "experts/entropy": sums["entropy"] / sums["tokens"] / math.log(experts.num),
-        "experts/dropped": 1 - sums["computed"] / assigned,
+        "experts/entropy": mean("entropy", "tokens") / math.log(experts.num),
+        "experts/dropped": round(1 - mean("computed", "tokens") / experts.per_token, 6),  # sums are float32
     }
-    if sums["rows"]:
-        found["experts/balance_loss"] = sums["balance"] / sums["rows"]
+    if all(layer["rows"] for layer in sums):
+        found["experts/balance_loss"] = mean("balance", "rows")
     return found

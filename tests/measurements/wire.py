@@ -44,6 +44,7 @@ CHOSEN = ("FSDP", "HSDP", "TP", "ring", "all-gather", "Ulysses", "Ulysses x ring
 CHOSEN += ("FSDP x ring, media balanced",)
 OF_OTHERS = ("TP x ring", "FSDP x ring, media balanced")
 OTHER_MODELS = {"DeepStack": "deep", "tiles": "tiles"}
+FOR_OTHERS = ("swap", "gathered", "scattered")
 SILENT = ("wait_tensor", "_wrap_tensor_autograd", "recv_")
 
 
@@ -80,11 +81,11 @@ def group_of(args: tuple) -> dist.ProcessGroup:
 
 
 def asker() -> tuple[str, ...]:
-    """The axes of the innermost of ASKERS that is being called; of a swap, of who asked for it."""
+    """The axes of the innermost of ASKERS that is being called; of what exchange.py does for others, of them."""
     frame = sys._getframe(1)
     while frame is not None:
         for part, axes in ASKERS.items():
-            if part in frame.f_code.co_filename and frame.f_code.co_name != "swap":
+            if part in frame.f_code.co_filename and frame.f_code.co_name not in FOR_OTHERS:
                 return axes
         frame = frame.f_back
     raise AssertionError("a collective that none of ASKERS asked for")

@@ -8,8 +8,12 @@ import torch.nn.functional as F
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from avlm.config.decoder import DecoderConfig, ExpertsConfig
+from avlm.config.model import ModelConfig
+from avlm.config.run import RecomputeConfig, TrainConfig
+from avlm.models.avlm import AVLM
 from avlm.models.decoder import Decoder, feed_forward
 from avlm.models.moe import SUMS, clear_seen, set_balance, take_seen
+from avlm.parallel.recompute import apply_recompute
 from avlm.training.expert_load import expert_load
 from kernels.segments import Segments
 
@@ -125,6 +129,28 @@ def test_what_is_seen_counts_tokens_alone_and_only_where_a_graph_is_built():
     assert found["experts/entropy"] == pytest.approx(torch.special.entr(p_TN).sum(1).mean().item() / math.log(N))
     assert found["experts/dropped"] == 0 and "experts/balance_loss" not in found
     assert take_seen(mixture, torch.device("cpu")).eq(0).all()
+
+
+@pytest.mark.parametrize("shared", [0, 12])
+def test_what_is_seen_is_the_same_where_blocks_are_recomputed(shared):
+    """Also where only some of them are: the first has no graph."""
+    found = []
+    for mode in ("none", "full", "selective"):
+        torch.manual_seed(0)
+        model = AVLM(ModelConfig(decoder=make_config(shared)))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.5).requires_grad_(False)
+        model.decoder.blocks[1].requires_grad_(True)
+        set_balance(model, 0.1, 2)
+        apply_recompute(model, TrainConfig(recompute=RecomputeConfig(decoder=mode)))
+        for _ in range(2):  # micro-batches
+            x_TD = model.decoder(torch.randn(9, D), torch.arange(9), Segments.of([9]), real_T=torch.arange(9) < 7)
+            x_TD.square().sum().backward()
+        found.append(expert_load(take_seen(model, torch.device("cpu")).tolist(), model.config.decoder.experts))
+    assert found[0]["experts/dropped"] == 0 and 0 < found[0]["experts/entropy"] < 1
+    for other in found[1:]:
+        for name, value in found[0].items():
+            assert other[name] == pytest.approx(value, rel=1e-6), name
 
 
 def test_layers_without_experts_are_dense_and_a_model_without_them_sees_nothing():

@@ -211,7 +211,7 @@ def test_activations_of_a_block_are_as_estimated(mode, error, dtype):
         stage = cfg.stages[0] if trains else replace(cfg.stages[0], train=["vision_projector"])
         case = make_case(cfg, dtype, stage)
         for name in ("decoder", "vision", "audio") if trains else ("decoder",):
-            said = memory.block_bytes(name, case, mode)
+            said = memory.block_bytes(f"{name}.blocks.0", case, mode)
             assert said == pytest.approx(kept_by_a_block(name, dtype, trains, cfg), rel=error), (name, trains)
 
 
@@ -221,7 +221,7 @@ def test_activations_of_a_block_of_gemma_are_as_estimated(mode, error, dtype):
     gemma = {"norm_offset": True, "post_norms": True, "activation": "gelu_tanh", "qk_norm": True, "qkv_bias": False}
     changes = ((f"model.decoder.{key}", value) for key, value in gemma.items())
     cfg = make_config(("train.recompute.decoder", mode), *changes)
-    said = memory.block_bytes("decoder", make_case(cfg, dtype, cfg.stages[0]), mode)
+    said = memory.block_bytes("decoder.blocks.0", make_case(cfg, dtype, cfg.stages[0]), mode)
     assert said == pytest.approx(kept_by_a_block("decoder", dtype, True, cfg), rel=error)
 
 
@@ -230,7 +230,7 @@ def test_activations_of_a_block_of_gemma_are_as_estimated(mode, error, dtype):
 @pytest.mark.parametrize("vision", [GATED, DEEP, SCALED], ids=["gated", "deep", "scaled"])
 def test_activations_of_a_block_of_any_grid_are_as_estimated(vision, mode, error, dtype):
     cfg = of_any_grid(vision, ("train.recompute.vision", mode))
-    said = memory.block_bytes("vision", make_case(cfg, dtype, cfg.stages[0]), mode)
+    said = memory.block_bytes("vision.blocks.0", make_case(cfg, dtype, cfg.stages[0]), mode)
     assert said == pytest.approx(kept_by_a_block("vision", dtype, True, cfg), rel=error)
 
 
@@ -241,8 +241,24 @@ def test_activations_of_a_block_with_experts_are_as_estimated(shared, mode, erro
     cfg = of_experts(8, 72, ("train.recompute.decoder", mode), shared=shared)
     for trains in (True, False):
         stage = cfg.stages[0] if trains else replace(cfg.stages[0], train=["vision_projector"])
-        said = memory.block_bytes("decoder", make_case(cfg, dtype, stage), mode)
+        said = memory.block_bytes("decoder.blocks.0", make_case(cfg, dtype, stage), mode)
         assert said == pytest.approx(kept_by_a_block("decoder", dtype, trains, cfg), rel=error), trains
+
+
+def test_blocks_with_experts_and_without_are_counted_apart():
+    """Dense blocks that are larger than those with experts, and the reverse."""
+    for size in (2048, 64):
+        activations, gathered = [], []
+        for dense in ([], [1], [0, 1, 2]):
+            cfg = of_experts(
+                8, 72, ("model.decoder.intermediate_size", size), ("model.decoder.experts.dense_layers", dense)
+            )
+            case = make_case(cfg, torch.float32, cfg.stages[0])
+            activations.append(memory._kept(case)[0])
+            gathered.append(memory._at_block(case)["gathered weights"])
+        of_experts_alone, mixed, dense_alone = activations
+        assert mixed == pytest.approx((2 * of_experts_alone + dense_alone) / 3)
+        assert gathered[1] == max(gathered[0], gathered[2])
 
 
 @pytest.mark.parametrize("lora", [{}, {"dropout": 0.1}, {"dora": True}])
@@ -251,7 +267,7 @@ def test_what_adapters_keep_is_as_estimated(mode, lora):
     cfg = with_adapters(*((f"train.recompute.{tower}", mode) for tower in ("decoder", "vision", "audio")), **lora)
     case = make_case(cfg, torch.bfloat16, cfg.stages[0])
     for tower in ("decoder", "vision", "audio"):
-        said = memory.block_bytes(tower, case, mode)
+        said = memory.block_bytes(f"{tower}.blocks.0", case, mode)
         assert said == pytest.approx(kept_by_a_block(tower, torch.bfloat16, False, cfg), rel=0.1), tower
 
 
