@@ -72,7 +72,10 @@ def media_in_texts(folder: Path, markers: Mapping[str, list[str]]) -> dict[str, 
     """Kind -> what stands for a medium in a text of a Hugging Face folder, whose own template may take media as parts
     of a list only. Templates of ours put it in place of a tag."""
     keys = read_json(folder / "config.json")
-    return {} if is_own(keys) else door.media_in_prompts(door.family_of(keys), markers)
+    if not is_own(keys):
+        return door.media_in_prompts(door.family_of(keys), markers)
+    base = door.FORMATS.get(str(keys.get("base")))  # of an export for transformers with code of its own
+    return door.media_in_prompts(base, markers) if base in door.WITH_MARKERS else {}
 
 
 def is_own(keys: dict) -> bool:

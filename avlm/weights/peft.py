@@ -250,7 +250,15 @@ def _projectors_called(name: str, config: ModelConfig) -> set[str]:
 
 
 def adapter_keys(config: ModelConfig, names: Iterable[str], base: Base) -> dict[str, Any]:
-    """adapter_config.json of the adapters ``names``."""
+    """adapter_config.json of the adapters ``names``. ValueError for adapters that PEFT would not put where ours are."""
+    decoder = config.decoder
+    for name in names:
+        layer = re.fullmatch(r"decoder\.blocks\.(\d+)\.ffn\.(gate|up|down)\.lora_\w+(\.weight)?", name)
+        if layer and decoder.experts is not None and not decoder.has_experts(int(layer[1])):
+            raise ValueError(
+                f"{name}: beside experts PEFT reads adapters of dense layers as those of experts. Export the merged "
+                "model instead, or train adapters of [decoder.*.q, decoder.*.k, decoder.*.v, decoder.*.o]"
+            )
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -334,6 +334,15 @@ def test_adapters_on_experts_are_refused_with_what_to_name_instead():
         AVLM(ModelConfig(decoder=decoder, lora=LoraConfig()))
 
 
+def test_adapters_of_a_dense_layer_beside_experts_are_refused_in_a_folder_for_peft(tmp_path):
+    """PEFT 0.21 takes their names for those of experts."""
+    decoder = llama.read({**SIZES, "model_type": "qwen3_moe", "mlp_only_layers": [1]})
+    lora = LoraConfig(rank=4, targets=["decoder.*.q", "decoder.blocks.1.ffn.up"])
+    ours = AVLM(ModelConfig(decoder=decoder, lora=lora))
+    with pytest.raises(ValueError, match=r"decoder\.blocks\.1\.ffn\.up\.lora_\w+.*: beside experts PEFT reads"):
+        export(ours.config, ours.state_dict(), tmp_path / "out", "adapter", base=Base("decoder", "base"))
+
+
 @torch.no_grad()
 def test_adapters_on_attention_go_to_peft_and_back(tmp_path):
     torch.manual_seed(0)
