@@ -66,7 +66,8 @@ def train_step(
     every layout takes the same step.
 
     Returns, on the device, float32: the global loss sum of each kind, the gradient norm, the own loss sum; then, of all
-    ranks, what ``take_seen`` says of experts. Nothing here waits for the device.
+    ranks, what ``take_seen`` says of experts. Nothing here waits for the device, but experts
+    may (``avlm.parallel.experts``).
     """
     losses = torch.zeros(len(KINDS), device=world.device)
     for i, batch in enumerate(batches):

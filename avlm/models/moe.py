@@ -5,8 +5,8 @@
     y = sum over the K experts e of the largest p_e of w_e * down_e(act(gate_e(x)) * up_e(x))
     w_e = p_e, or p_e over their sum
 
-Tokens are sorted by expert, and each linear of all experts is one grouped product. No token is dropped, nothing waits
-for the device, and sums have a fixed order. What fills the end of a row goes to no expert.
+Tokens are sorted by expert, and each linear of all experts is one grouped product. No token is dropped, nothing here
+waits for the device (but see ``kernels.grouped``), and sums have a fixed order. What fills the end of a row goes to no expert.
 
     balance loss = N * sum over the experts e of f_e * P_e     (Fedus et al. 2021), the mean over layers and rows
 

@@ -129,7 +129,7 @@ def test_the_smallest_published_model_has_the_parameters_of_its_class():
         ({"downsample_ratio": 0.3}, r"downsample_ratio=0.3 is not implemented \(accepted: 0.5, 1.0"),
         ({"downsample_ratio": 0.25}, "downsample=4 does not divide 6 patches a side"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act='relu'"),
-        ({"text_config": {"model_type": "qwen3_moe"}}, "text_config.model_type 'qwen3_moe' is not supported"),
+        ({"text_config": {"model_type": "gpt_oss"}}, "text_config.model_type 'gpt_oss' is not supported"),
         ({"vision_config": {"use_absolute_position_embeddings": False}}, "use_absolute_position_embeddings=False"),
         ({"vision_config": {"image_size": [24, 36]}}, r"image_size=\[24, 36\] is not implemented \(accepted: squares"),
         ({"vision_config": {"image_size": "24"}}, "vision_config.image_size must be an integer or a list, not '24'"),

@@ -372,6 +372,8 @@ def of_experts(world_size: int, quick: bool) -> list[Case]:
     token between two experts may take the other one, which no tolerance of rounding covers."""
     cases = []
     for i, name in enumerate(EXPERTS[world_size]):
+        if quick and i % 2 and world_size == 4:
+            continue
         for n in range(1 if quick else 3):
             setting = {key: FACTORS[key][(i + n) % len(FACTORS[key])] for key in FACTORS}
             cases.append(Case(f"{name}, of experts", **setting, model="experts"))

@@ -15,4 +15,4 @@ def test_every_layout_has_the_loss_and_the_gradients_of_one_process(world_size):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_no_mix_of_media_over_ranks_hangs_or_changes_the_loss(world_size):
-    assert not no_hang.run([world_size], quick=world_size == 4)
+    assert not no_hang.run([world_size], quick=True)
