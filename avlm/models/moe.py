@@ -6,7 +6,8 @@
     w_e = p_e, or p_e over their sum
 
 Tokens are sorted by expert, and each linear of all experts is one grouped product. No token is dropped, nothing here
-waits for the device (but see ``kernels.grouped``), and sums have a fixed order. What fills the end of a row goes to no expert.
+waits for the device (but see ``kernels.grouped``), and sums have a fixed order. What fills the end of a row goes to no
+expert.
 
     balance loss = N * sum over the experts e of f_e * P_e     (Fedus et al. 2021), the mean over layers and rows
 

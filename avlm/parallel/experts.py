@@ -1,7 +1,7 @@
 """Expert parallelism: ranks that follow each other share out the experts of each layer, in equal parts.
 
 gather     each rank gets the tokens of all of them, and computes those of its experts; the sums are scattered back, in
-           the dtype of compute. No number is asked of the device, at the price of room for all assignments on every rank
+           the dtype of compute. No number is asked of the device, at the price of room for all assignments on each rank
 exchange   a rank's assignments go to the ranks of their experts, and the outputs come back. How many they are has to be
            known on the host: it waits for the device each time that a layer runs
 

@@ -77,10 +77,10 @@ def padded_numbers(shapes: Shapes, prefixes: tuple[str, ...], layout: Layout) ->
 
 
 def tensor_bytes(decoder: DecoderConfig, t: int, L: int, R: int, c: int) -> dict[str, float]:
-    """Each block gathers tokens twice and scatters sums twice, and its backward does the reverse, but a mixture of
-    experts takes the tokens as they lie, only a shared expert in it gathers and scatters; the embedding scatters, the end of the decoder gathers. The head sums 4
-    numbers for each target, and dhidden. Gradients of norms and routers are partial sums over the tokens, or over the
-    heads, of each rank."""
+    """Each block gathers tokens twice and scatters sums twice, and its backward does the reverse. A mixture of experts
+    takes the tokens as they lie, and only a shared expert in it gathers and scatters. The embedding scatters, the end
+    of the decoder gathers. The head sums 4 numbers for each target, and dhidden. Gradients of norms and routers are
+    partial sums over the tokens, or over the heads, of each rank."""
     D = decoder.hidden_size
     blocks = 4 * decoder.num_layers
     norms = 2 * D
