@@ -31,6 +31,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**OPTIONS, "post_norms": True, "qk_norm": True},
 }
 
+PATTERN = "sliding_window_pattern"  # of Gemma 3 alone: every so many layers, one sees all
+PATTERN_OF_GEMMA2 = 2
+
 # A config.json may leave out the keys that equal the defaults of its class.
 GEMMA = {
     "vocab_size": 256000,
@@ -55,7 +58,6 @@ GEMMA2 = {
     "hidden_activation": "gelu_pytorch_tanh",
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
-    "sliding_window_pattern": 2,
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
 }
@@ -63,7 +65,7 @@ GEMMA3 = {
     **GEMMA2,
     "vocab_size": 262208,
     "max_position_embeddings": 131072,
-    "sliding_window_pattern": 6,
+    PATTERN: 6,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
 }
@@ -116,19 +118,17 @@ def read(given: Mapping[str, Any], files: Mapping[str, dict] | None = None) -> D
         fields |= to_ours(SCORES, keys)
         if fields["score_size"] == fields["head_dim"]:
             fields["score_size"] = None
-        window = _read_window(keys)
-        is_reached = bool(window) and window["sliding_window"] < fields["max_position"]
-        if is_reached or (window and fields.get("window_rope_theta") is not None):
-            fields |= window
-        else:
-            fields.pop("window_rope_theta", None)
-    return DecoderConfig(**fields, **VARIANTS[model_type])
+    theta = fields.pop("window_rope_theta", None)
+    config = DecoderConfig(**fields, **VARIANTS[model_type])
+    return config if model_type == "gemma" else _with_window(config, keys, theta)
 
 
 def _read_ropes(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Of Gemma 3, whose layers with a window have a base of their own: two sets of parameters, or two bases and a
     scaling for full layers."""
     given = keys.get("rope_parameters") or {}
+    if given and keys.get("rope_scaling"):
+        raise ValueError("rope_scaling beside rope_parameters is not implemented: keep one of the two")
     if not isinstance(given, Mapping) or not set(given) <= set(KINDS):
         raise ValueError(f"rope_parameters {shown(given)} is not understood: gemma3_text has {' and '.join(KINDS)}")
     full, window = (dict(given.get(kind) or {}) for kind in KINDS)
@@ -140,26 +140,36 @@ def _read_ropes(keys: Mapping[str, Any]) -> dict[str, Any]:
     of_window = read_rope({**inner, "rope_parameters": window}, {})
     theta = of_window.pop("rope_theta")
     if of_window:
-        raise ValueError(f"rope_type {shown(repr(window['rope_type']))} is not implemented for layers with a window")
+        kind = window.get("rope_type", window.get("type"))
+        raise ValueError(f"rope_type {shown(repr(kind))} is not implemented for layers with a window")
     is_plain = set(fields) == {"rope_theta"}
     return {**fields, "window_rope_theta": None if is_plain and theta == fields["rope_theta"] else theta}
 
 
-def _read_window(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Nothing if no layer has a window."""
-    window, layers = keys.get("sliding_window"), range(keys["num_hidden_layers"])
+def _with_window(config: DecoderConfig, keys: Mapping[str, Any], theta: float | None) -> DecoderConfig:
+    """The config with the sliding window that is in use: one that no position exceeds is not, unless its layers have a
+    base of their own, ``theta``."""
+    window, layers = keys["sliding_window"], range(config.num_layers)
     kinds = keys.get("layer_types")
     if kinds is None:
-        pattern = keys["sliding_window_pattern"]
+        pattern = _pattern(keys) if keys["model_type"] == "gemma3_text" else PATTERN_OF_GEMMA2
         kinds = [KINDS[0] if (i + 1) % pattern == 0 else KINDS[1] for i in layers]
     if len(kinds) != len(layers) or not set(map(str, kinds)) <= set(KINDS):
         raise ValueError(f"layer_types {shown(kinds)} is not implemented ({' or '.join(KINDS)}, for each layer)")
     windowed = [i for i in layers if kinds[i] == "sliding_attention"]
     if windowed and window is None:
         raise ValueError("layer_types has sliding_attention, but there is no sliding_window")
-    if not windowed:
-        return {}
-    return {"sliding_window": window, "window_layers": windowed if len(windowed) < len(layers) else None}
+    if not windowed or (window >= config.max_position and theta is None):
+        return config
+    some = windowed if len(windowed) < len(layers) else None
+    return dataclasses.replace(config, sliding_window=window, window_layers=some, window_rope_theta=theta)
+
+
+def _pattern(keys: Mapping[str, Any]) -> int:
+    pattern = GEMMA3[PATTERN] if keys[PATTERN] is None else keys[PATTERN]
+    if pattern < 1:
+        raise ValueError(f"{PATTERN}={shown(pattern)} is not a number of layers")
+    return pattern
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:

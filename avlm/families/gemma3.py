@@ -49,6 +49,7 @@ TIES_HEAD = True
 
 def read(keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
     """``files``: those of PROCESSOR_FILES that the folder has, by their names."""
+    keys = {key: value for key, value in keys.items() if value is not None}
     require_accepted(keys, ACCEPTED)
     text = read_text(keys, TEXT, (TEXT,))
     tower = read_tower(keys, files, PIXELS)

@@ -18,7 +18,8 @@ SIDES = (int, list)
 KEYS_OF_TYPE = {
     str: "model_type hidden_act text_model_id audio_model_id projector_act norm_type",
     list: "layer_types fullatt_block_indexes deepstack_visual_indexes mlp_only_layers",
-    dict: "text_config vision_config audio_config thinker_config rope_scaling rope_parameters",
+    dict: "text_config vision_config audio_config thinker_config rope_scaling rope_parameters "
+    "full_attention sliding_attention",
     bool: "tie_word_embeddings use_sliding_window multimodal_projector_bias projector_bias projector_ln_mid "
     "use_audio_in_video truncate use_qk_norm use_mean_pooling norm_topk_prob",
     int: "hidden_size intermediate_size head_dim num_hidden_layers num_attention_heads num_key_value_heads "
@@ -26,9 +27,9 @@ KEYS_OF_TYPE = {
     "window_size spatial_merge_size temporal_patch_size num_position_embeddings n_window output_dim "
     "stack_factor scale_factor original_max_position_embeddings num_experts num_local_experts num_experts_per_tok "
     "moe_intermediate_size decoder_sparse_step shared_expert_intermediate_size mm_tokens_per_image "
-    "projection_dim n_window_infer downsample_hidden_size",
+    "projection_dim n_window_infer downsample_hidden_size sliding_window_pattern",
     NUMBER: "rope_theta partial_rotary_factor factor mlp_ratio tokens_per_second position_id_per_seconds "
-    "seconds_per_chunk mscale mscale_all_dim llama_4_scaling_beta downsample_ratio",
+    "seconds_per_chunk mscale mscale_all_dim llama_4_scaling_beta downsample_ratio rope_local_base_freq",
     SIDES: "image_size patch_size",
 }
 TYPES: dict[str, Any] = {key: kind for kind, keys in KEYS_OF_TYPE.items() for key in keys.split()}
@@ -83,6 +84,8 @@ def require_same(format: str, ours: ModelConfig, read: Reader, keys: Mapping[str
         back = read(keys, files)
     except ValidationError as error:
         raise ValueError(f"the {format} format cannot hold {first_error(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"the {format} format cannot hold this model: {error}") from None
     for module in back.modules:
         part, other = _as_exported(getattr(ours, module), ours, getattr(back, module)), getattr(back, module)
         for field in dataclasses.fields(part):

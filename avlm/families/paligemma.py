@@ -84,6 +84,7 @@ CHAT_TEMPLATE = """\
 
 def read(keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
     """``files``: those of PROCESSOR_FILES that the folder has, by their names."""
+    keys = {key: value for key, value in keys.items() if value is not None}
     require_accepted(keys, ACCEPTED)
     text = gemma3.read_text({"text_config": TEXT_DEFAULTS, **keys}, "gemma", TEXTS)
     if text.pop(BOTH_WAYS, None) is False:

@@ -7,8 +7,10 @@ than the Hub's folders have, and reads both; we read both and write the Hub's.
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from avlm.config.decoder import DecoderConfig, ExpertsConfig
-from avlm.config.values import shown
+from avlm.config.values import first_error, shown
 from avlm.families.keys import require_accepted, to_ours, to_theirs
 
 # model_type -> what sets it apart in our config
@@ -82,7 +84,14 @@ def read(given: Mapping[str, Any], defaults: Mapping[str, Any], num_layers: int)
     if len(dense_layers) == num_layers or not keys["num_experts"]:
         return None
     shared_size = keys[SHARED] if keys["model_type"] == SHARES else 0
-    return ExpertsConfig(**to_ours(FIELDS, keys), shared_size=shared_size, dense_layers=dense_layers)
+    try:
+        return ExpertsConfig(**to_ours(FIELDS, keys), shared_size=shared_size, dense_layers=dense_layers)
+    except ValidationError as error:
+        where = error.errors()[0]["loc"]
+        if not where:  # of two keys
+            number, each = shown(keys["num_experts"]), shown(keys["num_experts_per_tok"])
+            raise ValueError(f"num_experts_per_tok={each} is more than num_experts={number}") from None
+        raise ValueError(first_error(error, ({**FIELDS, "shared_size": SHARED}[where[0]],))) from None
 
 
 def with_number(given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -47,9 +47,8 @@ def find(
         there = tuple(held[each].get_shape())
         if there != shape[1:]:
             raise ValueError(f"{path}: {each} has shape {there}, and an expert of the decoder {shape[1:]}")
-    stacked = Stacked([held[each] for each in names])
-    check_shape(name, shape, stacked, f"{path}: {theirs}")
-    return names, stacked
+        check_shape(name, shape[1:], held[each], f"{path}: {each}")
+    return names, Stacked([held[each] for each in names])
 
 
 def _of_all(theirs: str, shape: Shape, held: Mapping[str, Any], path: Path) -> Any:

@@ -19,6 +19,7 @@ from avlm.config.model import MODULES, ModelConfig
 from avlm.config.run import InitFrom
 from avlm.config.values import shown
 from avlm.families.door import (
+    EXPERT,
     HEADS,
     SINUSOIDS,
     AnyConfig,
@@ -272,8 +273,8 @@ def _choose(
             if name in optional:
                 continue
             raise ValueError(
-                f"{path} has no tensor {theirs} for {name} {tuple(shapes[name])}: to initialise it from scratch, name "
-                "it in init_from.allow_missing"
+                f"{path} has no tensor {theirs.replace(EXPERT, '0')} for {name} {tuple(shapes[name])}: to initialise "
+                "it from scratch, name it in init_from.allow_missing"
             )
         tensor = held[theirs]
         if len(parts[theirs]) > 1:

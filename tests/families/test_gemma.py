@@ -15,6 +15,7 @@ from avlm.config.run import InitFrom
 from avlm.data.sample import EncodedSample
 from avlm.evaluation.generation import generate
 from avlm.families import gemma, gemma2
+from avlm.families.door import family_of
 from avlm.models.avlm import AVLM
 from avlm.models.batch import IGNORE
 from avlm.models.decoder import TokenEmbedding
@@ -43,6 +44,7 @@ ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
 }
+LINEAR = {"rope_type": "linear", "factor": 8.0}
 GEMMA2 = {"sliding_window": 12, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}
 MODELS = {
     "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**SIZES)),
@@ -98,7 +100,7 @@ THIRD = dataclasses.replace(
 )
 DECODERS = {
     "gemma": OURS,
-    "gemma with its own head, stretched": dataclasses.replace(OURS, tie_embedding=True, rope_stretch=2.0),
+    "gemma with a tied head, stretched": dataclasses.replace(OURS, tie_embedding=True, rope_stretch=2.0),
     "gemma2": SECOND,
     "gemma2 without windows": dataclasses.replace(SECOND, sliding_window=None, score_size=None, logit_softcap=None),
     "gemma3_text": THIRD,
@@ -149,6 +151,9 @@ def test_the_keys_of_published_folders_are_those_of_the_newer_dialect():
     assert gemma.read(transformers.Gemma3TextConfig(**sizes, **ropes, query_pre_attn_scalar=168).to_dict()) == found
     second = gemma.read({"model_type": "gemma2", "num_hidden_layers": 4})
     assert (second.window_layers, second.attention_softcap, second.logit_softcap) == ([0, 2], 50.0, 30.0)
+    assert gemma.read({"model_type": "gemma2", "num_hidden_layers": 4, "sliding_window_pattern": 3}) == second
+    no_pattern = gemma.read({**sizes, **ropes, "sliding_window_pattern": None, "query_pre_attn_scalar": 168})
+    assert no_pattern == found
 
 
 @pytest.mark.parametrize(
@@ -163,12 +168,30 @@ def test_the_keys_of_published_folders_are_those_of_the_newer_dialect():
         ({"sliding_window": None}, "no sliding_window"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "full_attention and sliding_attention"),
         ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}}, "rope_type 'linear'"),
+        ({"rope_parameters": {"sliding_attention": {"type": "linear", "factor": 2.0}}}, "rope_type 'linear'"),
+        ({"rope_parameters": ROPES, "rope_scaling": LINEAR}, "rope_scaling beside rope_parameters"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern=0 is not a number of layers"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(changes, named):
     with pytest.raises(ValueError, match=named) as error:
         gemma.read({"model_type": "gemma3_text", "num_hidden_layers": 6, **changes})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "odd", "wanted"),
+    [
+        ("sliding_window_pattern", 2.5, "an integer"),
+        ("rope_local_base_freq", "10000", "a number"),
+        ("rope_parameters", {"full_attention": [1]}, "an object"),
+        ("rope_parameters", {"sliding_attention": 7}, "an object"),
+    ],
+)
+def test_a_key_of_another_type_is_named(key, odd, wanted):
+    inner = f"{next(iter(odd))} " if isinstance(odd, dict) else " "
+    with pytest.raises(ValueError, match=rf"{key}\.?{inner}must be {wanted}, not"):
+        family_of({"model_type": "gemma3_text", key: odd})
 
 
 @pytest.mark.parametrize(

@@ -194,9 +194,8 @@ def test_prompts_and_samples_have_the_ids_pixels_and_targets_of_the_processor(ca
     note(f"{case.name} prompts")
 
 
+@pytest.mark.parametrize("case", ["gemma3"], indirect=True)
 def test_conversations_of_gemma_3_have_the_text_of_the_folders_template(case):
-    if case.name != "gemma3":
-        return
     talk = [("system", "hello"), ("user", "<image> what?"), ("assistant", "two"), ("user", "one\n<image>")]
     messages = [{"role": role, "content": content} for role, content in talk]
     for start in (0, 1):

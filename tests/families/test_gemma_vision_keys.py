@@ -239,6 +239,18 @@ def test_what_is_not_implemented_is_refused_by_name(name, change, said, tmp_path
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_null_is_the_default_of_a_key(name):
+    tops = ("text_config", "vision_config", "projection_dim", "mm_tokens_per_image", "quantization_config")
+    keys = {"model_type": FAMILIES[name].read.__module__.rpartition(".")[2]}
+    keys |= {"text_config": {"model_type": "gemma2", "hidden_size": 2048}} if name == "paligemma2" else {}
+    if name == "gemma3":  # that has the features of the default
+        keys |= {"vision_config": {**TOWER, "image_size": 224, "patch_size": 14}}
+    nulls = {key: None for key in tops if key not in keys}
+    assert door.family_of({**keys, **nulls}) is FAMILIES[name]
+    assert FAMILIES[name].read({**keys, **nulls}, {}) == FAMILIES[name].read(keys, {})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_processor_is_read_in_both_dialects(name, tmp_path):
     files = published(name, image_mean=[0.4, 0.5, 0.6])
     old = folder(tmp_path / "old", files)

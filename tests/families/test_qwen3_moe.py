@@ -114,6 +114,25 @@ def test_keys_that_we_compute_otherwise_are_refused():
             llama.read({**keys, **changes})
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_experts", 1),
+        ("num_experts", -1),
+        ("num_experts_per_tok", 0),
+        ("num_experts_per_tok", 7),
+        ("norm_topk_prob", None),
+        ("moe_intermediate_size", 0),
+        ("shared_expert_intermediate_size", -8),
+    ],
+)
+def test_a_bad_value_is_refused_with_the_key_that_the_file_has(key, value, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**SIZES, "model_type": "qwen2_moe", key: value}))
+    with pytest.raises(ValueError, match=rf"config\.json: {key}\W.*{value}\b") as error:
+        read_config(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_experts_that_no_architecture_has_are_not_exported():
     config = llama.read({**SIZES, "model_type": "qwen3_moe"})
     for changes, message in (
@@ -260,7 +279,8 @@ def test_experts_that_are_missing_wrong_or_too_many_are_named(case, tmp_path):
     refused(f"no place for: {extra}", lambda state: state.update({extra: state[name].clone()}))
     layer = name.split("experts")[0]
     whole = lambda state: [state.pop(key) for key in list(state) if key.startswith(f"{layer}experts.")]
-    refused(f"has no tensor {layer}experts.{{e}}.gate_proj.weight for decoder.blocks".replace("{", r"\{"), whole)
+    refused(f"has no tensor {layer}experts.0.gate_proj.weight for decoder.blocks", whole)
+    refused(f"{name} has dtype I8: quantised", lambda state: state.update({name: state[name].to(torch.int8)}))
 
 
 def views(hidden: int, inner: int, is_turned: bool, left_out: str = "") -> tuple:

@@ -15,6 +15,9 @@ VISION |= {"image_size": 24, "patch_size": 8}
 AUDIO = {"d_model": 32, "encoder_ffn_dim": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "num_mel_bins": 8}
 TEXT = transformers.LlamaConfig(**SIZES)
 ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+GEMMA = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}
+GEMMA3 = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 2}
+GEMMA3 |= {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
 FAMILIES = {
     "old Llama": {"model_type": "llama", **SIZES, "rope_theta": 1e4, "rope_scaling": {"rope_type": "llama3", **ROPE}},
     "Qwen 2": transformers.Qwen2Config(
@@ -29,6 +32,9 @@ FAMILIES = {
     "Voxtral": transformers.VoxtralConfig().to_dict(),
     **{name: keys_of(name) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")},
     "Qwen 3 with experts": transformers.Qwen3MoeConfig(**SIZES, num_key_value_heads=2).to_dict(),
+    "Qwen 2 with experts": transformers.Qwen2MoeConfig(**SIZES, num_key_value_heads=2).to_dict(),
+    "old Gemma 2": {"model_type": "gemma2", **SIZES, **GEMMA, "rope_theta": 1e4},
+    "old Gemma 3": {"model_type": "gemma3_text", **SIZES, **GEMMA, **GEMMA3},
     **{name: test_mistral3.keys_of(name) for name in ("pixtral", "ministral3")},
 }
 PIXELS = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}, "do_center_crop": True}
