@@ -108,7 +108,8 @@ class DecoderConfig:
     window_rope_theta: Annotated[float, Field(gt=0, le=1e15)] | None = None
     # rotary base of layers with a window, whose positions are not scaled (Gemma 3); None: as in the others
     bidirectional: Literal["none", "images", "prefix"] = "none"
-    # the features of an image see each other (Gemma 3), or all that precedes a document's first target (PaliGemma)
+    # the features of an image see each other (Gemma 3), as do those of any images or frames that no other token parts;
+    # or all that precedes a document's first target (PaliGemma)
 
     def __post_init__(self) -> None:
         require(self.rope_scaling is None or self.yarn is None, "give rope_scaling or yarn, not both")

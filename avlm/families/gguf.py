@@ -96,7 +96,6 @@ AUDIO: dict[str, tuple] = {"window": ("fixed",), "max_positions": (WINDOW_ROWS,)
 DECODER: dict[str, tuple] = {"sliding_window": (None,), "mrope_sections": (None,)}
 # The same of what llama.cpp has in architectures that we do not write.
 UNWRITTEN: dict[str, tuple] = {
-    "experts": (None,),
     "activation": ("silu",),
     "norm_offset": (False,),
     "post_norms": (False,),
@@ -153,6 +152,10 @@ def _check_fields(module: str, config: Any, held: dict[str, tuple]) -> None:
 
 def _check_decoder(config: DecoderConfig) -> None:
     _check_fields("decoder", config, DECODER)
+    if config.experts is not None:
+        raise ValueError(
+            "GGUF cannot hold decoder.experts: our files for llama.cpp hold no experts, take avlm or decoder"
+        )
     for field, values in UNWRITTEN.items():
         if getattr(config, field) not in values:
             value = getattr(config, field)

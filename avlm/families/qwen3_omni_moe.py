@@ -13,16 +13,19 @@ from avlm.config.audio import AudioConfig, halved
 from avlm.config.model import ModelConfig, ProjectorConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
-from avlm.families import llama, qwen2_vl, qwen3_moe, qwen3_vl, whisper
+from avlm.families import llama, qwen2_5_omni, qwen2_vl, qwen3_moe, qwen3_vl, whisper
 from avlm.families.keys import require_accepted, require_same, to_ours, to_theirs
 
 WHOLE, WHOLE_KEY, THINKER = "qwen3_omni_moe", "thinker_config", "qwen3_omni_moe_thinker"
 WHOLE_PREFIX = "thinker."  # of its tensors in the whole model
+WHOLE_CLASS = "Qwen3OmniMoeForConditionalGeneration"
 WHOLE_FILES: tuple[str, ...] = ()  # that transformers reads with the whole model, besides those of any
 MODEL_TYPES = (WHOLE, THINKER)
 # our field of AudioConfig -> their key
-FIELDS = {**{ours: key for ours, key in whisper.FIELDS.items() if ours != "max_positions"}}
-FIELDS["stem_width"] = "downsample_hidden_size"
+FIELDS = {
+    **{ours: key for ours, key in whisper.FIELDS.items() if ours != "max_positions"},
+    "stem_width": "downsample_hidden_size",
+}
 TOWER: dict[str, Any] = {"log_mel": "clip", "stem": "conv2d", "key_bias": True}  # what no key tells
 PIECE = 100  # frames that are convolved together: the class counts 13 rows of them, whatever n_window says
 # A config.json may leave out the keys that equal the defaults of its classes.
@@ -82,16 +85,10 @@ NAMES = {
     },
     "audio_projector": {"up": "proj1", "down": "proj2"},
 }
-PREFIXES = {
-    "decoder": ["model.", "thinker.model."],
-    "vision": ["visual.", "thinker.visual."],
-    "vision_projector": ["visual.", "thinker.visual."],
-    "audio": ["audio_tower.", "thinker.audio_tower."],
-    "audio_projector": ["audio_tower.", "thinker.audio_tower."],
-}
-HEAD, WHOLE_HEAD = "lm_head.weight", "thinker.lm_head.weight"
+PREFIXES = qwen2_5_omni.PREFIXES
+HEAD, WHOLE_HEAD = qwen2_5_omni.HEAD, qwen2_5_omni.WHOLE_HEAD
 CLASS = "Qwen3OmniMoeThinkerForConditionalGeneration"
-LOADED = {module: prefixes[0] for module, prefixes in PREFIXES.items()}
+LOADED = qwen2_5_omni.LOADED
 SPEAKS = [
     (r"talker\.", "the talker, which speaks"),
     (r"code2wav\.", "the codec of the talker"),

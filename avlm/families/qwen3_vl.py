@@ -108,6 +108,8 @@ def read_around(
 
 def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
     """Raises ValueError for a model that the format cannot hold."""
+    if config.decoder.experts is not None:
+        raise ValueError("the qwen3_vl format cannot hold decoder.experts: take qwen3_vl_moe")
     return write_whole(config, ids, CLASS, "qwen3_vl", read)
 
 

@@ -54,4 +54,6 @@ def read(keys: Mapping[str, Any], files: Mapping[str, dict]) -> ModelConfig:
 
 def config_json(config: ModelConfig, ids: Mapping[str, int]) -> dict[str, Any]:
     """Raises ValueError for a model that the format cannot hold."""
+    if config.decoder.experts is None:
+        raise ValueError("the qwen3_vl_moe format needs decoder.experts: take qwen3_vl")
     return qwen3_vl.write_whole(config, ids, CLASS, "qwen3_vl_moe", read)

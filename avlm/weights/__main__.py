@@ -29,7 +29,9 @@ def main() -> None:
         "--base", help="folder or Hub name of the model that adapters belong to (default: init_from's)"
     )
     command.add_argument(
-        "--whole", help="folder or Hub name of the larger model into which the exported part is written (qwen2_5_omni)"
+        "--whole",
+        help="folder or Hub name of the larger model into which the exported part is written "
+        f"({' and '.join(door.WITHIN)})",
     )
     command.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export once the new one is complete"

@@ -47,8 +47,15 @@ def check_config(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None
 
 
 def _differences(module: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, ours, theirs) of each value that differs."""
-    return [(f"{module}.{key}", value, theirs[key]) for key, value in ours.items() if value != theirs[key]]
+    """(key, ours, theirs) of each value that differs. Of a config within it, of each of its own."""
+    found = []
+    for key, value in ours.items():
+        other = theirs[key]
+        if dataclasses.is_dataclass(value) and type(value) is type(other):
+            found += _differences(f"{module}.{key}", vars(value), vars(other))
+        elif value != other:
+            found.append((f"{module}.{key}", value, other))
+    return found
 
 
 def _comparable(config: Any, owner: ModelConfig | None) -> dict[str, Any]:

@@ -324,7 +324,7 @@ def _limits(format: str, config: Config, media: list[str]) -> str:
         found.append(f"It takes no videos: {why}.")
     if "audio" in media and format not in ("avlm", "gguf"):
         found.append("Audio is samples at 16 kHz: resample other rates first.")
-        if "video" in media and base != "qwen2_5_omni":
+        if "video" in media and base not in door.WITHIN:
             found.append("Of videos only frames are read: their audio has to be given as audio.")
     if base == "smolvlm":
         found.append("A prompt takes images or videos, not both.")

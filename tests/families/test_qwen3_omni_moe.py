@@ -30,6 +30,7 @@ from avlm.models.batch import AUDIO, IGNORE, IMAGE, Batch
 from avlm.models.costs import item_costs, steps
 from avlm.models.log_mel import windows
 from avlm.models.shapes import parameter_shapes
+from avlm.weights.__main__ import main
 from avlm.weights.export import export
 from avlm.weights.folder import read_config
 from avlm.weights.load import load_weights
@@ -37,6 +38,7 @@ from tests.families.measured import all_gradients_close, close, note
 from tests.families.test_qwen_vl import SIZES, frames, logits_of, pixel_values
 from tests.families.test_qwen_vl_keys import EXPERTS, ROPE, TEXT, VISION
 from tests.models.handmade import adapted, build, loaded, save
+from tests.weights.test_sources import write_run
 
 NAME = "qwen3_omni_moe"
 CLASS = transformers.Qwen3OmniMoeThinkerForConditionalGeneration
@@ -261,10 +263,10 @@ def test_a_clip_has_the_same_features_next_to_any_other(case):
 
 
 def pack_of(items: list[Tensor], config: ModelConfig):
-    count = sum(rows_of(item.shape[1]) for item in items)
-    token_T = torch.full((count,), AUDIO)
+    count = sum(config.audio.num_features(item.shape[1], 1) for item in items)
+    token_T = torch.cat([torch.full((count,), AUDIO), torch.tensor([5])])
     sample = EncodedSample("a", "audio", token_T, torch.full_like(token_T, IGNORE), {"audio": items})
-    return pack([sample], count, config).audio
+    return pack([sample], count + 1, config).audio
 
 
 def test_every_part_of_the_stem_is_counted():
@@ -345,7 +347,9 @@ def test_the_names_of_tensors_in_files_and_in_memory_load_alike(case, tmp_path):
         assert all(a.equal(b) for a, b in zip(one.parameters(), other.parameters()))
 
 
-def test_of_a_whole_model_what_speaks_is_left_out_by_name_and_kept_in_an_export_of_the_whole(case, tmp_path):
+def test_of_a_whole_model_what_speaks_is_left_out_by_name_and_kept_in_an_export_of_the_whole(
+    case, tmp_path, monkeypatch, capsys
+):
     _, folder, config = case
     state = {f"thinker.{key}": tensor for key, tensor in load_file(folder / "model.safetensors").items()}
     more = ("talker.model.codec_embedding.weight", "talker.codec_head.weight", "code2wav.decoder.0.conv.weight")
@@ -366,8 +370,12 @@ def test_of_a_whole_model_what_speaks_is_left_out_by_name_and_kept_in_an_export_
     words.add_special_tokens(["<|im_start|>", "<|im_end|>", *(placeholders[number] for number in sorted(placeholders))])
     (tmp_path / "tokenizer").mkdir()
     words.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
-    data = DataConfig(train="x", template="chatml", tokenizer=str(tmp_path / "tokenizer"))
-    export(config, model.state_dict(), tmp_path / "out", NAME, data=data, whole=str(tmp_path / "whole"))
+    data = DataConfig(train="x", template="chatml", tokenizer=str(tmp_path / "tokenizer"), seq_length=64)
+    write_run(tmp_path / "run", model, data=data)
+    out = (tmp_path / "run", tmp_path / "out", "--format", NAME, "--dtype", "float32", "--whole", tmp_path / "whole")
+    monkeypatch.setattr("sys.argv", ["weights", "export", *map(str, out)])
+    main()
+    assert "load it: transformers.Qwen3OmniMoeForConditionalGeneration.from_pretrained" in capsys.readouterr().out
     before, after = (load_file(tmp_path / path / "model.safetensors") for path in ("whole", "out"))
     assert before.keys() == after.keys()
     changed = {name for name in before if not before[name].equal(after[name])}
@@ -384,16 +392,9 @@ def test_our_stem_trains_in_a_model_of_our_own():
     config = ModelConfig(decoder=decoder, audio=audio, audio_projector=ProjectorConfig())
     model = build(config)
     for items in ([torch.randn(16, 32), torch.randn(16, 9)], []):
-        tower = pack_of_any(items, config)
+        tower = pack_of(items, config)
         model.zero_grad()
         model.audio(tower).square().sum().backward()
         gradients = [parameter.grad for parameter in model.audio.parameters()]
         assert all(gradient is not None for gradient in gradients)
         assert any(gradient.abs().max() > 0 for gradient in gradients) == bool(items)
-
-
-def pack_of_any(items: list[Tensor], config: ModelConfig):
-    count = sum(config.audio.num_features(item.shape[1], 1) for item in items)
-    token_T = torch.cat([torch.full((count,), AUDIO), torch.tensor([5])])
-    sample = EncodedSample("a", "audio", token_T, torch.full_like(token_T, IGNORE), {"audio": items})
-    return pack([sample], count + 1, config).audio

@@ -3,6 +3,7 @@
 What it shares with the others of its kind is tested with them (test_qwen_vl.py, _keys.py and _prompts.py).
 """
 
+import dataclasses
 import json
 import math
 
@@ -12,7 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from avlm.config.run import InitFrom
-from avlm.families import qwen3_vl_moe
+from avlm.families import qwen3_vl, qwen3_vl_moe
+from avlm.families.keys import require_same
 from avlm.models.avlm import AVLM
 from avlm.models.shapes import parameter_shapes
 from avlm.weights.export import export
@@ -90,6 +92,21 @@ def test_the_weights_of_experts_are_normalised_and_the_head_tied_by_the_top_what
     assert written["text_config"]["num_experts"] == 6 and written["text_config"]["mlp_only_layers"] == [1]
     older = json.loads(json.dumps(written).replace('num_experts"', 'num_local_experts"'))
     assert qwen3_vl_moe.read(older, {}) == config
+
+
+def test_a_format_that_holds_no_experts_or_needs_them_names_the_other():
+    config = qwen3_vl_moe.read(keys_of("qwen3_vl_moe"), {})
+    with pytest.raises(ValueError, match=r"the qwen3_vl format cannot hold decoder\.experts: take qwen3_vl_moe"):
+        qwen3_vl.config_json(config, IDS)
+    dense = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, experts=None))
+    with pytest.raises(ValueError, match=r"the qwen3_vl_moe format needs decoder\.experts: take qwen3_vl"):
+        qwen3_vl_moe.config_json(dense, IDS)
+    with pytest.raises(ValueError, match="the llava format cannot hold this model: it has 7"):
+        require_same("llava", config, _of_7, {}, {})
+
+
+def _of_7(keys, files):
+    raise ValueError("it has 7")
 
 
 def test_the_hubs_30b_has_as_many_parameters_as_its_page_says():

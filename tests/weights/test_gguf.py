@@ -12,7 +12,7 @@ import torch
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 import avlm
-from avlm.config.decoder import DecoderConfig, RopeScaling, YarnScaling
+from avlm.config.decoder import DecoderConfig, ExpertsConfig, RopeScaling, YarnScaling
 from avlm.config.media import ImageLayout
 from avlm.config.model import AudioConfig, LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.config.run import DataConfig
@@ -175,10 +175,12 @@ def test_an_export_answers_when_it_is_loaded_and_its_adapters_are_merged(tmp_pat
     assert isinstance(opened.answer("hello", max_new_tokens=3), str)
 
 
+EXPERTS = ExpertsConfig(num=4, per_token=2, intermediate_size=16)
 REFUSED = [
     ("decoder", {"sliding_window": 64}, "decoder.sliding_window=64: it attends to all tokens"),
     ("decoder", {"qk_norm": True, "rope_scaling": LLAMA3}, "decoder.rope_scaling"),
     ("decoder", {"norm_offset": True}, "decoder.norm_offset=True: the export writes Llama's"),
+    ("decoder", {"experts": EXPERTS}, "cannot hold decoder.experts: our files for llama.cpp hold no experts"),
     ("decoder", {"rope_stretch": 2.0}, "decoder.rope_stretch=2.0"),
     ("decoder", {"bidirectional": "images"}, "decoder.bidirectional=images"),
     ("vision", {"class_token": True}, "vision.class_token=True: llama.cpp puts the class token behind the patches"),

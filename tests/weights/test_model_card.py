@@ -15,9 +15,10 @@ from avlm.families import door
 from avlm.storage.checkpoint_files import MARKER
 from avlm.storage.run_folder import Progress
 from avlm.weights.__main__ import main
-from avlm.weights.model_card import write_card
+from avlm.weights.model_card import _limits, write_card
 from tests.data.small_files import CONTROL, image_file, photo, tone, write_tokenizer
 from tests.models.handmade import build
+from tests.models.test_avlm import WHOLE
 from tests.weights.served_models import FAMILIES, changed, of_family, served
 from tests.weights.test_export import VOXTRAL
 from tests.weights.test_export_prompts import LLAVA
@@ -140,6 +141,28 @@ def test_the_code_of_a_card_loads_the_class_of_its_format(format, run, monkeypat
     assert "trust_remote_code" not in card and run_code(card, capsys).strip()
     assert ("The towers were left out" in card) == (format == "decoder")
     assert ("It takes no videos: its class has none." in card) == (format == "llava")
+
+
+def test_the_formats_that_hear_videos_are_those_of_parts_of_larger_models():
+    stage = StageConfig(
+        name="a",
+        steps=3,
+        optimizer=OptimizerConfig(lr=1e-3),
+        data=DataConfig(train="x", seq_length=64),
+        train=["audio"],
+    )
+    run = Config(output_dir="run", model=WHOLE, stages=[stage])
+    said = "Of videos only frames are read"
+    hearing = [name for name in door.FORMATS if said not in _limits(name, run, ["audio", "video"])]
+    assert hearing == list(door.WITHIN) == ["qwen2_5_omni", "qwen3_omni_moe"]
+
+
+def test_the_help_names_the_formats_that_are_parts_of_larger_models(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["avlm.weights", "export", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    [text] = re.findall(r"--whole WHOLE +(.*?)--overwrite", capsys.readouterr().out.split("options:")[1], re.DOTALL)
+    assert "(qwen2_5_omni and qwen3_omni_moe)" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -6,11 +6,13 @@ import pytest
 import transformers
 import yaml
 
+from avlm.config.decoder import ExpertsConfig
 from avlm.config.load import dump_config, load_config
 from avlm.config.model import ModelConfig
 from avlm.config.run import InitFrom
 from avlm.models.avlm import AVLM
 from avlm.storage.checkpoint_files import MARKER
+from avlm.weights.compare import check_config
 from avlm.weights.load import load_weights
 from avlm.weights.model_from import open_config
 from tests.data.small_files import write_tokenizer
@@ -144,6 +146,14 @@ def test_a_mismatch_lists_every_difference(folders, config):
         load_weights(AVLM(cfg.model), cfg.init_from)
     for difference in ("hidden_size is 64, and there 32", "num_kv_heads is 4, and there 2", "max_position is 1024"):
         assert f"model.decoder.{difference}" in str(error.value)
+
+
+def test_of_two_mixtures_of_experts_the_field_that_differs_is_named():
+    experts = ExpertsConfig(num=8, per_token=2, intermediate_size=16)
+    theirs = dataclasses.replace(WHOLE.decoder, experts=experts)
+    ours = dataclasses.replace(theirs, experts=dataclasses.replace(experts, num=12))
+    with pytest.raises(ValueError, match=r"sizes: model\.decoder\.experts\.num is 12, and there 8$"):
+        check_config(ours, theirs, "a folder")
 
 
 @pytest.mark.parametrize(

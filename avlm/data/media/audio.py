@@ -4,11 +4,11 @@ decode  bytes -> float32 (samples,), mono, 16 kHz
 delayed -> the same, heard later
 mels    -> a list of windows (M, frames): M mel bins, one frame each 10 ms
 
-A window is 2 * max_positions frames (30 s). Longer audio becomes several clips, each with a window of its own, and
-nothing is lost. With ``audio.window: true`` a window ends with its clip, at an even number of frames (the tower's
-second convolution halves them). Frames past the clip are exactly 0 after normalisation, which is also what the
-convolution pads with, so no tower row depends on the other clips of a batch. ``audio.edge`` and ``audio.log_mel`` have
-other ways.
+A window is ``AudioConfig.window_frames`` frames (Whisper's: 30 s). Longer audio becomes several clips, each with a
+window of its own, and nothing is lost. With ``audio.window: true`` a window ends with its clip, at an even number of
+frames (the second convolution of ``stem: conv1d`` halves them). Frames past the clip are exactly 0 after normalisation,
+which is also what the convolution pads with, so no tower row depends on the other clips of a batch. ``audio.edge`` and
+``audio.log_mel`` have other ways.
 """
 
 import math
