@@ -46,8 +46,8 @@ def check_experts(decoder: DecoderConfig, parallel: ParallelConfig, num_ranks: i
         raise ValueError(f"parallel.expert={parallel.expert} needs model.decoder.experts, and there are none")
     if num_ranks % parallel.expert:
         raise ValueError(
-            f"parallel.expert={parallel.expert} does not divide the {num_ranks} ranks of parallel.shard x context x "
-            "tensor, which share out the experts"
+            f"parallel.expert={parallel.expert} does not divide parallel.shard x context x tensor = {num_ranks}, the "
+            f"ranks that share out the experts: choose a divisor of {num_ranks}"
         )
     if decoder.experts.num % parallel.expert:
         raise ValueError(

@@ -146,9 +146,9 @@ def test_ranks_with_any_number_of_tokens_and_experts_with_none_have_the_numbers_
     [
         (
             {"parallel": {"expert": 3}},
-            "parallel.expert=3 does not divide the 4 ranks of parallel.shard x",
+            "parallel.expert=3 does not divide parallel.shard x context x tensor = 4",
         ),
-        ({"parallel": {"expert": 4, "replicate": 2}}, "parallel.expert=4 does not divide the 2 ranks"),
+        ({"parallel": {"expert": 4, "replicate": 2}}, "tensor = 2, the ranks that"),
         ({"model": MODELS["square"], "parallel": {"expert": 2}}, "parallel.expert=2 needs model.decoder.experts"),
         (
             {"model": MODELS["square"], "train": {"balance_loss": 0.1}},
