@@ -12,6 +12,8 @@ T tokens of this rank   G tokens of all ranks   K experts of a token   N experts
 A assignments of this rank   B assignments that arrive
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -73,9 +75,7 @@ def apply_experts(model: nn.Module, mesh: DeviceMesh, group: ProcessGroup, mode:
         experts = mixture.experts
         for linear in (experts.gate, experts.up, experts.down):
             _share(linear, mesh)
-        held = _held(experts.num, group)
-        forms = {"gather": _Gathered(experts, held, group), "exchange": _Exchanged(experts, held, group)}
-        experts.forward = torch.compiler.disable(_form(forms[mode], forms["exchange"]))
+        experts.forward = torch.compiler.disable(functools.partial(_compute, experts, group, mode))
 
 
 def sum_over_rows(model: nn.Module, group: ProcessGroup) -> None:
@@ -95,18 +95,15 @@ def shares_experts(block: nn.Module) -> bool:
     return any("forward" in each.experts.__dict__ or each.sum_of_row is not alone for each in mixtures(block))
 
 
-def _form(in_training, otherwise):
-    # Ranks that generate may have different numbers of tokens, which a gather cannot have.
-    def forward(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
-        form = in_training if torch.is_grad_enabled() else otherwise
-        return form(x_TD, expert_TK, weight_TK)
-
-    return forward
-
-
-def _held(num: int, group: ProcessGroup) -> range:
-    share = num // group.size()
-    return range(group.rank() * share, (group.rank() + 1) * share)
+def _compute(
+    experts: Experts, group: ProcessGroup, mode: str, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """In place of ``Experts.forward``. Without a graph, in generation, ranks may have different numbers of tokens,
+    which a gather cannot have."""
+    share = experts.num // group.size()
+    held = range(group.rank() * share, (group.rank() + 1) * share)
+    form = _gather if mode == "gather" and torch.is_grad_enabled() else _exchange
+    return form(experts, held, group, x_TD, expert_TK, weight_TK)
 
 
 def _share(linear: GroupedLinear, mesh: DeviceMesh) -> None:
@@ -118,45 +115,35 @@ def _share(linear: GroupedLinear, mesh: DeviceMesh) -> None:
     linear.forward = forward
 
 
-class _Gathered:
-    def __init__(self, experts: Experts, held: range, group: ProcessGroup):
-        self.experts = experts
-        self.held = held
-        self.group = group
-
-    def __call__(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
-        x_GD = _Gather.apply(x_TD, self.group)
-        weight_GK = _Gather.apply(weight_TK, self.group)
-        expert_GK = gathered(expert_TK.int(), self.group)
-        order = Order.of(expert_GK, self.experts.num, self.held)
-        y_GD = self.experts.mix(x_GD, order, weight_GK)
-        return _Scatter.apply(y_GD, self.group), order.end_N[-1]
+def _gather(
+    experts: Experts, held: range, group: ProcessGroup, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    x_GD = _Gather.apply(x_TD, group)
+    weight_GK = _Gather.apply(weight_TK, group)
+    order = Order.of(gathered(expert_TK.int(), group), experts.num, held)
+    y_GD = experts.mix(x_GD, order, weight_GK)
+    return _Scatter.apply(y_GD, group), order.end_N[-1]
 
 
-class _Exchanged:
-    def __init__(self, experts: Experts, held: range, group: ProcessGroup):
-        self.experts = experts
-        self.held = held
-        self.group = group
-
-    def __call__(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> tuple[Tensor, Tensor]:
-        R, H = self.group.size(), len(self.held)
-        order = Order.of(expert_TK, self.experts.num, range(self.experts.num))
-        sent_RH = order.end_N.diff(prepend=order.end_N.new_zeros(1)).view(R, H)
-        arrived_RH = torch.empty_like(sent_RH)
-        dist.all_to_all_single(arrived_RH, sent_RH, group=self.group)
-        # The one place where the model waits for the device.
-        send_counts, receive_counts = torch.stack([sent_RH.sum(1), arrived_RH.sum(1)]).tolist()
-        order = order._replace(assignment_A=order.assignment_A[: sum(send_counts)])
-        x_BD = _Swap.apply(spread(x_TD, order), send_counts, receive_counts, self.group)
-        # They arrive by rank, then expert.
-        expert_RH = torch.arange(H, device=x_BD.device).expand(R, H)
-        expert_B = expert_RH.flatten().repeat_interleave(arrived_RH.flatten(), output_size=sum(receive_counts))
-        sorted_by_expert = Order.of(expert_B[:, None], H, range(H))
-        y_BD = self.experts.run(spread(x_BD, sorted_by_expert), sorted_by_expert.end_N)
-        y_BD = collect(y_BD, sorted_by_expert).squeeze(1)
-        y_AD = _Swap.apply(y_BD, receive_counts, send_counts, self.group)
-        return weighted_sum(y_AD, order, weight_TK), sorted_by_expert.end_N[-1]
+def _exchange(
+    experts: Experts, held: range, group: ProcessGroup, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    R, H = group.size(), len(held)
+    order = Order.of(expert_TK, experts.num, range(experts.num))
+    sent_RH = order.end_N.diff(prepend=order.end_N.new_zeros(1)).view(R, H)
+    arrived_RH = torch.empty_like(sent_RH)
+    dist.all_to_all_single(arrived_RH, sent_RH, group=group)
+    # The one place where the model itself waits for the device.
+    send_counts, receive_counts = torch.stack([sent_RH.sum(1), arrived_RH.sum(1)]).tolist()
+    order = order._replace(assignment_A=order.assignment_A[: sum(send_counts)])
+    x_BD = _Swap.apply(spread(x_TD, order), send_counts, receive_counts, group)
+    # They arrive by rank, then expert.
+    expert_RH = torch.arange(H, device=x_BD.device).expand(R, H)
+    expert_B = expert_RH.flatten().repeat_interleave(arrived_RH.flatten(), output_size=sum(receive_counts))
+    by_expert = Order.of(expert_B[:, None], H, range(H))
+    y_BD = collect(experts.run(spread(x_BD, by_expert), by_expert.end_N), by_expert).squeeze(1)
+    y_AD = _Swap.apply(y_BD, receive_counts, send_counts, group)
+    return weighted_sum(y_AD, order, weight_TK), by_expert.end_N[-1]
 
 
 class _Gather(torch.autograd.Function):
