@@ -152,6 +152,8 @@ def test_greedy_answers_equal_those_of_transformers_token_for_token(case):
 def test_an_export_is_read_back_by_transformers_with_equal_logits(case, targets, tmp_path):
     """Adapters are merged before q, k and v of the tower are joined."""
     name, _, folder, config = case
+    if config.decoder.experts is not None:  # which take no adapters
+        targets = [target.replace("decoder.*", "decoder.*.attention.*") for target in targets]
     ours = adapted(config, folder, targets)
     export(ours.config, ours.state_dict(), tmp_path / "out", name)
     theirs, report = CLASSES[name].from_pretrained(tmp_path / "out", output_loading_info=True)

@@ -68,6 +68,7 @@ def test_losses_and_gradients_are_near_the_exact_ones():
     assert 1e-3 < distance(of_float8, gradient) < 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tuple(CASES)[1:])
 def test_layouts_recomputation_and_graphs_are_as_near_as_one_process(name):
     """In bf16 a sum in another order moves a number across a border of float8 now and then."""
