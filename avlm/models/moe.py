@@ -294,7 +294,8 @@ def clear_seen(model: nn.Module, device: torch.device) -> None:
 def take_seen(model: nn.Module, device: torch.device) -> Tensor:
     """What this rank has computed since the last call: ``seen`` of the layers with experts, one after the other,
     float32 (layers * (N + len(SUMS)),). A recomputed block may count twice, in all of its own."""
-    taken = torch.cat([torch.empty(0, device=device), *(each.seen for each in mixtures(model))])
-    for each in mixtures(model):
-        each.seen.zero_()
+    found = [each.seen for each in mixtures(model)]
+    taken = torch.cat([torch.empty(0, device=device), *found])
+    if found:
+        torch._foreach_zero_(found)
     return taken

@@ -96,7 +96,7 @@ def estimate(config: Config, stage: StageConfig, world_size: int, gpu: Gpu, row:
     parts |= {
         "copies": copies,
         "tensor exchange": micro_batches * sum(tensor),
-        "experts' exchange": micro_batches * experts,
+        "expert exchange": micro_batches * experts,
         "exposed communication": waited + micro_batches * (context.exposed + exchange),
         "optimizer": rates.ADAMW[stage.optimizer.moments] * num_trained / step.memory_rate,
     }

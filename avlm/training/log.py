@@ -82,7 +82,8 @@ class Log:
         seconds = (time.perf_counter() - self.timed_from) / len(self.records)
         self.timed_from = time.perf_counter()
         for i, (record, values, keys) in enumerate(zip(self.records, fetched, self.keys)):
-            losses, (norm, own_loss), seen = values[: len(KINDS)], values[len(KINDS) :][:2], values[len(KINDS) + 2 :]
+            losses, rest = values[: len(KINDS)], values[len(KINDS) :]
+            norm, own_loss, *seen = rest
             self._complete(record, losses, norm, seconds)
             if seen:
                 record |= expert_load(seen, self.config.model.decoder.experts)

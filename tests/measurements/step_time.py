@@ -21,8 +21,11 @@ from avlm.preflight.step_time import StepTime, estimate
 from avlm.weights.model_from import open_config
 
 HUB = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(Path(__file__).parents[1] / "config" / "hub")}
-COLUMNS = ("products", "attention", "elementwise", "copies", "tensor exchange", "exposed communication", "optimizer")
-HEADS = ("products", "attention", "elementw.", "copies", "tensor", "exposed", "AdamW", "host", "row")
+COLUMNS = {  # part of a step -> its head in the table
+    **{"products": "products", "attention": "attention", "elementwise": "elementw.", "copies": "copies"},
+    **{"tensor exchange": "tensor", "expert exchange": "experts", "exposed communication": "exposed"},
+    "optimizer": "AdamW",
+}
 MILLION = 1 << 20
 MIX = (8192, 7, 2, 8, 1000)
 ONE = (MILLION, 1000, 300, 1, 22_000)
@@ -52,6 +55,7 @@ LAYOUTS = [
 
 
 def line(name: str, world_size: int, found: StepTime) -> str:
+    assert found.parts.keys() == COLUMNS.keys(), "the table shows all of a step"
     parts = [*(found.parts[column] for column in COLUMNS), found.host, found.row]
     cells = [f"{1e3 * seconds:,.0f}" for seconds in parts]
     sent = sum(found.sent.values()) / 1e9
@@ -62,7 +66,7 @@ def line(name: str, world_size: int, found: StepTime) -> str:
 
 def header() -> str:
     ends = ["step", "tokens/s", "MFU", "GiB", "GB sent", "save, s", "first wall"]
-    cells = ["milliseconds", "GPUs", *HEADS, *ends]
+    cells = ["milliseconds", "GPUs", *COLUMNS.values(), "host", "row", *ends]
     return "| " + " | ".join(cells) + " |\n|" + "---|" * len(cells)
 
 

@@ -32,7 +32,8 @@ from avlm.parallel.apply import own_part
 from avlm.parallel.fsdp import fsdp_modules
 from avlm.parallel.mesh import World
 from avlm.training import optimizer
-from tests.measurements.equivalence import KV_HEADS, LAYOUTS, Case
+from tests.measurements.equivalence import Case
+from tests.measurements.layouts import KV_HEADS, LAYOUTS
 from tests.measurements.wire_formula import ASKERS, Bytes, axis_of, formula, ranks_of_axes
 from tests.parallel.small import build, make_config, make_rows
 from tests.parallel.spawn import run_ranks

@@ -3,7 +3,8 @@
 import pytest
 
 from tests.measurements import no_hang
-from tests.measurements.equivalence import LAYOUTS, choose, compare_all
+from tests.measurements.equivalence import choose, compare_all
+from tests.measurements.layouts import LAYOUTS
 from tests.parallel.spawn import run_ranks
 
 

@@ -8,7 +8,8 @@ from avlm.data.image_layout import runs_of_image
 from avlm.data.media.area import of_image
 from avlm.preflight.layout import layout_of
 from avlm.preflight.media_rows import media_rows
-from tests.preflight.test_memory import GATED, TREE, make_config, of_any_grid
+from tests.preflight.test_activations import of_any_grid
+from tests.preflight.test_memory import GATED, TREE, make_config
 
 
 def test_a_row_full_of_images_of_any_grid_has_as_many_patches_as_its_features_take():

@@ -23,7 +23,7 @@ from avlm.preflight.step_time import estimate
 from avlm.training.bf16_moments import BF16MomentsAdamW
 from kernels.segments import Segments
 from tests.measurements import elementwise_bytes
-from tests.measurements.equivalence import LAYOUTS
+from tests.measurements.layouts import LAYOUTS
 from tests.parallel.small import MODELS, TREE, make_config, make_rows
 
 LARGE = {"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336, "num_layers": 4, "num_heads": 32}
