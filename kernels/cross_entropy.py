@@ -5,7 +5,7 @@
 
 Rows are processed in chunks: one matrix product computes the logits of a chunk, one pass over them computes the losses
 and overwrites the logits with dx, and two products add to the gradients. Nothing is computed twice. The price is that
-only the sum is differentiable: weights of single rows would have to be known in the forward.
+only the sum is differentiable: factors of single rows have to be known in the forward.
 
 R rows   C rows of a chunk   D hidden   V vocabulary, or this shard of it
 """
@@ -50,6 +50,7 @@ def _loss_and_gradients(
     wants_weight: bool,
     first: int = 0,
     reduce: Reduce | None = None,
+    factor_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss, loss_R, dhidden_RD and dweight_VD. A gradient that is not wanted has no rows."""
     R, D = hidden_RD.shape
@@ -71,6 +72,9 @@ def _loss_and_gradients(
         logits_CV = buffer[: len(target_C), :V]
         torch.mm(hidden_CD, weight_VD.T, out=logits_CV)
         loss_R[chunk] = losses(logits_CV, target_C, softcap, wants_hidden or wants_weight, first, reduce)
+        if factor_R is not None:
+            loss_R[chunk] *= factor_R[chunk]
+            logits_CV *= factor_R[chunk, None]
         if wants_hidden:
             torch.mm(logits_CV, weight_VD, out=dhidden_RD[chunk])
         if wants_weight:
@@ -99,6 +103,7 @@ def linear_cross_entropy_op(
     softcap: float | None,
     wants_hidden: bool,
     wants_weight: bool,
+    factor_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """_loss_and_gradients of a whole vocabulary; an op cannot take a ``reduce``."""
     if backend.DEBUG:
@@ -107,10 +112,10 @@ def linear_cross_entropy_op(
         outside = target_R[outside_R].tolist()
         if outside:
             raise ValueError(f"{len(outside)} targets are outside the vocabulary of {V}, the first is {outside[0]}")
-    return _loss_and_gradients(hidden_RD, weight_VD, target_R, softcap, wants_hidden, wants_weight)
+    return _loss_and_gradients(hidden_RD, weight_VD, target_R, softcap, wants_hidden, wants_weight, factor_R=factor_R)
 
 
-def _fake(hidden_RD, weight_VD, target_R, softcap, wants_hidden, wants_weight):
+def _fake(hidden_RD, weight_VD, target_R, softcap, wants_hidden, wants_weight, factor_R=None):
     R, D = hidden_RD.shape
     loss_R = hidden_RD.new_empty(R, dtype=torch.promote_types(hidden_RD.dtype, torch.float32))
     dhidden_RD = hidden_RD.new_empty((R if wants_hidden else 0, D))
@@ -125,12 +130,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The forward computes the gradients; the backward scales them."""
 
     @staticmethod
-    def forward(hidden_RD, weight_VD, target_R, softcap, wants_hidden, wants_weight, first, reduce):
+    def forward(hidden_RD, weight_VD, target_R, softcap, wants_hidden, wants_weight, first, reduce, factor_R):
         whole = hidden_RD, weight_VD, target_R, softcap, wants_hidden, wants_weight
         if reduce is None:
-            return _op(*whole)
+            return _op(*whole, factor_R)
         with torch.cuda.device_of(hidden_RD):
-            return _loss_and_gradients(*whole, first, reduce)
+            return _loss_and_gradients(*whole, first, reduce, factor_R)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -150,7 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 gradients[i] = (gradient * scale_11).to(gradient.dtype)
             else:  # in place: a second dweight would be as large as the head
                 gradients[i] = gradient.mul_(scale_11)
-        return *gradients, *[None] * 6
+        return *gradients, *[None] * 7
 
 
 def linear_cross_entropy(
@@ -161,6 +166,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     first: int = 0,
     reduce: Reduce | None = None,
+    factor_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """loss, the sum over rows, and loss_R, the loss of each row without a gradient; float32 (float64 for float64).
 
@@ -169,7 +175,8 @@ def linear_cross_entropy(
     that the data loader made: nothing here waits for the device. A target outside the vocabulary has loss NaN and
     gradient 0; with TRITON_DEBUG=1 it raises ValueError. Inputs that do not fit together raise ValueError as well.
 
-    ``softcap`` c bounds logits by c tanh(logit / c) (Gemma 2). Without rows or targets, loss and gradients are zeros.
+    ``softcap`` c bounds logits by c tanh(logit / c) (Gemma 2). ``factor_R``, float32, multiplies the loss of each row.
+    Without rows or targets, loss and gradients are zeros.
 
     Vocabulary-parallel: ``weight`` holds rows ``first`` to ``first`` + V of the whole, and ``reduce`` combines a small
     float32 tensor over all shards in place, by "max" or "sum". Losses and dweight are then exact on every shard;
@@ -178,11 +185,13 @@ def linear_cross_entropy(
     Backward runs once: it scales the gradients in place, and autograd refuses a second call.
     """
     _check(hidden_RD, weight_VD, target_R, softcap, first, reduce)
+    if factor_R is not None and (factor_R.shape != target_R.shape or factor_R.dtype != torch.float32):
+        raise ValueError(f"factor_R must be float32 {tuple(target_R.shape)}, not {factor_R.dtype} {factor_R.shape}")
     recording = torch.is_grad_enabled()
     wants_hidden = recording and hidden_RD.requires_grad
     wants_weight = recording and weight_VD.requires_grad
     loss, loss_R, *_ = _LinearCrossEntropy.apply(
-        hidden_RD, weight_VD, target_R.contiguous(), softcap, wants_hidden, wants_weight, first, reduce
+        hidden_RD, weight_VD, target_R.contiguous(), softcap, wants_hidden, wants_weight, first, reduce, factor_R
     )
     return loss, loss_R
 

@@ -198,6 +198,7 @@ class ProjectorConfig:
     feature_norm: Norm = "none"  # of the rows side by side (Ultravox)
     hidden_norm: Norm = "none"  # of what the last linear takes (Ultravox 0.5)
     output_norm: Norm = "none"  # of the feature (Ultravox before 0.5)
+    add: bool = False  # audio: features are added to the embeddings of tokens, of which each has one (data.duplex)
     norm_eps: Epsilon = 1e-6
     output_std: Positive = 0.02  # approximate std of features when initialised; best that of the token embeddings
 
@@ -260,6 +261,7 @@ class ModelConfig:
                 require(value == default, f"audio_projector.{key}={value} is for vision")
         if self.vision and self.vision_projector:
             projector = self.vision_projector
+            require(not projector.add, "vision_projector.add=true is for audio")
             require(
                 not self.vision.deepstack_layers
                 or not (projector.takes_mean or projector.merge or projector.stretches),

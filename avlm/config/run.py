@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from avlm.config.duplex import DuplexConfig, check_duplex
 from avlm.config.media import Bounds, ImageLayout, Marks, VideoConfig, check_bounds, check_places, with_new_names
 from avlm.config.model import ModelConfig, Module
 from avlm.config.parallel import ParallelConfig
@@ -113,6 +114,7 @@ class DataConfig:
     # "" for none, {n} for the number of the medium among those of its kind
     image_layout: ImageLayout = field(default_factory=ImageLayout)
     video: Annotated[VideoConfig, BeforeValidator(with_new_names)] = field(default_factory=VideoConfig)
+    duplex: DuplexConfig | None = None  # records have recordings and the agent's words: a token for each 80 ms
 
     def __post_init__(self) -> None:
         check_bounds("image_tokens", self.image_tokens)
@@ -328,6 +330,7 @@ class Config:
         _check_columns(self.stages)
         _check_profile(self)
         for stage in self.stages:
+            check_duplex(stage.data.duplex, self.model)
             known = [*self.model.modules]
             if self.model.lora:
                 known.append("lora")

@@ -132,11 +132,20 @@ def pack(
         target_rows_R=target_rows_R,
         target_R=target_T[target_rows_R],
         kind_R=kind_T[target_rows_R],
+        factor_R=_factors(samples, target_rows_R),
         **pack_media(samples, token_T, model),
         keys=[sample.key for sample in samples],
         skipped=list(skipped),
         read=read,
     )
+
+
+def _factors(samples: list[EncodedSample], target_rows_R: Tensor) -> Tensor | None:
+    """Of targets, float32 (R,); None if no sample has any."""
+    if all(sample.factor_T is None for sample in samples):
+        return None
+    factor_T = [torch.ones(len(each)) if each.factor_T is None else each.factor_T for each in samples]
+    return torch.cat(factor_T)[target_rows_R]
 
 
 def pack_media(samples: list[EncodedSample], token_T: Tensor, model: ModelConfig) -> dict[str, Media]:
@@ -153,10 +162,20 @@ def pack_media(samples: list[EncodedSample], token_T: Tensor, model: ModelConfig
             features = image_features(samples, model)
         else:
             features = of_windows([tower.outputs_of(size) for size in sizes], downsample)
-        rows = (token_T == PLACEHOLDERS[modality]).nonzero().flatten()
+        rows = feature_rows(samples, token_T, modality, getattr(model, f"{name}_projector").add)
         newlines = (token_T == NEWLINE).nonzero().flatten() if modality == "image" else None
         packed[modality] = media_of(modality, items, sizes, model, features, rows, newlines)
     return packed
+
+
+def feature_rows(samples: list[EncodedSample], token_T: Tensor, modality: str, adds: bool) -> Tensor:
+    """Where features go, int64 (F,): to their placeholders; or, if they are added, to each token of the samples that
+    have any."""
+    if not adds:
+        return (token_T == PLACEHOLDERS[modality]).nonzero().flatten()
+    has_media_N = torch.tensor([bool(sample.media.get(modality)) for sample in samples], dtype=torch.bool)
+    length_N = torch.tensor([len(sample) for sample in samples], dtype=torch.int64)
+    return has_media_N.repeat_interleave(length_N).nonzero().flatten()
 
 
 def image_features(samples: list[EncodedSample], model: ModelConfig) -> Features:

@@ -18,6 +18,7 @@ from torch import Tensor
 from avlm.config.model import TOWERS, ModelConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import counted, shown
+from avlm.data.duplex import RowText, Word, is_duplex, read_words
 from avlm.data.features import Group, of_images
 from avlm.data.media import audio
 from avlm.data.media_reader import MediaReader, Room
@@ -47,6 +48,7 @@ class Sample:
     audios: list[bytes] = field(default_factory=list)
     videos: list[bytes] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
+    words: list[Word] | None = None  # what the agent of a duplex model says while it hears the audio
     files: list[str] = field(default_factory=list, compare=False)  # names of media files, as the record has them
 
 
@@ -62,6 +64,7 @@ class EncodedSample:
     groups    of images, those that share their features; none if each has its own, line by line
     kind      one of KINDS
     position_T  None: 0, 1, 2, ...; else int64 or float64, for M-RoPE (3, T): time, line and column
+    factor_T  None, or float32: the weights of targets in the loss
     """
 
     key: str
@@ -71,6 +74,7 @@ class EncodedSample:
     media: Items = field(default_factory=dict)
     position_T: Tensor | None = None
     groups: list[Group] = field(default_factory=list)
+    factor_T: Tensor | None = None
 
     def __len__(self) -> int:
         return self.token_T.shape[0]
@@ -85,6 +89,9 @@ def parse(record: Any, media: Callable[[str], bytes], key: str) -> Sample:
         names.append(name)
         return content
 
+    if is_duplex(record):
+        name, words = read_words(record)
+        return Sample(key=key, messages=[], audios=[read(name)], words=words, files=names)
     messages, files, references = read_record(record, read)
     by_field = {f"{kind}s": files[kind] for kind in MEDIA}
     return Sample(key=key, messages=messages, answers=references, files=names, **by_field)
@@ -110,6 +117,7 @@ class SampleEncoder:
         self.tokenizer = tokenizer
         self.chat = chat or Chat(tokenizer, data.template, data.system)
         self.reader = MediaReader(model, data)
+        self.row_text = RowText(data.duplex, tokenizer) if data.duplex else None
         layout = data.image_layout
         of_views = {"tile_markers": layout.tile_markers, "whole_markers": layout.whole_markers}
         of_views["line_break"] = [layout.line_break]
@@ -123,12 +131,24 @@ class SampleEncoder:
 
     def encode(self, sample: Sample) -> EncodedSample:
         """A training sample. Raises ValueError if it exceeds data.seq_length or has nothing to learn."""
-        encoded = self._encode(sample, prompt=False)
+        encoded = self._encode(sample, prompt=False) if sample.words is None else self._duplex(sample, sample.words)
         if len(encoded) > self.data.seq_length:
             raise ValueError(f"sample has {len(encoded)} tokens, more than data.seq_length={self.data.seq_length}")
         if (encoded.target_T == IGNORE).all():
             raise ValueError("no token of the sample is learned: its assistant turns are empty")
         return encoded
+
+    def _duplex(self, sample: Sample, words: list[Word]) -> EncodedSample:
+        """A recording with what the agent says in each of its rows; all rows are learned."""
+        if self.row_text is None:
+            raise ValueError("the record has words with times, which a model with data.duplex reads")
+        self._check_media("audio", sample.audios, 1)
+        [run] = self.reader.read("audio", sample.audios[0], sample.key, Room(self.data.seq_length, "data.seq_length"))
+        said_T = self.row_text.rows(words, len(run.tokens))
+        token_T = self.row_text.inputs(said_T)
+        media: Items = {"image": [], "audio": run.items}
+        factor_T = self.row_text.factors(said_T)
+        return EncodedSample(sample.key, "audio", token_T, said_T, media, factor_T=factor_T)
 
     def prompt(
         self,
@@ -165,6 +185,11 @@ class SampleEncoder:
                 placed += self._placed(run, len(ids))
             ids += piece_ids
             learned += [piece.learned] * len(piece_ids)
+        if self.row_text is not None and media["audio"]:
+            raise ValueError(
+                "a model with data.duplex hears recordings alone: train it on records of audio and words, and let it "
+                "answer by python -m avlm.evaluation.duplex MODEL CLIP"
+            )
         token_T = torch.tensor(ids, dtype=torch.int64)
         following_T = torch.cat([token_T[1:], token_T.new_full((1,), IGNORE)])
         is_learned_T = torch.tensor([*learned[1:], False], dtype=torch.bool)

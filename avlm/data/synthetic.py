@@ -132,6 +132,8 @@ def parse_mix(source: str, model: ModelConfig) -> dict[str, int]:
         mix[name] = int(number)
     if mix["documents"] < 1 or mix["seconds"] < 1:
         raise ValueError(f"{source!r}: documents and seconds must be at least 1")
+    if mix["clips"] and model.audio_projector is not None and model.audio_projector.add:
+        raise ValueError(f"{source!r}: a synthetic clip has no words for data.duplex: set clips=0")
     for media, tower in (("images", model.vision), ("clips", model.audio)):
         if mix[media] and tower is None:
             raise ValueError(f"{source!r} asks for {media} that the model has no tower for")

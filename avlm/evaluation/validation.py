@@ -54,7 +54,7 @@ def _validate_set(
     rows = share_rows(loader, world)
     loss = torch.zeros((), device=world.device)
     right = torch.zeros((), dtype=torch.int64, device=world.device)
-    num_targets = 0
+    num_targets = total = 0
     for _ in range(config.train.validate_batches):
         batch = next(rows, None)
         num_batches = world.sum([batch is not None])[0]
@@ -67,11 +67,12 @@ def _validate_set(
         batch_loss, _, token_R = model(batch, predict=True)
         loss += batch_loss
         right += (token_R == batch.target_R).sum()
+        total += batch.num_targets
         num_targets += len(batch.target_R)
-    loss, right, num_targets = world.sum([loss.item(), right.item(), num_targets])
+    loss, total, right, num_targets = world.sum([loss.item(), total, right.item(), num_targets])
     if not num_targets:
         raise ValueError(f"validation set {name} ({source}) has no sample that can be used")
-    return {"loss": loss / num_targets, "token_accuracy": right / num_targets}
+    return {"loss": loss / max(total, 1.0), "token_accuracy": right / num_targets}
 
 
 def validate_answers(

@@ -58,7 +58,7 @@ class AVLM(nn.Module):
         x_TD = self.hidden(batch, caches, with_media)
         hidden_RD = self.decoder.norm(x_TD[batch.target_rows_R])
         target_R = batch.target_R if caches is None else None
-        return self.decoder.head(hidden_RD, target_R, predict)
+        return self.decoder.head(hidden_RD, target_R, predict, batch.factor_R)
 
     def hidden(self, batch: Batch, caches: list | None = None, with_media: bool = True) -> Tensor:
         """What the decoder makes of a row, before its final norm, (T, D)."""

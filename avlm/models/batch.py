@@ -198,7 +198,8 @@ def side_by_side(windows: list[Tensor], audio: AudioConfig) -> Tensor:
 class Batch(Movable):
     """One packed row. Shapes are checked here, once.
 
-    token_T        int64: vocabulary ids, and a placeholder (IMAGE, AUDIO, NEWLINE) for every row that media write
+    token_T        int64: vocabulary ids, and a placeholder (IMAGE, AUDIO, NEWLINE) for every row that media write;
+                   features that are added have a vocabulary id at their row
     position_T     int64: position within the document, from 0; (3, T) for M-RoPE: time, line and column; float64 where
                    one is no whole number
     segments       documents, with intervals where tokens see what follows them
@@ -207,6 +208,7 @@ class Batch(Movable):
     target_R       int64: the token that follows, at those places
     kind_R         int64: index into KINDS of the sample that the target belongs to
     image, audio   Media, whose features stand in the order of their placeholders
+    factor_R       float32: the weight of each target in the loss; None: all are 1
     keys           sample keys of the row; ``skipped``: (key, reason) of samples dropped since the last batch
     read           samples read since the last batch, the skipped ones included
     """
@@ -220,6 +222,7 @@ class Batch(Movable):
     image: Media
     audio: Media
     windowed: Segments | None = None
+    factor_R: Tensor | None = None
     keys: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     read: int = 0
@@ -232,6 +235,11 @@ class Batch(Movable):
     def media(self) -> dict[str, Media]:
         """By modality."""
         return {name: getattr(self, name) for name in PLACEHOLDERS}
+
+    @property
+    def num_targets(self) -> float:
+        """What the summed loss is divided by for its mean: the sum of the targets' weights."""
+        return len(self.target_R) if self.factor_R is None else self.factor_R.double().sum().item()
 
     @property
     def num_tokens(self) -> int:

@@ -134,13 +134,15 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.softcap = config.logit_softcap
 
-    def forward(self, hidden_RD: Tensor, target_R: Tensor | None, predict: bool = False) -> Tensor | tuple[Tensor, ...]:
-        """The summed loss and, without a graph, the loss of each row: float32 () and (R,). ``predict`` adds the
-        likeliest token of each row, int64 (R,), at the cost of a second product with the weight. Without targets it
-        returns the logits, float32 (R, V), for generation."""
+    def forward(
+        self, hidden_RD: Tensor, target_R: Tensor | None, predict: bool = False, factor_R: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """The summed loss and, without a graph, the loss of each row times ``factor_R``: float32 () and (R,).
+        ``predict`` adds the likeliest token of each row, int64 (R,), at the cost of a second product with the weight.
+        Without targets it returns the logits, float32 (R, V), for generation."""
         if target_R is None:
             return self.bounded(F.linear(hidden_RD, self.weight).float())
-        losses = linear_cross_entropy(hidden_RD, self.weight, target_R, softcap=self.softcap)
+        losses = linear_cross_entropy(hidden_RD, self.weight, target_R, softcap=self.softcap, factor_R=factor_R)
         return (*losses, linear_argmax(hidden_RD, self.weight)) if predict else losses
 
     def bounded(self, logits_RV: Tensor) -> Tensor:

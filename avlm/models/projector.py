@@ -55,19 +55,20 @@ class Projector(nn.Module):
         self.deep = nn.ModuleList(DeepProjector(config, wide, hidden_size, decoder_size) for _ in range(num_deep))
 
     def forward(self, into_TD: Tensor, media: Media, x_PC: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """``into`` with the features of media, made of tower rows x, written at their rows, and the features of each
-        inner layer, (R, D). ``into`` itself must not be used afterwards.
+        """``into`` with the features of media, made of tower rows x, written at their rows or added to them, and the
+        features of each inner layer, (R, D). ``into`` itself must not be used afterwards.
 
         In each row of ``x`` the numbers of inner layers follow those of the last.
         """
         x_PC, *inner = x_PC.split(self.tower_size, dim=1)
         deep = [project(side_by_side(inner_PC, media.sources)) for project, inner_PC in zip(self.deep, inner)]
         x_PC, source_US = self._rows(self.norm(x_PC), media.sources)
-        if self.config.is_fused and media.features.mix is None:
+        if self.config.is_fused and media.features.mix is None and not self.config.add:
             into_TD = place_projected(into_TD, media.rows, x_PC, *self._fused_layers(), source_RS=source_US)
         else:
             y_RD = mixed(self._projected(x_PC, source_US), media.features)
-            into_TD = into_TD.index_copy(0, media.rows, y_RD.to(into_TD.dtype))
+            place = into_TD.index_add if self.config.add else into_TD.index_copy
+            into_TD = place(0, media.rows, y_RD.to(into_TD.dtype))
         if self.newline is not None:
             newline_LD = self.newline.to(into_TD.dtype).expand(len(media.newlines), -1)
             into_TD = into_TD.index_copy_(0, media.newlines, newline_LD)  # nothing keeps what it was

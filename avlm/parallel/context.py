@@ -56,6 +56,7 @@ def cut(batch: Batch, rank: int, context: int, together: int = 1) -> tuple[Batch
         target_rows_R=place_R[held_R],
         target_R=batch.target_R[held_R],
         kind_R=batch.kind_R[held_R],
+        factor_R=None if batch.factor_R is None else batch.factor_R[held_R],
         segments=of(batch.segments),
         windowed=None if batch.windowed is None else of(batch.windowed),
     )

@@ -223,7 +223,9 @@ class VocabularyHead(ParallelStyle):
         def reduce(x: Tensor, operation: str) -> None:
             dist.all_reduce(x, operations[operation], group=mesh.get_group())
 
-        def forward(hidden_RD: Tensor, target_R: Tensor | None, predict: bool = False) -> Tensor | tuple[Tensor, ...]:
+        def forward(
+            hidden_RD: Tensor, target_R: Tensor | None, predict: bool = False, factor_R: Tensor | None = None
+        ) -> Tensor | tuple[Tensor, ...]:
             weight_VD = module.weight.to_local(grad_placements=[Shard(0)])
             # Each share of the vocabulary contributes a part to the gradient of hidden.
             hidden_RD = DTensor.from_local(hidden_RD, mesh, [Replicate()]).to_local(grad_placements=[Partial()])
@@ -231,7 +233,7 @@ class VocabularyHead(ParallelStyle):
                 logits_RV = module.bounded(F.linear(hidden_RD, weight_VD).float())
                 return DTensor.from_local(logits_RV, mesh, [Shard(1)]).full_tensor()
             first = mesh.get_local_rank() * weight_VD.shape[0]
-            capped = {"softcap": module.softcap, "first": first, "reduce": reduce}
+            capped = {"softcap": module.softcap, "first": first, "reduce": reduce, "factor_R": factor_R}
             losses = linear_cross_entropy(hidden_RD, weight_VD, target_R, **capped)
             if predict:
                 losses = *losses, linear_argmax(hidden_RD, weight_VD, first=first, reduce=reduce)

@@ -99,10 +99,10 @@ def ending(config: Config, progress: Progress, trained: bool, seconds: float) ->
     end = "done"
     if progress.step < config.total_steps:
         end = f"ended by train.stop_after at step {progress.step} of {config.total_steps}"
-    return [
-        f"{end} in {clock(seconds)}: saved to {folder_of(Path(folder), progress.step)}",
-        f'try: python generate.py {folder}{asked} --prompt "..."    or without --prompt, to chat',
-    ]
+    tried = f'python generate.py {folder}{asked} --prompt "..."    or without --prompt, to chat'
+    if config.stages[-1].data.duplex:
+        tried = f"python -m avlm.evaluation.duplex {folder} CLIP"
+    return [f"{end} in {clock(seconds)}: saved to {folder_of(Path(folder), progress.step)}", f"try: {tried}"]
 
 
 def clock(seconds: float) -> str:

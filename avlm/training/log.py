@@ -229,10 +229,11 @@ def tally(batches: list[Batch], costs: flops.Costs) -> dict[str, float]:
         total["row_tokens"] += len(batch.token_T)
         for modality, media in batch.media.items():
             total[f"tokens/{modality}"] += len(media.rows)
-        total["target_tokens"] += len(batch.target_R)
+        total["target_tokens"] += batch.num_targets
         total["read"] += batch.read
         total["skipped"] += len(batch.skipped)
-        targets = torch.bincount(batch.kind_R, minlength=len(KINDS))
+        factor_R = None if batch.factor_R is None else batch.factor_R.double()
+        targets = torch.bincount(batch.kind_R, factor_R, minlength=len(KINDS))
         for kind, count in zip(KINDS, targets.tolist()):
             total[f"targets/{kind}"] += count
         for module, (forward, backward, recomputed) in flops.by_module(costs, counts(batch)).items():

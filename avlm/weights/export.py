@@ -29,7 +29,7 @@ from avlm.weights.sources import Stored, regrouped
 from avlm.weights.tokenizer import media_token_ids, write_tokenizer
 from avlm.weights.whole import Whole
 
-PROMPT_KEYS = ["template", "system", "seq_length", "image_tokens", "markers", "image_layout", "video"]
+PROMPT_KEYS = ["template", "system", "seq_length", "image_tokens", "markers", "image_layout", "video", "duplex"]
 PROMPT_KEYS += ["max_media_bytes", "max_image_pixels", "max_audio_seconds"]
 ADAPTER = ("lora_down.weight", "lora_up.weight", "lora_magnitude")
 State = dict[str, Lazy]
@@ -70,6 +70,8 @@ def export(
         config = dataclasses.replace(config, lora=None)
     if config.decoder.tie_embedding:
         lazy.pop("decoder.head.weight", None)
+    if format != "avlm" and config.audio_projector is not None and config.audio_projector.add:
+        raise ValueError(f"the {format} format cannot hold audio_projector.add=true: write --format avlm")
     tokenizer = Tokenizer(data.tokenizer) if data is not None and data.tokenizer else None
     larger = Whole(format, whole) if whole is not None else None
     if format == "gguf":

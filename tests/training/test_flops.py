@@ -140,9 +140,9 @@ def of_views(cfg):
     return pack([sample, sample], 128, cfg.model)
 
 
-def plain_loss(hidden_RD, weight_VD, target_R, softcap=None):
+def plain_loss(hidden_RD, weight_VD, target_R, softcap=None, factor_R=None):
     """The products of ``linear_cross_entropy``, which makes its gradients in the forward, as autograd would do them."""
-    assert softcap is None
+    assert softcap is None and factor_R is None
     loss_R = F.cross_entropy(F.linear(hidden_RD, weight_VD), target_R, reduction="none")
     return loss_R.sum(), loss_R.detach()
 

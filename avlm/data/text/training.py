@@ -39,6 +39,7 @@ def texts_of(file: Path, template: str) -> Iterator[str]:
         for message in sample.messages:
             yield TAG.sub("", message["content"])
             yield from around[message["role"]]
+        yield from (word.text for word in sample.words or ())
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, template: str, folder: Path) -> int:

@@ -1,0 +1,64 @@
+"""A duplex model row by row: it hears a window, and says a token in each of its rows of 80 ms.
+
+F features of a window   D decoder width
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from avlm.data.features import of_windows
+from avlm.data.media import audio
+from avlm.data.sample import size_of
+from avlm.evaluation.decoding import Slots, caches_for
+from avlm.models.avlm import AVLM
+from avlm.models.batch import media_of, text_positions
+from avlm.models.log_mel import HOP
+from kernels.segments import Segments
+
+
+def windows_of(waveform: Tensor, network: AVLM) -> Iterable[Tensor]:
+    """A recording as the windows that the tower reads, float32 (samples,) each; the last one may be shorter."""
+    return waveform.split(network.config.audio.window_frames * HOP)
+
+
+def said(network: AVLM, windows: Iterable[Tensor], pad: int) -> Iterator[int]:
+    """The likeliest token of each row, as soon as its window has come: ``windows`` may be those of a microphone.
+    ValueError if there are more rows than the decoder has positions."""
+    decoder, limit = network.decoder, network.config.decoder.max_position
+    device = decoder.embedding.weight.device
+    one = Segments.of([1], device)
+    slots = Slots(*(torch.zeros(1, dtype=torch.int64, device=device) for _ in range(3)), size=limit)
+    caches = caches_for(network)
+    for cache in caches:
+        cache.slots = slots
+    token, row = pad, 0
+    for window in windows:
+        for feature_D in features_of(network, window):
+            if row == limit:
+                raise ValueError(f"the recording has more rows than model.decoder.max_position={limit}: cut it")
+            slots.index_T.fill_(row)
+            slots.length_B.fill_(row + 1)
+            slots.visible_B = (slots.length_B - (decoder.config.sliding_window or limit)).clamp(min=0)
+            position = text_positions(1, decoder.config).to(device) + row
+            with torch.no_grad():
+                x_1D = decoder.embedding(torch.tensor([token], device=device)) + feature_D
+                hidden_1D = decoder(x_1D, position, one, caches, one)
+                token = int(decoder.head(decoder.norm(hidden_1D), None).argmax())
+            yield token
+            slots.is_prompt = False
+            row += 1
+
+
+@torch.no_grad()
+def features_of(network: AVLM, window: Tensor) -> Tensor:
+    """The audio features of the rows of a window, (F, D)."""
+    config, weight = network.config, network.decoder.embedding.weight
+    items = audio.mels(window, config.audio)
+    sizes = [size_of("audio", item, config) for item in items]
+    features = of_windows([config.audio.outputs_of(size) for size in sizes], config.audio_projector.downsample)
+    rows_F = torch.arange(len(features))
+    media = media_of("audio", items, sizes, config, features, rows_F).to(weight.device)
+    into_FD = weight.new_zeros(len(rows_F), weight.shape[1])
+    return network.audio_projector(into_FD, media, network.audio(media))[0]
