@@ -13,10 +13,12 @@ from avlm.data.sample import Sample
 
 # Settings of a module that change no sample's length.
 LENGTH_IS_THE_SAME = ("bias", "qkv_bias", "output_std", "resample")
-OF_PROJECTORS = "norm feature_norm hidden_norm output_norm norm_eps mean merge newline halve_frames stretch_above_tiles"
+OF_PROJECTORS = (
+    "norm feature_norm hidden_norm output_norm norm_eps mean merge newline halve_frames stretch_above_tiles add"
+)
 # Settings that came later. Those that stand at their defaults are left out, so that runs from before can be resumed.
 LATER = {
-    "data": "image_tokens markers image_layout columns shuffle_buffer_bytes",
+    "data": "image_tokens markers image_layout columns shuffle_buffer_bytes duplex",
     "video": "min_frames spread frame_tokens tokens text newline chunk_seconds",
     "vision": "frames_per_patch deepstack_layers gated norm axial_rope window full_layers tokens_per_second "
     "qk_norm layer_scale axial_offset position_table fractional_time",
