@@ -6,11 +6,12 @@ range, so that a typo is reported when the file is read, before anything is comp
 
 import math
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from avlm.config.audio import AudioConfig
+from avlm.config.connector import CrossConfig, ResamplerConfig
 from avlm.config.decoder import DecoderConfig
 from avlm.config.values import (
     Epsilon,
@@ -31,8 +32,8 @@ from avlm.config.values import (
     shown,
 )
 
-MODULES = ("decoder", "vision", "audio", "vision_projector", "audio_projector")
-Module = Literal["decoder", "vision", "audio", "vision_projector", "audio_projector"]
+MODULES = ("decoder", "cross", "vision", "audio", "vision_projector", "audio_projector")
+Module = Literal["decoder", "cross", "vision", "audio", "vision_projector", "audio_projector"]
 TOWERS = {"image": "vision", "audio": "audio"}  # modality -> its tower, whose projector is called TOWER_projector
 
 
@@ -201,6 +202,7 @@ class ProjectorConfig:
     add: bool = False  # audio: features are added to the embeddings of tokens, of which each has one (data.duplex)
     norm_eps: Epsilon = 1e-6
     output_std: Positive = 0.02  # approximate std of features when initialised; best that of the token embeddings
+    resampler: ResamplerConfig | None = None  # what is projected is its queries, not the tower's rows
 
     def __post_init__(self) -> None:
         require(self.type != "linear" or self.hidden_norm == "none", "a linear projector has no hidden_norm")
@@ -211,6 +213,10 @@ class ProjectorConfig:
     @property
     def takes_mean(self) -> bool:
         return self.mean or self.halve_frames == "mean"
+
+    def outputs_of(self, num_rows: int) -> int:
+        """Rows of an item that are projected, of so many that the tower makes."""
+        return num_rows if self.resampler is None else self.resampler.outputs_of(num_rows)
 
     @property
     def stretches(self) -> bool:
@@ -249,12 +255,15 @@ class ModelConfig:
     audio: AudioConfig | None = None
     vision_projector: ProjectorConfig | None = None
     audio_projector: ProjectorConfig | None = None
+    cross: CrossConfig | None = None  # media are read by layers of cross-attention, not written among the tokens
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         for tower in TOWERS.values():
             if (getattr(self, tower) is None) != (getattr(self, f"{tower}_projector") is None):
                 raise ValueError(f"{tower} and {tower}_projector come together: give both or neither")
+            if getattr(self, tower) is not None:
+                _check_connector(self, tower)
         if self.audio_projector:
             for key, default in {"newline": False, "halve_frames": "none", "stretch_above_tiles": None}.items():
                 value = getattr(self.audio_projector, key)
@@ -285,6 +294,17 @@ class ModelConfig:
                 f"vision.deepstack_layers has more layers than decoder.num_layers={self.decoder.num_layers}",
             )
 
+    def features_of(self, tower: str, size: Any) -> int:
+        """Features of an item of a tower: what the decoder's layers read of it."""
+        config, projector = getattr(self, tower), getattr(self, f"{tower}_projector")
+        if projector.resampler is None:
+            return config.num_features(size, projector.downsample)
+        return math.ceil(projector.outputs_of(config.outputs_of(size)) / projector.downsample)
+
+    def tokens_of(self, tower: str, size: Any) -> int:
+        """Rows that an item takes among the tokens: its features, or one that stands for it."""
+        return self.features_of(tower, size) if self.cross is None else 1
+
     @property
     def modules(self) -> list[str]:
         return [name for name in MODULES if getattr(self, name) is not None]
@@ -293,3 +313,24 @@ class ModelConfig:
     def modalities(self) -> dict[str, str]:
         """Modality -> tower, of those that the model has."""
         return {name: tower for name, tower in TOWERS.items() if getattr(self, tower) is not None}
+
+
+def _check_connector(model: ModelConfig, tower: str) -> None:
+    """ValueError for a projector that does not go with its resampler, or with layers of cross-attention."""
+    config, projector = getattr(model, tower), getattr(model, f"{tower}_projector")
+    if projector.resampler is not None:
+        projector.resampler.check(config.hidden_size)
+    key = f"{tower}_projector.resampler" if projector.resampler is not None else "cross"
+    if projector.resampler is None and model.cross is None:
+        return
+    refused = {"newline": projector.newline, "halve_frames": projector.halve_frames != "none"}
+    refused["stretch_above_tiles"] = projector.stretch_above_tiles is not None
+    if tower == "vision":
+        refused["vision.deepstack_layers"] = bool(config.deepstack_layers)
+    if projector.resampler is not None and tower == "vision":
+        refused["downsample"] = projector.downsample > 1
+    if model.cross is not None:
+        refused["decoder.mrope_sections"] = model.decoder.mrope_sections is not None
+        refused["decoder.bidirectional"] = model.decoder.bidirectional != "none"
+    for name, is_given in refused.items():
+        require(not is_given, f"{key} does not go with {name if '.' in name else f'{tower}_projector.{name}'}")

@@ -61,7 +61,7 @@ def _look(source: str, stream: Stream, encoder: SampleEncoder, seconds: float) -
     while samples.drawn < most and time.monotonic() < ends:
         drawn = samples.draw()
         try:
-            lengths.append(len(encoded(drawn, encoder)))
+            lengths.append(encoded(drawn, encoder).room)
         except ValueError as error:
             bad.append((drawn.key, str(error)))
     return Look(source, bad, samples.drawn, samples.num_samples, lengths)

@@ -7,7 +7,7 @@ from avlm.config.model import ModelConfig
 from avlm.config.run import Config, DataConfig, StageConfig, is_hf, is_json, may_be_there, shares
 from avlm.data.bad_samples import Look, look
 from avlm.data.loader import open_loader
-from avlm.data.media.area import halved
+from avlm.data.media.area import halved, tokens_a_side
 from avlm.data.stream import Stream
 from avlm.data.text.chat import check_vocabulary
 from avlm.data.text.tokenizer import Tokenizer
@@ -54,12 +54,14 @@ def _check_room(model: ModelConfig, stage: StageConfig) -> None:
     if {"vision", "vision_projector"} & trained:
         sizes["vision"] = ("the smallest image or frame", _least_image(model, stage.data))
     if {"audio", "audio_projector"} & trained and model.audio.window == "fixed":
-        tokens = model.audio.num_features(model.audio.window_frames, model.audio_projector.downsample)
+        tokens = model.tokens_of("audio", model.audio.window_frames)
         sizes["audio"] = ("an audio window", tokens)
     for tower, (item, tokens) in sizes.items():
         if tokens > stage.data.seq_length:
             fix = f"model.{tower}_projector.downsample"
-            if tower == "vision" and model.vision.any_grid:
+            if getattr(model, f"{tower}_projector").resampler is not None:
+                fix = f"lower model.{tower}_projector.resampler.num_queries"
+            elif tower == "vision" and model.vision.any_grid:
                 fix = "lower the least of data.image_tokens"
             raise ValueError(
                 f"stage {stage.name}: {item} takes {tokens} tokens, more than data.seq_length="
@@ -70,10 +72,9 @@ def _check_room(model: ModelConfig, stage: StageConfig) -> None:
 def _least_image(model: ModelConfig, data: DataConfig) -> int:
     """Features of the smallest image, or frame of a video."""
     vision = model.vision
-    if vision.any_grid:
+    if vision.any_grid and model.vision_projector.resampler is None and model.cross is None:
         return math.ceil(data.image_tokens[0]) if vision.resize == "area" else 1
-    side = vision.patches_per_side // model.vision_projector.downsample
-    return math.prod(halved((side, side), model))
+    return math.prod(halved(tokens_a_side((vision.patches_per_side,) * 2, model), model))
 
 
 def _check_training(config: Config, stage: StageConfig) -> list[Look]:

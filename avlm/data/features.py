@@ -40,8 +40,12 @@ def of_windows(lengths: list[int], stack: int) -> Features:
 
 
 def of_images(grids: Sequence[Grid], model: ModelConfig) -> Features:
-    """Of images that stand for themselves: neighbouring patches, line by line (pixel shuffle)."""
-    return _filled(_sources(grids, model.vision, model.vision_projector.downsample), model)
+    """Of images that stand for themselves: neighbouring patches, line by line (pixel shuffle); or their queries."""
+    projector = model.vision_projector
+    if projector.resampler is not None:
+        count = sum(projector.outputs_of(model.vision.outputs_of(grid)) for grid in grids)
+        return Features(torch.arange(count)[:, None])
+    return _filled(_sources(grids, model.vision, projector.downsample), model)
 
 
 def of_tiles(source: Size, tiling: Tiling, grid: Grid, model: ModelConfig) -> tuple[Features, Grid]:

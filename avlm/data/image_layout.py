@@ -36,6 +36,17 @@ def check_image_layout(model: ModelConfig, data: DataConfig) -> None:
     if data.video.newline and not has_newline:
         raise ValueError("data.video.newline needs model.vision_projector.newline=true")
     plain = ImageLayout(longest_edge=layout.longest_edge)
+    if model.cross is not None or model.vision_projector.resampler is not None:
+        what = "cross" if model.cross is not None else "vision_projector.resampler"
+        if layout != plain:
+            raise ValueError(f"model.{what} takes whole images and frames: leave out data.image_layout")
+    if data.video.audio in ("interleaved", "merged") and (
+        model.cross is not None or (model.audio_projector is not None and model.audio_projector.resampler is not None)
+    ):
+        raise ValueError(
+            f"data.video.audio={data.video.audio} needs features that each have a time, which a resampler and "
+            "cross-attention do not leave: set it to after"
+        )
     if model.decoder.mrope_sections is not None and (has_newline or layout != plain):
         raise ValueError(
             "M-RoPE (model.decoder.mrope_sections) knows the places of features of whole images only: leave out "

@@ -101,8 +101,7 @@ class MediaReader:
         return Run("audio", [AUDIO] * count, items, markers=markers_of("audio", number, self.data))
 
     def _features_of(self, window: Tensor) -> int:
-        num_frames = audio.num_frames(window, self.model.audio)
-        return self.model.audio.num_features(num_frames, self.model.audio_projector.downsample)
+        return self.model.tokens_of("audio", audio.num_frames(window, self.model.audio))
 
     def _interleaved(self, extent: Extent, items: list[Tensor], heard: Run, number: int) -> list[Run]:
         """What is seen and heard in each stretch of ``data.video.chunk_seconds``, frames first. Both begin at the same

@@ -5,7 +5,9 @@ targets. Letters as in batch.py.
 """
 
 from bisect import bisect_left, bisect_right, insort
+from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from avlm.models.batch import (
     text_positions,
 )
 from avlm.models.patches import tower_layout
+from avlm.models.reading import read_by
 from kernels.segments import Segments
 
 
@@ -124,16 +127,17 @@ def pack(
         of_text = text_positions(len(sample), model.decoder)
         positions.append(of_text if sample.position_T is None else sample.position_T)
     positions.append(text_positions(room, model.decoder))
+    documents = Segments.of(lengths)
     target_rows_R = (target_T != IGNORE).nonzero().flatten()
     return Batch(
         token_T=token_T,
         position_T=torch.cat(positions, dim=-1),
-        **seen_segments(Segments.of(lengths), token_T, target_rows_R, model.decoder),
+        **seen_segments(documents, token_T, target_rows_R, model.decoder),
         target_rows_R=target_rows_R,
         target_R=target_T[target_rows_R],
         kind_R=kind_T[target_rows_R],
         factor_R=_factors(samples, target_rows_R),
-        **pack_media(samples, token_T, model),
+        **pack_media_row(pack_media(samples, token_T, model), documents, model),
         keys=[sample.key for sample in samples],
         skipped=list(skipped),
         read=read,
@@ -153,17 +157,20 @@ def pack_media(samples: list[EncodedSample], token_T: Tensor, model: ModelConfig
     packed = no_media(model)
     for modality, name in model.modalities.items():
         tower = getattr(model, name)
-        downsample = getattr(model, f"{name}_projector").downsample
+        projector = getattr(model, f"{name}_projector")
         items = [item for sample in samples for item in sample.media.get(modality, ())]
         sizes = [size_of(modality, item, model) for item in items]
         if modality == "image":
-            layouts = [tower_layout(grid, tower, downsample) for grid in sizes]
+            layouts = [tower_layout(grid, tower, projector.downsample) for grid in sizes]
             items = [item.flatten(0, 1)[at.order] for item, at in zip(items, layouts)]
             features = image_features(samples, model)
         else:
-            features = of_windows([tower.outputs_of(size) for size in sizes], downsample)
-        rows = feature_rows(samples, token_T, modality, getattr(model, f"{name}_projector").add)
+            outputs = [projector.outputs_of(tower.outputs_of(size)) for size in sizes]
+            features = of_windows(outputs, projector.downsample)
+        rows = feature_rows(samples, token_T, modality, projector.add)
         newlines = (token_T == NEWLINE).nonzero().flatten() if modality == "image" else None
+        if model.cross is not None:
+            rows, newlines = torch.empty(len(features), dtype=torch.int64), rows  # rows: see pack_media_row
         packed[modality] = media_of(modality, items, sizes, model, features, rows, newlines)
     return packed
 
@@ -178,13 +185,37 @@ def feature_rows(samples: list[EncodedSample], token_T: Tensor, modality: str, a
     return has_media_N.repeat_interleave(length_N).nonzero().flatten()
 
 
+def pack_media_row(packed: dict[str, Media], documents: Segments, model: ModelConfig) -> dict[str, Any]:
+    """The media and ``Batch.media_row`` of a model with cross-attention, in which the features of items stand in a row
+    of their own, behind the tokens, in the order of the tokens that stand for the items."""
+    if model.cross is None:
+        return packed
+    counts = {
+        modality: torch.tensor([model.features_of(name, size) for size in packed[modality].sizes], dtype=torch.int64)
+        for modality, name in model.modalities.items()
+    }
+    place_I = torch.cat([packed[modality].newlines for modality in counts])
+    count_I = torch.cat(list(counts.values()))
+    order = place_I.argsort()
+    start_I = torch.empty_like(count_I)
+    start_I[order] = count_I[order].cumsum(0) - count_I[order]
+    starts = dict(zip(counts, start_I.split([len(count) for count in counts.values()])))
+    found: dict[str, Any] = dict(packed)
+    for modality, count in counts.items():
+        in_item = torch.arange(int(count.sum())) - (count.cumsum(0) - count).repeat_interleave(count)
+        rows = documents.num_rows + starts[modality].repeat_interleave(count) + in_item
+        found[modality] = replace(packed[modality], rows=rows)
+    media_row = read_by(documents, place_I[order].tolist(), count_I[order].tolist(), model.cross.sees)
+    return {**found, "media_row": media_row}
+
+
 def image_features(samples: list[EncodedSample], model: ModelConfig) -> Features:
     """Of the images of several samples, one after the other."""
     of_sample = []
     output_counts = []
     for sample in samples:
         sizes = [size_of("image", item, model) for item in sample.media.get("image", ())]
-        counts = [model.vision.outputs_of(size) for size in sizes]
+        counts = [model.vision_projector.outputs_of(model.vision.outputs_of(size)) for size in sizes]
         output_counts.append(sum(counts))
         if not sample.groups:
             of_sample.append(of_images(sizes, model))

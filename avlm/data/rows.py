@@ -171,7 +171,7 @@ class SlotRows:
                 skipped += bad
                 if not read:
                     return
-                lengths = [len(sample) for _, sample in buffer]
+                lengths = [sample.room for _, sample in buffer]
                 rows = [[buffer[i] for i in row] for row in select(lengths, data.seq_length, data.packing)]
             row = rows.pop(0) if rows else []
             batch = pack([sample for _, sample in row], data.seq_length, self.stream.model, skipped, read)

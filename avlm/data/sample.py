@@ -4,7 +4,8 @@ Every placeholder id stands for exactly one feature: an image of lines x columns
 (columns / downsample) IMAGE ids, a window of audio ceil(rows / stack) AUDIO ids, a video its frames as images and, if
 asked for, its audio, after them or in turns with them. They have the order of the media, so the n-th IMAGE id belongs
 to the n-th image feature. An image may be cut into views by ``data.image_layout``, between whose features stand markers
-and rows that are learned. Around media stand the markers of ``data.markers`` and the texts of ``data.video.text``.
+and rows that are learned. With cross-attention an id stands for an item, however many features it has. Around media
+stand the markers of ``data.markers`` and the texts of ``data.video.text``.
 """
 
 import json
@@ -63,6 +64,7 @@ class EncodedSample:
               "audio"  log-mel windows float32 (M, frames)
     groups    of images, those that share their features; none if each has its own, line by line
     kind      one of KINDS
+    num_features  of media that do not stand among the tokens, for cross-attention
     position_T  None: 0, 1, 2, ...; else int64 or float64, for M-RoPE (3, T): time, line and column
     factor_T  None, or float32: the weights of targets in the loss
     """
@@ -75,9 +77,15 @@ class EncodedSample:
     position_T: Tensor | None = None
     groups: list[Group] = field(default_factory=list)
     factor_T: Tensor | None = None
+    num_features: int = 0
 
     def __len__(self) -> int:
         return self.token_T.shape[0]
+
+    @property
+    def room(self) -> int:
+        """What it takes of a packed row, whose media have a row of their own of the same length."""
+        return max(len(self), self.num_features)
 
 
 def parse(record: Any, media: Callable[[str], bytes], key: str) -> Sample:
@@ -134,6 +142,11 @@ class SampleEncoder:
         encoded = self._encode(sample, prompt=False) if sample.words is None else self._duplex(sample, sample.words)
         if len(encoded) > self.data.seq_length:
             raise ValueError(f"sample has {len(encoded)} tokens, more than data.seq_length={self.data.seq_length}")
+        if encoded.room > self.data.seq_length:
+            raise ValueError(
+                f"the media of the sample have {encoded.num_features} features, more than data.seq_length="
+                f"{self.data.seq_length}"
+            )
         if (encoded.target_T == IGNORE).all():
             raise ValueError("no token of the sample is learned: its assistant turns are empty")
         return encoded
@@ -195,7 +208,8 @@ class SampleEncoder:
         is_learned_T = torch.tensor([*learned[1:], False], dtype=torch.bool)
         target_T = torch.where(is_learned_T, following_T, IGNORE)
         position_T = position_of(len(ids), placed, self.model)
-        return EncodedSample(sample.key, kind_of(files), token_T, target_T, media, position_T, groups)
+        num_features = sum(map(sum, counts_of_features(media, self.model).values())) if self.model.cross else 0
+        return EncodedSample(sample.key, kind_of(files), token_T, target_T, media, position_T, groups, num_features)
 
     def _with_media(
         self, pieces: list[Piece], files: dict[str, list[bytes]], key: str, room: Room
@@ -283,12 +297,21 @@ def groups_of(runs: list[Run], model: ModelConfig) -> list[Group]:
 
 
 def placeholders(modality: str, items: list[Tensor], model: ModelConfig) -> list[int]:
-    """A placeholder id for every feature of some items. The last feature of a window may be made of fewer rows."""
-    name = model.modalities[modality]
-    tower = getattr(model, name)
-    downsample = getattr(model, f"{name}_projector").downsample
-    sizes = [size_of(modality, item, model) for item in items]
-    return [PLACEHOLDERS[modality]] * sum(tower.num_features(size, downsample) for size in sizes)
+    """A placeholder id for every feature of some items, or for each item of a model with cross-attention. The last
+    feature of a window may be made of fewer rows."""
+    tower = model.modalities[modality]
+    count = sum(model.tokens_of(tower, size_of(modality, item, model)) for item in items)
+    return [PLACEHOLDERS[modality]] * count
+
+
+def counts_of_features(media: Items, model: ModelConfig) -> dict[str, list[int]]:
+    """Features of each item, by modality."""
+    towers = model.modalities
+    return {
+        modality: [model.features_of(towers[modality], size_of(modality, item, model)) for item in items]
+        for modality, items in media.items()
+        if items
+    }
 
 
 def size_of(modality: str, item: Tensor, model: ModelConfig) -> Size:

@@ -14,7 +14,8 @@ from avlm.data.sample import Sample
 # Settings of a module that change no sample's length.
 LENGTH_IS_THE_SAME = ("bias", "qkv_bias", "output_std", "resample")
 OF_PROJECTORS = (
-    "norm feature_norm hidden_norm output_norm norm_eps mean merge newline halve_frames stretch_above_tiles add"
+    "norm feature_norm hidden_norm output_norm norm_eps mean merge newline halve_frames stretch_above_tiles add "
+    "resampler"
 )
 # Settings that came later. Those that stand at their defaults are left out, so that runs from before can be resumed.
 LATER = {
@@ -118,8 +119,8 @@ def fingerprint(data: DataConfig, model: ModelConfig) -> str:
             settings.pop(field.name, None)
     settings["vocab_size"] = model.decoder.vocab_size
     for name in MODULES:
-        if name != "decoder":
-            module = getattr(model, name)
+        module = getattr(model, name)
+        if name != "decoder" and (name != "cross" or module is not None):
             settings[name] = None if module is None else _settings(name, module)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 

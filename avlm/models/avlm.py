@@ -1,8 +1,10 @@
 """The audio-vision language model: encode each modality, write it at its rows, decode, loss.
 
 T tokens   D decoder width   R rows with a target   P rows of a tower, C wide (see ``avlm.models.batch``)
+M features of media in a row of their own, for layers of cross-attention
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from avlm.config.model import ModelConfig
 from avlm.models.batch import PAD, Batch
+from avlm.models.cross import CrossLayers
 from avlm.models.decoder import Decoder, DeepFeatures
 from avlm.models.lora import apply_lora
 from avlm.models.projector import Projector
@@ -30,13 +33,15 @@ class AVLM(nn.Module):
         super().__init__()
         self.config = config
         self.decoder = Decoder(config.decoder)
+        self.cross = CrossLayers(config.cross, config.decoder) if config.cross else None
         self.vision = VisionTower(config.vision) if config.vision else None
         self.audio = AudioTower(config.audio) if config.audio else None
         for name in config.modalities.values():
             tower, projector = getattr(config, name), getattr(config, f"{name}_projector")
             num_deep = tower.width // tower.hidden_size - 1
             gathered = tower.rows_per_feature(projector)
-            built = Projector(projector, tower.hidden_size, gathered, config.decoder.hidden_size, num_deep)
+            sizes = tower.hidden_size, gathered, config.decoder.hidden_size
+            built = Projector(projector, *sizes, num_deep, has_newline=config.cross is not None)
             self.add_module(f"{name}_projector", built)
         if config.lora:
             apply_lora(self, config.lora)
@@ -62,23 +67,36 @@ class AVLM(nn.Module):
 
     def hidden(self, batch: Batch, caches: list | None = None, with_media: bool = True) -> Tensor:
         """What the decoder makes of a row, before its final norm, (T, D)."""
-        x_TD, deep = self.embed(batch, with_media)
+        x_TD, deep, features_MD = self.embed(batch, with_media)
+        before = None
+        if self.cross is not None:
+            of_blocks = caches[len(self.decoder.blocks) :] if caches else None
+            before = partial(self.cross, features_MD=features_MD, row=batch.media_row, caches=of_blocks)
         real_T = batch.token_T != PAD if self.config.decoder.experts else None
-        return self.decoder(x_TD, batch.position_T, batch.segments, caches, batch.windowed, deep, real_T)
+        return self.decoder(x_TD, batch.position_T, batch.segments, caches, batch.windowed, deep, real_T, before)
 
-    def embed(self, batch: Batch, with_media: bool = True) -> tuple[Tensor, DeepFeatures | None]:
-        """Token features with every media feature at its row, (T, D); and what is to be added to the decoder's first
-        layers, if the model has DeepStack. ``with_media`` must be the same on all ranks."""
+    def embed(self, batch: Batch, with_media: bool = True) -> tuple[Tensor, DeepFeatures | None, Tensor | None]:
+        """Token features with every media feature at its row, (T, D); what is to be added to the decoder's first
+        layers, if the model has DeepStack; and with cross-attention the features of media, (M, D), which then do not
+        stand among the tokens. ``with_media`` must be the same on all ranks."""
         x_TD = self.decoder.embedding(batch.token_T)
-        found = None
+        num_tokens, row = len(x_TD), batch.media_row if with_media else None
+        if row is not None:
+            x_TD = torch.cat([x_TD, x_TD.new_zeros(row.num_own, x_TD.shape[1])])
+        found = features_MD = None
         for name, tower, projector in self.modalities if with_media else ():
             media = batch.media[name]
             with torch.set_grad_enabled(torch.is_grad_enabled() and trains(tower)):
                 features_PC = tower(media)
+            if projector.resampler is not None:
+                features_PC = projector.resampler(media, features_PC)
             x_TD, deep = projector(x_TD, media, features_PC)
             if deep:
                 found = DeepFeatures(media.rows, deep)
-        return x_TD, found
+        if row is not None and self.cross is not None:
+            x_TD, own_MD = x_TD.split([num_tokens, row.num_own])
+            features_MD = self.cross.features(own_MD, row)
+        return x_TD, found, features_MD
 
 
 def trains(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from avlm.config.decoder import DecoderConfig
 from avlm.config.model import TOWERS, AudioConfig, ModelConfig, VisionConfig
 from avlm.models.movable import Movable
 from avlm.models.patches import Grid, PatchPlaces
+from avlm.models.reading import MediaRow, QuerySets, read_by
 from kernels.segments import Intervals, Segments
 
 IGNORE = -100  # target: nothing is learned here
@@ -111,10 +112,11 @@ class Media(Movable):
     sizes     of each item
     segments  the rows of each item in the tower
     features  what they are made of
-    rows      int64 (F,): where in token_T each feature is written
-    newlines  int64: where the learned row of the projector is written
+    rows      int64 (F,): where in token_T each feature is written; with cross-attention, in the row of media behind it
+    newlines  int64: where in token_T the learned row of the projector is written
     windows   of windows: which rows the tower keeps of them
     places    of images of any grid: where their patches lie
+    queries   of a projector with a resampler: what its queries read
     """
 
     values: Tensor
@@ -125,6 +127,7 @@ class Media(Movable):
     newlines: Tensor
     windows: WindowRows | None = None
     places: PatchPlaces | None = None
+    queries: QuerySets | None = None
 
     def __post_init__(self) -> None:
         assert len(self.segments) == len(self.sizes)
@@ -181,7 +184,10 @@ def media_of(
         features = Features(torch.empty(0, tower.rows_per_feature(projector) if tower else 1, dtype=torch.int64))
     nothing = torch.arange(0)
     rows, newlines = (nothing if given is None else given for given in (rows, newlines))
-    return Media(values, sizes, segments, features, rows, newlines, windows, places)
+    queries = None
+    if projector is not None and projector.resampler is not None:
+        queries = QuerySets.of([tower.outputs_of(size) for size in sizes], projector.resampler)
+    return Media(values, sizes, segments, features, rows, newlines, windows, places, queries)
 
 
 def side_by_side(windows: list[Tensor], audio: AudioConfig) -> Tensor:
@@ -209,6 +215,7 @@ class Batch(Movable):
     kind_R         int64: index into KINDS of the sample that the target belongs to
     image, audio   Media, whose features stand in the order of their placeholders
     factor_R       float32: the weight of each target in the loss; None: all are 1
+    media_row      of a model with layers of cross-attention: which features each token sees
     keys           sample keys of the row; ``skipped``: (key, reason) of samples dropped since the last batch
     read           samples read since the last batch, the skipped ones included
     """
@@ -223,6 +230,7 @@ class Batch(Movable):
     audio: Media
     windowed: Segments | None = None
     factor_R: Tensor | None = None
+    media_row: MediaRow | None = None
     keys: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     read: int = 0
@@ -310,6 +318,7 @@ def empty_batch(seq_length: int, model: ModelConfig) -> Batch:
     nothing = torch.arange(0)
     tokens = torch.full((seq_length,), PAD)
     segments = Segments.of([seq_length] if seq_length else [])
+    media_row = None if model.cross is None else read_by(segments, [], [], model.cross.sees)
     media: dict[str, Any] = no_media(model)
     return Batch(
         token_T=tokens,
@@ -318,5 +327,6 @@ def empty_batch(seq_length: int, model: ModelConfig) -> Batch:
         target_rows_R=nothing,
         target_R=nothing,
         kind_R=nothing,
+        media_row=media_row,
         **media,
     )

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from itertools import chain
 
+from avlm.config.connector import ResamplerConfig
 from avlm.config.decoder import DecoderConfig
 from avlm.config.model import TOWERS, AudioConfig, ModelConfig, ProjectorConfig, VisionConfig
 from avlm.models.batch import Batch, Size
@@ -39,13 +40,28 @@ def counts(batch: Batch) -> dict[str, int]:
     }
     if batch.windowed is not None:
         found["window_pairs"] = pairs(batch.windowed)
+    if batch.media_row is not None:
+        found |= {"features": batch.media_row.num_rows, "feature_pairs": pairs(batch.media_row.tokens)}
     for modality, media in batch.media.items():
         found[f"{modality}_rows"] = sum(media.lengths)
         found[f"{modality}_pairs"] = sum(length**2 for length in media.lengths)
         found[f"{modality}_projected"] = len(media.sources)
+        if media.queries is not None:
+            sets = list(zip((length for _, length in media.queries.queries.spans), media.queries.rows.spans))
+            found |= _counts_of_sets(modality, [(num_queries, num_rows) for num_queries, (_, num_rows) in sets])
         if media.places is not None and media.places.windows is not None:
             found[f"{modality}_window_pairs"] = sum(length**2 for _, length in media.places.windows.spans)
     return found
+
+
+def _counts_of_sets(modality: str, sets: list[tuple[int, int]]) -> dict[str, int]:
+    """Of the sets of a resampler, each so many queries and the rows of the tower that they read."""
+    return {
+        f"{modality}_queries": sum(queries for queries, _ in sets),
+        f"{modality}_read": sum(rows for _, rows in sets),
+        f"{modality}_query_pairs": sum(queries**2 for queries, _ in sets),
+        f"{modality}_read_pairs": sum(queries * rows for queries, rows in sets),
+    }
 
 
 def pairs(documents: Segments) -> int:
@@ -57,9 +73,10 @@ def pairs(documents: Segments) -> int:
 
 
 def item_costs(modality: str, sizes: list[Size], model: ModelConfig) -> list[int]:
-    """FLOPs of a tower's forward over each item, adapters not counted: a n + b n^2 for n rows, and where some layers
-    have windows, of w rows each, c times the sum of w^2."""
+    """FLOPs of the forward of a tower and its resampler over each item, adapters not counted: a n + b n^2 for n rows of
+    the tower, and where some layers have windows, of w rows each, c times the sum of w^2."""
     name = TOWERS[modality]
+    projector = getattr(model, f"{name}_projector")
     shapes = parameter_shapes(model)
     tower = getattr(model, name)
     per_row = per_pair = per_window_pair = 0
@@ -87,15 +104,31 @@ def item_costs(modality: str, sizes: list[Size], model: ModelConfig) -> list[int
             cost += per_window_pair * sum(length**2 for length in window_lengths(size, tower.window))
         if isinstance(size, int):
             cost += sum(of_stem[count] * number for count, number in tower.stem_counts(size).items())
+        if projector.resampler is not None:
+            windows = projector.resampler.windows_of(tower.outputs_of(size))
+            counted = _counts_of_sets(modality, [(projector.resampler.num_queries, rows) for rows in windows])
+            for count, paths in steps(f"{name}_projector", model):
+                for path in paths if count in counted else ():
+                    cost += counted[count] * forward_cost(path, model, shapes)
         costs.append(cost)
     return costs
 
 
+def forward_cost(path: str, model: ModelConfig, shapes: Shapes) -> int:
+    """FLOPs of a product, or of an attention, for each of its count."""
+    if path.endswith(".core"):
+        return attention_cost(path, model)
+    return product_flops(path, shapes[f"{path}.weight"], model)
+
+
 def attention_cost(path: str, model: ModelConfig) -> int:
     """FLOPs of a pair of a query and a key, forward, of the attention core at a path."""
-    tower = getattr(model, path.split(".")[0])
-    if isinstance(tower, DecoderConfig):
-        return 4 * tower.num_heads * tower.head_dim
+    module = path.split(".")[0]
+    if module in ("decoder", "cross"):
+        return 4 * model.decoder.num_heads * model.decoder.head_dim
+    tower = getattr(model, module.removesuffix("_projector"))
+    if module.endswith("_projector"):
+        return 4 * getattr(model, module).resampler.attention_size(tower.hidden_size)
     return 4 * tower.hidden_size
 
 
@@ -121,7 +154,9 @@ def block_products(block: str, model: ModelConfig) -> list[str]:
 
 def kinds_of_blocks(module: str, model: ModelConfig) -> dict[str, int]:
     """The path of the first block of each kind, MODULE.blocks.i -> how many there are: the decoder's with experts and
-    those without, in any other module one kind."""
+    those without; in any other module, which is a tower or cross, one kind."""
+    if module == "cross" and model.cross is not None:
+        return {"cross.blocks.0": model.cross.num_blocks(model.decoder.num_layers)}
     if module != "decoder":
         return {f"{module}.blocks.0": getattr(model, module).num_blocks}
     layers = [model.decoder.has_experts(i) for i in range(model.decoder.num_layers)]
@@ -148,13 +183,15 @@ def branches(module: str, model: ModelConfig) -> list[list[Step]]:
     config = getattr(model, module)
     if module == "decoder":
         found = [_decoder(config)]
+    elif module == "cross":
+        found = [_cross(config.num_blocks(model.decoder.num_layers), model.decoder)]
     elif module == "vision":
         found = [_vision(config)]
     elif module == "audio":
         found = [_audio(config)]
     else:
         modality, tower = next(entry for entry in TOWERS.items() if module == f"{entry[1]}_projector")
-        found = _projectors(config, f"{modality}_projected", getattr(model, tower))
+        found = _projectors(config, modality, getattr(model, tower))
     return [[(count, tuple(f"{module}.{name}" for name in names)) for count, names in branch] for branch in found]
 
 
@@ -198,6 +235,20 @@ def _feed_forward(config: DecoderConfig, layer: int, ffn: str) -> Iterator[Step]
         yield "tokens", (f"{ffn}.shared.down",)
 
 
+def _cross(num_blocks: int, decoder: DecoderConfig) -> Iterator[Step]:
+    for i in range(num_blocks):
+        block, attention = f"blocks.{i}", f"blocks.{i}.attention"
+        yield "", (f"{block}.attention_norm",)
+        yield "tokens", (f"{attention}.q",)
+        yield "features", (f"{attention}.k", f"{attention}.v")
+        yield "", (f"{attention}.q_norm", f"{attention}.k_norm")
+        yield "feature_pairs", (f"{attention}.core",)
+        yield "tokens", (f"{attention}.o",)
+        yield "", (f"{block}.attention_gate", f"{block}.ffn_gate", f"{block}.ffn_norm")
+        yield "tokens", (f"{block}.ffn.gate", f"{block}.ffn.up")
+        yield "tokens", (f"{block}.ffn.down",)
+
+
 def _vision(config: VisionConfig) -> Iterator[Step]:
     yield "patches", ("patch",)
     yield "", ("class_token", "position", "pre_norm")
@@ -234,10 +285,39 @@ def _encoder(config: VisionConfig | AudioConfig, modality: str) -> Iterator[Step
     yield "", ("norm", "post_norm")  # Whisper's norm, or the post_norm of a ViT
 
 
-def _projectors(config: ProjectorConfig, rows: str, tower: VisionConfig | AudioConfig) -> Iterator[list[Step]]:
+def _projectors(config: ProjectorConfig, modality: str, tower: VisionConfig | AudioConfig) -> Iterator[list[Step]]:
+    rows = f"{modality}_projected"
+    resampler = [] if config.resampler is None else list(_resampler(config.resampler, modality))
     merger = [(rows, ("merger",))] if config.merge else []
     others = ("feature_norm", "hidden_norm", "output_norm", "newline")
-    yield [("", ("norm",)), *merger, ("", others), *((rows, layers) for layers in LAYERS[config.type])]
+    yield [*resampler, ("", ("norm",)), *merger, ("", others), *((rows, layers) for layers in LAYERS[config.type])]
     if isinstance(tower, VisionConfig):
         for i in range(len(tower.deepstack_layers)):
             yield [("", (f"deep.{i}.norm",)), (rows, (f"deep.{i}.up",)), (rows, (f"deep.{i}.down",))]
+
+
+def _resampler(config: ResamplerConfig, modality: str) -> Iterator[Step]:
+    """The queries of a perceiver read themselves as well."""
+    queries, read = f"{modality}_queries", f"{modality}_read"
+    yield "", ("resampler.queries", "resampler.first_norm")
+    for i in range(config.num_layers):
+        block = f"resampler.blocks.{i}"
+        reading = f"{block}.reading"
+        if config.type == "qformer":
+            attention = f"{block}.attention"
+            yield queries, (f"{attention}.q", f"{attention}.k", f"{attention}.v")
+            yield f"{modality}_query_pairs", (f"{attention}.core",)
+            yield queries, (f"{attention}.o",)
+        if i % config.read_every == 0:
+            yield "", (f"{block}.attention_norm", f"{block}.queries_norm", f"{block}.rows_norm")
+            yield queries, (f"{reading}.q",)
+            yield read, (f"{reading}.k", f"{reading}.v")
+            if config.type == "perceiver":
+                yield queries, (f"{reading}.k", f"{reading}.v")
+                yield f"{modality}_query_pairs", (f"{reading}.core",)
+            yield f"{modality}_read_pairs", (f"{reading}.core",)
+            yield queries, (f"{reading}.o",)
+        yield "", (f"{block}.attention_norm", f"{block}.reading_norm", f"{block}.ffn_norm")
+        yield queries, (f"{block}.gate", f"{block}.up") if config.gated else (f"{block}.up",)
+        yield queries, (f"{block}.down",)
+    yield "", ("resampler.last_norm",)

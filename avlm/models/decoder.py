@@ -9,6 +9,7 @@ R rows with a target   V vocabulary
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -180,16 +181,20 @@ class Decoder(nn.Module):
         windowed: Segments | None = None,
         deep: DeepFeatures | None = None,
         real_T: Tensor | None = None,
+        before: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Hidden states before the final norm, (T, D). Positions are (T,), or (3, T) for a decoder with M-RoPE.
         ``caches`` holds one key/value cache per block (generation), ``windowed`` the segments of layers with a sliding
-        window; ``real_T``, bool, the tokens that do not just fill the end of a row (default: all)."""
+        window; ``real_T``, bool, the tokens that do not just fill the end of a row (default: all); ``before`` is what a
+        token goes through before each block (cross-attention)."""
         full = decoder_rope(self.config, position_T), segments
         within = window_rope(self.config, position_T) or full[0], windowed
         for i, block in enumerate(self.blocks):
             cache = caches[i] if caches else None
             rope, seen = within if self.config.has_window(i) else full
             assert seen is not None, "a decoder with a sliding window needs segments for it"
+            if before is not None:
+                x_TD = before(i, x_TD)
             x_TD = block(x_TD, rope, seen, cache, real_T)
             if deep is not None and i < len(deep.features):
                 x_TD = x_TD.index_add(0, deep.rows, deep.features[i].to(x_TD.dtype))

@@ -72,10 +72,10 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """p_TN, float32."""
-        return self.score(x_TD, self.weight)
+        return self.with_weight(x_TD, self.weight)
 
     @staticmethod
-    def score(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
+    def with_weight(x_TD: Tensor, weight_ND: Tensor) -> Tensor:
         return F.linear(x_TD, weight_ND).softmax(-1, dtype=torch.float32)
 
     def choose(self, p_TN: Tensor, real_T: Tensor | None) -> Tensor:
@@ -187,10 +187,10 @@ class TokenGate(nn.Module):
         self.weight = nn.Parameter(torch.empty(1, hidden_size))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.score(x_TD, self.weight)
+        return self.with_weight(x_TD, self.weight)
 
     @staticmethod
-    def score(x_TD: Tensor, weight_1D: Tensor) -> Tensor:
+    def with_weight(x_TD: Tensor, weight_1D: Tensor) -> Tensor:
         return F.linear(x_TD, weight_1D).sigmoid()
 
 

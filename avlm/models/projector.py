@@ -23,6 +23,7 @@ from avlm.config.model import ProjectorConfig
 from avlm.config.values import Norm
 from avlm.models.batch import Features, Media
 from avlm.models.encoder import NORMS, OffsetRMSNorm
+from avlm.models.resampler import Resampler
 from kernels.projector import place_projected, projector_mlp, side_by_side
 
 # The linears of each type in the order in which they run; those that share an input together.
@@ -30,11 +31,21 @@ LAYERS = {"linear": [("linear",)], "mlp2x_gelu": [("up",), ("down",)], "swiglu":
 
 
 class Projector(nn.Module):
-    def __init__(self, config: ProjectorConfig, tower_size: int, gathered: int, decoder_size: int, num_deep: int = 0):
+    def __init__(
+        self,
+        config: ProjectorConfig,
+        tower_size: int,
+        gathered: int,
+        decoder_size: int,
+        num_deep: int = 0,
+        has_newline: bool = False,
+    ):
         """``gathered``: how many tower rows make one projected row; ``num_deep``: inner layers of the tower that it
-        takes."""
+        takes; ``has_newline``: even if the config has none."""
         super().__init__()
         self.config = config
+        self.resampler = None if config.resampler is None else Resampler(config.resampler, tower_size)
+        tower_size = tower_size if config.resampler is None else config.resampler.width(tower_size)
         self.tower_size = tower_size
         hidden_size = config.hidden_size or decoder_size
         wide = tower_size * (1 if config.takes_mean else gathered)
@@ -51,7 +62,7 @@ class Projector(nn.Module):
             self.hidden_norm = _norm(config.hidden_norm, hidden_size, config)
             self.down = nn.Linear(hidden_size, decoder_size, bias=config.bias)
         self.output_norm = _norm(config.output_norm, decoder_size, config)
-        self.newline = nn.Parameter(torch.empty(decoder_size)) if config.newline else None
+        self.newline = nn.Parameter(torch.empty(decoder_size)) if config.newline or has_newline else None
         self.deep = nn.ModuleList(DeepProjector(config, wide, hidden_size, decoder_size) for _ in range(num_deep))
 
     def forward(self, into_TD: Tensor, media: Media, x_PC: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -107,7 +118,11 @@ class Projector(nn.Module):
         (or 0, where 1 is added).
         ``output_std`` brings the output, and the newline, to the scale of a token embedding."""
         stats = {"newline": (0.0, self.config.output_std)}
+        if self.resampler is not None:
+            stats |= {f"resampler.{name}": stat for name, stat in self.resampler.init_stats().items()}
         for name, module in self.named_modules():
+            if name.startswith("resampler"):
+                continue
             if isinstance(module, nn.Linear):
                 std = 1 / math.sqrt(module.in_features)
                 if name.endswith(("linear", "down")):  # the last

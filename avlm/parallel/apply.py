@@ -11,6 +11,7 @@ from avlm.models.lora import frozen_base
 from avlm.models.moe import clear_seen
 from avlm.parallel.context import cut
 from avlm.parallel.context_attention import apply_context, mode_of
+from avlm.parallel.cross import apply_cross
 from avlm.parallel.exchange import apply_media
 from avlm.parallel.experts import apply_experts, expert_mode, sum_over_rows
 from avlm.parallel.float8 import apply_float8
@@ -19,7 +20,7 @@ from avlm.parallel.media import Share, split
 from avlm.parallel.mesh import World
 from avlm.parallel.recompute import apply_recompute
 from avlm.parallel.ring import connect
-from avlm.parallel.tensor import apply_tensor
+from avlm.parallel.tensor import apply_cross_tensor, apply_tensor
 
 
 def apply_parallel(model: AVLM, world: World, parallel: ParallelConfig, train: TrainConfig) -> None:
@@ -31,6 +32,8 @@ def apply_parallel(model: AVLM, world: World, parallel: ParallelConfig, train: T
         apply_float8(model.decoder, world.device)
     if parallel.tensor > 1:
         apply_tensor(model.decoder, world.decoder_mesh["tensor"])
+        if model.cross is not None:
+            apply_cross_tensor(model.cross, world.decoder_mesh["tensor"])
     if parallel.context > 1:
         mode, together = _context_mode(model.config, world)
         group = ring_groups = None
@@ -49,6 +52,8 @@ def apply_parallel(model: AVLM, world: World, parallel: ParallelConfig, train: T
     if train.balance_loss and world.row_size > 1:
         sum_over_rows(model, world.group_of(world.row_size))
     apply_media(model)
+    if model.cross is not None and world.row_size > 1:
+        apply_cross(model, world.group_of(world.row_size))
     apply_recompute(model, train)
     apply_fsdp(model, world, parallel, compute_dtype(train.precision, world.device))
     model.to_empty(device="cpu" if parallel.cpu_offload else world.device)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from avlm.models.batch import Batch
+from avlm.models.reading import MediaRow
 from avlm.parallel.context_plan import ContextPlan, IntervalPlan, context_plan, interval_plan
 from avlm.parallel.shares import share
-from kernels.segments import Segments
+from kernels.segments import Intervals, Segments
 
 
 def cut(batch: Batch, rank: int, context: int, together: int = 1) -> tuple[Batch, Tensor]:
@@ -59,5 +60,19 @@ def cut(batch: Batch, rank: int, context: int, together: int = 1) -> tuple[Batch
         factor_R=None if batch.factor_R is None else batch.factor_R[held_R],
         segments=of(batch.segments),
         windowed=None if batch.windowed is None else of(batch.windowed),
+        media_row=None if batch.media_row is None else _media_row(batch.media_row, rows_L),
     )
     return of_rank, place_T
+
+
+def _media_row(row: MediaRow, rows_L: Tensor) -> MediaRow:
+    """What the tokens of a rank see: of the documents that it holds tokens of, which stand one after the other."""
+    seen = row.tokens.intervals
+    assert seen is not None
+    document_T = torch.arange(len(row.tokens)).repeat_interleave(row.tokens.cu_seqlens.diff())
+    document_N, length_N = document_T[rows_L].unique_consecutive(return_counts=True)
+    spans = [row.features.spans[document] for document in document_N.tolist()]
+    order = torch.cat([torch.arange(0), *(torch.arange(start, start + count) for start, count in spans)])
+    tokens, features = Segments.of(length_N.tolist()), Segments.of([count for _, count in spans])
+    intervals = Intervals.of(seen.first_T[rows_L], seen.last_T[rows_L], tokens, features)
+    return MediaRow(row.num_rows, replace(tokens, intervals=intervals), features, order)

@@ -2,8 +2,9 @@
 
     arrived = rows that the ranks send here, rank after rank        d features[send_rows] = d arrived, sent back
 
-It is a hook after the tower, so that neither tower nor projector knows of it: the projector's sources index the rows
-that have arrived. The backward is a collective like the forward; ranks with nothing to send or receive join it too.
+It is a hook after the tower or its resampler, so that neither these nor the projector know of it: the projector's
+sources index the rows that have arrived. The backward is a collective like the forward; ranks with nothing to send or
+receive join it too.
 
 P rows of the tower's output   S of them that are sent   A rows that arrive   D tower width
 """
@@ -44,12 +45,13 @@ class RoutedSegments(Segments):
 
 
 def apply_media(model: AVLM) -> None:
-    """Exchange rows after each tower, for batches that ``media.split`` has prepared for it."""
+    """Exchange rows after each tower, or its resampler, for batches that ``media.split`` has prepared for it."""
     for modality in model.modalities:
-        modality.tower.register_forward_hook(_exchange_after)
+        last = modality.projector.resampler or modality.tower
+        last.register_forward_hook(_exchange_after)
 
 
-def _exchange_after(tower: nn.Module, inputs: tuple[Media], features_PD: Tensor) -> Tensor:
+def _exchange_after(last: nn.Module, inputs: tuple[Media, ...], features_PD: Tensor) -> Tensor:
     segments = inputs[0].segments
     if isinstance(segments, RoutedSegments):
         return exchange(features_PD, segments)
@@ -92,6 +94,20 @@ def gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     of_all = own.new_empty(own.shape[0] * group.size(), *own.shape[1:])
     dist.all_gather_into_tensor(of_all, own.contiguous(), group=group)
     return of_all
+
+
+class Gather(torch.autograd.Function):
+    """The rows of all ranks of a group, rank after rank; the gradients of this rank's rows, summed over all."""
+
+    @staticmethod
+    def forward(ctx, own, group):
+        ctx.group = group
+        return gathered(own, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dof_all):
+        return scattered(dof_all, ctx.group), None
 
 
 def scattered(of_all: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from avlm.config.decoder import DecoderConfig
 from avlm.config.parallel import ParallelConfig
 from avlm.models.moe import Experts, GroupedLinear, Order, alone, collect, mixtures, spread, weighted_sum
-from avlm.parallel.exchange import gathered, scattered, swap
+from avlm.parallel.exchange import Gather, gathered, scattered, swap
 from kernels.grouped import grouped_linear
 
 
@@ -118,8 +118,8 @@ def _share(linear: GroupedLinear, mesh: DeviceMesh) -> None:
 def _gather(
     experts: Experts, held: range, group: ProcessGroup, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    x_GD = _Gather.apply(x_TD, group)
-    weight_GK = _Gather.apply(weight_TK, group)
+    x_GD = Gather.apply(x_TD, group)
+    weight_GK = Gather.apply(weight_TK, group)
     order = Order.of(gathered(expert_TK.int(), group), experts.num, held)
     y_GD = experts.mix(x_GD, order, weight_GK)
     return _Scatter.apply(y_GD, group), order.end_N[-1]
@@ -146,22 +146,8 @@ def _exchange(
     return weighted_sum(y_AD, order, weight_TK), by_expert.end_N[-1]
 
 
-class _Gather(torch.autograd.Function):
-    """The rows of all ranks, rank after rank; the gradients of this rank's rows, summed over all."""
-
-    @staticmethod
-    def forward(ctx, x_T, group):
-        ctx.group = group
-        return gathered(x_T, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dx_G):
-        return scattered(dx_G, ctx.group), None
-
-
 class _Scatter(torch.autograd.Function):
-    """The transpose of ``_Gather``: the sums over all ranks of this rank's rows."""
+    """The transpose of ``Gather``: the sums over all ranks of this rank's rows."""
 
     @staticmethod
     def forward(ctx, x_G, group):

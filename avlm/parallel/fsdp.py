@@ -1,8 +1,9 @@
 """FSDP2: which parts of the model are gathered together, over which ranks, and how gradients are summed.
 
-The decoder is sharded over shard x context. Towers, projectors and experts are sharded over shard x context x tensor:
-each of those ranks encodes media of its own and holds tokens of its own, so every gradient is a plain sum over all of
-them. Experts that ranks share out (``experts.py``) are sharded over the ranks that hold the same ones.
+The decoder, with its layers of cross-attention, is sharded over shard x context. Towers, projectors and experts are
+sharded over shard x context x tensor: each of those ranks encodes media of its own and holds tokens of its own, so
+every gradient is a plain sum over all of them. Experts that ranks share out (``experts.py``) are sharded over the ranks
+that hold the same ones.
 """
 
 import functools
@@ -21,7 +22,8 @@ from avlm.parallel.mesh import World
 
 
 def apply_fsdp(model: AVLM, world: World, config: ParallelConfig, dtype: torch.dtype) -> None:
-    """Shard every decoder block, the embedding, norm with head, every tower and every projector as a unit of its own.
+    """Shard every block of the decoder and of cross-attention, the embedding, norm with head, every tower, resampler
+    and projector as a unit of its own.
 
     Weights, gradients and their sums are float32; compute is in ``dtype``. The loss is divided by the global number of
     targets where it is made, so gradients are summed and never divided.
@@ -43,6 +45,8 @@ def apply_fsdp(model: AVLM, world: World, config: ParallelConfig, dtype: torch.d
                 for block in tower.blocks:
                     fully_shard(block, mesh=tower_mesh, reshard_after_forward=config.reshard, **shared)
             fully_shard(tower, mesh=tower_mesh, reshard_after_forward=config.reshard, **shared)
+        if projector.resampler is not None:
+            fully_shard(projector.resampler, mesh=tower_mesh, reshard_after_forward=config.reshard, **shared)
         fully_shard(projector, mesh=tower_mesh, reshard_after_forward=False, **shared)
     decoder = model.decoder
     expert_mesh = tower_mesh if world.expert_mesh is None else _sharding(world.expert_mesh, "shard_of_expert")
@@ -51,6 +55,8 @@ def apply_fsdp(model: AVLM, world: World, config: ParallelConfig, dtype: torch.d
             along = functools.partial(shard_of_experts, expert_mesh.size(-1))
             options = {"reshard_after_forward": config.reshard, "shard_placement_fn": along, **shared}
             fully_shard(block.ffn.experts, mesh=expert_mesh, **options)
+        fully_shard(block, mesh=decoder_mesh, reshard_after_forward=config.reshard, **shared)
+    for block in model.cross.blocks if model.cross is not None else ():
         fully_shard(block, mesh=decoder_mesh, reshard_after_forward=config.reshard, **shared)
     if not decoder.config.tie_embedding:  # as units of their own a tied embedding and head would stop being tied
         fully_shard(decoder.embedding, mesh=decoder_mesh, reshard_after_forward=config.reshard, **shared)

@@ -26,6 +26,8 @@ from torch import Tensor
 from avlm.config.model import ModelConfig
 from avlm.models.batch import TAPS, Batch, Features, Media, Size, media_of
 from avlm.models.costs import item_costs
+from avlm.models.reading import MediaRow
+from avlm.parallel.cross import own_features, share_row
 from avlm.parallel.exchange import RoutedSegments, swap
 from avlm.parallel.mesh import World
 from kernels.segments import Segments
@@ -82,7 +84,7 @@ class MediaPlan:
     share: Share
     sizes: list[Size]  # of each item
     lengths: list[int]  # its rows in the tower
-    outputs: list[int]  # its rows of the tower's output
+    outputs: list[int]  # its rows of the tower's output, or of its resampler's
     encoders: list[int]  # the rank that encodes it
     leaders: list[int]  # the rank that has loaded it, and hands it to the encoder
     own: range  # the items of this rank's home
@@ -105,11 +107,39 @@ def split(batch: Batch, place_T: Tensor, model: ModelConfig, share: Share) -> Ba
         of_ranks: list[Any] = [None] * share.num_ranks
         dist.all_gather_object(of_ranks, homes[0], group=share.host_group)
         homes = of_ranks[:: share.ranks_per_home]
-    changes = {}
+    places = Places.of(place_T, batch.media_row, share)
+    changes: dict[str, Any] = {}
     for name in model.modalities:
         plan = make_plan(name, share, [home[name] for home in homes], model)
-        changes[name] = split_media(name, batch.media[name], place_T, plan, model)
+        changes[name] = split_media(name, batch.media[name], places, plan, model)
+    if batch.media_row is not None:
+        group = share.group if share.host_group is None else None
+        changes["media_row"] = share_row(batch.media_row, share.ranks_per_home, group)
     return replace(batch, **changes)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where rows of the home lie: its tokens, and behind them the features in its row of media, of which each rank
+    writes as many.
+
+    owner  int64: the rank
+    row    int64: the row of that rank
+    """
+
+    owner: Tensor
+    row: Tensor
+
+    @staticmethod
+    def of(place_T: Tensor, media_row: MediaRow | None, share: Share) -> "Places":
+        num_tokens = share.tokens_per_rank
+        owner, row = place_T // num_tokens, place_T % num_tokens
+        if media_row is not None:
+            feature_M = torch.arange(media_row.num_rows)
+            num_own = own_features(media_row.num_rows, share.ranks_per_home)
+            owner = torch.cat([owner, feature_M // num_own])
+            row = torch.cat([row, num_tokens + feature_M % num_own])
+        return Places(share.home * share.ranks_per_home + owner, row)
 
 
 def make_plan(modality: str, share: Share, sizes_of_homes: list[list[Size]], model: ModelConfig) -> MediaPlan:
@@ -117,7 +147,8 @@ def make_plan(modality: str, share: Share, sizes_of_homes: list[list[Size]], mod
     sizes = list(chain.from_iterable(sizes_of_homes))
     tower = getattr(model, model.modalities[modality])
     lengths = [tower.rows_of(size) for size in sizes]
-    outputs = [tower.outputs_of(size) for size in sizes]
+    projector = getattr(model, f"{model.modalities[modality]}_projector")
+    outputs = [projector.outputs_of(tower.outputs_of(size)) for size in sizes]
     encoders = assign(item_costs(modality, sizes, model), share.num_ranks)
     counts = [len(of_home) for of_home in sizes_of_homes]
     leaders = [share.leader(home) for home, count in enumerate(counts) for _ in range(count)]
@@ -142,7 +173,7 @@ def assign(costs: list[int], num_ranks: int) -> list[int]:
     return ranks
 
 
-def split_media(modality: str, media: Media, place_T: Tensor, plan: MediaPlan, model: ModelConfig) -> Media:
+def split_media(modality: str, media: Media, places: Places, plan: MediaPlan, model: ModelConfig) -> Media:
     """The items that this rank encodes, and the features that land on its tokens. Windows travel without padding."""
     tower = getattr(model, model.modalities[modality])
     shapes = [tower.item_shape(size) for size in plan.sizes]
@@ -151,20 +182,13 @@ def split_media(modality: str, media: Media, place_T: Tensor, plan: MediaPlan, m
     else:
         items = _hand_over(media.items(tower) if len(media.values) else [], media.values, shapes, plan)
     num_ranks = TAPS if getattr(model, f"{model.modalities[modality]}_projector").stretches else 1
-    segments, rows_F, features = _route(media, place_T, plan, num_ranks)
+    segments, rows_F, features = _route(media, places, plan, num_ranks)
     sizes = [plan.sizes[item] for item in plan.mine]
-    newlines, owner_L = _placed(media.newlines, place_T, plan.share)
-    return media_of(modality, items, sizes, model, features, rows_F, newlines[owner_L == plan.share.rank], segments)
+    own_newlines = media.newlines[places.owner[media.newlines] == plan.share.rank]
+    return media_of(modality, items, sizes, model, features, rows_F, places.row[own_newlines], segments)
 
 
-def _placed(rows: Tensor, place_T: Tensor, share: Share) -> tuple[Tensor, Tensor]:
-    """Rows of the home's tokens as rows of their ranks, and these ranks."""
-    place = place_T[rows]
-    owner = share.home * share.ranks_per_home + place // share.tokens_per_rank
-    return place % share.tokens_per_rank, owner
-
-
-def _route(media: Media, place_T: Tensor, plan: MediaPlan, num_ranks: int) -> tuple[RoutedSegments, Tensor, Features]:
+def _route(media: Media, places: Places, plan: MediaPlan, num_ranks: int) -> tuple[RoutedSegments, Tensor, Features]:
     """The exchange after the tower, and the features that land here, with their rows.
 
     Rows go from rank to rank in the order of the items and of the rows in them, which both sides know. Rows that are
@@ -172,7 +196,7 @@ def _route(media: Media, place_T: Tensor, plan: MediaPlan, num_ranks: int) -> tu
     two ranks, or of up to ``num_ranks`` if these hold few tokens: it goes to each of them.
     """
     share = plan.share
-    row_F, owner_F = _placed(media.rows, place_T, share)
+    row_F, owner_F = places.row[media.rows], places.owner[media.rows]
     outputs = [plan.outputs[item] for item in plan.own]
     destination_PN = _destinations(media.features, owner_F, sum(outputs), num_ranks)
     send_rows_S, send_counts = _departures(destination_PN, outputs, plan)

@@ -53,7 +53,7 @@ def apply_recompute(model: AVLM, config: TrainConfig) -> None:
 
     Each block is compiled on its own: equal blocks share a graph, and weights are gathered between blocks, outside it.
     ``full`` goes around the graph. ``selective`` has to be part of it, which attention over context and experts that
-    ranks share out are not: such a block runs uncompiled.
+    ranks share out are not: such a block runs uncompiled. So do layers of cross-attention, whose mode is the decoder's.
     """
     if config.compile:
         torch._dynamo.config.recompile_limit = GRAPHS
@@ -72,6 +72,13 @@ def apply_recompute(model: AVLM, config: TrainConfig) -> None:
                 )
             if config.compile and mode == "selective" and in_one_graph:
                 block.forward = compiled(block.forward)
+
+    for i, block in enumerate(model.cross.blocks if model.cross is not None else ()):
+        mode = config.recompute.decoder
+        if mode != "none":
+            num_products = len(block_products(f"cross.blocks.{i}", model.config))
+            options = config.offload_activations, model.config.lora, None, num_products
+            block.forward = _recomputed(block.forward, mode, *options)
 
 
 def _compiled_decoder_block(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,6 +32,7 @@ from torch.distributed.tensor.parallel import (
 
 from avlm.config.decoder import DecoderConfig
 from avlm.config.model import ModelConfig
+from avlm.models.cross import CrossLayers
 from avlm.models.decoder import Decoder, Head, TokenEmbedding
 from avlm.models.lora import LowRankLinear
 from kernels.cross_entropy import linear_argmax, linear_cross_entropy
@@ -93,6 +94,31 @@ def apply_tensor(decoder: Decoder, mesh: DeviceMesh) -> None:
     parallelize_module(decoder, mesh, PrepareModuleOutput(output_layouts=TOKENS, desired_output_layouts=Replicate()))
 
 
+def apply_cross_tensor(cross: CrossLayers, mesh: DeviceMesh) -> None:
+    """Shard layers of cross-attention likewise. Features of media are whole on every rank; each computes the keys and
+    values of its heads, and so a part of the gradient of every feature."""
+    block = "blocks.*"
+    others = (None,) * 4  # features, tokens, features of documents, cache
+    styles: dict[str, ParallelStyle] = {
+        f"{block}.attention_norm": SequenceParallel(sequence_dim=0),
+        f"{block}.attention": PrepareModuleInput(
+            input_layouts=(TOKENS, *others), desired_input_layouts=(Replicate(), *others)
+        ),
+        f"{block}.attention.q": SharedOutputs(),
+        f"{block}.attention.k": SharedOutputsOfWhole(),
+        f"{block}.attention.v": SharedOutputsOfWhole(),
+        f"{block}.attention.o": SharedInputs(output_layouts=TOKENS),
+        f"{block}.ffn_norm": SequenceParallel(sequence_dim=0),
+        f"{block}.attention_gate": OnOwnTokens(),
+        f"{block}.ffn_gate": OnOwnTokens(),
+        **feed_forward_plan(f"{block}.ffn", num_inputs=1),
+    }
+    if isinstance(cross.blocks[0].attention.q_norm, nn.RMSNorm):
+        norm_of_heads = SequenceParallel(sequence_dim=1, use_local_output=True)
+        styles |= {f"{block}.attention.q_norm": norm_of_heads, f"{block}.attention.k_norm": norm_of_heads}
+    parallelize_module(cross, mesh, styles)
+
+
 def check_sizes(config: ModelConfig, tensor: int) -> None:
     """Raise ValueError for a model whose decoder cannot be sharded over ``tensor`` ranks."""
     if tensor > 1 and config.lora:
@@ -126,8 +152,8 @@ def tensor_share(name: str, shape: tuple[int, ...], tensor: int, expert: int = 1
     share out experts."""
     if ".experts." in name:
         return shape[0] // expert, *shape[1:]
-    is_whole = "norm" in name or ".router." in name or ".shared_gate." in name
-    if not name.startswith("decoder.") or is_whole:
+    is_whole = "norm" in name or ".router." in name or "_gate." in name
+    if not name.startswith(("decoder.", "cross.")) or is_whole:
         return shape
     path, _, adapter = name.removesuffix(".weight").partition(".lora_")
     by_inputs = path.endswith(("attention.o", ".down"))
@@ -152,6 +178,16 @@ class SharedOutputs(ColwiseParallel):
     def _partition_linear_fn(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
         if not name:  # it is called for the adapters as well
             distribute(module, mesh, Shard(0))
+
+
+class SharedOutputsOfWhole(ParallelStyle):
+    """A linear, sharded by outputs, of a local input that is whole on every rank. The gradient of the input is this
+    rank's part of a sum that is made elsewhere."""
+
+    def _apply(self, module: nn.Linear, mesh: DeviceMesh) -> nn.Linear:
+        distribute(module, mesh, Shard(0))
+        module.forward = lambda x_SC: F.linear(x_SC, module.weight.to_local(grad_placements=[Shard(0)]))
+        return module
 
 
 class SharedInputs(RowwiseParallel):
@@ -263,7 +299,7 @@ class OnOwnTokens(ParallelStyle):
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         distribute(module, mesh, Replicate())
-        module.forward = lambda x_TD: module.score(x_TD, module.weight.to_local(grad_placements=[Partial()]))
+        module.forward = lambda x_TD: module.with_weight(x_TD, module.weight.to_local(grad_placements=[Partial()]))
         return module
 
 

@@ -65,10 +65,7 @@ def item_size(modality: str, model: ModelConfig, data: DataConfig) -> Size:
 
 
 def _features(modality: str, model: ModelConfig, data: DataConfig) -> int:
-    tower = TOWERS[modality]
-    projector = getattr(model, f"{tower}_projector")
-    size = item_size(modality, model, data)
-    return max(1, getattr(model, tower).num_features(size, projector.downsample))
+    return max(1, model.features_of(TOWERS[modality], item_size(modality, model, data)))
 
 
 def counts_of(row: Row, model: ModelConfig, data: DataConfig) -> dict[str, int]:

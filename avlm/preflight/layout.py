@@ -50,7 +50,7 @@ class Layout:
         sharers = self.shard * self.context
         if ".experts." in name:
             return sharers * self.tensor // self.expert
-        return sharers if name.startswith("decoder") else sharers * self.tensor
+        return sharers if name.startswith(("decoder", "cross")) else sharers * self.tensor
 
     def gathered(self, name: str) -> int:
         """Bytes per number of a gathered parameter, or module: the all-gather buffer and the unsharded copy."""

@@ -3,10 +3,10 @@ videos, whichever have more, or of whole windows of audio."""
 
 import math
 
-from avlm.config.model import AudioConfig, ModelConfig, VisionConfig
+from avlm.config.model import ModelConfig, VisionConfig
 from avlm.config.run import DataConfig
 from avlm.data.image_layout import runs_of_image
-from avlm.data.media.area import halved, of_image
+from avlm.data.media.area import halved, of_image, tokens_a_side
 
 # Shapes of photographs and pages that are looked at, width to height, and their sizes in tiles.
 SHAPES = [2 ** (step / 4) for step in range(-8, 9)]
@@ -18,32 +18,34 @@ def media_rows(name: str, model: ModelConfig, data: DataConfig, ranks: int) -> t
     encodes whole items, so we take the number of them that divides worst among the ranks."""
     tower, projector = getattr(model, name), getattr(model, f"{name}_projector")
     length = data.seq_length
+    if projector.resampler is not None and isinstance(tower, VisionConfig) and tower.any_grid:
+        num_items = math.ceil(max(1, length // projector.resampler.num_queries) / ranks)
+        return num_items * _largest_image(model, data), math.ceil(length / ranks)
     if isinstance(tower, VisionConfig) and tower.any_grid:
         fewest = math.ceil(length / _largest_image(model, data))
         num_features = max(math.ceil(count / ranks) * (length // count) for count in range(fewest, fewest + ranks))
         return num_features * projector.downsample**2, math.ceil(length / ranks)
-    views, tokens = 1, _features_of_item(tower, projector.downsample)
+    of_item = _features_of_item(name, model)
+    views, tokens = 1, of_item
     if isinstance(tower, VisionConfig):
         fitting = [(count, taken) for count, taken in _images(model, data) if taken <= length]
         views, tokens = max(fitting, key=lambda image: image[0] / image[1], default=(views, tokens))
     num_items = views * (length // tokens)
     projected = math.ceil(length / ranks)
     if projector.stretches:
-        projected = max(projected, math.ceil(num_items * _features_of_item(tower, projector.downsample) / ranks))
+        projected = max(projected, math.ceil(num_items * of_item / ranks))
     return math.ceil(num_items / ranks) * tower.num_rows, projected
 
 
-def _features_of_item(tower: VisionConfig | AudioConfig, downsample: int) -> int:
-    if isinstance(tower, VisionConfig):
-        return (tower.patches_per_side // downsample) ** 2
-    return tower.num_features(tower.window_frames, downsample)
+def _features_of_item(name: str, model: ModelConfig) -> int:
+    tower = getattr(model, name)
+    return model.features_of(name, (tower.patches_per_side,) * 2 if name == "vision" else tower.window_frames)
 
 
 def _images(model: ModelConfig, data: DataConfig) -> list[tuple[int, int]]:
     """(views, tokens) of images of many shapes and sizes, and of a frame of a video."""
     vision = model.vision
-    side = vision.patches_per_side // model.vision_projector.downsample
-    found = [(1, math.prod(halved((side, side), model)))]
+    found = [(1, math.prod(halved(tokens_a_side((vision.patches_per_side,) * 2, model), model)))]
     for shape in SHAPES if data.image_layout.tiles == "pinpoints" else [1.0]:
         for size in SIZES:
             height = vision.image_size * math.sqrt(size / shape)

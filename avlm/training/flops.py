@@ -56,9 +56,11 @@ def costs(model: ModelConfig, stage: StageConfig, recompute: RecomputeConfig) ->
     trained = trained_shapes(stage, model, shapes)
     found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     has_graph = {}  # module -> whether anything in it, or below it, trains
-    for module in sorted(model.modules, key="decoder".__eq__):  # the decoder comes last: all others feed it
+    last = ("cross", "decoder")  # all others feed them, and layers of cross-attention stand between the decoder's
+    for module in sorted(model.modules, key=lambda name: last.index(name) + 1 if name in last else 0):
         tower = module.removesuffix("_projector")
-        from_input = any(has_graph.values()) if module == "decoder" else has_graph.get(tower, False)
+        from_input = any(has_graph.values()) if module in last else has_graph.get(tower, False)
+        from_input |= module == "cross" and _is_trained("decoder", trained)
         has_graph[module] = from_input
         mode = getattr(recompute, module, "none")
         repeated = _repeated(module, model, shapes, trained, mode)
@@ -125,7 +127,7 @@ def _cost(
     """(weight, count, forward, backward) of each product of one module. ``below``: its input has a gradient."""
     if not count:
         return
-    if path.endswith("attention.core"):
+    if path.endswith(".core"):
         forward = attention_cost(path, model)
         yield "", count, forward, 2 * forward * below
         return

@@ -148,7 +148,7 @@ def test_frames_of_a_video_are_halved_and_end_with_a_learned_row(tokenizer_folde
     assert len(media.rows) == 16 + 3 * features and len(media.newlines) == 2
     network = AVLM(config)
     init(network)
-    x_TD, _ = network.embed(pack([found], 256, config))
+    x_TD, *_ = network.embed(pack([found], 256, config))
     assert x_TD[media.newlines].equal(network.vision_projector.newline.expand(2, -1))
 
 

@@ -47,6 +47,7 @@ OTHER_IMAGES = {
     + ("Ulysses",),
     4: ("FSDP x ring, media balanced", "TP x ring", "HSDP x TP"),
 }
+CONNECTED = {4: ("TP x Ulysses", "Ulysses x ring", "FSDP x TP")}  # of resamplers and cross-attention, besides those
 COMPILED = {"FSDP": "full", "TP": "none", "ring": "selective"}  # layout, on 2 ranks -> what is recomputed
 FACTORS = {
     "mix": MIXES,
@@ -85,8 +86,10 @@ class Case:
         if self.window:
             model["decoder"] |= {"sliding_window": self.window, "window_layers": [1]}
         tree = {**TREE, "model": model, "parallel": layout}
-        names = MODULES if self.trains == "everything" else ("vision_projector", "audio_projector")
-        tree["stages"] = [{"name": "all", "steps": 20, "train": list(names)}]
+        names = [name for name in MODULES if name in model]
+        if self.trains != "everything":
+            names = ["vision_projector", "audio_projector"]
+        tree["stages"] = [{"name": "all", "steps": 20, "train": names}]
         recompute = dict.fromkeys(("decoder", "vision", "audio"), self.recompute)
         tree["train"] = {"accumulate_mode": self.accumulate_mode, "recompute": recompute}
         tree["train"] |= {"precision": self.precision, "compile": self.compile}
@@ -269,6 +272,7 @@ def _choose(world_size: int, quick: bool) -> list[Case]:
                 Case(layout, **masked, trains="everything", tied=True, model=model) for layout in layouts_of_model
             ]
     frozen += of_other_images(world_size, quick) + of_experts(world_size, quick)
+    frozen += of_connectors(world_size, quick)
     if not quick:
         compiled = [replace(case, precision="fp32", compile=True) for case in in_bf16 if case.layout in COMPILED]
         compiled = [replace(case, recompute=COMPILED[case.layout]) for case in compiled]
@@ -311,6 +315,20 @@ def of_experts(world_size: int, quick: bool) -> list[Case]:
         of_shards = [replace(cases[0], layout=f"{name}, of experts") for name in ("FSDP", "experts exchanged")]
         cases += [replace(case, precision="bf16", mix="different", trains="everything") for case in of_shards]
         cases += [] if quick else [replace(case, compile=True, recompute="selective") for case in of_shards]
+    return cases
+
+
+def of_connectors(world_size: int, quick: bool) -> list[Case]:
+    """Resamplers and layers of cross-attention in each layout; quick: in turn."""
+    cases = []
+    for i, layout in enumerate(OTHER_IMAGES.get(world_size, ()) + CONNECTED.get(world_size, ())):
+        for n, model in enumerate(("queries", "cross", "last")):
+            if quick and (i + n) % 3:
+                continue
+            setting = {key: FACTORS[key][(i + n) % len(FACTORS[key])] for key in FACTORS}
+            if layout == "FSDP, towers replicated":
+                setting["trains"] = "projectors"
+            cases.append(Case(layout, **setting, model=model))
     return cases
 
 

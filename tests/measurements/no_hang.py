@@ -6,22 +6,24 @@ trained, sharded in each way. There is no timeout here: a case that hangs stops 
 
 import itertools
 
-from avlm.config.model import MODULES
 from avlm.parallel import mesh
-from tests.parallel.small import MEDIA, MODELS, build, make_config, make_rows
+from tests.parallel.small import EVERYTHING, MEDIA, MODELS, build, make_config, make_rows
 from tests.parallel.spawn import run_ranks
 
 PROJECTORS = ["vision_projector", "audio_projector"]
 TRAINED = {  # how towers are sharded -> modules that train
-    "unit": [list(MODULES), PROJECTORS, ["decoder"]],
-    "block": [list(MODULES), PROJECTORS, ["vision", "audio"]],
+    "unit": [EVERYTHING, PROJECTORS, ["decoder"]],
+    "block": [EVERYTHING, PROJECTORS, ["vision", "audio"]],
     "replicate": [PROJECTORS, ["decoder"]],
 }
 CASES = [("square", sharding, trained) for sharding, choices in TRAINED.items() for trained in choices]
-CASES += [("means", "block", list(MODULES))]
+CASES += [("means", "block", EVERYTHING)]
 CASES += [
-    (model, "block", trained) for model in ("windows", "deep", "tiles") for trained in (list(MODULES), PROJECTORS)
+    (model, "block", trained)
+    for model in ("windows", "deep", "tiles", "queries", "cross")
+    for trained in (EVERYTHING, PROJECTORS)
 ]
+CASES += [("cross", "unit", [*EVERYTHING, "cross"]), ("cross", "replicate", ["cross"])]
 
 
 def pairs_of(model: str, quick: bool) -> list[tuple[str, str]]:

@@ -157,7 +157,7 @@ def test_every_clip_and_image_lands_on_its_own_rows():
     images, clips = pixels_of(2, 16), clips_of(20, 46, 6)
     document = [1, *sound(clips[0]), *PICTURE, 2, *sound(clips[1]), *sound(clips[2]), *PICTURE, 3]
     with torch.no_grad():
-        x_TD, _ = model.embed(make_batch(WHOLE, [document], images, clips))
+        x_TD, *_ = model.embed(make_batch(WHOLE, [document], images, clips))
         row = 1
         for medium in (clips[0], images[0], None, clips[1], clips[2], images[1]):
             if medium is None:
@@ -165,7 +165,7 @@ def test_every_clip_and_image_lands_on_its_own_rows():
                 continue
             kwargs = {"clips": [medium]} if medium.ndim == 2 else {"images": medium[None]}
             tokens = sound(medium) if medium.ndim == 2 else PICTURE
-            alone, _ = model.embed(make_batch(WHOLE, [tokens], **kwargs))
+            alone, *_ = model.embed(make_batch(WHOLE, [tokens], **kwargs))
             assert (x_TD[row : row + len(tokens)] - alone).abs().max() <= 1e-5
             row += len(tokens)
     assert row == len(document) - 1

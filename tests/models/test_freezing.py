@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from avlm.config.load import dump_config, resolve_config
-from avlm.config.model import MODULES
 from avlm.data.check import check_data
 from avlm.models import freezing
 from avlm.models.avlm import AVLM
@@ -16,7 +15,7 @@ from avlm.models.shapes import parameter_shapes
 from avlm.parallel.check import check_layout
 from avlm.preflight import memory
 from avlm.training import optimizer
-from tests.parallel.small import TREE, make_rows
+from tests.parallel.small import EVERYTHING, TREE, make_rows
 
 LORA = {"rank": 4, "targets": ["decoder.*.q", "decoder.*.down", "vision.*.up"]}
 
@@ -47,8 +46,8 @@ ADAPTERS = 2 * (2 + 2 + 2)  # matrices of 2 blocks each
         ({"train": ["lora", "audio_projector"]}, {"audio_projector"}, ADAPTERS),
         ({"train": ["decoder"]}, {"decoder"}, 8),
         ({"train": ["vision_projector"]}, {"vision_projector"}, 0),
-        ({"train": list(MODULES)}, set(MODULES), ADAPTERS),
-        ({"freeze_language_model": False}, set(MODULES), ADAPTERS),
+        ({"train": EVERYTHING}, set(EVERYTHING), ADAPTERS),
+        ({"freeze_language_model": False}, set(EVERYTHING), ADAPTERS),
         (
             {"freeze_language_model": True, "freeze_vision_model": True, "freeze_audio_model": True},
             {"vision_projector", "audio_projector"},

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from avlm.config.load import resolve_config
-from avlm.config.model import MODULES, ModelConfig
+from avlm.config.model import ModelConfig
 from avlm.config.run import Config
 from avlm.data.features import Group, of_frame, of_images, of_tiles
 from avlm.data.media.tiles import Tiling
@@ -23,6 +23,7 @@ from avlm.parallel import mesh
 from avlm.parallel.apply import apply_parallel, warm_up
 from avlm.weights.load import init_weights
 
+EVERYTHING = ["decoder", "vision", "audio", "vision_projector", "audio_projector"]  # the modules of TREE
 TREE = {
     "output_dir": "unused",
     "model": {
@@ -43,7 +44,7 @@ TREE = {
     },
     "data": {"train": "synthetic", "seq_length": 64},
     "optimizer": {"lr": 3e-3, "warmup_steps": 2},
-    "stages": [{"name": "all", "steps": 20, "train": list(MODULES)}],
+    "stages": [{"name": "all", "steps": 20, "train": EVERYTHING}],
 }
 # A model of square images, whose queries grow every few tokens. And models whose vision tower takes images of any grid
 # and whose audio tower pools: the first as Qwen2.5-Omni's do, with clips of several windows; the second as Qwen3-VL's
@@ -106,6 +107,23 @@ MODELS = {
         "vision_projector": {"newline": True, "halve_frames": "mean"},
     },
 }
+# Media as the queries of a resampler, written among the tokens or read by layers of cross-attention.
+RESAMPLERS = {
+    "qformer": {"type": "qformer", "num_queries": 3, "num_layers": 2, "num_heads": 2, "intermediate_size": 40},
+    "perceiver": {"type": "perceiver", "num_queries": 2, "num_layers": 1, "num_heads": 2, "intermediate_size": 40},
+}
+MODELS["queries"] = {
+    **TREE["model"],
+    "vision_projector": {"resampler": {**RESAMPLERS["qformer"], "hidden_size": 20, "read_every": 2}},
+    "audio_projector": {"type": "linear", "downsample": 2, "resampler": {**RESAMPLERS["perceiver"], "window": 4}},
+}
+MODELS["cross"] = {
+    **TREE["model"],
+    "decoder": {**TREE["model"]["decoder"], "num_layers": 3},
+    "cross": {"every": 2, "qk_norm": True, "first_gate": 0.5},
+    "vision_projector": {"resampler": RESAMPLERS["perceiver"]},
+}
+MODELS["last"] = {**MODELS["cross"], "cross": {"every": 1, "sees": "last", "first_gate": 0.7}}
 # All that sets Gemma's decoders apart; and the masks of PaliGemma's.
 GEMMA = {
     **{"activation": "gelu_tanh", "norm_offset": True, "post_norms": True, "embedding_scale": True},
@@ -148,7 +166,7 @@ def make_sample(mix: str, num_words: int, generator: torch.Generator, model: Mod
     sizes = [len(part) for part in torch.arange(num_frames).split(2 * audio.max_positions)] * num_clips
     mels = [torch.randn(audio.item_shape(size), generator=generator) for size in sizes]
     text = torch.randint(0, 96, (num_words,), generator=generator)
-    num_heard = sum(audio.num_features(size, model.audio_projector.downsample) for size in sizes)
+    num_heard = sum(model.tokens_of("audio", size) for size in sizes)
     media = seen + [-300] * num_heard
     token_T = torch.cat([torch.tensor(media, dtype=torch.long), text])
     target_T = torch.full_like(token_T, -100)
@@ -159,7 +177,10 @@ def make_sample(mix: str, num_words: int, generator: torch.Generator, model: Mod
         images.append(torch.randint(0, 255, shape, generator=generator, dtype=torch.uint8))
     kind = "mixed" if mix == "both" else mix
     position_T = positions(len(token_T), placed) if model.decoder.mrope_sections else None
-    return EncodedSample(mix, kind, token_T, target_T, {"image": images, "audio": mels}, position_T, groups)
+    num_features = sum(model.features_of("vision", grid) for grid in grids)
+    num_features += sum(model.features_of("audio", size) for size in sizes)
+    media = {"image": images, "audio": mels}
+    return EncodedSample(mix, kind, token_T, target_T, media, position_T, groups, num_features)
 
 
 def make_views(mix: str, model: ModelConfig) -> tuple[list[Grid], list[Group], list[int], list[Placed]]:
@@ -168,6 +189,9 @@ def make_views(mix: str, model: ModelConfig) -> tuple[list[Grid], list[Group], l
     num_images, _ = MEDIA[mix]
     vision, projector = model.vision, model.vision_projector
     side = vision.patches_per_side
+    if model.cross is not None or projector.resampler is not None:
+        grids = [(side, side)] * num_images
+        return grids, [], [IMAGE] * sum(model.tokens_of("vision", grid) for grid in grids), []
     if not projector.newline:
         grids = [GRIDS[i % len(GRIDS)] if vision.any_grid else (side, side) for i in range(num_images)]
         placed, num_features = [], 0

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from avlm.config.load import resolve_config
-from avlm.config.model import MODULES
 from avlm.models import freezing
 from avlm.models.avlm import AVLM
 from avlm.models.batch import KINDS
@@ -19,7 +18,7 @@ from avlm.parallel.fsdp import reshard
 from avlm.training import optimizer
 from avlm.weights.sources import Whole, copy_slice
 from tests.measurements.equivalence import TOLERANCE, distance, relative
-from tests.parallel.small import MODELS, TREE, Observer, build, make_rows, whole
+from tests.parallel.small import EVERYTHING, MODELS, TREE, Observer, build, make_rows, whole
 from tests.parallel.spawn import run_ranks
 from tests.parallel.test_compile import count_graphs
 from train import train_step
@@ -28,7 +27,7 @@ MIXES = ["both", "text", "image", "audio"]
 EVERY_KIND = ["decoder.*", "vision.*.q", "vision.*.down", "audio.*.up"]
 FULL = {"recompute": {"decoder": "full", "vision": "selective", "audio": "full"}}
 SELECTIVE = {"recompute": {"decoder": "selective"}}
-ALL = {"train": list(MODULES)}
+ALL = {"train": EVERYTHING}
 ADAPTERS = {"train": ["lora"]}
 OF_SHARED = {"targets": ["decoder.*.q", "decoder.*.o", "decoder.*.shared.*"]}  # of experts
 # ranks -> name -> (parallel, train, lora, keys of the stage, and of small.MODELS)

@@ -137,7 +137,7 @@ def reference(model, batches, weights):
 
 def embed(model, batch):
     """Token features, with those of an inner layer added."""
-    x_TD, deep = model.embed(batch)
+    x_TD, deep, _ = model.embed(batch)
     return x_TD if deep is None else x_TD.index_add(0, deep.rows, *deep.features)
 
 

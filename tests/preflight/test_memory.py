@@ -10,7 +10,6 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from avlm.config.load import resolve_config, to_dict
-from avlm.config.model import MODULES
 from avlm.data.check import check_data
 from avlm.models import freezing
 from avlm.models.avlm import AVLM
@@ -29,6 +28,7 @@ from kernels import backend
 from kernels.cross_entropy import chunk_bytes
 from kernels.cross_entropy_rows import losses_reference
 from tests.parallel.live_bytes import LiveBytes
+from tests.parallel.small import EVERYTHING
 from tests.parallel.spawn import run_ranks
 
 TREE = {
@@ -51,7 +51,7 @@ TREE = {
     },
     "data": {"train": "synthetic", "seq_length": 64},
     "optimizer": {"lr": 1e-3},
-    "stages": [{"name": "all", "steps": 4, "train": list(MODULES)}],
+    "stages": [{"name": "all", "steps": 4, "train": EVERYTHING}],
     "device": "cpu",
 }
 # Towers of any grid: Qwen2.5-VL's, with windows, and Qwen3-VL's, with a position table and DeepStack.

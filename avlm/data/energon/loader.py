@@ -61,7 +61,7 @@ class TaskEncoder(RawEncoder):
         bad = [entry for entry in samples if entry.sample is None]
         if self.train and not good:
             raise ValueError(f"none of {len(bad)} samples can be used; {bad[0].__key__}: {bad[0].reason}")
-        lengths = [len(entry.sample) for entry in good]
+        lengths = [entry.sample.room for entry in good]
         selected = select(lengths, self.encoder.data.seq_length, self.encoder.data.packing)
         rows = [[good[i] for i in row] for row in selected] or [[]]
         for i, entry in enumerate(bad):  # spread, so that no row seems to be mostly bad

@@ -71,7 +71,7 @@ def of_image(source: Size, model: ModelConfig, data: DataConfig, alone: bool = T
     elif vision.resize == "longest":
         size = within_longest(source, vision.patch_size * downsample, data.image_layout.longest_edge)
     grid = _grid(size, vision)
-    return Extent(source, size, grid, _features_a_side(grid, downsample), tiling.num_views, tiling)
+    return Extent(source, size, grid, tokens_a_side(grid, model), tiling.num_views, tiling)
 
 
 def of_video(source: Size, seconds: float, rate: Rate, model: ModelConfig, data: DataConfig) -> Extent:
@@ -91,7 +91,7 @@ def of_video(source: Size, seconds: float, rate: Rate, model: ModelConfig, data:
         source,
         size,
         grid,
-        halved(_features_a_side(grid, downsample), model),
+        halved(tokens_a_side(grid, model), model),
         num_items=math.ceil(len(times) / together),
         times=times,
         seconds=seconds,
@@ -217,7 +217,11 @@ def _square(vision: VisionConfig) -> Size:
     return vision.image_size or 0, vision.image_size or 0
 
 
-def _features_a_side(grid: tuple[int, int], downsample: int) -> tuple[int, int]:
+def tokens_a_side(grid: tuple[int, int], model: ModelConfig) -> tuple[int, int]:
+    """Lines and columns of what stands for an image among the tokens; of queries of a resampler there is one line."""
+    downsample = model.vision_projector.downsample
+    if model.cross is not None or model.vision_projector.resampler is not None:
+        return 1, model.tokens_of("vision", grid)
     return grid[0] // downsample, grid[1] // downsample
 
 
