@@ -330,6 +330,7 @@ def _check_connector(model: ModelConfig, tower: str) -> None:
     if projector.resampler is not None and tower == "vision":
         refused["downsample"] = projector.downsample > 1
     if model.cross is not None:
+        refused["add"] = projector.add
         refused["decoder.mrope_sections"] = model.decoder.mrope_sections is not None
         refused["decoder.bidirectional"] = model.decoder.bidirectional != "none"
     for name, is_given in refused.items():
