@@ -209,7 +209,8 @@ class SampleEncoder:
         target_T = torch.where(is_learned_T, following_T, IGNORE)
         position_T = position_of(len(ids), placed, self.model)
         num_features = sum(map(sum, counts_of_features(media, self.model).values())) if self.model.cross else 0
-        return EncodedSample(sample.key, kind_of(files), token_T, target_T, media, position_T, groups, num_features)
+        whole = sample.key, kind_of(files), token_T, target_T, media, position_T, groups
+        return EncodedSample(*whole, num_features=num_features)
 
     def _with_media(
         self, pieces: list[Piece], files: dict[str, list[bytes]], key: str, room: Room
