@@ -11,6 +11,7 @@ N new tokens of a sequence, at most   H query heads   K key/value heads   E head
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from avlm.models.attention import Scores
 from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch, empty_batch
+from avlm.models.reading import MediaRow
 from kernels.attention import attention
 from kernels.decode import decode_attention
 from kernels.segments import Segments
@@ -32,6 +34,7 @@ class Slots:
     shift_B    int64 or float64: the position of a new token of each sequence less its slot; not 0 where media take up
                fewer positions than tokens (M-RoPE)
     visible_B  int64: the first slot of each sequence in its sliding window; after the prompt, for layers with one
+    features   where the features of prompts are stored, of a model with cross-attention
     held       while the prompt of an only sequence continues what the caches hold: the segment of its keys, old and new
     """
 
@@ -41,7 +44,57 @@ class Slots:
     size: int
     is_prompt: bool = True
     visible_B: Tensor | None = None
+    features: "FeatureSlots | None" = None
     held: Segments | None = None
+
+
+@dataclass
+class FeatureSlots:
+    """Where keys and values of the features of media are stored, which new tokens read.
+
+    index_S   int64: index of each feature in the flattened (B, S) cache
+    length_B  int64: features of each sequence
+    first_B   int64: the first of them that its new tokens see
+    """
+
+    index_S: Tensor
+    length_B: Tensor
+    first_B: Tensor
+    size: int
+
+    @staticmethod
+    def of(row: MediaRow, device: torch.device) -> "FeatureSlots":
+        """Of prompts, a document each. On the host."""
+        assert row.tokens.intervals is not None
+        length_B = row.features.cu_seqlens.diff().long()
+        size = max(1, row.features.max_length)
+        start_B = torch.arange(len(length_B)) * size - row.features.cu_seqlens[:-1]
+        index_S = torch.arange(int(length_B.sum())) + start_B.repeat_interleave(length_B)
+        first_B = row.tokens.intervals.first_T[row.tokens.cu_seqlens[1:].long() - 1].long()
+        return FeatureSlots(index_S.to(device), length_B.to(device), first_B.to(device), size)
+
+
+class FeatureCache:
+    """Keys and values of the features that a layer of cross-attention reads, made once, with the prompt."""
+
+    slots: Slots
+
+    def __init__(self) -> None:
+        self.k_BSKE = self.v_BSKE = torch.empty(0)
+
+    def hold(self, k_SKE: Tensor, v_SKE: Tensor) -> None:
+        slots = self.slots.features
+        assert slots is not None
+        shape = (len(slots.length_B), slots.size, *k_SKE.shape[1:])
+        self.k_BSKE, self.v_BSKE = k_SKE.new_zeros(shape), k_SKE.new_zeros(shape)
+        self.k_BSKE.flatten(0, 1).index_copy_(0, slots.index_S, k_SKE)
+        self.v_BSKE.flatten(0, 1).index_copy_(0, slots.index_S, v_SKE)
+
+    def attend(self, q_BHE: Tensor) -> Tensor:
+        """From each new token to the features of its sequence."""
+        slots = self.slots.features
+        assert slots is not None
+        return decode_attention(q_BHE, self.k_BSKE, self.v_BSKE, slots.length_B, slots.first_B)
 
 
 class KeyValueCache:
@@ -90,10 +143,11 @@ class KeyValueCache:
             self.v_BSKE[:, : kept[1].shape[1]] = kept[1]
 
 
-def caches_for(model: AVLM) -> list[KeyValueCache]:
-    """An empty cache for each block of the decoder."""
+def caches_for(model: AVLM) -> list[Any]:
+    """An empty cache for each block of the decoder, then for each layer of cross-attention."""
     decoder = model.config.decoder
-    return [KeyValueCache(decoder.has_window(i), Scores.of(decoder)) for i in range(decoder.num_layers)]
+    of_blocks = [KeyValueCache(decoder.has_window(i), Scores.of(decoder)) for i in range(decoder.num_layers)]
+    return [*of_blocks, *(FeatureCache() for _ in (model.cross.blocks if model.cross is not None else ()))]
 
 
 class Decoding:
@@ -110,7 +164,7 @@ class Decoding:
         slots: Slots,
         draw_NB: Tensor,
         choose_token: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        caches: list[KeyValueCache] | None = None,
+        caches: list[Any] | None = None,
     ):
         self.model = model
         self.slots = slots

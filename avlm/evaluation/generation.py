@@ -13,7 +13,7 @@ from torch import Tensor
 
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
-from avlm.evaluation.decoding import Decoding, Slots, choose, recorded
+from avlm.evaluation.decoding import Decoding, FeatureSlots, Slots, choose, recorded
 from avlm.evaluation.kept_cache import KeptCache
 from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch, seen_segments
@@ -195,6 +195,8 @@ def prompt_phase(
     shift_B = torch.tensor([_shift(prompt, start) for prompt in prompts], dtype=batch.position_T.dtype)
     index_T = torch.repeat_interleave(torch.arange(len(prompts)) * size, length_B - start) + slot_T
     slots = Slots(index_T.to(ranks.device), length_B.to(ranks.device), shift_B.to(ranks.device), size)
+    if batch.media_row is not None:
+        slots.features = FeatureSlots.of(batch.media_row, ranks.device)
     if start:
         slots.held = Segments.of([start + num_tokens], ranks.device)
         return _continued(batch, slot_T, model).to(ranks.device), slots

@@ -40,6 +40,8 @@ class KeptCache:
         start = _before_media(start, labels)
         if self.config.decoder.bidirectional == "prefix":  # each token has seen all of the shorter prompt
             start = 0
+        if self.config.cross is not None:  # features of media are no part of what is held
+            start = 0
         if self.config.decoder.bidirectional == "images":  # and each of these all features that stood together
             while start and _is_of_media(labels[start - 1]):
                 start -= 1

@@ -1,5 +1,7 @@
 """Layers of gated cross-attention: against Idefics, and what each token sees of the media of its document."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import IdeficsConfig
@@ -10,6 +12,8 @@ from avlm.config.decoder import DecoderConfig
 from avlm.config.model import ModelConfig, ProjectorConfig, VisionConfig
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample, placeholders
+from avlm.evaluation.generation import generate, steps
+from avlm.evaluation.kept_cache import KeptCache
 from avlm.models.avlm import AVLM
 from avlm.models.batch import AUDIO, IGNORE, IMAGE
 from avlm.models.cross import CrossBlock
@@ -137,3 +141,24 @@ def test_begins_as_its_decoder_and_packs(sees: str) -> None:
         total += of_sample.item()
     assert total == pytest.approx(loss.item(), rel=1e-6)
     assert_gradients_close(packed, {name: parameter.grad for name, parameter in model.named_parameters()}, 1e-5)
+
+
+@pytest.mark.parametrize("sees", ["all", "last"])
+def test_answers_with_caches_are_those_without(sees: str) -> None:
+    """In a batch of prompts of which one has no media; and in a conversation, of which nothing is kept."""
+    torch.manual_seed(5)
+    config = model_of(CrossConfig(every=2, sees=sees, first_gate=0.8), PERCEIVER)
+    model = build(config)
+    asked = [sample_of([1, 2, 3], 2, config), sample_of([5, 6], 0, config), sample_of([7, 8, 9, 10], 1, config)]
+    answers = generate(model, asked, stop_ids=[], max_new_tokens=6)
+    for prompt, answer in zip(asked, answers):
+        for i, token in enumerate(answer.token_ids):
+            token_T = torch.cat([prompt.token_T, torch.tensor(answer.token_ids[:i], dtype=torch.int64)])
+            longer = dataclasses.replace(prompt, token_T=token_T, target_T=token_T)
+            [alone] = generate(model, [longer], stop_ids=[], max_new_tokens=1)
+            assert alone.token_ids == [token]
+            assert alone.logprobs == pytest.approx(answer.logprobs[i : i + 1], abs=1e-5)
+    kept = KeptCache(model)
+    for prompt, answer in zip(asked, answers):
+        found = [token for [[(token, _)]] in steps(model, [prompt], max_new_tokens=6, kept=kept)]
+        assert found == answer.token_ids
