@@ -51,9 +51,10 @@ class Resampler(nn.Module):
         return self.last_norm(x_QD)
 
     def init_stats(self) -> dict[str, tuple[float, float]]:
-        """(mean, std) of the normal from which each parameter is drawn: queries have std 0.02, linears 1 /
-        sqrt(inputs), those that write into the residual stream of a perceiver divided by sqrt(2 * layers)."""
-        stats = {"queries": (0.0, 0.02)}
+        """(mean, std) of the normal from which each parameter is drawn: queries have std 0.02, or 1 where no norm
+        follows them (perceiver); linears 1 / sqrt(inputs), those that write into the residual stream of a perceiver
+        divided by sqrt(2 * layers)."""
+        stats = {"queries": (0.0, 0.02 if self.config.type == "qformer" else 1.0)}
         for name, module in self.named_modules():
             if isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 stats[f"{name}.weight"] = (1.0, 0.0)

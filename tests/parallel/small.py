@@ -1,5 +1,6 @@
 """A small model and rows of any mix of media, for tests that run on several ranks."""
 
+import dataclasses
 import math
 
 import torch
@@ -180,7 +181,8 @@ def make_sample(mix: str, num_words: int, generator: torch.Generator, model: Mod
     num_features = sum(model.features_of("vision", grid) for grid in grids)
     num_features += sum(model.features_of("audio", size) for size in sizes)
     media = {"image": images, "audio": mels}
-    return EncodedSample(mix, kind, token_T, target_T, media, position_T, groups, num_features)
+    sample = EncodedSample(mix, kind, token_T, target_T, media, position_T, groups)
+    return dataclasses.replace(sample, num_features=num_features)
 
 
 def make_views(mix: str, model: ModelConfig) -> tuple[list[Grid], list[Group], list[int], list[Placed]]:
