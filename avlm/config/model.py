@@ -214,6 +214,10 @@ class ProjectorConfig:
     def takes_mean(self) -> bool:
         return self.mean or self.halve_frames == "mean"
 
+    def input_width(self, tower: VisionConfig | AudioConfig) -> int:
+        """Numbers of a row that it takes."""
+        return tower.width if self.resampler is None else self.resampler.width(tower.hidden_size)
+
     def outputs_of(self, num_rows: int) -> int:
         """Rows of an item that are projected, of so many that the tower makes."""
         return num_rows if self.resampler is None else self.resampler.outputs_of(num_rows)

@@ -48,13 +48,13 @@ def counts(batch: Batch) -> dict[str, int]:
         found[f"{modality}_projected"] = len(media.sources)
         if media.queries is not None:
             sets = list(zip((length for _, length in media.queries.queries.spans), media.queries.rows.spans))
-            found |= _counts_of_sets(modality, [(num_queries, num_rows) for num_queries, (_, num_rows) in sets])
+            found |= counts_of_sets(modality, [(num_queries, num_rows) for num_queries, (_, num_rows) in sets])
         if media.places is not None and media.places.windows is not None:
             found[f"{modality}_window_pairs"] = sum(length**2 for _, length in media.places.windows.spans)
     return found
 
 
-def _counts_of_sets(modality: str, sets: list[tuple[int, int]]) -> dict[str, int]:
+def counts_of_sets(modality: str, sets: list[tuple[int, int]]) -> dict[str, int]:
     """Of the sets of a resampler, each so many queries and the rows of the tower that they read."""
     return {
         f"{modality}_queries": sum(queries for queries, _ in sets),
@@ -106,7 +106,7 @@ def item_costs(modality: str, sizes: list[Size], model: ModelConfig) -> list[int
             cost += sum(of_stem[count] * number for count, number in tower.stem_counts(size).items())
         if projector.resampler is not None:
             windows = projector.resampler.windows_of(tower.outputs_of(size))
-            counted = _counts_of_sets(modality, [(projector.resampler.num_queries, rows) for rows in windows])
+            counted = counts_of_sets(modality, [(projector.resampler.num_queries, rows) for rows in windows])
             for count, paths in steps(f"{name}_projector", model):
                 for path in paths if count in counted else ():
                     cost += counted[count] * forward_cost(path, model, shapes)

@@ -26,7 +26,7 @@ from avlm.config.decoder import DecoderConfig
 from avlm.models.attention import Scores
 from avlm.models.avlm import AVLM
 from avlm.parallel.context_plan import ContextPlan, IntervalPlan
-from avlm.parallel.exchange import gathered, scattered
+from avlm.parallel.gather import gathered, scattered
 from avlm.parallel.ring import RingAttention
 from kernels.attention import attention
 

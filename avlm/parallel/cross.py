@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from avlm.models.avlm import AVLM
 from avlm.models.reading import MediaRow
-from avlm.parallel.exchange import Gather
+from avlm.parallel.gather import Gather
 
 
 @dataclass(frozen=True, kw_only=True)

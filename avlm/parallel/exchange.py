@@ -87,31 +87,3 @@ def swap(sent: Tensor, send_counts: list[int], receive_counts: list[int], group:
     arrived = sent.new_empty(sum(receive_counts), *sent.shape[1:])
     dist.all_to_all_single(arrived, sent, receive_counts, send_counts, group=group)
     return arrived
-
-
-def gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The rows of all ranks of a group, which have as many, rank after rank."""
-    of_all = own.new_empty(own.shape[0] * group.size(), *own.shape[1:])
-    dist.all_gather_into_tensor(of_all, own.contiguous(), group=group)
-    return of_all
-
-
-class Gather(torch.autograd.Function):
-    """The rows of all ranks of a group, rank after rank; the gradients of this rank's rows, summed over all."""
-
-    @staticmethod
-    def forward(ctx, own, group):
-        ctx.group = group
-        return gathered(own, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dof_all):
-        return scattered(dof_all, ctx.group), None
-
-
-def scattered(of_all: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sums over the ranks of a group of this rank's share of the rows."""
-    own = of_all.new_empty(of_all.shape[0] // group.size(), *of_all.shape[1:])
-    dist.reduce_scatter_tensor(own, of_all.contiguous(), group=group)
-    return own

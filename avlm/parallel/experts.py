@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from avlm.config.decoder import DecoderConfig
 from avlm.config.parallel import ParallelConfig
 from avlm.models.moe import Experts, GroupedLinear, Order, alone, collect, mixtures, spread, weighted_sum
-from avlm.parallel.exchange import Gather, gathered, scattered, swap
+from avlm.parallel.exchange import swap
+from avlm.parallel.gather import Gather, Scatter, gathered
 from kernels.grouped import grouped_linear
 
 
@@ -122,7 +123,7 @@ def _gather(
     weight_GK = Gather.apply(weight_TK, group)
     order = Order.of(gathered(expert_TK.int(), group), experts.num, held)
     y_GD = experts.mix(x_GD, order, weight_GK)
-    return _Scatter.apply(y_GD, group), order.end_N[-1]
+    return Scatter.apply(y_GD, group), order.end_N[-1]
 
 
 def _exchange(
@@ -144,20 +145,6 @@ def _exchange(
     y_BD = collect(experts.run(spread(x_BD, by_expert), by_expert.end_N), by_expert).squeeze(1)
     y_AD = _Swap.apply(y_BD, receive_counts, send_counts, group)
     return weighted_sum(y_AD, order, weight_TK), by_expert.end_N[-1]
-
-
-class _Scatter(torch.autograd.Function):
-    """The transpose of ``Gather``: the sums over all ranks of this rank's rows."""
-
-    @staticmethod
-    def forward(ctx, x_G, group):
-        ctx.group = group
-        return scattered(x_G, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dx_T):
-        return gathered(dx_T, ctx.group), None
 
 
 class _Swap(torch.autograd.Function):

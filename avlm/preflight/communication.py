@@ -60,7 +60,7 @@ def tensor(step: Step) -> tuple[Both, float]:
         return Both(), 0.0
     decoder = step.case.model.decoder
     targets = step.row.targets // layout.context
-    found = wire.tensor_bytes(decoder, t, step.tokens, targets, step.case.itemsize)
+    found = wire.tensor_bytes(step.case.model, t, step.tokens, targets, step.case.itemsize)
     mode = step.case.recompute("decoder")
     again = {"all-gather": (mode != "none") / 2, "reduce-scatter": (mode == "full") / 4, "all-reduce": 0}
     sent = sum((1 + again[kind]) * count for kind, count in found.items())
@@ -156,7 +156,7 @@ def _waited(units: list[Traffic], with_sums: bool, with_copies: bool) -> float:
 
 def media(step: Step) -> tuple[float, float]:
     """(seconds, bytes sent) of a micro-batch: rows of a tower to the ranks of their tokens, and gradients of rows back
-    if it trains. Nothing hides them."""
+    if it trains; features that all ranks read. Nothing hides them."""
     layout = step.case.layout
     ranks = layout.row_ranks
     seconds = sent = 0.0
@@ -164,11 +164,19 @@ def media(step: Step) -> tuple[float, float]:
         name = TOWERS[modality]
         if ranks == 1 or not number:
             continue
-        rows = step.share_of_items(modality) * step.counts[f"{modality}_rows"]
-        count = wire.ring(ranks, step.case.itemsize * rows * getattr(step.case.model, name).width)
-        passes = 1 + (step.case.trained_numbers(f"{name}.") > 0)
+        tower, projector = getattr(step.case.model, name), getattr(step.case.model, f"{name}_projector")
+        of_item = projector.outputs_of(tower.outputs_of(step.item_size(modality)))
+        rows = step.share_of_items(modality) * number * of_item
+        count = wire.ring(ranks, step.case.itemsize * rows * projector.input_width(tower))
+        resampled = f"{name}_projector.resampler."
+        passes = 1 + (step.case.trained_numbers(f"{name}.") + step.case.trained_numbers(resampled) > 0)
         seconds += passes * _all_to_all(step.gpu, count, ranks, 1)
         sent += passes * count
+    if step.case.model.cross is not None:
+        D = step.case.model.decoder.hidden_size
+        count = 2 * wire.features_bytes(step.counts["features"], ranks, D, step.case.itemsize)
+        seconds += _collective(step.gpu, count, ranks, 1)
+        sent += count
     return seconds, sent
 
 

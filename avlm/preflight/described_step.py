@@ -9,6 +9,7 @@ from typing import NamedTuple
 from avlm.config.model import TOWERS, ModelConfig, VisionConfig
 from avlm.config.run import DataConfig
 from avlm.models.batch import Size
+from avlm.models.costs import counts_of_sets
 from avlm.models.patches import window_lengths
 from avlm.parallel.context_attention import mode_of
 from avlm.preflight import rates
@@ -79,6 +80,10 @@ def counts_of(row: Row, model: ModelConfig, data: DataConfig) -> dict[str, int]:
     }
     if model.decoder.sliding_window is not None:
         found["window_pairs"] = _pairs(row, model.decoder.sliding_window, model, data)
+    if model.cross is not None:
+        found["features"] = sum(number * _features(modality, model, data) for modality, number in row.items.items())
+        of_document = found["features"] / len(row.documents)  # which half of its tokens see, in the mean
+        found["feature_pairs"] = int(row.tokens * of_document / 2)
     for modality, number in row.items.items():
         tower = getattr(model, TOWERS[modality])
         size = item_size(modality, model, data)
@@ -86,6 +91,10 @@ def counts_of(row: Row, model: ModelConfig, data: DataConfig) -> dict[str, int]:
         found[f"{modality}_rows"] = number * rows
         found[f"{modality}_pairs"] = number * rows**2
         found[f"{modality}_projected"] = number * _features(modality, model, data)
+        projector = getattr(model, f"{TOWERS[modality]}_projector")
+        if projector.resampler is not None:
+            windows = projector.resampler.windows_of(tower.outputs_of(size))
+            found |= counts_of_sets(modality, number * [(projector.resampler.num_queries, n) for n in windows])
         if isinstance(size, int):
             found |= {count: number * times for count, times in tower.stem_counts(size).items()}
             continue
@@ -154,6 +163,9 @@ class Step:
     @property
     def micro_batches(self) -> int:
         return self.case.config.train.micro_batches(self.case.layout.data_ranks)
+
+    def item_size(self, modality: str) -> Size:
+        return item_size(modality, self.case.model, self.case.stage.data)
 
     def share_of_items(self, modality: str) -> float:
         """Of the rank that encodes most of a row's."""

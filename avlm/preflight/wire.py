@@ -9,9 +9,15 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from avlm.config.decoder import DecoderConfig
+from avlm.config.model import ModelConfig
 from avlm.config.run import Config
 from avlm.models.shapes import Shapes
+from avlm.parallel.cross import own_features
 from avlm.preflight.layout import Layout
+
+# Parts of a projector, without its resampler.
+OF_PROJECTORS = ("norm", "merger", "feature_norm", "linear", "gate", "up", "hidden_norm", "down", "output_norm")
+OF_PROJECTORS += ("newline",)
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,11 @@ def units(config: Config, trained: Collection[str]) -> list[Unit]:
         elif parallel.tower_sharding == "unit":
             found.append(Unit(tower, (f"{tower}.",), "shard_context_tensor", gathers))
         projector = f"{tower}_projector"
-        found.append(Unit(projector, (f"{projector}.",), "shard_context_tensor", 1))
+        prefixes = (f"{projector}.",)
+        if getattr(config.model, projector).resampler is not None:
+            found.append(Unit(projector, (f"{projector}.resampler.",), "shard_context_tensor", twice))
+            prefixes = tuple(f"{projector}.{name}" for name in OF_PROJECTORS)
+        found.append(Unit(projector, prefixes, "shard_context_tensor", 1))
     ends = ("decoder.norm.", "decoder.head.")
     embedding = ("decoder.embedding.",)
     if decoder.tie_embedding:
@@ -50,6 +60,9 @@ def units(config: Config, trained: Collection[str]) -> list[Unit]:
         found.append(Unit("embedding", embedding, "shard_context", 1))
     experts_axis = "shard_context_tensor" if parallel.expert == 1 else "shard_of_expert"
     for i in range(decoder.num_layers):
+        cross = config.model.cross
+        if cross is not None and i % cross.every == 0:
+            found.append(Unit("cross", (f"cross.blocks.{i // cross.every}.",), "shard_context", twice))
         block = f"decoder.blocks.{i}."
         if not decoder.has_experts(i):
             found.append(Unit("decoder", (block,), "shard_context", twice))
@@ -76,11 +89,13 @@ def padded_numbers(shapes: Shapes, prefixes: tuple[str, ...], layout: Layout) ->
     return total
 
 
-def tensor_bytes(decoder: DecoderConfig, t: int, L: int, R: int, c: int) -> dict[str, float]:
-    """Each block gathers tokens twice and scatters sums twice, and its backward does the reverse. A mixture of experts
-    takes the tokens as they lie, and only a shared expert in it gathers and scatters. The embedding scatters, the end
-    of the decoder gathers. The head sums 4 numbers for each target, and dhidden. Gradients of norms and routers are
-    partial sums over the tokens, or over the heads, of each rank."""
+def tensor_bytes(model: ModelConfig, t: int, L: int, R: int, c: int) -> dict[str, float]:
+    """Each block gathers tokens twice and scatters sums twice, and its backward does the reverse; so do layers of
+    cross-attention. A mixture of experts takes the tokens as they lie, and only a shared expert in it gathers and
+    scatters. The embedding scatters, the end of the decoder gathers. The head sums 4 numbers for each target, and
+    dhidden. Gradients of norms, routers and gates are partial sums over the tokens, or over the heads, of each
+    rank."""
+    decoder = model.decoder
     D = decoder.hidden_size
     blocks = 4 * decoder.num_layers
     norms = 2 * D
@@ -93,11 +108,20 @@ def tensor_bytes(decoder: DecoderConfig, t: int, L: int, R: int, c: int) -> dict
     if experts is not None:
         blocks -= 2 * num_mixtures(decoder) * (experts.shared_size == 0)
         reduced += c * num_mixtures(decoder) * D * (experts.num + (experts.shared_size > 0))
+    if model.cross is not None:
+        num_layers = model.cross.num_blocks(decoder.num_layers)
+        blocks += 4 * num_layers
+        reduced += c * num_layers * (2 * D + 2 + 2 * decoder.head_dim * model.cross.qk_norm)  # norms and gates
     return {
         "all-gather": ring(t, (blocks + 2) * whole),
         "reduce-scatter": ring(t, (blocks + 1) * whole),
         "all-reduce": ring(t, 2 * reduced),
     }
+
+
+def features_bytes(num_rows: int, ranks: int, D: int, c: int) -> float:
+    """Of cross-attention, twice: features of a row to all ranks that share it, and sums of their gradients."""
+    return ring(ranks, c * D * ranks * own_features(num_rows, ranks))
 
 
 def num_mixtures(decoder: DecoderConfig) -> int:

@@ -44,7 +44,7 @@ MIXES = ("video", "text", "audio", "image")  # of the rows of the data ranks
 CHOSEN = ("FSDP", "HSDP", "TP", "ring", "all-gather", "Ulysses", "Ulysses x ring", "TP x ring")
 CHOSEN += ("FSDP x ring, media balanced",)
 OF_OTHERS = ("TP x ring", "FSDP x ring, media balanced")
-OTHER_MODELS = {"DeepStack": "deep", "tiles": "tiles"}
+OTHER_MODELS = {"DeepStack": "deep", "tiles": "tiles", "resamplers": "queries", "cross-attention": "cross"}
 FOR_OTHERS = ("swap", "gathered", "scattered")
 SILENT = ("wait_tensor", "_wrap_tensor_autograd", "recv_")
 
@@ -131,7 +131,7 @@ def count_step(config: Config, world: World, model: AVLM, rows: list[Batch], num
 
 def count_all(of_others: tuple[str, ...] = ()) -> dict[str, tuple[Bytes, Bytes]]:
     """Runs on every rank: (counted, formula) of a step in each layout, and of some with DeepStack and images of any
-    grid, or with tiles whose rows go to several ranks."""
+    grid, with tiles whose rows go to several ranks, with resamplers and with cross-attention."""
     worlds: dict[tuple, World] = {}
     found = {}
     labels = {name: ("square", name) for name in CHOSEN}

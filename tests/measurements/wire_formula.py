@@ -35,6 +35,7 @@ ASKERS = {
     OURS + "ring.py": ("context", "ring"),
     OURS + "experts.py": ("expert", "row"),
     OURS + "exchange.py": ("row", "world"),
+    OURS + "gather.py": ("expert", "row"),
     OURS + "media.py": ("row", "world"),
     FSDP: ("replicate", "shard_context", "shard_context_tensor", "shard_of_expert"),
     OURS + "mesh.py": ("world",),
@@ -86,13 +87,16 @@ def formula(config: Config, world: World, rows: list[Batch], chosen: list[Tensor
     norm_and_losses = 4 * (1 + len(KINDS) + seen)  # losses by kind
     sent = of_weights(config, world)
     sent["world", "all-reduce"] = ring(world.size, 2 * norm_and_losses)
-    tensor = wire.tensor_bytes(config.model.decoder, config.parallel.tensor, num_tokens, len(part.target_R), ITEMSIZE)
+    tensor = wire.tensor_bytes(config.model, config.parallel.tensor, num_tokens, len(part.target_R), ITEMSIZE)
     for kind, count in tensor.items():
         sent["tensor", kind] = count
     sent.update(of_context(config, num_tokens, own, world))
     sent.update(of_experts(config, world, chosen))
     if world.media_group is None:
         return sent
+    if own.media_row is not None and world.row_size > 1:
+        count = wire.features_bytes(own.media_row.num_rows, world.row_size, config.model.decoder.hidden_size, ITEMSIZE)
+        sent["row", "all-gather"] = sent["row", "reduce-scatter"] = count
     share = media.Share.of_rows(world, len(own.token_T))
     if share.num_homes > 1:
         sent["world", "all-to-all"] = of_media(config, world, rows, share)
@@ -209,7 +213,7 @@ def of_media(config: Config, world: World, homes: list[Batch], share: media.Shar
     for name, tower in model.modalities.items():
         sizes = [home.media[name].sizes for home in homes]
         plan = media.make_plan(name, share, sizes, model)
-        width = getattr(model, tower).width
+        width = getattr(model, f"{tower}_projector").input_width(getattr(model, tower))
         num_ranks = TAPS if getattr(model, f"{tower}_projector").stretches else 1
         total += ITEMSIZE * width * crossings(plan, name, homes, config, world)
         for size, count, leader, encoder in zip(plan.sizes, plan.outputs, plan.leaders, plan.encoders):
@@ -248,7 +252,8 @@ def crossings(plan: media.MediaPlan, modality: str, homes: list[Batch], config: 
         outputs = torch.tensor(plan.outputs[own], dtype=torch.int64)
         encoder_P = encoders.repeat_interleave(outputs)
         first_rank = home * share.ranks_per_home
-        owner_F = first_rank + place_T[items.rows] // share.tokens_per_rank
+        places = media.Places.of(place_T, batch.media_row, share)
+        owner_F = first_rank + places.owner[items.rows] - share.home * share.ranks_per_home
         sources, owner = items.sources, owner_F
         if items.features.mix is not None:  # a row may go to several ranks
             sources, owner = sources[items.features.mix.flatten()], owner_F.repeat_interleave(TAPS)
