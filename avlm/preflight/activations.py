@@ -4,6 +4,9 @@ refused.
 D width   F intermediate width   Q, K width of all query heads, of all key heads   c bytes of a number in compute
 """
 
+import math
+
+from avlm.config.connector import ResamplerConfig
 from avlm.config.decoder import DecoderConfig, ExpertsConfig
 from avlm.config.model import AudioConfig, ProjectorConfig, VisionConfig
 from avlm.preflight.layout import Layout
@@ -42,6 +45,38 @@ def decoder_block_bytes(
     if experts is None:
         return norms + attention + c * (products + D * trains + (3 + trains) * F // t)  # gate, up, silu, product
     return norms + attention + c * products + experts_bytes(decoder, experts, layout, trains) // t
+
+
+def cross_block_bytes(
+    decoder: DecoderConfig, qk_norm: bool, layout: Layout, trains: bool, norms_train: bool
+) -> tuple[int, int]:
+    """(for each token, for each feature that it may read) what a layer of cross-attention keeps if nothing is
+    recomputed. Gates need what they scale."""
+    c, t = layout.dtype.itemsize, layout.tensor
+    D, F = decoder.hidden_size, decoder.intermediate_size
+    Q, K = (heads * decoder.head_dim // t for heads in (decoder.num_heads, decoder.num_kv_heads))
+    of_norm = rms_norm_bytes(layout, norms_train)
+    of_token = 2 * of_norm * D // t + of_norm * Q * qk_norm + 4 * decoder.num_heads // t
+    of_token += c * (2 * Q + 2 * D * trains + (3 + trains) * F // t + 2 * D * trains // t)
+    return of_token, c * 2 * K + of_norm * K * qk_norm
+
+
+def resampler_bytes(config: ResamplerConfig, tower_size: int, layout: Layout) -> tuple[int, int]:
+    """(for each query, for each row that it reads) what a resampler that trains keeps."""
+    c = layout.dtype.itemsize
+    D, A = config.width(tower_size), config.attention_size(tower_size)
+    K = A * (config.num_kv_heads or config.num_heads) // config.num_heads
+    of_norm = rms_norm_bytes(layout, True) if config.norm == "rms" else c  # LayerNorm: its input
+    mlp = (2 - (config.activation == "relu") + 2 * config.gated) * config.intermediate_size + D  # ReLU: its result
+    reading = 2 * A + D
+    if config.type == "qformer":
+        num_reading = math.ceil(config.num_layers / config.read_every)
+        of_query = config.num_layers * (c * (5 * D + mlp) + 2 * of_norm * D + 4 * config.num_heads)
+        of_query += num_reading * (c * reading + of_norm * D + 4 * config.num_heads)
+        return of_query, c * 2 * A * num_reading
+    joined = D + 2 * K  # normed rows and queries, keys and values of both
+    of_query = c * (reading + joined + mlp) + (2 * of_norm) * D + 4 * config.num_heads
+    return config.num_layers * of_query + of_norm * D, config.num_layers * (c * joined + of_norm * D)
 
 
 def experts_bytes(decoder: DecoderConfig, experts: ExpertsConfig, layout: Layout, trains: bool) -> int:

@@ -40,7 +40,7 @@ class Case:
         return trained_shapes(self.stage, self.model, self.shapes)
 
     def recompute(self, module: str) -> Recompute:
-        return getattr(self.config.train.recompute, module)
+        return getattr(self.config.train.recompute, "decoder" if module == "cross" else module)
 
     def numbers(self, prefix: str) -> int:
         """How many numbers the parameters with this prefix hold on a rank that has gathered them."""

@@ -27,11 +27,13 @@ from avlm.models.lora import frozen_base
 from avlm.models.shapes import Shapes
 from avlm.parallel.recompute import keeps_product
 from avlm.preflight.activations import (
+    cross_block_bytes,
     decoder_block_bytes,
     encoder_block_bytes,
     expert_rows,
     feed_forward_numbers,
     projector_numbers,
+    resampler_bytes,
 )
 from avlm.preflight.case import Case
 from avlm.preflight.layout import layout_of
@@ -216,6 +218,10 @@ def _kept(case: Case) -> tuple[int, int]:
     decoder = case.model.decoder
     device, host = _kept_by_blocks("decoder", case.tokens, case)
     rope = (16 if decoder.query_growth else 8) * case.tokens * decoder.head_dim  # cos and sin of the positions
+    if case.model.cross is not None:  # a row of features is as long as one of tokens, and all ranks of a row read it
+        of_cross, host_of_cross = _kept_by_blocks("cross", case.tokens, case)
+        features = case.stage.data.seq_length * case.itemsize * decoder.hidden_size
+        device, host = device + of_cross + features, host + host_of_cross
     by_towers = [_kept_by_tower(tower, case) for tower in case.model.modalities.values()]
     tower_device, tower_host = max(by_towers, key=sum, default=(0, 0))  # a row is full of one modality
     return device + rope + tower_device, host + tower_host
@@ -236,6 +242,10 @@ def _kept_by_tower(name: str, case: Case) -> tuple[int, int]:
         device += blocks + c * stem * rows
     if trains or case.trained_numbers(f"{name}_projector.") > 0:
         width = tower.rows_per_feature(projector) * tower.hidden_size
+        if projector.resampler is not None:
+            width = (projector.downsample if name == "audio" else 1) * projector.input_width(tower)
+            of_query, of_row = resampler_bytes(projector.resampler, tower.hidden_size, case.layout)
+            device += of_query * projected + of_row * rows
         num_deep = tower.width // tower.hidden_size - 1
         numbers = projector_numbers(projector, width, tower.hidden_size, case.model.decoder, num_deep)
         stretched = 4 * case.model.decoder.hidden_size * projector.stretches  # float32
@@ -289,8 +299,13 @@ def block_bytes(block: str, case: Case, mode: Recompute) -> int:
     """What a block, MODULE.blocks.i, keeps for each row, its adapters included."""
     name = block.partition(".")[0]
     trains = case.trained_numbers(f"{name}.") > 0
-    if name != "decoder" and not trains:  # no graph is built
+    if name not in ("decoder", "cross") and not trains:  # no graph is built
         return 0
+    if name == "cross" and mode == "none":
+        cross, layout = case.model.cross, case.layout
+        norms_train = f"{block}.attention_norm.weight" in case.trained
+        of_token, of_feature = cross_block_bytes(case.model.decoder, cross.qk_norm, layout, trains, norms_train)
+        return of_token + of_feature * layout.context  # as many features as tokens of all ranks
     if mode != "none":
         return recomputing_block_bytes(block, case, mode)
     norms_train = f"{block}.attention_norm.weight" in case.trained
@@ -324,9 +339,10 @@ def recomputing_block_bytes(block: str, case: Case, mode: Recompute) -> int:
     and the sum of the output of attention over the tensor axis."""
     c = case.itemsize
     name = block.partition(".")[0]
-    module = getattr(case.model, name)
+    of_tokens = name in ("decoder", "cross")
+    module = case.model.decoder if of_tokens else getattr(case.model, name)
     t, width = 1, module.hidden_size  # of attention over all heads
-    if name == "decoder":
+    if of_tokens:
         t, width = case.layout.tensor, module.num_heads * module.head_dim
     size = c * module.hidden_size // t
     if mode == "full":
@@ -340,9 +356,11 @@ def recomputing_block_bytes(block: str, case: Case, mode: Recompute) -> int:
                 outputs = outputs * expert_rows(case.experts_of(block), case.layout)[0] // t
             if path.endswith((".router", ".shared_gate")):
                 outputs = outputs // t  # of a rank's own tokens
+            if name == "cross" and path.endswith((".k", ".v")):
+                outputs *= case.layout.context  # of features, as many as tokens of all ranks
             size += c * outputs  # a product that the ranks will sum has all of them
     num_outs = 1
-    if name == "decoder" and t > 1:
+    if of_tokens and t > 1:
         size += c * module.hidden_size // t
     if name == "decoder" and case.layout.context > 1 and case.layout.context_mode == "allgather":
         num_outs = 2

@@ -6,10 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from avlm.config.connector import ResamplerConfig
 from avlm.config.model import ProjectorConfig
 from avlm.models import freezing
 from avlm.models.avlm import AVLM
 from avlm.models.projector import Projector
+from avlm.models.reading import QuerySets, read_by
+from avlm.models.resampler import Resampler
 from avlm.models.rope import rope_frequencies, rope_table
 from avlm.models.vit import axial_table
 from avlm.parallel.recompute import apply_recompute
@@ -17,6 +20,7 @@ from avlm.preflight import activations, memory
 from kernels.segments import Segments
 from tests.models.handmade import features_at
 from tests.parallel.live_bytes import LiveBytes
+from tests.parallel.small import EVERYTHING
 from tests.preflight.test_memory import (
     DEEP,
     GATED,
@@ -48,9 +52,13 @@ def kept_by_a_block(tower, dtype, trains, cfg, tokens=256):
     inputs = (rope, segments) if tower == "decoder" else (segments,)
     if tower == "vision" and cfg.model.vision.axial_rope:
         inputs = (segments, axial_table(torch.zeros(tokens, 2), cfg.model.vision))
+    if tower == "cross":  # one feature for each token, of which it sees those up to itself
+        features = torch.randn(tokens, cfg.model.decoder.hidden_size, dtype=dtype)
+        inputs = features, read_by(segments, list(range(tokens)), [1] * tokens, "all")
+    width = cfg.model.decoder.hidden_size if tower == "cross" else getattr(cfg.model, tower).hidden_size
 
     def live(num_blocks):
-        x = torch.randn(tokens, getattr(cfg.model, tower).hidden_size, dtype=dtype, requires_grad=True)
+        x = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
         with LiveBytes() as counter:
             for block in blocks[:num_blocks]:
                 x = block(x, *inputs)
@@ -69,6 +77,62 @@ def test_activations_of_a_block_are_as_estimated(mode, error, dtype):
         for name in ("decoder", "vision", "audio") if trains else ("decoder",):
             said = memory.block_bytes(f"{name}.blocks.0", case, mode)
             assert said == pytest.approx(kept_by_a_block(name, dtype, trains, cfg), rel=error), (name, trains)
+
+
+class Kernel(torch.autograd.Function):
+    """Keeps what our attention kernel keeps; the plain path keeps probabilities where queries read other rows."""
+
+    @staticmethod
+    def forward(ctx, q_THE, k_SKE, v_SKE):
+        out_THE, lse_HT = torch.zeros_like(q_THE), torch.zeros(q_THE.shape[1], len(q_THE))
+        ctx.save_for_backward(q_THE, k_SKE, v_SKE, out_THE, lse_HT)
+        return out_THE
+
+
+def as_on_a_gpu(q_THE, k_SKE, v_SKE, *_, **__):
+    return Kernel.apply(q_THE, k_SKE, v_SKE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("mode", "error"), [("none", 0.10), ("full", 0.10)])
+def test_activations_of_a_layer_of_cross_attention_are_as_estimated(mode, error, dtype, monkeypatch):
+    monkeypatch.setattr("avlm.models.attention.attention", as_on_a_gpu)
+    model = {**TREE["model"], "cross": {"every": 1, "qk_norm": True}}
+    cfg = make_config(("train.recompute.decoder", mode), model=model)
+    stage = replace(cfg.stages[0], train=[*EVERYTHING, "cross"])
+    said = memory.block_bytes("cross.blocks.0", make_case(cfg, dtype, stage), mode)
+    assert said == pytest.approx(kept_by_a_block("cross", dtype, True, cfg), rel=error)
+
+
+QFORMER = {"type": "qformer", "num_queries": 40, "num_layers": 4, "num_heads": 4, "intermediate_size": 160}
+PERCEIVER = {**QFORMER, "type": "perceiver", "num_kv_heads": 2, "head_dim": 12}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {**QFORMER, "hidden_size": 48, "read_every": 2},
+        {**PERCEIVER, "activation": "relu"},
+        {**PERCEIVER, "norm": "rms", "gated": True, "activation": "silu"},
+    ],
+    ids=["qformer", "perceiver", "gated"],
+)
+def test_what_a_resampler_keeps_is_as_estimated(keys, dtype, monkeypatch):
+    monkeypatch.setattr("avlm.models.attention.attention", as_on_a_gpu)
+    config = ResamplerConfig(**keys)
+    model = Resampler(config, 64).to(dtype)
+    init = model.init_stats()
+    assert init.keys() >= dict(model.named_parameters()).keys()
+    counts = [50, 70, 130]
+    media = features_at(torch.arange(0), torch.empty(0, 1), queries=QuerySets.of(counts, config))
+    rows_PC = torch.randn(sum(counts), 64, dtype=dtype)
+    with LiveBytes() as counter:
+        out_QD = model(media, rows_PC)
+        kept = counter.live - sum(parameter.nbytes for parameter in model.parameters()) - rows_PC.nbytes
+    cfg = make_config()
+    of_query, of_row = activations.resampler_bytes(config, 64, make_case(cfg, dtype, cfg.stages[0]).layout)
+    assert of_query * len(out_QD) + of_row * sum(counts) == pytest.approx(kept, rel=0.12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
