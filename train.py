@@ -34,7 +34,7 @@ from avlm.models.moe import set_balance, take_seen
 from avlm.parallel import agreement, mesh
 from avlm.parallel.apply import apply_parallel, warm_up
 from avlm.parallel.mesh import World
-from avlm.parallel.rows import TrainingRows
+from avlm.parallel.rows import TrainingRows, of_a_step
 from avlm.preflight.check import check
 from avlm.preflight.kernel_check import check_kernels
 from avlm.preflight.report import check_memory, report
@@ -113,8 +113,8 @@ def run_stage(
         loader_state = checkpoint.read_loader_state(resume_from, world, stage.data.num_workers)
     loader = None
     if world.leads_row:
-        seed = cfg.seed + progress.stage
-        stream = Stream(stage.data.train, stage.data, cfg.model, **world.shard_of_data, seed=seed, train=True)
+        options = {"seed": cfg.seed + progress.stage, "objective": stage.objective}
+        stream = Stream(stage.data.train, stage.data, cfg.model, **world.shard_of_data, **options, train=True)
         loader = open_loader(stream, loader_state)
     world.barrier()
     if world.is_first:  # not before: a run that cannot continue keeps the config of its checkpoints
@@ -137,7 +137,7 @@ def run_stage(
         started = time.perf_counter()
         taken = [next(rows) for _ in range(micro_batches)]
         waited = time.perf_counter() - started
-        parts = [row.part for row in taken]
+        parts = of_a_step([row.part for row in taken], cfg.model, world)
         counted = [row.batch for row in taken if world.leads_row]  # a row counts once, however many ranks share it
         counts = world.sum_by_name(tally(counted, costs) | {"stop": bool(stopping), "unsaved": saver.is_unsaved()})
         stop, unsaved, read, skipped = (counts.pop(name) for name in ("stop", "unsaved", "read", "skipped"))

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from avlm.config.audio import AudioConfig
 from avlm.config.connector import CrossConfig, ResamplerConfig
+from avlm.config.contrastive import ALIGNMENT, ContrastiveConfig, PoolConfig, TextConfig
 from avlm.config.decoder import DecoderConfig
 from avlm.config.values import (
     Epsilon,
@@ -260,6 +261,8 @@ class ModelConfig:
     vision_projector: ProjectorConfig | None = None
     audio_projector: ProjectorConfig | None = None
     cross: CrossConfig | None = None  # media are read by layers of cross-attention, not written among the tokens
+    text: TextConfig | None = None
+    contrastive: ContrastiveConfig | None = None
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
@@ -268,6 +271,11 @@ class ModelConfig:
                 raise ValueError(f"{tower} and {tower}_projector come together: give both or neither")
             if getattr(self, tower) is not None:
                 _check_connector(self, tower)
+        require((self.text is None) == (self.contrastive is None), "text and contrastive come together")
+        for name, pool in self.pools.items():
+            assert self.contrastive is not None
+            tower = getattr(self, name)
+            pool.check(name, tower.hidden_size, getattr(tower, "class_token", False), self.contrastive.size)
         if self.audio_projector:
             for key, default in {"newline": False, "halve_frames": "none", "stretch_above_tiles": None}.items():
                 value = getattr(self.audio_projector, key)
@@ -311,12 +319,20 @@ class ModelConfig:
 
     @property
     def modules(self) -> list[str]:
-        return [name for name in MODULES if getattr(self, name) is not None]
+        return [name for name in (*MODULES, *ALIGNMENT) if getattr(self, name) is not None]
 
     @property
     def modalities(self) -> dict[str, str]:
         """Modality -> tower, of those that the model has."""
         return {name: tower for name, tower in TOWERS.items() if getattr(self, tower) is not None}
+
+    @property
+    def pools(self) -> dict[str, PoolConfig]:
+        """Tower -> how its rows are compared with captions, of those whose media are."""
+        if self.contrastive is None:
+            return {}
+        found = {name: getattr(self.contrastive, name) for name in self.modalities.values()}
+        return {name: pool for name, pool in found.items() if pool is not None}
 
 
 def _check_connector(model: ModelConfig, tower: str) -> None:

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from avlm.config.contrastive import ALIGNMENT, AlignmentModule, Objective
 from avlm.config.duplex import DuplexConfig, check_duplex
 from avlm.config.media import Bounds, ImageLayout, Marks, VideoConfig, check_bounds, check_places, with_new_names
-from avlm.config.model import ModelConfig, Module
+from avlm.config.model import MODULES, TOWERS, ModelConfig, Module
 from avlm.config.parallel import ParallelConfig
 from avlm.config.values import (
     Count,
@@ -36,7 +37,7 @@ def may_change(default: Any = MISSING, *, default_factory: Any = MISSING) -> Any
 
 
 HF = "hf://"  # what sources of Hugging Face's datasets library begin with
-Part = Literal[Module, "lora"]  # lora: the adapters of all towers
+Part = Literal[Module, AlignmentModule, "lora"]  # lora: the adapters of all towers
 FREEZE_FLAGS = {
     "freeze_language_model": "decoder",
     "freeze_vision_model": "vision",
@@ -199,6 +200,8 @@ class StageConfig:
     epochs: Positive | None = may_change(None)  # passes over the samples of data.train, if steps are not given
     optimizer: OptimizerConfig
     data: DataConfig
+    objective: Objective = "answers"
+    # contrastive: media are compared with their captions, by their towers and model.text; the decoder does not run
     train: Annotated[list[Part], Field(min_length=1)] | None = None
     freeze_language_model: bool | None = None  # the decoder
     freeze_vision_model: bool | None = None
@@ -215,6 +218,14 @@ class StageConfig:
             raise ValueError(f"train and {flags[0]} both say what trains: give one of them")
         if self.train is None and not flags and not self.freeze_params:
             raise ValueError(f"missing key train (or one of {', '.join(FREEZE_FLAGS)}, freeze_params)")
+        odd = [name for name in self.train or [] if name in self.idle]
+        require(not odd, f"train names {odd and odd[0]}, which does not run with objective={self.objective}")
+
+    @property
+    def idle(self) -> list[str]:
+        """Modules that do not run, and so do not train."""
+        towers = TOWERS.values()
+        return [name for name in MODULES if name not in towers] if self.objective == "contrastive" else [*ALIGNMENT]
 
 
 Recompute = Literal["none", "selective", "full"]
@@ -231,6 +242,7 @@ class RecomputeConfig:
     decoder: Recompute = "none"
     vision: Recompute = "none"
     audio: Recompute = "none"
+    text: Recompute = "none"
 
 
 @config
@@ -336,6 +348,10 @@ class Config:
                 known.append("lora")
             for name in [*(stage.train or []), *stage.optimizer.lr_scale]:
                 require(name in known, f"stage {stage.name} names {name}, which this model does not have")
+            require(
+                stage.objective == "answers" or bool(self.model.pools),
+                f"stage {stage.name}: objective=contrastive needs model.text and model.contrastive, for a tower",
+            )
             length = stage.data.seq_length
             bound = self.model.decoder.max_position
             require(length <= bound, f"data.seq_length={length} exceeds model.decoder.max_position={bound}")

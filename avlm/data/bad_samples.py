@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 
 from avlm.config.run import shares
 from avlm.config.values import counted
+from avlm.data.captions import Encoder, encoder_of
 from avlm.data.rows import encoded, open_samples_of
-from avlm.data.sample import SampleEncoder
 from avlm.data.stream import Stream
-from avlm.data.text.tokenizer import Tokenizer
 
 LOOKED_AT = 100  # samples of each source
 SECONDS = 2.0  # for all sources of a stage
@@ -47,12 +46,12 @@ def look(stream: Stream) -> list[Look]:
     """Encode the first samples of each source of a training stream."""
     data = replace(stream.data, num_workers=0, shuffle_buffer=1)  # a shuffle buffer would be filled first
     stream = replace(stream, data=data, rank=0, world=1)
-    encoder = SampleEncoder(stream.model, data, Tokenizer(data.tokenizer))
+    encoder = encoder_of(stream)
     sources = shares(stream.source)
     return [_look(source, stream, encoder, SECONDS / len(sources)) for source in sources]
 
 
-def _look(source: str, stream: Stream, encoder: SampleEncoder, seconds: float) -> Look:
+def _look(source: str, stream: Stream, encoder: Encoder, seconds: float) -> Look:
     samples = open_samples_of(source, stream)
     samples.start(0, {"drawn": 0})
     bad, lengths = [], []

@@ -25,14 +25,16 @@ def check_data(config: Config) -> list[list[Look]]:
             if not may_be_there(source):
                 raise FileNotFoundError(f"stage {stage.name}: no data at {source}")
         if not all(source.startswith("synthetic") for source in shares(stage.data.train)):
-            check_vocabulary(Tokenizer(stage.data.tokenizer), config.model.decoder.vocab_size)
+            part = "text" if stage.objective == "contrastive" else "decoder"
+            size = getattr(config.model, part).vocab_size
+            check_vocabulary(Tokenizer(stage.data.tokenizer), size, f"model.{part}.vocab_size")
     check_room_for_media(config)
     looks: list[list[Look]] = []
-    checked: list[DataConfig] = []
+    checked: list[tuple[str, DataConfig]] = []
     for stage in config.stages:
-        data = replace(stage.data, validation={}, metrics={})
-        looks.append(looks[checked.index(data)] if data in checked else _check_training(config, stage))
-        checked.append(data)
+        read = stage.objective, replace(stage.data, validation={}, metrics={})
+        looks.append(looks[checked.index(read)] if read in checked else _check_training(config, stage))
+        checked.append(read)
         if config.train.validate_every:
             _check_validation(config, stage)
     return looks
@@ -80,7 +82,8 @@ def _least_image(model: ModelConfig, data: DataConfig) -> int:
 def _check_training(config: Config, stage: StageConfig) -> list[Look]:
     """The training data of a stage, however late it comes, can be opened, and most of its first samples can be used."""
     data = stage.data
-    stream = Stream(data.train, data, config.model, rank=0, world=1, seed=config.seed, train=True)
+    options = {"rank": 0, "world": 1, "seed": config.seed, "objective": stage.objective}
+    stream = Stream(data.train, data, config.model, **options, train=True)
     try:
         if isinstance(data.train, str) and not (is_json(data.train) or is_hf(data.train)):
             open_loader(stream)
@@ -106,7 +109,8 @@ def _check_look(found: Look, max_bad_fraction: float) -> None:
 def _check_validation(config: Config, stage: StageConfig) -> None:
     for name, source in stage.data.validation.items():
         try:
-            open_loader(Stream(source, stage.data, config.model, rank=0, world=1, seed=config.seed, train=False))
+            options = {"rank": 0, "world": 1, "seed": config.seed, "objective": stage.objective}
+            open_loader(Stream(source, stage.data, config.model, **options, train=False))
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"stage {stage.name}: data.validation.{name}: {error}") from None
 

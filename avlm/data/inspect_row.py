@@ -55,7 +55,7 @@ def _spans(batch: Batch) -> dict[str, list[tuple[int, int]]]:
     """(start, length) of neighbouring tokens of one kind, by the names of COLOURS."""
     names = ["text"] * batch.num_tokens + ["padding"] * (len(batch.token_T) - batch.num_tokens)
     for position in batch.target_rows_R.tolist():
-        names[position + 1] = "learned"  # a target is the token that follows
+        names[position + 1 - (batch.pairs is not None)] = "learned"  # a target is the token that follows
     for modality, placeholder in [*PLACEHOLDERS.items(), ("image", NEWLINE)]:
         for position in (batch.token_T == placeholder).nonzero().flatten().tolist():
             names[position] = modality

@@ -36,8 +36,9 @@ def stream_of(config: Config, name: str | None) -> Stream:
     if name is not None and name not in names:
         raise ValueError(f"there is no stage {name!r}: {', '.join(names)}")
     index = names.index(name) if name is not None else 0
-    data = config.stages[index].data
-    return Stream(data.train, data, config.model, rank=0, world=1, seed=config.seed + index, train=True)
+    stage = config.stages[index]
+    options = {"rank": 0, "world": 1, "seed": config.seed + index, "objective": stage.objective}
+    return Stream(stage.data.train, stage.data, config.model, **options, train=True)
 
 
 def show(stream: Stream, count: int, out: Path | None = None, html: Path | None = None) -> None:

@@ -30,6 +30,8 @@ def open_loader(stream: Stream, state: dict[str, Any] | None = None) -> Any:
     if isinstance(source, dict) or is_json(source) or is_hf(source):
         Loader = RowLoader
     elif source.partition(":")[0] == "synthetic":
+        if stream.objective == "contrastive":
+            raise ValueError("synthetic rows have no captions: give a contrastive stage a file or a folder")
         Loader = SyntheticLoader
     elif Path(source).suffix == ".yaml" or Path(source).is_dir() or "://" in source:
         from avlm.data.energon.loader import EnergonLoader as Loader  # seconds to import

@@ -16,12 +16,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from avlm.config.run import is_hf, is_json, shares
+from avlm.data.captions import Encoder, encoder_of, row_of
 from avlm.data.jsonl import Records
 from avlm.data.numbered import NumberedSamples
-from avlm.data.packing import pack, select
-from avlm.data.sample import EncodedSample, SampleEncoder
+from avlm.data.packing import select
+from avlm.data.sample import EncodedSample
 from avlm.data.stream import Drawn, Stream
-from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.batch import Batch
 from avlm.process import worker
 
@@ -102,7 +102,7 @@ class RowStream(IterableDataset):
         self.names = ", ".join(shares(stream.source))
         self.samples = [open_samples_of(source, stream) for source in shares(stream.source)]
         self.num_records = [samples.num_samples for samples in self.samples]
-        self.encoder = SampleEncoder(stream.model, stream.data, Tokenizer(stream.data.tokenizer))
+        self.encoder = encoder_of(stream)
         self.start = {"sources": [{"drawn": 0} for _ in self.samples], "rows": []}  # the state of a new slot
         self.turn = 0
         self.slots = [self.start] * len(stream.slots)
@@ -174,7 +174,7 @@ class SlotRows:
                 lengths = [sample.room for _, sample in buffer]
                 rows = [[buffer[i] for i in row] for row in select(lengths, data.seq_length, data.packing)]
             row = rows.pop(0) if rows else []
-            batch = pack([sample for _, sample in row], data.seq_length, self.stream.model, skipped, read)
+            batch = row_of([sample for _, sample in row], self.encoder, skipped, read)
             skipped = []
             yield batch, {"sources": sources, "rows": [_places(row) for row in rows]}
 
@@ -215,7 +215,7 @@ class SlotRows:
         return buffer, skipped, read
 
 
-def encoded(drawn: Drawn, encoder: SampleEncoder) -> EncodedSample:
+def encoded(drawn: Drawn, encoder: Encoder) -> EncodedSample:
     """ValueError if the sample cannot be used."""
     if drawn.sample is None:
         raise ValueError(drawn.reason)

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from avlm.config.contrastive import Objective
 from avlm.config.media import TIMESTAMP, VideoText
 from avlm.config.model import MODULES, ModelConfig
 from avlm.config.run import DataConfig
@@ -42,6 +43,7 @@ class Stream:
     train   endless and in random order; False: every sample once, in the order of the source
     dealt   which slots of how many this rank reads, where a checkpoint of other ranks or workers says it
             (``avlm.data.redistribute``); None: as many on each rank as there are workers
+    objective  of the stage
     """
 
     source: str | dict[str, float]
@@ -52,6 +54,7 @@ class Stream:
     seed: int
     train: bool
     dealt: tuple[range, int] | None = None
+    objective: Objective = "answers"
 
     @property
     def slots(self) -> range:
@@ -83,6 +86,7 @@ class Stream:
             "workers": self.data.num_workers,
             "seed": self.seed,
             "config": fingerprint(self.data, self.model),
+            **({"text": dataclasses.asdict(self.model.text)} if self.objective == "contrastive" else {}),
         }
 
     def check_state(self, state: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ def check_measures(config: Config) -> None:
     _check_best(config)
     if config.train.validate_every and config.train.validate_answers:
         for stage in config.stages:
-            _check_answers(config, stage)
+            if stage.objective == "answers":
+                _check_answers(config, stage)
 
 
 def _check_metrics(config: Config, stage: StageConfig) -> None:
@@ -66,7 +67,9 @@ def _reported(config: Config) -> list[str]:
         data = stage.data
         for name in data.validation:
             metrics = ["loss", "token_accuracy"]
-            if config.train.validate_answers:
+            if stage.objective == "contrastive":
+                metrics = ["loss", "zero_shot"]
+            elif config.train.validate_answers:
                 metrics += data.metrics.get(name, ["exact_match"])
             names |= {f"val/{name}/{metric}": None for metric in metrics}
     return list(names)

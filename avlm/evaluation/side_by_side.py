@@ -61,6 +61,13 @@ def find_candidates(names: list[str], step: str, out: Path | None, engine: str |
         if is_run(path):
             config, checkpoint = find_checkpoint(path, step)
             run = checkpoint.resolve().parents[1]
+            stage = config.stages[min(read_progress(checkpoint).stage, len(config.stages) - 1)]
+            if stage.objective == "contrastive":
+                raise ValueError(
+                    f"{name}: its last stage, {stage.name}, is contrastive, and did not teach it to answer. How often "
+                    f"media find their captions is val/SET/zero_shot in {run}/metrics.jsonl, with data.validation; "
+                    "answers can be scored after a stage of them"
+                )
             train = dataclasses.replace(config.train, float8=False)  # which only training needs
             found = Candidate(name, str(checkpoint), run, read_progress(checkpoint).step, train, config.device)
             runs[name] = found

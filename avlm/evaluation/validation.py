@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -13,8 +14,9 @@ from avlm.data.text.tokenizer import Tokenizer
 from avlm.evaluation.answers import answers, predictions_path, score
 from avlm.evaluation.scores import LOWER_IS_BETTER
 from avlm.evaluation.sets import read_set, references
+from avlm.evaluation.zero_shot import zero_shot
 from avlm.models.avlm import AVLM
-from avlm.models.batch import empty_batch
+from avlm.models.batch import Batch, empty_batch, empty_pairs
 from avlm.parallel.apply import own_part
 from avlm.parallel.fsdp import reshard
 from avlm.parallel.mesh import World
@@ -27,7 +29,8 @@ from avlm.training.log import Log
 @torch.no_grad()
 def validate(model: AVLM, stage: StageConfig, config: Config, world: World, log: Log, step: int) -> dict[str, float]:
     """val/SET/METRIC -> value, for each validation set of a stage: the mean loss per target, the share of targets that
-    are the most likely token, and scores of generated answers if asked for.
+    are the most likely token, and scores of generated answers if asked for; of contrastive stages, what
+    ``avlm.evaluation.zero_shot`` says.
 
     Raises ValueError for a set without a target.
     """
@@ -35,7 +38,7 @@ def validate(model: AVLM, stage: StageConfig, config: Config, world: World, log:
     results = {}
     for name in stage.data.validation:
         scores = _validate_set(model, name, stage, config, world, log)
-        if config.train.validate_answers:
+        if config.train.validate_answers and stage.objective == "answers":
             scores |= validate_answers(model, name, stage, config, world, log, step)
         results |= {f"val/{name}/{metric}": value for metric, value in scores.items()}
     reshard(model)
@@ -45,25 +48,18 @@ def validate(model: AVLM, stage: StageConfig, config: Config, world: World, log:
 def _validate_set(
     model: AVLM, name: str, stage: StageConfig, config: Config, world: World, log: Log
 ) -> dict[str, float]:
-    """Loss and accuracy of a set. Every rank runs the same number of forwards, that of the rank with the most rows."""
+    """Loss and accuracy of a set."""
     source = stage.data.validation[name]
-    loader = None
-    if world.leads_row:
-        stream = Stream(source, stage.data, config.model, **world.shard_of_data, seed=config.seed, train=False)
-        loader = open_loader(stream)
-    rows = share_rows(loader, world)
+    rows = _rows(name, stage, config, world, log)
+    if stage.objective == "contrastive":
+        scores = zero_shot(model, rows, world)
+        if not scores:
+            raise ValueError(f"validation set {name} ({source}) has no sample that can be used")
+        return scores
     loss = torch.zeros((), device=world.device)
     right = torch.zeros((), dtype=torch.int64, device=world.device)
     num_targets = total = 0
-    for _ in range(config.train.validate_batches):
-        batch = next(rows, None)
-        num_batches = world.sum([batch is not None])[0]
-        if num_batches == 0:
-            break
-        if batch and world.leads_row:
-            log.skipped(batch, f" of {name}")
-        batch = batch or empty_batch(stage.data.seq_length, config.model)
-        batch = own_part(batch, config.model, world).to(world.device)
+    for batch in rows:
         batch_loss, _, token_R = model(batch, predict=True)
         loss += batch_loss
         right += (token_R == batch.target_R).sum()
@@ -73,6 +69,26 @@ def _validate_set(
     if not num_targets:
         raise ValueError(f"validation set {name} ({source}) has no sample that can be used")
     return {"loss": loss / max(total, 1.0), "token_accuracy": right / num_targets}
+
+
+def _rows(name: str, stage: StageConfig, config: Config, world: World, log: Log) -> Iterator[Batch]:
+    """This rank's parts of the rows of a set. Every rank gets the same number, that of the rank with the most rows."""
+    loader = None
+    if world.leads_row:
+        options = {**world.shard_of_data, "seed": config.seed, "objective": stage.objective}
+        loader = open_loader(Stream(stage.data.validation[name], stage.data, config.model, **options, train=False))
+    rows = share_rows(loader, world)
+    for _ in range(config.train.validate_batches):
+        batch = next(rows, None)
+        num_batches = world.sum([batch is not None])[0]
+        if num_batches == 0:
+            break
+        if batch and world.leads_row:
+            log.skipped(batch, f" of {name}")
+        if batch is None and stage.objective == "contrastive":
+            batch = empty_pairs(config.model)
+        batch = batch or empty_batch(stage.data.seq_length, config.model)
+        yield own_part(batch, config.model, world).to(world.device)
 
 
 def validate_answers(

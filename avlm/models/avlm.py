@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from avlm.config.model import ModelConfig
-from avlm.models.batch import PAD, Batch
+from avlm.models.batch import PAD, Batch, Media
+from avlm.models.contrastive import Contrastive, TextTower
 from avlm.models.cross import CrossLayers
 from avlm.models.decoder import Decoder, DeepFeatures
 from avlm.models.lora import apply_lora
@@ -43,6 +44,8 @@ class AVLM(nn.Module):
             sizes = tower.hidden_size, gathered, config.decoder.hidden_size
             built = Projector(projector, *sizes, num_deep, has_newline=config.cross is not None)
             self.add_module(f"{name}_projector", built)
+        self.text = TextTower(config.text) if config.text else None
+        self.contrastive = Contrastive(config) if config.contrastive else None
         if config.lora:
             apply_lora(self, config.lora)
 
@@ -58,7 +61,11 @@ class AVLM(nn.Module):
 
         ``predict``, for validation, adds the likeliest token of each, int64 (R,). With ``caches`` it
         returns the logits of the target rows instead, float32 (R, V).
+
+        Of a row of a contrastive stage it is the loss of pairs (``avlm.models.contrastive``).
         """
+        if batch.pairs is not None and self.text and self.contrastive:
+            return self.contrastive(batch, run(self.text, batch), self.tower_features(batch), predict)
         with_media = caches is None or caches[0].is_prompt  # after the prompt no rank has any
         x_TD = self.hidden(batch, caches, with_media)
         hidden_RD = self.decoder.norm(x_TD[batch.target_rows_R])
@@ -86,8 +93,7 @@ class AVLM(nn.Module):
         found = features_MD = None
         for name, tower, projector in self.modalities if with_media else ():
             media = batch.media[name]
-            with torch.set_grad_enabled(torch.is_grad_enabled() and trains(tower)):
-                features_PC = tower(media)
+            features_PC = run(tower, media)
             if projector.resampler is not None:
                 features_PC = projector.resampler(media, features_PC)
             x_TD, deep = projector(x_TD, media, features_PC)
@@ -98,7 +104,21 @@ class AVLM(nn.Module):
             features_MD = self.cross.features(own_MD, row)
         return x_TD, found, features_MD
 
+    def tower_features(self, batch: Batch) -> dict[str, Tensor]:
+        """The rows of each tower whose media are compared with captions, without those of inner layers (DeepStack)."""
+        towers = {name: tower for name, tower in self.config.modalities.items() if tower in self.config.pools}
+        return {
+            tower: run(getattr(self, tower), batch.media[name])[:, : getattr(self.config, tower).hidden_size]
+            for name, tower in towers.items()
+        }
+
+
+def run(tower: nn.Module, given: Media | Batch) -> Tensor:
+    """Features of a tower. A frozen one runs without a graph."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trains(tower)):
+        return tower(given)
+
 
 def trains(module: nn.Module) -> bool:
-    """Whether any parameter of the module is trained. A frozen tower runs without a graph."""
+    """Whether any parameter of the module is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())

@@ -201,6 +201,41 @@ def side_by_side(windows: list[Tensor], audio: AudioConfig) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Pooled(Movable):
+    """The rows of a tower that are pooled to embeddings of media.
+
+    rows    int64 (K,): of the tower's output
+    owner   int64 (K,): which medium each belongs to, ascending
+    counts  int64 (M,): how many each medium has
+    pairs   int64 (M,): the pair of each medium
+    """
+
+    rows: Tensor
+    owner: Tensor
+    counts: Tensor
+    pairs: Tensor
+
+
+@dataclass(frozen=True)
+class Pairs(Movable):
+    """Media and their captions, in a row of a contrastive stage: each document of the row is a caption, whose last
+    token is its only target, and pair n is the medium of caption n.
+
+    vision, audio  the media of each tower; None if they are not aligned
+    counts         pairs of each rank of a step; () as long as the row belongs to none
+    """
+
+    vision: Pooled | None
+    audio: Pooled | None
+    counts: tuple[int, ...] = ()
+
+    @property
+    def media(self) -> dict[str, Pooled]:
+        """By tower."""
+        return {name: pooled for name in TOWERS.values() if (pooled := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
 class Batch(Movable):
     """One packed row. Shapes are checked here, once.
 
@@ -216,6 +251,7 @@ class Batch(Movable):
     image, audio   Media, whose features stand in the order of their placeholders
     factor_R       float32: the weight of each target in the loss; None: all are 1
     media_row      of a model with layers of cross-attention: which features each token sees
+    pairs          what a contrastive stage compares; None in any other
     keys           sample keys of the row; ``skipped``: (key, reason) of samples dropped since the last batch
     read           samples read since the last batch, the skipped ones included
     """
@@ -231,6 +267,7 @@ class Batch(Movable):
     windowed: Segments | None = None
     factor_R: Tensor | None = None
     media_row: MediaRow | None = None
+    pairs: Pairs | None = None
     keys: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     read: int = 0
@@ -311,6 +348,15 @@ def text_positions(length: int, decoder: DecoderConfig) -> Tensor:
     """Positions of a document without media: 0, 1, 2, ..., int64 (T,), or (3, T) for M-RoPE."""
     position_T = torch.arange(length)
     return position_T if decoder.mrope_sections is None else position_T.repeat(3, 1)
+
+
+def empty_pairs(model: ModelConfig, ranks: int = 1) -> Batch:
+    """A row of a contrastive stage without pairs, on each of so many ranks."""
+    nothing = torch.arange(0)
+    none = Pooled(nothing, nothing, nothing, nothing)
+    pairs = Pairs(**{name: none if name in model.pools else None for name in TOWERS.values()}, counts=(0,) * ranks)
+    media: dict[str, Any] = no_media(model)
+    return Batch(nothing, nothing, Segments.of([]), nothing, nothing, nothing, **media, pairs=pairs)
 
 
 def empty_batch(seq_length: int, model: ModelConfig) -> Batch:

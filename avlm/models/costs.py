@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from itertools import chain
 
 from avlm.config.connector import ResamplerConfig
+from avlm.config.contrastive import TextConfig
 from avlm.config.decoder import DecoderConfig
-from avlm.config.model import TOWERS, AudioConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.model import TOWERS, AudioConfig, ModelConfig, PoolConfig, ProjectorConfig, VisionConfig
 from avlm.models.batch import Batch, Size
 from avlm.models.lora import is_adapter
 from avlm.models.patches import window_lengths
@@ -38,6 +39,13 @@ def counts(batch: Batch) -> dict[str, int]:
         "patches": len(batch.image.values),
         **(batch.audio.windows.counts if batch.audio.windows is not None else {}),
     }
+    if batch.pairs is not None:
+        lengths = [length for _, length in batch.segments.spans]
+        found["text_rows"] = len(batch.token_T)
+        found["causal_text_pairs"] = pairs(batch.segments)
+        found["text_pairs"] = sum(length**2 for length in lengths)
+        for tower, pooled in batch.pairs.media.items():
+            found |= {f"{tower}_pooled": len(pooled.rows), f"{tower}_media": len(pooled.pairs)}
     if batch.windowed is not None:
         found["window_pairs"] = pairs(batch.windowed)
     if batch.media_row is not None:
@@ -189,6 +197,10 @@ def branches(module: str, model: ModelConfig) -> list[list[Step]]:
         found = [_vision(config)]
     elif module == "audio":
         found = [_audio(config)]
+    elif module == "text":
+        found = [_text(config)]
+    elif module == "contrastive":
+        found = [_text_head(), *(_head(tower, pool) for tower, pool in model.pools.items())]
     else:
         modality, tower = next(entry for entry in TOWERS.items() if module == f"{entry[1]}_projector")
         found = _projectors(config, modality, getattr(model, tower))
@@ -267,8 +279,33 @@ def _audio(config: AudioConfig) -> Iterator[Step]:
     yield from _encoder(config, "audio")
 
 
-def _encoder(config: VisionConfig | AudioConfig, modality: str) -> Iterator[Step]:
-    rows = f"{modality}_rows"
+def _text(config: TextConfig) -> Iterator[Step]:
+    yield "", ("embedding", "position")
+    yield from _encoder(config, "causal_text" if config.causal else "text")
+
+
+def _text_head() -> Iterator[Step]:
+    yield "targets", ("text.projection",)
+    yield "", ("logit_scale", "logit_bias")
+
+
+def _head(tower: str, config: PoolConfig) -> Iterator[Step]:
+    """The products of embeddings with each other are left out: 4 C for each pair of the step, of N that a rank has. So
+    are those of the query that pools."""
+    pool = f"{tower}.pool"
+    if config.pool == "attention":
+        yield f"{tower}_pooled", (f"{pool}.k", f"{pool}.v")
+        yield "", (f"{pool}.probe",)
+        yield "batches", (f"{pool}.q",)
+        yield f"{tower}_media", (f"{pool}.o",)
+        yield "", (f"{pool}.norm",)
+        yield f"{tower}_media", (f"{pool}.up",)
+        yield f"{tower}_media", (f"{pool}.down",)
+    yield f"{tower}_media", (f"{tower}.projection",)
+
+
+def _encoder(config: VisionConfig | AudioConfig | TextConfig, modality: str) -> Iterator[Step]:
+    rows = f"{modality.removeprefix('causal_')}_rows"
     is_gated = isinstance(config, VisionConfig) and config.gated
     for i in range(config.num_blocks):
         block, attention = f"blocks.{i}", f"blocks.{i}.attention"

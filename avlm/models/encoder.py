@@ -1,4 +1,4 @@
-"""The transformer block that the vision tower and the audio tower share.
+"""The transformer block that the towers of vision, audio and text share.
 
 T rows of all items   D width   H heads   E head dim
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avlm.config.model import AudioConfig, VisionConfig
+from avlm.config.model import AudioConfig, TextConfig, VisionConfig
 from avlm.models.attention import AttentionCore
 from avlm.models.lora import lora_init_stats
 from avlm.models.rope import Rope, rotate
@@ -39,7 +39,7 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "rms_offset": OffsetRMSNorm}
 
 
 class EncoderAttention(nn.Module):
-    """Bidirectional attention; Whisper's keys have no bias."""
+    """Attention, bidirectional unless it is causal; Whisper's keys have no bias."""
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class EncoderAttention(nn.Module):
         qkv_bias: bool,
         key_bias: bool,
         qk_norm_eps: float | None,
+        causal: bool = False,
     ):
         """``qk_norm_eps``: of RMSNorms on queries and keys, over all heads together; None: there are none."""
         super().__init__()
@@ -61,7 +62,7 @@ class EncoderAttention(nn.Module):
         self.o = nn.Linear(D, D, bias=bias)
         self.q_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(D, qk_norm_eps)
         self.k_norm = nn.Identity() if qk_norm_eps is None else nn.RMSNorm(D, qk_norm_eps)
-        self.core = AttentionCore(causal=False)
+        self.core = AttentionCore(causal)
 
     def forward(self, x_TD: Tensor, segments: Segments, rope: Rope | None = None) -> Tensor:
         heads = (-1, self.head_dim)
@@ -79,7 +80,7 @@ class EncoderBlock(nn.Module):
 
     def __init__(
         self,
-        config: VisionConfig | AudioConfig,
+        config: VisionConfig | AudioConfig | TextConfig,
         *,
         activation: str = "gelu",
         gated: bool = False,
@@ -90,6 +91,7 @@ class EncoderBlock(nn.Module):
         key_bias: bool = True,
         qk_norm: bool = False,
         layer_scale: bool = False,
+        causal: bool = False,
     ):
         super().__init__()
         D, F = config.hidden_size, config.intermediate_size
@@ -101,6 +103,7 @@ class EncoderBlock(nn.Module):
             qkv_bias=bias and qkv_bias,
             key_bias=key_bias,
             qk_norm_eps=norm_eps if qk_norm else None,
+            causal=causal,
         )
         self.ffn_norm = NORMS[norm](D, norm_eps)
         self.gate = nn.Linear(D, F, bias=bias) if gated else None

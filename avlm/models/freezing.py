@@ -12,6 +12,7 @@ import difflib
 import re
 from collections.abc import Collection
 
+from avlm.config.contrastive import ALIGNMENT
 from avlm.config.model import MODULES, ModelConfig
 from avlm.config.run import FREEZE_FLAGS, StageConfig
 from avlm.config.values import shown
@@ -32,7 +33,7 @@ def freeze(model: AVLM, stage: StageConfig) -> list[str]:
 def parts_of(names: Collection[str]) -> list[str]:
     """The modules that parameters belong to, "lora" for adapters."""
     parts = {"lora" if is_adapter(name) else name.split(".")[0] for name in names}
-    return [part for part in (*MODULES, "lora") if part in parts]
+    return [part for part in (*MODULES, *ALIGNMENT, "lora") if part in parts]
 
 
 def trained_names(stage: StageConfig, model: ModelConfig, names: Collection[str]) -> set[str]:
@@ -43,6 +44,7 @@ def trained_names(stage: StageConfig, model: ModelConfig, names: Collection[str]
         trained -= {name for name in found if not is_adapter(name)}
     for pattern in stage.prevent_freeze_params:
         trained |= set(matching(pattern, f"stage {stage.name}: prevent_freeze_params", names))
+    trained = {name for name in trained if name.split(".")[0] not in stage.idle}
     if not trained:
         raise ValueError(f"stage {stage.name} trains nothing: every parameter is frozen")
     if model.lora and model.lora.base == "bf16":

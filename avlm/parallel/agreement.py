@@ -30,7 +30,8 @@ def check_step(world: World, model: AVLM, step: int, parts: list[Batch]) -> None
     own = {
         "step": step,
         "micro-batches": len(parts),
-        "tokens": [len(part.token_T) for part in parts],
+        "tokens": [len(part.token_T) for part in parts if part.pairs is None],
+        "pairs of each rank": [part.pairs.counts for part in parts if part.pairs is not None],
         "modules, and whether they train": {name: trains(module) for name, module in model.named_children()},
     }
     _compare(world, own, "every rank has to run every tower the same number of times, if need be on zero items")

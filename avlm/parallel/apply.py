@@ -6,7 +6,7 @@ from avlm.config.model import ModelConfig
 from avlm.config.parallel import ParallelConfig
 from avlm.config.run import TrainConfig
 from avlm.models.avlm import AVLM
-from avlm.models.batch import Batch, empty_batch
+from avlm.models.batch import Batch, empty_batch, empty_pairs
 from avlm.models.lora import frozen_base
 from avlm.models.moe import clear_seen
 from avlm.parallel.context import cut
@@ -18,6 +18,7 @@ from avlm.parallel.float8 import apply_float8
 from avlm.parallel.fsdp import apply_fsdp, reshard
 from avlm.parallel.media import Share, split
 from avlm.parallel.mesh import World
+from avlm.parallel.pairs import apply_pairs
 from avlm.parallel.recompute import apply_recompute
 from avlm.parallel.ring import connect
 from avlm.parallel.tensor import apply_cross_tensor, apply_tensor
@@ -54,6 +55,7 @@ def apply_parallel(model: AVLM, world: World, parallel: ParallelConfig, train: T
     apply_media(model)
     if model.cross is not None and world.row_size > 1:
         apply_cross(model, world.group_of(world.row_size))
+    apply_pairs(model, world)
     apply_recompute(model, train)
     apply_fsdp(model, world, parallel, compute_dtype(train.precision, world.device))
     model.to_empty(device="cpu" if parallel.cpu_offload else world.device)
@@ -114,4 +116,6 @@ def warm_up(model: AVLM, world: World) -> None:
     row = own_part(empty_batch(num_tokens, model.config), model.config, world)
     with torch.compiler.set_stance("force_eager"):  # a graph for no media and so few tokens would be useless
         model(row.to(world.device))
+        if model.contrastive is not None:
+            model(empty_pairs(model.config, world.size).to(world.device))
     reshard(model)

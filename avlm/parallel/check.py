@@ -26,10 +26,25 @@ def check_layout(config: Config, world_size: int) -> None:
         raise ValueError(f"train.balance_loss={config.train.balance_loss} needs model.decoder.experts")
     _check_recompute(config)
     _check_rows(config)
+    _check_pairs(config)
     if config.train.float8:
         check_float8(config)
     if parallel.tower_sharding == "replicate":
         _check_replicated_towers(config)
+
+
+def _check_pairs(config: Config) -> None:
+    """Media and captions of a contrastive stage stay on the rank that loads them."""
+    parallel = config.parallel
+    for stage in config.stages:
+        if stage.objective == "answers":
+            continue
+        for key, value in {"context": 1, "tensor": 1, "balance_media": False}.items():
+            if getattr(parallel, key) != value:
+                raise ValueError(
+                    f"stage {stage.name}: objective=contrastive does not go with parallel.{key}="
+                    f"{str(getattr(parallel, key)).lower()}: set parallel.{key}={str(value).lower()}"
+                )
 
 
 def _check_rows(config: Config) -> None:

@@ -8,6 +8,7 @@ that hold the same ones.
 
 import functools
 import itertools
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,6 +49,8 @@ def apply_fsdp(model: AVLM, world: World, config: ParallelConfig, dtype: torch.d
         if projector.resampler is not None:
             fully_shard(projector.resampler, mesh=tower_mesh, reshard_after_forward=config.reshard, **shared)
         fully_shard(projector, mesh=tower_mesh, reshard_after_forward=False, **shared)
+    if model.contrastive is not None:
+        _shard_contrastive(model, config, {"mesh": tower_mesh, **shared})
     decoder = model.decoder
     expert_mesh = tower_mesh if world.expert_mesh is None else _sharding(world.expert_mesh, "shard_of_expert")
     for block in decoder.blocks:
@@ -73,6 +76,16 @@ def apply_fsdp(model: AVLM, world: World, config: ParallelConfig, dtype: torch.d
         module.set_force_sum_reduction_for_comms(True)
 
 
+def _shard_contrastive(model: AVLM, config: ParallelConfig, shared: dict[str, Any]) -> None:
+    """The text tower, each head, and the scale and bias of logits, which compute in float32."""
+    for unit in (*(model.text.blocks if config.tower_sharding == "block" else ()), model.text):
+        fully_shard(unit, reshard_after_forward=config.reshard, **shared)
+    for head in model.contrastive.heads:
+        fully_shard(head, reshard_after_forward=False, **shared)
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(model.contrastive, reshard_after_forward=False, **shared | {"mp_policy": exact})
+
+
 def _gather_in_backward_what_is_needed(model: AVLM) -> None:
     """Not the embedding, nor a tower that does not train: no gradient passes through them. FSDP2 would gather them as
     the units that were run before."""
@@ -82,7 +95,10 @@ def _gather_in_backward_what_is_needed(model: AVLM) -> None:
         for unit in units:
             unit.set_unshard_in_backward(is_needed)
 
-    for _, tower, _ in model.modalities:
+    towers = [tower for _, tower, _ in model.modalities]
+    if model.text is not None:
+        towers.append(model.text)
+    for tower in towers:
         tower.register_forward_pre_hook(functools.partial(note, fsdp_modules(tower)))
     if not model.config.decoder.tie_embedding:
         model.decoder.embedding.set_unshard_in_backward(False)

@@ -57,7 +57,7 @@ def apply_recompute(model: AVLM, config: TrainConfig) -> None:
     """
     if config.compile:
         torch._dynamo.config.recompile_limit = GRAPHS
-    for name in ("decoder", *model.config.modalities.values()):
+    for name in ("decoder", *model.config.modalities.values(), *(["text"] if model.config.text else [])):
         mode: Recompute = getattr(config.recompute, name)
         compiled = _compiled_decoder_block if name == "decoder" else _compiled_tower_block
         for i, block in enumerate(getattr(model, name).blocks):

@@ -23,6 +23,7 @@ from avlm.config.model import ModelConfig
 from avlm.models.batch import Batch
 from avlm.parallel.apply import own_part
 from avlm.parallel.mesh import World
+from avlm.parallel.pairs import joined
 
 ALIGNMENT = 8  # bytes: tensors of any dtype begin at a multiple of it
 
@@ -83,6 +84,18 @@ def _noted(rows: Iterator[Row]) -> Iterator[Row]:
     for row in rows:
         state = row.loader_state()
         yield replace(row, loader_state=functools.partial(dict, state))
+
+
+def of_a_step(parts: list[Batch], model: ModelConfig, world: World) -> list[Batch]:
+    """The micro-batches of a rank as they are computed: those of a contrastive stage as one, which knows how many pairs
+    each rank has. All ranks call this together."""
+    if parts[0].pairs is None:
+        return parts
+    row = joined(parts, model)
+    own = [0] * world.size
+    own[world.rank] = len(row.target_R)
+    counts = tuple(int(count) for count in world.sum(own))
+    return [replace(row, pairs=replace(row.pairs, counts=counts))]
 
 
 def share_rows(rows: Iterable[Batch] | None, world: World) -> Iterator[Batch]:

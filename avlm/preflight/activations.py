@@ -8,7 +8,7 @@ import math
 
 from avlm.config.connector import ResamplerConfig
 from avlm.config.decoder import DecoderConfig, ExpertsConfig
-from avlm.config.model import AudioConfig, ProjectorConfig, VisionConfig
+from avlm.config.model import AudioConfig, ProjectorConfig, TextConfig, VisionConfig
 from avlm.preflight.layout import Layout
 
 # What the MLP of a tower keeps in multiples of its width: inputs and results of the operations.
@@ -122,12 +122,12 @@ def rms_norm_bytes(layout: Layout, trains: bool, offset: bool = False) -> int:
 
 
 def encoder_block_bytes(
-    tower: VisionConfig | AudioConfig, layout: Layout, norms_train: bool, scales_train: bool = False
+    tower: VisionConfig | AudioConfig | TextConfig, layout: Layout, norms_train: bool, scales_train: bool = False
 ) -> int:
     """What a block of a tower that trains keeps for each of its rows if nothing is recomputed."""
     is_vision = isinstance(tower, VisionConfig)
     c = layout.dtype.itemsize
-    activation = tower.activation if is_vision else "gelu"
+    activation = "gelu" if isinstance(tower, AudioConfig) else tower.activation
     if activation not in KEPT_BY_ACTIVATION:
         raise ValueError(f"what the activation {activation} keeps is not written in avlm/preflight/activations.py")
     of_norm = rms_norm_bytes(layout, norms_train) if is_vision and tower.norm == "rms" else c  # LayerNorm: its input

@@ -4,6 +4,7 @@ The resident part is exact: float32 shards of weights, gradients and AdamW's two
 multiple of its ranks. The transient part is that of the worst of these moments:
 
     a tower at work    its weights are gathered, its own activations are kept if it trains
+    pairs              of a contrastive stage: all activations are kept; embeddings and logits (avlm/preflight/pairs.py)
     head               all activations are kept; a chunk of logits, the gradient of the head in the making
     decoder block      the first of the backward: all activations are kept; gradients on their way to their shards
 
@@ -26,6 +27,7 @@ from avlm.models.costs import block_products, kinds_of_blocks, largest_block
 from avlm.models.lora import frozen_base
 from avlm.models.shapes import Shapes
 from avlm.parallel.recompute import keeps_product
+from avlm.preflight import pairs
 from avlm.preflight.activations import (
     cross_block_bytes,
     decoder_block_bytes,
@@ -73,8 +75,11 @@ def estimate(config: Config, stage: StageConfig, world_size: int, shapes: Shapes
     """What a rank holds at the worst moment of a stage."""
     case = Case(config, stage, layout_of(config, world_size), shapes)
     moments = {f"{tower} tower": _at_tower(tower, case) for tower in config.model.modalities.values()}
-    moments["head"] = _at_head(case)
-    moments["decoder block"] = _at_block(case)
+    if stage.objective == "contrastive":
+        moments["pairs"] = _at_pairs(case)
+    else:
+        moments["head"] = _at_head(case)
+        moments["decoder block"] = _at_block(case)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     device = resident(case) | moments[moment]
     host = {}
@@ -171,6 +176,20 @@ def _at_head(case: Case) -> dict[str, int]:
     }
 
 
+def _at_pairs(case: Case) -> dict[str, int]:
+    gathered = case.gathered_bytes("contrastive.")
+    if case.config.parallel.tower_sharding == "unit":
+        gathered += case.gathered_bytes("text.")  # the first whose backward runs
+    reduction = (case.itemsize + 4) * case.trained_numbers("text.")
+    kept, _ = _kept(case)
+    return {
+        "gathered weights": _held(case) + gathered,
+        "gradients in reduction": reduction,
+        "activations": kept,
+        "head": pairs.loss_bytes(case),
+    }
+
+
 def _at_tower(name: str, case: Case) -> dict[str, int]:
     c = case.itemsize
     tower = getattr(case.model, name)
@@ -187,7 +206,7 @@ def _at_tower(name: str, case: Case) -> dict[str, int]:
     work = _recomputed(largest_block(name, case.model), case) + c * (
         2 * tower.hidden_size + 3 * tower.intermediate_size
     )
-    kept, _ = _kept_by_tower(name, case)
+    kept, _ = _kept(case) if case.stage.objective == "contrastive" else _kept_by_tower(name, case)
     return {
         "gathered weights": _held(case) + gathered,
         "gradients in reduction": reduction,
@@ -201,6 +220,8 @@ def _held(case: Case) -> int:
     parallel = case.config.parallel
     towers = case.model.modalities.values()
     held = [f"{tower}_projector." for tower in towers]
+    if case.stage.objective == "contrastive":
+        held = ["contrastive."]
     if case.model.decoder.tie_embedding or not parallel.reshard:  # tied, it belongs to the root, which stays gathered
         held.append("decoder.embedding.")
     if not parallel.reshard:
@@ -215,6 +236,13 @@ def _held(case: Case) -> int:
 
 def _kept(case: Case) -> tuple[int, int]:
     """(device, host) bytes of all that autograd keeps between forward and backward."""
+    if case.stage.objective == "contrastive":
+        rows = pairs.text_rows(case)
+        device, host = _kept_by_blocks("text", rows, case)
+        by_towers = [_kept_by_tower(tower, case) for tower in case.model.pools]
+        device += 2 * case.itemsize * case.model.text.hidden_size * rows
+        tower_device, tower_host = max(by_towers, key=sum)  # a row is full of one modality
+        return device + tower_device, host + tower_host
     decoder = case.model.decoder
     device, host = _kept_by_blocks("decoder", case.tokens, case)
     rope = (16 if decoder.query_growth else 8) * case.tokens * decoder.head_dim  # cos and sin of the positions
@@ -240,7 +268,7 @@ def _kept_by_tower(name: str, case: Case) -> tuple[int, int]:
     if trains:
         blocks, host = _kept_by_blocks(name, rows, case)
         device += blocks + c * stem * rows
-    if trains or case.trained_numbers(f"{name}_projector.") > 0:
+    if case.stage.objective == "answers" and (trains or case.trained_numbers(f"{name}_projector.") > 0):
         width = tower.rows_per_feature(projector) * tower.hidden_size
         if projector.resampler is not None:
             width = (projector.downsample if name == "audio" else 1) * projector.input_width(tower)
@@ -254,7 +282,10 @@ def _kept_by_tower(name: str, case: Case) -> tuple[int, int]:
 
 
 def _media_rows(name: str, case: Case) -> tuple[int, int]:
-    return media_rows(name, case.model, case.stage.data, case.layout.row_ranks)
+    rows, projected = media_rows(name, case.model, case.stage.data, case.layout.row_ranks)
+    if case.stage.objective == "contrastive":
+        rows = math.ceil(rows * pairs.micro_batches(case) * pairs.share_of_media(name, case))
+    return rows, projected
 
 
 def _stem(tower: VisionConfig | AudioConfig) -> tuple[int, int]:

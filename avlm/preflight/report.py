@@ -85,9 +85,10 @@ def _stage_lines(config: Config, stage: StageConfig, world_size: int) -> list[st
 
 
 def _time_lines(config: Config, stage: StageConfig, world_size: int) -> list[str]:
-    """What bounds a step on H100s (``avlm.preflight.step_time``); nothing for a run in float32, or with weights on the
-    host, of which no time is known."""
-    if config.parallel.cpu_offload or layout_of(config, world_size).dtype != torch.bfloat16:
+    """What bounds a step on H100s (``avlm.preflight.step_time``); nothing for contrastive stages, for a run in float32,
+    or with weights on the host, of which no time is known."""
+    is_known = stage.objective == "answers" and not config.parallel.cpu_offload
+    if not is_known or layout_of(config, world_size).dtype != torch.bfloat16:
         return []
     row = typical_row(stage.data, config.model)
     found = step_time.estimate(config, stage, world_size, GPUS["h100"], row)
@@ -114,6 +115,7 @@ SAVINGS = (
     ("train.recompute.decoder", "selective"),
     ("train.recompute.vision", "full"),
     ("train.recompute.audio", "full"),
+    ("train.recompute.text", "full"),
     ("parallel.tower_sharding", "block"),
     ("train.recompute.decoder", "full"),
     ("train.offload_activations", True),

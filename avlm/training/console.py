@@ -102,7 +102,9 @@ def ending(config: Config, progress: Progress, trained: bool, seconds: float) ->
     tried = f'python generate.py {folder}{asked} --prompt "..."    or without --prompt, to chat'
     if config.stages[-1].data.duplex:
         tried = f"python -m avlm.evaluation.duplex {folder} CLIP"
-    return [f"{end} in {clock(seconds)}: saved to {folder_of(Path(folder), progress.step)}", f"try: {tried}"]
+    lines = [f"{end} in {clock(seconds)}: saved to {folder_of(Path(folder), progress.step)}", f"try: {tried}"]
+    is_contrastive = config.stages[min(progress.stage, len(config.stages) - 1)].objective == "contrastive"
+    return lines[:1] if is_contrastive else lines  # it learned no answers
 
 
 def clock(seconds: float) -> str:

@@ -56,8 +56,9 @@ def costs(model: ModelConfig, stage: StageConfig, recompute: RecomputeConfig) ->
     trained = trained_shapes(stage, model, shapes)
     found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     has_graph = {}  # module -> whether anything in it, or below it, trains
+    modules = [module for module in model.modules if module not in stage.idle]
     last = ("cross", "decoder")  # all others feed them, and layers of cross-attention stand between the decoder's
-    for module in sorted(model.modules, key=lambda name: last.index(name) + 1 if name in last else 0):
+    for module in sorted(modules, key=lambda name: last.index(name) + 1 if name in last else 0):
         tower = module.removesuffix("_projector")
         from_input = any(has_graph.values()) if module in last else has_graph.get(tower, False)
         from_input |= module == "cross" and _is_trained("decoder", trained)
@@ -67,6 +68,8 @@ def costs(model: ModelConfig, stage: StageConfig, recompute: RecomputeConfig) ->
         for branch in branches(module, model):
             below = from_input
             for count, paths in branch:
+                if module == "contrastive":  # each of its heads has a tower
+                    below |= has_graph.get(paths[0].split(".")[1], False)
                 for path in paths:
                     label = "head" if path == "decoder.head" else module
                     # A block whose input and weights have no gradient has no backward, and is not recomputed.

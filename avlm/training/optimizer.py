@@ -43,6 +43,9 @@ def build(model: AVLM, config: OptimizerConfig) -> torch.optim.AdamW:
         eps=config.eps,
         fused=not is_bf16,  # one call for all tensors, not hundreds of DTensor calls a step
     )
+    contrastive = model.config.contrastive
+    if contrastive and contrastive.max_scale:
+        optimizer.register_step_post_hook(lambda *_: limit_scale(model, contrastive.max_scale))
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -52,6 +55,14 @@ def build(model: AVLM, config: OptimizerConfig) -> torch.optim.AdamW:
                 "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
             }
     return optimizer
+
+
+@torch.no_grad()
+def limit_scale(model: AVLM, most: float) -> None:
+    """The scale of contrastive logits to ``most`` at most, as CLIP was trained (Radford et al. 2021, section 2.5)."""
+    scale = model.contrastive.logit_scale
+    own = scale.to_local() if isinstance(scale, DTensor) else scale
+    own.clamp_(max=math.log(most))
 
 
 def schedule(optimizer: torch.optim.AdamW, config: OptimizerConfig, step: int, num_steps: int) -> float:

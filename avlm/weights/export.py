@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from avlm.config.contrastive import ALIGNMENT
 from avlm.config.load import to_dict
 from avlm.config.model import AudioConfig, LoraConfig, ModelConfig
 from avlm.config.run import DataConfig
@@ -72,6 +73,8 @@ def export(
         lazy.pop("decoder.head.weight", None)
     if format != "avlm" and config.audio_projector is not None and config.audio_projector.add:
         raise ValueError(f"the {format} format cannot hold audio_projector.add=true: write --format avlm")
+    if format != "avlm":
+        config, lazy = _without_alignment(config, lazy)
     tokenizer = Tokenizer(data.tokenizer) if data is not None and data.tokenizer else None
     larger = Whole(format, whole) if whole is not None else None
     if format == "gguf":
@@ -107,6 +110,12 @@ def export(
 
     publish(folder, write, overwrite, world)
     return tensors
+
+
+def _without_alignment(config: ModelConfig, state: State) -> tuple[ModelConfig, State]:
+    """Without what compares media with captions, for which other formats have no place."""
+    kept = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in ALIGNMENT}
+    return dataclasses.replace(config, text=None, contrastive=None), kept
 
 
 @dataclasses.dataclass

@@ -179,6 +179,10 @@ def _sizes(model: ModelConfig, module: str) -> str:
         window = f"windows of {audio.window_frames / 100:g} s" + " at most" * (audio.window == "true")
         layers = f"{audio.num_layers} layers of width {audio.hidden_size}"
         return f"Whisper's encoder, {layers}, {audio.num_mels} mels, {window}"
+    if module == "text":
+        return f"{model.text.num_layers} layers of width {model.text.hidden_size}, {model.text.vocab_size:,} tokens"
+    if module == "contrastive":
+        return f"embeddings of {model.contrastive.size} numbers, compared by {model.contrastive.loss}"
     projector = getattr(model, module)
     n = projector.downsample
     if module == "vision_projector":

@@ -14,13 +14,13 @@ from megatron.energon import Sample as EnergonSample
 from megatron.energon import SavableDataLoader, edataclass, get_savable_loader, stateless
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
+from avlm.data.captions import Encoder, encoder_of, row_of
 from avlm.data.energon.samples import DAMAGE, Raw, RawEncoder, explained, open_dataset, options, to_sample
 from avlm.data.energon.source import check_source, path_of
 from avlm.data.energon.state import from_json, to_json
-from avlm.data.packing import pack, select
-from avlm.data.sample import EncodedSample, SampleEncoder
+from avlm.data.packing import select
+from avlm.data.sample import EncodedSample
 from avlm.data.stream import Stream
-from avlm.data.text.tokenizer import Tokenizer
 from avlm.models.batch import Batch
 from avlm.process import worker
 
@@ -41,7 +41,7 @@ class Packed(EnergonSample):
 class TaskEncoder(RawEncoder):
     """Energon's hooks, in the order in which it calls them."""
 
-    def __init__(self, encoder: SampleEncoder, train: bool) -> None:
+    def __init__(self, encoder: Encoder, train: bool) -> None:
         super().__init__()
         self.encoder = encoder
         self.train = train
@@ -72,7 +72,7 @@ class TaskEncoder(RawEncoder):
     def pack_selected_samples(self, samples: list[Encoded]) -> Packed:
         skipped = [(entry.__key__, entry.reason) for entry in samples if entry.sample is None]
         good = [entry.sample for entry in samples if entry.sample is not None]
-        batch = pack(good, self.encoder.data.seq_length, self.encoder.model, skipped, read=len(samples))
+        batch = row_of(good, self.encoder, skipped, read=len(samples))
         key = batch.keys[0] if batch.keys else ""
         return Packed(__key__=key, __restore_key__=(), batch=batch)
 
@@ -101,8 +101,7 @@ class EnergonLoader:
         self._loader: SavableDataLoader | None = None
         check_source(path_of(stream.source))
         self.stream = stream
-        encoder = SampleEncoder(stream.model, stream.data, Tokenizer(stream.data.tokenizer))
-        self._encoder = TaskEncoder(encoder, stream.train)
+        self._encoder = TaskEncoder(encoder_of(stream), stream.train)
         self._loader = self._open()
         if state is not None:
             self._loader.restore_state_rank(from_json(state["energon"]))

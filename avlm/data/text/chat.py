@@ -18,12 +18,11 @@ from avlm.data.text.templates import TEMPLATES, pieces
 from avlm.data.text.tokenizer import Tokenizer
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, key: str = "model.decoder.vocab_size") -> None:
     """Every id must have a row in the embedding; spare rows are fine (checkpoints pad them)."""
     if tokenizer.size > vocab_size:
         raise ValueError(
-            f"{tokenizer.file} has {tokenizer.size} ids but model.decoder.vocab_size={vocab_size}: "
-            "they belong to different models"
+            f"{tokenizer.file} has {tokenizer.size} ids but {key}={vocab_size}: they belong to different models"
         )
 
 
