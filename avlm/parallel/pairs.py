@@ -5,20 +5,20 @@
 The ranks may have different numbers of pairs. The micro-batches of a rank are joined to one row before its forward: a
 pair is compared with all of a step, so none of them can be left behind. What a rank keeps grows with them.
 
-N own pairs   M pairs of the rank with most   A pairs of all ranks
+N own pairs   M pairs of the rank with most   A pairs of all ranks   C size of an embedding
 """
 
 from itertools import accumulate
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from avlm.config.model import TOWERS, ModelConfig
 from avlm.models.avlm import AVLM
 from avlm.models.batch import Batch, Media, Pairs, Pooled, media_of
-from avlm.parallel.exchange import gathered, scattered
+from avlm.parallel.gather import Gather
 from avlm.parallel.mesh import World
 from kernels.segments import Segments
 
@@ -34,33 +34,15 @@ class AllGather(nn.Module):
         super().__init__()
         self.group = group
 
-    def forward(self, own_N: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, int]:
-        """Rows of all ranks, (A, ...), and where the own ones begin. ``counts``: of each rank."""
-        starts = [0, *accumulate(counts)]
-        return _AllGather.apply(own_N, counts, self.group), starts[self.group.rank()]
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, own_N, counts, group):
-        ctx.counts, ctx.group = counts, group
-        most = max(counts)
-        padded_M = own_N.new_zeros(most, *own_N.shape[1:])
-        padded_M[: len(own_N)] = own_N
-        rows = gathered(padded_M, group).split(most) if most else [own_N] * len(counts)
-        return torch.cat([of_rank[:count] for of_rank, count in zip(rows, counts)])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dall_A):
-        counts, own = ctx.counts, ctx.counts[ctx.group.rank()]
+    def forward(self, own_NC: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, int]:
+        """Rows of all ranks, (A, C), and where the own ones begin. ``counts``: of each rank."""
         most = max(counts)
         if not most:
-            return dall_A, None, None
-        padded = dall_A.new_zeros(len(counts), most, *dall_A.shape[1:])
-        for of_rank, rows in zip(padded, dall_A.split(list(counts))):
-            of_rank[: len(rows)] = rows
-        return scattered(padded.flatten(0, 1), ctx.group)[:own], None, None
+            return own_NC, 0
+        padded_MC = F.pad(own_NC, (0, 0, 0, most - len(own_NC)))
+        of_ranks = Gather.apply(padded_MC, self.group).split(most)
+        all_AC = torch.cat([rows[:count] for rows, count in zip(of_ranks, counts)])
+        return all_AC, sum(counts[: self.group.rank()])
 
 
 def joined(rows: list[Batch], model: ModelConfig) -> Batch:
