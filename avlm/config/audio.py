@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from avlm.config.values import Heads, Layers, Width, WidthOrDefault, config, require
+from avlm.config.values import Heads, Kernel, Layers, Width, WidthOrDefault, config, require
 
 
 def halved(count: int, times: int) -> int:
@@ -17,7 +17,8 @@ def halved(count: int, times: int) -> int:
 
 @config
 class AudioConfig:
-    """Whisper encoder. Audio is cut into windows, which the convolutions and attention do not cross."""
+    """An audio encoder: the defaults are Whisper's. Audio is cut into windows, which the convolutions and attention do
+    not cross."""
 
     hidden_size: Width
     intermediate_size: Width
@@ -30,20 +31,28 @@ class AudioConfig:
     edge: Literal["zeros", "silence", "masked"] = "zeros"
     # what is past a clip: zeros or frames of silence before the first convolution; masked: zeros before each of the two
     pool: Literal[1, 2] = 1  # rows whose mean is a row of the output, before the last norm; an odd last row is dropped
-    key_bias: bool = False
-    stem: Literal["conv1d", "conv2d"] = "conv1d"
-    # Whisper's two convolutions over frames; or three over frames and mel bins, each of which halves both (Qwen3-Omni)
-    stem_width: WidthOrDefault = 0  # of conv2d: its channels
+    key_bias: bool = False  # of Whisper's blocks
+    stem: Literal["conv1d", "conv2d", "depthwise"] = "conv1d"
+    # Whisper's two convolutions over frames; or three over frames and mel bins, each of which halves both: whole ones
+    # (Qwen3-Omni), or one and two pairs of a depthwise and a pointwise one (FastConformer)
+    stem_width: WidthOrDefault = 0  # of conv2d and depthwise: their channels
     stem_frames: Annotated[int, Field(gt=0, le=2**20)] = 100
     # of conv2d: frames that are convolved apart from others, the last ones of a window filled up with zeros
+    mel: Literal["whisper", "nemo"] = "whisper"  # see avlm.models.log_mel and avlm.models.nemo_mel
+    block: Literal["whisper", "conformer"] = "whisper"
+    # a transformer's with fixed positions and a last norm; or attention with relative positions and a convolution
+    conv_kernel: Kernel = 9  # of a conformer block: rows that a channel's convolution sees
+    bias: bool = True  # of a conformer block: of its linears
+    conv_bias: bool = True  # of a conformer block: of its convolutions and the two linears around each
+    scale_input: bool = False  # what the stem makes is multiplied by sqrt(hidden_size)
 
     def __post_init__(self) -> None:
         require(
             self.hidden_size % self.num_heads == 0,
             f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}",
         )
+        require(self.stem == "conv1d" or self.stem_width > 0, f"stem={self.stem} needs a stem_width")
         if self.stem == "conv2d":
-            require(self.stem_width > 0, "stem=conv2d needs a stem_width")
             require(
                 (self.window, self.edge, self.pool) == ("true", "zeros", 1),
                 f"stem=conv2d needs window=true, edge=zeros and pool=1, not {self.window}, {self.edge} and {self.pool}",
@@ -55,6 +64,19 @@ class AudioConfig:
                 f"max_positions={self.max_positions} is no multiple of the {rows} rows that stem_frames="
                 f"{self.stem_frames} make",
             )
+        for key, value in {"stem": "depthwise", "mel": "nemo"}.items():
+            masked = self.edge == "masked" or getattr(self, key) != value
+            require(masked, f"{key}={value} needs edge=masked, not {self.edge}")
+        if self.stem == "depthwise":
+            require(self.num_mels % 8 == 0, f"stem=depthwise needs num_mels of a multiple of 8, not {self.num_mels}")
+        if self.block == "conformer":
+            require(self.hidden_size % 2 == 0, f"block=conformer needs an even hidden_size, not {self.hidden_size}")
+            require(self.conv_kernel % 2 == 1, f"conv_kernel={self.conv_kernel} is even: it has no row in its middle")
+            require(not self.key_bias, "key_bias=true is for block=whisper: bias is that of a conformer's keys as well")
+        else:
+            for key, value in {"conv_kernel": 9, "bias": True, "conv_bias": True}.items():
+                found = getattr(self, key)
+                require(found == value, f"{key}={found} needs block=conformer")
         require(self.window == "true" or self.edge == "zeros", f"edge={self.edge} needs window=true")
         require(
             self.max_positions >= self.pool, f"max_positions={self.max_positions} is fewer than pool={self.pool} rows"
@@ -86,12 +108,12 @@ class AudioConfig:
         if self.stem == "conv2d":
             whole, rest = divmod(num_frames, self.stem_frames)
             return whole * halved(self.stem_frames, 3) + halved(rest, 3)
-        return halved(num_frames, 1)
+        return halved(num_frames, 3 if self.stem == "depthwise" else 1)
 
     @property
     def frames_together(self) -> int:
         """Frames that convolutions read in one piece, or that make a row: windows are padded to a multiple of them."""
-        return self.stem_frames if self.stem == "conv2d" else 2
+        return {"conv1d": 2, "conv2d": self.stem_frames, "depthwise": 8}[self.stem]
 
     @property
     def rows_together(self) -> int:
@@ -105,11 +127,14 @@ class AudioConfig:
 
     @property
     def stem_bins(self) -> int:
-        """Of conv2d: what is left of the mel bins."""
+        """Of conv2d and depthwise: what is left of the mel bins."""
         return halved(self.num_mels, 3)
 
     def stem_counts(self, num_frames: int) -> dict[str, int]:
         """How often the parts of the stem compute for a window, by their counts in ``avlm.models.costs``."""
+        if self.stem == "depthwise":
+            found = {f"halved_{n}": halved(self.num_mels, n) * halved(num_frames, n) for n in (1, 2, 3)}
+            return {**found, "stem_rows": halved(num_frames, 3)}
         num_frames += -num_frames % self.frames_together
         rows = self.rows_of(num_frames)
         if self.stem == "conv1d":

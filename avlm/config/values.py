@@ -18,6 +18,7 @@ Epsilon = Annotated[float, Field(ge=1e-37, le=1)]  # not 0 in float32 either: th
 Layers = Annotated[int, Field(gt=0, le=1000)]
 FromTheEnd = Annotated[int, Field(ge=-1000, le=-1)]
 Stack = Annotated[int, Field(gt=0, le=2**10)]
+Kernel = Annotated[int, Field(gt=0, le=2**10 + 1)]
 Width = Annotated[int, Field(gt=0, le=2**20)]
 WidthOrDefault = Annotated[int, Field(ge=0, le=2**20)]
 Heads = Annotated[int, Field(gt=0, le=2**14)]

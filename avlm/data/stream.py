@@ -25,7 +25,7 @@ LATER = {
     "vision": "frames_per_patch deepstack_layers gated norm axial_rope window full_layers tokens_per_second "
     "qk_norm layer_scale axial_offset position_table fractional_time",
     "vision_projector": OF_PROJECTORS,
-    "audio": "log_mel edge pool key_bias stem stem_width stem_frames",
+    "audio": "log_mel edge pool key_bias stem stem_width stem_frames mel block conv_kernel bias conv_bias scale_input",
     "audio_projector": OF_PROJECTORS,
 }
 

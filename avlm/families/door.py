@@ -49,6 +49,7 @@ from avlm.families import (
     mistral3,
     paligemma,
     paligemma2,
+    parakeet,
     pixtral,
     qwen2_5_omni,
     qwen2_5_vl,
@@ -94,7 +95,7 @@ FAMILIES = (
         smolvlm,
         paligemma,
     ),
-    *(llama, gemma, clip, whisper),
+    *(llama, gemma, clip, whisper, parakeet),
 )
 FORMATS: dict[str, ModuleType] = {
     "decoder": llama,
@@ -123,6 +124,7 @@ FORMATS: dict[str, ModuleType] = {
     "paligemma": paligemma,
     "paligemma2": paligemma2,
 }
+TOWER_FORMATS: dict[str, ModuleType] = {"parakeet": parakeet}  # of an audio tower alone
 TEXT_FORMATS = tuple(name for name, family in FORMATS.items() if set(family.LOADED) == {"decoder"})  # without towers
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.MODEL_TYPES}
 

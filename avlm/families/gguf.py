@@ -92,7 +92,10 @@ VISION: dict[str, tuple] = {
     "deepstack_layers": ([],),
     "resample": ("bicubic",),
 }
-AUDIO: dict[str, tuple] = {"window": ("fixed",), "max_positions": (WINDOW_ROWS,), "pool": (1,), "key_bias": (False,)}
+AUDIO: dict[str, tuple] = {
+    **{"window": ("fixed",), "max_positions": (WINDOW_ROWS,), "pool": (1,), "key_bias": (False,)},
+    **{"block": ("whisper",), "scale_input": (False,)},
+}
 DECODER: dict[str, tuple] = {"sliding_window": (None,), "mrope_sections": (None,)}
 # The same of what llama.cpp has in architectures that we do not write.
 UNWRITTEN: dict[str, tuple] = {

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from avlm.config.decoder import DecoderConfig
 from avlm.config.model import TOWERS, AudioConfig, ModelConfig, VisionConfig
+from avlm.models.conformer import relative_counts
 from avlm.models.movable import Movable
 from avlm.models.patches import Grid, PatchPlaces
 from avlm.models.reading import MediaRow, QuerySets, read_by
@@ -40,7 +41,7 @@ class WindowRows(Movable):
     live    bool (I, W): frames of a clip, for convolutions that see nothing else; None if they see all
     pooled  int64 (K',): for each row of the output, which is the mean of two kept rows, the first of them, from 0 to
             K - 1; None if the kept rows are the output
-    counts  how often the parts of the stem compute, over all windows
+    counts  how often the parts of the stem, and of Conformer blocks, compute, over all windows
     """
 
     kept: Tensor
@@ -63,8 +64,13 @@ class WindowRows(Movable):
             starts = [0, *accumulate(counts)]
             whole = [torch.arange(count // audio.pool) * audio.pool + start for count, start in zip(counts, starts)]
             pooled = torch.cat([nothing, *whole])
-        stem = {count: len(sizes) * number for count, number in audio.stem_counts(num_frames).items()}
-        return WindowRows(kept, live, pooled, stem)
+        convolved = sizes if audio.stem == "depthwise" else [num_frames] * len(sizes)
+        found = dict.fromkeys(audio.stem_counts(0), 0)
+        for size in convolved:
+            found = {count: found[count] + number for count, number in audio.stem_counts(size).items()}
+        if audio.block == "conformer":
+            found |= relative_counts(counts, audio.conv_kernel)
+        return WindowRows(kept, live, pooled, found)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from avlm.models.projector import LAYERS
 from avlm.models.shapes import Shapes, parameter_shapes
 from kernels.segments import Segments
 
+RELATIVE = ".attention.relative_core"  # ends the path of products of queries and relative positions
 Step = tuple[str, tuple[str, ...]]  # its count, "" if it has no product; modules that share an input
 
 
@@ -96,12 +97,14 @@ def item_costs(modality: str, sizes: list[Size], model: ModelConfig) -> list[int
         for path in paths:
             if count.endswith("window_pairs"):
                 per_window_pair += attention_cost(path, model)
+            elif path.endswith(RELATIVE):
+                per_pair += 2 * attention_cost(path, model)  # about two relative positions for each pair
             elif path.endswith("core"):
                 per_pair += attention_cost(path, model)
-            else:
+            elif count != "relative_rows":  # of the longest item alone
                 product = 2 * math.prod(shapes[f"{path}.weight"])
                 if count in stem_counts:
-                    of_stem[count] = product
+                    of_stem[count] = of_stem.get(count, 0) + product
                 else:
                     per_row += product
     costs = []
@@ -130,14 +133,15 @@ def forward_cost(path: str, model: ModelConfig, shapes: Shapes) -> int:
 
 
 def attention_cost(path: str, model: ModelConfig) -> int:
-    """FLOPs of a pair of a query and a key, forward, of the attention core at a path."""
+    """FLOPs of a pair of a query and a key, forward, of the attention core at a path; of a query and a relative
+    position, of what is added to its scores."""
     module = path.split(".")[0]
     if module in ("decoder", "cross"):
         return 4 * model.decoder.num_heads * model.decoder.head_dim
     tower = getattr(model, module.removesuffix("_projector"))
     if module.endswith("_projector"):
         return 4 * getattr(model, module).resampler.attention_size(tower.hidden_size)
-    return 4 * tower.hidden_size
+    return (2 if path.endswith(RELATIVE) else 4) * tower.hidden_size
 
 
 def product_flops(path: str, shape: tuple[int, ...], model: ModelConfig) -> int:
@@ -155,7 +159,8 @@ def block_products(block: str, model: ModelConfig) -> list[str]:
     rank = model.lora.rank if model.lora else 0
     found = []
     for count, paths in steps(block.partition(".")[0], model):
-        products = [path for path in paths if count and path.startswith(f"{block}.") and not path.endswith("core")]
+        is_matrix = count not in ("", "conv_places")
+        products = [path for path in paths if is_matrix and path.startswith(f"{block}.") and not path.endswith("core")]
         found += [path for path in products if min(shapes[f"{path}.weight"][-2:]) > rank]
     return found
 
@@ -274,9 +279,37 @@ def _audio(config: AudioConfig) -> Iterator[Step]:
     else:
         yield "halved_1", ("conv1",)
         yield "halved_2", ("conv2",)
+        yield "halved_2", ("point2",) if config.stem == "depthwise" else ()
         yield "halved_3", ("conv3",)
+        yield "halved_3", ("point3",) if config.stem == "depthwise" else ()
         yield "stem_rows", ("stem_out",)
-    yield from _encoder(config, "audio")
+    yield from _encoder(config, "audio") if config.block == "whisper" else conformer_steps(config.num_blocks, "audio")
+
+
+def conformer_steps(num_blocks: int, modality: str) -> Iterator[Step]:
+    """Of blocks of ``avlm.models.conformer``."""
+    rows = f"{modality}_rows"
+    for i in range(num_blocks):
+        block, attention, conv = f"blocks.{i}", f"blocks.{i}.attention", f"blocks.{i}.conv"
+        yield "", (f"{block}.ffn1_norm",)
+        yield rows, (f"{block}.ffn1.up",)
+        yield rows, (f"{block}.ffn1.down",)
+        yield "", (f"{block}.attention_norm",)
+        yield rows, (f"{attention}.q", f"{attention}.k", f"{attention}.v")
+        yield "relative_rows", (f"{attention}.relative",)
+        yield "", (f"{attention}.bias_u", f"{attention}.bias_v")
+        yield "relative_pairs", (f"{block}{RELATIVE}",)
+        yield f"{modality}_pairs", (f"{attention}.core",)
+        yield rows, (f"{attention}.o",)
+        yield "", (f"{block}.conv_norm",)
+        yield rows, (f"{conv}.expand",)
+        yield "conv_places", (f"{conv}.depthwise",)
+        yield "", (f"{conv}.scale", f"{conv}.shift")
+        yield rows, (f"{conv}.project",)
+        yield "", (f"{block}.ffn2_norm",)
+        yield rows, (f"{block}.ffn2.up",)
+        yield rows, (f"{block}.ffn2.down",)
+        yield "", (f"{block}.norm",)
 
 
 def _text(config: TextConfig) -> Iterator[Step]:

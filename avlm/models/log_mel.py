@@ -1,4 +1,5 @@
-"""Log-mel windows equal to those of Whisper's feature extractor; the loader's workers make them.
+"""Log-mel windows equal to those of Whisper's feature extractor, or, with mel=nemo, cut of NeMo's frames
+(``avlm.models.nemo_mel``); the loader's workers make them.
 
     power   = |FFT of 25 ms|^2 every 10 ms, the clip reflected at its start and followed by zeros
     log_mel = (max(log10(filters @ power), window's maximum - 8) + 4) / 4
@@ -15,6 +16,7 @@ from torch import Tensor
 from torchaudio.functional import melscale_fbanks
 
 from avlm.config.model import AudioConfig
+from avlm.models import nemo_mel
 
 SAMPLE_RATE = 16_000  # Hz
 FFT = 400  # samples: 25 ms
@@ -28,6 +30,11 @@ def windows(clip: Tensor, audio: AudioConfig) -> list[Tensor]:
     whole = audio.window_frames
     parts = clip.split(whole * HOP) if audio.log_mel == "window" else [clip]
     found = []
+    if audio.mel == "nemo":
+        for part in parts:
+            log_MW = nemo_mel.log_mel(part, audio.num_mels)
+            found += [window for window in log_MW.split(whole, 1) if window.shape[1]]
+        return found
     for part in parts:
         covered = math.ceil(part.shape[0] / HOP)  # frames whose centre lies in the clip
         log_MW, silence = _log_mel(part, audio)

@@ -127,6 +127,9 @@ def encoder_block_bytes(
     """What a block of a tower that trains keeps for each of its rows if nothing is recomputed."""
     is_vision = isinstance(tower, VisionConfig)
     c = layout.dtype.itemsize
+    if isinstance(tower, AudioConfig) and tower.block == "conformer":
+        sizes = tower.hidden_size, tower.intermediate_size, tower.num_heads
+        return conformer_block_bytes(*sizes, tower.num_rows, layout)
     activation = "gelu" if isinstance(tower, AudioConfig) else tower.activation
     if activation not in KEPT_BY_ACTIVATION:
         raise ValueError(f"what the activation {activation} keeps is not written in avlm/preflight/activations.py")
@@ -141,6 +144,21 @@ def encoder_block_bytes(
     if is_vision and tower.qk_norm:
         norms += 2 * rms_norm_bytes(layout, norms_train)
     return norms * tower.hidden_size + c * (in_attention + in_mlp * tower.intermediate_size) + 4 * tower.num_heads
+
+
+def conformer_block_bytes(
+    hidden_size: int, intermediate_size: int, num_heads: int, longest: int, layout: Layout
+) -> int:
+    """The same of a Conformer block, whose segments have ``longest`` rows: a bias for each pair of a segment is kept.
+
+    Each norm keeps its input, each linear its input; attention q with either bias, k, v and lse; the convolution both
+    halves of its GLU, its input with the gaps, its result before it is scaled and after, and where each row lies.
+    """
+    in_attention = 6 * hidden_size + num_heads * longest  # with the inputs of q, k, v and of o
+    in_convolution = 7 * hidden_size  # with the inputs of both linears
+    in_ffn = hidden_size + 2 * intermediate_size
+    numbers = 5 * hidden_size + in_attention + in_convolution + 2 * in_ffn
+    return layout.dtype.itemsize * numbers + 4 * num_heads + 8
 
 
 def projector_numbers(

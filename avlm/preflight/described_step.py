@@ -9,6 +9,7 @@ from typing import NamedTuple
 from avlm.config.model import TOWERS, ModelConfig, VisionConfig
 from avlm.config.run import DataConfig
 from avlm.models.batch import Size
+from avlm.models.conformer import relative_counts
 from avlm.models.costs import counts_of_sets
 from avlm.models.patches import window_lengths
 from avlm.parallel.context_attention import mode_of
@@ -97,6 +98,8 @@ def counts_of(row: Row, model: ModelConfig, data: DataConfig) -> dict[str, int]:
             found |= counts_of_sets(modality, number * [(projector.resampler.num_queries, n) for n in windows])
         if isinstance(size, int):
             found |= {count: number * times for count, times in tower.stem_counts(size).items()}
+            if tower.block == "conformer":
+                found |= relative_counts([rows] * number, tower.conv_kernel)
             continue
         found["patches"] = number * math.prod(size)
         if tower.window is not None:

@@ -207,11 +207,14 @@ def _at_tower(name: str, case: Case) -> dict[str, int]:
         2 * tower.hidden_size + 3 * tower.intermediate_size
     )
     kept, _ = _kept(case) if case.stage.objective == "contrastive" else _kept_by_tower(name, case)
+    scores = 0
+    if isinstance(tower, AudioConfig) and tower.block == "conformer":  # those of a window, shifted and scaled
+        scores = 4 * c * tower.num_heads * tower.num_rows**2
     return {
         "gathered weights": _held(case) + gathered,
         "gradients in reduction": reduction,
         "activations": kept,
-        "at work": _media_rows(name, case)[0] * work,
+        "at work": _media_rows(name, case)[0] * work + scores,
     }
 
 
@@ -303,6 +306,10 @@ def _stem(tower: VisionConfig | AudioConfig) -> tuple[int, int]:
             places += 2 * 4 * tower.head_dim  # cos and sin
         return pixels + places, pixels + 2 * tower.hidden_size  # patches, and the first norm
     mels = math.ceil(tower.num_mels * tower.frames_together / tower.rows_together)  # float32
+    if tower.stem == "depthwise":
+        written = tower.stem_counts(tower.frames_together)
+        per_row = written["halved_1"] + 2 * (written["halved_2"] + written["halved_3"])  # ReLUs, and depthwise ones
+        return 4 * mels, mels + tower.stem_width * (per_row + tower.stem_bins)  # and the rows that stem_out takes
     if tower.stem == "conv2d":
         written = tower.stem_counts(tower.frames_together)
         per_piece = 2 * tower.stem_width * sum(written[f"halved_{n}"] for n in (1, 2, 3))  # with their GELUs

@@ -22,7 +22,7 @@ import torch
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import Recompute, RecomputeConfig, StageConfig
-from avlm.models.costs import attention_cost, block_products, branches, check_steps, product_flops, steps
+from avlm.models.costs import RELATIVE, attention_cost, block_products, branches, check_steps, product_flops, steps
 from avlm.models.freezing import trained_shapes
 from avlm.models.lora import is_adapter
 from avlm.models.shapes import Shapes, parameter_shapes
@@ -103,7 +103,7 @@ def _repeated(module: str, model: ModelConfig, shapes: Shapes, trained: Collecti
         if mode == "selective":
             products = block_products(block, model)
             kept = {path for number, path in enumerate(products) if keeps_product(number, len(products))}
-            paths = [path for path in paths if path not in kept and not path.endswith("core")]
+            paths = [path for path in paths if path not in kept and not path.endswith(".core")]
         for path in paths:
             is_needed = f"{path}.lora_magnitude" in shapes or f"{block}.ffn_scale" in trained
             is_needed |= module == "decoder" and model.decoder.post_norms
@@ -134,6 +134,11 @@ def _cost(
         forward = attention_cost(path, model)
         yield "", count, forward, 2 * forward * below
         return
+    if path.endswith(RELATIVE):
+        forward = attention_cost(path, model)
+        yield "", count, forward, forward * (below + _is_trained(path.removesuffix("_core"), trained))
+        return
+    below = below and count != "relative_rows"  # relative positions are constants
     base = f"{path}.weight"
     if path == "decoder.head" and model.decoder.tie_embedding:
         base = "decoder.embedding.weight"

@@ -13,7 +13,7 @@ def main() -> None:
     command = commands.add_parser("export", help="write a checkpoint of a run as a model folder")
     command.add_argument("run", help="run folder, or a checkpoint folder of one")
     command.add_argument("folder", help="folder to write, new or empty")
-    formats = ["avlm", "transformers", *door.FORMATS, "gguf", "adapter"]
+    formats = ["avlm", "transformers", *door.FORMATS, *door.TOWER_FORMATS, "gguf", "adapter"]
     command.add_argument("--format", choices=formats, default="avlm")
     command.add_argument("--step", type=int, help="which checkpoint of the run (default: the newest)")
     command.add_argument(

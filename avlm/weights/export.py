@@ -22,7 +22,7 @@ from avlm.models.lora import is_adapter, merge
 from avlm.models.whisper import sinusoids
 from avlm.parallel.mesh import World
 from avlm.storage.model_folder import Lazy, publish, write_json, write_tensors
-from avlm.weights import experts, served
+from avlm.weights import conformer, experts, served
 from avlm.weights.gguf import export_gguf
 from avlm.weights.peft import Base, adapter_keys, peft_names
 from avlm.weights.served import Places
@@ -56,6 +56,7 @@ def export(
     adapter  the adapters for PEFT, on ``base``, and its projectors if they changed; elsewhere adapters are merged
     transformers  every module in a class of transformers, with the code that this class lacks (``avlm.weights.served``)
     gguf     llama.cpp's files, with config.json under our names; ``type`` is that of matrices (default: f16)
+    parakeet  the audio tower alone
     decoder (which leaves the towers out), llava, voxtral, ... are Hugging Face's (``avlm.families``)
 
     ``state`` holds tensors under our parameter names, on the CPU or stored; stored ones are read only when they are
@@ -83,7 +84,7 @@ def export(
     content = _content(format, config, lazy, tokenizer, data, base)
     tensors = content.tensors
     if dtype is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        tensors = {name: each.to(dtype) if each.dtype.is_floating_point else each for name, each in tensors.items()}
     stored_as = next(iter(tensors.values())).dtype
     if larger is not None:
         content.files["config.json"] = larger.config_json(content.files["config.json"])
@@ -101,7 +102,7 @@ def export(
             (partial / name).write_text(text, encoding="utf-8")
         if larger is not None:
             larger.copy_files(partial)
-        if tokenizer is not None and format != "adapter":
+        if tokenizer is not None and format not in ("adapter", *door.TOWER_FORMATS):
             model_type = content.files["config.json"].get("model_type")
             names = door.TOKEN_NAMES.get(content.format, {})
             chat_template = door.CHAT_TEMPLATES.get(door.FORMATS.get(content.format))
@@ -153,8 +154,11 @@ def _content(
         return Content({"adapter_config.json": adapter_keys(config, state, base)}, tensors, "adapter_model")
     if format == served.FORMAT:
         return _served(config, state, tokenizer, data)
+    if format in door.TOWER_FORMATS:
+        return _tower(format, config, state)
     if format not in door.FORMATS:
-        raise ValueError(f"format {format!r} is not one of avlm, adapter, {served.FORMAT}, {', '.join(door.FORMATS)}")
+        known = ("avlm", "adapter", served.FORMAT, *door.FORMATS, *door.TOWER_FORMATS)
+        raise ValueError(f"format {format!r} is not one of {', '.join(known)}")
     family = door.FORMATS[format]
     ids = media_token_ids(tokenizer, family.MEDIA_TOKENS, config.decoder.vocab_size)
     config = _with_rows(config, ids)
@@ -164,6 +168,19 @@ def _content(
     tensors = _hugging_face_tensors(family, places, family.HEAD, config, state)
     markers = data.markers if data is not None else {}
     return Content(files, tensors, media=door.media_in_prompts(family, markers), ids=ids, format=format)
+
+
+def _tower(format: str, config: ModelConfig, state: State) -> Content:
+    family = door.TOWER_FORMATS[format]
+    if config.audio is None:
+        raise ValueError(f"the {format} format holds an audio tower, and the model has none")
+    files = {"config.json": family.config_json(config.audio), **family.processor_json(config.audio)}
+    tensors: State = {}
+    for name, tensor in state.items():
+        module, _, rest = name.partition(".")
+        if module == "audio":
+            tensors |= conformer.written(name, door.full_name(family, module, rest, family.PREFIXES[module][0]), tensor)
+    return Content(files, tensors)
 
 
 def _with_rows(config: ModelConfig, ids: Mapping[str, int]) -> ModelConfig:

@@ -49,7 +49,7 @@ def export_run(arguments: argparse.Namespace) -> None:
         type=arguments.type,
     )
     if rank == 0:
-        if not to_peft:
+        if not to_peft and arguments.format not in door.TOWER_FORMATS:
             write_card(config, read_progress(path), path.resolve().parents[1], Path(arguments.folder), arguments.format)
         if arguments.format == "gguf":
             print(gguf_summary(arguments.folder, arguments.type))
@@ -77,6 +77,8 @@ def summary(folder: str, format: str, tensors: Mapping[str, Lazy], base: Base | 
         load = f"transformers.AutoModelForMultimodalLM.from_pretrained({folder!r}, trust_remote_code=True)"
     elif format in door.FORMATS and door.FORMATS[format].CLASS:
         load = f"transformers.{door.FORMATS[format].CLASS}.from_pretrained({folder!r})"
+    elif format in door.TOWER_FORMATS:
+        load = f"transformers.{door.TOWER_FORMATS[format].CLASS}.from_pretrained({folder!r})"
     else:
         load = f"avlm.load({folder!r})"
     kind = f"adapters onto {base.format}" if base else f"format {format}" + (f" within {whole}" if whole else "")

@@ -37,7 +37,7 @@ from avlm.models.whisper import sinusoids
 from avlm.storage.hub import may_be_on_hub
 from avlm.storage.run_folder import is_run, read_run
 from avlm.storage.weight_files import WeightFiles, local
-from avlm.weights import experts
+from avlm.weights import conformer, experts
 from avlm.weights.compare import check_config
 from avlm.weights.peft import held_whole, open_adapter
 from avlm.weights.sources import Rows, Source, check_shape, in_our_order, open_source
@@ -266,7 +266,8 @@ def _choose(
     parts = _parts(names, places)
     chosen = {}
     for name, theirs in names.items():
-        if found := experts.find(name, theirs, tuple(shapes[name]), held, path):
+        asked = (name, theirs, tuple(shapes[name]), held, path)
+        if found := experts.find(*asked) or conformer.find(*asked):
             chosen[name] = Chosen(*found)
             continue
         if theirs not in held:
@@ -283,8 +284,7 @@ def _choose(
                 raise ValueError(f"{path}: {theirs} has shape {there}, and {', '.join(parts[theirs])} {number} rows")
             before = parts[theirs][: parts[theirs].index(name)]
             tensor = Rows(tensor, sum(shapes[part][0] for part in before), shapes[name][0])
-        module = name.partition(".")[0]
-        if module in places:
+        if (module := name.partition(".")[0]) in places:
             tensor = in_our_order(tensor, places[module].family, name)
         check_shape(name, shapes[name], tensor, f"{path}: {theirs}")
         chosen[name] = Chosen((theirs,), tensor)

@@ -49,11 +49,12 @@ def choose(config: ModelConfig, data: DataConfig | None) -> Served:
             "decoder.experts: transformers converts the tensors of experts for its own classes alone, and not for "
             "that of --format transformers: give --format avlm, or that of a family which holds the model"
         )
-    if config.audio is not None and config.audio.stem != "conv1d":
-        raise ValueError(
-            f"audio.stem={config.audio.stem} is not in the code that --format transformers brings along: give --format "
-            "avlm or qwen3_omni_moe"
-        )
+    for key, held in {"stem": "conv1d", "block": "whisper", "mel": "whisper", "scale_input": False}.items():
+        if config.audio is not None and (value := getattr(config.audio, key)) != held:
+            raise ValueError(
+                f"audio.{key}={value} is not in the code that --format transformers brings along: give --format "
+                f"{'avlm or qwen3_omni_moe' if value == 'conv2d' else 'avlm'}"
+            )
     for kind, marked in data.markers.items() if data is not None else ():
         if "{n}" in "".join(marked):
             raise ValueError(f"data.markers.{kind}={marked} counts media, which no exported chat template does")

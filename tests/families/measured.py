@@ -14,7 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from avlm.families.door import EXPERT, FORMATS, full_name, is_channel_major, is_transposed, of_all_experts
+from avlm.families.door import (
+    EXPERT,
+    FORMATS,
+    TOWER_FORMATS,
+    full_name,
+    is_channel_major,
+    is_transposed,
+    of_all_experts,
+)
 from avlm.models.avlm import AVLM
 from tests.models.handmade import assert_gradients_close
 
@@ -69,7 +77,7 @@ def all_gradients_close(ours: AVLM, theirs: nn.Module, format: str) -> None:
 def note(name: str, error: float | None = None) -> None:
     """``error``: the largest; None if what is compared is equal, such as ids."""
     format, what, *_ = name.split()
-    assert format in FORMATS and what in COLUMNS, name
+    assert (format in FORMATS or format in TOWER_FORMATS) and what in COLUMNS, name
     path = os.environ.get(NOTES)
     if path:
         with open(path, "a") as file:
@@ -84,7 +92,7 @@ def table(notes: list[str]) -> list[str]:
         format, what, *_ = name.split()
         errors[format, COLUMNS[what]].append(float(error or 0))
     rows = [HEADER, ["---"] * len(HEADER)]
-    for format, family in FORMATS.items():
+    for format, family in {**FORMATS, **TOWER_FORMATS}.items():
         cells = [_cell(errors[format, column]) for column in HEADER[2:]]
         rows.append([f"`{format}`", f"`{family.CLASS}`" if family.CLASS else "none", *cells])
     return [f"| {' | '.join(row)} |" for row in rows]
