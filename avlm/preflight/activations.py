@@ -161,6 +161,32 @@ def conformer_block_bytes(
     return layout.dtype.itemsize * numbers + 4 * num_heads + 8
 
 
+def stem_kept(tower: VisionConfig | AudioConfig) -> tuple[int, int]:
+    """For each row of a tower: bytes that arrive, or are made of what arrives; and numbers that autograd keeps outside
+    of the blocks."""
+    if isinstance(tower, VisionConfig):
+        pixels = tower.patch_numbers  # uint8
+        places = 0
+        if tower.any_grid:
+            places += 2 * 4  # line and column
+        if tower.any_grid and tower.num_rows:
+            num_taps = 4 if tower.position_table == "bilinear" else 1
+            places += num_taps * (8 + 4)  # rows of the position table and their weights
+        if tower.axial_rope:
+            places += 2 * 4 * tower.head_dim  # cos and sin
+        return pixels + places, pixels + 2 * tower.hidden_size  # patches, and the first norm
+    mels = math.ceil(tower.num_mels * tower.frames_together / tower.rows_together)  # float32
+    if tower.stem == "depthwise":
+        written = tower.stem_counts(tower.frames_together)
+        per_row = written["halved_1"] + 2 * (written["halved_2"] + written["halved_3"])  # ReLUs, and depthwise ones
+        return 4 * mels, mels + tower.stem_width * (per_row + tower.stem_bins)  # and the rows that stem_out takes
+    if tower.stem == "conv2d":
+        written = tower.stem_counts(tower.frames_together)
+        per_piece = 2 * tower.stem_width * sum(written[f"halved_{n}"] for n in (1, 2, 3))  # with their GELUs
+        return 4 * mels, mels + math.ceil(per_piece / tower.rows_together) + 2 * tower.hidden_size
+    return 4 * mels, mels + 6 * tower.hidden_size  # convolutions with their GELUs, and the last norm
+
+
 def projector_numbers(
     projector: ProjectorConfig, width: int, tower_size: int, decoder: DecoderConfig, num_deep: int = 0
 ) -> int:

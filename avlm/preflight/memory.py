@@ -21,7 +21,7 @@ c bytes of a number in compute
 import math
 from dataclasses import dataclass
 
-from avlm.config.model import AudioConfig, VisionConfig
+from avlm.config.model import AudioConfig
 from avlm.config.run import Config, Recompute, StageConfig
 from avlm.models.costs import block_products, kinds_of_blocks, largest_block
 from avlm.models.lora import frozen_base
@@ -36,6 +36,7 @@ from avlm.preflight.activations import (
     feed_forward_numbers,
     projector_numbers,
     resampler_bytes,
+    stem_kept,
 )
 from avlm.preflight.case import Case
 from avlm.preflight.layout import layout_of
@@ -264,7 +265,7 @@ def _kept_by_tower(name: str, case: Case) -> tuple[int, int]:
     tower = getattr(case.model, name)
     projector = getattr(case.model, f"{name}_projector")
     rows, projected = _media_rows(name, case)
-    arriving, stem = _stem(tower)
+    arriving, stem = stem_kept(tower)
     device = arriving * rows
     host = 0
     trains = case.trained_numbers(f"{name}.") > 0
@@ -289,32 +290,6 @@ def _media_rows(name: str, case: Case) -> tuple[int, int]:
     if case.stage.objective == "contrastive":
         rows = math.ceil(rows * pairs.micro_batches(case) * pairs.share_of_media(name, case))
     return rows, projected
-
-
-def _stem(tower: VisionConfig | AudioConfig) -> tuple[int, int]:
-    """For each row of a tower: bytes that arrive, or are made of what arrives; and numbers that autograd keeps outside
-    of the blocks."""
-    if isinstance(tower, VisionConfig):
-        pixels = tower.patch_numbers  # uint8
-        places = 0
-        if tower.any_grid:
-            places += 2 * 4  # line and column
-        if tower.any_grid and tower.num_rows:
-            num_taps = 4 if tower.position_table == "bilinear" else 1
-            places += num_taps * (8 + 4)  # rows of the position table and their weights
-        if tower.axial_rope:
-            places += 2 * 4 * tower.head_dim  # cos and sin
-        return pixels + places, pixels + 2 * tower.hidden_size  # patches, and the first norm
-    mels = math.ceil(tower.num_mels * tower.frames_together / tower.rows_together)  # float32
-    if tower.stem == "depthwise":
-        written = tower.stem_counts(tower.frames_together)
-        per_row = written["halved_1"] + 2 * (written["halved_2"] + written["halved_3"])  # ReLUs, and depthwise ones
-        return 4 * mels, mels + tower.stem_width * (per_row + tower.stem_bins)  # and the rows that stem_out takes
-    if tower.stem == "conv2d":
-        written = tower.stem_counts(tower.frames_together)
-        per_piece = 2 * tower.stem_width * sum(written[f"halved_{n}"] for n in (1, 2, 3))  # with their GELUs
-        return 4 * mels, mels + math.ceil(per_piece / tower.rows_together) + 2 * tower.hidden_size
-    return 4 * mels, mels + 6 * tower.hidden_size  # convolutions with their GELUs, and the last norm
 
 
 def _kept_by_blocks(name: str, rows: int, case: Case) -> tuple[int, int]:
