@@ -86,9 +86,10 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> None:
 
 
 def adaptable(model: nn.Module) -> list[str]:
-    """Paths of the linears of the decoder and the towers. Projectors are small and train whole."""
+    """Paths of the linears of the decoder and the towers. Projectors are small, layers of cross-attention new: both
+    train whole."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linears if not name.split(".")[0].endswith("projector")]
+    return [name for name in linears if not name.split(".")[0].endswith(("projector", "cross"))]
 
 
 def collapse(path: str) -> str:

@@ -57,7 +57,8 @@ def export(
     transformers  every module in a class of transformers, with the code that this class lacks (``avlm.weights.served``)
     gguf     llama.cpp's files, with config.json under our names; ``type`` is that of matrices (default: f16)
     parakeet  the audio tower alone
-    decoder (which leaves the towers out), llava, voxtral, ... are Hugging Face's (``avlm.families``)
+    decoder (which leaves out towers and layers of cross-attention), llava, voxtral, ... are Hugging Face's
+    (``avlm.families``)
 
     ``state`` holds tensors under our parameter names, on the CPU or stored; stored ones are read only when they are
     written. ``dtype`` casts them. ``whole`` is the folder of a larger model that the format is a part of: what it has
@@ -72,8 +73,7 @@ def export(
         config = dataclasses.replace(config, lora=None)
     if config.decoder.tie_embedding:
         lazy.pop("decoder.head.weight", None)
-    if format != "avlm" and config.audio_projector is not None and config.audio_projector.add:
-        raise ValueError(f"the {format} format cannot hold audio_projector.add=true: write --format avlm")
+    _check_connectors(format, config)
     if format != "avlm":
         config, lazy = _without_alignment(config, lazy)
     tokenizer = Tokenizer(data.tokenizer) if data is not None and data.tokenizer else None
@@ -131,6 +131,17 @@ class Content:
     texts: dict[str, str] = dataclasses.field(default_factory=dict)  # other files -> what stands in them
     added: tuple[str, ...] = ()  # kinds of media that the tokenizer's own template does not know
     format: str = "avlm"  # whose processor reads the tokenizer
+
+
+def _check_connectors(format: str, config: ModelConfig) -> None:
+    """ValueError for what no format holds but our own; those of one part leave it out."""
+    found = [] if config.cross is None else ["cross"]
+    for tower in config.modalities.values():
+        projector = getattr(config, f"{tower}_projector")
+        found += [f"{tower}_projector.resampler"] * (projector.resampler is not None)
+        found += [f"{tower}_projector.add"] * projector.add
+    if found and format not in ("avlm", *door.TEXT_FORMATS, *door.TOWER_FORMATS):
+        raise ValueError(f"the {format} format cannot hold model.{found[0]}: write --format avlm")
 
 
 def _content(

@@ -183,8 +183,16 @@ def _sizes(model: ModelConfig, module: str) -> str:
         return f"{model.text.num_layers} layers of width {model.text.hidden_size}, {model.text.vocab_size:,} tokens"
     if module == "contrastive":
         return f"embeddings of {model.contrastive.size} numbers, compared by {model.contrastive.loss}"
+    if module == "cross":
+        layers = f"{model.cross.num_blocks(decoder.num_layers)} layers of gated cross-attention"
+        return f"{layers}, one before every {model.cross.every} of the decoder"
     projector = getattr(model, module)
     n = projector.downsample
+    if projector.resampler is not None:
+        kind = {"qformer": "Q-Former", "perceiver": "Perceiver"}[projector.resampler.type]
+        read = f"{projector.resampler.window} rows" if projector.resampler.window else "an item"
+        layers = f"{projector.resampler.num_layers} layers, {projector.resampler.num_queries} queries for {read}"
+        return f"{kind} of {layers}; `{projector.type}`"
     if module == "vision_projector":
         made_of = f"{n} x {n} patches" if n > 1 else "a patch"
     else:

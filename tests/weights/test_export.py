@@ -27,6 +27,7 @@ from avlm.weights.sources import open_checkpoint
 from tests.families.measured import close, note
 from tests.models.handmade import build, loaded, make_batch, normalised, pixels_of, save
 from tests.models.test_avlm import AUDIO_ONLY, DECODER, WHOLE, llava
+from tests.parallel.small import MODELS, make_config
 from tests.weights.test_sources import write_run
 
 
@@ -292,3 +293,17 @@ def test_the_command_exports_any_step_of_a_run_with_adapters_merged(tmp_path, mo
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             main()
     assert not (tmp_path / "four").exists()
+
+
+@pytest.mark.parametrize("model", ["queries", "cross"])
+def test_connectors_that_no_other_format_holds_are_refused_there_and_kept_in_ours(model, tmp_path):
+    config = make_config(model=MODELS[model]).model
+    built = build(config)
+    for name in ("transformers", "llava", "gguf"):
+        with pytest.raises(
+            ValueError, match=rf"the {name} format cannot hold model\.(cross|vision_projector\.resampler)"
+        ):
+            export(config, built.state_dict(), tmp_path / name, format=name)
+    export(config, built.state_dict(), tmp_path / "ours")
+    again = loaded(config, all=tmp_path / "ours")
+    assert all(a.equal(b) for a, b in zip(built.parameters(), again.parameters(), strict=True))
