@@ -184,8 +184,8 @@ def _load_plan(
     places = {} if source.own_names else _places(entry, source, held, config)
     there = {name.partition(".")[0] for name in held} if source.own_names else places.keys()
     modules = []
-    for module in MODULES:
-        if module in there and getattr(config, module) and entry in ("all", "adapter", module):
+    for module in config.modules:
+        if module in there and entry in ("all", "adapter", module):
             modules.append(module)
     if not modules:
         raise ValueError(f"init_from.{entry}: {source.path} holds no module that this entry could provide")

@@ -64,6 +64,10 @@ def test_media_find_their_captions_after_a_few_steps_and_a_resumed_run_continues
     assert scores[-1]["val/squares/loss"] < scores[0]["val/squares/loss"]
     assert steps[0]["targets/image"] == steps[0]["target_tokens"] > 8 and steps[0]["flops/text"] > 0
     assert "flops/decoder" not in steps[0]
+    later = {**changes, "init_from": {"all": str(tmp_path / "run")}, "stages": [{**STAGE, "steps": 1}]}
+    run_ranks(train_to_end, 1, write_config(tmp_path / "later", **later))
+    [first, *_] = read_records(tmp_path / "later" / "run" / "metrics.jsonl")
+    assert first["loss"] < steps[0]["loss"], "a later run takes all of it"
     with pytest.raises(ValueError, match="its last stage, pairs, is contrastive"):
         find_candidates([str(tmp_path / "run")], "latest", None)
 
