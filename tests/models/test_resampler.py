@@ -122,6 +122,7 @@ def test_windows_read_their_own_rows_alone() -> None:
     torch.manual_seed(2)
     config = dataclasses.replace(QFORMER, window=4)
     resampler = Resampler(config, TOWER)
+    torch.nn.init.normal_(resampler.queries)
     shake(resampler)
     rows_PC = torch.randn(6, TOWER)
 
