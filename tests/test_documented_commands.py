@@ -33,6 +33,7 @@ SCRIPTS = {
     "tests/measurements/speed_against_transformers.py": [],
     "tests.measurements.speed_against_families": ["--seconds", "30"],
     "tests.measurements.served_by_transformers": [],
+    "tests.measurements.duplex_toy": ["--steps", "10", "--train", "20", "--test", "2", "--folder", "data/duplex_test"],
 }
 AFTER_MAKE_DEMO = {"tests/measurements/demo_variants.py"}  # hours
 WITH_LLAMA_CPP = {"tests.measurements.served_by_llama_cpp"}  # which is built from source

@@ -34,11 +34,16 @@ def check_duplex(duplex: DuplexConfig | None, model: ModelConfig) -> None:
     other way around."""
     adds = model.audio_projector is not None and model.audio_projector.add
     if duplex is None or not adds:
+        require(model.codec is None or adds, "model.codec needs data.duplex and model.audio_projector.add=true")
         fix = "set model.audio_projector.add=true" if not adds else "give data.duplex its tokens"
         require(duplex is None and not adds, f"data.duplex and model.audio_projector.add come together: {fix}")
         return
     audio, projector = model.audio, model.audio_projector
     assert audio is not None and projector is not None
+    require(
+        model.codec is None or not duplex.weights,
+        "data.duplex.weights do not go with model.codec: its text_weight and audio_weight weigh the losses",
+    )
     stacked = audio.pool * projector.downsample
     seconds = audio.seconds_per_row * stacked
     require(

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from avlm.config.audio import AudioConfig
+from avlm.config.codec import CodecConfig
 from avlm.config.connector import CrossConfig, ResamplerConfig
 from avlm.config.contrastive import ALIGNMENT, ContrastiveConfig, PoolConfig, TextConfig
 from avlm.config.decoder import DecoderConfig
@@ -33,8 +34,8 @@ from avlm.config.values import (
     shown,
 )
 
-MODULES = ("decoder", "cross", "vision", "audio", "vision_projector", "audio_projector")
-Module = Literal["decoder", "cross", "vision", "audio", "vision_projector", "audio_projector"]
+MODULES = ("decoder", "cross", "vision", "audio", "vision_projector", "audio_projector", "codec")
+Module = Literal["decoder", "cross", "vision", "audio", "vision_projector", "audio_projector", "codec"]
 TOWERS = {"image": "vision", "audio": "audio"}  # modality -> its tower, whose projector is called TOWER_projector
 
 
@@ -264,6 +265,7 @@ class ModelConfig:
     text: TextConfig | None = None
     contrastive: ContrastiveConfig | None = None
     lora: LoraConfig | None = None
+    codec: CodecConfig | None = None  # codes of speech, said next to the tokens of a duplex model
 
     def __post_init__(self) -> None:
         for tower in TOWERS.values():

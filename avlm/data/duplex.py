@@ -1,6 +1,7 @@
 """A recording and the agent's words with their times -> a token for each row of 80 ms.
 
     {"audio": "call.wav", "words": [[start_s, end_s, text], ...]}
+    {"audio": "call.wav", "words": [...], "codes": "call.npy"}      for a model with a codec; or K lists of codes
 
 A turn is words less than ``turn_gap`` apart. It begins with ``begin_token`` in the row of its first word's start; the
 tokens of a word stand one a row from its start on, or as soon as there is room for them; ``end_token`` follows the last
@@ -8,12 +9,15 @@ of them, not before the word's end. Every other row has ``pad_token``. (NeMo, co
 follows its begin token without gaps there, unless its words have times.)
 """
 
+import io
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
+from avlm.config.codec import CodecConfig
 from avlm.config.duplex import ROW_SECONDS, DuplexConfig
 from avlm.config.values import counted, shown
 from avlm.data.record_keys import HARMLESS, Record, check_keys
@@ -34,9 +38,10 @@ def is_duplex(record: Any) -> bool:
     return isinstance(record, dict) and "words" in record and not any(key in record for key in turns)
 
 
-def read_words(record: Record) -> tuple[str, list[Word]]:
-    """The name of the recording, and the words. One-line ValueError for a record that is not of this form."""
-    check_keys(record, {"audio", "words"}, "the record", HARMLESS)
+def read_words(record: Record) -> tuple[str, list[Word], Any]:
+    """The name of the recording, the words, and what stands under codes. One-line ValueError for a record that is not
+    of this form."""
+    check_keys(record, {"audio", "words", "codes"}, "the record", HARMLESS)
     name, given = record.get("audio"), record["words"]
     if not isinstance(name, str) or not name:
         raise ValueError(f"a record with words needs the name of a file under audio, such as {EXAMPLE}")
@@ -46,7 +51,7 @@ def read_words(record: Record) -> tuple[str, list[Word]]:
     for word, following in pairwise(words):
         if following.start < word.start:
             raise ValueError(f"words must ascend: {shown(following.text)!r} starts before {shown(word.text)!r}")
-    return name, words
+    return name, words, record.get("codes")
 
 
 def _is_word(word: Any) -> bool:
@@ -54,6 +59,31 @@ def _is_word(word: Any) -> bool:
         return False
     times = word[:2]
     return all(type(time) in (int, float) for time in times) and 0 <= times[0] <= times[1] < float("inf")
+
+
+def codes_of(given: Any, num_rows: int, codec: CodecConfig | None) -> Tensor | None:
+    """The codes of speech of each row, int64 (T, K), of a list for each codebook or of the bytes of a .npy file with
+    such lists. ValueError for those that do not fit the rows or the codec."""
+    if codec is None or given is None:
+        if codec is not None or given is not None:
+            has, lacks = ("model.codec", "the record has no codes") if codec else ("codes", "the model has no codec")
+            raise ValueError(f"{lacks}: a record has codes where the model has a codec, and this one has only {has}")
+        return None
+    try:
+        content = numpy.load(io.BytesIO(given), allow_pickle=False) if isinstance(given, bytes) else numpy.array(given)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"codes cannot be read as an array: {shown(str(error))}") from None
+    if content.dtype.kind not in "iu" or content.shape != (codec.num_codebooks, num_rows):
+        raise ValueError(
+            f"codes must be whole numbers of {codec.num_codebooks} codebooks and {num_rows} rows of {ROW_SECONDS:g} s, "
+            f"not {content.dtype} of shape {content.shape}"
+        )
+    if content.size and not 0 <= content.min() <= content.max() < codec.codebook_size:
+        raise ValueError(
+            f"codes must lie in 0..{codec.codebook_size - 1}, not in {content.min()}..{content.max()}: see "
+            "model.codec.codebook_size"
+        )
+    return torch.from_numpy(content.T.astype(numpy.int64))
 
 
 class RowText:

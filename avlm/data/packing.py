@@ -30,6 +30,7 @@ from avlm.models.batch import (
     seen_segments,
     text_positions,
 )
+from avlm.models.codes import Codes
 from avlm.models.patches import tower_layout
 from avlm.models.reading import read_by
 from kernels.segments import Segments
@@ -137,6 +138,7 @@ def pack(
         target_R=target_T[target_rows_R],
         kind_R=kind_T[target_rows_R],
         factor_R=_factors(samples, target_rows_R),
+        codes=pack_codes(samples, model),
         **pack_media_row(pack_media(samples, token_T, model), documents, model),
         keys=[sample.key for sample in samples],
         skipped=list(skipped),
@@ -150,6 +152,21 @@ def _factors(samples: list[EncodedSample], target_rows_R: Tensor) -> Tensor | No
         return None
     factor_T = [torch.ones(len(each)) if each.factor_T is None else each.factor_T for each in samples]
     return torch.cat(factor_T)[target_rows_R]
+
+
+def pack_codes(samples: list[EncodedSample], model: ModelConfig) -> Codes | None:
+    """The codes of speech of a row, at all tokens of the samples that have any."""
+    parts = [Codes.none(model)]
+    if parts == [None]:
+        return None
+    start = 0
+    for sample in samples:
+        if sample.code_TK is not None:
+            first = sample.code_TK.new_full((1, sample.code_TK.shape[1]), model.codec.codebook_size)
+            before = torch.cat([first, sample.code_TK[:-1]])
+            parts.append(Codes(torch.arange(start, start + len(sample)), before, sample.code_TK))
+        start += len(sample)
+    return Codes(*(torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "before_FK", "code_FK")))
 
 
 def pack_media(samples: list[EncodedSample], token_T: Tensor, model: ModelConfig) -> dict[str, Media]:

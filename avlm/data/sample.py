@@ -19,7 +19,7 @@ from torch import Tensor
 from avlm.config.model import TOWERS, ModelConfig
 from avlm.config.run import DataConfig
 from avlm.config.values import counted, shown
-from avlm.data.duplex import RowText, Word, is_duplex, read_words
+from avlm.data.duplex import RowText, Word, codes_of, is_duplex, read_words
 from avlm.data.features import Group, of_images
 from avlm.data.media import audio
 from avlm.data.media_reader import MediaReader, Room
@@ -50,6 +50,7 @@ class Sample:
     videos: list[bytes] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     words: list[Word] | None = None  # what the agent of a duplex model says while it hears the audio
+    codes: Any = None  # of its speech, as the record has them
     files: list[str] = field(default_factory=list, compare=False)  # names of media files, as the record has them
 
 
@@ -67,6 +68,7 @@ class EncodedSample:
     num_features  of media that do not stand among the tokens, for cross-attention
     position_T  None: 0, 1, 2, ...; else int64 or float64, for M-RoPE (3, T): time, line and column
     factor_T  None, or float32: the weights of targets in the loss
+    code_TK   None, or int64: the codes of the agent's speech in each row
     """
 
     key: str
@@ -78,6 +80,7 @@ class EncodedSample:
     groups: list[Group] = field(default_factory=list)
     factor_T: Tensor | None = None
     num_features: int = 0
+    code_TK: Tensor | None = None
 
     def __len__(self) -> int:
         return self.token_T.shape[0]
@@ -98,8 +101,9 @@ def parse(record: Any, media: Callable[[str], bytes], key: str) -> Sample:
         return content
 
     if is_duplex(record):
-        name, words = read_words(record)
-        return Sample(key=key, messages=[], audios=[read(name)], words=words, files=names)
+        name, words, codes = read_words(record)
+        codes = read(codes) if isinstance(codes, str) else codes
+        return Sample(key=key, messages=[], audios=[read(name)], words=words, codes=codes, files=names)
     messages, files, references = read_record(record, read)
     by_field = {f"{kind}s": files[kind] for kind in MEDIA}
     return Sample(key=key, messages=messages, answers=references, files=names, **by_field)
@@ -161,7 +165,8 @@ class SampleEncoder:
         token_T = self.row_text.inputs(said_T)
         media: Items = {"image": [], "audio": run.items}
         factor_T = self.row_text.factors(said_T)
-        return EncodedSample(sample.key, "audio", token_T, said_T, media, factor_T=factor_T)
+        code_TK = codes_of(sample.codes, len(said_T), self.model.codec)
+        return EncodedSample(sample.key, "audio", token_T, said_T, media, factor_T=factor_T, code_TK=code_TK)
 
     def prompt(
         self,

@@ -124,7 +124,7 @@ def fingerprint(data: DataConfig, model: ModelConfig) -> str:
     settings["vocab_size"] = model.decoder.vocab_size
     for name in MODULES:
         module = getattr(model, name)
-        if name != "decoder" and (name != "cross" or module is not None):
+        if name != "decoder" and (name not in ("cross", "codec") or module is not None):
             settings[name] = None if module is None else _settings(name, module)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -24,8 +24,14 @@ def windows_of(waveform: Tensor, network: AVLM) -> Iterable[Tensor]:
 
 
 def said(network: AVLM, windows: Iterable[Tensor], pad: int) -> Iterator[int]:
-    """The likeliest token of each row, as soon as its window has come: ``windows`` may be those of a microphone.
-    ValueError if there are more rows than the decoder has positions."""
+    """The likeliest token of each row, as soon as its window has come."""
+    for token, _ in walk(network, windows, pad):
+        yield token
+
+
+def walk(network: AVLM, windows: Iterable[Tensor], pad: int) -> Iterator[tuple[int, Tensor | None]]:
+    """The likeliest token of each row, and its codes, int64 (K,), if the model has a codec, as soon as its window has
+    come: ``windows`` may be those of a microphone. ValueError if there are more rows than the decoder has positions."""
     decoder, limit = network.decoder, network.config.decoder.max_position
     device = decoder.embedding.weight.device
     one = Segments.of([1], device)
@@ -33,7 +39,10 @@ def said(network: AVLM, windows: Iterable[Tensor], pad: int) -> Iterator[int]:
     caches = caches_for(network)
     for cache in caches:
         cache.slots = slots
-    token, row = pad, 0
+    codec = network.codec
+    token, row, code_1K = pad, 0, None
+    if codec is not None:
+        code_1K = torch.full((1, codec.config.num_codebooks), codec.config.codebook_size, device=device)
     for window in windows:
         for feature_D in features_of(network, window):
             if row == limit:
@@ -44,9 +53,12 @@ def said(network: AVLM, windows: Iterable[Tensor], pad: int) -> Iterator[int]:
             position = text_positions(1, decoder.config).to(device) + row
             with torch.no_grad():
                 x_1D = decoder.embedding(torch.tensor([token], device=device)) + feature_D
-                hidden_1D = decoder(x_1D, position, one, caches, one)
-                token = int(decoder.head(decoder.norm(hidden_1D), None).argmax())
-            yield token
+                if codec is not None:
+                    x_1D = x_1D + codec.embedded(code_1K).sum(1)
+                hidden_1D = decoder.norm(decoder(x_1D, position, one, caches, one))
+                token = int(decoder.head(hidden_1D, None).argmax())
+                code_1K = codec.likeliest(hidden_1D) if codec is not None else None
+            yield token, None if code_1K is None else code_1K[0].cpu()
             slots.is_prompt = False
             row += 1
 

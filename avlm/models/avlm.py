@@ -15,6 +15,7 @@ from avlm.models.batch import PAD, Batch, Media
 from avlm.models.contrastive import Contrastive, TextTower
 from avlm.models.cross import CrossLayers
 from avlm.models.decoder import Decoder, DeepFeatures
+from avlm.models.depth import Codec
 from avlm.models.lora import apply_lora
 from avlm.models.projector import Projector
 from avlm.models.vit import VisionTower
@@ -46,6 +47,7 @@ class AVLM(nn.Module):
             self.add_module(f"{name}_projector", built)
         self.text = TextTower(config.text) if config.text else None
         self.contrastive = Contrastive(config) if config.contrastive else None
+        self.codec = Codec(config.codec, config.decoder.hidden_size) if config.codec else None
         if config.lora:
             apply_lora(self, config.lora)
 
@@ -70,7 +72,8 @@ class AVLM(nn.Module):
         x_TD = self.hidden(batch, caches, with_media)
         hidden_RD = self.decoder.norm(x_TD[batch.target_rows_R])
         target_R = batch.target_R if caches is None else None
-        return self.decoder.head(hidden_RD, target_R, predict, batch.factor_R)
+        losses = self.decoder.head(hidden_RD, target_R, predict, batch.factor_R)
+        return losses if self.codec is None or caches is not None else self.codec.added_to(losses, hidden_RD, batch)
 
     def hidden(self, batch: Batch, caches: list | None = None, with_media: bool = True) -> Tensor:
         """What the decoder makes of a row, before its final norm, (T, D)."""
@@ -99,6 +102,9 @@ class AVLM(nn.Module):
             x_TD, deep = projector(x_TD, media, features_PC)
             if deep:
                 found = DeepFeatures(media.rows, deep)
+        if self.codec is not None and batch.codes is not None:
+            of_codes_FD = self.codec.embedded(batch.codes.before_FK).sum(1)
+            x_TD = x_TD.index_add(0, batch.codes.rows, of_codes_FD.to(x_TD.dtype))
         if row is not None and self.cross is not None:
             x_TD, own_MD = x_TD.split([num_tokens, row.num_own])
             features_MD = self.cross.features(own_MD, row)

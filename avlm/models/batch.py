@@ -14,6 +14,7 @@ from torch import Tensor
 
 from avlm.config.decoder import DecoderConfig
 from avlm.config.model import TOWERS, AudioConfig, ModelConfig, VisionConfig
+from avlm.models.codes import Codes
 from avlm.models.conformer import relative_counts
 from avlm.models.movable import Movable
 from avlm.models.patches import Grid, PatchPlaces
@@ -258,6 +259,7 @@ class Batch(Movable):
     factor_R       float32: the weight of each target in the loss; None: all are 1
     media_row      of a model with layers of cross-attention: which features each token sees
     pairs          what a contrastive stage compares; None in any other
+    codes          of speech; None in a model without a codec
     keys           sample keys of the row; ``skipped``: (key, reason) of samples dropped since the last batch
     read           samples read since the last batch, the skipped ones included
     """
@@ -274,6 +276,7 @@ class Batch(Movable):
     factor_R: Tensor | None = None
     media_row: MediaRow | None = None
     pairs: Pairs | None = None
+    codes: Codes | None = None
     keys: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     read: int = 0
@@ -380,5 +383,6 @@ def empty_batch(seq_length: int, model: ModelConfig) -> Batch:
         target_R=nothing,
         kind_R=nothing,
         media_row=media_row,
+        codes=Codes.none(model),
         **media,
     )

@@ -13,6 +13,7 @@ from avlm.config.contrastive import TextConfig
 from avlm.config.decoder import DecoderConfig
 from avlm.config.model import TOWERS, AudioConfig, ModelConfig, PoolConfig, ProjectorConfig, VisionConfig
 from avlm.models.batch import Batch, Size
+from avlm.models.codes import code_counts, codec_steps
 from avlm.models.lora import is_adapter
 from avlm.models.patches import window_lengths
 from avlm.models.projector import LAYERS
@@ -47,6 +48,8 @@ def counts(batch: Batch) -> dict[str, int]:
         found["text_pairs"] = sum(length**2 for length in lengths)
         for tower, pooled in batch.pairs.media.items():
             found |= {f"{tower}_pooled": len(pooled.rows), f"{tower}_media": len(pooled.pairs)}
+    if batch.codes is not None:
+        found |= code_counts(*batch.codes.code_FK.shape)
     if batch.windowed is not None:
         found["window_pairs"] = pairs(batch.windowed)
     if batch.media_row is not None:
@@ -206,6 +209,8 @@ def branches(module: str, model: ModelConfig) -> list[list[Step]]:
         found = [_text(config)]
     elif module == "contrastive":
         found = [_text_head(), *(_head(tower, pool) for tower, pool in model.pools.items())]
+    elif module == "codec":
+        found = [codec_steps(config.num_codebooks, _decoder(config.depth))]
     else:
         modality, tower = next(entry for entry in TOWERS.items() if module == f"{entry[1]}_projector")
         found = _projectors(config, modality, getattr(model, tower))

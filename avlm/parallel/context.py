@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from avlm.models.batch import Batch
+from avlm.models.codes import Codes
 from avlm.models.reading import MediaRow
 from avlm.parallel.context_plan import ContextPlan, IntervalPlan, context_plan, interval_plan
 from avlm.parallel.shares import share
@@ -57,6 +58,7 @@ def cut(batch: Batch, rank: int, context: int, together: int = 1) -> tuple[Batch
         target_rows_R=place_R[held_R],
         target_R=batch.target_R[held_R],
         kind_R=batch.kind_R[held_R],
+        codes=None if batch.codes is None else _held_codes(batch.codes, place_T, rank * len(rows_L), len(rows_L)),
         factor_R=None if batch.factor_R is None else batch.factor_R[held_R],
         segments=of(batch.segments),
         windowed=None if batch.windowed is None else of(batch.windowed),
@@ -76,3 +78,11 @@ def _media_row(row: MediaRow, rows_L: Tensor) -> MediaRow:
     tokens, features = Segments.of(length_N.tolist()), Segments.of([count for _, count in spans])
     intervals = Intervals.of(seen.first_T[rows_L], seen.last_T[rows_L], tokens, features)
     return MediaRow(row.num_rows, replace(tokens, intervals=intervals), features, order)
+
+
+def _held_codes(codes: Codes, place_T: Tensor, start: int, count: int) -> Codes:
+    """Those of a rank's tokens, in their order."""
+    place_F = place_T[codes.rows] - start
+    held_F = ((place_F >= 0) & (place_F < count)).nonzero().flatten()
+    held_F = held_F[place_F[held_F].argsort()]
+    return Codes(place_F[held_F], codes.before_FK[held_F], codes.code_FK[held_F])

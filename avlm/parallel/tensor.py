@@ -127,6 +127,8 @@ def check_sizes(config: ModelConfig, tensor: int) -> None:
             raise ValueError(f"{refused}dropout, which needs the same random choices on every rank")
         if config.lora.dora:
             raise ValueError(f"{refused}dora, which needs the lengths of weight rows that no rank holds whole")
+    if tensor > 1 and config.codec:
+        raise ValueError(f"parallel.tensor={tensor} does not go with model.codec: use parallel.context, or shard")
     decoder = config.decoder
     sizes = {name: getattr(decoder, name) for name in ("num_kv_heads", "num_heads", "vocab_size")}
     for name, size in {**sizes, **feed_forward_sizes(decoder)}.items():

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from avlm.config.model import TOWERS, ModelConfig, VisionConfig
 from avlm.config.run import DataConfig
 from avlm.models.batch import Size
+from avlm.models.codes import code_counts
 from avlm.models.conformer import relative_counts
 from avlm.models.costs import counts_of_sets
 from avlm.models.patches import window_lengths
@@ -79,6 +80,8 @@ def counts_of(row: Row, model: ModelConfig, data: DataConfig) -> dict[str, int]:
         "token_pairs": _pairs(row, row.tokens, model, data),
         "targets": row.targets,
     }
+    if model.codec is not None:
+        found |= code_counts(row.tokens, model.codec.num_codebooks)
     if model.decoder.sliding_window is not None:
         found["window_pairs"] = _pairs(row, model.decoder.sliding_window, model, data)
     if model.cross is not None:

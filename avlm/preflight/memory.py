@@ -39,6 +39,7 @@ from avlm.preflight.activations import (
     stem_kept,
 )
 from avlm.preflight.case import Case
+from avlm.preflight.codes import codes_kept
 from avlm.preflight.layout import layout_of
 from avlm.preflight.media_rows import media_rows
 from kernels import backend
@@ -226,6 +227,7 @@ def _held(case: Case) -> int:
     held = [f"{tower}_projector." for tower in towers]
     if case.stage.objective == "contrastive":
         held = ["contrastive."]
+    held += ["codec."] if case.model.codec else []  # it belongs to the root as well
     if case.model.decoder.tie_embedding or not parallel.reshard:  # tied, it belongs to the root, which stays gathered
         held.append("decoder.embedding.")
     if not parallel.reshard:
@@ -256,7 +258,7 @@ def _kept(case: Case) -> tuple[int, int]:
         device, host = device + of_cross + features, host + host_of_cross
     by_towers = [_kept_by_tower(tower, case) for tower in case.model.modalities.values()]
     tower_device, tower_host = max(by_towers, key=sum, default=(0, 0))  # a row is full of one modality
-    return device + rope + tower_device, host + tower_host
+    return device + rope + tower_device + codes_kept(case), host + tower_host
 
 
 def _kept_by_tower(name: str, case: Case) -> tuple[int, int]:

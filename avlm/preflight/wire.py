@@ -52,6 +52,8 @@ def units(config: Config, trained: Collection[str]) -> list[Unit]:
             found.append(Unit(projector, (f"{projector}.resampler.",), "shard_context_tensor", twice))
             prefixes = tuple(f"{projector}.{name}" for name in OF_PROJECTORS)
         found.append(Unit(projector, prefixes, "shard_context_tensor", 1))
+    if config.model.codec:
+        found.append(Unit("codec", ("codec.",), "shard_context", 1))
     ends = ("decoder.norm.", "decoder.head.")
     embedding = ("decoder.embedding.",)
     if decoder.tie_embedding:

@@ -29,6 +29,8 @@ from avlm.models.shapes import Shapes, parameter_shapes
 from avlm.parallel.recompute import keeps_product
 from kernels.benchmark.cards import CARDS
 
+LAST = ("cross", "decoder", "codec")
+# What other modules feed, in this order; layers of cross-attention stand between the decoder's
 Costs = dict[tuple[str, str], tuple[int, int, int]]  # (module, count) -> (forward, backward, recomputed) of each
 
 
@@ -57,10 +59,9 @@ def costs(model: ModelConfig, stage: StageConfig, recompute: RecomputeConfig) ->
     found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     has_graph = {}  # module -> whether anything in it, or below it, trains
     modules = [module for module in model.modules if module not in stage.idle]
-    last = ("cross", "decoder")  # all others feed them, and layers of cross-attention stand between the decoder's
-    for module in sorted(modules, key=lambda name: last.index(name) + 1 if name in last else 0):
+    for module in sorted(modules, key=lambda name: LAST.index(name) + 1 if name in LAST else 0):
         tower = module.removesuffix("_projector")
-        from_input = any(has_graph.values()) if module in last else has_graph.get(tower, False)
+        from_input = any(has_graph.values()) if module in LAST else has_graph.get(tower, False)
         from_input |= module == "cross" and _is_trained("decoder", trained)
         has_graph[module] = from_input
         mode = getattr(recompute, module, "none")

@@ -186,6 +186,9 @@ def _sizes(model: ModelConfig, module: str) -> str:
     if module == "cross":
         layers = f"{model.cross.num_blocks(decoder.num_layers)} layers of gated cross-attention"
         return f"{layers}, one before every {model.cross.every} of the decoder"
+    if module == "codec":
+        codec = model.codec
+        return f"{codec.num_layers} layers of width {codec.hidden_size}, {codec.num_codebooks} codes for 80 ms"
     projector = getattr(model, module)
     n = projector.downsample
     if projector.resampler is not None:

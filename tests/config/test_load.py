@@ -241,7 +241,7 @@ def test_every_number_of_the_config_has_a_range():
         hints = typing.get_type_hints(cls, include_extras=True)
         bare += [f"{cls.__name__}.{field.name}" for field in dataclasses.fields(cls) if _unbounded(hints[field.name])]
         classes += [c for f in hints.values() if (c := _dataclass_in(f)) and c not in classes]
-    assert len(classes) == 34 and not bare
+    assert len(classes) == 35 and not bare
 
 
 def test_clipping_is_switched_off_by_null_and_0_says_so(write):

@@ -1,19 +1,24 @@
 """Recordings with the agent's words: a token for each 80 ms, and which records and configs are refused."""
 
 import dataclasses
+import io
 import json
 
+import numpy
 import pytest
 import torch
 
+from avlm.config.codec import CodecConfig
 from avlm.config.duplex import DuplexConfig, check_duplex
 from avlm.data.duplex import RowText, Word
+from avlm.data.energon.shards import parts_of
 from avlm.data.packing import pack
 from avlm.data.sample import Sample, SampleEncoder, parse
 from avlm.data.text.tokenizer import Tokenizer
 from tests.data.small_files import AUDIO, CONTROL, data, model, tone, write_tokenizer
 
 PADS = {"pad_token": "<pad>", "begin_token": "<begin>", "end_token": "<end>"}
+HEADS = {"num_heads": 2, "num_kv_heads": 1}
 SHORT = dataclasses.replace(AUDIO, num_mels=8, max_positions=20)  # windows of 400 ms
 
 
@@ -117,3 +122,35 @@ def test_a_model_must_hear_in_rows_of_80_ms(config, message):
     check_duplex(DuplexConfig(**PADS), duplex_model())
     with pytest.raises(ValueError, match=r"give data\.duplex its tokens"):
         check_duplex(None, duplex_model())
+
+
+def test_codes_have_a_row_for_each_token(tokenizer):
+    """K lists, or a .npy file; shapes and values are checked; the codes of the row before stand next to them."""
+    codec = CodecConfig(num_codebooks=2, codebook_size=10, hidden_size=8, intermediate_size=8, num_layers=1, **HEADS)
+    config = dataclasses.replace(duplex_model(), codec=codec)
+    settings = data(tokenizer.file.parent, duplex=DuplexConfig(**PADS))
+    encode = SampleEncoder(config, settings, tokenizer).encode
+    codes = numpy.arange(50).reshape(2, 25) % 10
+    file = io.BytesIO()
+    numpy.save(file, codes)
+    files = {"a.wav": tone(2.0), "a.npy": file.getvalue()}
+    record = {"audio": "a.wav", "words": [[0.5, 0.8, "one"]]}
+    listed, stored = (
+        encode(parse({**record, "codes": given}, files.__getitem__, "key")) for given in (codes.tolist(), "a.npy")
+    )
+    assert torch.equal(listed.code_TK, torch.from_numpy(codes.T)) and torch.equal(stored.code_TK, listed.code_TK)
+    batch = pack([stored, stored], 60, config)
+    assert batch.codes.rows.tolist() == list(range(50))
+    assert batch.codes.before_FK[25].tolist() == [10, 10]  # the second recording begins
+    assert torch.equal(batch.codes.before_FK[26:], batch.codes.code_FK[25:-1])
+    wrong = {"2 codebooks and 25 rows": codes[:, 1:].tolist(), r"lie in 0\.\.9": (codes + 1).tolist()}
+    wrong |= {"not float64": (codes / 2).tolist(), "cannot be read": [[1], [1, 2]], "has no codes": None}
+    for message, given in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            encode(parse({**record, "codes": given}, files.__getitem__, "key"))
+    with pytest.raises(ValueError, match="the model has no codec"):
+        encoder(tokenizer).encode(parse({**record, "codes": codes.tolist()}, files.__getitem__, "key"))
+    sample = parse({**record, "codes": "a.npy"}, files.__getitem__, "key")
+    record_of_shard, *_ = parts = parts_of(sample)
+    again = parse(json.loads(parts[record_of_shard]), parts.__getitem__, "key")
+    assert again == sample and again.codes == files["a.npy"]  # Megatron-Energon's shards hold them too

@@ -1,12 +1,12 @@
 """Two speakers who take turns, and a duplex model that learns to be one of them, on CPUs in minutes:
 
-    python -m tests.measurements.duplex_toy [--folder data/duplex_toy] [--steps 500]
+    python -m tests.measurements.duplex_toy [--folder data/duplex_toy] [--steps 600]
 
-The user says words of two tones each, at random times and in noise; the agent answers each with a word of its own, a
-fixed time after its end. Only both tones together say which word it is, and a tone's length varies, so that the answer
-can neither be known nor timed before the user ends. Conversations are made on the spot, ``train.py`` trains on them
-from nothing, and the model then walks through others, of which it hears windows of 400 ms. Prints which answers were
-right, how late they were and how often it talked when it should not, and draws one conversation.
+The user's words are tones of different pitch and length, at random times and in noise; the agent answers each with a
+word of its own, a fixed time after its end. How long a tone lasts is not known before it ends, and so neither is when
+to answer. Conversations are made on the spot, ``train.py`` trains on them from nothing, and the model then walks
+through others, of which it hears windows of 400 ms. Prints which answers were right, how late they were and how often
+it talked when it should not, and draws one conversation.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from avlm.evaluation.listening import said, windows_of
 from avlm.process.exit import run_command
 from tests.data.small_files import CONTROL, write_tokenizer
 
-TONES = (350.0, 600.0, 1000.0, 1700.0)  # Hz
-NAMES = "lamp river stone cloud apple tiger window paper candle garden button mirror pencil rocket basket violin"
-ANSWERS = NAMES.split()  # of the user's word of tones i and j: number 4 i + j
+TONES = (250.0, 380.0, 570.0, 850.0, 1300.0, 1900.0, 2900.0, 4300.0)  # Hz
+NAMES = "lamp river stone cloud apple tiger window paper"
+ANSWERS = NAMES.split()  # to each tone
 PAUSE = 0.24  # seconds from the end of the user's word to the answer
 SECONDS = 20.0
 PADS = {"pad_token": "<|listens|>", "begin_token": "<|speaks|>", "end_token": "<|spoke|>"}
@@ -65,20 +65,19 @@ def converse(file: Path, rng: random.Random) -> Conversation:
     heard, words = [], []
     time = rng.uniform(0.2, 2.0)
     while time < SECONDS - 2.5:
-        pair = [rng.randrange(4), rng.randrange(4)]
+        number = rng.randrange(len(TONES))
         start = time
-        for tone in pair:
-            seconds = rng.uniform(0.16, 0.4)
-            first, count = int(time * SAMPLE_RATE), int(seconds * SAMPLE_RATE)
-            t = numpy.arange(count) / SAMPLE_RATE
-            fade = numpy.minimum(1, numpy.minimum(t, t[::-1]) / 0.02)
-            pitch = TONES[tone] * rng.uniform(0.96, 1.04)
-            sound[first : first + count] += rng.uniform(0.1, 0.3) * fade * numpy.sin(2 * numpy.pi * pitch * t)
-            time += seconds
-        answer = ANSWERS[4 * pair[0] + pair[1]]
+        seconds = rng.uniform(0.2, 0.8)
+        first, count = int(time * SAMPLE_RATE), int(seconds * SAMPLE_RATE)
+        t = numpy.arange(count) / SAMPLE_RATE
+        fade = numpy.minimum(1, numpy.minimum(t, t[::-1]) / 0.02)
+        pitch = TONES[number] * rng.uniform(0.95, 1.05)
+        sound[first : first + count] += rng.uniform(0.1, 0.3) * fade * numpy.sin(2 * numpy.pi * pitch * t)
+        time += seconds
+        answer = ANSWERS[number]
         heard.append(Word(start, time, answer))
         words.append(Word(round(time + PAUSE, 3), round(time + PAUSE + 0.4, 3), answer))
-        time += PAUSE + 0.6 + rng.uniform(0.4, 3.0)
+        time += PAUSE + 0.6 + rng.uniform(0.2, 1.5)
     with wave.open(str(file), "wb") as out:
         out.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
         out.writeframes((sound.clip(-1, 1) * 32767).astype("<i2").tobytes())
@@ -100,9 +99,9 @@ def build(folder: Path, steps: int, train: int, test: int, rows_per_step: int) -
         "data": {
             **{"train": str(folder / "train.jsonl"), "validation": {"test": str(folder / "test.jsonl")}},
             **{"tokenizer": str(tokenizer), "template": "chatml", "seq_length": 500, "num_workers": 0},
-            "duplex": {**PADS, "weights": {"pad": 0.3}},
+            "duplex": {**PADS, "weights": {"pad": 0.2}},
         },
-        "optimizer": {"lr": 1e-3, "warmup_steps": 50, "betas": [0.9, 0.98]},
+        "optimizer": {"lr": 1.5e-3, "min_lr": 1e-4, "warmup_steps": 50, "betas": [0.9, 0.98], "eps": 1e-8},
         "stages": [{"name": "duplex", "steps": steps, "train": ["decoder", "audio", "audio_projector"]}],
         "train": {"rows_per_step": rows_per_step, "log_every": 25, "validate_every": steps, "precision": "fp32"},
         "checkpoint": {"every": steps, "keep": 1},
@@ -191,7 +190,7 @@ def measure(run: Path, conversations: list[Conversation], picture: Path) -> Scor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("data/duplex_toy"))
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--train", type=int, default=400, help="conversations of 20 s")
     parser.add_argument("--test", type=int, default=20)
     parser.add_argument("--rows-per-step", type=int, default=4, help="of 40 s each")

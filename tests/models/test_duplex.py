@@ -15,7 +15,6 @@ from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
 from avlm.evaluation.listening import features_of, said, windows_of
 from avlm.models.avlm import AVLM
-from avlm.models.batch import Batch
 from kernels.cross_entropy import linear_cross_entropy
 from tests.models.handmade import build
 
@@ -37,17 +36,17 @@ def recording(seconds: float) -> Tensor:
     return torch.randn(round(16_000 * seconds)) * 0.1
 
 
-def conversations(network: AVLM) -> Batch:
-    """A packed row of recordings in which anything is said, with weights."""
+def samples_of(network: AVLM, clips: list[Tensor] | None = None) -> list[EncodedSample]:
+    """Recordings in which anything is said, with weights."""
     torch.manual_seed(1)
     samples = []
-    for clip in map(recording, SECONDS):
-        windows = [mel for window in windows_of(clip, network) for mel in audio.mels(window, CONFIG.audio)]
+    for clip in clips or map(recording, SECONDS):
+        windows = [mel for window in windows_of(clip, network) for mel in audio.mels(window, network.config.audio)]
         num_rows = sum(len(features_of(network, window)) for window in windows_of(clip, network))
         token_T = torch.randint(VOCABULARY, (num_rows + 1,))
         of_sample = token_T[:-1], token_T[1:], {"image": [], "audio": windows}
         samples.append(EncodedSample("", "audio", *of_sample, factor_T=torch.rand(num_rows)))
-    return pack(samples, 40, network.config)
+    return samples
 
 
 def moshi_of(network: AVLM) -> MoshiForCausalLM:
@@ -79,7 +78,7 @@ def test_the_loss_of_summed_streams_is_that_of_moshi():
     codes) and runs its decoder on the sum. Ours with the same weights gives its logits, the weighted loss and the
     gradients, of the tower too."""
     network = build(CONFIG)
-    batch = conversations(network)
+    batch = pack(samples_of(network), 40, CONFIG)
     moshi = moshi_of(network)
     names = ("decoder.embedding.weight", "audio_projector.up.weight", "audio.conv1.weight")
     ours = [network.get_parameter(name) for name in names]

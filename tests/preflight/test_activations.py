@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from avlm.config.codec import CodecConfig
 from avlm.config.connector import ResamplerConfig
 from avlm.config.model import ProjectorConfig
 from avlm.models import freezing
 from avlm.models.avlm import AVLM
+from avlm.models.depth import Codec
 from avlm.models.projector import Projector
 from avlm.models.reading import QuerySets, read_by
 from avlm.models.resampler import Resampler
@@ -17,6 +19,7 @@ from avlm.models.rope import rope_frequencies, rope_table
 from avlm.models.vit import axial_table
 from avlm.parallel.recompute import apply_recompute
 from avlm.preflight import activations, memory
+from avlm.preflight.codes import code_bytes
 from kernels.segments import Segments
 from tests.models.handmade import features_at
 from tests.parallel.live_bytes import LiveBytes
@@ -33,6 +36,9 @@ from tests.preflight.test_memory import (
     of_experts,
     with_adapters,
 )
+
+CODEC = {"num_codebooks": 32, "codebook_size": 20, "hidden_size": 48, "intermediate_size": 160, "num_layers": 2}
+CODEC |= {"num_heads": 4, "num_kv_heads": 2}
 
 
 def of_any_grid(vision, *changes, **data):
@@ -246,3 +252,21 @@ def test_activations_shrink_with_recomputation_and_with_the_ranks_of_a_row():
     assert of() > of((decoder, "selective")) > of((decoder, "full"))
     assert of(("parallel.context", 2), world=2) == pytest.approx(of() / 2, rel=0.05)
     assert of() / 2 < of(("parallel.tensor", 2), world=2) < 0.7 * of()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_of_speech_keep_what_is_estimated(dtype):
+    """From hidden rows to the heads of the depth decoder. Fewer codes a row would be padded by plain attention."""
+    codec = CodecConfig(**CODEC)
+    cfg = make_config(**TEXT_ONLY)
+    decoder = cfg.model.decoder
+    model = Codec(codec, decoder.hidden_size).to(dtype)
+    layout = make_case(cfg, dtype, cfg.stages[0]).layout
+    code_FK = torch.randint(20, (16, codec.num_codebooks))
+    hidden_FD = torch.randn(16, decoder.hidden_size, dtype=dtype, requires_grad=True)
+    with LiveBytes() as counter:
+        losses = model.losses(hidden_FD, code_FK)
+        kept = counter.live - sum(parameter.nbytes for parameter in model.parameters())
+    of_heads = sum(head.weight.nbytes for head in model.heads)  # gradients, which the head's moment counts
+    said = code_bytes(codec, decoder, layout, trains=True) * code_FK.numel()
+    assert said == pytest.approx(kept - of_heads, rel=0.15) and losses[0].requires_grad

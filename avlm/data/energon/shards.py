@@ -81,6 +81,11 @@ def parts_of(sample: Sample) -> dict[str, bytes]:
             record[f"{kind}s"] = names
     if sample.answers:
         record["answers"] = sample.answers
+    if sample.words is not None:  # of a duplex model, which has no turns
+        record = {"audio": record["audios"][0], "words": sample.words, "codes": sample.codes}
+        if isinstance(sample.codes, bytes):
+            record["codes"] = "codes0.npy"
+            files["codes0.npy"] = sample.codes
     return {"json": json.dumps(record, ensure_ascii=False).encode(), **files}
 
 
