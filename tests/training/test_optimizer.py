@@ -49,7 +49,18 @@ def test_matrices_decay_and_norms_biases_positions_and_learned_rows_do_not(kind)
     adam = optimizer.build(model, config(weight_decay=0.5))
     decay = {parameter: group["weight_decay"] for group in adam.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        exempt = name.endswith(("bias", "norm.weight", "position", "class_token", "_scale", "newline"))
+        exempt = name.endswith(
+            (
+                "bias",
+                "norm.weight",
+                "position",
+                "class_token",
+                "_scale",
+                "newline",
+                "attention_gate.weight",
+                "ffn_gate.weight",
+            )
+        )
         assert decay[parameter] == (0.0 if exempt else 0.5), name
 
 
