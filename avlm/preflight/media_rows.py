@@ -14,8 +14,9 @@ SIZES = (1, 4, 16, 36)
 
 
 def media_rows(name: str, model: ModelConfig, data: DataConfig, ranks: int) -> tuple[int, int]:
-    """(rows of the tower, rows that its projector makes) on the rank with most of ``ranks`` that share a row. A rank
-    encodes whole items, so we take the number of them that divides worst among the ranks."""
+    """(rows of the tower, rows that its projector makes) on the rank with most of ``ranks`` that share a row, which
+    has no more features than tokens. A rank encodes whole items, so we take the number of them that divides worst among
+    the ranks."""
     tower, projector = getattr(model, name), getattr(model, f"{name}_projector")
     length = data.seq_length
     if projector.resampler is not None and isinstance(tower, VisionConfig) and tower.any_grid:
@@ -27,7 +28,7 @@ def media_rows(name: str, model: ModelConfig, data: DataConfig, ranks: int) -> t
         return num_features * projector.downsample**2, math.ceil(length / ranks)
     of_item = _features_of_item(name, model)
     views, tokens = 1, of_item
-    if isinstance(tower, VisionConfig):
+    if isinstance(tower, VisionConfig) and model.cross is None:
         fitting = [(count, taken) for count, taken in _images(model, data) if taken <= length]
         views, tokens = max(fitting, key=lambda image: image[0] / image[1], default=(views, tokens))
     num_items = views * (length // tokens)

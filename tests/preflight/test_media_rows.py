@@ -46,3 +46,11 @@ def test_images_that_no_row_can_hold_are_not_counted():
         cfg = make_config(model=model, data={"train": "synthetic", "seq_length": length, "image_layout": cut})
         rows, _ = media_rows("vision", cfg.model, cfg.stages[0].data, 1)
         assert rows == views * 17
+
+
+def test_a_row_has_as_many_items_with_cross_attention_as_with_features_among_its_tokens():
+    found = []
+    for cross in (None, {"every": 1}):
+        cfg = make_config(model={**TREE["model"], "cross": cross})
+        found.append(media_rows("vision", cfg.model, cfg.stages[0].data, 1))
+    assert found[0] == found[1]
