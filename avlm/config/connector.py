@@ -1,7 +1,7 @@
 """What may stand between a tower and the decoder besides a projector: a resampler, and layers of cross-attention."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -9,6 +9,7 @@ from avlm.config.values import (
     Count,
     Epsilon,
     Heads,
+    Kernel,
     Layers,
     NonNegative,
     Stack,
@@ -22,10 +23,12 @@ from avlm.config.values import (
 @config
 class ResamplerConfig:
     """Learned queries that read the rows of an item and stand for them (``avlm.models.resampler``). It runs where the
-    item was encoded, so only the queries travel; they are projected as rows of the tower would be."""
+    item was encoded, so only the queries travel; they are projected as rows of the tower would be.
 
-    type: Literal["qformer", "perceiver"]
-    num_queries: Annotated[int, Field(gt=0, le=2**14)]  # of an item, or of each of its windows
+    With type=conformer there are no queries: blocks of Conformer make as many rows as there are (SALM's adapter)."""
+
+    type: Literal["qformer", "perceiver", "conformer"]
+    num_queries: Annotated[int, Field(ge=0, le=2**14)] = 0  # of an item, or of each of its windows
     num_layers: Layers
     num_heads: Heads
     intermediate_size: Width
@@ -38,14 +41,23 @@ class ResamplerConfig:
     norm_eps: Epsilon = 1e-5  # BLIP-2: 1e-12
     activation: Literal["gelu", "relu", "silu"] = "gelu"
     gated: bool = False  # of a perceiver: down(activation(gate(x)) * up(x)) (Idefics2)
+    conv_kernel: Kernel = 9  # of a conformer: rows that a channel's convolution sees
 
     def __post_init__(self) -> None:
-        if self.type == "qformer":
-            for key, default in {"num_kv_heads": 0, "head_dim": 0, "norm": "layer", "gated": False}.items():
-                value = getattr(self, key)
-                require(value == default, f"{key}={value} is for type=perceiver")
+        of_others: dict[str, Any] = {}
+        if self.type != "perceiver":
+            of_others |= {"num_kv_heads": 0, "head_dim": 0, "norm": "layer", "gated": False}
+        if self.type != "qformer":
+            of_others |= {"read_every": 1}
+        if self.type == "conformer":
+            of_others |= {"num_queries": 0, "window": None, "norm_eps": 1e-5, "activation": "gelu"}
+            require(self.conv_kernel % 2 == 1, f"conv_kernel={self.conv_kernel} is even: it has no row in its middle")
         else:
-            require(self.read_every == 1, f"read_every={self.read_every} is for type=qformer")
+            of_others |= {"conv_kernel": 9}
+            require(self.num_queries > 0, f"type={self.type} needs num_queries")
+        for key, default in of_others.items():
+            value = getattr(self, key)
+            require(value == default, f"{key}={value} is for another type than {self.type}")
         require(
             not self.num_kv_heads or self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}",
@@ -54,8 +66,12 @@ class ResamplerConfig:
     def check(self, tower_size: int) -> None:
         """ValueError for a resampler that cannot stand behind a tower of this width."""
         require(
-            self.type == "qformer" or self.hidden_size in (0, tower_size),
+            self.type != "perceiver" or self.hidden_size in (0, tower_size),
             f"resampler.hidden_size={self.hidden_size} of a perceiver must be the tower's, {tower_size} (or 0)",
+        )
+        require(
+            self.type != "conformer" or self.width(tower_size) % 2 == 0,
+            f"a conformer resampler needs an even width, not {self.width(tower_size)}",
         )
         require(
             self.head_dim > 0 or self.width(tower_size) % self.num_heads == 0,
@@ -70,13 +86,19 @@ class ResamplerConfig:
         """Width of all heads of queries together."""
         return self.num_heads * self.head_dim or self.width(tower_size)
 
+    def sets_of(self, num_rows: int) -> list[tuple[int, int]]:
+        """(rows that come out, rows that these read) of each set of queries of an item with so many rows."""
+        return [(self.num_queries or length, length) for length in self.windows_of(num_rows)]
+
     def windows_of(self, num_rows: int) -> list[int]:
         """Rows that each set of queries reads, of an item with so many; the last may read fewer."""
         step = self.window or max(num_rows, 1)
         return [min(step, num_rows - start) for start in range(0, num_rows, step)]
 
     def outputs_of(self, num_rows: int) -> int:
-        """Queries of an item."""
+        """Rows that come out for an item."""
+        if self.type == "conformer":
+            return num_rows
         return self.num_queries * math.ceil(num_rows / (self.window or max(num_rows, 1)))
 
 

@@ -342,6 +342,8 @@ def _check_connector(model: ModelConfig, tower: str) -> None:
     config, projector = getattr(model, tower), getattr(model, f"{tower}_projector")
     if projector.resampler is not None:
         projector.resampler.check(config.hidden_size)
+        is_heard = tower == "audio" or projector.resampler.type != "conformer"
+        require(is_heard, f"{tower}_projector.resampler.type=conformer is for audio, whose rows are a series")
     key = f"{tower}_projector.resampler" if projector.resampler is not None else "cross"
     if projector.resampler is None and model.cross is None:
         return

@@ -61,7 +61,8 @@ def _check_room(model: ModelConfig, stage: StageConfig) -> None:
     for tower, (item, tokens) in sizes.items():
         if tokens > stage.data.seq_length:
             fix = f"model.{tower}_projector.downsample"
-            if getattr(model, f"{tower}_projector").resampler is not None:
+            resampler = getattr(model, f"{tower}_projector").resampler
+            if resampler is not None and resampler.num_queries:
                 fix = f"lower model.{tower}_projector.resampler.num_queries"
             elif tower == "vision" and model.vision.any_grid:
                 fix = "lower the least of data.image_tokens"

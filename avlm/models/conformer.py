@@ -22,12 +22,16 @@ T rows of all segments   L rows of one   D width   F hidden width   H heads   E 
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.segments import Segments
+
+ADAPTER = "adapter_"
+RELATIVE = ".attention.relative_core"  # ends the path of products of queries and relative positions
 
 
 class ConformerBlock(nn.Module):
@@ -163,14 +167,40 @@ def relative_positions(segments: Segments, like: Tensor) -> Tensor:
     return torch.stack([angle_NM.sin(), angle_NM.cos()], dim=2).flatten(1).to(like.dtype)
 
 
-def relative_counts(lengths: list[int], kernel: int) -> dict[str, int]:
+def relative_counts(lengths: list[int], kernel: int, where: str = "") -> dict[str, int]:
     """What the blocks compute for segments of these lengths, by the counts of ``avlm.models.costs``: relative positions
-    that are projected, pairs of a query and one of them, and places of the depthwise convolution."""
+    that are projected, pairs of a query and one of them, and places of the depthwise convolution. ``where``: begins the
+    names of counts outside of towers, ADAPTER."""
     return {
-        "relative_rows": 2 * max([1, *lengths]) - 1,
-        "relative_pairs": sum(length * (2 * length - 1) for length in lengths),
-        "conv_places": sum(lengths) + kernel // 2 * max(len(lengths), 1),
+        f"{where}relative_rows": 2 * max([1, *lengths]) - 1,
+        f"{where}relative_pairs": sum(length * (2 * length - 1) for length in lengths),
+        f"{where}conv_places": sum(lengths) + kernel // 2 * max(len(lengths), 1),
     }
+
+
+def conformer_steps(num_blocks: int, rows: str, pairs: str, where: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The steps of ``avlm.models.costs`` of some blocks: counts, and the modules of each."""
+    for i in range(num_blocks):
+        block, attention, conv = f"blocks.{i}", f"blocks.{i}.attention", f"blocks.{i}.conv"
+        yield "", (f"{block}.ffn1_norm",)
+        yield rows, (f"{block}.ffn1.up",)
+        yield rows, (f"{block}.ffn1.down",)
+        yield "", (f"{block}.attention_norm",)
+        yield rows, (f"{attention}.q", f"{attention}.k", f"{attention}.v")
+        yield f"{where}relative_rows", (f"{attention}.relative",)
+        yield "", (f"{attention}.bias_u", f"{attention}.bias_v")
+        yield f"{where}relative_pairs", (f"{block}{RELATIVE}",)
+        yield pairs, (f"{attention}.core",)
+        yield rows, (f"{attention}.o",)
+        yield "", (f"{block}.conv_norm",)
+        yield rows, (f"{conv}.expand",)
+        yield f"{where}conv_places", (f"{conv}.depthwise",)
+        yield "", (f"{conv}.scale", f"{conv}.shift")
+        yield rows, (f"{conv}.project",)
+        yield "", (f"{block}.ffn2_norm",)
+        yield rows, (f"{block}.ffn2.up",)
+        yield rows, (f"{block}.ffn2.down",)
+        yield "", (f"{block}.norm",)
 
 
 def conformer_init_stats(module: nn.Module) -> dict[str, tuple[float, float]]:

@@ -14,13 +14,13 @@ from avlm.config.decoder import DecoderConfig
 from avlm.config.model import TOWERS, AudioConfig, ModelConfig, PoolConfig, ProjectorConfig, VisionConfig
 from avlm.models.batch import Batch, Size
 from avlm.models.codes import code_counts, codec_steps
+from avlm.models.conformer import ADAPTER, RELATIVE, conformer_steps, relative_counts
 from avlm.models.lora import is_adapter
 from avlm.models.patches import window_lengths
 from avlm.models.projector import LAYERS
 from avlm.models.shapes import Shapes, parameter_shapes
 from kernels.segments import Segments
 
-RELATIVE = ".attention.relative_core"  # ends the path of products of queries and relative positions
 Step = tuple[str, tuple[str, ...]]  # its count, "" if it has no product; modules that share an input
 
 
@@ -61,6 +61,7 @@ def counts(batch: Batch) -> dict[str, int]:
         if media.queries is not None:
             sets = list(zip((length for _, length in media.queries.queries.spans), media.queries.rows.spans))
             found |= counts_of_sets(modality, [(num_queries, num_rows) for num_queries, (_, num_rows) in sets])
+            found |= media.queries.counts
         if media.places is not None and media.places.windows is not None:
             found[f"{modality}_window_pairs"] = sum(length**2 for _, length in media.places.windows.spans)
     return found
@@ -119,8 +120,9 @@ def item_costs(modality: str, sizes: list[Size], model: ModelConfig) -> list[int
         if isinstance(size, int):
             cost += sum(of_stem[count] * number for count, number in tower.stem_counts(size).items())
         if projector.resampler is not None:
-            windows = projector.resampler.windows_of(tower.outputs_of(size))
-            counted = counts_of_sets(modality, [(projector.resampler.num_queries, rows) for rows in windows])
+            num_rows = tower.outputs_of(size)
+            counted = counts_of_sets(modality, projector.resampler.sets_of(num_rows))
+            counted |= relative_counts([num_rows], projector.resampler.conv_kernel, ADAPTER)
             for count, paths in steps(f"{name}_projector", model):
                 for path in paths if count in counted else ():
                     cost += counted[count] * forward_cost(path, model, shapes)
@@ -130,7 +132,7 @@ def item_costs(modality: str, sizes: list[Size], model: ModelConfig) -> list[int
 
 def forward_cost(path: str, model: ModelConfig, shapes: Shapes) -> int:
     """FLOPs of a product, or of an attention, for each of its count."""
-    if path.endswith(".core"):
+    if path.endswith("core"):
         return attention_cost(path, model)
     return product_flops(path, shapes[f"{path}.weight"], model)
 
@@ -142,9 +144,10 @@ def attention_cost(path: str, model: ModelConfig) -> int:
     if module in ("decoder", "cross"):
         return 4 * model.decoder.num_heads * model.decoder.head_dim
     tower = getattr(model, module.removesuffix("_projector"))
+    width = tower.hidden_size
     if module.endswith("_projector"):
-        return 4 * getattr(model, module).resampler.attention_size(tower.hidden_size)
-    return (2 if path.endswith(RELATIVE) else 4) * tower.hidden_size
+        width = getattr(model, module).resampler.attention_size(width)
+    return (2 if path.endswith(RELATIVE) else 4) * width
 
 
 def product_flops(path: str, shape: tuple[int, ...], model: ModelConfig) -> int:
@@ -283,38 +286,11 @@ def _audio(config: AudioConfig) -> Iterator[Step]:
         yield "strided_frames", ("conv2",)
     else:
         yield "halved_1", ("conv1",)
-        yield "halved_2", ("conv2",)
-        yield "halved_2", ("point2",) if config.stem == "depthwise" else ()
-        yield "halved_3", ("conv3",)
-        yield "halved_3", ("point3",) if config.stem == "depthwise" else ()
+        yield "halved_2", ("conv2", "point2")[: 1 + (config.stem == "depthwise")]
+        yield "halved_3", ("conv3", "point3")[: 1 + (config.stem == "depthwise")]
         yield "stem_rows", ("stem_out",)
-    yield from _encoder(config, "audio") if config.block == "whisper" else conformer_steps(config.num_blocks, "audio")
-
-
-def conformer_steps(num_blocks: int, modality: str) -> Iterator[Step]:
-    """Of blocks of ``avlm.models.conformer``."""
-    rows = f"{modality}_rows"
-    for i in range(num_blocks):
-        block, attention, conv = f"blocks.{i}", f"blocks.{i}.attention", f"blocks.{i}.conv"
-        yield "", (f"{block}.ffn1_norm",)
-        yield rows, (f"{block}.ffn1.up",)
-        yield rows, (f"{block}.ffn1.down",)
-        yield "", (f"{block}.attention_norm",)
-        yield rows, (f"{attention}.q", f"{attention}.k", f"{attention}.v")
-        yield "relative_rows", (f"{attention}.relative",)
-        yield "", (f"{attention}.bias_u", f"{attention}.bias_v")
-        yield "relative_pairs", (f"{block}{RELATIVE}",)
-        yield f"{modality}_pairs", (f"{attention}.core",)
-        yield rows, (f"{attention}.o",)
-        yield "", (f"{block}.conv_norm",)
-        yield rows, (f"{conv}.expand",)
-        yield "conv_places", (f"{conv}.depthwise",)
-        yield "", (f"{conv}.scale", f"{conv}.shift")
-        yield rows, (f"{conv}.project",)
-        yield "", (f"{block}.ffn2_norm",)
-        yield rows, (f"{block}.ffn2.up",)
-        yield rows, (f"{block}.ffn2.down",)
-        yield "", (f"{block}.norm",)
+    of_conformer = config.num_blocks, "audio_rows", "audio_pairs"
+    yield from _encoder(config, "audio") if config.block == "whisper" else conformer_steps(*of_conformer)
 
 
 def _text(config: TextConfig) -> Iterator[Step]:
@@ -374,6 +350,11 @@ def _projectors(config: ProjectorConfig, modality: str, tower: VisionConfig | Au
 def _resampler(config: ResamplerConfig, modality: str) -> Iterator[Step]:
     """The queries of a perceiver read themselves as well."""
     queries, read = f"{modality}_queries", f"{modality}_read"
+    if config.type == "conformer":
+        yield queries, ("resampler.linear",)
+        for count, paths in conformer_steps(config.num_layers, queries, f"{modality}_query_pairs", ADAPTER):
+            yield count, tuple(f"resampler.{path}" for path in paths)
+        return
     yield "", ("resampler.queries", "resampler.first_norm")
     for i in range(config.num_layers):
         block = f"resampler.blocks.{i}"

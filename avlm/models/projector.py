@@ -23,7 +23,7 @@ from avlm.config.model import ProjectorConfig
 from avlm.config.values import Norm
 from avlm.models.batch import Features, Media
 from avlm.models.encoder import NORMS, OffsetRMSNorm
-from avlm.models.resampler import Resampler
+from avlm.models.resampler import ConformerAdapter, Resampler
 from kernels.projector import place_projected, projector_mlp, side_by_side
 
 # The linears of each type in the order in which they run; those that share an input together.
@@ -44,7 +44,10 @@ class Projector(nn.Module):
         takes; ``has_newline``: even if the config has none."""
         super().__init__()
         self.config = config
-        self.resampler = None if config.resampler is None else Resampler(config.resampler, tower_size)
+        self.resampler = None
+        if config.resampler is not None:
+            kind = ConformerAdapter if config.resampler.type == "conformer" else Resampler
+            self.resampler = kind(config.resampler, tower_size)
         tower_size = tower_size if config.resampler is None else config.resampler.width(tower_size)
         self.tower_size = tower_size
         hidden_size = config.hidden_size or decoder_size

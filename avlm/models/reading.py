@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from avlm.config.connector import ResamplerConfig
+from avlm.models.conformer import ADAPTER, relative_counts
 from avlm.models.movable import Movable
 from kernels.segments import Intervals, Segments
 
@@ -17,28 +18,34 @@ from kernels.segments import Intervals, Segments
 class QuerySets(Movable):
     """The sets of queries of a resampler: one for each item, or for each window of its rows.
 
-    queries           those of each set
+    queries           those of each set; without queries its rows
     rows              rows of the tower's output that each set reads
     order             int64: of these rows followed by all queries, set after set the rows and the queries
     rows_and_queries  the segments of that order
+    counts            how often the parts of Conformer blocks compute
     """
 
     queries: Segments
     rows: Segments
     order: Tensor
     rows_and_queries: Segments
+    counts: dict[str, int]
 
     @staticmethod
     def of(counts: list[int], resampler: ResamplerConfig) -> "QuerySets":
         """``counts``: rows of the tower's output of each item."""
         lengths = [length for count in counts for length in resampler.windows_of(count)]
         n, num_rows = resampler.num_queries, sum(counts)
+        if resampler.type == "conformer":
+            segments = Segments.of(lengths)
+            counted = relative_counts(lengths, resampler.conv_kernel, ADAPTER)
+            return QuerySets(segments, segments, torch.arange(0), segments, counted)
         starts = [0, *accumulate(lengths)]
         parts = [torch.arange(0)]
         for i, length in enumerate(lengths):
             parts += [torch.arange(length) + starts[i], torch.arange(n) + num_rows + i * n]
         both = Segments.of([length + n for length in lengths])
-        return QuerySets(Segments.of([n] * len(lengths)), Segments.of(lengths), torch.cat(parts), both)
+        return QuerySets(Segments.of([n] * len(lengths)), Segments.of(lengths), torch.cat(parts), both, {})
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@
                post-norm, with biases; not every layer reads the rows (BLIP-2, Li et al. 2023)
     perceiver  x = x + attention(norm(x), [norm(rows); norm(x)]);  x = x + mlp(norm(x));  a norm in the end
                (Flamingo, Alayrac et al. 2022; Idefics2 has RMSNorm, shared key heads and a gated mlp)
+    conformer  x = sqrt(D) * linear(rows), then the blocks of ``avlm.models.conformer``, without queries: as many rows
+               come out as go in (SALM's modality adapter, a ConformerEncoder of NeMo without subsampling)
 
-They know nothing of places: rows of a tower carry their own. Each item, or each window of its rows, has a set of
+Queries know nothing of places: rows of a tower carry their own. Each item, or each window of its rows, has a set of
 queries that sees no other.
 
 P rows of the tower's output, C wide   Q queries of all sets   D their width   F of the mlp
@@ -20,7 +22,8 @@ from torch import Tensor, nn
 from avlm.config.connector import ResamplerConfig
 from avlm.models.attention import ReadingAttention
 from avlm.models.batch import Media
-from avlm.models.encoder import NORMS, EncoderAttention
+from avlm.models.conformer import ConformerBlock, conformer_init_stats, relative_positions
+from avlm.models.encoder import NORMS, EncoderAttention, encoder_init_stats
 from avlm.models.reading import QuerySets
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -67,6 +70,33 @@ class Resampler(nn.Module):
                 continue
             stats[f"{name}.bias"] = (0.0, 0.0)
         return stats
+
+
+class ConformerAdapter(nn.Module):
+    def __init__(self, config: ResamplerConfig, tower_size: int):
+        super().__init__()
+        self.config = config
+        D = config.width(tower_size)
+        sizes = D, config.intermediate_size, config.num_heads
+        self.linear = nn.Linear(tower_size, D)
+        self.blocks = nn.ModuleList(
+            ConformerBlock(*sizes, kernel=config.conv_kernel, bias=True, conv_bias=True)
+            for _ in range(config.num_layers)
+        )
+
+    def forward(self, media: Media, rows_PC: Tensor) -> Tensor:
+        """(P, D), of the rows of the tower's output. Zero items are legal."""
+        assert media.queries is not None
+        segments = media.queries.rows
+        x_PD = self.linear(rows_PC)
+        x_PD = x_PD * math.sqrt(x_PD.shape[1])
+        positions_ND = relative_positions(segments, x_PD)
+        for block in self.blocks:
+            x_PD = block(x_PD, segments, positions_ND)
+        return x_PD
+
+    def init_stats(self) -> dict[str, tuple[float, float]]:
+        return encoder_init_stats(self, self.config.num_layers) | conformer_init_stats(self)
 
 
 class QFormerBlock(nn.Module):

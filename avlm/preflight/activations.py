@@ -61,9 +61,12 @@ def cross_block_bytes(
     return of_token, c * 2 * K + of_norm * K * qk_norm
 
 
-def resampler_bytes(config: ResamplerConfig, tower_size: int, layout: Layout) -> tuple[int, int]:
-    """(for each query, for each row that it reads) what a resampler that trains keeps."""
+def resampler_bytes(config: ResamplerConfig, tower_size: int, longest: int, layout: Layout) -> tuple[int, int]:
+    """(for each query, for each row that it reads) what a resampler that trains keeps. ``longest``: rows of an item."""
     c = layout.dtype.itemsize
+    if config.type == "conformer":
+        sizes = config.width(tower_size), config.intermediate_size, config.num_heads
+        return 0, config.num_layers * conformer_block_bytes(*sizes, longest, layout) + c * tower_size
     D, A = config.width(tower_size), config.attention_size(tower_size)
     K = A * (config.num_kv_heads or config.num_heads) // config.num_heads
     of_norm = rms_norm_bytes(layout, True) if config.norm == "rms" else c  # LayerNorm: its input

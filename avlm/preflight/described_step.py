@@ -10,7 +10,7 @@ from avlm.config.model import TOWERS, ModelConfig, VisionConfig
 from avlm.config.run import DataConfig
 from avlm.models.batch import Size
 from avlm.models.codes import code_counts
-from avlm.models.conformer import relative_counts
+from avlm.models.conformer import ADAPTER, relative_counts
 from avlm.models.costs import counts_of_sets
 from avlm.models.patches import window_lengths
 from avlm.parallel.context_attention import mode_of
@@ -97,8 +97,9 @@ def counts_of(row: Row, model: ModelConfig, data: DataConfig) -> dict[str, int]:
         found[f"{modality}_projected"] = number * _features(modality, model, data)
         projector = getattr(model, f"{TOWERS[modality]}_projector")
         if projector.resampler is not None:
-            windows = projector.resampler.windows_of(tower.outputs_of(size))
-            found |= counts_of_sets(modality, number * [(projector.resampler.num_queries, n) for n in windows])
+            num_rows = tower.outputs_of(size)
+            found |= counts_of_sets(modality, number * projector.resampler.sets_of(num_rows))
+            found |= relative_counts([num_rows] * number, projector.resampler.conv_kernel, ADAPTER)
         if isinstance(size, int):
             found |= {count: number * times for count, times in tower.stem_counts(size).items()}
             if tower.block == "conformer":

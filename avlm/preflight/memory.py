@@ -278,7 +278,7 @@ def _kept_by_tower(name: str, case: Case) -> tuple[int, int]:
         width = tower.rows_per_feature(projector) * tower.hidden_size
         if projector.resampler is not None:
             width = (projector.downsample if name == "audio" else 1) * projector.input_width(tower)
-            of_query, of_row = resampler_bytes(projector.resampler, tower.hidden_size, case.layout)
+            of_query, of_row = resampler_bytes(projector.resampler, tower.hidden_size, tower.num_rows, case.layout)
             device += of_query * projected + of_row * rows
         num_deep = tower.width // tower.hidden_size - 1
         numbers = projector_numbers(projector, width, tower.hidden_size, case.model.decoder, num_deep)

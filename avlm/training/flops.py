@@ -22,7 +22,8 @@ import torch
 
 from avlm.config.model import ModelConfig
 from avlm.config.run import Recompute, RecomputeConfig, StageConfig
-from avlm.models.costs import RELATIVE, attention_cost, block_products, branches, check_steps, product_flops, steps
+from avlm.models.conformer import RELATIVE
+from avlm.models.costs import attention_cost, block_products, branches, check_steps, product_flops, steps
 from avlm.models.freezing import trained_shapes
 from avlm.models.lora import is_adapter
 from avlm.models.shapes import Shapes, parameter_shapes
@@ -139,7 +140,7 @@ def _cost(
         forward = attention_cost(path, model)
         yield "", count, forward, forward * (below + _is_trained(path.removesuffix("_core"), trained))
         return
-    below = below and count != "relative_rows"  # relative positions are constants
+    below = below and not count.endswith("relative_rows")  # relative positions are constants
     base = f"{path}.weight"
     if path == "decoder.head" and model.decoder.tie_embedding:
         base = "decoder.embedding.weight"

@@ -34,12 +34,14 @@ INTERNVL3_1B = 938_193_024  # whole, counted of its class in tests/families/test
 SMOLVLM_2_256M = 256_484_928  # whole; tests/families/test_idefics3_keys.py counts those of its class
 GEMMA3_4B = 4_300_079_472  # whole; tests/families/test_gemma_vision_keys.py counts those of its class
 WHISPER_LARGE, WHISPER_SMALL = 636_968_960 - 1500 * 1280, 88_154_112 - 1500 * 768  # sinusoids
+FASTCONFORMER_XL = 607_749_120  # of the class; with its head of 1,025 tokens 608,799,745
 SIZES = {
     "avlm_8b": {"decoder": LLAMA_3_8B, "vision": CLIP_L_336, "audio": WHISPER_LARGE},
     "long_context": {"decoder": LLAMA_3_8B, "vision": CLIP_L_336, "audio": WHISPER_LARGE},
     "llava_7b": {"decoder": LLAMA_2_7B, "vision": CLIP_L_336},
     "llava_13b": {"decoder": LLAMA_2_13B, "vision": CLIP_L_336},
     "salm_1b": {"decoder": TINY_LLAMA, "audio": WHISPER_LARGE},
+    "salm_fastconformer": {"decoder": TINY_LLAMA, "audio": FASTCONFORMER_XL},
     "salm_30b": {"decoder": QWEN_3_30B, "audio": WHISPER_LARGE},
     "qwen_omni_small": {"decoder": QWEN_2_5_HALF, "vision": SIGLIP_B_16, "audio": WHISPER_SMALL},
     "qwen2_5_vl_7b": {"decoder+vision+vision_projector": QWEN_2_5_VL_7B},

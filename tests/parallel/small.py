@@ -125,6 +125,17 @@ MODELS["cross"] = {
     "vision_projector": {"resampler": RESAMPLERS["perceiver"]},
 }
 MODELS["last"] = {**MODELS["cross"], "cross": {"every": 1, "sees": "last", "first_gate": 0.7}}
+# FastConformer as the tower, and SALM's adapter behind it.
+CONFORMER = {
+    **{"hidden_size": 24, "intermediate_size": 48, "num_layers": 1, "num_heads": 2, "num_mels": 16},
+    **{"max_positions": 50, "block": "conformer", "stem": "depthwise", "stem_width": 4, "mel": "nemo"},
+    **{"edge": "masked", "conv_kernel": 5, "scale_input": True},
+}
+ADAPTER = {"type": "conformer", "num_layers": 2, "num_heads": 2, "hidden_size": 20, "intermediate_size": 40}
+MODELS["conformer"] = {
+    **TREE["model"],
+    **{"audio": CONFORMER, "audio_projector": {"type": "linear", "resampler": ADAPTER}},
+}
 # All that sets Gemma's decoders apart; and the masks of PaliGemma's.
 GEMMA = {
     **{"activation": "gelu_tanh", "norm_offset": True, "post_norms": True, "embedding_scale": True},

@@ -42,6 +42,8 @@ CASES = {
         "TP, DeepStack": ({"tensor": 2}, {}, {"rslora": True}, {"train": ["lora", "vision_projector"]}, "deep"),
         "TP, experts": ({"tensor": 2, "expert": 2}, SELECTIVE, OF_SHARED, ADAPTERS, "experts"),
         "FSDP, experts": ({"expert": 2}, FULL, {"dora": True, **OF_SHARED}, ALL, "experts"),
+        "FSDP, Conformers": ({"tower_sharding": "block"}, FULL, {}, ALL, "conformer"),
+        "ring, Conformers": ({"context": 2, "context_mode": "ring"}, {}, {}, ADAPTERS, "conformer"),
         "FSDP, compiled": ({}, {"compile": True, **FULL}, {"targets": ["decoder.*"]}, ADAPTERS),
     },
     4: {

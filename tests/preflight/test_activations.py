@@ -137,7 +137,7 @@ def test_what_a_resampler_keeps_is_as_estimated(keys, dtype, monkeypatch):
         out_QD = model(media, rows_PC)
         kept = counter.live - sum(parameter.nbytes for parameter in model.parameters()) - rows_PC.nbytes
     cfg = make_config()
-    of_query, of_row = activations.resampler_bytes(config, 64, make_case(cfg, dtype, cfg.stages[0]).layout)
+    of_query, of_row = activations.resampler_bytes(config, 64, 100, make_case(cfg, dtype, cfg.stages[0]).layout)
     assert of_query * len(out_QD) + of_row * sum(counts) == pytest.approx(kept, rel=0.12)
 
 
