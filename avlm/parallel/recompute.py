@@ -99,10 +99,11 @@ def _compiled_tower_block(forward: Callable[..., Any]) -> Callable[..., Any]:
     """One graph for any number of items and rows, except none: to the compiler, a size of 0 is another graph."""
     compiled = torch.compile(forward)
 
-    def run(x_TD: Tensor, segments: Segments, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def run(x_TD: Tensor, segments: Segments, rope: tuple[Tensor, Tensor] | Tensor | None = None) -> Tensor:
         if len(x_TD) == 0:
             return forward(x_TD, segments, rope)
-        for changes in (x_TD, segments.cu_seqlens, *(rope or ())):
+        positions = (rope,) if isinstance(rope, Tensor) else rope or ()
+        for changes in (x_TD, segments.cu_seqlens, *positions):
             torch._dynamo.maybe_mark_dynamic(changes, 0)
         return compiled(x_TD, segments, rope)
 
