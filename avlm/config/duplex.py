@@ -44,6 +44,11 @@ def check_duplex(duplex: DuplexConfig | None, model: ModelConfig) -> None:
         model.codec is None or not duplex.weights,
         "data.duplex.weights do not go with model.codec: its text_weight and audio_weight weigh the losses",
     )
+    require(
+        projector.resampler is None or projector.resampler.type == "conformer",
+        "data.duplex needs an audio feature for each 80 ms, which model.audio_projector.resampler has only with "
+        "type=conformer",
+    )
     stacked = audio.pool * projector.downsample
     seconds = audio.seconds_per_row * stacked
     require(

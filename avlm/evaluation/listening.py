@@ -69,8 +69,11 @@ def features_of(network: AVLM, window: Tensor) -> Tensor:
     config, weight = network.config, network.decoder.embedding.weight
     items = audio.mels(window, config.audio)
     sizes = [size_of("audio", item, config) for item in items]
-    features = of_windows([config.audio.outputs_of(size) for size in sizes], config.audio_projector.downsample)
+    projector = network.audio_projector
+    features = of_windows([config.audio.outputs_of(size) for size in sizes], projector.config.downsample)
     rows_F = torch.arange(len(features))
     media = media_of("audio", items, sizes, config, features, rows_F).to(weight.device)
-    into_FD = weight.new_zeros(len(rows_F), weight.shape[1])
-    return network.audio_projector(into_FD, media, network.audio(media))[0]
+    rows_PC = network.audio(media)
+    if projector.resampler is not None:  # of Conformer blocks: as many rows come out
+        rows_PC = projector.resampler(media, rows_PC)
+    return projector(weight.new_zeros(len(rows_F), weight.shape[1]), media, rows_PC)[0]

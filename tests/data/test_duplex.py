@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from avlm.config.codec import CodecConfig
+from avlm.config.connector import ResamplerConfig
 from avlm.config.duplex import DuplexConfig, check_duplex
 from avlm.data.duplex import RowText, Word
 from avlm.data.energon.shards import parts_of
@@ -30,6 +31,12 @@ def tokenizer(tmp_path_factory):
 def duplex_model(audio=SHORT, downsample: int = 4, add: bool = True):
     config = model(vision=None, audio=audio, stack=downsample)
     return dataclasses.replace(config, audio_projector=dataclasses.replace(config.audio_projector, add=add))
+
+
+def with_queries(config):
+    queries = ResamplerConfig(type="qformer", num_queries=5, window=4, num_layers=1, num_heads=2, intermediate_size=8)
+    projector = dataclasses.replace(config.audio_projector, resampler=queries)
+    return dataclasses.replace(config, audio_projector=projector)
 
 
 def encoder(tokenizer, duplex: dict | None = PADS, **changes) -> SampleEncoder:
@@ -113,6 +120,7 @@ def test_words_need_a_duplex_model(tokenizer):
         (duplex_model(dataclasses.replace(SHORT, max_positions=22)), "max_positions=22 is no multiple of the 4 rows"),
         (duplex_model(dataclasses.replace(SHORT, log_mel="clip")), "log_mel=window, not clip"),
         (duplex_model(dataclasses.replace(SHORT, window="fixed")), "window=true, not fixed"),
+        (with_queries(duplex_model()), "only with type=conformer"),
         (duplex_model(add=False), r"set model\.audio_projector\.add=true"),
     ],
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import MoshiConfig
 from transformers.models.moshi.modeling_moshi import MoshiForCausalLM
 
+from avlm.config.connector import ResamplerConfig
 from avlm.config.decoder import DecoderConfig
 from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig
 from avlm.data.media import audio
@@ -29,6 +30,7 @@ CONFIG = ModelConfig(
     ),  # windows of 400 ms
     audio_projector=ProjectorConfig(downsample=4, add=True),
 )
+ADAPTER = ResamplerConfig(type="conformer", num_layers=1, num_heads=2, intermediate_size=24)
 SECONDS = (1.7, 0.9)  # of two recordings: 22 and 12 rows
 
 
@@ -108,12 +110,13 @@ def test_the_loss_of_summed_streams_is_that_of_moshi():
         torch.testing.assert_close(gradient, reference, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_walking_the_rows_says_what_a_whole_row_would(window):
-    """Row by row, with a cache and window after window, the model says what one forward over all it said predicts; a
-    sliding window of the decoder too."""
+@pytest.mark.parametrize("window, adapter", [(None, None), (5, None), (None, ADAPTER)])
+def test_walking_the_rows_says_what_a_whole_row_would(window, adapter):
+    """Row by row, with a cache and window after window, the model says what one forward over all it said predicts; with
+    a sliding window of the decoder, and an adapter of Conformer blocks, too."""
     decoder = dataclasses.replace(CONFIG.decoder, sliding_window=window, window_layers=[1] if window else None)
-    config = dataclasses.replace(CONFIG, decoder=decoder)
+    projector = dataclasses.replace(CONFIG.audio_projector, resampler=adapter)
+    config = dataclasses.replace(CONFIG, decoder=decoder, audio_projector=projector)
     network = build(config)
     with torch.no_grad():
         network.decoder.embedding.weight.mul_(30)  # so that what is said depends on what was
