@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from avlm.config.model import LoraConfig
 
+WHOLE = ("projector", "cross", "codec", "contrastive")  # end names of modules that get no adapters
+
 
 class LowRankLinear(nn.Linear):
     """A linear with its adapters as children, so that its own parameters keep their names."""
@@ -86,10 +88,10 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> None:
 
 
 def adaptable(model: nn.Module) -> list[str]:
-    """Paths of the linears of the decoder and the towers. Projectors are small, layers of cross-attention new: both
-    train whole."""
+    """Paths of the linears of the decoder and the towers. Projectors and heads of embeddings are small, layers of
+    cross-attention and the depth decoder new: they train whole."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linears if not name.split(".")[0].endswith(("projector", "cross"))]
+    return [name for name in linears if not name.split(".")[0].endswith(WHOLE)]
 
 
 def collapse(path: str) -> str:

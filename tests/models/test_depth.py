@@ -9,10 +9,12 @@ from transformers import CsmDepthDecoderConfig
 from transformers.models.csm.modeling_csm import CsmDepthDecoderForCausalLM
 
 from avlm.config.codec import CodecConfig
+from avlm.config.contrastive import ContrastiveConfig, TextConfig
 from avlm.data.packing import pack
 from avlm.evaluation.listening import walk, windows_of
 from avlm.models.costs import counts
 from avlm.models.depth import Codec
+from avlm.models.lora import adaptable
 from tests.models.handmade import build, shake
 from tests.models.test_duplex import CONFIG, recording, samples_of
 
@@ -126,3 +128,11 @@ def test_a_walk_says_codes_as_a_whole_row_would():
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="num_heads=5"):
         CodecConfig(num_codebooks=3, codebook_size=16, **{**SIZES, "num_heads": 5})
+
+
+def test_codecs_and_heads_of_embeddings_take_no_adapters():
+    """The loss of codes reads the weights of heads, where adapters would not count."""
+    text = TextConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1)
+    config = dataclasses.replace(SPEAKING, text=text, contrastive=ContrastiveConfig(size=8))
+    adapted = {path.split(".")[0] for path in adaptable(build(config))}
+    assert adapted == {"decoder", "audio", "text"}
