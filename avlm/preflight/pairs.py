@@ -25,10 +25,10 @@ def caption_tokens(case: Case) -> int:
 
 
 def share_of_media(tower: str, case: Case) -> float:
-    """Of a row's tokens, those that stand for the features of media."""
+    """Of the length of a row, what the features of media take."""
     modality = next(name for name in PLACEHOLDERS if case.model.modalities.get(name) == tower)
-    tokens = max(1, case.model.tokens_of(tower, item_size(modality, case.model, case.stage.data)))
-    return tokens / (tokens + caption_tokens(case))
+    features = max(1, case.model.features_of(tower, item_size(modality, case.model, case.stage.data)))
+    return features / (features + caption_tokens(case))
 
 
 def num_pairs(case: Case) -> int:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from avlm.config.connector import CrossConfig
 from avlm.config.load import load_config, resolve_config
 from avlm.config.run import Config
 from avlm.data.captions import EncodedPair, PairEncoder, encoder_of, pack_pairs
@@ -111,6 +112,8 @@ def test_a_pair_is_a_caption_between_its_tokens_and_takes_the_room_of_its_medium
     text = replace(encoder.model.text, fill_token="</s>")
     filled = PairEncoder(replace(encoder.model, text=text), encoder.data, encoder.tokenizer).encode(sample_of("hello"))
     assert len(filled.token_T) == 12 and set(filled.token_T[-8:].tolist()) == {end}
+    crossing = replace(encoder.model, cross=CrossConfig(every=1))  # where one token stands for an image
+    assert len(PairEncoder(crossing, encoder.data, encoder.tokenizer).encode(sample_of("hello </s>"))) == len(pair)
 
 
 @pytest.mark.parametrize(
