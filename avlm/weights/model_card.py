@@ -178,7 +178,8 @@ def _sizes(model: ModelConfig, module: str) -> str:
     if module == "audio":
         window = f"windows of {audio.window_frames / 100:g} s" + " at most" * (audio.window == "true")
         layers = f"{audio.num_layers} layers of width {audio.hidden_size}"
-        return f"Whisper's encoder, {layers}, {audio.num_mels} mels, {window}"
+        kind = {"whisper": "Whisper's encoder", "conformer": "Conformer blocks"}[audio.block]
+        return f"{kind}, {layers}, {audio.num_mels} mels, {window}"
     if module == "text":
         return f"{model.text.num_layers} layers of width {model.text.hidden_size}, {model.text.vocab_size:,} tokens"
     if module == "contrastive":
@@ -192,6 +193,8 @@ def _sizes(model: ModelConfig, module: str) -> str:
     projector = getattr(model, module)
     n = projector.downsample
     if projector.resampler is not None:
+        if projector.resampler.type == "conformer":
+            return f"{projector.resampler.num_layers} Conformer blocks; `{projector.type}`"
         kind = {"qformer": "Q-Former", "perceiver": "Perceiver"}[projector.resampler.type]
         read = f"{projector.resampler.window} rows" if projector.resampler.window else "an item"
         layers = f"{projector.resampler.num_layers} layers, {projector.resampler.num_queries} queries for {read}"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from avlm.config.connector import ResamplerConfig
 from avlm.config.load import dump_config
 from avlm.config.run import Config, DataConfig, InitFrom, OptimizerConfig, StageConfig
 from avlm.data.text.tokenizer import Tokenizer
@@ -15,7 +16,7 @@ from avlm.families import door
 from avlm.storage.checkpoint_files import MARKER
 from avlm.storage.run_folder import Progress
 from avlm.weights.__main__ import main
-from avlm.weights.model_card import _limits, write_card
+from avlm.weights.model_card import _limits, _sizes, write_card
 from tests.data.small_files import CONTROL, image_file, photo, tone, write_tokenizer
 from tests.models.handmade import build
 from tests.models.test_avlm import WHOLE
@@ -178,3 +179,13 @@ def test_the_code_of_a_card_runs_for_every_family(name, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     card = (tmp_path / "out" / CARD).read_text()
     assert run_code(card, capsys) and f"import {door.FORMATS[name].CLASS}," in card
+
+
+def test_conformer_blocks_are_named():
+    adapter = ResamplerConfig(type="conformer", num_layers=2, num_heads=4, intermediate_size=8)
+    projector = dataclasses.replace(WHOLE.audio_projector, resampler=adapter)
+    model = dataclasses.replace(
+        WHOLE, audio=dataclasses.replace(WHOLE.audio, block="conformer"), audio_projector=projector
+    )
+    assert _sizes(model, "audio").startswith("Conformer blocks")
+    assert _sizes(model, "audio_projector").startswith("2 Conformer blocks")
