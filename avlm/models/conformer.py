@@ -148,13 +148,13 @@ class Convolution(nn.Module):
 
 
 def places_apart(segments: Segments, gap: int, num_rows: int) -> tuple[Tensor, int]:
-    """Where each row lies if there is a gap after each segment, int64 (T,), and the number of all places: at least a
-    gap, as a convolution refuses no rows."""
+    """Where each row lies if there is a gap after each segment, int64 (T,), and the number of all places: at least
+    one, as a convolution refuses no rows."""
     cu_seqlens = segments.cu_seqlens
     number_T = torch.arange(len(segments), device=cu_seqlens.device)
     number_T = number_T.repeat_interleave(cu_seqlens.diff(), output_size=num_rows)
     place_T = torch.arange(num_rows, device=cu_seqlens.device) + gap * number_T
-    return place_T, num_rows + gap * max(len(segments), 1)
+    return place_T, max(num_rows + gap * max(len(segments), 1), 1)
 
 
 def relative_positions(segments: Segments, like: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def relative_counts(lengths: list[int], kernel: int, where: str = "") -> dict[st
     return {
         f"{where}relative_rows": 2 * max([1, *lengths]) - 1,
         f"{where}relative_pairs": sum(length * (2 * length - 1) for length in lengths),
-        f"{where}conv_places": sum(lengths) + kernel // 2 * max(len(lengths), 1),
+        f"{where}conv_places": max(sum(lengths) + kernel // 2 * max(len(lengths), 1), 1),
     }
 
 

@@ -86,3 +86,9 @@ def test_what_a_block_keeps_is_as_estimated(dtype, monkeypatch):
 def test_a_setting_of_another_type_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **change)
+
+
+def test_a_convolution_over_one_row_takes_no_rows():
+    adapter = ConformerAdapter(replace(CONFIG, conv_kernel=1), TOWER)
+    media = features_at(torch.arange(0), torch.empty(0, 1), queries=QuerySets.of([], adapter.config))
+    assert adapter(media, torch.empty(0, TOWER)).shape == (0, 32)
