@@ -146,7 +146,7 @@ def run_stage(
         lr = optimizer.schedule(adam, stage.optimizer, progress.stage_step, stage.steps)
         if cfg.debug.check_collectives:
             agreement.check_step(world, model, progress.step, parts)
-        num_targets = max(counts["target_tokens"], 1.0)
+        num_targets = counts["target_tokens"] or 1.0
         values = train_step(
             model, parts, num_targets, adam, stage.optimizer.clip_norm, world, cfg.train.accumulate_mode
         )

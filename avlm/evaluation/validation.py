@@ -68,7 +68,7 @@ def _validate_set(
     loss, total, right, num_targets = world.sum([loss.item(), total, right.item(), num_targets])
     if not num_targets:
         raise ValueError(f"validation set {name} ({source}) has no sample that can be used")
-    return {"loss": loss / max(total, 1.0), "token_accuracy": right / num_targets}
+    return {"loss": loss / (total or 1.0), "token_accuracy": right / num_targets}
 
 
 def _rows(name: str, stage: StageConfig, config: Config, world: World, log: Log) -> Iterator[Batch]:

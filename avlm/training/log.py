@@ -108,14 +108,14 @@ class Log:
     def _complete(self, record: Record, losses: list[float], norm: float, seconds: float) -> None:
         """Add to a step's record what is known once its values are fetched."""
         counts = [record[f"targets/{kind}"] for kind in KINDS]
-        record["loss"] = sum(losses) / max(sum(counts), 1)
+        record["loss"] = sum(losses) / (sum(counts) or 1)
         for kind, loss, count in zip(KINDS, losses, counts):
             if count:
                 record[f"loss/{kind}"] = loss / count
         record["grad_norm"] = norm
         record["step_seconds"] = seconds
         record["tokens_per_second"] = record["tokens"] / seconds
-        record["padding"] = 1 - record["tokens"] / record.pop("row_tokens")
+        record["padding"] = 1 - record["tokens"] / (record.pop("row_tokens") or 1)
         record["flops"] = sum(value for name, value in record.items() if name.startswith("flops/"))
         if self.peak:
             possible = seconds * self.world.size * self.peak
