@@ -56,7 +56,8 @@ def start(config: Path) -> list[multiprocessing.Process]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")  # a fork of a process that ran a backward cannot run one
+    context.set_forkserver_preload(["train"])
     ranks = [context.Process(target=_rank, args=(config, rank, port), daemon=True) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
