@@ -55,7 +55,9 @@ def _spans(batch: Batch) -> dict[str, list[tuple[int, int]]]:
     """(start, length) of neighbouring tokens of one kind, by the names of COLOURS."""
     names = ["text"] * batch.num_tokens + ["padding"] * (len(batch.token_T) - batch.num_tokens)
     for position in batch.target_rows_R.tolist():
-        names[position + 1 - (batch.pairs is not None)] = "learned"  # a target is the token that follows
+        following = position + (batch.pairs is None)  # a target is the token that follows
+        if following < len(names):  # that of a duplex model's last row does not
+            names[following] = "learned"
     for modality, placeholder in [*PLACEHOLDERS.items(), ("image", NEWLINE)]:
         for position in (batch.token_T == placeholder).nonzero().flatten().tolist():
             names[position] = modality

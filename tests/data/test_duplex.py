@@ -13,6 +13,7 @@ from avlm.config.connector import ResamplerConfig
 from avlm.config.duplex import DuplexConfig, check_duplex
 from avlm.data.duplex import RowText, Word
 from avlm.data.energon.shards import parts_of
+from avlm.data.inspect_row import _spans
 from avlm.data.packing import pack
 from avlm.data.sample import Sample, SampleEncoder, parse
 from avlm.data.text.tokenizer import Tokenizer
@@ -77,6 +78,8 @@ def test_a_sample_hears_and_says_a_token_in_each_row(tokenizer):
     assert batch.audio.rows.tolist() == list(range(len(words), len(words) + 25))
     learned = int((words.target_T >= 0).sum())
     assert batch.num_targets == pytest.approx(2 * learned + float(wanted.sum()))
+    full = _spans(pack([encoded], 25, duplex_model()))  # the target of the last token stands in no row
+    assert full == {"text": [(0, 1)], "learned": [(1, 24)]}
     silent = parse({"audio": "a.wav", "words": []}, lambda name: tone(0.5), "key")
     assert encode(silent).target_T.eq(text.pad).all()
 
