@@ -65,7 +65,7 @@ FULL = {"recompute": dict.fromkeys(("decoder", "vision", "audio"), "full")}
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 CASES = [  # keys of train, what does not learn, model
     pytest.param({}, "", "square", id="none"),
-    pytest.param({**FULL, "offload_activations": True}, "all but adapters", "square", id="full, offloaded, adapters"),
+    slow({**FULL, "offload_activations": True}, "all but adapters", "square", id="full, offloaded, adapters"),
     slow({"recompute": {"vision": "full"}}, "decoder", "square", id="frozen decoder"),
     slow({"recompute": {"decoder": "full"}}, "vision audio", "square", id="frozen towers"),
     pytest.param({"recompute": {"vision": "selective"}}, "decoder", "windows", id="images of any grid, windows"),

@@ -14,6 +14,6 @@ def test_every_layout_has_the_loss_and_the_gradients_of_one_process(world_size):
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_no_mix_of_media_over_ranks_hangs_or_changes_the_loss(world_size):
     assert not no_hang.run([world_size], quick=True)

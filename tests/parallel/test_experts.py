@@ -70,6 +70,7 @@ def alone(tmp_path_factory):
     return run_ranks(steps, 1, ({}, {}), str(tmp_path_factory.mktemp("alone")))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layouts", [("gather", "pairs")])
 def test_twenty_steps_are_those_of_one_process_and_go_on_from_a_checkpoint_of_another_layout(layouts, alone, tmp_path):
     found = run_ranks(steps, 4, [LAYOUTS[name] for name in layouts], str(tmp_path))[0]
