@@ -59,7 +59,7 @@ class PairEncoder:
         files = {"image": sample.images, "audio": sample.audios, "video": sample.videos}
         kind, content = self._medium(files)
         token_T = torch.tensor(self._caption(sample))
-        room = Room(self.data.seq_length, "data.seq_length", len(token_T))
+        room = Room(self.data.seq_length, "data.seq_length", len(token_T), "its caption")
         runs = self.reader.read(kind, content, sample.key, room)
         modalities = {run.modality for run in runs}
         if len(modalities) > 1:

@@ -45,8 +45,12 @@ def read_words(record: Record) -> tuple[str, list[Word], Any]:
     name, given = record.get("audio"), record["words"]
     if not isinstance(name, str) or not name:
         raise ValueError(f"a record with words needs the name of a file under audio, such as {EXAMPLE}")
-    if not isinstance(given, list) or not all(map(_is_word, given)):
-        raise ValueError(f"words must be a list of [start_s, end_s, text], not {shown(given)}")
+    wrong = [word for word in given if not _is_word(word)] if isinstance(given, list) else [given]
+    if wrong:
+        raise ValueError(
+            "words must be a list of [start_s, end_s, text] with a text that is not empty and 0 <= start_s <= end_s, "
+            f"and this has {shown(wrong[0])}"
+        )
     words = [Word(*word) for word in given]
     for word, following in pairwise(words):
         if following.start < word.start:
@@ -71,8 +75,13 @@ def codes_of(given: Any, num_rows: int, codec: CodecConfig | None) -> Tensor | N
         return None
     try:
         content = numpy.load(io.BytesIO(given), allow_pickle=False) if isinstance(given, bytes) else numpy.array(given)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"codes cannot be read as an array: {shown(str(error))}") from None
+    except (ValueError, OSError, EOFError):
+        form = (
+            "the content of its file is no array in NumPy's .npy format"
+            if isinstance(given, bytes)
+            else ("its lists are not of one length, or hold other things than numbers")
+        )
+        raise ValueError(f"codes cannot be read: {form}") from None
     if content.dtype.kind not in "iu" or content.shape != (codec.num_codebooks, num_rows):
         raise ValueError(
             f"codes must be whole numbers of {codec.num_codebooks} codebooks and {num_rows} rows of {ROW_SECONDS:g} s, "

@@ -27,6 +27,7 @@ class Room:
     most: int
     setting: str
     taken: int = 0
+    taken_by: str = "other media"
 
 
 class MediaReader:
@@ -185,7 +186,7 @@ class MediaReader:
         count = sum(len(run.tokens) for run in runs)
         if room.taken + count <= room.most:
             return
-        before = f", after {room.taken:,} of other media" if room.taken else ""
+        before = f", after {room.taken:,} of {room.taken_by}" if room.taken else ""
         raise ValueError(
             f"{extent} takes {count:,} tokens{before}, more than {room.setting}={room.most}: "
             f"{self._fix(extent.is_video)}"

@@ -122,9 +122,7 @@ def parse_mix(source: str, model: ModelConfig) -> dict[str, int]:
     if model.audio is None:
         mix["clips"] = 0
     _, _, settings = source.partition(":")
-    if not settings:
-        return mix
-    for part in settings.split(","):
+    for part in settings.split(",") if settings else ():
         name, _, number = part.partition("=")
         if name not in MIX or not number.isdigit():
             known = ", ".join(f"{key}=N" for key in MIX)
@@ -133,7 +131,9 @@ def parse_mix(source: str, model: ModelConfig) -> dict[str, int]:
     if mix["documents"] < 1 or mix["seconds"] < 1:
         raise ValueError(f"{source!r}: documents and seconds must be at least 1")
     if mix["clips"] and model.audio_projector is not None and model.audio_projector.add:
-        raise ValueError(f"{source!r}: a synthetic clip has no words for data.duplex: set clips=0")
+        raise ValueError(
+            f"{source!r}: a synthetic clip has no words for data.duplex: give synthetic:clips=0, or a file"
+        )
     for media, tower in (("images", model.vision), ("clips", model.audio)):
         if mix[media] and tower is None:
             raise ValueError(f"{source!r} asks for {media} that the model has no tower for")

@@ -40,6 +40,11 @@ def open_set(name: str, source: str, data: DataConfig) -> Iterator[Sample]:
 def read_set(source: str, data: DataConfig, metrics: list[str], limit: int | None, name: str = "") -> list[Sample]:
     """The first ``limit`` samples of a set, each with a question, its answer and the references that the metrics need.
     ValueError with the key of a sample that lacks one of these, and for an empty set."""
+    if data.duplex is not None:
+        raise ValueError(
+            "a model with data.duplex answers no questions: set train.validate_answers=0, and let it listen by "
+            "python -m avlm.evaluation.duplex MODEL CLIP"
+        )
     samples = list(itertools.islice(open_set(name, source, data), limit))
     if not samples:
         raise ValueError(f"{source} holds no samples to evaluate")

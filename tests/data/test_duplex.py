@@ -16,6 +16,7 @@ from avlm.data.energon.shards import parts_of
 from avlm.data.inspect_row import _spans
 from avlm.data.packing import pack
 from avlm.data.sample import Sample, SampleEncoder, parse
+from avlm.data.synthetic import parse_mix
 from avlm.data.text.tokenizer import Tokenizer
 from tests.data.small_files import AUDIO, CONTROL, data, model, tone, write_tokenizer
 
@@ -92,7 +93,8 @@ def assistant(text: str) -> dict:
     "record, message",
     [
         ({"audio": "a.wav", "words": [[1.9, 2.0, "one two three"]]}, "needs .* rows: add silence"),
-        ({"audio": "a.wav", "words": [[1.0, 0.5, "one"]]}, "words must be a list of"),
+        ({"audio": "a.wav", "words": None}, "words must be a list of .* has None"),
+        ({"audio": "a.wav", "words": [[0.1, 0.2, "one"]] * 99 + [[1.0, 0.5, "two"]]}, r"has \[1\.0, 0\.5, 'two'\]"),
         ({"audio": "a.wav", "words": [[1.0, 1.1, "one"], [0.5, 0.6, "two"]]}, "'two' starts before 'one'"),
         ({"words": [[1.0, 1.1, "one"]]}, "the name of a file under audio"),
         ({"audio": "a.wav", "words": [], "speed": 2}, "'speed', which is not read"),
@@ -112,6 +114,9 @@ def test_words_need_a_duplex_model(tokenizer):
     sample = parse(json.loads('{"audio": "a.wav", "words": [[1.0, 1.1, "one"]]}'), lambda name: tone(2.0), "key")
     with pytest.raises(ValueError, match=r"a model with data\.duplex reads"):
         encoder(tokenizer, None).encode(sample)
+    for source in ("synthetic", "synthetic:clips=1"):
+        with pytest.raises(ValueError, match=r"no words for data\.duplex: give synthetic:clips=0"):
+            parse_mix(source, duplex_model())
     with pytest.raises(ValueError, match="<quiet>' is no control token"):
         encoder(tokenizer, {**PADS, "pad_token": "<quiet>"})
 
@@ -155,7 +160,12 @@ def test_codes_have_a_row_for_each_token(tokenizer):
     assert batch.codes.before_FK[25].tolist() == [10, 10]  # the second recording begins
     assert torch.equal(batch.codes.before_FK[26:], batch.codes.code_FK[25:-1])
     wrong = {"2 codebooks and 25 rows": codes[:, 1:].tolist(), r"lie in 0\.\.9": (codes + 1).tolist()}
-    wrong |= {"not float64": (codes / 2).tolist(), "cannot be read": [[1], [1, 2]], "has no codes": None}
+    wrong |= {
+        "not float64": (codes / 2).tolist(),
+        "not of one length": [[1], [1, 2]],
+        "has no codes": None,
+        "NumPy's": "a.wav",
+    }
     for message, given in wrong.items():
         with pytest.raises(ValueError, match=message):
             encode(parse({**record, "codes": given}, files.__getitem__, "key"))

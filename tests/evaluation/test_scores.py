@@ -8,6 +8,7 @@ import jiwer
 import pytest
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
+from avlm.config.duplex import DuplexConfig
 from avlm.config.run import DataConfig
 from avlm.evaluation.cider import words
 from avlm.evaluation.scores import (
@@ -238,6 +239,12 @@ def test_an_answer_that_is_not_to_be_learned_is_no_reference(tmp_path):
     file.write_text(json.dumps({"messages": turns}))
     with pytest.raises(ValueError, match=r"set\.jsonl:1: its last turn is marked as not to be learned"):
         read()
+
+
+def test_duplex_models_answer_no_questions():
+    duplex = DuplexConfig(pad_token="a", begin_token="b", end_token="c")
+    with pytest.raises(ValueError, match=r"set train\.validate_answers=0, and let it listen"):
+        read_set("set.jsonl", DataConfig(train="x", duplex=duplex), [], None)
 
 
 CAPTIONS = [

@@ -132,6 +132,12 @@ def test_a_sample_that_is_no_pair_is_refused_by_name(encoder, sample, message):
         encoder.encode(sample)
 
 
+def test_an_image_without_room_stands_next_to_its_caption_in_the_message(encoder):
+    short = PairEncoder(encoder.model, replace(encoder.data, seq_length=4), encoder.tokenizer)
+    with pytest.raises(ValueError, match=r"takes 4 tokens, after \d+ of its caption, more than data\.seq_length=4"):
+        short.encode(sample_of("hello"))
+
+
 def config_of(contrastive: dict, train: list[str]) -> Config:
     text = {**TEXT, "max_position": 16, "num_layers": 2, "causal": False}
     model = {**TREE["model"], "audio": None, "audio_projector": None, "text": text, "contrastive": contrastive}
