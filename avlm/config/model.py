@@ -236,6 +236,18 @@ class ProjectorConfig:
 
 
 @config
+class VisionParts:
+    """A vision tower and its projector, of a folder whose decoder is none of ours (BLIP-2)."""
+
+    vision: VisionConfig
+    vision_projector: ProjectorConfig
+
+    @property
+    def modules(self) -> list[str]:
+        return ["vision", "vision_projector"]
+
+
+@config
 class LoraConfig:
     """Low-rank adapters (``avlm.models.lora``)."""
 

@@ -30,11 +30,12 @@ from types import ModuleType
 from typing import Any
 
 from avlm.config.decoder import DecoderConfig
-from avlm.config.model import AudioConfig, ModelConfig, VisionConfig
+from avlm.config.model import AudioConfig, ModelConfig, VisionConfig, VisionParts
 from avlm.config.run import DataConfig
 from avlm.config.values import shown
 from avlm.families import (
     audioflamingo3,
+    blip_2,
     clip,
     gemma,
     gemma2,
@@ -65,7 +66,7 @@ from avlm.families import (
 )
 from avlm.families.keys import check_types
 
-AnyConfig = DecoderConfig | VisionConfig | AudioConfig | ModelConfig
+AnyConfig = DecoderConfig | VisionConfig | AudioConfig | ModelConfig | VisionParts
 
 # Whole models first: a file of tensors belongs to the first family that fits it, so those with more parts stand before
 # those whose names they share.
@@ -95,7 +96,7 @@ FAMILIES = (
         smolvlm,
         paligemma,
     ),
-    *(llama, gemma, clip, whisper, parakeet),
+    *(blip_2, llama, gemma, clip, whisper, parakeet),
 )
 FORMATS: dict[str, ModuleType] = {
     "decoder": llama,
@@ -131,7 +132,7 @@ BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in fam
 HEADS = (*dict.fromkeys(family.HEAD for family in FORMATS.values()), qwen2_5_omni.WHOLE_HEAD)
 EXPERT = "{e}"  # in the name of a tensor: the number of an expert
 OUTSIDE = "../"  # begins the name of a tensor that is not in its module
-RESHAPED = clip.RESHAPED
+RESHAPED = (*clip.RESHAPED, blip_2.QUERIES)
 SINUSOIDS = {"audio": whisper.SINUSOIDS}  # module -> its table of positions, which we compute
 TEXT_TEMPLATES = {  # family -> our template for one of parts
     llava: llava.text_template,
@@ -192,7 +193,7 @@ def family_of(keys: Mapping[str, Any]) -> ModuleType:
     model_type = keys.get("model_type")
     if model_type not in BY_MODEL_TYPE:
         raise ValueError(
-            f"model_type {shown(repr(model_type))} is not supported (supported: {', '.join(BY_MODEL_TYPE)})"
+            f"model_type {shown(repr(model_type), 60)} is not supported (supported: {', '.join(BY_MODEL_TYPE)})"
         )
     family = BY_MODEL_TYPE[model_type]
     if family is paligemma and paligemma.is_second(keys):
@@ -226,6 +227,13 @@ def elsewhere(family: ModuleType, keys: Mapping[str, Any]) -> dict[str, tuple[st
     """Our module -> the key of a config.json that names its folder, and that name, of the modules that a folder leaves
     to others."""
     return ultravox.elsewhere(keys) if family is ultravox else {}
+
+
+def starts_at_random(
+    family: ModuleType, name: str, shapes: Mapping[str, tuple[int, ...]], held: Mapping[str, Any]
+) -> bool:
+    """Whether a folder has no value for a parameter of a module that it has, its name with our module."""
+    return family is blip_2 and blip_2.starts_at_random(name, shapes, held)
 
 
 def stop_ids(keys: Mapping[str, Any]) -> list[int] | None:

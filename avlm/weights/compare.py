@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from avlm.config.decoder import DecoderConfig
-from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig, VisionConfig
+from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig, VisionConfig, VisionParts
 from avlm.families.door import AnyConfig
 
 NOT_COMPARED = {
@@ -22,20 +22,25 @@ def check_config(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None
     compared: ``max_position`` (ours may be shorter), what the audio tower is shown of a clip (``window``, ``log_mel``,
     ``edge``), ``resample``, and how an image is made a square; for a decoder alone M-RoPE, as text has one number on
     all axes; for a tower alone ``feature_layer``, ``deepstack_layers``, ``post_norm`` and ``pool``, which choose what
-    we take from it, and ``max_positions``, as its positions are computed.
+    we take from it, and ``max_positions``, as its positions are computed; where the other decoder is none of ours,
+    what a projector does behind its resampler.
     """
     part = {DecoderConfig: "decoder", VisionConfig: "vision", AudioConfig: "audio", ModelConfig: "all"}[type(ours)]
-    if part != "all" and isinstance(theirs, ModelConfig):
-        theirs = getattr(theirs, part)
-    if type(ours) is not type(theirs):
+    if part != "all" and isinstance(theirs, ModelConfig | VisionParts):
+        theirs = getattr(theirs, part, None)
+    is_whole = isinstance(ours, ModelConfig) and isinstance(theirs, ModelConfig | VisionParts)
+    if type(ours) is not type(theirs) and not is_whole:
         found = "none" if theirs is None else f"a {type(theirs).__name__}"
         raise ValueError(f"{origin} holds {found}, not the {type(ours).__name__} that is needed")
     pairs = {part: (ours, theirs)}
     owners: tuple[ModelConfig | None, ModelConfig | None] = (None, None)
-    if isinstance(ours, ModelConfig):
+    if isinstance(ours, ModelConfig) and isinstance(theirs, ModelConfig | VisionParts):
         shared = [module for module in theirs.modules if getattr(ours, module) is not None]
         pairs = {module: (getattr(ours, module), getattr(theirs, module)) for module in shared}
-        owners = (ours, theirs)
+        owners = (ours, theirs if isinstance(theirs, ModelConfig) else ours)
+        if isinstance(theirs, VisionParts) and ours.vision_projector is not None:
+            same = dataclasses.replace(ours.vision_projector, resampler=theirs.vision_projector.resampler)
+            pairs["vision_projector"] = (ours.vision_projector, same)
     found = []
     for module, (mine, other) in pairs.items():
         found += _differences(module, _comparable(mine, owners[0]), _comparable(other, owners[1]))
@@ -50,7 +55,7 @@ def _differences(module: str, ours: dict[str, Any], theirs: dict[str, Any]) -> l
     """(key, ours, theirs) of each value that differs. Of a config within it, of each of its own."""
     found = []
     for key, value in ours.items():
-        other = theirs[key]
+        other = theirs.get(key, value)  # a linear projector has no hidden_size: its type differs already
         if dataclasses.is_dataclass(value) and type(value) is type(other):
             found += _differences(f"{module}.{key}", vars(value), vars(other))
         elif value != other:

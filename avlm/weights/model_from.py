@@ -5,6 +5,7 @@
       decoder: {from: Qwen/Qwen2.5-0.5B-Instruct}                 part by part: a module of any of these
       vision: {from: openai/clip-vit-large-patch14-336}
       vision_projector: {downsample: 2}
+    model: {from: Salesforce/blip2-opt-2.7b, decoder: {from: ...}}    a tower and its Q-Former, for a decoder of ours
 
 Keys next to ``from`` override what the folder says, and a part's own ``from`` wins over the model's, which must be of
 the same sizes there. A ``from`` is also the entry of ``init_from`` for its part, unless the config has that entry
@@ -18,7 +19,7 @@ from typing import Any
 
 from avlm.config.decoder import DecoderConfig
 from avlm.config.load import merge, read_tree, resolve_config, to_dict
-from avlm.config.model import TOWERS, AudioConfig, ModelConfig, VisionConfig
+from avlm.config.model import TOWERS, AudioConfig, ModelConfig, VisionConfig, VisionParts
 from avlm.config.run import Config
 from avlm.config.values import shown
 from avlm.data.text.tokenizer import Tokenizer
@@ -68,7 +69,7 @@ def expand(tree: dict[str, Any]) -> dict[str, Any]:
     init_from = _section(tree, "init_from")
     _check_init_from(sources, init_from)
     expanded = {**tree, "model": merge(found, own), "init_from": merge(sources, init_from)}
-    speaker = sources.get("decoder", sources.get("all"))
+    speaker = sources.get("decoder", sources.get("all") if "decoder" in found else None)
     if speaker is not None:
         data = _section(tree, "data")
         expanded["data"] = merge(_prompts(speaker, data, expanded["model"]), data)
@@ -82,11 +83,11 @@ def _section(tree: dict[str, Any], key: str) -> dict[str, Any]:
     return section or {}
 
 
-def _whole(name: Any) -> ModelConfig:
+def _whole(name: Any) -> ModelConfig | VisionParts:
     config = _config_of("model.from", name)
     if isinstance(config, DecoderConfig):
         return ModelConfig(decoder=config)
-    if not isinstance(config, ModelConfig):
+    if not isinstance(config, ModelConfig | VisionParts):
         raise ValueError(
             f"model.from is {shown(name)}, which is a tower: name it as model.vision.from or model.audio.from"
         )
@@ -96,8 +97,8 @@ def _whole(name: Any) -> ModelConfig:
 def _part(part: str, name: Any) -> dict[str, Any]:
     """The sizes of a part, on its own or in a whole model."""
     config = _config_of(f"model.{part}.from", name)
-    if isinstance(config, ModelConfig):
-        config = getattr(config, part)
+    if isinstance(config, ModelConfig | VisionParts):
+        config = getattr(config, part, None)
     if not isinstance(config, PARTS[part]):
         raise ValueError(f"model.{part}.from is {shown(name)}, which holds no {PARTS[part].__name__}")
     return to_dict(config)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from avlm.config.model import MODULES, ModelConfig
+from avlm.config.model import MODULES, ModelConfig, VisionParts
 from avlm.config.run import InitFrom
 from avlm.config.values import shown
 from avlm.families.door import (
@@ -29,6 +29,7 @@ from avlm.families.door import (
     is_part,
     row_order,
     skip_reason,
+    starts_at_random,
 )
 from avlm.models.freezing import matching
 from avlm.models.lora import is_adapter
@@ -183,10 +184,7 @@ def _load_plan(
         check_config(config if entry == "all" else getattr(config, entry), source.config, source.path)
     places = {} if source.own_names else _places(entry, source, held, config)
     there = {name.partition(".")[0] for name in held} if source.own_names else places.keys()
-    modules = []
-    for module in config.modules:
-        if module in there and entry in ("all", "adapter", module):
-            modules.append(module)
+    modules = [module for module in config.modules if module in there and entry in ("all", "adapter", module)]
     if not modules:
         raise ValueError(f"init_from.{entry}: {source.path} holds no module that this entry could provide")
     has_adapters = _brings_adapters(source, held, config, modules)
@@ -195,7 +193,9 @@ def _load_plan(
         is_wanted = has_adapters
         if not is_adapter(name):  # a folder of adapters may hold a projector as well
             is_wanted = entry != "adapter" or held_whole(name)
-        if name.split(".")[0] in modules and is_wanted:
+        module = name.split(".")[0]
+        is_absent = module in places and starts_at_random(places[module].family, name, shapes, held)
+        if module in modules and is_wanted and not is_absent:
             names[name] = name if source.own_names else _file_name(name, places, held)
     chosen = _choose(names, shapes, source.path, held, optional, places)
     if not source.own_names:
@@ -204,8 +204,7 @@ def _load_plan(
     if len(held) < len(source.tensors):
         skipped["init_from.allow_unused"] = len(source.tensors) - len(held)
     counts = (len(_names_in(chosen)), len(source.tensors), dict(skipped), {})
-    report = Report(entry, source.path, list(chosen), *counts, source.files, source.elsewhere)
-    return LoadPlan(source, chosen, report)
+    return LoadPlan(source, chosen, Report(entry, source.path, list(chosen), *counts, source.files, source.elsewhere))
 
 
 def _places(entry: str, source: Source, held: Mapping, config: ModelConfig) -> dict[str, Place]:
@@ -221,7 +220,7 @@ def _places(entry: str, source: Source, held: Mapping, config: ModelConfig) -> d
                 places[module] = Place(*found)
         return places
     assert source.family is not None
-    for module in source.config.modules if isinstance(source.config, ModelConfig) else [entry]:
+    for module in source.config.modules if isinstance(source.config, ModelConfig | VisionParts) else [entry]:
         found = find(module, held, source.family)
         if found is None and getattr(config, module) is None:  # left out by init_from.allow_unused
             continue
@@ -340,7 +339,7 @@ def _skipped(
     reasons: Counter[str] = Counter()
     extra = []
     for name in sorted(held.keys() - _names_in(chosen)):
-        if name in (*HEADS, OWN_HEAD):
+        if name in (*HEADS, OWN_HEAD) and not isinstance(source.config, VisionParts):
             reason = _reason_for_head(entry, config)
         elif source.own_names:
             is_other = entry in MODULES and not name.startswith(f"{entry}.")
@@ -385,7 +384,7 @@ def _reason_for_foreign(
 
 def _unused_layers(config: ModelConfig, theirs: AnyConfig | None) -> range:
     """The layers of a source's vision tower that lie above our feature_layer."""
-    vision = theirs.vision if isinstance(theirs, ModelConfig) else theirs
+    vision = theirs.vision if isinstance(theirs, ModelConfig | VisionParts) else theirs
     if config.vision is None:
         return range(0)
     return range(config.vision.num_blocks, (vision or config.vision).num_layers)

@@ -35,6 +35,7 @@ FAMILIES = {
     "Qwen 2 with experts": transformers.Qwen2MoeConfig(**SIZES, num_key_value_heads=2).to_dict(),
     "old Gemma 2": {"model_type": "gemma2", **SIZES, **GEMMA, "rope_theta": 1e4},
     "old Gemma 3": {"model_type": "gemma3_text", **SIZES, **GEMMA, **GEMMA3},
+    "BLIP-2": transformers.Blip2Config(vision_config=VISION, qformer_config={"hidden_size": 32}).to_dict(),
     **{name: test_mistral3.keys_of(name) for name in ("pixtral", "ministral3")},
 }
 PIXELS = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}, "do_center_crop": True}
