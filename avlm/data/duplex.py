@@ -10,7 +10,7 @@ follows its begin token without gaps there, unless its words have times.)
 """
 
 import io
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy
@@ -112,8 +112,9 @@ class RowText:
         end of a turn may lie past it."""
         said_T = torch.full((num_rows,), self.pad)
         row = 0  # the first that is free
+        ends = list(accumulate((word.end for word in words), max))  # of words that overlap the last counts
         for i, word in enumerate(words):
-            begins = i == 0 or word.start - words[i - 1].end >= self.config.turn_gap
+            begins = i == 0 or word.start - ends[i - 1] >= self.config.turn_gap
             text = word.text.strip()
             ids = self.tokenizer.encode(text if begins else f" {text}", continues=True)
             ids = [self.begin, *ids] if begins else ids
@@ -125,8 +126,8 @@ class RowText:
                 )
             said_T[row : row + len(ids)] = torch.tensor(ids)
             row += len(ids)
-            if i + 1 == len(words) or words[i + 1].start - word.end >= self.config.turn_gap:
-                row = max(row, self._row(word.end))
+            if i + 1 == len(words) or words[i + 1].start - ends[i] >= self.config.turn_gap:
+                row = max(row, self._row(ends[i]))
                 said_T[row : row + 1] = self.end
                 row += 1
         return said_T

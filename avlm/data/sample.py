@@ -149,7 +149,7 @@ class SampleEncoder:
         if encoded.room > self.data.seq_length:
             raise ValueError(
                 f"the media of the sample have {encoded.num_features} features, more than data.seq_length="
-                f"{self.data.seq_length}"
+                f"{self.data.seq_length}: raise it, or make fewer (a resampler, or downsample)"
             )
         if (encoded.target_T == IGNORE).all():
             raise ValueError("no token of the sample is learned: its assistant turns are empty")

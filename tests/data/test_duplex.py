@@ -60,6 +60,8 @@ def test_each_word_stands_in_the_rows_of_its_time(tokenizer):
     assert text.words(rows)[0].start == pytest.approx(11 * 0.08)
     later = RowText(DuplexConfig(**PADS, delay=3), tokenizer).rows(words, 80).tolist()
     assert later == [text.pad] * 3 + rows[:-3]
+    within = [Word(0.0, 3.2, "one"), Word(0.8, 1.0, "two")]  # a word within another one ends no turn
+    assert text.rows(within, 80).tolist().index(text.end) == 40
 
 
 def test_a_sample_hears_and_says_a_token_in_each_row(tokenizer):
