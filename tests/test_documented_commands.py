@@ -35,7 +35,7 @@ SCRIPTS = {
     "tests.measurements.served_by_transformers": [],
     "tests.measurements.duplex_toy": ["--steps", "10", "--train", "20", "--test", "2", "--folder", "data/duplex_test"],
 }
-AFTER_MAKE_DEMO = {"tests/measurements/demo_variants.py"}  # hours
+AFTER_MAKE_DEMO = {"tests/measurements/demo_variants.py", "tests/measurements/connectors.py"}  # an hour and more
 WITH_LLAMA_CPP = {"tests.measurements.served_by_llama_cpp"}  # which is built from source
 WITH_VLLM = {"tests/measurements/vllm_answers.py"}  # which has an environment of its own
 
