@@ -158,7 +158,7 @@ def test_of_two_mixtures_of_experts_the_field_that_differs_is_named():
 
 def test_a_linear_projector_differs_from_another_in_its_type():
     theirs = dataclasses.replace(WHOLE, vision_projector=dataclasses.replace(WHOLE.vision_projector, type="linear"))
-    for ours, folder, message in ((WHOLE, theirs, "'mlp2x_gelu', and there 'linear'"), (theirs, WHOLE, "'linear', and")):
+    for ours, folder, message in ((WHOLE, theirs, "'mlp2x_gelu', and there 'linear'"), (theirs, WHOLE, "'linear'")):
         with pytest.raises(ValueError, match=rf"sizes: model\.vision_projector\.type is {message}"):
             check_config(ours, folder, "a folder")
 
