@@ -4,6 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from avlm.config.codec import CodecConfig
+from avlm.config.connector import CrossConfig
+from avlm.config.contrastive import ContrastiveConfig
 from avlm.config.decoder import DecoderConfig
 from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig, VisionConfig, VisionParts
 from avlm.families.door import AnyConfig
@@ -12,6 +15,11 @@ NOT_COMPARED = {
     DecoderConfig: ("max_position",),
     VisionConfig: ("resample",),
     AudioConfig: ("window", "log_mel", "edge"),
+    # Where random values begin, and what weighs a loss.
+    ProjectorConfig: ("output_std",),
+    CrossConfig: ("first_gate",),
+    ContrastiveConfig: ("initial_scale", "initial_bias", "max_scale"),
+    CodecConfig: ("text_weight", "audio_weight"),
 }
 
 
@@ -20,10 +28,10 @@ def check_config(ours: AnyConfig, theirs: AnyConfig, origin: str | Path) -> None
 
     Two whole models are compared in the modules that both have, and must build the same number of vision layers. Not
     compared: ``max_position`` (ours may be shorter), what the audio tower is shown of a clip (``window``, ``log_mel``,
-    ``edge``), ``resample``, and how an image is made a square; for a decoder alone M-RoPE, as text has one number on
-    all axes; for a tower alone ``feature_layer``, ``deepstack_layers``, ``post_norm`` and ``pool``, which choose what
-    we take from it, and ``max_positions``, as its positions are computed; where the other decoder is none of ours,
-    what a projector does behind its resampler.
+    ``edge``), ``resample``, where random values begin, weights of losses, and how an image is made a square; for a
+    decoder alone M-RoPE, as text has one number on all axes; for a tower alone ``feature_layer``, ``deepstack_layers``,
+    ``post_norm`` and ``pool``, which choose what we take from it, and ``max_positions``, as its positions are computed;
+    where the other decoder is none of ours, what a projector does behind its resampler.
     """
     part = {DecoderConfig: "decoder", VisionConfig: "vision", AudioConfig: "audio", ModelConfig: "all"}[type(ours)]
     if part != "all" and isinstance(theirs, ModelConfig | VisionParts):

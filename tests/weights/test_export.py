@@ -305,5 +305,7 @@ def test_connectors_that_no_other_format_holds_are_refused_there_and_kept_in_our
         ):
             export(config, built.state_dict(), tmp_path / name, format=name)
     export(config, built.state_dict(), tmp_path / "ours")
+    if model == "cross":  # where gates begin is no size
+        config = dataclasses.replace(config, cross=dataclasses.replace(config.cross, first_gate=0.0))
     again = loaded(config, all=tmp_path / "ours")
     assert all(a.equal(b) for a, b in zip(built.parameters(), again.parameters(), strict=True))
