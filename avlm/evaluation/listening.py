@@ -23,12 +23,6 @@ def windows_of(waveform: Tensor, network: AVLM) -> Iterable[Tensor]:
     return waveform.split(network.config.audio.window_frames * HOP)
 
 
-def said(network: AVLM, windows: Iterable[Tensor], pad: int) -> Iterator[int]:
-    """The likeliest token of each row, as soon as its window has come."""
-    for token, _ in walk(network, windows, pad):
-        yield token
-
-
 def walk(network: AVLM, windows: Iterable[Tensor], pad: int) -> Iterator[tuple[int, Tensor | None]]:
     """The likeliest token of each row, and its codes, int64 (K,), if the model has a codec, as soon as its window has
     come: ``windows`` may be those of a microphone. ValueError if there are more rows than the decoder has positions."""

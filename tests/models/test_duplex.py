@@ -14,7 +14,7 @@ from avlm.config.model import AudioConfig, ModelConfig, ProjectorConfig
 from avlm.data.media import audio
 from avlm.data.packing import pack
 from avlm.data.sample import EncodedSample
-from avlm.evaluation.listening import features_of, said, windows_of
+from avlm.evaluation.listening import features_of, walk, windows_of
 from avlm.models.avlm import AVLM
 from kernels.cross_entropy import linear_cross_entropy
 from tests.models.handmade import build
@@ -121,7 +121,7 @@ def test_walking_the_rows_says_what_a_whole_row_would(window, adapter):
     with torch.no_grad():
         network.decoder.embedding.weight.mul_(30)  # so that what is said depends on what was
     clip = recording(1.7)
-    tokens = list(said(network, windows_of(clip, network), pad=3))
+    tokens = [token for token, _ in walk(network, windows_of(clip, network), pad=3)]
     assert len(tokens) == 22 and len(set(tokens)) > 3
     windows = [mel for part in windows_of(clip, network) for mel in audio.mels(part, CONFIG.audio)]
     token_T = torch.tensor([3, *tokens[:-1]])
