@@ -218,7 +218,7 @@ def test_what_a_row_of_prompts_makes_equals_what_transformers_makes_of_each(case
     hook.remove()
     model = case.ours
     with torch.no_grad():
-        x_TD, _ = model.embed(row)
+        x_TD, *_ = model.embed(row)
         close(x_TD, torch.cat([each[0] for each in seen]), f"{case.name} features")
         close(model.decoder.head(model.decoder.norm(model.hidden(row)), None), theirs, f"{case.name} logits")
     model.zero_grad()

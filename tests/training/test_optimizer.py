@@ -43,24 +43,17 @@ def test_a_module_may_learn_slower(model):
     assert rates["vision"] == pytest.approx(0.1 * rates["decoder"]) and rates["audio"] == rates["decoder"]
 
 
+EXEMPT = ("bias", "norm.weight", "position", "class_token", "_scale", "newline")
+EXEMPT += ("attention_gate.weight", "ffn_gate.weight", "conv.scale", "conv.shift")
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_matrices_decay_and_norms_biases_positions_and_learned_rows_do_not(kind):
     model = AVLM(make_config(model=MODELS[kind]).model)
     adam = optimizer.build(model, config(weight_decay=0.5))
     decay = {parameter: group["weight_decay"] for group in adam.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        exempt = name.endswith(
-            (
-                "bias",
-                "norm.weight",
-                "position",
-                "class_token",
-                "_scale",
-                "newline",
-                "attention_gate.weight",
-                "ffn_gate.weight",
-            )
-        )
+        exempt = name.endswith(EXEMPT)
         assert decay[parameter] == (0.0 if exempt else 0.5), name
 
 
