@@ -28,7 +28,7 @@ from avlm.config.duplex import ROW_SECONDS
 from avlm.data.duplex import RowText, Word
 from avlm.data.media.audio import SAMPLE_RATE, decode
 from avlm.evaluation.answering import load
-from avlm.evaluation.listening import said, windows_of
+from avlm.evaluation.listening import walk, windows_of
 from avlm.process.exit import run_command
 from tests.data.small_files import CONTROL, write_tokenizer
 
@@ -180,7 +180,7 @@ def measure(run: Path, conversations: list[Conversation], picture: Path) -> Scor
     score = Score(delays=Counter())
     for number, conversation in enumerate(conversations):
         waveform = decode(conversation.file.read_bytes(), 600.0)
-        tokens = list(said(model.network, windows_of(waveform, model.network), row_text.pad))
+        tokens = [token for token, _ in walk(model.network, windows_of(waveform, model.network), row_text.pad)]
         spoken = add_score(score, conversation, tokens, row_text)
         if number == 0:
             draw(conversation, spoken, picture)
