@@ -356,18 +356,23 @@ def _check_connector(model: ModelConfig, tower: str) -> None:
         projector.resampler.check(config.hidden_size)
         is_heard = tower == "audio" or projector.resampler.type != "conformer"
         require(is_heard, f"{tower}_projector.resampler.type=conformer is for audio, whose rows are a series")
-    key = f"{tower}_projector.resampler" if projector.resampler is not None else "cross"
-    if projector.resampler is None and model.cross is None:
-        return
-    refused = {"newline": projector.newline, "halve_frames": projector.halve_frames != "none"}
-    refused["stretch_above_tiles"] = projector.stretch_above_tiles is not None
-    if tower == "vision":
-        refused["vision.deepstack_layers"] = bool(config.deepstack_layers)
-    if projector.resampler is not None and tower == "vision":
-        refused["downsample"] = projector.downsample > 1
+    own = f"{tower}_projector"
+    of_both = {
+        f"{own}.newline": projector.newline,
+        f"{own}.halve_frames": projector.halve_frames != "none",
+        f"{own}.stretch_above_tiles": projector.stretch_above_tiles is not None,
+        "vision.deepstack_layers": tower == "vision" and bool(config.deepstack_layers),
+    }
+    refused = {}
+    if projector.resampler is not None:
+        refused[f"{own}.resampler"] = {**of_both, f"{own}.downsample": tower == "vision" and projector.downsample > 1}
     if model.cross is not None:
-        refused["add"] = projector.add
-        refused["decoder.mrope_sections"] = model.decoder.mrope_sections is not None
-        refused["decoder.bidirectional"] = model.decoder.bidirectional != "none"
-    for name, is_given in refused.items():
-        require(not is_given, f"{key} does not go with {name if '.' in name else f'{tower}_projector.{name}'}")
+        refused["cross"] = {
+            **of_both,
+            f"{own}.add": projector.add,
+            "decoder.mrope_sections": model.decoder.mrope_sections is not None,
+            "decoder.bidirectional": model.decoder.bidirectional != "none",
+        }
+    for key, others in refused.items():
+        for name, is_given in others.items():
+            require(not is_given, f"{key} does not go with {name}")

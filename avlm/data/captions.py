@@ -16,7 +16,7 @@ from avlm.config.run import DataConfig
 from avlm.config.values import counted, shown
 from avlm.data.media_reader import MediaReader, Room
 from avlm.data.packing import pack
-from avlm.data.sample import EncodedSample, Sample, SampleEncoder, counts_of_features, kind_of, size_of
+from avlm.data.sample import EncodedSample, Sample, SampleEncoder, count_features, kind_of, size_of
 from avlm.data.stream import Stream
 from avlm.data.text.chat import check_vocabulary
 from avlm.data.text.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ class PairEncoder:
         target_T[-1] = token_T[-1]
         num_features = sum(len(run.tokens) for run in runs)
         if self.model.cross is not None:  # where one token stands for an item
-            num_features = sum(map(sum, counts_of_features(media, self.model).values()))
+            num_features = count_features(media, self.model)
         pair = EncodedPair(sample.key, kind_of(files), token_T, target_T, media, num_features=num_features)
         if len(pair) > self.data.seq_length:
             raise ValueError(

@@ -187,7 +187,7 @@ def pack_media(samples: list[EncodedSample], token_T: Tensor, model: ModelConfig
         rows = feature_rows(samples, token_T, modality, projector.add)
         newlines = (token_T == NEWLINE).nonzero().flatten() if modality == "image" else None
         if model.cross is not None:
-            rows, newlines = torch.empty(len(features), dtype=torch.int64), rows  # rows: see pack_media_row
+            rows, newlines = torch.full((len(features),), -1), rows  # rows: see pack_media_row
         packed[modality] = media_of(modality, items, sizes, model, features, rows, newlines)
     return packed
 

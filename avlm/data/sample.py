@@ -213,7 +213,7 @@ class SampleEncoder:
         is_learned_T = torch.tensor([*learned[1:], False], dtype=torch.bool)
         target_T = torch.where(is_learned_T, following_T, IGNORE)
         position_T = position_of(len(ids), placed, self.model)
-        num_features = sum(map(sum, counts_of_features(media, self.model).values())) if self.model.cross else 0
+        num_features = count_features(media, self.model) if self.model.cross else 0
         whole = sample.key, kind_of(files), token_T, target_T, media, position_T, groups
         return EncodedSample(*whole, num_features=num_features)
 
@@ -310,14 +310,10 @@ def placeholders(modality: str, items: list[Tensor], model: ModelConfig) -> list
     return [PLACEHOLDERS[modality]] * count
 
 
-def counts_of_features(media: Items, model: ModelConfig) -> dict[str, list[int]]:
-    """Features of each item, by modality."""
-    towers = model.modalities
-    return {
-        modality: [model.features_of(towers[modality], size_of(modality, item, model)) for item in items]
-        for modality, items in media.items()
-        if items
-    }
+def count_features(media: Items, model: ModelConfig) -> int:
+    """Of all items together."""
+    sizes = ((modality, size_of(modality, item, model)) for modality, items in media.items() for item in items)
+    return sum(model.features_of(model.modalities[modality], size) for modality, size in sizes)
 
 
 def size_of(modality: str, item: Tensor, model: ModelConfig) -> Size:

@@ -30,8 +30,8 @@ from avlm.models.shapes import Shapes, parameter_shapes
 from avlm.parallel.recompute import keeps_product
 from kernels.benchmark.cards import CARDS
 
+# What other modules feed, in this order; layers of cross-attention stand between the decoder's.
 LAST = ("cross", "decoder", "codec")
-# What other modules feed, in this order; layers of cross-attention stand between the decoder's
 Costs = dict[tuple[str, str], tuple[int, int, int]]  # (module, count) -> (forward, backward, recomputed) of each
 
 

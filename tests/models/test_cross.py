@@ -162,3 +162,14 @@ def test_answers_with_caches_are_those_without(sees: str) -> None:
     for prompt, answer in zip(asked, answers):
         found = [token for [[(token, _)]] in steps(model, [prompt], max_new_tokens=6, kept=kept)]
         assert found == answer.token_ids
+
+
+def test_what_does_not_go_together_is_named() -> None:
+    sections = dataclasses.replace(DECODER, mrope_sections=[2, 1, 1])
+    projector = ProjectorConfig(resampler=PERCEIVER)
+    parts = {"vision": VISION, "vision_projector": projector}
+    ModelConfig(decoder=sections, **parts)  # a resampler goes with M-RoPE
+    with pytest.raises(ValueError, match=r"Value error, cross does not go with decoder\.mrope_sections"):
+        ModelConfig(decoder=sections, cross=CrossConfig(every=1), **parts)
+    with pytest.raises(ValueError, match=r"resampler does not go with vision_projector\.downsample"):
+        ModelConfig(decoder=DECODER, **{**parts, "vision_projector": dataclasses.replace(projector, downsample=2)})
